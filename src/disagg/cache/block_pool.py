@@ -1,0 +1,235 @@
+"""Who holds each KV block of one instance, and which blocks can be had.
+
+States of a block and the moves between them (DESIGN contract "Ownership of KV blocks")::
+
+    prefill side   FREE -> ACTIVE -> LEASED -> CACHED or FREE
+    decode side    FREE -> FILLING -> ACTIVE -> CACHED or FREE
+                           FILLING -> QUARANTINED -> FREE   (the pull failed; bytes may still arrive)
+
+An ACTIVE block is held by one or more sequences (equal prefixes share blocks), a LEASED one by hand-overs alone.
+CACHED blocks hold the KV of a known prefix and nobody; they are evicted, least recently used first, when no block is
+free. At any moment every block is in exactly one state: ``audit`` counts them, ``validate`` proves it.
+"""
+
+import enum
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import BlockHash, BlockId
+
+
+class BlockState(enum.Enum):
+    """What a block is used for."""
+
+    FREE = "free"
+    ACTIVE = "active"
+    LEASED = "leased"
+    FILLING = "filling"
+    CACHED = "cached"
+    QUARANTINED = "quarantined"
+
+    __hash__ = object.__hash__  # Enum's own is Python code, and every move of a block looks up two states
+
+
+class BlockAudit(msgspec.Struct, frozen=True, kw_only=True):
+    """Number of blocks in each state. They add up to ``total``."""
+
+    total: int
+    free: int
+    active: int
+    leased: int
+    filling: int
+    cached: int
+    quarantined: int
+
+
+@dataclass(slots=True)
+class _Block:
+    """One block: how many sequences and leases hold it, and the prefix it holds if that is published."""
+
+    state: BlockState = BlockState.FREE
+    num_sequences: int = 0
+    num_leases: int = 0
+    hash: BlockHash | None = None
+
+
+class BlockPool:
+    """All blocks of one instance. No method blocks or partly succeeds: it does all or returns None."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._blocks = [_Block() for _ in range(num_blocks)]
+        self._free: list[int] = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._by_hash: dict[BlockHash, int] = {}
+        self._counts = dict.fromkeys(BlockState, 0)
+        self._counts[BlockState.FREE] = num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return len(self._blocks)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now: free ones and evictable cached ones."""
+        return len(self._free) + len(self._cached)
+
+    def state_of(self, index: BlockId) -> BlockState:
+        """Return what a block is used for."""
+        return self._blocks[index].state
+
+    def allocate(self, count: int) -> tuple[BlockId, ...] | None:
+        """Take ``count`` blocks for one sequence (ACTIVE), or None when there are not enough."""
+        return self._take(count, BlockState.ACTIVE)
+
+    def reserve(self, count: int) -> tuple[BlockId, ...] | None:
+        """Take ``count`` blocks for a remote writer (FILLING), or None when there are not enough."""
+        return self._take(count, BlockState.FILLING)
+
+    def commit(self, blocks: Iterable[BlockId]) -> None:
+        """Make FILLING blocks, now completely written, ACTIVE for the one sequence that reserved them."""
+        for index in blocks:
+            self._expect(index, BlockState.FILLING)
+            self._blocks[index].num_sequences = 1
+            self._move(index, BlockState.ACTIVE)
+
+    def quarantine(self, blocks: Iterable[BlockId]) -> None:
+        """Put FILLING blocks aside: a remote writer may still write them."""
+        for index in blocks:
+            self._expect(index, BlockState.FILLING)
+            self._move(index, BlockState.QUARANTINED)
+
+    def abandon(self, blocks: Iterable[BlockId]) -> None:
+        """Free FILLING or QUARANTINED blocks: their writer is known to have ended."""
+        for index in blocks:
+            if self._blocks[index].state is not BlockState.QUARANTINED:
+                self._expect(index, BlockState.FILLING)
+            self._move(index, BlockState.FREE)
+            self._free.append(index)
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """Drop one sequence's hold. The last block is let go first, so that eviction eats prefixes from their end."""
+        for index in reversed(blocks):
+            self._expect(index, BlockState.ACTIVE)
+            self._blocks[index].num_sequences -= 1
+            self._settle(index)
+
+    def lease(self, blocks: Iterable[BlockId]) -> None:
+        """Turn one sequence's hold on its blocks into a lease."""
+        for index in blocks:
+            self._expect(index, BlockState.ACTIVE)
+            block = self._blocks[index]
+            block.num_sequences -= 1
+            block.num_leases += 1
+            self._settle(index)
+
+    def end_lease(self, blocks: Sequence[BlockId]) -> None:
+        """Drop one lease on each block."""
+        for index in reversed(blocks):
+            block = self._blocks[index]
+            if block.num_leases < 1:
+                raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
+            block.num_leases -= 1
+            self._settle(index)
+
+    def publish(self, index: BlockId, block_hash: BlockHash) -> None:
+        """Make the KV of a full ACTIVE block findable by its prefix, unless an equal block already is."""
+        self._expect(index, BlockState.ACTIVE)
+        if self._blocks[index].hash is None and block_hash not in self._by_hash:
+            self._blocks[index].hash = block_hash
+            self._by_hash[block_hash] = index
+
+    def match_prefix(self, hashes: Sequence[BlockHash]) -> tuple[BlockId, ...]:
+        """Return the blocks of the longest published prefix of ``hashes``. They are not held yet: see ``acquire``."""
+        found: list[BlockId] = []
+        for block_hash in hashes:
+            index = self._by_hash.get(block_hash)
+            if index is None:
+                break
+            found.append(BlockId(index))
+        return tuple(found)
+
+    def num_cached_among(self, blocks: Iterable[BlockId]) -> int:
+        """Return how many of these blocks are CACHED, and so would stop being available if acquired."""
+        return sum(index in self._cached for index in blocks)
+
+    def acquire(self, blocks: Iterable[BlockId]) -> None:
+        """Hold published blocks for one more sequence."""
+        for index in blocks:
+            block = self._blocks[index]
+            if block.state not in (BlockState.ACTIVE, BlockState.LEASED, BlockState.CACHED):
+                raise InternalError(f"block {index} is {block.state.value}: it holds no published prefix")
+            self._cached.pop(index, None)
+            block.num_sequences += 1
+            self._move(index, BlockState.ACTIVE)
+
+    def audit(self) -> BlockAudit:
+        """Count the blocks of each state."""
+        counts = {state.value: count for state, count in self._counts.items()}
+        return BlockAudit(total=len(self._blocks), **counts)
+
+    def validate(self) -> None:
+        """Raise InternalError unless counts, containers and holders agree for every block."""
+        actual = dict.fromkeys(BlockState, 0)
+        for index, block in enumerate(self._blocks):
+            actual[block.state] += 1
+            holders = (block.num_sequences > 0, block.num_leases > 0)
+            legal = {
+                BlockState.ACTIVE: holders[0],
+                BlockState.LEASED: holders == (False, True),
+            }.get(block.state, holders == (False, False))
+            legal = legal and (index in self._cached) == (block.state is BlockState.CACHED)
+            legal = legal and (block.hash is None or self._by_hash.get(block.hash) == index)
+            if not legal:
+                raise InternalError(f"block {index} contradicts itself: {block}")
+        free = [index for index, block in enumerate(self._blocks) if block.state is BlockState.FREE]
+        if actual != self._counts or sorted(self._free) != free:
+            raise InternalError(f"block counts {self._counts} do not match the blocks, {actual}")
+
+    def _take(self, count: int, state: BlockState) -> tuple[BlockId, ...] | None:
+        if count > self.num_available:
+            return None
+        taken: list[BlockId] = []
+        for _ in range(count):
+            index = self._free.pop() if self._free else self._evict()
+            self._blocks[index].num_sequences = 1 if state is BlockState.ACTIVE else 0
+            self._move(index, state)
+            taken.append(BlockId(index))
+        return tuple(taken)
+
+    def _evict(self) -> int:
+        index, _ = self._cached.popitem(last=False)
+        block = self._blocks[index]
+        if block.hash is None:
+            raise InternalError(f"cached block {index} has no hash")
+        del self._by_hash[block.hash]
+        block.hash = None
+        return index
+
+    def _settle(self, index: BlockId) -> None:
+        """Put a block that lost a holder into the state that its other holders give it."""
+        block = self._blocks[index]
+        if block.num_sequences:
+            self._move(index, BlockState.ACTIVE)
+        elif block.num_leases:
+            self._move(index, BlockState.LEASED)
+        elif block.hash is not None:
+            self._move(index, BlockState.CACHED)
+            self._cached[index] = None
+        else:
+            self._move(index, BlockState.FREE)
+            self._free.append(index)
+
+    def _move(self, index: int, state: BlockState) -> None:
+        block = self._blocks[index]
+        self._counts[block.state] -= 1
+        self._counts[state] += 1
+        block.state = state
+
+    def _expect(self, index: BlockId, state: BlockState) -> None:
+        if self._blocks[index].state is not state:
+            raise InternalError(f"block {index} is {self._blocks[index].state.value}, expected {state.value}")

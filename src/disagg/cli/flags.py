@@ -1,0 +1,161 @@
+"""Command-line flags out of configuration structs: the one place where a setting becomes a flag.
+
+A field ``max_model_len`` becomes ``--max-model-len``, with help text and bounds from its ``Meta``. ``kv_memory_bytes``
+becomes ``--kv-memory`` and takes sizes such as 2GiB; a bool becomes a pair ``--x / --no-x``; a tuple of integers takes
+a list with ranges, 0,1,4-7.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+import click
+import msgspec
+from msgspec import inspect
+
+from disagg.base.errors import ConfigurationError
+
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=msgspec.Struct)
+
+_UNITS: Final = {"": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+_METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}
+"""How a value is shown in the help; all our floats are seconds."""
+
+
+class ByteSize(click.ParamType[int]):
+    """A size: 536870912, 512MiB, 2GiB, 0.5G. K, M, ... and KiB, MiB, ... are powers of 1024, KB, MB, ... of 1000."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", str(value).strip(), re.IGNORECASE)
+        unit = _UNITS.get(_canonical_unit(match[2])) if match else None
+        if match is None or unit is None:
+            self.fail(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB", param, ctx)
+        return int(float(match[1]) * unit)
+
+
+class IntegerList(click.ParamType[tuple[int, ...]]):
+    """Integers with ranges: 0,1,4-7."""
+
+    name = "list"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the integers."""
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            if match is None:
+                self.fail(f"{value!r} is not a list of numbers such as 0,1,4-7", param, ctx)
+            numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        return tuple(numbers)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a size as a person writes it: 1GiB, 98.5MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f}".removesuffix(".0") + unit
+        num_bytes /= 1024
+    return f"{num_bytes:.1f}".removesuffix(".0") + "TiB"
+
+
+def flags_of(*kinds: type[msgspec.Struct], without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Give a command one option for each field of these structs, but for those in ``without``.
+
+    The command receives the values by field name; ``build`` makes the structs of them.
+    """
+    options = [
+        _option(field)
+        for kind in kinds
+        for field in inspect.type_info(kind).fields  # type: ignore[attr-defined]
+        if field.name not in without
+    ]
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def build(kind: type[S], values: Mapping[str, object]) -> S:
+    """Return the struct made of those of ``values`` that are its fields. Raises ConfigurationError on a bad one."""
+    chosen = {name: values[name] for name in kind.__struct_fields__ if name in values}
+    try:
+        return msgspec.convert(chosen, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def flag_name(field: str) -> str:
+    """Return the flag of a field."""
+    return "--" + field.removesuffix("_bytes").replace("_", "-")
+
+
+def _option(field: inspect.Field) -> Callable[[F], F]:
+    kind, description = _unwrap(field.type)
+    flag, default = flag_name(field.name), field.default
+    arguments: dict[str, Any] = {"help": description[:1].upper() + description[1:] + "."}
+    if isinstance(kind, inspect.BoolType):
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    else:
+        arguments["type"] = _parameter_type(field.name, kind)
+        arguments["metavar"] = None if field.name.endswith("_bytes") else _METAVARS.get(type(kind))
+    if isinstance(kind, inspect.EnumType):
+        default = default.value
+    if field.name.endswith("_bytes"):
+        default = format_bytes(default)
+    shown = default is not None and default != ()
+    return click.option(flag, field.name, default=default, show_default=shown, **arguments)
+
+
+def _parameter_type(name: str, kind: inspect.Type) -> click.ParamType[Any]:
+    match kind:
+        case inspect.IntType() if name.endswith("_bytes"):
+            return ByteSize()
+        case inspect.IntType():
+            return click.IntRange(min=kind.ge, max=kind.le)
+        case inspect.FloatType():
+            return click.FloatRange(
+                min=kind.ge if kind.gt is None else kind.gt, max=kind.le, min_open=kind.gt is not None
+            )
+        case inspect.EnumType():
+            return click.Choice([member.value for member in kind.cls])
+        case inspect.VarTupleType(item_type=inspect.IntType()):
+            return IntegerList()
+        case inspect.StrType():
+            return click.STRING
+        case _:
+            raise TypeError(f"no flag can be made of the field {name} of type {kind}")
+
+
+def _unwrap(kind: inspect.Type) -> tuple[inspect.Type, str]:
+    """Return the type without ``Meta`` and ``| None``, and the description."""
+    description = ""
+    while True:
+        match kind:
+            case inspect.Metadata():
+                description = str((kind.extra_json_schema or {}).get("description", description))
+                kind = kind.type
+            case inspect.UnionType():
+                (kind,) = (member for member in kind.types if not isinstance(member, inspect.NoneType))
+            case _:
+                return kind, description
+
+
+def _canonical_unit(unit: str) -> str:
+    return unit.upper().replace("IB", "iB").removeprefix("B")

@@ -1,0 +1,31 @@
+"""``disagg models``."""
+
+import click
+import msgspec
+
+from disagg.cli.flags import format_bytes
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(as_json: bool) -> None:
+    """List what can be loaded without a download: the default model and the hub's cache."""
+    from disagg.models.listing import ModelListing, list_models
+
+    listings = list_models()
+    if as_json:
+        click.echo(msgspec.json.encode(listings, enc_hook=str))
+        return
+
+    def row(listing: ModelListing) -> tuple[str, ...]:
+        parameters = "" if listing.num_parameters is None else f"{listing.num_parameters / 1e6:,.0f} M"
+        context = "" if listing.max_position_embeddings is None else str(listing.max_position_embeddings)
+        return (listing.name, listing.architecture or "", parameters, context, format_bytes(listing.num_bytes))
+
+    rows = [("model", "architecture", "parameters", "context", "on disk"), *map(row, listings)]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
+    problems = ["", *(listing.problem or "" for listing in listings)]
+    for line, problem in zip(rows, problems, strict=True):
+        cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        click.echo(f"{cells}  {problem}".rstrip())
+    click.echo("\nAlso: any Hugging Face folder, GGUF file or hub id, as in: disagg serve PATH")

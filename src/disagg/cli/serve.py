@@ -1,0 +1,58 @@
+"""``disagg serve``."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from disagg.base.config import CacheSettings, ModelSettings, RouterSettings, SchedulerSettings, ServeSettings
+from disagg.base.request import Role
+from disagg.cli.flags import build, flags_of
+from disagg.cli.placement_file import choose_placement
+from disagg.serve.launch.deployment import Deployment, HostSettings
+
+_COUNT = click.IntRange(min=0)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--prefill", type=_COUNT, metavar="N", help="Prefill instances.  [default: 1]")
+@click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1]")
+@click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
+@click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
+@flags_of(ServeSettings, ModelSettings, without=("model",))
+@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least important messages to show.",
+)
+@click.pass_context
+def serve(ctx: click.Context, /, as_json: bool, log_level: str, placement: Path | None, **values: Any) -> None:
+    """Serve MODEL: a Hugging Face folder, a hub id or a GGUF file; without it, SmolLM2-135M-Instruct.
+
+    Starts the instances and an OpenAI-compatible API. Ctrl-C drains and ends all, a second one ends at once.
+    """
+    counts = {role: values[role.value] for role in Role}
+    deployment = Deployment(
+        placement=choose_placement(placement, counts),
+        model=build(ModelSettings, values),
+        cache=build(CacheSettings, values),
+        scheduler=build(SchedulerSettings, values),
+        router=build(RouterSettings, values),
+        serve=build(ServeSettings, values),
+        host=build(HostSettings, values),
+    )
+    from disagg.cli.serve_display import make_display
+
+    debug = ctx.find_root().params.get("debug", False)
+    with make_display(
+        as_json, logging.DEBUG if debug else logging.getLevelNamesMapping()[log_level.upper()]
+    ) as display:
+        from disagg.serve.launch.main import serve as run_server
+
+        run_server(deployment, display)

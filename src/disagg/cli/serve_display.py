@@ -1,0 +1,167 @@
+"""What ``disagg serve`` shows: progress while instances load, then where it listens, then what happens.
+
+Words for people go to stderr; stdout is for the one JSON line of ``--json``.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+
+import click
+
+import disagg
+from disagg.base.ids import InstanceId
+from disagg.base.messages import InstanceFacts
+from disagg.cli.flags import format_bytes
+from disagg.serve.router.interface import InstanceStatus
+
+
+class PlainDisplay:
+    """A ServerObserver that writes lines."""
+
+    def __init__(self, *, as_json: bool, started_s: float) -> None:
+        self._as_json = as_json
+        self._started_s = started_s
+        self._stages: dict[InstanceId, str] = {}
+        self._is_ready = False
+
+    def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
+        """See ServerObserver: each new stage is a line."""
+        if self._stages.get(instance) != stage:
+            self._stages[instance] = stage
+            say(f"{instance}: loading {stage}")
+
+    def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
+        """See ServerObserver."""
+        self._stages.pop(instance, None)
+        say(f"{instance}: ready after {facts.load_s:.1f} s" + (", serving again" if self._is_ready else ""))
+
+    def instance_line(self, instance: InstanceId, line: str) -> None:
+        """See ServerObserver."""
+        say(f"[{instance}] {line}")
+
+    def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
+        """See ServerObserver."""
+        if restart_in_s is None:
+            what = "it died too often and is given up"
+        else:
+            what = f"restarting it in {restart_in_s:g} s" if restart_in_s else "restarting it"
+        say(f"{instance} died: {how}; {what}")
+
+    def server_ready(self, url: str, model: str, instances: tuple[InstanceStatus, ...]) -> None:
+        """See ServerObserver."""
+        self._is_ready = True
+        took_s = time.monotonic() - self._started_s
+        if self._as_json:
+            click.echo(json.dumps(_ready_message(url, model, instances, took_s)))
+        say(f"\ndisagg {disagg.__version__} serves {model} on {url} (ready after {took_s:.1f} s)\n")
+        self.show_instances(instances)
+        say(f"\nTry:\n  {_curl(url, model)}\nor: disagg chat{'' if url.endswith(':8000') else f' --url {url}'}\n")
+
+    def server_stopping(self, why: str, drain_s: float) -> None:
+        """See ServerObserver."""
+        say(f"{why}: stopping; requests under way have {drain_s:g} s to finish (once more ends it at once)")
+
+    def show_instances(self, instances: tuple[InstanceStatus, ...]) -> None:
+        """Write the instances, one a line."""
+        rows = [instance_columns(), *(instance_row(status) for status in instances)]
+        widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+        for row in rows:
+            cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+            say("  " + "  ".join(cells).rstrip())
+
+    def close(self) -> None:
+        """End the display."""
+
+
+@contextmanager
+def make_display(as_json: bool, level: int) -> Iterator[PlainDisplay]:
+    """Give the display that fits stderr, and send log messages of at least ``level`` the same way."""
+    started_s = time.monotonic()
+    display = PlainDisplay(as_json=as_json, started_s=started_s)
+    if sys.stderr.isatty():
+        from disagg.cli.serve_progress import ProgressDisplay
+
+        display = ProgressDisplay(as_json=as_json, started_s=started_s)
+    with _logging(level):
+        try:
+            yield display
+        finally:
+            display.close()
+
+
+def say(line: str) -> None:
+    """Write a line for people."""
+    click.echo(line, err=True)
+
+
+def instance_columns() -> tuple[str, ...]:
+    """Return the names of the columns of ``instance_row``."""
+    return ("instance", "role", "pid", "device", "kernels", "KV pool", "longest")
+
+
+def instance_row(status: InstanceStatus) -> tuple[str, ...]:
+    """Return what there is to say about a ready instance."""
+    facts = status.facts
+    if facts is None:
+        return (status.instance, status.role.value, status.state.value)
+    pool = f"{facts.num_blocks} x {facts.block_size} tokens, {format_bytes(facts.kv_bytes)}"
+    return (
+        status.instance,
+        status.role.value,
+        str(facts.pid),
+        facts.device,
+        facts.kernel_backend,
+        pool,
+        f"{facts.max_model_len} tokens",
+    )
+
+
+def _ready_message(url: str, model: str, instances: tuple[InstanceStatus, ...], took_s: float) -> dict[str, object]:
+    return {
+        "url": url,
+        "model": model,
+        "version": disagg.__version__,
+        "ready_after_s": round(took_s, 3),
+        "instances": [
+            {
+                "instance": status.instance,
+                "role": status.role.value,
+                "pid": status.facts.pid if status.facts else None,
+                "max_model_len": status.facts.max_model_len if status.facts else None,
+            }
+            for status in instances
+        ],
+    }
+
+
+def _curl(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Name three rivers."}]})
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+class _SayHandler(logging.Handler):
+    """Writes log messages through ``say``, so that they do not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Show our messages of at least ``level``, and warnings of libraries."""
+    handler = _SayHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    root, ours = logging.getLogger(), logging.getLogger("disagg")
+    level_before = ours.level
+    root.addHandler(handler)
+    ours.setLevel(level)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        ours.setLevel(level_before)

@@ -1,0 +1,44 @@
+"""What the loop asks of whoever computes: run one step, and bring KV blocks to and from the shared pool."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from disagg.base.ids import BlockId
+from disagg.base.sampling import PositionLogprobs
+from disagg.engine.sequences import LiveSequence
+from disagg.scheduling.actions import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One chunk of a step, with the sequence it belongs to."""
+
+    sequence: LiveSequence
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What one chunk brought forth.
+
+    ``token_id`` is set when the chunk samples. ``prompt_logprobs``, where the sequence wants them, are those of the
+    tokens at positions ``chunk.start + 1`` to ``chunk.start + chunk.num_tokens``, as far as the prompt reaches.
+    """
+
+    token_id: int | None = None
+    logprobs: PositionLogprobs | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+class Executor(Protocol):
+    """The model behind the loop. Called from the loop's thread alone."""
+
+    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+        """Compute one step; one result for each chunk, in order."""
+
+    def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """Make computed blocks readable in the shared pool, before they are offered."""
+
+    def receive_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """Take over blocks that a pull wrote into the shared pool, before they are used."""

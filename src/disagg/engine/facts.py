@@ -1,0 +1,58 @@
+"""What an instance finds out at its start: how much its KV pool holds and how long a sequence can be."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from disagg.base.config import CacheSettings, DType, ModelSettings
+from disagg.base.errors import ConfigurationError
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The KV pool that fits, and the longest sequence, prompt plus answer, in tokens."""
+
+    layout: KvLayout
+    max_model_len: int
+
+
+def plan_capacity(model: ModelSettings, cache: CacheSettings, config: ModelConfig, kv_format: KvFormat) -> Capacity:
+    """Fill the KV memory with blocks, and bound sequences by what the model and the pool can take.
+
+    Raises ConfigurationError, with both numbers and the flag to change, when a sequence of the length asked for does
+    not fit.
+    """
+    one_block = KvLayout(
+        num_layers=config.num_layers,
+        num_blocks=1,
+        num_kv_heads=config.num_kv_heads,
+        block_size=cache.block_size,
+        head_dim=config.head_dim,
+        dtype={DType.FLOAT32: KvDtype.FLOAT32, DType.BFLOAT16: KvDtype.BFLOAT16}[model.dtype],
+        format=kv_format,
+    )
+    limit = config.max_position_embeddings
+    if model.max_model_len is not None and model.max_model_len > limit:
+        raise ConfigurationError(
+            f"--max-model-len {model.max_model_len} is over the model's own limit of {limit} tokens: lower it"
+        )
+    shortest = model.max_model_len or min(2, limit)
+    num_blocks = cache.kv_memory_bytes // one_block.block_bytes
+    needed = one_block.num_blocks_for(shortest)
+    if num_blocks < needed:
+        raise ConfigurationError(
+            f"a sequence of {shortest} tokens needs {needed} KV blocks, {needed * one_block.block_bytes} bytes, but "
+            f"--kv-memory is {cache.kv_memory_bytes} bytes: raise it, or lower --max-model-len or --block-size"
+        )
+    layout = msgspec.structs.replace(one_block, num_blocks=num_blocks)
+    return Capacity(layout=layout, max_model_len=model.max_model_len or min(limit, num_blocks * cache.block_size))
+
+
+def check_memory(layout: KvLayout, available_bytes: int, where: str) -> None:
+    """Raise ConfigurationError when the pool is larger than the memory that is left on ``where``."""
+    if layout.total_bytes > available_bytes:
+        raise ConfigurationError(
+            f"--kv-memory {layout.total_bytes} is more than the {available_bytes} bytes that {where} has left: lower it"
+        )

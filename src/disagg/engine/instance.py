@@ -1,0 +1,166 @@
+"""Building one live instance from its settings, reporting progress, and running its loop."""
+
+import gc
+import os
+import signal
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import psutil
+import torch
+
+from disagg.base.clock import Clock
+from disagg.base.config import Device, InstanceSettings
+from disagg.base.errors import ConfigurationError
+from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
+from disagg.engine.batch_builder import BatchBuilder
+from disagg.engine.control import ControlChannel
+from disagg.engine.event_log import EventLog
+from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.kernels.select import select_backend
+from disagg.engine.kv_store import make_kv_store
+from disagg.engine.loop import EngineLoop
+from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.weights import TORCH_DTYPES, load_weights
+from disagg.engine.model_executor import ModelExecutor
+from disagg.engine.prefault import PoolToucher
+from disagg.engine.pulls import Pulls
+from disagg.models.locate import load_config, locate_model
+from disagg.scheduling.replay import LogHeader
+from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.transfer.links import Links
+from disagg.transfer.pool import KvPool
+
+
+def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
+    """Load the model, say Ready, and serve until a Stop message or SIGTERM.
+
+    Raises ConfigurationError when the settings cannot be used.
+    """
+    with ExitStack() as stack:
+        loop = build_loop(settings, channel, clock, stack)
+        # Before this, SIGTERM ends the process at once: it holds nothing that needs an orderly end.
+        signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: the collector need not look at it again
+        loop.run()
+
+
+def build_loop(settings: InstanceSettings, channel: ControlChannel, clock: Clock, stack: ExitStack) -> EngineLoop:
+    """Build everything that an instance consists of; ``stack`` takes what must be closed."""
+    started_s = clock.now()
+    progress = _Progress(settings, channel)
+    progress.report("model", 0.0)
+    files = locate_model(settings.model.model)
+    config = load_config(files)
+    device = _device(settings.device)
+    backend = select_backend(device, TORCH_DTYPES[settings.model.dtype], settings.kernel_backend)
+    capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
+    incarnation = uuid.uuid4().hex
+    pool = _make_pool(capacity, incarnation, device, stack)
+    weights = load_weights(
+        files,
+        config,
+        backend,
+        dtype=settings.model.dtype,
+        device=device,
+        progress=lambda fraction: progress.report("weights", fraction),
+    )
+    decoder = Decoder(config, weights, backend, capacity.max_model_len)
+    executor = _make_executor(settings, decoder, pool, device)
+    pulls = _make_pulls(pool, channel, clock, stack)
+    scheduler, log = _make_scheduler(settings, capacity, stack)
+    facts = InstanceFacts(
+        pid=os.getpid(),
+        device=settings.device.value,
+        kernel_backend=backend.name,
+        num_blocks=capacity.layout.num_blocks,
+        block_size=capacity.layout.block_size,
+        max_model_len=capacity.max_model_len,
+        vocab_size=config.vocab_size,
+        weight_bytes=config.num_parameters * capacity.layout.dtype.itemsize,
+        kv_bytes=capacity.layout.total_bytes,
+        load_s=clock.now() - started_s,
+        pool=pool.address(),
+    )
+    ready = Ready(
+        version=PROTOCOL_VERSION,
+        instance=settings.instance,
+        incarnation=incarnation,
+        role=settings.role,
+        facts=facts,
+    )
+    return EngineLoop(ready, scheduler, executor, pulls, channel, clock, log)
+
+
+class _Progress:
+    """Tells the router how far the start has come, once for each percent."""
+
+    def __init__(self, settings: InstanceSettings, channel: ControlChannel) -> None:
+        self._instance = settings.instance
+        self._channel = channel
+        self._last = ("", 0)
+
+    def report(self, stage: str, fraction: float) -> None:
+        """Send a message unless the last one said the same."""
+        current = (stage, int(fraction * 100))
+        if current != self._last:
+            self._last = current
+            self._channel.send(Loading(instance=self._instance, stage=stage, fraction=fraction))
+
+
+def _device(device: Device) -> torch.device:
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ConfigurationError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; use --device cpu")
+    return torch.device(device.value)
+
+
+def _make_pool(capacity: Capacity, incarnation: str, device: torch.device, stack: ExitStack) -> KvPool:
+    if device.type == "cuda":
+        check_memory(capacity.layout, torch.cuda.mem_get_info(device)[0], "the CUDA device")
+    else:
+        check_memory(capacity.layout, psutil.virtual_memory().available, "this host")
+    pool = KvPool(capacity.layout, incarnation)
+    stack.callback(pool.close)
+    if device.type == "cpu":
+        toucher = PoolToucher(pool)
+        toucher.start()
+        stack.callback(toucher.stop)
+    return pool
+
+
+def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, device: torch.device) -> ModelExecutor:
+    builder = BatchBuilder(
+        max_tokens=max(settings.scheduler.max_batch_tokens, settings.scheduler.max_batch_size),
+        max_sequences=settings.scheduler.max_batch_size,
+        max_blocks=pool.layout.num_blocks_for(decoder.max_model_len),
+        device=device,
+    )
+    return ModelExecutor(decoder, make_kv_store(pool, device), builder)
+
+
+def _make_pulls(pool: KvPool, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Pulls:
+    # Closed in reverse: cancel what runs, then wait for the thread, which still wakes the channel.
+    thread = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-pull"))
+    pulls = Pulls(Links(pool, thread, clock), pool.layout.num_layers, channel.wake)
+    stack.callback(pulls.close)
+    return pulls
+
+
+def _make_scheduler(
+    settings: InstanceSettings, capacity: Capacity, stack: ExitStack
+) -> tuple[StepScheduler, EventLog | None]:
+    header = LogHeader(
+        settings=settings.scheduler,
+        num_blocks=capacity.layout.num_blocks,
+        block_size=capacity.layout.block_size,
+        prefix_caching=settings.cache.prefix_caching,
+    )
+    scheduler = StepScheduler(header.settings, header.num_blocks, header.block_size, header.prefix_caching)
+    if settings.event_log is None:
+        return scheduler, None
+    log = EventLog(settings.event_log, header)
+    stack.callback(log.close)
+    return scheduler, log

@@ -1,0 +1,1 @@
+"""The arithmetic of a decoder layer over paged KV blocks: one interface, a native CPU backend and a PyTorch backend."""

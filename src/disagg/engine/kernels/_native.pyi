@@ -1,0 +1,45 @@
+"""Types of the extension that setup.py builds from native/; addresses are what ``Tensor.data_ptr`` returns."""
+
+def use_openmp(path: str) -> bool: ...
+def instruction_sets() -> list[str]: ...
+
+class Step:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        num_kv_heads: int,
+        group: int,
+        head_dim: int,
+        block_size: int,
+        query_start: int,
+        context_lens: int,
+        block_tables: int,
+        num_rows: int,
+        num_sequences: int,
+        table_width: int,
+    ) -> None: ...
+
+class Kernels:
+    def __init__(self, instruction_set: str, bfloat16: bool) -> None: ...
+    def rms_norm(
+        self, x: int, residual: int, weight: int, out: int, rows: int, width: int, eps: float, num_threads: int
+    ) -> None: ...
+    def silu_and_mul(self, gate_up: int, out: int, rows: int, width: int, num_threads: int) -> None: ...
+    def argmax(self, logits: int, out: int, rows: int, width: int, num_threads: int) -> None: ...
+    def rope_and_write_kv(
+        self,
+        step: Step,
+        qkv: int,
+        q_out: int,
+        kv_layer: int,
+        cos_sin: int,
+        num_positions: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        num_threads: int,
+    ) -> None: ...
+    def attention(
+        self, step: Step, q: int, out: int, kv_layer: int, scale: float, window: int, num_threads: int
+    ) -> None: ...

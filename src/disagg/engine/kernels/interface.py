@@ -1,0 +1,93 @@
+"""What the decoder asks of a kernel backend. One implementation is native C++, one is plain PyTorch.
+
+Every tensor is on the backend's device. T is the number of new tokens in the step over all sequences, S the number
+of sequences, Hq and Hk the numbers of query and KV heads, D the head dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from disagg.cache.layout import KvFormat
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's sequences, concatenated. A decode is a sequence with one new token; a prefill chunk has more.
+
+    ``query_start``: int32 [S + 1], first row of each sequence, then T.
+    ``context_lens``: int32 [S], tokens in the KV cache once this step's tokens are written.
+    ``block_tables``: int32 [S, max blocks], KV blocks of each sequence in order; unused entries are 0.
+    ``token_ids``: int64 [T]. ``positions``: int32 [T]; row r of sequence s is at position
+    ``context_lens[s] - (query_start[s + 1] - query_start[s]) + r``.
+    ``logit_rows``: int64 [L], the rows of the T whose logits are wanted.
+    ``max_query_len`` and ``max_context_len`` are Python ints, so that no backend must read them back.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    logit_rows: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+
+
+class Linear(Protocol):
+    """A weight matrix in the form that its backend multiplies fastest."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T + bias``; x is [rows, in_features]."""
+
+
+class KernelBackend(Protocol):
+    """The operations of a decoder layer, over paged KV blocks."""
+
+    name: str
+    kv_format: KvFormat
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Pack ``weight`` [out_features, in_features]; the caller may drop its own reference."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight; x is [T, hidden]. The mean of squares is taken in float32."""
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Add x to ``residual`` in place, then return the normalised sum."""
+
+    def rope_and_write_kv(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: StepBatch,
+        num_heads: int,
+        num_kv_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Normalise (qk-norm, where given) and rotate Q and K, write K and V into the pool, return Q [T, Hq, D].
+
+        ``qkv`` is [T, (Hq + 2 Hk) * D]; ``cos_sin`` float32 [max position, D], cosines of the D / 2 frequencies, then
+        sines (Hugging Face's half-split rotation); ``kv_layer`` [num_blocks, 2, Hk, block_size * D] is one layer of
+        the pool in the backend's ``kv_format``.
+        """
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: StepBatch,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D].
+
+        With ``sliding_window`` w, position p sees positions p - w + 1 .. p.
+        """
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""

@@ -1,0 +1,192 @@
+// What a group of R query rows does with some keys and values: the parts that prefill and decode are made of.
+//
+// Scores come as vectors over keys, so that no product ends in a horizontal sum; maxima and sums are kept per row while
+// the keys pass (Milakov and Gimelshein 2018, as in FlashAttention).
+#pragma once
+
+#include "kernel_table.h"
+#include "micro_kernel.h"
+
+namespace disagg {
+namespace DISAGG_ISA {
+
+// Far below any score, yet finite: differences of masked scores stay numbers.
+constexpr float kMasked = -1e30f;
+constexpr float kLowestMaximum = -1e29f;
+
+// How one KV head lies in the pool, in units.
+struct HeadLayout {
+  int k_steps;          // head_dim / w
+  int head_dim;
+  int block_size;
+  int64_t head_units;   // K (or V) of one head of one block
+  int64_t block_units;  // from one block to the next
+  int64_t v_units;      // from K to V of the same head
+
+  template <class E>
+  static HeadLayout of(const AttentionArgs& args) {
+    const int k_steps = args.head_dim / E::kPerUnit;
+    const int64_t head_units = int64_t{args.block_size} * k_steps;
+    return {k_steps,    args.head_dim, args.block_size, head_units, 2 * args.num_kv_heads * head_units,
+            args.num_kv_heads * head_units};
+  }
+};
+
+// Rows are kept apart by a constant, so that a register tile addresses them by displacement.
+constexpr int kScoreStride = kTileKeys;
+template <class E>
+constexpr int kWeightStride = kTileKeys / E::kPerUnit;
+
+// Interleave the queries of ``rows`` rows by steps: what add_steps takes as ``a`` with ARow = 1.
+template <class E>
+DISAGG_INLINE void pack_query(const void* query, uint32_t* packed, int row, int rows, int k_steps) {
+  for (int step = 0; step < k_steps; ++step)
+    __builtin_memcpy(packed + step * rows + row, static_cast<const uint32_t*>(query) + step, sizeof(uint32_t));
+}
+
+template <class E, int R, int C, bool Prefetch>
+DISAGG_INLINE void score_columns(const uint32_t* packed, const uint32_t* const* k_vectors, const HeadLayout& layout,
+                                 int64_t ahead, float* scores) {
+  Tile<R, C> tile;
+  tile.clear();
+  const uint32_t* columns[C];
+  for (int c = 0; c < C; ++c) columns[c] = k_vectors[c];
+  add_steps<E, 1, R, Prefetch>(tile, packed, columns, layout.block_size, layout.k_steps, ahead);
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(scores + r * kScoreStride + c * kLanes, tile.sum[r][c]);
+}
+
+// Scores of R packed queries with ``num_vectors`` vectors of kLanes keys.
+template <class E, int R, bool Prefetch>
+void score(const uint32_t* packed, const uint32_t* const* k_vectors, int num_vectors, const HeadLayout& layout,
+           int64_t ahead, float* scores) {
+  for (; num_vectors >= kMaxColumns; num_vectors -= kMaxColumns) {
+    score_columns<E, R, kMaxColumns, Prefetch>(packed, k_vectors, layout, ahead, scores);
+    k_vectors += kMaxColumns;
+    scores += kMaxColumns * kLanes;
+  }
+  if constexpr (kMaxColumns > 2) {
+    if (num_vectors == 3) return score_columns<E, R, 3, Prefetch>(packed, k_vectors, layout, ahead, scores);
+    if (num_vectors == 2) return score_columns<E, R, 2, Prefetch>(packed, k_vectors, layout, ahead, scores);
+  }
+  if (num_vectors == 1) score_columns<E, R, 1, Prefetch>(packed, k_vectors, layout, ahead, scores);
+}
+
+// Maximum and sum of one row's weights so far; the maximum in base 2, the sum still per lane.
+struct RowState {
+  Floats sum;
+  float maximum;
+};
+
+// Keys that a row sees, counted from the first key at hand.
+struct SeenKeys {
+  int first;
+  int end;
+};
+
+// Turn one row's scores into weights; return what the row's older values must be multiplied with.
+template <class E, bool Masked>
+DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, SeenKeys seen, float to_base_2,
+                          RowState& state) {
+  Floats highest = broadcast(kMasked);
+  for (int vector = 0; vector < num_vectors; ++vector) {
+    Floats x = load<Floats>(scores + vector * kLanes);
+    if constexpr (Masked) {
+      const Ints key = lane_numbers(vector * kLanes);
+      x = (key >= seen.first) & (key < seen.end) ? x : broadcast(kMasked);
+      store(scores + vector * kLanes, x);
+    }
+    highest = maximum(highest, x);
+  }
+  const float tile_highest = max_of_lanes(highest) * to_base_2;
+  const float older = state.maximum;
+  const float newer = tile_highest > older ? tile_highest : older;
+  Floats sum = Floats{};
+  for (int vector = 0; vector < num_vectors; ++vector) {
+    const Floats x = load<Floats>(scores + vector * kLanes);
+    const Floats weight = exp2<E::kExpDegree>(x * to_base_2 - newer);
+    sum += weight;
+    E::store_floats(reinterpret_cast<typename E::Storage*>(weights) + vector * kLanes, weight);
+  }
+  const float correction = exp2<5>(broadcast(older - newer))[0];
+  state.sum = state.sum * correction + sum;
+  state.maximum = newer;
+  return correction;
+}
+
+// The last pair of keys may have one that nobody has written: its weight is 0, but its value may be NaN.
+template <class E, int R, int C>
+DISAGG_INLINE void add_half_step(Tile<R, C>& tile, const uint32_t* weights, const uint32_t* units) {
+  typename E::Operand operands[C];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) operands[c] = E::operand_of(load<Units>(units + c * kLanes) & 0x0000ffffu);
+  add_step<E, kWeightStride<E>>(tile, weights, operands);
+}
+
+template <class E, int R, int C, bool Prefetch>
+DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys,
+                                     const HeadLayout& layout, int64_t ahead, const float (&corrections)[R],
+                                     float* values, int first_dim) {
+  Tile<R, C> tile;
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c)
+      tile.sum[r][c] = load<Floats>(values + r * kMaxHeadDim + first_dim + c * kLanes) * corrections[r];
+  for (; num_keys > 0; num_keys -= layout.block_size, ++v_blocks) {
+    const int keys = num_keys < layout.block_size ? num_keys : layout.block_size;
+    const uint32_t* columns[C];
+    for (int c = 0; c < C; ++c) columns[c] = *v_blocks + first_dim + c * kLanes;
+    const int steps = keys / E::kPerUnit;
+    add_steps<E, kWeightStride<E>, 1, Prefetch>(tile, weights, columns, layout.head_dim, steps, ahead);
+    if (keys % E::kPerUnit)
+      add_half_step<E>(tile, weights + steps, columns[0] + int64_t{steps} * layout.head_dim);
+    weights += steps;
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(values + r * kMaxHeadDim + first_dim + c * kLanes, tile.sum[r][c]);
+}
+
+// Add the weighted values of ``num_keys`` keys to R rows of ``values``, after multiplying these with ``corrections``.
+template <class E, int R, bool Prefetch>
+void add_values(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys, const HeadLayout& layout,
+                int64_t ahead, const float (&corrections)[R], float* values) {
+  int left = layout.head_dim / kLanes;
+  int dim = 0;
+  // 5 vectors go as 3 + 2, 6 as 3 + 3: a single column would leave the multipliers waiting for loads.
+  for (; kMaxColumns == 4 && (left > 6 || left == 4); left -= 4, dim += 4 * kLanes)
+    add_value_columns<E, R, kMaxColumns, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
+  for (; kMaxColumns == 4 && left >= 3; left -= 3, dim += 3 * kLanes)
+    add_value_columns<E, R, 3, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
+  for (; left >= 2; left -= 2, dim += 2 * kLanes)
+    add_value_columns<E, R, 2, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
+  if (left) add_value_columns<E, R, 1, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
+}
+
+template <class E>
+DISAGG_INLINE void write_row(void* out, const float* values, float sum, int head_dim) {
+  const float inverse = 1.0f / sum;
+  for (int d = 0; d < head_dim; d += kLanes)
+    E::store_floats(static_cast<typename E::Storage*>(out) + d, load<Floats>(values + d) * inverse);
+}
+
+template <int R>
+struct RowCount {
+  static constexpr int value = R;
+};
+
+// Call ``body(RowCount<R>, first row)`` for all rows, kMaxRows at a time, then for those left.
+template <int R = kMaxRows, class Body>
+DISAGG_INLINE void for_row_groups(int row, int num_rows, const Body& body) {
+  if constexpr (R > 0) {
+    for (; num_rows - row >= R; row += R) body(RowCount<R>{}, row);
+    for_row_groups<R - 1>(row, num_rows, body);
+  }
+}
+
+}  // namespace DISAGG_ISA
+}  // namespace disagg

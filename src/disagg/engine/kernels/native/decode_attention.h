@@ -1,0 +1,142 @@
+// Attention of one new token over a range of its keys, for several KV heads at once.
+//
+// Decode waits for memory, so the order is memory's: block by block, K of all heads, then V of all heads, which is one
+// run of bytes; and each vector that is read asks for its counterpart in the following block.
+#pragma once
+
+#include "attention_rows.h"
+
+namespace disagg {
+namespace DISAGG_ISA {
+
+template <class E>
+class DecodeRange {
+ public:
+  // ``following`` is the first block this thread will read after this range.
+  DecodeRange(const AttentionArgs& args, const AttentionItem& item, int32_t following)
+      : args_(args),
+        item_(item),
+        layout_(HeadLayout::of<E>(args)),
+        table_(args.block_tables + item.sequence * args.table_stride),
+        heads_(static_cast<const uint32_t*>(args.kv_layer) + item.kv_head * layout_.head_units),
+        following_(following),
+        num_rows_(item.num_kv_heads * args.group) {
+    for (int head = 0; head < item.num_kv_heads; ++head)
+      for_row_groups(head * args.group, (head + 1) * args.group, [&](auto rows, int first) {
+        uint32_t* packed = queries_ + int64_t{first} * layout_.k_steps;
+        for (int r = 0; r < rows.value; ++r)
+          pack_query<E>(static_cast<const Storage*>(args_.q) + row_elements(first + r), packed, r, rows.value,
+                        layout_.k_steps);
+      });
+    for (int row = 0; row < num_rows_; ++row) {
+      states_[row] = {Floats{}, kLowestMaximum};
+      __builtin_memset(values_[row], 0, args_.head_dim * sizeof(float));
+    }
+  }
+
+  void run() {
+    const int first = item_.key_begin / args_.block_size;
+    const int last = (item_.key_end - 1) / args_.block_size;
+    for (int block = first; block <= last; ++block) {
+      const int32_t next = block < last ? table_[block + 1] : following_;
+      attend_block(block * args_.block_size, table_[block], next);
+    }
+  }
+
+  void write_output() const {
+    for (int row = 0; row < num_rows_; ++row)
+      write_row<E>(static_cast<Storage*>(args_.out) + row_elements(row), values_[row], sum_of_lanes(states_[row].sum),
+                   args_.head_dim);
+  }
+
+  // Per row its maximum, its sum, its values.
+  void write_partial(float* partial) const {
+    for (int row = 0; row < num_rows_; ++row, partial += args_.head_dim + 2) {
+      partial[0] = states_[row].maximum;
+      partial[1] = sum_of_lanes(states_[row].sum);
+      __builtin_memcpy(partial + 2, values_[row], args_.head_dim * sizeof(float));
+    }
+  }
+
+ private:
+  using Storage = typename E::Storage;
+
+  int64_t row_elements(int row) const {
+    const int64_t first_head = int64_t{item_.first_row} * args_.num_kv_heads + item_.kv_head;
+    return (first_head * args_.group + row) * args_.head_dim;
+  }
+
+  void attend_block(int key_begin, int32_t block, int32_t next) {
+    const int keys_left = item_.key_end - key_begin;
+    const int num_keys = keys_left < args_.block_size ? keys_left : args_.block_size;
+    const int num_vectors = (num_keys + kLanes - 1) / kLanes;
+    const int64_t ahead = (int64_t{next} - block) * layout_.block_units;
+    const uint32_t* k = heads_ + block * layout_.block_units;
+    for (int head = 0; head < item_.num_kv_heads; ++head) {
+      const uint32_t* k_vectors[kMaxBlockSize / kLanes];
+      for (int vector = 0; vector < num_vectors; ++vector)
+        k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
+      for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
+        score<E, rows.value, true>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_, ahead,
+                                   scores_ + first * kScoreStride);
+      });
+    }
+    const int position = item_.first_position - key_begin;
+    const SeenKeys seen{position - args_.window + 1, num_keys};
+    const auto apply = seen.first <= 0 && num_vectors * kLanes <= num_keys ? weigh<E, false> : weigh<E, true>;
+    for (int row = 0; row < num_rows_; ++row)
+      corrections_[row] = apply(scores_ + row * kScoreStride, weights_ + row * kWeightStride<E>, num_vectors, seen,
+                                args_.scale * kLog2E, states_[row]);
+    for (int head = 0; head < item_.num_kv_heads; ++head) {
+      const uint32_t* v = k + layout_.v_units + head * layout_.head_units;
+      for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
+        float corrections[rows.value];
+        for (int r = 0; r < rows.value; ++r) corrections[r] = corrections_[first + r];
+        add_values<E, rows.value, true>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_, ahead, corrections,
+                                        values_[first]);
+      });
+    }
+  }
+
+  const AttentionArgs& args_;
+  const AttentionItem& item_;
+  const HeadLayout layout_;
+  const int32_t* table_;
+  const uint32_t* heads_;
+  const int32_t following_;
+  const int num_rows_;
+  alignas(64) uint32_t queries_[kTileRows * kMaxHeadDim];
+  alignas(64) float values_[kTileRows][kMaxHeadDim];
+  alignas(64) float scores_[kTileRows * kScoreStride];
+  alignas(64) uint32_t weights_[kTileRows * kTileKeys];
+  RowState states_[kTileRows];
+  float corrections_[kTileRows];
+};
+
+// Join the partial results over consecutive ranges of one decode's keys.
+template <class E>
+void merge_ranges(const AttentionArgs& args, const AttentionItem& item, const float* partials, int num_partials) {
+  const int64_t row_floats = args.head_dim + 2;
+  const int num_rows = item.num_kv_heads * args.group;
+  const int64_t stride = num_rows * row_floats;
+  const int64_t first_head = (int64_t{item.first_row} * args.num_kv_heads + item.kv_head) * args.group;
+  for (int row = 0; row < num_rows; ++row) {
+    const float* first = partials + row * row_floats;
+    float highest = kLowestMaximum;
+    for (int i = 0; i < num_partials; ++i) highest = first[i * stride] > highest ? first[i * stride] : highest;
+    alignas(64) float values[kMaxHeadDim] = {};
+    float sum = 0.0f;
+    for (int i = 0; i < num_partials; ++i) {
+      const float* part = first + i * stride;
+      const float factor = exp2<5>(broadcast(part[0] - highest))[0];
+      sum += part[1] * factor;
+      for (int d = 0; d < args.head_dim; d += kLanes)
+        store(values + d, load<Floats>(values + d) + load<Floats>(part + 2 + d) * factor);
+    }
+    write_row<E>(static_cast<typename E::Storage*>(args.out) + (first_head + row) * args.head_dim, values, sum,
+                 args.head_dim);
+  }
+}
+
+}  // namespace DISAGG_ISA
+}  // namespace disagg

@@ -1,0 +1,91 @@
+// What the bindings call: plain structs and one table of functions per instruction set.
+//
+// A "unit" is the 32-bit word of the INTERLEAVED pool: one float32, or two bfloat16 that a dot-product instruction
+// multiplies together. With w elements per unit a KV head of a block holds K as [head_dim / w][block_size] units and
+// V as [block_size / w][head_dim] units.
+#pragma once
+
+#include <cstdint>
+
+namespace disagg {
+
+enum ElementType { kFloat32 = 0, kBFloat16 = 1, kNumElementTypes = 2 };
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kMinBlockSize = 16;
+constexpr int kMaxBlockSize = 64;
+// Rows (new tokens times query heads) that one piece of work keeps in its hands.
+constexpr int kTileRows = 48;
+// Keys handled between two corrections of the running maximum; a multiple of every block size.
+constexpr int kTileKeys = 128;
+// A decode is cut into ranges of so many keys. Fixed, so that an answer depends neither on threads nor on the batch.
+constexpr int kSplitKeys = 256;
+
+struct AttentionArgs {
+  const void* q;              // [T, num_kv_heads * group, head_dim]
+  void* out;                  // as q
+  const void* kv_layer;       // [num_blocks, 2, num_kv_heads, block_size * head_dim]
+  const int32_t* block_tables;
+  int64_t table_stride;
+  int num_kv_heads;
+  int group;                  // query heads per KV head
+  int head_dim;
+  int block_size;
+  float scale;
+  int window;                 // INT32_MAX: none
+};
+
+// One thread's piece of work, of one sequence: a tile of new tokens for one KV head with all keys it sees, or a decode
+// for some KV heads with a range of its keys.
+struct AttentionItem {
+  int32_t sequence;
+  int32_t kv_head;
+  int32_t num_kv_heads;
+  int32_t first_row;          // of the T rows
+  int32_t num_tokens;
+  int32_t first_position;
+  int32_t key_begin;          // a multiple of the block size
+  int32_t key_end;
+  int32_t split_group;        // which decode of Step this is a range of; -1: the item is complete in itself
+  int64_t partial;            // where its partial result goes, in floats
+};
+
+struct RopeArgs {
+  const void* qkv;            // [T, (num_heads + 2 * num_kv_heads) * head_dim]
+  void* q_out;                // [T, num_heads, head_dim]
+  void* kv_layer;
+  const float* cos_sin;       // [max position, head_dim]
+  const void* q_norm;         // [head_dim] or null
+  const void* k_norm;
+  const int32_t* positions;   // [T]
+  const int32_t* slots;       // [T], block * block_size + place in the block
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_size;
+  float eps;
+};
+
+// Kernels of one instruction set and one element type. Row ranges are half open.
+struct Kernels {
+  void (*prefill)(const AttentionArgs&, const AttentionItem&);
+  // ``partial`` is null, or takes the result over a range of keys: per query head its maximum (base 2), its sum, then
+  // head_dim weighted values. ``following`` is the block that this thread will read next.
+  void (*decode)(const AttentionArgs&, const AttentionItem&, float* partial, int32_t following);
+  // Join ``num_partials`` results over consecutive ranges of keys into row ``first_row`` of the output.
+  void (*merge)(const AttentionArgs&, const AttentionItem&, const float* partials, int num_partials);
+  void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);
+  // ``residual`` is null, or is replaced by residual + x, which is then normalised.
+  void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
+                   int64_t row_begin, int64_t row_end);
+  void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  void (*argmax)(const void* logits, int64_t* out, int64_t width, int64_t row_begin, int64_t row_end);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Kernels* kernels;     // [kNumElementTypes]
+};
+
+}  // namespace disagg

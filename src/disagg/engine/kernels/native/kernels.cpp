@@ -1,0 +1,36 @@
+// Compiled once per instruction set, with DISAGG_ISA as its name and the compiler's flags for it (see setup.py).
+
+#include "decode_attention.h"
+#include "elementwise.h"
+#include "kernel_table.h"
+#include "prefill_attention.h"
+
+namespace disagg {
+namespace DISAGG_ISA {
+
+template <class E>
+void prefill(const AttentionArgs& args, const AttentionItem& item) {
+  PrefillTile<E>(args, item).run();
+}
+
+template <class E>
+void decode(const AttentionArgs& args, const AttentionItem& item, float* partial, int32_t following) {
+  DecodeRange<E> range(args, item, following);
+  range.run();
+  if (partial != nullptr) {
+    range.write_partial(partial);
+  } else {
+    range.write_output();
+  }
+}
+
+template <class E>
+constexpr Kernels kernels_for() {
+  return {prefill<E>, decode<E>, merge_ranges<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>, argmax<E>};
+}
+
+extern const Kernels kKernels[kNumElementTypes];
+const Kernels kKernels[kNumElementTypes] = {kernels_for<F32>(), kernels_for<BF16>()};
+
+}  // namespace DISAGG_ISA
+}  // namespace disagg

@@ -1,0 +1,152 @@
+// Python bindings. Tensors come as addresses: native_backend.py has checked types and shapes, Step has checked indices.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <climits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+#include "parallel.h"
+#include "step.h"
+
+namespace py = pybind11;
+
+namespace disagg {
+
+#define DISAGG_DECLARE(isa) \
+  namespace isa {           \
+  extern const Kernels kKernels[kNumElementTypes]; \
+  }
+DISAGG_DECLARE(portable)
+#if defined(DISAGG_X86)
+DISAGG_DECLARE(avx2)
+DISAGG_DECLARE(avx512)
+DISAGG_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Fastest first.
+std::vector<InstructionSet> supported_instruction_sets() {
+  std::vector<InstructionSet> all = {
+#if defined(DISAGG_X86)
+      {"avx512_bf16",
+       [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); },
+       avx512_bf16::kKernels},
+      {"avx512",
+       [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("avx512dq"); },
+       avx512::kKernels},
+      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kKernels},
+#endif
+      {"portable", [] { return true; }, portable::kKernels},
+  };
+  std::vector<InstructionSet> usable;
+  for (const InstructionSet& set : all)
+    if (set.supported()) usable.push_back(set);
+  return usable;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : supported_instruction_sets()) names.emplace_back(set.name);
+  return names;
+}
+
+// The kernels of one instruction set and element type, as Python sees them.
+class BoundKernels {
+ public:
+  BoundKernels(const std::string& instruction_set, bool bfloat16) : bfloat16_(bfloat16) {
+    for (const InstructionSet& set : supported_instruction_sets())
+      if (set.name == instruction_set) kernels_ = &set.kernels[bfloat16 ? kBFloat16 : kFloat32];
+    if (kernels_ == nullptr) throw std::invalid_argument("this processor has no " + instruction_set);
+  }
+
+  void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
+                float eps, int num_threads) const {
+    for_each_range(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+      kernels_->rms_norm(at<void>(x), at<void>(residual), at<void>(weight), at<void>(out), width, eps, begin, end);
+    });
+  }
+
+  void silu_and_mul(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
+    for_each_range(rows, 2 * width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+      kernels_->silu_and_mul(at<void>(gate_up), at<void>(out), width, begin, end);
+    });
+  }
+
+  void argmax(uintptr_t logits, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
+    for_each_range(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+      kernels_->argmax(at<void>(logits), at<int64_t>(out), width, begin, end);
+    });
+  }
+
+  void rope_and_write_kv(const Step& step, uintptr_t qkv, uintptr_t q_out, uintptr_t kv_layer, uintptr_t cos_sin,
+                         int64_t num_positions, uintptr_t q_norm, uintptr_t k_norm, float eps, int num_threads) const {
+    if (step.longest_context() > num_positions)
+      throw std::out_of_range("a context of " + std::to_string(step.longest_context()) + " tokens, angles for " +
+                              std::to_string(num_positions));
+    const StepShape& shape = step.shape();
+    const int num_heads = shape.num_kv_heads * shape.group;
+    const RopeArgs args{at<void>(qkv),    at<void>(q_out),  at<void>(kv_layer), at<float>(cos_sin),
+                        at<void>(q_norm), at<void>(k_norm), step.positions(),   step.slots(),
+                        num_heads,        shape.num_kv_heads, shape.head_dim,   shape.block_size, eps};
+    const int64_t row_bytes = int64_t{num_heads + 2 * shape.num_kv_heads} * shape.head_dim * item_bytes();
+    for_each_range(step.num_rows(), row_bytes, num_threads,
+                   [&](int64_t begin, int64_t end) { kernels_->rope_and_write_kv(args, begin, end); });
+  }
+
+  void attention(Step& step, uintptr_t q, uintptr_t out, uintptr_t kv_layer, float scale, int window,
+                 int num_threads) const {
+    const py::gil_scoped_release unlocked;
+    step.attend(*kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), scale, window, num_threads);
+  }
+
+ private:
+  int64_t item_bytes() const { return bfloat16_ ? 2 : 4; }
+
+  const Kernels* kernels_ = nullptr;
+  bool bfloat16_;
+};
+
+Step make_step(int64_t num_blocks, int num_kv_heads, int group, int head_dim, int block_size, uintptr_t query_start,
+               uintptr_t context_lens, uintptr_t block_tables, int64_t num_rows, int64_t num_sequences,
+               int64_t table_width) {
+  if (head_dim < 16 || head_dim % 16 || head_dim > kMaxHeadDim || block_size < kMinBlockSize ||
+      block_size > kMaxBlockSize || block_size % kMinBlockSize || kTileKeys % block_size || group < 1 || group > kTileRows)
+    throw std::invalid_argument("no native kernel for head dimension " + std::to_string(head_dim) + ", block size " +
+                                std::to_string(block_size) + ", " + std::to_string(group) + " query heads per KV head");
+  const StepArrays arrays{at<int32_t>(query_start), at<int32_t>(context_lens), at<int32_t>(block_tables),
+                          num_rows, num_sequences, table_width};
+  return Step({num_blocks, num_kv_heads, group, head_dim, block_size}, arrays);
+}
+
+}  // namespace
+}  // namespace disagg
+
+PYBIND11_MODULE(_native, module) {
+  using namespace disagg;
+  module.doc() = "CPU kernels over paged KV blocks; see kernel_table.h for the layouts.";
+  module.def("use_openmp", &use_openmp, py::arg("path"));
+  module.def("instruction_sets", &instruction_sets);
+  py::class_<Step>(module, "Step")
+      .def(py::init(&make_step), py::kw_only(), py::arg("num_blocks"), py::arg("num_kv_heads"), py::arg("group"),
+           py::arg("head_dim"), py::arg("block_size"), py::arg("query_start"), py::arg("context_lens"),
+           py::arg("block_tables"), py::arg("num_rows"), py::arg("num_sequences"), py::arg("table_width"));
+  py::class_<BoundKernels>(module, "Kernels")
+      .def(py::init<const std::string&, bool>(), py::arg("instruction_set"), py::arg("bfloat16"))
+      .def("rms_norm", &BoundKernels::rms_norm)
+      .def("silu_and_mul", &BoundKernels::silu_and_mul)
+      .def("argmax", &BoundKernels::argmax)
+      .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
+      .def("attention", &BoundKernels::attention);
+}

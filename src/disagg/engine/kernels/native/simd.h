@@ -1,0 +1,196 @@
+// Vectors of 32-bit lanes for whatever instruction set this file is compiled for (GCC and Clang vector extensions).
+//
+// Everything is inside a namespace named after the instruction set, so that no function compiled for AVX-512 can be
+// taken by the linker for a machine without it. For the same reason no inline function of the C++ library is used.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define DISAGG_INLINE inline __attribute__((always_inline))
+
+namespace disagg {
+namespace DISAGG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kMaxRows = 6;  // Register tile: 6 x 4 accumulators, 4 operands, 1 broadcast of 32 registers.
+constexpr int kMaxColumns = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kMaxRows = 4;
+constexpr int kMaxColumns = 2;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kMaxRows = 4;
+constexpr int kMaxColumns = 2;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Units __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class Vector>
+DISAGG_INLINE Vector load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <class Vector>
+DISAGG_INLINE void store(void* to, Vector vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+DISAGG_INLINE Units broadcast(uint32_t unit) { return Units{} + unit; }
+DISAGG_INLINE Floats broadcast(float value) { return (Floats)broadcast(__builtin_bit_cast(uint32_t, value)); }
+
+DISAGG_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+
+DISAGG_INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Lanes first, first + 1, ... as integers.
+DISAGG_INLINE Ints lane_numbers(int first) {
+  static const int32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<Ints>(counting) + first;
+}
+
+template <int Lanes>
+struct Reduce {
+  typedef float Whole __attribute__((vector_size(Lanes * 4)));
+  typedef float Half __attribute__((vector_size(Lanes * 2)));
+  static DISAGG_INLINE float sum(Whole x) {
+    Half low, high;
+    split(x, low, high);
+    return Reduce<Lanes / 2>::sum(low + high);
+  }
+  static DISAGG_INLINE float max(Whole x) {
+    Half low, high;
+    split(x, low, high);
+    return Reduce<Lanes / 2>::max(low > high ? low : high);
+  }
+  static DISAGG_INLINE void split(Whole x, Half& low, Half& high) {
+    __builtin_memcpy(&low, &x, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
+  }
+};
+
+template <>
+struct Reduce<2> {
+  typedef float Whole __attribute__((vector_size(8)));
+  static DISAGG_INLINE float sum(Whole x) { return x[0] + x[1]; }
+  static DISAGG_INLINE float max(Whole x) { return x[0] > x[1] ? x[0] : x[1]; }
+};
+
+DISAGG_INLINE float sum_of_lanes(Floats x) { return Reduce<kLanes>::sum(x); }
+DISAGG_INLINE float max_of_lanes(Floats x) { return Reduce<kLanes>::max(x); }
+
+// 2^x for x <= 127 with a relative error of 1e-4 (Degree 3) or 1e-7 (Degree 5); exactly 0 at and below -127.
+// Minimax polynomials of 2^f on [-0.5, 0.5] with constant term 1.
+template <int Degree>
+DISAGG_INLINE Floats exp2(Floats x) {
+  const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = maximum(x, broadcast(-127.0f));
+  const Floats shifted = x + rounding;
+  const Floats f = x - (shifted - rounding);
+  Floats p;
+  if constexpr (Degree == 3) {
+    p = 0.05500892922282219f * f + 0.2422109693288803f;
+    p = p * f + 0.6932829022407532f;
+  } else {
+    static_assert(Degree == 5);
+    p = 0.001326472731307149f * f + 0.009671512991189957f;
+    p = p * f + 0.05550733581185341f;
+    p = p * f + 0.24022242426872253f;
+    p = p * f + 0.6931470036506653f;
+  }
+  p = p * f + 1.0f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Element types. ``Operand`` is a vector of units as the multiplier wants it, ``multiply_add`` adds the product with
+// one broadcast unit to float32 sums.
+struct F32 {
+  using Storage = float;
+  static constexpr int kPerUnit = 1;
+  static constexpr int kExpDegree = 5;
+  using Operand = Floats;
+  using Factor = Floats;
+  static DISAGG_INLINE Operand operand(const void* units) { return load<Floats>(units); }
+  static DISAGG_INLINE Operand operand_of(Units units) { return (Floats)units; }
+  static DISAGG_INLINE Factor factor(uint32_t unit) { return (Floats)broadcast(unit); }
+  static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) { return a * b + sum; }
+  static DISAGG_INLINE Floats load_floats(const float* from) { return load<Floats>(from); }
+  static DISAGG_INLINE void store_floats(float* to, Floats x) { store(to, x); }
+  static DISAGG_INLINE float to_float(float x) { return x; }
+  static DISAGG_INLINE float from_float(float x) { return x; }
+};
+
+struct BF16 {
+  using Storage = uint16_t;
+  static constexpr int kPerUnit = 2;
+  static constexpr int kExpDegree = 3;
+#if defined(__AVX512BF16__)
+  using Operand = Units;
+  using Factor = Units;
+  static DISAGG_INLINE Operand operand_of(Units units) { return units; }
+  static DISAGG_INLINE Factor factor(uint32_t unit) { return broadcast(unit); }
+  static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(to, &rounded, sizeof(rounded));
+  }
+#else
+  struct Operand {
+    Floats low, high;
+  };
+  using Factor = Operand;
+  static DISAGG_INLINE Operand operand_of(Units units) {
+    return {(Floats)(units << 16), (Floats)(units & 0xffff0000u)};
+  }
+  static DISAGG_INLINE Factor factor(uint32_t unit) {
+    return {(Floats)broadcast(unit << 16), (Floats)broadcast(unit & 0xffff0000u)};
+  }
+  static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
+    return a.low * b.low + (a.high * b.high + sum);
+  }
+  static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) {
+    const Units bits = (Units)x;
+    const Units rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+    store(to, __builtin_convertvector(rounded, Halves));
+  }
+#endif
+  static DISAGG_INLINE Operand operand(const void* units) { return operand_of(load<Units>(units)); }
+  static DISAGG_INLINE Floats load_floats(const uint16_t* from) {
+    return (Floats)(__builtin_convertvector(load<Halves>(from), Units) << 16);
+  }
+  static DISAGG_INLINE float to_float(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
+  // Round to nearest even. Infinities stay, a NaN may become another NaN or an infinity: neither occurs in a sane model.
+  static DISAGG_INLINE uint16_t from_float(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    return static_cast<uint16_t>((bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16);
+  }
+};
+
+DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+
+}  // namespace DISAGG_ISA
+}  // namespace disagg

@@ -1,0 +1,242 @@
+"""The kernel backend on the native CPU kernels of ``native/``, with oneDNN's packed weights for the matrix products."""
+
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from disagg.base.errors import InternalError
+from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.interface import Linear, StepBatch
+
+try:
+    from disagg.engine.kernels import _native
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _import_error = error
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+_NO_WINDOW: Final = 2**31 - 1
+_OPENMP_LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
+
+
+def native_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the native kernels cannot serve ``dtype`` on ``device``, or None when they can."""
+    if device.type != "cpu":
+        return f"they are for the CPU, not for {device}"
+    if dtype not in DTYPES:
+        return f"they have no {dtype}; use float32 or bfloat16"
+    if _import_error is not None:
+        return f"they were not built when disagg was installed ({_import_error}); install a C++ compiler and reinstall"
+    return None
+
+
+class NativeBackend:
+    """Every operation of a decoder layer in C++, for float32 and bfloat16 on the CPU.
+
+    ``instruction_set`` is one of ``instruction_sets()``, by default the fastest this processor has. Work is spread
+    over ``torch.get_num_threads()`` threads of PyTorch's own pool. A StepBatch and its tensors must not change while
+    it is in use: it is checked and planned once per step, and the indices in it are trusted from then on.
+
+    Activations and weights must share one element type and be contiguous; a mistake raises InternalError, as does a
+    block id outside the pool.
+    """
+
+    name = "native"
+    kv_format = KvFormat.INTERLEAVED
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        self.instruction_set = instruction_set or instruction_sets()[0]
+        self._kernels = {dtype: _native.Kernels(self.instruction_set, dtype is torch.bfloat16) for dtype in DTYPES}
+        self._step: tuple[StepBatch, torch.Size, int, _native.Step] | None = None
+        share_openmp()
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Pack ``weight`` for oneDNN; without oneDNN it stays as it is."""
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return lambda x: functional.linear(x, weight, bias)
+        return _PackedLinear(weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""
+        return self._rms_norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Add x to ``residual`` in place, then return the normalised sum."""
+        return self._rms_norm(x, residual, weight, eps)
+
+    def rope_and_write_kv(  # noqa: PLR0913
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: StepBatch,
+        num_heads: int,
+        num_kv_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Normalise and rotate Q and K, write K and V into the pool, return Q [T, Hq, D]."""
+        num_positions, head_dim = cos_sin.shape
+        rows = len(qkv)
+        step = self._prepare(batch, kv_layer, num_heads, head_dim)
+        _check(qkv, qkv.dtype, rows * (num_heads + 2 * num_kv_heads) * head_dim)
+        _check(cos_sin, torch.float32, num_positions * head_dim)
+        for norm in (q_norm, k_norm):
+            if norm is not None:
+                _check(norm, qkv.dtype, head_dim)
+        if kv_layer.dtype is not qkv.dtype or rows != len(batch.token_ids):
+            raise InternalError(f"{rows} rows of {qkv.dtype} for a step of {len(batch.token_ids)} and {kv_layer.dtype}")
+        q = qkv.new_empty((rows, num_heads, head_dim))
+        try:
+            self._kernels[qkv.dtype].rope_and_write_kv(
+                step,
+                qkv.data_ptr(),
+                q.data_ptr(),
+                kv_layer.data_ptr(),
+                cos_sin.data_ptr(),
+                num_positions,
+                0 if q_norm is None else q_norm.data_ptr(),
+                0 if k_norm is None else k_norm.data_ptr(),
+                eps,
+                torch.get_num_threads(),
+            )
+        except IndexError as error:
+            raise InternalError(f"step refused: {error}") from error
+        return q
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: StepBatch,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D]."""
+        rows, num_heads, head_dim = q.shape
+        step = self._prepare(batch, kv_layer, num_heads, head_dim)
+        _check(q, kv_layer.dtype, len(batch.token_ids) * num_heads * head_dim)
+        out = q.new_empty((rows, num_heads * head_dim))
+        window = _NO_WINDOW if sliding_window is None else sliding_window
+        self._kernels[q.dtype].attention(
+            step, q.data_ptr(), out.data_ptr(), kv_layer.data_ptr(), scale, window, torch.get_num_threads()
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""
+        rows, width = gate_up.shape
+        _check(gate_up, gate_up.dtype, rows * width)
+        out = gate_up.new_empty((rows, width // 2))
+        self._kernels[gate_up.dtype].silu_and_mul(
+            gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
+        )
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return int64 [rows], the first of the largest of each row of ``logits`` [rows, vocabulary]."""
+        rows, width = logits.shape
+        _check(logits, logits.dtype, rows * width)
+        out = torch.empty(rows, dtype=torch.int64)
+        self._kernels[logits.dtype].argmax(logits.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        return out
+
+    def _rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        rows, width = x.shape
+        dtype = x.dtype
+        _check(x, dtype, rows * width)
+        _check(weight, dtype, width)
+        if residual is not None:
+            _check(residual, dtype, rows * width)
+        out = torch.empty_like(x)
+        self._kernels[dtype].rms_norm(
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            eps,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _prepare(self, batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":
+        """Return the native form of ``batch``: made by the first layer, found again by the others."""
+        shape = kv_layer.shape
+        known = self._step
+        if known is not None and known[0] is batch and known[1] == shape and known[2] == num_heads:
+            return known[3]
+        step = _make_step(batch, kv_layer, num_heads, head_dim)
+        self._step = (batch, shape, num_heads, step)
+        return step
+
+
+class _PackedLinear:
+    """A weight matrix in the blocked order that oneDNN's inner product wants."""
+
+    __slots__ = ("_apply", "_bias", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._apply = torch.ops.mkldnn._linear_pointwise.default
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._apply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that the kernels were built for and this processor has, the fastest first."""
+    return _native.instruction_sets()
+
+
+def share_openmp() -> bool:
+    """Let the kernels use the OpenMP threads that PyTorch uses: two pools would spin against each other.
+
+    Returns False, and all kernels stay on the calling thread, where PyTorch was built without a known OpenMP runtime.
+    """
+    with Path("/proc/self/maps").open() as maps:
+        paths = {line.split()[-1] for line in maps if "/" in line}
+    return any(_native.use_openmp(path) for path in sorted(paths) if Path(path).name.startswith(_OPENMP_LIBRARIES))
+
+
+def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":
+    num_blocks, _, num_kv_heads, head_elements = kv_layer.shape
+    num_sequences, table_width = batch.block_tables.shape
+    if not kv_layer.is_contiguous():
+        raise InternalError(f"the KV pool must be contiguous, its strides are {kv_layer.stride()}")
+    _check(batch.query_start, torch.int32, num_sequences + 1)
+    _check(batch.context_lens, torch.int32, num_sequences)
+    _check(batch.block_tables, torch.int32, num_sequences * table_width)
+    try:
+        return _native.Step(
+            num_blocks=num_blocks,
+            num_kv_heads=num_kv_heads,
+            group=num_heads // num_kv_heads,
+            head_dim=head_dim,
+            block_size=head_elements // head_dim,
+            query_start=batch.query_start.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            num_rows=len(batch.token_ids),
+            num_sequences=num_sequences,
+            table_width=table_width,
+        )
+    except (IndexError, ValueError) as error:
+        raise InternalError(f"step refused: {error}") from error
+
+
+def _check(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
+    """Refuse what the kernels would read wrongly: they see an address and nothing else."""
+    if tensor.dtype is not dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
+        raise InternalError(
+            f"a kernel got {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
+            f"it needs {num_elements} contiguous elements of {dtype}"
+        )

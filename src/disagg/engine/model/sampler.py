@@ -1,0 +1,203 @@
+"""Choosing the next token of every sequence in a step.
+
+A token is drawn by the Gumbel-max rule, argmax(log p + noise), because the noise belongs to the token: a small change
+of the logits (another batch, another chunking, another kernel) seldom changes the choice. Only tokens above a
+probability floor get noise of their own; the tail below it competes as one token of its whole mass, and when it wins, a
+second draw picks within it. That is the same distribution exactly, and spares hashing the vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from disagg.base.errors import InternalError
+from disagg.base.sampling import PositionLogprobs, SamplingParams
+from disagg.engine.model.adjustments import SamplingRow, adjust_logits
+from disagg.engine.model.logprobs import position_logprobs
+from disagg.engine.model.noise import gumbel, noise_key, uniform
+
+_LOWEST_TEMPERATURE: Final = 1e-5
+"""Below it the most likely token is taken, as in vLLM: the division would overflow."""
+
+_HEAD_FLOOR: Final = -9.0
+"""Log-probability above which a token has noise of its own: at most e^9 = 8103 tokens of any row."""
+
+_MASS_ERROR: Final = 1e-5
+"""More than the rounding of a row's probabilities, summed."""
+
+_TAIL: Final = -1
+_WITHIN_TAIL: Final = -2
+"""Counters of the tail's noise; tokens use their ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The chosen token, with log-probabilities where the row's parameters ask for them."""
+
+    token_id: int
+    logprobs: PositionLogprobs | None = None
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Choose one token for each row of ``logits`` float32 [B, vocab], which may be overwritten.
+
+    The choice depends on the row's logits, parameters, tokens and position alone, not on the other rows.
+    Raises InternalError when a row has no finite maximum: a fault of the model, not to be hidden.
+    """
+    if not rows:
+        return []
+    reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    adjusts = any(row.adjusts for row in rows)
+    raw = logits[reported] if reported and (adjusts or len(reported) < len(rows)) else logits
+    if raw is logits and reported and adjusts:
+        raw = logits.clone()
+    if adjusts:
+        adjust_logits(logits, rows)
+    token_ids = _choose(logits, rows)
+    if not reported:
+        return [SampledToken(token_id) for token_id in token_ids]
+    logprobs = position_logprobs(
+        raw, [token_ids[index] for index in reported], [rows[index].params.logprobs or 0 for index in reported]
+    )
+    of_row = dict(zip(reported, logprobs, strict=True))
+    return [SampledToken(token_id, of_row.get(index)) for index, token_id in enumerate(token_ids)]
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _LOWEST_TEMPERATURE]
+    if len(drawn) == len(rows):
+        return _draw(logits, rows)
+    highest, best = logits.max(dim=-1)
+    if not bool(highest.isfinite().all()):
+        raise _broken(int((~highest.isfinite()).nonzero()[0]), len(rows))
+    token_ids: list[int] = best.tolist()
+    if drawn:
+        for index, token_id in zip(drawn, _draw(logits[drawn], [rows[index] for index in drawn]), strict=True):
+            token_ids[index] = token_id
+    return token_ids
+
+
+def _broken(row: int, num_rows: int) -> InternalError:
+    return InternalError(f"the logits of row {row} of {num_rows} hold NaN or infinity, or forbid every token")
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Draw one token for each row by its temperature and truncation."""
+    temperatures = [row.params.temperature for row in rows]
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device).unsqueeze(1)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    places, values = _above_floor(logprobs)
+    row_of, tokens = np.divmod(places, logits.shape[1])
+    starts = np.searchsorted(row_of, np.arange(len(rows) + 1)).tolist()
+    keys = np.array([noise_key(row.params.seed, row.position) for row in rows], dtype=np.uint64)
+    scores = values + gumbel(keys[row_of], tokens)
+    tail_noise = gumbel(keys, np.full(len(rows), _TAIL))
+    token_ids = []
+    for index, (start, end) in enumerate(pairwise(starts)):
+        head = _Head(tokens[start:end], values[start:end], scores[start:end])
+        noise, key = float(tail_noise[index]), keys[index : index + 1]
+        token_id = _draw_row(head, rows[index].params, logprobs[index], noise, key)
+        if token_id is None:
+            raise _broken(index, len(rows))
+        token_ids.append(token_id)
+    return token_ids
+
+
+def _above_floor(logprobs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return where the flattened ``logprobs`` exceed ``_HEAD_FLOOR``, and their values there."""
+    flat = logprobs.view(-1)
+    if flat.device.type == "cpu":
+        places = np.flatnonzero(flat.numpy() > _HEAD_FLOOR)  # twice as fast as torch's nonzero
+        return places, flat.numpy()[places].astype(np.float64)
+    found = (flat > _HEAD_FLOOR).nonzero().squeeze(1)
+    return found.cpu().numpy(), flat[found].cpu().numpy().astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """One row's tokens above ``_HEAD_FLOOR`` with their log-probabilities, and these with noise added."""
+
+    tokens: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+
+
+def _draw_row(
+    head: _Head, params: SamplingParams, logprobs: torch.Tensor, tail_noise: float, key: npt.NDArray[np.uint64]
+) -> int | None:
+    """Return the token with the best score, or None when no token is possible."""
+    floor = _floor(params, head.values, logprobs)
+    scores = head.scores if floor == -math.inf else np.where(head.values >= floor, head.scores, -math.inf)
+    best = int(scores.argmax()) if scores.size else -1
+    best_score = float(scores[best]) if scores.size else -math.inf
+    if floor <= _HEAD_FLOOR:
+        # An upper bound first, since the tail's own mass costs a pass over the row: it seldom wins.
+        bound = max(1.0 - float(np.exp(head.values).sum()), 0.0) + _MASS_ERROR
+        if math.log(bound) + tail_noise > best_score:
+            token_id = _draw_from_tail(logprobs, floor, best_score - tail_noise, key)
+            if token_id is not None:
+                return token_id
+    return int(head.tokens[best]) if scores.size else None
+
+
+def _draw_from_tail(
+    logprobs: torch.Tensor, floor: float, log_mass_to_beat: float, key: npt.NDArray[np.uint64]
+) -> int | None:
+    """Return a token of the row's tail, or None when the tail's mass does not beat the head."""
+    values = logprobs.cpu().numpy()
+    members = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor) & (values > -math.inf))
+    masses = np.exp(values[members]).cumsum(dtype=np.float64)
+    if not masses.size or math.log(masses[-1]) <= log_mass_to_beat:
+        return None
+    point = uniform(key, np.array([_WITHIN_TAIL]))[0] * masses[-1]
+    return int(members[min(int(np.searchsorted(masses, point, side="right")), members.size - 1)])
+
+
+def _floor(params: SamplingParams, head: npt.NDArray[np.float64], logprobs: torch.Tensor) -> float:
+    """Return the log-probability below which truncation (min-p, then top-k, then top-p) drops a token.
+
+    ``head`` holds the row's log-probabilities above ``_HEAD_FLOOR``; the whole row is sorted only when the cut is
+    below it. Tokens as likely as the last one kept are kept.
+    """
+    if params.top_p >= 1.0 and params.top_k == 0 and params.min_p == 0.0:
+        return -math.inf
+    floor = _floor_among(params, -np.sort(-head), complete=False)
+    if floor is None:
+        everything = -np.sort(-logprobs.cpu().numpy())
+        floor = _floor_among(params, everything.astype(np.float64), complete=True)
+        assert floor is not None
+    return floor
+
+
+def _floor_among(params: SamplingParams, values: npt.NDArray[np.float64], complete: bool) -> float | None:
+    """Return the cut within ``values`` (log-probabilities, highest first); None when it is below an incomplete list."""
+    floor = -math.inf
+    if values.size == 0:
+        return None
+    if params.min_p > 0.0:
+        floor = float(values[0]) + math.log(params.min_p)
+        if floor < _HEAD_FLOOR and not complete:
+            return None
+        values = values[: int(np.searchsorted(-values, -floor, side="right"))]
+        complete = True
+    if 0 < params.top_k <= values.size:
+        floor = float(values[params.top_k - 1])
+        values = values[: params.top_k]
+        complete = True
+    elif params.top_k and not complete:
+        return None
+    if params.top_p < 1.0:
+        masses = np.exp(values).cumsum()
+        wanted = params.top_p * (masses[-1] if complete else 1.0)
+        last = int(np.searchsorted(masses, wanted))
+        if last == values.size and not complete:
+            return None
+        floor = max(floor, float(values[min(last, values.size - 1)]))
+    return floor

@@ -1,0 +1,191 @@
+"""Loading: tensors are read one by one, cast, merged, packed for the backend, and let go.
+
+Memory peaks at the packed weights plus the tensors of one merged matrix.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from disagg.base.config import DType
+from disagg.base.errors import ConfigurationError
+from disagg.engine.kernels.interface import KernelBackend, Linear
+from disagg.engine.model.tensor_source import TensorSource, open_tensors
+from disagg.models.config import ModelConfig
+from disagg.models.locate import ModelFiles
+
+TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+
+Progress = Callable[[float], None]
+"""Called with the fraction of the weights that is loaded, 0 to 1, rising."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Norms are [hidden]; ``q_norm`` and ``k_norm`` [head_dim] where the model has them."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    attention_output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """A whole decoder, packed. ``embeddings`` is [vocab, hidden]; ``head`` projects onto the vocabulary."""
+
+    embeddings: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: Linear
+
+
+def load_weights(
+    files: ModelFiles,
+    config: ModelConfig,
+    backend: KernelBackend,
+    *,
+    dtype: DType,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> DecoderWeights:
+    """Read the model's tensors and pack them for ``backend``.
+
+    Raises ConfigurationError naming the first tensor that is missing, left over or of the wrong shape; all of them are
+    looked at before any is read.
+    """
+    expected = expected_shapes(config)
+    with open_tensors(files, config) as source:
+        check_shapes(expected, source.shapes(), config)
+        return _Loader(source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress).load(config)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that the model must have, by Hugging Face name, in order of use."""
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    linears = {
+        "self_attn.q_proj": (config.q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, config.q_size, config.attention_output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        for name, (num_rows, num_columns, has_bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (num_rows, num_columns)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (num_rows,)
+        if config.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
+            shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Raise ConfigurationError where the files do not hold exactly the tensors that the configuration asks for."""
+    architecture = config.architecture.value
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigurationError(
+                f"the weights lack tensor {name!r} {list(shape)}, which {architecture} with this configuration needs"
+            )
+        if found[name] != shape:
+            raise ConfigurationError(
+                f"tensor {name!r} is {list(found[name])} in the weights, the configuration asks for {list(shape)}"
+            )
+    surplus = sorted(name for name in found if name not in expected and not _redundant(name, config))
+    if surplus:
+        raise ConfigurationError(
+            f"the weights hold tensor {surplus[0]!r}, which {architecture} with this configuration does not use"
+            + (f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else "")
+        )
+
+
+def _redundant(name: str, config: ModelConfig) -> bool:
+    """Tensors that repeat what is known: rotary tables of old checkpoints, and a head tied to the embeddings."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+class _Loader:
+    """Reads tensors in order of use and reports how much of the whole is read."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        backend: KernelBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+        shapes: dict[str, tuple[int, ...]],
+        progress: Progress | None,
+    ) -> None:
+        self._source = source
+        self._backend = backend
+        self._dtype = dtype
+        self._device = device
+        self._shapes = shapes
+        self._progress = progress
+        self._total = sum(math.prod(shape) for shape in shapes.values())
+        self._num_read = 0
+
+    def load(self, config: ModelConfig) -> DecoderWeights:
+        embeddings = self._tensor("model.embed_tokens.weight")
+        layers = tuple(self._layer(f"model.layers.{layer}", config) for layer in range(config.num_layers))
+        norm = self._tensor("model.norm.weight")
+        head = self._backend.linear(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")
+        return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
+
+    def _layer(self, prefix: str, config: ModelConfig) -> LayerWeights:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        return LayerWeights(
+            attention_norm=self._tensor(f"{prefix}.input_layernorm.weight"),
+            qkv=self._linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+            q_norm=self._tensor(f"{attention}.q_norm.weight") if config.qk_norm else None,
+            k_norm=self._tensor(f"{attention}.k_norm.weight") if config.qk_norm else None,
+            attention_output=self._linear(f"{attention}.o_proj"),
+            mlp_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            down=self._linear(f"{mlp}.down_proj"),
+        )
+
+    def _linear(self, *names: str) -> Linear:
+        """Pack one projection, or several of the same input stacked into one."""
+        weight = self._stacked([f"{name}.weight" for name in names])
+        biased = f"{names[0]}.bias" in self._shapes
+        bias = self._stacked([f"{name}.bias" for name in names]) if biased else None
+        return self._backend.linear(weight, bias)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self._stacked([name])
+
+    def _stacked(self, names: list[str]) -> torch.Tensor:
+        """Return tensors one below the other, in memory of their own, so that nothing keeps the file mapped.
+
+        Each is cast straight into its place: a fresh page costs more than the arithmetic of dequantising it.
+        """
+        num_rows = sum(self._shapes[name][0] for name in names)
+        stacked = torch.empty((num_rows, *self._shapes[names[0]][1:]), dtype=self._dtype, device=self._device)
+        start = 0
+        for name in names:
+            end = start + self._shapes[name][0]
+            stacked[start:end].copy_(self._source.read(name))
+            start = end
+            self._num_read += math.prod(self._shapes[name])
+            if self._progress is not None:
+                self._progress(self._num_read / self._total)
+        return stacked

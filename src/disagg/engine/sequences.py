@@ -1,0 +1,116 @@
+"""What one instance knows of a sequence beyond the scheduler's counts: token values, stamps, how it may end."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.messages import KvOffer, StageStamps
+from disagg.base.request import GenerationRequest
+from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
+from disagg.engine.pulls import PullResult
+
+
+class LiveSequence:
+    """One sequence on this instance.
+
+    ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known.
+    """
+
+    def __init__(self, request: GenerationRequest, received_s: float, offer: KvOffer | None = None) -> None:
+        self.request = request
+        self.offer = offer
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_tokens = request.num_tokens
+        self.tokens = np.empty(request.num_tokens + 64, dtype=np.int64)
+        self.tokens[: self.num_prompt_tokens] = request.prompt_token_ids
+        self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_token_ids
+        self.received_s = received_s
+        self.pull_started_s = 0.0
+        self.pull: PullResult | None = None
+        """How the pull of its KV blocks ended, once it has."""
+        self.scheduled_s = 0.0
+        self.num_cached_tokens = 0
+        self.abandoned = ""
+        """Why its offered KV blocks will not be pulled, if that is known."""
+        self._prompt_logprobs: list[PositionLogprobs] = []
+        self._has_emitted = False
+        self._block_ids: tuple[BlockId, ...] = ()
+        self._block_table = np.empty(0, dtype=np.int32)
+        self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            self._stop_token_ids |= frozenset(request.eos_token_ids)
+
+    @property
+    def request_id(self) -> RequestId:
+        """Internal id of the sequence."""
+        return self.request.request_id
+
+    @property
+    def epoch(self) -> Epoch:
+        """Attempt number."""
+        return self.request.epoch
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.request.sampling
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, those of earlier instances included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True when this instance is to report the prompt's own log-probabilities.
+
+        A sequence that comes with output had them reported by the instance that sampled its first token.
+        """
+        return self.sampling.prompt_logprobs is not None and not self.request.output_token_ids
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; return why the sequence ends with it, or None."""
+        if self.num_tokens == len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        may_stop = self.num_output_tokens >= self.sampling.min_tokens
+        self.tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+        if may_stop and token_id in self._stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= self.sampling.max_tokens else None
+
+    def block_table(self, block_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
+        """Return ``block_ids`` as an array. The scheduler hands out the same tuple until the blocks change."""
+        if block_ids is not self._block_ids:
+            self._block_ids = block_ids
+            self._block_table = np.array(block_ids, dtype=np.int32)
+        return self._block_table
+
+    def start_step(self, start: int, now: float) -> None:
+        """Note the first step of the sequence here; what lies before its first chunk was not computed."""
+        if not self.scheduled_s:
+            self.scheduled_s = now
+            self.num_cached_tokens = start if self.offer is None else 0
+
+    def add_prompt_logprobs(self, first_position: int, logprobs: Sequence[PositionLogprobs]) -> None:
+        """Collect those of the prompt tokens from ``first_position`` on; a recomputed chunk brings nothing new."""
+        num_known = len(self._prompt_logprobs) + 1  # the token at position 0 has none
+        self._prompt_logprobs.extend(logprobs[max(0, num_known - first_position) :])
+
+    def first_output(self, now: float) -> tuple[StageStamps | None, tuple[PositionLogprobs, ...]]:
+        """Return what goes with the first output of this instance alone: stamps and prompt log-probabilities."""
+        if self._has_emitted:
+            return None, ()
+        self._has_emitted = True
+        prompt_logprobs = tuple(self._prompt_logprobs)
+        self._prompt_logprobs.clear()
+        stamps = StageStamps(
+            received_s=self.received_s,
+            pull_started_s=self.pull_started_s,
+            pulled_s=self.pull.ended_s if self.pull is not None else 0.0,
+            scheduled_s=self.scheduled_s,
+            first_step_done_s=now,
+        )
+        return stamps, prompt_logprobs

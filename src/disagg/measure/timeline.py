@@ -1,0 +1,66 @@
+"""One request's life as stamps, and the stages between them. The stages add up to the end-to-end time.
+
+The same type is filled by the live router and by the simulator, so that both can be compared stage by stage.
+"""
+
+import enum
+import math
+from itertools import pairwise
+
+import msgspec
+
+
+class Stage(enum.Enum):
+    """What a request waits for or does, in order. A stage that a path does not have takes no time."""
+
+    QUEUE_PREFILL = "queue_prefill"
+    """From arrival at the API to its first prefill step (dispatch and tokenising included)."""
+    PREFILL = "prefill"
+    """From there to the first token at the prefill (or colocated) instance."""
+    HAND_OVER_WAIT = "hand_over_wait"
+    """From the first token to the start of the pull: the decode instance has no room yet."""
+    HAND_OVER = "hand_over"
+    """The pull of the KV blocks."""
+    QUEUE_DECODE = "queue_decode"
+    """From the blocks' arrival to the first decode step."""
+    FIRST_DECODE = "first_decode"
+    """The step that brings the second token."""
+    DECODE = "decode"
+    """All later tokens."""
+    DELIVERY = "delivery"
+    """From the last token at the instance to its delivery to the API."""
+
+
+class RequestTimeline(msgspec.Struct, kw_only=True):
+    """Stamps in seconds of one clock; NaN where the request did not (yet) pass.
+
+    ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``pull_started_s``, ``pulled_s``.
+    """
+
+    arrival_s: float
+    prefill_started_s: float = math.nan
+    first_token_s: float = math.nan
+    pull_started_s: float = math.nan
+    pulled_s: float = math.nan
+    decode_started_s: float = math.nan
+    second_token_s: float = math.nan
+    last_token_s: float = math.nan
+    finished_s: float = math.nan
+
+    def stages(self) -> dict[Stage, float]:
+        """Return the seconds of each stage. A missing stamp takes the one before it, so the sum stays exact."""
+        stamps = [
+            self.arrival_s,
+            self.prefill_started_s,
+            self.first_token_s,
+            self.pull_started_s,
+            self.pulled_s,
+            self.decode_started_s,
+            self.second_token_s,
+            self.last_token_s,
+            self.finished_s,
+        ]
+        for index, stamp in enumerate(stamps):
+            if math.isnan(stamp):
+                stamps[index] = stamps[index - 1]
+        return {stage: after - before for stage, (before, after) in zip(Stage, pairwise(stamps), strict=True)}

@@ -1,0 +1,60 @@
+"""What ``disagg models`` shows: the models that can be loaded from this host right now."""
+
+from pathlib import Path
+
+import msgspec
+
+from disagg.base.errors import ConfigurationError
+from disagg.models.config import ModelConfig
+from disagg.models.locate import DEFAULT_MODEL_NAME, ModelFiles, ModelKind, load_config, locate_model
+
+
+class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
+    """One model. ``problem`` says why it cannot be served, where it cannot."""
+
+    name: str
+    kind: ModelKind
+    path: Path | None = None
+    num_bytes: int = 0
+    architecture: str | None = None
+    num_parameters: int | None = None
+    max_position_embeddings: int | None = None
+    problem: str | None = None
+
+
+def list_models() -> list[ModelListing]:
+    """Return the default model first, then what the hub's cache holds."""
+    from disagg.models.hub import cached_models
+
+    listings = [_default_model()]
+    for name, path, num_bytes in cached_models():
+        listings.append(_describe(ModelFiles(name=name, kind=ModelKind.HF_FOLDER, path=path), num_bytes))
+    return listings
+
+
+def _default_model() -> ModelListing:
+    try:
+        files = locate_model(None)
+    except ConfigurationError as error:
+        return ModelListing(name=DEFAULT_MODEL_NAME, kind=ModelKind.GGUF, problem=str(error))
+    return _describe(files, files.path.stat().st_size)
+
+
+def _describe(files: ModelFiles, num_bytes: int) -> ModelListing:
+    config: ModelConfig | None = None
+    problem = None
+    try:
+        config = load_config(files)
+        files.weight_files()
+    except ConfigurationError as error:
+        problem = str(error)
+    return ModelListing(
+        name=files.name,
+        kind=files.kind,
+        path=files.path,
+        num_bytes=num_bytes,
+        architecture=config.architecture.value if config else None,
+        num_parameters=config.num_parameters if config else None,
+        max_position_embeddings=config.max_position_embeddings if config else None,
+        problem=problem,
+    )

@@ -1,0 +1,112 @@
+"""What a step scheduler wants done. The shell (live engine or simulator) carries actions out in order."""
+
+import enum
+
+import msgspec
+
+from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.sampling import FinishReason
+
+
+class Action(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all actions: the tag is the class name."""
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of a step: compute tokens ``[start, start + num_tokens)``.
+
+    ``block_ids`` are all its blocks in order, covering at least the end of the chunk. ``samples`` when the chunk
+    reaches the last known token, so that the next one is sampled.
+    """
+
+    request_id: RequestId
+    start: int
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+    samples: bool
+
+
+class RunStep(Action, frozen=True, kw_only=True):
+    """Run the model over these chunks, then report StepDone."""
+
+    step_id: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens over all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class Emit(Action, frozen=True, kw_only=True):
+    """Deliver the tokens that the step just ended sampled for these sequences."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+class OfferKv(Action, frozen=True, kw_only=True):
+    """Tell the world that ``num_tokens`` tokens of a sequence wait in ``block_ids`` until ``expires_s``."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+    expires_s: float
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """One block to copy: all layers and heads of ``source`` into ``target``."""
+
+    source: BlockId
+    target: BlockId
+
+
+class Pull(Action, frozen=True, kw_only=True):
+    """Copy blocks of ``source`` into this instance's pool, then report TransferDone or TransferFailed."""
+
+    request_id: RequestId
+    epoch: Epoch
+    source: InstanceId
+    copies: tuple[BlockCopy, ...]
+    expires_s: float
+
+
+class ReleaseLease(Action, frozen=True, kw_only=True):
+    """Tell ``source`` that its offered blocks of this sequence are no longer needed."""
+
+    request_id: RequestId
+    epoch: Epoch
+    source: InstanceId
+
+
+class RejectReason(enum.Enum):
+    """Why a sequence cannot be served here at all."""
+
+    TOO_LONG = "too_long"
+    """It could grow past what the KV pool holds."""
+
+
+class Reject(Action, frozen=True, kw_only=True):
+    """The sequence was not taken."""
+
+    request_id: RequestId
+    epoch: Epoch
+    reason: RejectReason
+    detail: str
+
+
+class Finish(Action, frozen=True, kw_only=True):
+    """The sequence ended here (complete, or cancelled): drop its state."""
+
+    request_id: RequestId
+    epoch: Epoch
+    reason: FinishReason
+
+
+class WakeAt(Action, frozen=True, kw_only=True):
+    """Send Tick at this time, if nothing else did before."""
+
+    time_s: float
+
+
+AnyAction = RunStep | Emit | OfferKv | Pull | ReleaseLease | Reject | Finish | WakeAt

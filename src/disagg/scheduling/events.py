@@ -1,0 +1,118 @@
+"""What happens to a step scheduler. Each event is data, so that a log of them can be saved and replayed."""
+
+import msgspec
+
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.sampling import FinishReason
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all events: the tag is the class name."""
+
+
+class Arrived(Event, frozen=True, kw_only=True):
+    """A sequence to compute here. With ``hand_over`` its KV blocks are offered after the first sampled token.
+
+    ``num_tokens`` are known (prompt, and earlier output of a resumed sequence); it never grows past
+    ``max_total_tokens``. ``reuse_prefix`` is False when every prompt position must be computed (prompt logprobs).
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    max_total_tokens: int
+    priority: int = 0
+    arrival_s: float = 0.0
+    hand_over: bool = False
+    block_hashes: tuple[BlockHash, ...] = ()
+    reuse_prefix: bool = True
+
+
+class KvOffered(Event, frozen=True, kw_only=True):
+    """A sequence to continue here, whose first ``num_kv_tokens`` tokens are in ``source_blocks`` of ``source``."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    max_total_tokens: int
+    source: InstanceId
+    source_blocks: tuple[BlockId, ...]
+    num_kv_tokens: int
+    expires_s: float
+    priority: int = 0
+    arrival_s: float = 0.0
+    block_hashes: tuple[BlockHash, ...] = ()
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """One sampled token of one sequence; ``finished`` when it is the last."""
+
+    request_id: RequestId
+    finished: FinishReason | None = None
+
+
+class StepDone(Event, frozen=True, kw_only=True):
+    """A step ended; ``results`` has one entry for each chunk of it that samples."""
+
+    step_id: int
+    results: tuple[StepResult, ...]
+
+
+class TransferDone(Event, frozen=True, kw_only=True):
+    """The pull of a sequence's KV blocks is complete and checked."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class TransferFailed(Event, frozen=True, kw_only=True):
+    """The pull failed. Unless ``ended``, bytes may still arrive: the blocks stay quarantined until TransferEnded."""
+
+    request_id: RequestId
+    epoch: Epoch
+    ended: bool = True
+
+
+class TransferEnded(Event, frozen=True, kw_only=True):
+    """A failed or cancelled pull is known to write no more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class LeaseReleased(Event, frozen=True, kw_only=True):
+    """The other side has read the offered blocks, or never will."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class PeerLost(Event, frozen=True, kw_only=True):
+    """An instance died: offers from it that are not being pulled yet can no longer be."""
+
+    instance: InstanceId
+
+
+class Cancelled(Event, frozen=True, kw_only=True):
+    """Nobody wants this sequence any more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    """Time passed: a WakeAt came due."""
+
+
+AnyEvent = (
+    Arrived
+    | KvOffered
+    | StepDone
+    | TransferDone
+    | TransferFailed
+    | TransferEnded
+    | LeaseReleased
+    | PeerLost
+    | Cancelled
+    | Tick
+)

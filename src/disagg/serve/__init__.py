@@ -1,0 +1,1 @@
+"""Serving: the HTTP API, the router, the launcher of instances."""

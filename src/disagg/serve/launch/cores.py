@@ -1,0 +1,35 @@
+"""Which cores each instance computes on, so that instances on one host do not take each other's time."""
+
+from collections.abc import Sequence
+
+
+def assign_cores(cores: Sequence[int], wanted: Sequence[int | None]) -> list[tuple[int, ...]]:
+    """Return the cores of each instance, disjoint where there are enough of them.
+
+    ``wanted`` is the number of cores of each instance; None takes an equal part of what the others leave, earlier
+    instances first when it does not come out even. With too few cores, instances take turns around them, one each
+    (or as many as they want): slower, but no instance is left without.
+    """
+    free = len(cores) - sum(number or 0 for number in wanted)
+    open_ended = sum(number is None for number in wanted)
+    if free < open_ended:
+        return _share(cores, wanted)
+    assigned = []
+    start = 0
+    for number in wanted:
+        if number is None:
+            number = -(-free // open_ended)
+            free, open_ended = free - number, open_ended - 1
+        assigned.append(tuple(cores[start : start + number]))
+        start += number
+    return assigned
+
+
+def _share(cores: Sequence[int], wanted: Sequence[int | None]) -> list[tuple[int, ...]]:
+    assigned = []
+    start = 0
+    for number in wanted:
+        number = min(number or 1, len(cores))
+        assigned.append(tuple(sorted(cores[(start + step) % len(cores)] for step in range(number))))
+        start += number
+    return assigned

@@ -1,0 +1,117 @@
+"""Everything that one ``disagg serve`` is told, and what it makes of it: the settings of each instance."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from disagg.base.config import (
+    CacheSettings,
+    Device,
+    InstanceSettings,
+    ModelSettings,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+    ServeSettings,
+)
+from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.serve.launch.cores import assign_cores
+
+
+class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of this host the instances use."""
+
+    device: Annotated[Device, Meta(description="where the engines compute")] = Device.CPU
+    cpus: Annotated[
+        tuple[int, ...],
+        Meta(
+            description="cores that the instances share out, such as 0,1,4-7 [default: all that this process may use]"
+        ),
+    ] = ()
+    threads: (
+        Annotated[int, Meta(ge=1, description="compute threads of each instance [default: one for each of its cores]")]
+        | None
+    ) = None
+    kernels: Annotated[
+        str | None, Meta(description="kernels of the engines: native or torch [default: the best that is there]")
+    ] = None
+    event_log: Annotated[
+        str | None, Meta(description="folder that receives every decision of router and schedulers, for replay")
+    ] = None
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One server: its model, its instances, its address."""
+
+    placement: Placement
+    model: ModelSettings = ModelSettings()
+    cache: CacheSettings = CacheSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    router: RouterSettings = RouterSettings()
+    serve: ServeSettings = ServeSettings()
+    host: HostSettings = HostSettings()
+
+    def roles(self) -> dict[InstanceId, Role]:
+        """Return the instances by name: prefill before decode before colocated, as cores are given out."""
+        return {
+            InstanceId(f"{role.value}-{index}"): role for role in Role for index in range(self.placement.count(role))
+        }
+
+
+def plan_instances(
+    deployment: Deployment, *, control_endpoint: str, available_cores: Sequence[int], parent_pid: int
+) -> tuple[InstanceSettings, ...]:
+    """Return what each instance is told at its start, in the order of ``Deployment.roles``.
+
+    Raises ConfigurationError for a placement that this version cannot run, or cores that are not there.
+    """
+    names = list(deployment.roles().items())
+    wanted = _threads_wanted(deployment)
+    host = deployment.host
+    cores = assign_cores(_usable_cores(host.cpus, available_cores), wanted)
+    return tuple(
+        InstanceSettings(
+            instance=name,
+            role=role,
+            control_endpoint=control_endpoint,
+            model=deployment.model,
+            cache=deployment.cache,
+            scheduler=deployment.scheduler,
+            device=host.device,
+            cpus=own_cores,
+            num_threads=num_threads or len(own_cores),
+            kernel_backend=host.kernels,
+            event_log=None if host.event_log is None else f"{host.event_log}/{name}.jsonl",
+            parent_pid=parent_pid,
+        )
+        for (name, role), own_cores, num_threads in zip(names, cores, wanted, strict=True)
+    )
+
+
+def _threads_wanted(deployment: Deployment) -> list[int | None]:
+    """Return the number of threads asked for each instance, in the order of ``Deployment.roles``."""
+    wanted = []
+    for role in Role:
+        for group in deployment.placement.groups:
+            if group.role is not role:
+                continue
+            if group.tensor_parallel > 1 or group.pipeline_parallel > 1:
+                raise ConfigurationError(
+                    f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
+                    f"of the {role.value} instances: only 1 and 1 are supported"
+                )
+            wanted += [deployment.host.threads or group.num_threads] * group.count
+    return wanted
+
+
+def _usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:
+    if absent := sorted(set(asked) - set(available)):
+        raise ConfigurationError(
+            f"--cpus names core {', '.join(map(str, absent))}, "
+            f"but this process may use {', '.join(map(str, sorted(available)))}"
+        )
+    return list(dict.fromkeys(asked)) or sorted(available)

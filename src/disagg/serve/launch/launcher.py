@@ -1,0 +1,206 @@
+"""Runs the instances as child processes of this one: starts them, says when one dies, starts it again, ends them."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from msgspec import structs
+
+from disagg.base.clock import Clock, MonotonicClock
+from disagg.base.config import InstanceSettings
+from disagg.base.errors import ConfigurationError, DisaggError, InternalError, UnavailableError
+from disagg.base.ids import InstanceId
+from disagg.base.messages import InstanceFacts
+from disagg.base.request import Role
+from disagg.serve.launch.observer import ServerObserver
+from disagg.serve.launch.process import ENGINE_COMMAND, Exit, InstanceProcess
+from disagg.serve.launch.restart import RestartPolicy
+
+logger = logging.getLogger(__name__)
+
+STOP_S: Final = 3.0
+"""What an instance gets to end after a Stop message, before it is sent SIGTERM."""
+TERMINATE_S: Final = 2.0
+"""What it gets after SIGTERM, before it is killed."""
+CONFIGURATION_STATUS: Final = 2
+"""Exit status of an instance whose settings cannot be used; another try would end the same."""
+
+
+class ProcessListener(Protocol):
+    """The router's side: it is told what becomes of the processes."""
+
+    def instance_starting(self, instance: InstanceId) -> None:
+        """A process of the instance was started."""
+
+    def instance_exited(self, instance: InstanceId, detail: str, *, returning: bool) -> None:
+        """The instance's process is gone; ``returning`` when another one will be started."""
+
+
+class _Child:
+    """One instance over all its lives."""
+
+    def __init__(self, settings: InstanceSettings, policy: RestartPolicy) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.process: InstanceProcess | None = None
+        self.ready_since_s: float | None = None
+        self.was_ready = False
+        self.given_up = False
+        self.fault = ""
+        """Why the router had it ended."""
+
+
+class Launcher:
+    """Keeps one process running for each instance. It is the router's InstanceWatcher.
+
+    ``start`` starts all; ``wait_ready`` returns when all take requests. ``failed`` is done when the server cannot go
+    on: an instance did not start at all (its own error), or too many were given up to serve anything.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[InstanceSettings],
+        listener: ProcessListener,
+        observer: ServerObserver,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        make_policy: Callable[[], RestartPolicy] = RestartPolicy,
+        clock: Clock | None = None,
+    ) -> None:
+        self._children = {settings.instance: _Child(settings, make_policy()) for settings in instances}
+        self._listener = listener
+        self._observer = observer
+        self._command = command
+        self._clock = clock or MonotonicClock()
+        self._stopping = asyncio.Event()
+        self._all_ready = asyncio.Event()
+        self._supervisors: list[asyncio.Task[None]] = []
+        self.failed: asyncio.Future[DisaggError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def pids(self) -> dict[InstanceId, int]:
+        """Process ids of the instances that have a process."""
+        return {name: child.process.pid for name, child in self._children.items() if child.process is not None}
+
+    def start(self) -> None:
+        """Start all instances, and go on to watch them."""
+        for name, child in self._children.items():
+            supervisor = asyncio.create_task(self._supervise(child), name=f"supervisor of {name}")
+            supervisor.add_done_callback(self._note_end)
+            self._supervisors.append(supervisor)
+
+    async def wait_ready(self) -> None:
+        """Return once every instance has been ready."""
+        await self._all_ready.wait()
+
+    async def stop(self) -> None:
+        """End all instances: wait for those that were asked to stop, then terminate, then kill. May be called twice."""
+        self._stopping.set()
+        for child in self._children.values():
+            if child.process is not None and child.ready_since_s is None:
+                child.process.send_signal(signal.SIGTERM)  # it still loads, and reads no message
+        for number, patience_s in ((None, STOP_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, None)):
+            if number is not None:
+                self._signal_all(number)
+            if not self._supervisors:
+                return
+            _, pending = await asyncio.wait(self._supervisors, timeout=patience_s)
+            if not pending:
+                return
+
+    def kill(self) -> None:
+        """Kill all instances at once; ``stop`` then waits for their end."""
+        self._stopping.set()
+        self._signal_all(signal.SIGKILL)
+
+    # InstanceWatcher ------------------------------------------------------------------------------------------
+
+    def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
+        """See InstanceWatcher."""
+        self._observer.instance_loading(instance, stage, fraction)
+
+    def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
+        """See InstanceWatcher."""
+        child = self._children[instance]
+        child.was_ready = True
+        child.ready_since_s = self._clock.now()
+        self._observer.instance_ready(instance, facts)
+        if all(other.was_ready for other in self._children.values()):
+            self._all_ready.set()
+
+    def instance_faulty(self, instance: InstanceId, why: str) -> None:
+        """See InstanceWatcher."""
+        child = self._children[instance]
+        if child.process is not None:
+            child.fault = why
+            child.process.send_signal(signal.SIGKILL)
+
+    # Lives and deaths -----------------------------------------------------------------------------------------
+
+    async def _supervise(self, child: _Child) -> None:
+        name = child.settings.instance
+        while not self._stopping.is_set():
+            child.fault = ""
+            child.ready_since_s = None
+            ended = await self._live(child)
+            if self._stopping.is_set():
+                return
+            delay_s = self._after_death(child, ended)
+            if delay_s is None:
+                return
+            try:
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
+            except TimeoutError:
+                logger.debug("starting %s again", name)
+
+    async def _live(self, child: _Child) -> Exit:
+        """Run one process of the instance to its end."""
+        name = child.settings.instance
+        try:
+            child.process = await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
+        except OSError as error:
+            return Exit(status=1, fault=f"its process could not be started: {error.strerror}")
+        self._listener.instance_starting(name)
+        if self._stopping.is_set():
+            child.process.send_signal(signal.SIGKILL)
+        ended = await child.process.wait()
+        child.process = None
+        return structs.replace(ended, fault=child.fault)
+
+    def _after_death(self, child: _Child, ended: Exit) -> float | None:
+        """Tell everybody and return the seconds until the next start, or None when there is none."""
+        name, how = child.settings.instance, ended.describe()
+        if not child.was_ready:
+            self._listener.instance_exited(name, how, returning=False)
+            kind = ConfigurationError if ended.status == CONFIGURATION_STATUS else UnavailableError
+            self._fail(kind(f"{name} could not start: {how}"))
+            return None
+        ready_for_s = None if child.ready_since_s is None else self._clock.now() - child.ready_since_s
+        delay_s = child.policy.delay_s(ready_for_s)
+        child.given_up = delay_s is None
+        self._listener.instance_exited(name, how, returning=delay_s is not None)
+        self._observer.instance_lost(name, how, delay_s)
+        if not self._can_serve():
+            lost = ", ".join(name for name, other in self._children.items() if other.given_up)
+            self._fail(UnavailableError(f"{lost} died too often, and nothing can be served without; last: {how}"))
+        return delay_s
+
+    def _can_serve(self) -> bool:
+        roles = {child.settings.role for child in self._children.values() if not child.given_up}
+        return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+    def _note_end(self, supervisor: asyncio.Task[None]) -> None:
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            logger.error("the %s failed", supervisor.get_name(), exc_info=error)
+            self._fail(InternalError(f"the {supervisor.get_name()} failed: {error}"))
+
+    def _fail(self, error: DisaggError) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for child in self._children.values():
+            if child.process is not None:
+                child.process.send_signal(number)

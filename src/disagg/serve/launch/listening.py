@@ -1,0 +1,64 @@
+"""Addresses of one server: the TCP port for clients and the private endpoint for its instances."""
+
+import errno
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from disagg.base.config import ServeSettings
+from disagg.base.errors import ConfigurationError
+
+_BACKLOG: Final = 2048
+_MAX_SOCKET_PATH_BYTES: Final = 107
+"""``sun_path`` of unix(7) without its closing zero."""
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """Return a listening socket; connections wait in its backlog until somebody accepts them.
+
+    Raises ConfigurationError when the address is not there, not allowed or in use.
+    """
+    host, port = settings.host, settings.port
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConfigurationError(f"--host {host!r} is not an address of this machine: {error.strerror}") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(_explain(host, port, error)) from error
+    bound.setblocking(False)
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return the URL at which a client on this machine reaches a listening socket."""
+    host, port = bound.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def private_endpoint() -> Iterator[str]:
+    """Give a ZeroMQ endpoint that only this user can reach, in a folder that goes when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="disagg-", ignore_cleanup_errors=True) as folder:
+        path = f"{folder}/control"
+        if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
+            raise ConfigurationError(
+                f"the socket path {path!r} is over {_MAX_SOCKET_PATH_BYTES} bytes; set TMPDIR to a shorter folder"
+            )
+        yield f"ipc://{path}"
+
+
+def _explain(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; stop what listens there, or choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} is not allowed for this user; choose one above 1023 with --port"
+    return f"cannot listen on {host} port {port}: {error.strerror}"

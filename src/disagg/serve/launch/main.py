@@ -1,0 +1,55 @@
+"""``serve``: from a deployment to a running server."""
+
+import asyncio
+
+import uvloop
+from starlette.types import ASGIApp
+
+from disagg.models.chat_template import load_chat_template
+from disagg.models.locate import load_config, locate_model
+from disagg.models.tokenizer import load_tokenizer
+from disagg.serve.api.app import create_app
+from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.served_model import ServedModel
+from disagg.serve.launch.deployment import Deployment
+from disagg.serve.launch.listening import listen
+from disagg.serve.launch.observer import ServerObserver
+from disagg.serve.launch.server import Server
+from disagg.serve.router.live import LiveRouter
+
+
+def serve(deployment: Deployment, observer: ServerObserver) -> None:
+    """Serve until a signal ends it.
+
+    The port is taken first and the model's files are checked next, so that what is wrong there is said before any
+    process is started. Raises a DisaggError when the server cannot start or go on.
+    """
+    with listen(deployment.serve) as bound:
+        model = load_served_model(deployment)
+        metrics = ServerMetrics(model.name)
+
+        def make_app(router: LiveRouter) -> ASGIApp:
+            return create_app(router, model, metrics, api_key=deployment.serve.api_key)
+
+        server = Server(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.run())
+
+
+def load_served_model(deployment: Deployment) -> ServedModel:
+    """Return what the API needs of the model: everything but its weights, whose files are only looked for.
+
+    Raises ConfigurationError when it is not there or broken, UnsupportedModelError when it cannot be run.
+    """
+    files = locate_model(deployment.model.model)
+    config = load_config(files)
+    files.weight_files()
+    tokenizer = load_tokenizer(files)
+    return ServedModel(
+        name=deployment.serve.served_model_name or files.name,
+        tokenizer=tokenizer,
+        chat_template=load_chat_template(files, tokenizer.special_tokens),
+        eos_token_ids=config.eos_token_ids,
+        vocab_size=config.vocab_size,
+        block_size=deployment.cache.block_size,
+    )

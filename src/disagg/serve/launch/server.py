@@ -1,0 +1,185 @@
+"""One server from start to end: socket, instances, router, API.
+
+The order matters: what can be wrong is found before anything is started, and what was started is ended in reverse,
+whatever happens in between.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from disagg.base.errors import InternalError
+from disagg.serve.launch.deployment import Deployment, plan_instances
+from disagg.serve.launch.launcher import Launcher
+from disagg.serve.launch.listening import private_endpoint, url_of
+from disagg.serve.launch.observer import ServerObserver
+from disagg.serve.launch.process import ENGINE_COMMAND
+from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.event_log import DispatchLogWriter
+from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.sink import RouterSink
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S: Final = 3.0
+"""What connections get to send their last bytes once all requests have ended."""
+
+AppFactory = Callable[[LiveRouter], ASGIApp]
+"""Makes the HTTP application of a router."""
+
+
+class ApiServer(uvicorn.Server):
+    """A uvicorn server that leaves the signals to us."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Do nothing: ``Server`` handles the signals of the process."""
+        yield
+
+
+class Server:
+    """A server whose socket listens already. ``run`` it once."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        bound: socket.socket,
+        make_app: AppFactory,
+        observer: ServerObserver,
+        *,
+        model_name: str,
+        sink: RouterSink | None = None,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self._deployment = deployment
+        self._bound = bound
+        self._make_app = make_app
+        self._observer = observer
+        self._model_name = model_name
+        self._sink = sink
+        self._engine_command = engine_command
+
+    async def run(self) -> None:
+        """Serve until SIGINT, SIGTERM or SIGHUP; drain on the first, stop at once on the second.
+
+        Raises a DisaggError when an instance does not start, or when too many died for good.
+        """
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue(maxsize=16)
+        with ExitStack() as resources:
+            resources.enter_context(self._handle_signals())
+            endpoint = resources.enter_context(private_endpoint())
+            instances = plan_instances(
+                self._deployment,
+                control_endpoint=endpoint,
+                available_cores=sorted(os.sched_getaffinity(0)),
+                parent_pid=os.getpid(),
+            )
+            self._router = LiveRouter(
+                self._deployment.roles(),
+                self._deployment.router,
+                ZmqControlSocket(endpoint),
+                sink=self._sink,
+                event_log=self._open_event_log(resources),
+            )
+            resources.callback(self._router.close)
+            self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
+            self._router.start(self._launcher)
+            await self._serve()
+
+    async def _serve(self) -> None:
+        """Run instances and API together, and end both."""
+        api = ApiServer(
+            uvicorn.Config(
+                self._make_app(self._router),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(self._deployment.serve.drain_s + CLOSE_S),
+            )
+        )
+        self._launcher.start()
+        api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
+        announcement = asyncio.create_task(self._announce(), name="announcement")
+        try:
+            await self._wait_for_end(api_task)
+        finally:
+            announcement.cancel()
+            api.should_exit = True
+            await self._end(api, api_task)
+
+    async def _announce(self) -> None:
+        await self._launcher.wait_ready()
+        self._observer.server_ready(url_of(self._bound), self._model_name, self._router.instances())
+
+    async def _wait_for_end(self, api_task: asyncio.Task[None]) -> None:
+        """Return on a signal; raise when the server cannot go on."""
+        stopped = asyncio.create_task(self._signals.get(), name="signal")
+        try:
+            ends: set[asyncio.Future[Any]] = {stopped, self._launcher.failed, api_task}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if self._launcher.failed.done():
+            raise self._launcher.failed.result()
+        if api_task.done():
+            raise InternalError("the API ended by itself; the log says why") from api_task.exception()
+        self._observer.server_stopping(stopped.result().name, self._deployment.serve.drain_s)
+
+    async def _end(self, api: ApiServer, api_task: asyncio.Task[None]) -> None:
+        """Drain, then stop the instances and the API; a second signal cuts every wait short."""
+        impatience = asyncio.create_task(self._signals.get(), name="second signal")
+        ending = asyncio.create_task(self._end_patiently(api_task), name="end")
+        try:
+            ends: set[asyncio.Future[Any]] = {impatience, ending}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                self._launcher.kill()
+                api.force_exit = True
+                ending.cancel()
+        finally:
+            impatience.cancel()
+            self._router.close()
+            await self._launcher.stop()
+            api.force_exit = True
+            await asyncio.wait({api_task}, timeout=CLOSE_S)
+
+    async def _end_patiently(self, api_task: asyncio.Task[None]) -> None:
+        failed = self._launcher.failed.done()
+        await self._router.drain(0.0 if failed else self._deployment.serve.drain_s)
+        await asyncio.wait({api_task}, timeout=CLOSE_S)
+        self._router.stop_instances()
+        await self._launcher.stop()
+
+    @contextmanager
+    def _handle_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in numbers:
+            loop.add_signal_handler(number, self._take_signal, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        if not self._signals.full():
+            self._signals.put_nowait(number)
+
+    def _open_event_log(self, resources: ExitStack) -> DispatchLogWriter | None:
+        folder = self._deployment.host.event_log
+        if folder is None:
+            return None
+        path = Path(folder) / "router.jsonl"
+        log = DispatchLogWriter(path, self._deployment.roles(), self._deployment.router)
+        resources.callback(log.close)
+        return log

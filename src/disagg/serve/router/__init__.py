@@ -1,0 +1,1 @@
+"""The router: dispatch carried out between the API and the engine instances."""

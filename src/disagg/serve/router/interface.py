@@ -1,0 +1,64 @@
+"""What the API sees of the router: submit a sequence, read its tokens, abort it, look at the instances."""
+
+import enum
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from disagg.base.ids import InstanceId, RequestId
+from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
+from disagg.base.request import GenerationRequest, Role
+from disagg.measure.timeline import RequestTimeline
+
+
+class InstanceState(enum.Enum):
+    """Life of an instance as the router sees it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    LOST = "lost"
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance now. ``facts`` are known once it was ready; ``num_restarts`` counts its deaths."""
+
+    instance: InstanceId
+    role: Role
+    state: InstanceState
+    facts: InstanceFacts | None = None
+    load: InstanceLoad = InstanceLoad()
+    num_restarts: int = 0
+    detail: str = ""
+
+
+class SequenceStream(Protocol):
+    """The tokens of one submitted sequence, as they come.
+
+    Iteration ends after the output that carries a ``finish_reason``. It raises InstanceLostError when the instance
+    that held the sequence died, RequestTimeoutError when its deadline passed, ContextLengthError when no KV pool can
+    hold it. Leaving the iteration early does not abort: call ``Router.abort``.
+    """
+
+    def __aiter__(self) -> AsyncIterator[SequenceOutput]:
+        """Iterate over outputs; each has at least one new token, except perhaps the last."""
+
+    @property
+    def timeline(self) -> RequestTimeline:
+        """Stage stamps so far; complete once the iteration ended."""
+
+
+class Router(Protocol):
+    """The API's view of the router."""
+
+    def submit(self, request: GenerationRequest) -> SequenceStream:
+        """Queue one sequence; raise OverloadedError when the bound is reached, UnavailableError when nobody serves."""
+
+    def abort(self, request_id: RequestId) -> None:
+        """Forget a sequence in whatever state it is; unknown or finished ids are ignored."""
+
+    def instances(self) -> tuple[InstanceStatus, ...]:
+        """Return every configured instance."""
+
+    def is_ready(self) -> bool:
+        """True with one live prefill and one live decode instance, or one live colocated instance."""

@@ -1,0 +1,45 @@
+"""What the router tells to whoever counts: metrics, logs, tests."""
+
+import enum
+from typing import Protocol
+
+from disagg.base.ids import InstanceId
+
+
+class DropReason(enum.Enum):
+    """Why a message of an instance was not used."""
+
+    STALE = "stale"
+    """About a sequence that ended, is held elsewhere, or is in a later attempt; or from an instance declared lost."""
+    MALFORMED = "malformed"
+    """Not a message of this protocol, or one that cannot be."""
+
+
+class RouterSink(Protocol):
+    """Takes counts. No method may block or raise."""
+
+    def hand_over_ended(
+        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
+    ) -> None:
+        """``target`` pulled KV blocks from ``source``, or did not: then ``failure`` says why."""
+
+    def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
+        """A message was not used."""
+
+    def instance_lost(self, instance: InstanceId) -> None:
+        """An instance that had been ready died or was declared dead."""
+
+
+class NullSink:
+    """A RouterSink that counts nothing."""
+
+    def hand_over_ended(
+        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
+    ) -> None:
+        """See RouterSink."""
+
+    def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
+        """See RouterSink."""
+
+    def instance_lost(self, instance: InstanceId) -> None:
+        """See RouterSink."""

@@ -1,0 +1,74 @@
+"""A whole deployment in virtual time: arrivals in, ended requests out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from disagg.base.config import RouterSettings
+from disagg.base.errors import ConfigurationError, InternalError
+from disagg.simulator.event_queue import EventQueue
+from disagg.simulator.instance import InstanceSpec, SimulatedInstance
+from disagg.simulator.links import Link, LinkModel, SerialLinks
+from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.router import SimulatedRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """What a simulated deployment is made from.
+
+    ``accept_s`` passes from a request's arrival to its dispatch (HTTP, tokenising), ``message_s`` on each message
+    between router and instance.
+    """
+
+    instances: tuple[InstanceSpec, ...]
+    router: RouterSettings = field(default_factory=RouterSettings)
+    link: LinkModel = field(default_factory=Link)
+    accept_s: float = 0.0
+    message_s: float = 0.0
+
+
+class SimulatedCluster:
+    """Router and instances on one virtual clock."""
+
+    def __init__(self, spec: ClusterSpec, on_ended: Callable[[SimulatedRequest], None]) -> None:
+        self.queue = EventQueue()
+        self._spec = spec
+        self._router = SimulatedRouter(spec.router, self.queue, on_ended, message_s=spec.message_s)
+        links = SerialLinks(spec.link)
+        self.instances = tuple(
+            SimulatedInstance(instance, self.queue, links, self._router) for instance in spec.instances
+        )
+        self._router.connect(self.instances)
+
+    def run(self, requests: Iterable[SimulatedRequest]) -> None:
+        """Serve requests, given in order of arrival, until the last one has ended.
+
+        Raise InternalError when one never ends or blocks do not come back: a fault of a policy.
+        """
+        self._expect(iter(requests))
+        self.queue.run()
+        if self._router.num_requests:
+            raise InternalError(f"{self._router.num_requests} requests never ended and nothing is left to happen")
+        for instance in self.instances:
+            instance.validate()
+            audit = instance.audit()
+            if audit.free + audit.cached != audit.total:
+                raise InternalError(f"blocks of {instance.spec.name} did not come back: {audit}")
+
+    def _expect(self, requests: Iterator[SimulatedRequest]) -> None:
+        """Plan the next arrival: only one is known at a time, so that a long trace needs no memory."""
+        request = next(requests, None)
+        if request is None:
+            return
+        due_s = request.arrival_s + self._spec.accept_s
+        if due_s < self.queue.now():
+            raise ConfigurationError(
+                f"request {request.request_id} arrives at {request.arrival_s} s, before the one before it: "
+                "sort the workload by arrival"
+            )
+        self.queue.push(due_s, partial(self._arrive, request, requests))
+
+    def _arrive(self, request: SimulatedRequest, requests: Iterator[SimulatedRequest]) -> None:
+        self._expect(requests)
+        self._router.submit(request)

@@ -1,0 +1,51 @@
+"""Where a KV pool can be read from. An address travels inside a ``KvOffer``; only this room looks into it."""
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from disagg.base.errors import ConfigurationError, ProtocolError
+from disagg.cache.layout import KvLayout
+
+ADDRESS_VERSION: Final = 1
+MAX_ADDRESS_BYTES: Final = 4096
+
+
+class ShmAddress(msgspec.Struct, frozen=True, kw_only=True, tag="shm", forbid_unknown_fields=True):
+    """A pool in an anonymous memory file of another process on this host.
+
+    The reader opens ``/proc/<pid>/fd/<fd>``: the file has no name in any directory, so nothing is left behind when
+    its owner is killed. ``incarnation`` is that of the instance which made it, new at every start.
+    """
+
+    version: int
+    pid: Annotated[int, Meta(ge=1)]
+    fd: Annotated[int, Meta(ge=0)]
+    incarnation: Annotated[str, Meta(min_length=1, max_length=32, pattern="^[0-9a-f]+$")]
+    layout: KvLayout
+
+
+PoolAddress = ShmAddress
+"""Every kind of address: a tagged union, to which each new kind of link adds its own."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(PoolAddress)
+
+
+def encode_address(address: PoolAddress) -> bytes:
+    """Return the bytes of an address."""
+    return _encoder.encode(address)
+
+
+def decode_address(data: bytes) -> PoolAddress:
+    """Return the address in ``data``; raise ProtocolError on anything else, or on another version."""
+    if len(data) > MAX_ADDRESS_BYTES:
+        raise ProtocolError(f"pool address of {len(data)} bytes is over the limit of {MAX_ADDRESS_BYTES}")
+    try:
+        address = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigurationError) as error:
+        raise ProtocolError(f"malformed pool address: {error}") from error
+    if address.version != ADDRESS_VERSION:
+        raise ProtocolError(f"pool address has version {address.version}, this instance reads {ADDRESS_VERSION}")
+    return address

@@ -1,0 +1,92 @@
+"""What every link can do: start reading blocks of a peer's pool into the own one, and tell when that has ended."""
+
+import enum
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from disagg.base.clock import Clock
+from disagg.base.errors import TransferError
+from disagg.base.ids import BlockId
+from disagg.cache.layout import KvLayout
+
+logger = logging.getLogger(__name__)
+
+BlockPair = tuple[BlockId, BlockId]
+"""A block of the peer's pool and the block of the own pool that receives its bytes."""
+
+
+class TransferState(enum.Enum):
+    """What became of a transfer. All but ``RUNNING`` are final."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Transfer:
+    """One read that was started. Its fields may be read from any thread.
+
+    ``on_end(transfer)`` is called once, on the link's thread, when the state is final *and* it is certain that no byte
+    will be written any more: until then the target blocks may not be used for anything.
+    """
+
+    def __init__(self, num_bytes: int, clock: Clock, on_end: Callable[["Transfer"], None]) -> None:
+        self.num_bytes = num_bytes
+        self.failure = ""
+        self.state = TransferState.RUNNING
+        self.started_s = clock.now()
+        self.ended_s = 0.0
+        self._clock = clock
+        self._on_end = on_end
+        self._cancelled = threading.Event()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True when the link should stop as soon as it can."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Ask the link to stop. A transfer that is nearly over may still end as DONE."""
+        self._cancelled.set()
+
+    def run(self, copy: Callable[[], TransferState]) -> None:
+        """For the link, on its thread: copy, then report how that ended. ``copy`` may raise TransferError."""
+        state, failure = TransferState.FAILED, ""
+        try:
+            state = copy()
+        except TransferError as error:
+            failure = str(error)
+        except Exception as error:  # a fault of ours must end the transfer too: somebody waits for it
+            logger.exception("KV transfer failed")
+            failure = f"{type(error).__name__}: {error}"
+        self.ended_s = self._clock.now()
+        self.failure = failure
+        self.state = state
+        self._on_end(self)
+
+
+class Link(Protocol):
+    """A way to one peer's pool. Methods do not block."""
+
+    def read(self, blocks: Sequence[BlockPair], layers: range, on_end: Callable[[Transfer], None]) -> Transfer:
+        """Start copying ``layers`` of the peer's blocks into the own blocks.
+
+        Raises TransferError at once, and copies nothing, when a block or layer does not exist.
+        """
+
+    def close(self) -> None:
+        """Let go of the peer. Transfers that were started still end, and say so."""
+
+
+def check_ranges(blocks: Sequence[BlockPair], layers: range, remote: KvLayout, local: KvLayout) -> None:
+    """Raise TransferError when a copy would reach outside one of the pools."""
+    if layers.step != 1 or not 0 <= layers.start <= layers.stop <= local.num_layers:
+        raise TransferError(f"layers {layers} are not within the {local.num_layers} of the KV pool")
+    for source, target in blocks:
+        if not 0 <= source < remote.num_blocks:
+            raise TransferError(f"the peer has no KV block {source}: its pool has {remote.num_blocks}")
+        if not 0 <= target < local.num_blocks:
+            raise TransferError(f"there is no KV block {target} here: the pool has {local.num_blocks}")

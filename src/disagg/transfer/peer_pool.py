@@ -1,0 +1,62 @@
+"""Another instance's pool on this host, mapped for reading."""
+
+import fcntl
+import mmap
+import os
+import stat
+
+from disagg.base.errors import TransferError
+from disagg.cache.layout import KvLayout
+from disagg.transfer.address import ShmAddress
+from disagg.transfer.pool import FILE_NAME, SEALS, file_bytes, header, view_blocks
+
+
+def check_compatible(remote: KvLayout, local: KvLayout) -> None:
+    """Raise TransferError, naming the field, unless blocks of one layout are blocks of the other."""
+    for name in local.__struct_fields__:
+        theirs, ours = getattr(remote, name), getattr(local, name)
+        if name != "num_blocks" and theirs != ours:
+            raise TransferError(
+                f"KV layouts differ in {name}: the peer has {theirs}, this instance {ours}; "
+                "start both with the same model, dtype, block size and kernel backend"
+            )
+
+
+class PeerPool:
+    """A peer's pool. The mapping stays readable when the peer dies; ``check_alive`` tells when it ended by itself."""
+
+    def __init__(self, address: ShmAddress) -> None:
+        """Map the pool; raise TransferError when the peer is gone or what is there is not the pool announced."""
+        self.layout = address.layout
+        self.incarnation = address.incarnation
+        self._header = header(address.layout, address.incarnation)
+        self._file = _map(f"/proc/{address.pid}/fd/{address.fd}", file_bytes(address.layout))
+        self.check_alive()
+        self.blocks = view_blocks(self._file, address.layout)
+        """Read-only."""
+
+    def check_alive(self) -> None:
+        """Raise TransferError unless the mapped file still is the pool of this incarnation."""
+        if self._file[: len(self._header)] != self._header:
+            raise TransferError(f"the peer's KV pool (incarnation {self.incarnation}) has ended")
+
+
+def _map(path: str, num_bytes: int) -> mmap.mmap:
+    try:
+        # Never open what is not a pool: the pid may by now be that of another program.
+        if not os.readlink(path).startswith(f"/memfd:{FILE_NAME}"):
+            raise TransferError(f"{path} is no KV pool: the peer has been replaced by another process")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise TransferError(f"cannot open the peer's KV pool: {error}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != num_bytes:
+            raise TransferError(f"the peer's KV pool has {status.st_size} bytes, {num_bytes} were announced")
+        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
+            raise TransferError("the peer's KV pool is not sealed: it could shrink while it is read")
+        return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    except (OSError, ValueError, OverflowError) as error:
+        raise TransferError(f"cannot map the peer's KV pool: {error}") from error
+    finally:
+        os.close(descriptor)

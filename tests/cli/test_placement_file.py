@@ -1,0 +1,93 @@
+"""Placements from flags and files."""
+
+from pathlib import Path
+
+import pytest
+
+from disagg.base.config import InstanceGroup, Placement
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.cli.placement_file import choose_placement
+
+
+def counts(prefill: int | None = None, decode: int | None = None, colocated: int | None = None):
+    return {Role.PREFILL: prefill, Role.DECODE: decode, Role.COLOCATED: colocated}
+
+
+def numbers(placement: Placement) -> tuple[int, int, int]:
+    return placement.count(Role.PREFILL), placement.count(Role.DECODE), placement.count(Role.COLOCATED)
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "placement.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (counts(), (1, 1, 0)),
+        (counts(prefill=2, decode=3), (2, 3, 0)),
+        (counts(colocated=2), (0, 0, 2)),
+        (counts(prefill=1, decode=1, colocated=1), (1, 1, 1)),
+        (counts(prefill=0, decode=0, colocated=1), (0, 0, 1)),
+    ],
+)
+def test_from_flags(given, expected):
+    assert numbers(choose_placement(None, given)) == expected
+
+
+def test_flags_that_serve_nothing_are_refused():
+    with pytest.raises(ConfigurationError, match="2 prefill, 0 decode and 0 colocated"):
+        choose_placement(None, counts(prefill=2))
+
+
+def test_from_a_file(tmp_path):
+    file = write(
+        tmp_path,
+        """
+        groups:
+          - {role: prefill, count: 2, num_threads: 1}
+          - {role: decode, count: 1, num_threads: 2}
+        """,
+    )
+    assert choose_placement(file, counts()) == Placement(
+        groups=(
+            InstanceGroup(role=Role.PREFILL, count=2, num_threads=1),
+            InstanceGroup(role=Role.DECODE, count=1, num_threads=2),
+        )
+    )
+
+
+def test_a_file_and_flags_contradict_each_other(tmp_path):
+    with pytest.raises(ConfigurationError, match="leave out --prefill and --colocated"):
+        choose_placement(tmp_path / "placement.yaml", counts(prefill=1, colocated=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("groups: [{role: prefill, count: 1, colour: red}]", r"unknown field `colour`.*groups\[0\]"),
+        ("groups: [{role: prefil, count: 1}]", "Invalid enum value 'prefil'"),
+        ("groups: [{role: prefill, count: 0}]", "`int` >= 1"),
+        ("groups: [{role: prefill, count: 1}]", "1 prefill, 0 decode"),
+        ("groups: [", "is not a placement"),
+        ("", "is not a placement"),
+        ("[1, 2]", "is not a placement"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_name_and_the_place(tmp_path, text, words):
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        choose_placement(file, counts())
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "placement.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"cannot read the placement .*placement\.yaml"):
+        choose_placement(file, counts())

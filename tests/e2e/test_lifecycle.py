@@ -1,0 +1,111 @@
+"""Starting, dying and ending: whatever happens, words are clear and nothing is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import psutil
+import pytest
+from server_process import ServerProcess, completion, serving, shared_memory_names
+
+SMALL = ("--max-model-len", "512", "--kv-memory", "128MiB")
+
+
+def wait_for(condition: object, what: str, deadline_s: float = 60.0) -> None:
+    """Ask again until a condition holds; the deadline is only for hopeless cases."""
+    import time
+
+    end = time.monotonic() + deadline_s
+    assert callable(condition)
+    while not condition():
+        assert time.monotonic() < end, f"waited {deadline_s} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "disagg.cli.main", "serve", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_wrong_path_is_named_without_a_traceback() -> None:
+    ended = run_serve("/no/such/model", "--port", "0")
+    assert ended.returncode == 2
+    assert "/no/such/model" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_busy_port_is_said_before_any_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = run_serve("--port", str(port))
+    assert ended.returncode == 2
+    assert str(port) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process_and_leaves_no_shared_memory(how: signal.Signals) -> None:
+    before = shared_memory_names()
+    with serving(*SMALL) as server:
+        processes = server.instances()
+        assert len(processes) == 2
+        completion(server, "Hello", max_tokens=3)
+        assert server.end(how) == 0
+        assert not [process for process in processes if process.is_running()]
+    assert shared_memory_names() <= before
+
+
+def test_killing_the_server_takes_the_instances_along() -> None:
+    with serving(*SMALL) as server:
+        processes = server.instances()
+        server.process.kill()
+        psutil.wait_procs(processes, timeout=20)
+        assert not [process for process in processes if process.is_running()]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_instance_that_is_killed_is_named_and_restarted(role: str) -> None:
+    with serving(*SMALL) as server, ThreadPoolExecutor(4) as pool:
+        under_way = [pool.submit(completion, server, "Tell me", max_tokens=400, ignore_eos=True) for _ in range(4)]
+        wait_for(lambda: server.metric("vllm:num_requests_running") > 0, "running requests")
+        (victim,) = [status["pid"] for status in server.get("/status").json()["instances"] if status["role"] == role]
+        os.kill(victim, signal.SIGKILL)
+        for request in under_way:
+            error = request.exception(timeout=60)
+            assert error is None or (isinstance(error, openai.APIStatusError) and error.status_code == 503), error
+        wait_for(lambda: server.get("/ready").status_code == 200, "the restarted instance")
+        assert f"{role}-0" in server.text
+        assert "SIGKILL" in server.text or "signal 9" in server.text
+        assert completion(server, "Hello", max_tokens=3).usage.completion_tokens > 0
+        assert_no_block_is_held(server)
+
+
+def assert_no_block_is_held(server: ServerProcess) -> None:
+    def held() -> float:
+        return sum(
+            server.metric("disagg:kv_blocks", state=state) for state in ("active", "leased", "filling", "quarantined")
+        )
+
+    wait_for(lambda: held() == 0, "all KV blocks to come back")
+
+
+def test_a_client_that_leaves_gives_its_blocks_back() -> None:
+    with serving(*SMALL) as server:
+        stream = completion(server, "Tell me", max_tokens=400, ignore_eos=True, stream=True)
+        next(iter(stream))
+        stream.close()
+        wait_for(lambda: server.metric("vllm:num_requests_running") == 0, "the abort")
+        assert_no_block_is_held(server)
+
+
+def test_a_prompt_that_is_too_long_says_limit_and_length() -> None:
+    with serving(*SMALL) as server, pytest.raises(openai.BadRequestError, match="512") as caught:
+        completion(server, list(range(1000, 1600)), max_tokens=3)
+    assert "600" in str(caught.value)

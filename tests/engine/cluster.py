@@ -1,0 +1,292 @@
+"""Engine loops in threads of the test's process, with real sockets and real pools, and the router's end of the wire."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import zmq
+from fake_executor import FakeExecutor, HeldExecutor
+from msgspec import structs
+
+from disagg.base.clock import MonotonicClock
+from disagg.base.config import SchedulerSettings
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import (
+    Abort,
+    Adopt,
+    Generate,
+    InstanceFacts,
+    KvOffer,
+    LoadReport,
+    Message,
+    Offered,
+    Ready,
+    Release,
+    SequenceOutput,
+    StepOutput,
+    ToRouter,
+    decode_for_router,
+    encode,
+)
+from disagg.base.request import GenerationRequest, Role
+from disagg.base.sampling import SamplingParams
+from disagg.cache.block_pool import BlockAudit
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.engine.control import ControlChannel
+from disagg.engine.event_log import EventLog
+from disagg.engine.executor import Executor
+from disagg.engine.loop import EngineLoop
+from disagg.engine.pulls import Pulls
+from disagg.scheduling.replay import LogHeader
+from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.transfer.links import Links
+from disagg.transfer.pool import KvPool
+
+DEADLINE_S = 6.0
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 96
+VOCAB_SIZE = 1000
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def request(name: str, num_tokens: int, max_tokens: int = 6, epoch: int = 1, **changes: Any) -> GenerationRequest:
+    """A prompt of ``num_tokens`` tokens that differs from name to name."""
+    sampling = {name: changes.pop(name) for name in SamplingParams.__struct_fields__ if name in changes}
+    start = sum(name.encode()) % 97
+    return GenerationRequest(
+        request_id=RequestId(name),
+        epoch=Epoch(epoch),
+        prompt_token_ids=tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)),
+        sampling=SamplingParams(**{"max_tokens": max_tokens, "seed": 1, **sampling}),
+        **changes,
+    )
+
+
+class RouterEnd:
+    """The router's socket, and everything that was received on it."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self.received: list[tuple[str, ToRouter]] = []
+
+    def send(self, instance: str, *messages: Message) -> None:
+        for message in messages:
+            self._socket.send_multipart([instance.encode(), encode(message)])
+
+    def send_bytes(self, instance: str, data: bytes) -> None:
+        self._socket.send_multipart([instance.encode(), data])
+
+    def wait(self, is_there: Callable[[], bool]) -> None:
+        """Receive until ``is_there``."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not is_there():
+            remaining_s = deadline - time.monotonic()
+            assert remaining_s > 0, f"it did not come; received: {self.news[-10:]}"
+            if self._socket.poll(remaining_s * 1000):
+                instance, data = self._socket.recv_multipart()
+                self.received.append((instance.decode(), decode_for_router(data)))
+
+    @property
+    def news(self) -> list[tuple[str, ToRouter]]:
+        """What was received, without the regular reports."""
+        return [entry for entry in self.received if not isinstance(entry[1], LoadReport)]
+
+    def all(self, kind: type[AnyMessage], instance: str | None = None) -> list[AnyMessage]:
+        return [m for sender, m in self.received if isinstance(m, kind) and instance in (None, sender)]
+
+    def expect(self, kind: type[AnyMessage], instance: str | None = None) -> AnyMessage:
+        """Wait for the first message of a kind and take it out of the record."""
+        self.wait(lambda: bool(self.all(kind, instance)))
+        message = self.all(kind, instance)[0]
+        self.received.remove(next(entry for entry in self.received if entry[1] is message))
+        return message
+
+    def outputs(self, name: str) -> list[SequenceOutput]:
+        return [o for message in self.all(StepOutput) for o in message.outputs if o.request_id == name]
+
+    def tokens(self, name: str) -> list[int]:
+        return [token for output in self.outputs(name) for token in output.token_ids]
+
+    def wait_for_tokens(self, name: str, count: int) -> None:
+        self.wait(lambda: len(self.tokens(name)) >= count)
+
+    def wait_for_end(self, *names: str) -> None:
+        self.wait(lambda: all((outputs := self.outputs(n)) and outputs[-1].finish_reason for n in names))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an instance computes, with whom, and the layout of its pool but for the number of blocks."""
+
+    layout: KvLayout
+    make_executor: Callable[[KvPool], Executor]
+    vocab_size: int
+    max_model_len: int
+
+
+def fake_model(**layout_changes: Any) -> ServedModel:
+    """The model of ``FakeExecutor``."""
+    layout = {
+        "num_layers": 3,
+        "num_blocks": 1,
+        "num_kv_heads": 1,
+        "block_size": BLOCK_SIZE,
+        "head_dim": 4,
+        "dtype": KvDtype.FLOAT32,
+        "format": KvFormat.TOKEN_MAJOR,
+    }
+    return ServedModel(
+        layout=KvLayout(**{**layout, **layout_changes}),
+        make_executor=lambda pool: FakeExecutor(pool, VOCAB_SIZE),
+        vocab_size=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+@dataclass
+class Instance:
+    """One engine loop in a thread. ``pull_thread`` and ``executor`` are the places where a test can hold it."""
+
+    router: RouterEnd
+    name: str
+    incarnation: str = "a1"
+    num_blocks: int = 64
+    model: ServedModel = field(default_factory=fake_model)
+    settings: SchedulerSettings = field(
+        default_factory=lambda: SchedulerSettings(max_batch_tokens=16, max_batch_size=8, lease_s=100.0)
+    )
+    prefix_caching: bool = False
+    log_path: Path | None = None
+    audit: BlockAudit | None = None
+    error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        self.pool = KvPool(structs.replace(self.model.layout, num_blocks=self.num_blocks), self.incarnation)
+        self.executor = HeldExecutor(self.model.make_executor(self.pool))
+        self.pull_thread = ThreadPoolExecutor(max_workers=1)
+        self._stack = ExitStack()
+        self._thread = threading.Thread(target=self._run, name=self.name)
+        self._thread.start()
+        self.ready = self.router.expect(Ready, self.name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.executor.gate.open()
+        self.loop.stop()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "the loop did not stop"
+        self._stack.close()
+        if self.error is not None:
+            raise AssertionError(f"{self.name} failed") from self.error
+
+    def _run(self) -> None:
+        try:
+            self._serve(self._stack)
+        except BaseException as error:
+            self.error = error
+
+    def _serve(self, stack: ExitStack) -> None:
+        clock = MonotonicClock()
+        stack.callback(self.pool.close)
+        channel = ControlChannel(self.router.endpoint, InstanceId(self.name))
+        stack.callback(channel.close)
+        stack.enter_context(self.pull_thread)
+        pulls = Pulls(Links(self.pool, self.pull_thread, clock), self.pool.layout.num_layers, channel.wake)
+        stack.callback(pulls.close)
+        self.scheduler = StepScheduler(self.settings, self.num_blocks, self.pool.layout.block_size, self.prefix_caching)
+        log = None
+        if self.log_path is not None:
+            header = LogHeader(
+                settings=self.settings,
+                num_blocks=self.num_blocks,
+                block_size=self.pool.layout.block_size,
+                prefix_caching=self.prefix_caching,
+            )
+            log = EventLog(str(self.log_path), header)
+            stack.callback(log.close)
+        ready = Ready(
+            version=1,
+            instance=InstanceId(self.name),
+            incarnation=self.incarnation,
+            role=Role.COLOCATED,
+            facts=self._facts(),
+        )
+        self.loop = EngineLoop(ready, self.scheduler, self.executor, pulls, channel, clock, log)
+        self.loop.run()
+        self.scheduler.validate()
+        self.audit = self.scheduler.audit()
+
+    def _facts(self) -> InstanceFacts:
+        return InstanceFacts(
+            pid=1,
+            device="cpu",
+            kernel_backend="fake",
+            num_blocks=self.num_blocks,
+            block_size=self.pool.layout.block_size,
+            max_model_len=self.model.max_model_len,
+            vocab_size=self.model.vocab_size,
+            weight_bytes=0,
+            kv_bytes=self.pool.layout.total_bytes,
+            load_s=0.0,
+            pool=self.pool.address(),
+        )
+
+    def send(self, *messages: Message) -> None:
+        self.router.send(self.name, *messages)
+
+    def join(self) -> None:
+        """Wait until the loop has ended by itself."""
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "the loop did not end"
+
+    def wait_until_idle(self) -> None:
+        """Wait for a load report in which every block is free or cached and nobody waits or runs."""
+
+        def is_idle() -> bool:
+            reports = self.router.all(LoadReport, self.name)
+            load = reports[-1].load if reports else None
+            idle = load is not None and not (load.num_running or load.num_waiting or load.num_leases)
+            return idle and load.blocks_free + load.blocks_cached == self.num_blocks  # type: ignore[union-attr]
+
+        self.router.received = [
+            entry for entry in self.router.received if not (entry[0] == self.name and isinstance(entry[1], LoadReport))
+        ]
+        self.router.wait(is_idle)
+
+
+def continuation(original: GenerationRequest, tokens: Sequence[int]) -> GenerationRequest:
+    """The request as it travels on, with the tokens that are already out."""
+    return structs.replace(original, output_token_ids=tuple(tokens))
+
+
+def hand_over(router: RouterEnd, source: Instance, target: Instance, sequence: GenerationRequest) -> KvOffer:
+    """Prefill on ``source``, let ``target`` adopt; return the offer."""
+    source.send(Generate(request=sequence, hand_over=True))
+    offer = router.expect(Offered, source.name).offer
+    first = router.tokens(sequence.request_id)
+    target.send(Adopt(request=continuation(sequence, first), offer=offer))
+    return offer
+
+
+def release(offer: KvOffer) -> Release:
+    return Release(request_id=offer.request_id, epoch=offer.epoch)
+
+
+def abort(name: str, epoch: int = 1) -> Abort:
+    return Abort(request_id=RequestId(name), epoch=Epoch(epoch))

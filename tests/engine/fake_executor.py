@@ -1,0 +1,136 @@
+"""A model without weights for the engine loop, and a gate that holds any executor's steps."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from disagg.base.ids import BlockId
+from disagg.base.sampling import PositionLogprobs, TokenLogprob
+from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.transfer.pool import KvPool
+
+DEADLINE_S = 30.0
+
+
+class Gate:
+    """Lets steps through: all of them until ``close``, then as many as ``let_through`` says."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_allowed: float = float("inf")
+        self.num_waiting = 0
+
+    def close(self) -> None:
+        with self._changed:
+            self._num_allowed = 0
+
+    def open(self) -> None:
+        self.let_through(float("inf"))
+
+    def let_through(self, count: float) -> None:
+        with self._changed:
+            self._num_allowed += count
+            self._changed.notify_all()
+
+    def wait_until_held(self) -> None:
+        """Wait until a step is at the closed gate."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.num_waiting > 0, DEADLINE_S), "no step came"
+
+    def pass_through(self) -> None:
+        with self._changed:
+            self.num_waiting += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._num_allowed > 0, DEADLINE_S), "the gate stayed closed"
+            self._num_allowed -= 1
+            self.num_waiting -= 1
+
+
+class HeldExecutor:
+    """Another executor behind a gate. ``steps`` records each step as {request: (start, number of tokens)}."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.gate = Gate()
+        self.steps: list[dict[str, tuple[int, int]]] = []
+        self.published: list[tuple[BlockId, ...]] = []
+        self.received: list[tuple[BlockId, ...]] = []
+        self.error: Exception | None = None
+        self._inner = inner
+
+    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+        self.gate.pass_through()
+        if self.error is not None:
+            raise self.error
+        self.steps.append({w.sequence.request_id: (w.chunk.start, w.chunk.num_tokens) for w in step})
+        return self._inner.run(step)
+
+    def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
+        self.published.append(tuple(blocks))
+        self._inner.publish_blocks(blocks)
+
+    def receive_blocks(self, blocks: Sequence[BlockId]) -> None:
+        self.received.append(tuple(blocks))
+        self._inner.receive_blocks(blocks)
+
+
+class FakeExecutor:
+    """Keeps token ids in the pool where keys and values would be, and reads them back to sample.
+
+    A token is a function of every KV entry of its sequence in every layer, so that one wrong, missing or late block
+    changes the answer, as it would with a real model.
+    """
+
+    def __init__(self, pool: KvPool, vocab_size: int) -> None:
+        self._pool = pool
+        self._vocab_size = vocab_size
+
+    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+        return [self._compute(work) for work in step]
+
+    def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """The pool is computed on."""
+
+    def receive_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """The pool is computed on."""
+
+    def _compute(self, work: Work) -> ChunkResult:
+        sequence, chunk = work.sequence, work.chunk
+        size = self._pool.layout.block_size
+        end = chunk.start + chunk.num_tokens
+        table = sequence.block_table(chunk.block_ids)
+        for position in range(chunk.start, end):
+            block, slot = table[position // size], position % size
+            for layer in range(self._pool.layout.num_layers):
+                self._pool.blocks[layer, block, slot] = sequence.tokens[position] + 10_000 * layer
+        prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        if sequence.wants_prompt_logprobs:
+            last = min(end + 1, sequence.num_prompt_tokens)
+            prompt_logprobs = tuple(_logprobs(int(sequence.tokens[p])) for p in range(chunk.start + 1, last))
+        if not chunk.samples:
+            return ChunkResult(prompt_logprobs=prompt_logprobs)
+        entries = self._pool.blocks[:, table, :size].reshape(self._pool.layout.num_layers, -1)[:, :end]
+        token = sample(entries, sequence.sampling.seed, self._vocab_size)
+        logprobs = _logprobs(token) if sequence.sampling.logprobs is not None else None
+        return ChunkResult(token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+
+def sample(entries: np.ndarray, seed: int, vocab_size: int) -> int:
+    digest = hashlib.blake2b(np.ascontiguousarray(entries).tobytes() + bytes([seed]), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % vocab_size
+
+
+def continue_prompt(
+    prompt: Sequence[int], num_tokens: int, num_layers: int, vocab_size: int, seed: int = 1
+) -> list[int]:
+    """What the fake model answers, computed without any engine."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        entries = np.array([[token + 10_000 * layer for token in tokens] for layer in range(num_layers)], np.uint64)
+        tokens.append(sample(entries, seed, vocab_size))
+    return tokens[len(prompt) :]
+
+
+def _logprobs(token: int) -> PositionLogprobs:
+    return PositionLogprobs(TokenLogprob(token, -1.0, 1), ())

@@ -1,0 +1,160 @@
+"""Every native kernel, at every instruction set this processor has, against the PyTorch backend."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, shapes, steps, windows
+
+from disagg.base.errors import InternalError
+from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.torch_backend import TorchBackend
+
+native = pytest.importorskip("disagg.engine.kernels.native_backend")
+if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not None:
+    pytest.skip("the native kernels were not built", allow_module_level=True)
+
+BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
+REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
+backends = st.sampled_from(list(BACKENDS))
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=backends, shape=shapes, lengths=steps, window=windows)
+def test_attention(name: str, shape: Shape, lengths: list[tuple[int, int]], window: int | None) -> None:
+    batch, num_blocks = make_batch(lengths, shape.block_size)
+    kv_layer = dirty_pool(shape, num_blocks)
+    fill_pool(kv_layer, KvFormat.INTERLEAVED, batch, shape)
+    q = torch.randn((len(batch.positions), shape.num_heads, shape.head_dim)).to(shape.dtype)
+    arguments = (q, kv_layer, batch, shape.head_dim**-0.5, window)
+    torch.testing.assert_close(BACKENDS[name].attention(*arguments), REFERENCE.attention(*arguments), **shape.tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=backends, shape=shapes, lengths=steps, qk_norm=st.booleans())
+def test_rope_and_kv_write(name: str, shape: Shape, lengths: list[tuple[int, int]], qk_norm: bool) -> None:
+    batch, num_blocks = make_batch(lengths, shape.block_size)
+    pools = dirty_pool(shape, num_blocks), dirty_pool(shape, num_blocks)
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn((len(batch.positions), heads * shape.head_dim)).to(shape.dtype)
+    angles = torch.rand((300, shape.head_dim // 2)) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    norms = torch.rand((2, shape.head_dim)).to(shape.dtype).unbind() if qk_norm else (None, None)
+    got, expected = (
+        backend.rope_and_write_kv(qkv, cos_sin, pool, batch, shape.num_heads, shape.num_kv_heads, *norms, 1e-5)
+        for backend, pool in zip((BACKENDS[name], REFERENCE), pools, strict=True)
+    )
+    torch.testing.assert_close(got, expected, **shape.tolerance)
+    torch.testing.assert_close(*pools, equal_nan=True, **shape.tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=backends,
+    dtype=dtypes,
+    rows=st.integers(0, 20),
+    width=st.integers(1, 700),
+    add=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rms_norm(name: str, dtype: torch.dtype, rows: int, width: int, add: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, residual = torch.randn((2, rows, width)).to(dtype)
+    weight = torch.rand(width).to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 8e-3, "atol": 0}
+    if add:
+        other = residual.clone()
+        got = BACKENDS[name].add_rms_norm(x, residual, weight, 1e-5)
+        torch.testing.assert_close(got, REFERENCE.add_rms_norm(x, other, weight, 1e-5), **tolerance)
+        torch.testing.assert_close(residual, other, rtol=0, atol=0)
+    else:
+        got = BACKENDS[name].rms_norm(x, weight, 1e-5)
+        torch.testing.assert_close(got, REFERENCE.rms_norm(x, weight, 1e-5), **tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=backends, dtype=dtypes, rows=st.integers(0, 20), width=st.integers(1, 300), scale=st.sampled_from([1, 30, 200])
+)
+def test_silu_and_mul(name: str, dtype: torch.dtype, rows: int, width: int, scale: int) -> None:
+    gate_up = (torch.randn((rows, 2 * width)) * scale).to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
+    torch.testing.assert_close(BACKENDS[name].silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up), **tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=backends, dtype=dtypes, rows=st.integers(0, 5), width=st.integers(1, 300), ties=st.booleans())
+def test_argmax_is_the_first_of_the_largest(name: str, dtype: torch.dtype, rows: int, width: int, ties: bool) -> None:
+    logits = torch.randn((rows, width)).to(dtype)
+    if ties:
+        logits = logits.round()
+    expected = torch.tensor([row.index(max(row)) for row in logits.tolist()], dtype=torch.int64)
+    torch.testing.assert_close(BACKENDS[name].argmax(logits), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_packed_linear(dtype: torch.dtype, bias: bool, rows: int) -> None:
+    weight, x = torch.randn(96, 160).to(dtype), torch.randn(rows, 160).to(dtype)
+    offset = torch.randn(96).to(dtype) if bias else None
+    got = next(iter(BACKENDS.values())).linear(weight.clone(), offset)(x)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, offset), **tolerance)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_decode_does_not_depend_on_its_neighbours_or_on_threads(name: str) -> None:
+    """The bits of one sequence's answer are the same alone and in a batch, on one thread and on two."""
+    shape = Shape(num_kv_heads=2, group=3, head_dim=64, block_size=32, dtype=torch.bfloat16)
+    batch, num_blocks = make_batch([(1200, 1), (40, 40), (700, 1), (3, 1)], shape.block_size)
+    alone, _ = make_batch([(1200, 1)], shape.block_size, num_blocks)
+    alone.block_tables[:] = batch.block_tables[:1]
+    kv_layer = dirty_pool(shape, num_blocks)
+    fill_pool(kv_layer, KvFormat.INTERLEAVED, batch, shape)
+    q = torch.randn((43, shape.num_heads, shape.head_dim)).to(shape.dtype)
+    together = BACKENDS[name].attention(q, kv_layer, batch, 0.125, None)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            single = BACKENDS[name].attention(q[:1], kv_layer, alone, 0.125, None)
+            torch.testing.assert_close(single, together[:1], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("block_tables", -1, "block id -1 of sequence 0"),
+        ("block_tables", 7, "block id 7 of sequence 0 is outside 0 to 6"),
+        ("context_lens", 49, "context length 49 of sequence 0 is outside 0 to 48"),
+        ("context_lens", -3, "context length -3"),
+        ("context_lens", 1, "number of new tokens 2 of sequence 0"),
+        ("query_start", 1, "query_start"),
+    ],
+)
+def test_an_index_outside_the_pool_is_refused(field: str, value: int, message: str) -> None:
+    batch, _ = make_batch([(40, 2)], 16, num_blocks=7)
+    getattr(batch, field).flatten()[0] = value
+    kv_layer = torch.zeros((7, 2, 1, 16 * 64))
+    with pytest.raises(InternalError, match=message):
+        next(iter(BACKENDS.values())).attention(torch.zeros(2, 1, 64), kv_layer, batch, 0.1, None)
+
+
+def test_a_wrong_element_type_or_stride_is_refused() -> None:
+    backend = next(iter(BACKENDS.values()))
+    with pytest.raises(InternalError, match=r"torch\.float32.*needs 8 contiguous elements of torch\.bfloat16"):
+        backend.rms_norm(torch.zeros(1, 8).bfloat16(), torch.ones(8), 1e-5)
+    with pytest.raises(InternalError, match=r"strides \(1, 4\)"):
+        backend.silu_and_mul(torch.zeros(8, 4).t())
+
+
+def test_a_position_without_angles_is_refused() -> None:
+    backend = next(iter(BACKENDS.values()))
+    batch, num_blocks = make_batch([(40, 1)], 16)
+    kv_layer = torch.zeros((num_blocks, 2, 1, 16 * 64))
+    with pytest.raises(InternalError, match="40 tokens, angles for 39"):
+        backend.rope_and_write_kv(torch.zeros(1, 192), torch.zeros(39, 64), kv_layer, batch, 1, 1, None, None, 1e-5)

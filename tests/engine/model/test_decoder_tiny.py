@@ -1,0 +1,120 @@
+"""The decoder against transformers, on tiny random models of every supported architecture, in float32."""
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from step_runner import StepRunner
+
+from disagg.base.config import DType
+from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.weights import load_weights
+from disagg.models.locate import load_config, locate_model
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("llama", {"num_key_value_heads": 4}),
+    "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-3.2-tied": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
+    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 32}),
+    "smollm2": (
+        "llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_size": 48},
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-sliding": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2.5-untied": ("qwen2", {}),
+    "qwen2.5-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
+    "qwen2-sliding-above": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "head_dim": 32}),
+    "sharded": ("llama", {"max_shard_size": "100KB"}),
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def folder(request: pytest.FixtureRequest, tiny_model: Any) -> Path:
+    model_type, settings = MODELS[request.param]
+    path: Path = tiny_model(model_type, **settings)
+    return path
+
+
+def load_decoder(folder: Path, max_model_len: int | None = None) -> Decoder:
+    files = locate_model(str(folder))
+    config = load_config(files)
+    backend = TorchBackend(KvFormat.INTERLEAVED)
+    weights = load_weights(files, config, backend, dtype=DType.FLOAT32)
+    return Decoder(config, weights, backend, max_model_len)
+
+
+def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """Return transformers' logits of every position."""
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        logits: torch.Tensor = model.eval()(torch.tensor([token_ids])).logits[0]
+    return logits
+
+
+def test_logits_of_a_prompt_are_those_of_transformers(folder: Path) -> None:
+    token_ids = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    logits = StepRunner(load_decoder(folder)).step({0: token_ids}, all_rows=True)
+
+    torch.testing.assert_close(logits, reference_logits(folder, token_ids), atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_decodes_and_other_sequences_change_nothing(folder: Path) -> None:
+    """One sequence as two chunks and five decodes, in steps shared with another one."""
+    token_ids = torch.randint(0, 320, (45,), generator=torch.Generator().manual_seed(2)).tolist()
+    other = token_ids[::-1]
+    runner = StepRunner(load_decoder(folder), num_blocks=16)
+    cuts = [0, 17, 40, 41, 42, 43, 44, 45]
+
+    last_rows = [
+        runner.step({0: other[start:end], 1: token_ids[start:end]})[1] for start, end in itertools.pairwise(cuts)
+    ]
+
+    expected = reference_logits(folder, token_ids)[[end - 1 for end in cuts[1:]]]
+    torch.testing.assert_close(torch.stack(last_rows), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_that_wants_no_logits_still_writes_keys_and_values(tiny_model: Any) -> None:
+    decoder = load_decoder(tiny_model("llama"))
+    token_ids = list(range(40))
+    whole, chunked = StepRunner(decoder), StepRunner(decoder)
+
+    assert chunked.step({0: token_ids[:30]}, no_rows=True).shape == (0, 320)
+
+    torch.testing.assert_close(chunked.step({0: token_ids[30:]}), whole.step({0: token_ids}), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,103 @@
+"""Loading: what must be in the files, and what is said when it is not."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from disagg.base.config import DType
+from disagg.base.errors import ConfigurationError
+from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.engine.model.weights import DecoderWeights, expected_shapes, load_weights
+from disagg.models.locate import load_config, locate_model
+
+
+def load(folder: Path, dtype: DType = DType.FLOAT32, **options: Any) -> DecoderWeights:
+    files = locate_model(str(folder))
+    return load_weights(files, load_config(files), TorchBackend(KvFormat.INTERLEAVED), dtype=dtype, **options)
+
+
+@pytest.fixture
+def folder(tiny_model: Any, tmp_path: Path) -> Path:
+    """A model whose files may be spoilt."""
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, path)
+
+
+def test_progress_rises_to_one(folder: Path) -> None:
+    fractions: list[float] = []
+
+    load(folder, progress=fractions.append)
+
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+def test_weights_are_cast(folder: Path) -> None:
+    weights = load(folder, DType.BFLOAT16)
+
+    assert weights.embeddings.dtype is torch.bfloat16
+    assert weights.layers[0].gate_up(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 192)
+
+
+def test_the_files_may_go_away_after_loading(folder: Path) -> None:
+    weights = load(folder)
+    before = weights.embeddings.clone()
+    path = folder / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+
+    assert torch.equal(weights.embeddings, before)
+
+
+def test_parameters_are_counted_right(tiny_model: Any) -> None:
+    for model_type, settings in (("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen2", {}), ("qwen3", {})):
+        config = load_config(locate_model(str(tiny_model(model_type, **settings))))
+        counted = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+        assert config.num_parameters == counted
+
+
+def test_a_tied_head_in_the_file_is_ignored(tiny_model: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama", tie_word_embeddings=True), tmp_path / "model"))
+    change(folder, lm_head__weight=torch.zeros(320, 64))
+
+    weights = load(folder)
+
+    assert torch.equal(weights.head(torch.eye(64)), weights.embeddings.T)
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    change(folder, model__layers__1__mlp__up_proj__weight=None)
+
+    with pytest.raises(ConfigurationError, match=r"lack tensor 'model\.layers\.1\.mlp\.up_proj\.weight' \[96, 64\]"):
+        load(folder)
+
+
+def test_a_surplus_tensor_is_named(folder: Path) -> None:
+    change(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(64))
+
+    with pytest.raises(ConfigurationError, match=r"'model\.layers\.0\.self_attn\.q_proj\.bias'.*does not use"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(folder: Path) -> None:
+    change(folder, model__norm__weight=torch.zeros(65))
+
+    with pytest.raises(ConfigurationError, match=r"'model\.norm\.weight' is \[65\].*\[64\]"):
+        load(folder)
+
+
+def test_a_file_cut_short_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors.*download it again"):
+        load(folder)

@@ -1,0 +1,488 @@
+"""The engine loop with a fake model: what goes in and out of one instance, and the hand-over between two."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    VOCAB_SIZE,
+    Instance,
+    RouterEnd,
+    abort,
+    continuation,
+    fake_model,
+    hand_over,
+    release,
+    request,
+)
+from fake_executor import continue_prompt
+from msgspec import structs
+
+from disagg.base.block_hash import hash_blocks
+from disagg.base.config import SchedulerSettings
+from disagg.base.errors import InternalError
+from disagg.base.ids import InstanceId
+from disagg.base.messages import (
+    Adopt,
+    Failed,
+    FailureKind,
+    Generate,
+    LoadReport,
+    Offered,
+    PeerLost,
+    Pulled,
+    Release,
+    StepOutput,
+    Stop,
+)
+from disagg.base.request import GenerationRequest
+from disagg.base.sampling import FinishReason
+from disagg.scheduling.replay import parse_log, replay
+
+
+@pytest.fixture
+def router() -> Iterator[RouterEnd]:
+    router = RouterEnd()
+    yield router
+    router.close()
+
+
+@pytest.fixture
+def engine(router: RouterEnd) -> Iterator[Instance]:
+    with Instance(router, "colocated-0") as instance:
+        yield instance
+    assert instance.audit is not None
+    assert instance.audit.free + instance.audit.cached == instance.audit.total
+
+
+def answer(sequence: GenerationRequest, num_tokens: int | None = None) -> list[int]:
+    count = sequence.sampling.max_tokens if num_tokens is None else num_tokens
+    return continue_prompt(sequence.prompt_token_ids, count, 3, VOCAB_SIZE, sequence.sampling.seed)
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("num_tokens", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 16, 17, 50])
+    def test_a_prompt_is_answered_token_by_token(self, router: RouterEnd, engine: Instance, num_tokens: int) -> None:
+        sequence = request("a", num_tokens)
+        engine.send(Generate(request=sequence))
+        router.wait_for_end("a")
+        assert router.tokens("a") == answer(sequence)
+        assert [output.finish_reason for output in router.outputs("a")] == [None] * 5 + [FinishReason.LENGTH]
+        engine.wait_until_idle()
+
+    def test_all_sequences_of_a_step_share_one_message(self, router: RouterEnd, engine: Instance) -> None:
+        engine.executor.gate.close()
+        engine.send(Generate(request=request("first", 2, max_tokens=1)))
+        engine.executor.gate.wait_until_held()
+        sequences = [request(name, 3, max_tokens=2) for name in ("a", "b", "c")]
+        engine.send(*(Generate(request=sequence) for sequence in sequences))
+        engine.executor.gate.open()
+        router.wait_for_end("a", "b", "c")
+        assert [router.tokens(s.request_id) for s in sequences] == [answer(s) for s in sequences]
+        names = [[output.request_id for output in message.outputs] for message in router.all(StepOutput)]
+        assert names == [["first"], ["a", "b", "c"], ["a", "b", "c"]]
+
+    def test_sequences_that_do_not_fit_together_are_recomputed_and_unharmed(self, router: RouterEnd) -> None:
+        sequences = [request(name, 9, max_tokens=20, seed=n) for n, name in enumerate("abcd")]
+        with Instance(router, "small", num_blocks=12) as engine:
+            engine.send(*(Generate(request=sequence) for sequence in sequences))
+            router.wait_for_end("a", "b", "c", "d")
+            assert [router.tokens(s.request_id) for s in sequences] == [answer(s) for s in sequences]
+            engine.wait_until_idle()
+            assert router.all(LoadReport)[-1].load.num_preemptions_total > 0
+
+    def test_stage_stamps_come_with_the_first_output_and_are_in_order(
+        self, router: RouterEnd, engine: Instance
+    ) -> None:
+        engine.send(Generate(request=request("a", 5, max_tokens=2)))
+        router.wait_for_end("a")
+        first, second = router.outputs("a")
+        assert first.stamps is not None
+        assert 0 < first.stamps.received_s <= first.stamps.scheduled_s <= first.stamps.first_step_done_s
+        assert (first.stamps.pull_started_s, first.stamps.pulled_s) == (0.0, 0.0)
+        assert second.stamps is None
+
+    def test_a_prefix_seen_before_is_not_computed_again(self, router: RouterEnd) -> None:
+        prompt = request("same", 14).prompt_token_ids
+        hashes = hash_blocks(prompt, BLOCK_SIZE)
+        with Instance(router, "caching", prefix_caching=True) as engine:
+            for name in ("same", "again"):
+                engine.send(Generate(request=request(name, 14, max_tokens=1, block_hashes=hashes)))
+                router.wait_for_end(name)
+            assert router.outputs("same")[0].num_cached_tokens == 0
+            assert router.outputs("again")[0].num_cached_tokens == 12
+            assert engine.executor.steps == [{"same": (0, 14)}, {"again": (12, 2)}]
+
+    def test_a_resumed_sequence_goes_on_where_it_was(self, router: RouterEnd, engine: Instance) -> None:
+        sequence = request("a", 7, max_tokens=8)
+        tokens = answer(sequence)
+        engine.send(Generate(request=continuation(sequence, tokens[:3])))
+        router.wait_for_end("a")
+        assert router.tokens("a") == tokens[3:]
+
+    def test_logprobs_are_passed_on(self, router: RouterEnd, engine: Instance) -> None:
+        engine.send(Generate(request=request("a", 3, max_tokens=2, logprobs=0)))
+        router.wait_for_end("a")
+        chosen = [position.chosen.token_id for output in router.outputs("a") for position in output.logprobs]
+        assert chosen == router.tokens("a")
+
+    @pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 40])
+    def test_prompt_logprobs_are_collected_over_the_chunks(
+        self, router: RouterEnd, engine: Instance, num_tokens: int
+    ) -> None:
+        sequence = request("a", num_tokens, max_tokens=2, prompt_logprobs=0)
+        engine.send(Generate(request=sequence))
+        router.wait_for_end("a")
+        first, second = router.outputs("a")
+        chosen = tuple(position.chosen.token_id for position in first.prompt_logprobs)
+        assert chosen == sequence.prompt_token_ids[1:]
+        assert second.prompt_logprobs == ()
+
+
+class TestEndOfSequence:
+    def end(self, router: RouterEnd, engine: Instance, **fields: Any) -> list[int]:
+        """Answer with the third token (of eight) as a stop token."""
+        plain = request("a", 5, max_tokens=8)
+        third = answer(plain)[2]
+        given = {name: (third,) if value == "third" else value for name, value in fields.items()}
+        engine.send(Generate(request=request("a", 5, max_tokens=8, **given)))
+        router.wait_for_end("a")
+        return router.tokens("a")
+
+    def test_an_end_of_sequence_token_stops(self, router: RouterEnd, engine: Instance) -> None:
+        assert len(self.end(router, engine, eos_token_ids="third")) == 3
+        last = router.outputs("a")[-1]
+        assert (last.finish_reason, last.stop_token_id) == (FinishReason.STOP, last.token_ids[-1])
+
+    def test_ignore_eos_goes_on(self, router: RouterEnd, engine: Instance) -> None:
+        assert len(self.end(router, engine, eos_token_ids="third", ignore_eos=True)) == 8
+        assert router.outputs("a")[-1].stop_token_id is None
+
+    def test_a_stop_token_stops_in_spite_of_ignore_eos(self, router: RouterEnd, engine: Instance) -> None:
+        assert len(self.end(router, engine, stop_token_ids="third", ignore_eos=True)) == 3
+
+    @pytest.mark.parametrize(("min_tokens", "length"), [(2, 3), (3, 8)])
+    def test_nothing_stops_before_min_tokens(
+        self, router: RouterEnd, engine: Instance, min_tokens: int, length: int
+    ) -> None:
+        assert len(self.end(router, engine, stop_token_ids="third", min_tokens=min_tokens)) == length
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        ("wrong", "kind", "words"),
+        [
+            (request("a", MAX_MODEL_LEN, max_tokens=1), FailureKind.TOO_LONG, f"limit is {MAX_MODEL_LEN}"),
+            (request("a", 0), FailureKind.INTERNAL, "no tokens"),
+            (continuation(request("a", 2), (VOCAB_SIZE,)), FailureKind.INTERNAL, f"token id {VOCAB_SIZE}"),
+            (request("a", 2, logit_bias=((-1, 1.0),)), FailureKind.INTERNAL, "token id -1"),
+            (continuation(request("a", 2, max_tokens=3), (1, 2, 3)), FailureKind.INTERNAL, "already generated"),
+        ],
+    )
+    def test_what_cannot_be_computed_is_given_back(
+        self, router: RouterEnd, engine: Instance, wrong: GenerationRequest, kind: FailureKind, words: str
+    ) -> None:
+        engine.send(Generate(request=wrong))
+        failed = router.expect(Failed)
+        assert (failed.request_id, failed.epoch, failed.kind) == (wrong.request_id, wrong.epoch, kind)
+        assert words in failed.message
+
+    def test_what_outgrows_the_pool_is_given_back(self, router: RouterEnd) -> None:
+        with Instance(router, "small", num_blocks=4) as engine:
+            engine.send(Generate(request=request("a", 10, max_tokens=7)))
+            failed = router.expect(Failed)
+            assert failed.kind is FailureKind.TOO_LONG
+            assert "need 5 KV blocks" in failed.message
+            engine.send(Generate(request=request("a", 10, max_tokens=6, epoch=2)))
+            router.wait_for_end("a")
+
+    def test_a_malformed_message_is_ignored(self, router: RouterEnd, engine: Instance) -> None:
+        router.send_bytes(engine.name, b"\xc1 garbage")
+        engine.send(Generate(request=request("a", 3)))
+        router.wait_for_end("a")
+
+    def test_an_old_epoch_is_ignored_and_a_newer_one_takes_over(self, router: RouterEnd, engine: Instance) -> None:
+        engine.executor.gate.close()
+        engine.send(Generate(request=request("a", 3, epoch=2)))
+        engine.executor.gate.wait_until_held()
+        engine.send(Generate(request=request("a", 5, epoch=1)), abort("a", epoch=1))
+        engine.send(Generate(request=request("a", 6, epoch=3)))
+        engine.executor.gate.open()
+        router.wait_for_end("a")
+        outputs = router.outputs("a")
+        assert {output.epoch for output in outputs} <= {2, 3}
+        newest = [token for output in outputs if output.epoch == 3 for token in output.token_ids]
+        assert newest == answer(request("a", 6))
+        engine.wait_until_idle()
+
+    def test_a_repeated_message_changes_nothing(self, router: RouterEnd, engine: Instance) -> None:
+        engine.send(Generate(request=request("a", 5)), Generate(request=request("a", 5)))
+        router.wait_for_end("a")
+        engine.send(Generate(request=request("a", 5)), Generate(request=request("b", 5)))
+        router.wait_for_end("b")
+        engine.wait_until_idle()
+        assert len(router.tokens("a")) == 6
+
+
+class TestAbort:
+    def test_while_waiting(self, router: RouterEnd, engine: Instance) -> None:
+        engine.executor.gate.close()
+        engine.send(Generate(request=request("a", 3)))
+        engine.executor.gate.wait_until_held()
+        engine.send(Generate(request=request("b", 3)), abort("b"))
+        engine.executor.gate.open()
+        router.wait_for_end("a")
+        engine.wait_until_idle()
+        assert all("b" not in step for step in engine.executor.steps)
+
+    def test_while_its_step_runs(self, router: RouterEnd, engine: Instance) -> None:
+        engine.executor.gate.close()
+        engine.send(Generate(request=request("a", 3, max_tokens=50)))
+        engine.executor.gate.wait_until_held()
+        engine.send(abort("a"), Generate(request=request("b", 3)))
+        engine.executor.gate.open()
+        router.wait_for_end("b")
+        engine.wait_until_idle()
+        assert len(router.tokens("a")) < 50
+
+    def test_while_leased(self, router: RouterEnd, engine: Instance) -> None:
+        engine.send(Generate(request=request("a", 9), hand_over=True))
+        router.expect(Offered)
+        engine.send(abort("a"))
+        engine.wait_until_idle()
+
+    def test_an_unknown_sequence(self, router: RouterEnd, engine: Instance) -> None:
+        nobody = request("nobody", 1)
+        engine.send(abort("nobody"), Release(request_id=nobody.request_id, epoch=nobody.epoch))
+        engine.send(Generate(request=request("a", 3)))
+        router.wait_for_end("a")
+
+
+class TestLife:
+    def test_stop_ends_the_loop(self, router: RouterEnd) -> None:
+        with Instance(router, "colocated-0") as engine:
+            engine.send(Generate(request=request("a", 3, max_tokens=80)), Stop())
+            engine.join()
+
+    def test_an_idle_instance_gives_signs_of_life(self, router: RouterEnd, engine: Instance) -> None:
+        router.wait(lambda: len(router.all(LoadReport)) >= 3)
+        report = router.all(LoadReport)[-1]
+        assert (report.instance, report.incarnation) == ("colocated-0", "a1")
+        assert report.load.blocks_free == report.load.blocks_total == engine.num_blocks
+
+    def test_a_fault_of_the_model_ends_the_instance_with_it(self, router: RouterEnd) -> None:
+        with Instance(router, "colocated-0") as engine:
+            engine.executor.error = InternalError("broken")
+            engine.send(Generate(request=request("a", 3)))
+            engine.join()
+            assert engine.error is engine.executor.error
+            engine.error = None
+
+
+@pytest.fixture
+def prefill(router: RouterEnd) -> Iterator[Instance]:
+    with Instance(router, "prefill-0", incarnation="b1") as instance:
+        yield instance
+
+
+@pytest.fixture
+def decode(router: RouterEnd) -> Iterator[Instance]:
+    with Instance(router, "decode-0", incarnation="c1", num_blocks=40) as instance:
+        yield instance
+    assert instance.audit is not None
+    assert instance.audit.free + instance.audit.cached == instance.audit.total
+
+
+class TestHandOver:
+    @pytest.mark.parametrize("num_tokens", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 16, 17, 50])
+    def test_the_answer_is_the_one_of_a_single_instance(
+        self, router: RouterEnd, prefill: Instance, decode: Instance, num_tokens: int
+    ) -> None:
+        sequence = request("a", num_tokens)
+        offer = hand_over(router, prefill, decode, sequence)
+        assert (offer.source, offer.incarnation, offer.num_tokens) == ("prefill-0", "b1", num_tokens)
+        router.wait_for_end("a")
+        assert router.tokens("a") == answer(sequence)
+        pulled = router.expect(Pulled)
+        num_blocks = -(-num_tokens // BLOCK_SIZE)
+        assert (pulled.source, pulled.failure) == ("prefill-0", "")
+        assert pulled.num_bytes == num_blocks * decode.pool.layout.block_bytes
+        assert decode.executor.steps[0] == {"a": (num_tokens, 1)}
+        prefill.send(release(offer))
+        prefill.wait_until_idle()
+        decode.wait_until_idle()
+
+    def test_the_first_token_leaves_before_the_offer(self, router: RouterEnd, prefill: Instance) -> None:
+        prefill.send(Generate(request=request("a", 9), hand_over=True))
+        router.wait(lambda: bool(router.all(Offered)))
+        kinds = [type(message) for _, message in router.received if not isinstance(message, LoadReport)]
+        assert kinds == [StepOutput, Offered]
+        assert prefill.executor.published == [router.all(Offered)[0].offer.block_ids]
+
+    def test_a_sequence_that_ends_with_its_first_token_is_not_offered(
+        self, router: RouterEnd, prefill: Instance
+    ) -> None:
+        prefill.send(Generate(request=request("a", 9, max_tokens=1), hand_over=True))
+        router.wait_for_end("a")
+        prefill.wait_until_idle()
+        assert router.all(Offered) == []
+
+    def test_stamps_of_the_decode_instance_tell_the_pull(
+        self, router: RouterEnd, prefill: Instance, decode: Instance
+    ) -> None:
+        hand_over(router, prefill, decode, request("a", 9))
+        router.wait_for_end("a")
+        stamps = router.outputs("a")[1].stamps
+        assert stamps is not None
+        in_order = [
+            stamps.received_s,
+            stamps.pull_started_s,
+            stamps.pulled_s,
+            stamps.scheduled_s,
+            stamps.first_step_done_s,
+        ]
+        assert in_order == sorted(in_order)
+        assert stamps.received_s > 0
+
+    def test_blocks_already_here_are_not_pulled_again(self, router: RouterEnd, prefill: Instance) -> None:
+        prompt = request("same", 12).prompt_token_ids
+        with Instance(router, "decode-1", incarnation="c2", prefix_caching=True) as decode:
+            for name in ("same", "again"):
+                hashes = hash_blocks(prompt, BLOCK_SIZE)
+                sequence = structs.replace(request(name, 1), prompt_token_ids=prompt, block_hashes=hashes)
+                hand_over(router, prefill, decode, sequence)
+                router.wait_for_end(name)
+            first, second = router.expect(Pulled), router.expect(Pulled)
+            assert first.num_bytes == 3 * decode.pool.layout.block_bytes
+            assert (second.num_bytes, second.failure) == (0, "")
+            assert router.tokens("same") == router.tokens("again") == answer(request("same", 12))
+
+    def test_many_at_once(self, router: RouterEnd, prefill: Instance, decode: Instance) -> None:
+        sequences = [request(f"s{n}", 1 + 3 * n, max_tokens=8, seed=n) for n in range(12)]
+        prefill.send(*(Generate(request=sequence, hand_over=True) for sequence in sequences))
+        by_name = {sequence.request_id: sequence for sequence in sequences}
+        for _ in sequences:
+            offer = router.expect(Offered).offer
+            adopted = continuation(by_name[offer.request_id], router.tokens(offer.request_id))
+            decode.send(Adopt(request=adopted, offer=offer))
+        router.wait_for_end(*by_name)
+        assert [router.tokens(s.request_id) for s in sequences] == [answer(s) for s in sequences]
+        for _ in sequences:
+            pulled = router.expect(Pulled)
+            assert pulled.failure == ""
+            prefill.send(Release(request_id=pulled.request_id, epoch=pulled.epoch))
+        prefill.wait_until_idle()
+        decode.wait_until_idle()
+
+
+class TestHandOverFaults:
+    def test_a_source_gone_before_the_pull_costs_time_but_no_token(self, router: RouterEnd, decode: Instance) -> None:
+        sequence = request("a", 9)
+        with Instance(router, "prefill-1", incarnation="b2") as source:
+            source.send(Generate(request=sequence, hand_over=True))
+            offer = router.expect(Offered).offer
+        decode.send(Adopt(request=continuation(sequence, router.tokens("a")), offer=offer))
+        router.wait_for_end("a")
+        assert router.tokens("a") == answer(sequence)
+        pulled = router.expect(Pulled)
+        assert pulled.num_bytes == 0
+        assert "peer" in pulled.failure
+        assert decode.executor.steps[0] == {"a": (0, 10)}
+        decode.wait_until_idle()
+
+    def test_a_source_lost_while_the_pull_waits_for_room(self, router: RouterEnd, prefill: Instance) -> None:
+        alone = SchedulerSettings(max_batch_tokens=16, max_batch_size=1)
+        with Instance(router, "decode-1", incarnation="c2", settings=alone) as decode:
+            decode.executor.gate.close()
+            decode.send(Generate(request=request("b", 3)))
+            decode.executor.gate.wait_until_held()
+            sequence = request("a", 9)
+            hand_over(router, prefill, decode, sequence)
+            decode.send(PeerLost(instance=InstanceId("prefill-0"), incarnation="b1"))
+            decode.executor.gate.open()
+            router.wait_for_end("a", "b")
+            assert router.tokens("a") == answer(sequence)
+            assert router.expect(Pulled).failure == "its source has died"
+            decode.wait_until_idle()
+
+    def test_another_layout_is_refused_by_name_and_recomputed(self, router: RouterEnd, prefill: Instance) -> None:
+        sequence = request("a", 9)
+        with Instance(router, "decode-1", incarnation="c2", model=fake_model(head_dim=8)) as decode:
+            hand_over(router, prefill, decode, sequence)
+            router.wait_for_end("a")
+            assert "differ in head_dim" in router.expect(Pulled).failure
+            assert router.tokens("a") == answer(sequence)
+
+    def test_an_expired_lease_is_not_read(self, router: RouterEnd, decode: Instance) -> None:
+        sequence = request("a", 9)
+        short = SchedulerSettings(max_batch_tokens=16, lease_s=0.05)
+        with Instance(router, "prefill-1", incarnation="b2", settings=short) as source:
+            source.send(Generate(request=sequence, hand_over=True))
+            offer = router.expect(Offered).offer
+            source.wait_until_idle()
+            decode.send(Adopt(request=continuation(sequence, router.tokens("a")), offer=offer))
+            router.wait_for_end("a")
+            assert router.tokens("a") == answer(sequence)
+            assert "expired" in router.expect(Pulled).failure
+
+    def test_abort_while_the_pull_runs_frees_its_blocks_only_when_it_ended(
+        self, router: RouterEnd, prefill: Instance, decode: Instance
+    ) -> None:
+        held = HeldThread(decode)
+        hand_over(router, prefill, decode, request("a", 9))
+        router.wait(lambda: any(report.load.blocks_filling for report in router.all(LoadReport, "decode-0")))
+        decode.send(abort("a"))
+        assert router.expect(Pulled).failure == "aborted"
+        router.wait(lambda: router.all(LoadReport, "decode-0")[-1].load.blocks_quarantined == 3)
+        held.let_go()
+        decode.wait_until_idle()
+        assert len(router.tokens("a")) == 1
+
+    def test_an_offer_of_another_sequence_is_given_back_and_released(
+        self, router: RouterEnd, prefill: Instance, decode: Instance
+    ) -> None:
+        prefill.send(Generate(request=request("a", 9), hand_over=True))
+        offer = router.expect(Offered).offer
+        decode.send(Adopt(request=continuation(request("b", 9), (1,)), offer=offer))
+        assert "does not belong" in router.expect(Failed).message
+        assert router.expect(Pulled).failure == "the sequence was refused"
+
+    def test_a_restarted_peer_is_not_taken_for_the_old_one(self, router: RouterEnd, decode: Instance) -> None:
+        for incarnation, name in (("b2", "a"), ("b3", "b")):
+            sequence = request(name, 9)
+            with Instance(router, "prefill-1", incarnation=incarnation) as source:
+                hand_over(router, source, decode, sequence)
+                router.wait_for_end(name)
+                assert router.expect(Pulled).failure == ""
+            decode.send(PeerLost(instance=InstanceId("prefill-1"), incarnation=incarnation))
+            assert router.tokens(name) == answer(sequence)
+
+
+class HeldThread:
+    """Keeps an instance's pulls from running until ``let_go``."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._event = threading.Event()
+        instance.pull_thread.submit(self._event.wait, 30.0)
+
+    def let_go(self) -> None:
+        self._event.set()
+
+
+class TestEventLog:
+    def test_the_replay_of_a_live_run_gives_the_same_actions(self, router: RouterEnd, tmp_path: Path) -> None:
+        path = tmp_path / "events.jsonl"
+        with Instance(router, "colocated-0", num_blocks=24, log_path=path, prefix_caching=True) as engine:
+            sequences = [request(f"s{n}", 2 + 5 * n, max_tokens=12, seed=n) for n in range(6)]
+            engine.send(*(Generate(request=sequence) for sequence in sequences), abort("s3"))
+            engine.send(Generate(request=request("handed", 9), hand_over=True))
+            engine.send(release(router.expect(Offered).offer))
+            router.wait_for_end("s0", "s1", "s2", "s4", "s5")
+            engine.wait_until_idle()
+        log = parse_log(path.read_bytes().splitlines(keepends=True))
+        assert len(log.records) > 10
+        assert replay(log) is None

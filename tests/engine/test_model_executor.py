@@ -1,0 +1,172 @@
+"""Engine loops with a real (tiny, random) model in float32: two instances answer as one does, token for token."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cluster import BLOCK_SIZE, Instance, RouterEnd, ServedModel, hand_over, request
+
+from disagg.base.config import CacheSettings, DType, ModelSettings, SchedulerSettings
+from disagg.base.messages import Generate, SequenceOutput
+from disagg.base.request import GenerationRequest
+from disagg.base.sampling import PositionLogprobs
+from disagg.cache.layout import KvFormat
+from disagg.engine.batch_builder import BatchBuilder
+from disagg.engine.facts import plan_capacity
+from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.engine.kv_store import DeviceKvStore, KvStore, SharedKvStore
+from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.weights import load_weights
+from disagg.engine.model_executor import ModelExecutor
+from disagg.models.locate import load_config, locate_model
+from disagg.transfer.pool import KvPool
+
+LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 16, 17, 50)
+VOCAB_SIZE = 1000
+
+
+def staged(pool: KvPool) -> KvStore:
+    """As on an accelerator: the pool is only a staging area."""
+    return DeviceKvStore(pool, torch.device("cpu"))
+
+
+LoadDecoder = Callable[[], Decoder]
+
+
+@pytest.fixture(scope="module")
+def load_decoder(tiny_model: Callable[..., Path]) -> LoadDecoder:
+    """Each instance needs a decoder of its own: a kernel backend serves one step at a time."""
+    files = locate_model(str(tiny_model("llama", vocab_size=VOCAB_SIZE)))
+    config = load_config(files)
+
+    def load() -> Decoder:
+        backend = TorchBackend(KvFormat.INTERLEAVED)
+        return Decoder(config, load_weights(files, config, backend, dtype=DType.FLOAT32), backend)
+
+    return load
+
+
+def served(load_decoder: LoadDecoder, make_store: Callable[[KvPool], KvStore] = SharedKvStore) -> ServedModel:
+    decoder = load_decoder()
+    cache = CacheSettings(block_size=BLOCK_SIZE)
+    capacity = plan_capacity(ModelSettings(dtype=DType.FLOAT32), cache, decoder.config, decoder.backend.kv_format)
+    builder = BatchBuilder(max_tokens=16, max_sequences=8, max_blocks=32, device=torch.device("cpu"))
+    return ServedModel(
+        layout=capacity.layout,
+        make_executor=lambda pool: ModelExecutor(decoder, make_store(pool), builder),
+        vocab_size=decoder.config.vocab_size,
+        max_model_len=capacity.max_model_len,
+    )
+
+
+@pytest.fixture
+def router() -> Iterator[RouterEnd]:
+    router = RouterEnd()
+    yield router
+    router.close()
+
+
+def by_one_instance(
+    router: RouterEnd, load_decoder: LoadDecoder, *sequences: GenerationRequest, **fields: Any
+) -> list[Any]:
+    """Each sequence's outputs from a colocated instance."""
+    with Instance(router, "colocated-0", model=served(load_decoder), **fields) as engine:
+        engine.send(*(Generate(request=sequence) for sequence in sequences))
+        router.wait_for_end(*(sequence.request_id for sequence in sequences))
+    outputs = [router.outputs(sequence.request_id) for sequence in sequences]
+    router.received.clear()
+    return outputs
+
+
+def by_two_instances(
+    router: RouterEnd,
+    load_decoder: LoadDecoder,
+    *sequences: GenerationRequest,
+    make_store: Callable[[KvPool], KvStore] = SharedKvStore,
+) -> list[list[SequenceOutput]]:
+    """Each sequence's outputs from a prefill and a decode instance."""
+    with (
+        Instance(router, "prefill-0", "b1", model=served(load_decoder, make_store)) as prefill,
+        Instance(router, "decode-0", "c1", model=served(load_decoder, make_store)) as decode,
+    ):
+        for sequence in sequences:
+            hand_over(router, prefill, decode, sequence)
+        router.wait_for_end(*(sequence.request_id for sequence in sequences))
+        assert all(start > 0 for step in decode.executor.steps for start, _ in step.values())  # nothing was recomputed
+    return [router.outputs(sequence.request_id) for sequence in sequences]
+
+
+def tokens(outputs: list[list[SequenceOutput]]) -> list[list[int]]:
+    return [[token for output in of_one for token in output.token_ids] for of_one in outputs]
+
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 1.0, "seed": 11},
+    "truncated and penalised": {
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 40,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": ((7, 2.0),),
+    },
+}
+
+
+@pytest.mark.parametrize("make_store", [SharedKvStore, staged])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_two_instances_answer_as_one(
+    router: RouterEnd, load_decoder: LoadDecoder, sampling: dict[str, Any], make_store: Callable[[KvPool], KvStore]
+) -> None:
+    sequences = [request(f"length-{length}", length, max_tokens=12, **sampling) for length in LENGTHS]
+    alone = by_one_instance(router, load_decoder, *sequences)
+    assert tokens(by_two_instances(router, load_decoder, *sequences, make_store=make_store)) == tokens(alone)
+    assert len({tuple(answer) for answer in tokens(alone)}) > 1
+
+
+def test_chunks_and_batches_do_not_change_the_answer(router: RouterEnd, load_decoder: LoadDecoder) -> None:
+    sequences = [request(f"length-{length}", length, max_tokens=8, temperature=0.0) for length in LENGTHS]
+    together = tokens(by_one_instance(router, load_decoder, *sequences))
+    one_by_one = SchedulerSettings(max_batch_tokens=512, max_batch_size=1)
+    assert tokens(by_one_instance(router, load_decoder, *sequences, settings=one_by_one)) == together
+
+
+def test_a_sequence_that_was_preempted_goes_on_as_if_it_had_not_been(
+    router: RouterEnd, load_decoder: LoadDecoder
+) -> None:
+    sequences = [request(name, 9, max_tokens=20, seed=n) for n, name in enumerate("abcd")]
+    roomy = by_one_instance(router, load_decoder, *sequences)
+    assert tokens(by_one_instance(router, load_decoder, *sequences, num_blocks=12)) == tokens(roomy)
+
+
+def numbers(logprobs: tuple[PositionLogprobs, ...]) -> list[float]:
+    return [token.logprob for position in logprobs for token in (position.chosen, *position.top)]
+
+
+def ids(logprobs: tuple[PositionLogprobs, ...]) -> list[int]:
+    return [token.token_id for position in logprobs for token in (position.chosen, *position.top)]
+
+
+def test_logprobs_survive_the_hand_over(router: RouterEnd, load_decoder: LoadDecoder) -> None:
+    sequence = request("a", 17, max_tokens=6, logprobs=3, prompt_logprobs=2)
+    (alone,) = by_one_instance(router, load_decoder, sequence)
+    (apart,) = by_two_instances(router, load_decoder, sequence)
+    for one, other in zip(alone, apart, strict=True):
+        assert ids(one.logprobs) == ids(other.logprobs)
+        assert numbers(one.logprobs) == pytest.approx(numbers(other.logprobs), abs=1e-4)
+        assert len(one.logprobs[0].top) == 3
+        assert numbers(one.prompt_logprobs) == pytest.approx(numbers(other.prompt_logprobs), abs=1e-4)
+
+
+def test_prompt_logprobs_do_not_depend_on_the_chunks(router: RouterEnd, load_decoder: LoadDecoder) -> None:
+    sequence = request("a", 40, max_tokens=1, prompt_logprobs=1)
+    ((chunked,),) = by_one_instance(router, load_decoder, sequence)
+    whole = SchedulerSettings(max_batch_tokens=512)
+    ((at_once,),) = by_one_instance(router, load_decoder, sequence, settings=whole)
+    assert tuple(position.chosen.token_id for position in chunked.prompt_logprobs) == sequence.prompt_token_ids[1:]
+    assert ids(chunked.prompt_logprobs) == ids(at_once.prompt_logprobs)
+    assert numbers(chunked.prompt_logprobs) == pytest.approx(numbers(at_once.prompt_logprobs), abs=1e-4)

@@ -1,0 +1,133 @@
+"""Chat templates: the words transformers renders, and errors a client can act on."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagg.base.errors import ConfigurationError, InvalidRequestError
+from disagg.models.chat_template import ChatTemplate, load_chat_template
+from disagg.models.locate import ModelFiles, ModelKind
+from disagg.models.tokenizer import load_tokenizer
+
+CONVERSATIONS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why is the sky <blue> & "wide"?'}],
+    [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "  spaces \n"},
+    ],
+]
+
+FEATURES = """{{ bos_token }}
+{% for message in messages %}
+    {% if message.role == "skip" %}{% continue %}{% endif %}
+    {% generation %}{{ message.content | trim }}{% endgeneration %}
+    {{- message | tojson }}
+    {{ message | tojson(indent=2) }}
+{% endfor %}
+{% if add_generation_prompt %}GO{% endif %} {{ tools is none }} {{ mood | default("calm") }}"""
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_the_default_model_as_transformers_renders_it(
+    default_model: ModelFiles, conversation: list[dict[str, str]], add_generation_prompt: bool
+) -> None:
+    template = load_chat_template(default_model, load_tokenizer(default_model).special_tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        from disagg.models.gguf_file import GgufFile
+
+        with GgufFile(default_model.path) as file:
+            source = file.metadata["tokenizer.chat_template"]
+        expected, _ = render_jinja_template(
+            [conversation], chat_template=source, add_generation_prompt=add_generation_prompt
+        )
+
+    assert template.render(conversation, add_generation_prompt=add_generation_prompt) == expected[0]
+
+
+@pytest.mark.parametrize("variables", [{}, {"mood": "gay"}])
+def test_every_feature_as_transformers_renders_it(variables: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversation = [*CONVERSATIONS[1], {"role": "skip", "content": "never"}]
+    expected, _ = render_jinja_template(
+        [conversation], chat_template=FEATURES, add_generation_prompt=True, bos_token="<s>", **variables
+    )
+
+    assert ChatTemplate(FEATURES, {"bos_token": "<s>"}).render(conversation, variables=variables) == expected[0]
+
+
+def test_the_date_is_available() -> None:
+    assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render([]).isdigit()
+
+
+def test_a_refusal_of_the_template_reaches_the_client() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
+
+    with pytest.raises(InvalidRequestError, match="roles must alternate") as refusal:
+        template.render([])
+    assert refusal.value.param == "messages"
+
+
+def test_messages_of_an_unexpected_shape_are_a_bad_request() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", {})
+
+    with pytest.raises(InvalidRequestError, match="refuses these messages"):
+        template.render([{"role": "user", "content": None}])
+
+
+def test_the_sandbox_holds() -> None:
+    template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}", {})
+
+    with pytest.raises(InvalidRequestError):
+        template.render([])
+
+
+def test_a_model_without_template_says_what_to_use() -> None:
+    template = ChatTemplate(None, {})
+
+    assert not template.available
+    with pytest.raises(InvalidRequestError, match="no chat template: use /v1/completions"):
+        template.render(CONVERSATIONS[0])
+
+
+def test_a_template_that_does_not_compile() -> None:
+    with pytest.raises(ConfigurationError, match="does not compile"):
+        ChatTemplate("{% for %}", {})
+
+
+class TestWhereItIsFound:
+    def load(self, folder: Path) -> str:
+        files = ModelFiles(name="m", kind=ModelKind.HF_FOLDER, path=folder)
+        return load_chat_template(files, {}).render([])
+
+    def test_tokenizer_config(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from config"}))
+
+        assert self.load(tmp_path) == "from config"
+
+    def test_the_one_called_default_of_several(self, tmp_path: Path) -> None:
+        named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+        assert self.load(tmp_path) == "plain"
+
+    def test_a_file_of_its_own_wins(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from config"}))
+        (tmp_path / "chat_template.jinja").write_text("from file")
+
+        assert self.load(tmp_path) == "from file"
+
+    def test_nowhere(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequestError, match="no chat template"):
+            self.load(tmp_path)

@@ -1,0 +1,243 @@
+"""Dispatch against every order of arrivals, deaths, cancellations and late messages that hypothesis can think of.
+
+The test plays all instances: it remembers what each live one was told, and answers like an engine would. Whatever
+happens, every sequence ends exactly once, only live instances are spoken to, and no load is left over.
+"""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from disagg.base.config import RouterSettings
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import FailureKind
+from disagg.base.request import Role
+from disagg.scheduling.actions import WakeAt
+from disagg.scheduling.dispatch import Dispatcher
+from disagg.scheduling.dispatch_actions import (
+    Deliver,
+    Drop,
+    Fail,
+    Finish,
+    Refuse,
+    SendAbort,
+    SendAdopt,
+    SendGenerate,
+    SendPeerLost,
+    SendRelease,
+)
+from disagg.scheduling.dispatch_events import (
+    InstanceDown,
+    InstanceUp,
+    OfferMade,
+    Progress,
+    PullEnded,
+    SequenceArrived,
+    SequenceCancelled,
+    SequenceFailed,
+    TokensEmitted,
+)
+from disagg.scheduling.events import Tick
+
+LIMITS = RouterSettings(max_queued_requests=6, request_timeout_s=50.0, instance_wait_s=10.0)
+INSTANCES = {
+    InstanceId(name): role
+    for name, role in (
+        ("prefill-0", Role.PREFILL),
+        ("prefill-1", Role.PREFILL),
+        ("decode-0", Role.DECODE),
+        ("decode-1", Role.DECODE),
+        ("colocated-0", Role.COLOCATED),
+    )
+}
+
+
+class DispatchMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.names = 0
+        self.open: set[RequestId] = set()
+        self.live: set[InstanceId] = set()
+        self.jobs: dict[tuple[InstanceId, RequestId], str] = {}
+        """What a live instance is doing with a sequence: prefill, offering, pull, decode or all."""
+        self.leases: set[tuple[InstanceId, RequestId]] = set()
+
+    @initialize(pairs=st.booleans(), colocated=st.booleans())
+    def configure(self, pairs: bool, colocated: bool) -> None:
+        chosen = {
+            name: role
+            for name, role in INSTANCES.items()
+            if (colocated if role is Role.COLOCATED else pairs or not colocated)
+        }
+        self.instances = chosen
+        self.dispatcher = Dispatcher(chosen, LIMITS)
+        for name in chosen:
+            self.handle(InstanceUp(instance=name, max_total_tokens=100))
+
+    # What the dispatcher wants done ---------------------------------------------------------------------------
+
+    def handle(self, event) -> None:
+        if isinstance(event, InstanceUp):
+            self.live.add(event.instance)
+        for action in self.dispatcher.handle(event, self.now):
+            self.carry_out(action)
+        self.dispatcher.validate()
+
+    def carry_out(self, action) -> None:
+        if isinstance(action, SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost):
+            assert action.instance in self.live, f"{action} goes to a dead instance"
+        match action:
+            case SendGenerate():
+                assert action.hand_over == (self.instances[action.instance] is Role.PREFILL)
+                self.jobs[action.instance, action.request_id] = "prefill" if action.hand_over else "all"
+            case SendAdopt():
+                assert self.instances[action.instance] is Role.DECODE
+                self.jobs[action.instance, action.request_id] = "pull"
+            case SendAbort():
+                del self.jobs[action.instance, action.request_id]
+            case SendRelease():
+                self.leases.discard((action.instance, action.request_id))
+            case Finish() | Fail() | Refuse():
+                assert action.request_id in self.open, f"{action} ends a sequence that had ended"
+                self.open.remove(action.request_id)
+            case SendPeerLost():
+                assert action.lost not in self.live
+            case Deliver() | Drop() | WakeAt():
+                pass
+
+    # What the world does --------------------------------------------------------------------------------------
+
+    @rule(
+        lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
+        priority=st.booleans(),
+    )
+    def arrive(self, lengths: list[tuple[int, int]], priority: bool) -> None:
+        for num_tokens, more in lengths:
+            self.names += 1
+            name = RequestId(f"s{self.names}")
+            self.open.add(name)
+            self.handle(
+                SequenceArrived(
+                    request_id=name,
+                    epoch=Epoch(0),
+                    num_tokens=num_tokens,
+                    max_total_tokens=num_tokens + more,
+                    priority=int(priority),
+                )
+            )
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), num_steps=st.integers(1, 3))
+    def work(self, data: st.DataObject, num_steps: int) -> None:
+        """One sequence goes on, possibly from instance to instance."""
+        _, name = data.draw(st.sampled_from(sorted(self.jobs)))
+        for _ in range(num_steps):
+            for instance in [holder for holder, job_name in self.jobs if job_name == name]:
+                self.work_once(instance, name)
+
+    def work_once(self, instance: InstanceId, name: RequestId) -> None:
+        job = self.jobs[instance, name]
+        identity = {"request_id": name, "epoch": Epoch(0), "instance": instance}
+        if job == "offering":
+            del self.jobs[instance, name]
+            self.leases.add((instance, name))
+            self.handle(OfferMade(**identity))
+        elif job == "pull":
+            self.jobs[instance, name] = "decode"
+            self.handle(PullEnded(**identity))
+        else:
+            if job == "prefill":
+                self.jobs[instance, name] = "offering"
+            self.handle(TokensEmitted(instance=instance, progress=(Progress(name, Epoch(0), 1, False),)))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), num_tokens=st.integers(0, 3))
+    def finish(self, data: st.DataObject, num_tokens: int) -> None:
+        candidates = sorted(key for key, job in self.jobs.items() if job != "offering")
+        if candidates:
+            instance, name = data.draw(st.sampled_from(candidates))
+            del self.jobs[instance, name]
+            progress = Progress(name, Epoch(0), num_tokens, True)
+            self.handle(TokensEmitted(instance=instance, progress=(progress,)))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), kind=st.sampled_from(FailureKind))
+    def give_back(self, data: st.DataObject, kind: FailureKind) -> None:
+        instance, name = data.draw(st.sampled_from(sorted(self.jobs)))
+        del self.jobs[instance, name]
+        self.handle(SequenceFailed(request_id=name, epoch=Epoch(0), instance=instance, kind=kind, detail="fault"))
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """The client goes away; it may be late."""
+        name = RequestId(f"s{data.draw(st.integers(1, self.names))}")
+        self.handle(SequenceCancelled(request_id=name, epoch=Epoch(0)))
+
+    @precondition(lambda self: self.names and self.live)
+    @rule(data=st.data(), epoch=st.integers(0, 1))
+    def say_something_out_of_date(self, data: st.DataObject, epoch: int) -> None:
+        """A message overtaken by an abort, or about an attempt that is not the current one."""
+        name = RequestId(f"s{data.draw(st.integers(1, self.names))}")
+        instance = data.draw(st.sampled_from(sorted(self.live)))
+        if epoch == 0 and (instance, name) in self.jobs:
+            return
+        before = self.dispatcher.num_sequences
+        identity = {"request_id": name, "epoch": Epoch(epoch), "instance": instance}
+        self.handle(TokensEmitted(instance=instance, progress=(Progress(name, Epoch(epoch), 1, True),)))
+        self.handle(PullEnded(**identity))
+        if (instance, name) not in self.leases:
+            self.leases.add((instance, name))
+            self.handle(OfferMade(**identity))
+            assert (instance, name) not in self.leases, "nobody will read those blocks"
+        assert self.dispatcher.num_sequences == before
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), returning=st.booleans())
+    def die(self, data: st.DataObject, returning: bool) -> None:
+        instance = data.draw(st.sampled_from(sorted(self.live)))
+        self.live.remove(instance)
+        self.jobs = {key: job for key, job in self.jobs.items() if key[0] != instance}
+        self.leases = {key for key in self.leases if key[0] != instance}
+        self.handle(InstanceDown(instance=instance, returning=returning, detail="killed"))
+
+    @precondition(lambda self: len(self.live) < len(self.instances))
+    @rule(data=st.data(), back=st.booleans(), capacity=st.sampled_from([50, 100]))
+    def return_or_be_given_up(self, data: st.DataObject, back: bool, capacity: int) -> None:
+        instance = data.draw(st.sampled_from(sorted(set(self.instances) - self.live)))
+        if back:
+            self.handle(InstanceUp(instance=instance, max_total_tokens=capacity))
+        else:
+            self.handle(InstanceDown(instance=instance, returning=False, detail="given up"))
+
+    @precondition(lambda self: self.open)
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 11.0, 51.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.handle(Tick())
+
+    # What must hold -------------------------------------------------------------------------------------------
+
+    @invariant()
+    def dispatcher_knows_exactly_the_open_sequences(self) -> None:
+        if hasattr(self, "dispatcher"):
+            assert self.dispatcher.num_sequences == len(self.open) <= LIMITS.max_queued_requests
+
+    @invariant()
+    def nobody_works_for_a_sequence_that_ended(self) -> None:
+        assert {name for _, name in self.jobs} <= self.open
+        assert {name for _, name in self.leases} <= self.open
+
+    def teardown(self) -> None:
+        """Whatever is left ends at its deadline, and then no load is left."""
+        if not hasattr(self, "dispatcher"):
+            return
+        self.now += 1000.0
+        self.handle(Tick())
+        assert not self.open
+        assert all((entry.prefill_tokens, entry.kv_tokens) == (0, 0) for entry in self.dispatcher.instances)
+
+
+TestDispatchMachine = DispatchMachine.TestCase
+TestDispatchMachine.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)

@@ -1,0 +1,240 @@
+"""Two schedulers, a prefill and a decode instance, joined by a network that delays, reorders, repeats and loses.
+
+Whatever happens (cancellations, failed pulls, expired leases, the death of the prefill instance): the books are right
+after every event, every sequence that is not cancelled gets all of its tokens, and in the end no block is held.
+"""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg.base.config import SchedulerSettings, SchedulingMode
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.sampling import FinishReason
+from disagg.cache.block_pool import BlockState
+from disagg.scheduling.actions import AnyAction, Emit, Finish, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.events import (
+    AnyEvent,
+    Arrived,
+    Cancelled,
+    KvOffered,
+    LeaseReleased,
+    PeerLost,
+    StepDone,
+    StepResult,
+    Tick,
+    TransferDone,
+    TransferEnded,
+    TransferFailed,
+)
+from disagg.scheduling.step_scheduler import StepScheduler
+
+PREFILL, DECODE = InstanceId("prefill-0"), InstanceId("decode-0")
+EPOCH = Epoch(1)
+NUM_BLOCKS, BLOCK = 10, 4
+
+
+@dataclass
+class Client:
+    num_prompt: int
+    num_output: int
+    priority: int
+    prefix: int
+    num_got: int = 0
+    cancelled: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_got == self.num_output
+
+
+@dataclass
+class World:
+    """Instances and the messages on their way; ``draw`` decides what happens next."""
+
+    clients: dict[RequestId, Client]
+    mode: SchedulingMode
+    now: float = 0.0
+    on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
+    alarms: dict[InstanceId, float] = field(default_factory=dict)
+    writing: dict[RequestId, Pull] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.instances = {name: self.new_instance() for name in (PREFILL, DECODE)}
+
+    def new_instance(self) -> StepScheduler:
+        chosen = SchedulerSettings(max_batch_tokens=6, max_batch_size=3, lease_s=40.0, scheduling=self.mode)
+        return StepScheduler(chosen, NUM_BLOCKS, BLOCK)
+
+    def hashes(self, client: Client) -> tuple[BlockHash, ...]:
+        return tuple(BlockHash(bytes([client.prefix, n])) for n in range(client.num_prompt // BLOCK))
+
+    def arrive(self, name: RequestId, target: InstanceId, hand_over: bool) -> None:
+        client = self.clients[name]
+        event = Arrived(
+            request_id=name,
+            epoch=EPOCH,
+            num_tokens=client.num_prompt + client.num_got,
+            max_total_tokens=client.num_prompt + client.num_output,
+            priority=client.priority,
+            hand_over=hand_over,
+            block_hashes=self.hashes(client),
+        )
+        self.on_the_way.append((target, event))
+
+    def deliver(self, index: int) -> None:
+        target, event = self.on_the_way.pop(index % len(self.on_the_way))
+        self.feed(target, event)
+
+    def check_that_nobody_uses_what_is_being_written(self) -> None:
+        pool = self.instances[DECODE]._ledger.pool
+        for pull in self.writing.values():
+            for copy in pull.copies:
+                assert pool.state_of(copy.target) in (BlockState.FILLING, BlockState.QUARANTINED)
+
+    def feed(self, target: InstanceId, event: AnyEvent) -> None:
+        self.now += 1.0
+        if isinstance(event, TransferDone | TransferEnded) or (isinstance(event, TransferFailed) and event.ended):
+            self.writing.pop(event.request_id, None)
+        if self.alarms.get(target, 1e18) <= self.now:
+            del self.alarms[target]
+        actions = self.instances[target].handle([event], self.now)
+        self.instances[target].validate()
+        self.check_that_nobody_uses_what_is_being_written()
+        for action in actions:
+            self.carry_out(target, action)
+
+    def carry_out(self, name: InstanceId, action: AnyAction) -> None:
+        match action:
+            case RunStep():
+                results = tuple(self.sample(chunk.request_id) for chunk in action.chunks if chunk.samples)
+                self.on_the_way.append((name, StepDone(step_id=action.step_id, results=results)))
+            case Emit():
+                for request_id in action.request_ids:
+                    self.clients[request_id].num_got += 1
+            case OfferKv():
+                client = self.clients[action.request_id]
+                event = KvOffered(
+                    request_id=action.request_id,
+                    epoch=EPOCH,
+                    num_tokens=client.num_prompt + 1,
+                    max_total_tokens=client.num_prompt + client.num_output,
+                    source=PREFILL,
+                    source_blocks=action.block_ids,
+                    num_kv_tokens=action.num_tokens,
+                    expires_s=action.expires_s,
+                    priority=client.priority,
+                    block_hashes=self.hashes(client),
+                )
+                self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
+                if client.cancelled:
+                    self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=EPOCH)))
+            case Pull():
+                self.writing[action.request_id] = action
+                self.on_the_way.append((name, TransferDone(request_id=action.request_id, epoch=EPOCH)))
+            case ReleaseLease():
+                self.on_the_way.append((PREFILL, LeaseReleased(request_id=action.request_id, epoch=EPOCH)))
+            case WakeAt():
+                self.alarms[name] = action.time_s
+            case Finish():
+                assert self.clients[action.request_id].cancelled or action.reason is FinishReason.LENGTH
+            case _:
+                raise AssertionError(f"unexpected {action}")
+
+    def sample(self, name: RequestId) -> StepResult:
+        client = self.clients[name]
+        last = client.num_got + 1 >= client.num_output
+        return StepResult(name, FinishReason.LENGTH if last else None)
+
+    def cancel(self, name: RequestId) -> None:
+        self.clients[name].cancelled = True
+        for target in self.instances:
+            self.on_the_way.append((target, Cancelled(request_id=name, epoch=EPOCH)))
+
+    def fail_a_pull(self, ended: bool) -> None:
+        for index, (target, event) in enumerate(self.on_the_way):
+            if isinstance(event, TransferDone):
+                failed = TransferFailed(request_id=event.request_id, epoch=EPOCH, ended=ended)
+                self.on_the_way[index] = (target, failed)
+                if not ended:
+                    self.feed(target, self.on_the_way.pop(index)[1])
+                    self.on_the_way.append((target, TransferEnded(request_id=event.request_id, epoch=EPOCH)))
+                return
+
+    def kill_prefill(self) -> None:
+        """The process is gone with its blocks; what it had not handed over is sent to the decode instance."""
+        self.instances[PREFILL] = self.new_instance()
+        self.alarms.pop(PREFILL, None)
+        lost = [event for target, event in self.on_the_way if target == PREFILL]
+        self.on_the_way = [entry for entry in self.on_the_way if entry[0] != PREFILL]
+        self.on_the_way.append((DECODE, PeerLost(instance=PREFILL)))
+        held = {event.request_id for event in lost if isinstance(event, Arrived)}
+        for event in lost:
+            if isinstance(event, StepDone):
+                held |= {result.request_id for result in event.results}
+        for name, client in self.clients.items():
+            known = any(isinstance(e, KvOffered) and e.request_id == name for _, e in self.on_the_way)
+            if client.num_got == 0 and not client.cancelled and not known:
+                self.arrive(name, DECODE, hand_over=False)
+
+    def settle(self) -> None:
+        """Deliver everything in order; when nothing is on the way, let time pass to the next alarm."""
+        for _ in range(20_000):
+            if self.on_the_way:
+                self.deliver(0)
+            elif self.alarms:
+                target = min(self.alarms, key=lambda name: self.alarms[name])
+                self.now = max(self.now, self.alarms.pop(target))
+                self.feed(target, Tick())
+            else:
+                return
+        raise AssertionError("the world does not come to rest")
+
+
+clients = st.lists(
+    st.builds(
+        Client,
+        num_prompt=st.integers(1, 20),
+        num_output=st.integers(1, 12),
+        priority=st.integers(0, 1),
+        prefix=st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=7,
+)
+steps = st.lists(
+    st.tuples(st.sampled_from(["deliver"] * 12 + ["cancel", "fail", "fail_late", "wait", "kill"]), st.integers(0, 99)),
+    max_size=120,
+)
+
+
+@given(clients=clients, steps=steps, mode=st.sampled_from(SchedulingMode))
+@settings(max_examples=250, deadline=None)
+def test_nothing_is_lost_and_nothing_is_kept(
+    clients: list[Client], steps: list[tuple[str, int]], mode: SchedulingMode
+) -> None:
+    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode)
+    for name in world.clients:
+        world.arrive(name, PREFILL, hand_over=True)
+    killed = False
+    for what, number in steps:
+        if what == "deliver" and world.on_the_way:
+            world.deliver(number)
+        elif what == "cancel":
+            world.cancel(RequestId(f"r{number % len(clients)}"))
+        elif what in ("fail", "fail_late"):
+            world.fail_a_pull(ended=what == "fail")
+        elif what == "wait":
+            world.now += 25.0
+        elif what == "kill" and not killed:
+            killed = True
+            world.kill_prefill()
+    world.settle()
+    for name, client in world.clients.items():
+        assert client.cancelled or client.is_complete, f"{name} got {client.num_got} of {client.num_output} tokens"
+    for scheduler in world.instances.values():
+        audit = scheduler.audit()
+        assert audit.free + audit.cached == audit.total
+        load = scheduler.load()
+        assert (load.num_running, load.num_waiting, load.num_leases) == (0, 0, 0)

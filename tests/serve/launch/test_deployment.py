@@ -1,0 +1,54 @@
+"""From a deployment to the settings of each instance."""
+
+import pytest
+
+from disagg.base.config import InstanceGroup, Placement
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
+
+
+def group(role: Role, count: int = 1, **fields) -> InstanceGroup:
+    return InstanceGroup(role=role, count=count, **fields)
+
+
+def plan(*groups: InstanceGroup, cores=(0, 1, 2, 3), **host):
+    deployment = Deployment(placement=Placement(groups=groups), host=HostSettings(**host))
+    settings = plan_instances(deployment, control_endpoint="ipc://here", available_cores=cores, parent_pid=7)
+    assert [one.instance for one in settings] == list(deployment.roles())
+    return settings
+
+
+def test_instances_are_named_and_get_cores_and_threads_of_their_own():
+    settings = plan(group(Role.DECODE, 2), group(Role.PREFILL, 1))
+    assert [(one.instance, one.role, one.cpus, one.num_threads) for one in settings] == [
+        ("prefill-0", Role.PREFILL, (0, 1), 2),
+        ("decode-0", Role.DECODE, (2,), 1),
+        ("decode-1", Role.DECODE, (3,), 1),
+    ]
+    assert {(one.control_endpoint, one.parent_pid) for one in settings} == {("ipc://here", 7)}
+
+
+def test_threads_can_be_given_for_a_group_or_for_all():
+    by_group = plan(group(Role.PREFILL, num_threads=3), group(Role.DECODE))
+    assert [(one.cpus, one.num_threads) for one in by_group] == [((0, 1, 2), 3), ((3,), 1)]
+    for_all = plan(group(Role.PREFILL, num_threads=3), group(Role.DECODE), threads=2)
+    assert [(one.cpus, one.num_threads) for one in for_all] == [((0, 1), 2), ((2, 3), 2)]
+
+
+def test_the_cores_can_be_chosen():
+    assert [one.cpus for one in plan(group(Role.COLOCATED, 2), cpus=(3, 1))] == [(3,), (1,)]
+    with pytest.raises(ConfigurationError, match="core 9, but this process may use 0, 1, 2, 3"):
+        plan(group(Role.COLOCATED), cpus=(1, 9))
+
+
+def test_each_instance_logs_to_a_file_of_its_own():
+    assert [one.event_log for one in plan(group(Role.COLOCATED, 2), event_log="logs")] == [
+        "logs/colocated-0.jsonl",
+        "logs/colocated-1.jsonl",
+    ]
+
+
+def test_parallelism_that_is_not_there_is_refused():
+    with pytest.raises(ConfigurationError, match=r"tensor_parallel 2 .* decode instances: only 1"):
+        plan(group(Role.PREFILL), group(Role.DECODE, tensor_parallel=2))

@@ -1,0 +1,220 @@
+"""Launcher and live router over real processes and sockets; only the model is missing."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import psutil
+import pytest
+import pytest_asyncio
+from fake_instance import Behaviour, expected_tokens
+from fakes import DEADLINE_S, FAKE_ENGINE, PAIR, Memory, make_deployment, wait_until
+
+from disagg.base.config import InstanceGroup, Placement
+from disagg.base.errors import ConfigurationError, InstanceLostError, UnavailableError
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.request import GenerationRequest, Role
+from disagg.base.sampling import SamplingParams
+from disagg.serve.launch.deployment import plan_instances
+from disagg.serve.launch.launcher import Launcher
+from disagg.serve.launch.listening import private_endpoint
+from disagg.serve.launch.restart import RestartPolicy
+from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.interface import InstanceState
+from disagg.serve.router.live import LiveRouter
+
+P0, D0 = InstanceId("prefill-0"), InstanceId("decode-0")
+
+
+class Cluster:
+    """A router with instances that are processes."""
+
+    def __init__(self, endpoint: str, placement: Placement, command: tuple[str, ...], **router: float) -> None:
+        deployment = make_deployment(placement, **router)
+        self.memory = Memory()
+        self.router = LiveRouter(deployment.roles(), deployment.router, ZmqControlSocket(endpoint))
+        settings = plan_instances(
+            deployment, control_endpoint=endpoint, available_cores=os.sched_getaffinity(0), parent_pid=os.getpid()
+        )
+        self.launcher = Launcher(
+            settings,
+            self.router,
+            self.memory,
+            command=command,
+            make_policy=lambda: RestartPolicy(max_quick_deaths=3, first_delay_s=0.01),
+        )
+        self.router.start(self.launcher)
+        self.launcher.start()
+        self._num_requests = 0
+
+    async def ready(self) -> "Cluster":
+        async with asyncio.timeout(DEADLINE_S):
+            await self.launcher.wait_ready()
+        return self
+
+    def request(self, first: int = 1, max_tokens: int = 5) -> GenerationRequest:
+        self._num_requests += 1
+        return GenerationRequest(
+            request_id=RequestId(f"r{self._num_requests}"),
+            epoch=Epoch(0),
+            prompt_token_ids=(first, 2, 3),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=7),
+        )
+
+    async def answer(self, request: GenerationRequest) -> list[int]:
+        async with asyncio.timeout(DEADLINE_S):
+            return [token async for output in self.router.submit(request) for token in output.token_ids]
+
+    def num_held(self) -> int:
+        return sum(status.load.num_running + status.load.num_leases for status in self.router.instances())
+
+    async def close(self) -> None:
+        self.router.stop_instances()
+        async with asyncio.timeout(DEADLINE_S):
+            await self.launcher.stop()
+        self.router.close()
+
+
+@pytest_asyncio.fixture
+async def make_cluster() -> AsyncIterator:
+    clusters = []
+    with private_endpoint() as endpoint:
+
+        def make(*options: str, placement: Placement = PAIR, command=FAKE_ENGINE, **router: float) -> Cluster:
+            clusters.append(Cluster(endpoint, placement, (*command, *options), **router))
+            return clusters[-1]
+
+        yield make
+        for cluster in clusters:
+            await cluster.close()
+    assert not psutil.Process().children(recursive=True), "no process is left"
+
+
+async def test_requests_are_answered_over_two_processes(make_cluster):
+    cluster = await make_cluster().ready()
+    requests = [cluster.request(first=number, max_tokens=1 + number % 7) for number in range(40)]
+    answers = await asyncio.gather(*(cluster.answer(request) for request in requests))
+    assert answers == [expected_tokens(request) for request in requests]
+    await wait_until(lambda: cluster.num_held() == 0)
+    assert {instance for instance, _, _ in cluster.memory.loading} == {P0, D0}
+
+
+async def test_any_placement_gives_the_same_answers(make_cluster):
+    groups = tuple(InstanceGroup(role=role, count=2) for role in Role)
+    cluster = await make_cluster(placement=Placement(groups=groups)).ready()
+    requests = [cluster.request(first=number) for number in range(40)]
+    answers = await asyncio.gather(*(cluster.answer(request) for request in requests))
+    assert answers == [expected_tokens(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        Behaviour.STUCK_IN_PREFILL,
+        Behaviour.STUCK_BEFORE_OFFER,
+        Behaviour.STUCK_IN_PULL,
+        Behaviour.STUCK_IN_DECODE,
+    ],
+)
+async def test_an_abort_frees_everything_in_every_state(make_cluster, state):
+    cluster = await make_cluster().ready()
+    request = cluster.request(first=state)
+    cluster.router.submit(request)
+    holder = P0 if state in (Behaviour.STUCK_IN_PREFILL, Behaviour.STUCK_BEFORE_OFFER) else D0
+    await wait_until(lambda: {s.instance: s.load.num_running for s in cluster.router.instances()}[holder] == 1)
+    cluster.router.abort(request.request_id)
+    await wait_until(lambda: cluster.num_held() == 0)
+
+
+@pytest.mark.parametrize("victim", [P0, D0])
+async def test_a_killed_instance_is_named_restarted_and_serves_again(make_cluster, victim):
+    cluster = await make_cluster().ready()
+    stuck = cluster.request(Behaviour.STUCK_IN_PREFILL if victim == P0 else Behaviour.STUCK_IN_DECODE)
+    answer = asyncio.create_task(cluster.answer(stuck))
+    await wait_until(lambda: {s.instance: s.load.num_running for s in cluster.router.instances()}[victim] == 1)
+    os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
+    with pytest.raises(InstanceLostError, match=f"{victim} died while it held this request: killed by SIGKILL"):
+        await answer
+    after = cluster.request()
+    assert await cluster.answer(after) == expected_tokens(after)  # it waits for the restarted instance
+    ((instance, how, restart_in_s),) = cluster.memory.lost
+    assert (instance, restart_in_s) == (victim, 0.0)
+    assert how.startswith("killed by SIGKILL (by hand, or because memory ran out)")
+
+
+async def test_an_instance_that_dies_by_itself_says_its_last_words(make_cluster):
+    cluster = await make_cluster().ready()
+    with pytest.raises(InstanceLostError, match=r"SIGKILL.*about to die"):
+        await cluster.answer(cluster.request(Behaviour.DIE_IN_PREFILL))
+    assert (P0, "about to die") in cluster.memory.lines
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [(Behaviour.FALL_SILENT, "no sign of life"), (Behaviour.TALK_NONSENSE, "3 malformed messages")],
+)
+async def test_a_faulty_instance_is_ended_and_restarted(make_cluster, behaviour, words):
+    cluster = await make_cluster(instance_timeout_s=2.0).ready()
+    with pytest.raises(InstanceLostError, match=words):
+        await cluster.answer(cluster.request(behaviour))
+    after = cluster.request()
+    assert await cluster.answer(after) == expected_tokens(after)
+    ((instance, how, _),) = cluster.memory.lost
+    assert instance == P0
+    assert words in how
+
+
+async def test_an_instance_that_dies_too_often_is_given_up_and_the_others_go_on(make_cluster):
+    placement = Placement(groups=(InstanceGroup(role=Role.COLOCATED, count=2),))
+    cluster = await make_cluster(placement=placement).ready()
+    for _ in range(3):
+        await wait_until(lambda: cluster.router.instances()[0].state is InstanceState.READY)
+        with pytest.raises(InstanceLostError):
+            await cluster.answer(cluster.request(Behaviour.DIE_IN_PREFILL))
+    await wait_until(lambda: len(cluster.memory.lost) == 3)
+    assert [delay for _, _, delay in cluster.memory.lost] == [0.0, 0.01, None]
+    after = cluster.request()
+    assert await cluster.answer(after) == expected_tokens(after)
+    assert not cluster.launcher.failed.done()
+
+
+async def test_the_launcher_fails_when_nothing_can_be_served_any_more(make_cluster):
+    cluster = await make_cluster().ready()
+    for _ in range(3):
+        with pytest.raises(InstanceLostError):
+            await cluster.answer(cluster.request(Behaviour.DIE_IN_PREFILL))
+    error = await asyncio.wait_for(cluster.launcher.failed, DEADLINE_S)
+    assert isinstance(error, UnavailableError)
+    assert "prefill-0 died too often" in str(error)
+    with pytest.raises(UnavailableError):
+        cluster.router.submit(cluster.request())
+
+
+@pytest.mark.parametrize(("status", "kind"), [(2, ConfigurationError), (1, UnavailableError)])
+async def test_an_instance_that_cannot_start_fails_the_launch_with_its_own_words(make_cluster, status, kind):
+    cluster = make_cluster("--fail", "decode-0", "--status", str(status))
+    error = await asyncio.wait_for(cluster.launcher.failed, DEADLINE_S)
+    assert type(error) is kind
+    assert "decode-0 could not start" in str(error)
+    assert "the KV pool needs 9 GiB, 4 GiB are free; lower --kv-memory" in str(error)
+
+
+async def test_a_command_that_is_not_there_fails_the_launch(make_cluster):
+    cluster = make_cluster(command=("/no/such/program",))
+    error = await asyncio.wait_for(cluster.launcher.failed, DEADLINE_S)
+    assert "could not be started: No such file" in str(error)
+
+
+async def test_instances_that_do_not_listen_are_killed(make_cluster, monkeypatch):
+    monkeypatch.setattr("disagg.serve.launch.launcher.STOP_S", 0.05)
+    monkeypatch.setattr("disagg.serve.launch.launcher.TERMINATE_S", 0.05)
+    cluster = await make_cluster("--ignore-stop").ready()
+    await cluster.launcher.stop()
+    assert not cluster.launcher.pids
+
+
+async def test_instances_lead_sessions_of_their_own(make_cluster):
+    cluster = await make_cluster().ready()
+    for pid in cluster.launcher.pids.values():
+        assert os.getsid(pid) == os.getpgid(pid) == pid != os.getsid(0)

@@ -1,0 +1,71 @@
+"""One child process: what it says and how it ends."""
+
+import signal
+import sys
+
+import pytest
+
+from disagg.base.config import CacheSettings, InstanceSettings, ModelSettings, SchedulerSettings
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.serve.launch.process import Exit, InstanceProcess
+
+SETTINGS = InstanceSettings(
+    instance=InstanceId("prefill-0"),
+    role=Role.PREFILL,
+    control_endpoint="ipc://nowhere",
+    model=ModelSettings(),
+    cache=CacheSettings(),
+    scheduler=SchedulerSettings(),
+)
+
+
+async def run(program: str) -> tuple[Exit, list[str]]:
+    lines: list[str] = []
+    process = await InstanceProcess.start(SETTINGS, lambda _, line: lines.append(line), (sys.executable, "-c", program))
+    return await process.wait(), lines
+
+
+async def test_it_gets_its_settings_on_stdin_and_its_words_are_heard():
+    program = "import sys, json; print(json.load(sys.stdin)['instance'], file=sys.stderr)"
+    ended, lines = await run(program)
+    assert lines == ["prefill-0"]
+    assert ended.status == 0
+
+
+async def test_lines_come_whole_and_bounded():
+    program = "import sys; sys.stderr.write('a\\n\\nb' + 'x' * 100_000 + '\\nlast, without an end')"
+    _, lines = await run(program)
+    assert lines[0] == "a"
+    assert lines[-1] == "last, without an end"
+    assert max(map(len, lines)) == 8192
+
+
+async def test_its_error_is_found_among_its_last_lines():
+    program = "import sys; sys.exit('error: no such model: x') if 1 else 0"
+    ended, _ = await run(program)
+    assert ended.describe() == "exit status 1: no such model: x"
+
+
+async def test_a_signal_is_named():
+    ended, _ = await run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    assert ended.describe() == "killed by SIGSEGV"
+
+
+async def test_a_process_that_does_not_read_its_settings_is_no_problem():
+    ended, _ = await run("import os; os.close(0); os._exit(3)")
+    assert ended.describe() == "exit status 3"
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (Exit(status=1, last_lines=("Traceback", "KeyError: 'x'")), "exit status 1; it last said: KeyError: 'x'"),
+        (Exit(status=2, last_lines=("error: a", "bye")), "exit status 2: a"),
+        (Exit(status=-9), "killed by SIGKILL (by hand, or because memory ran out)"),
+        (Exit(status=-9, fault="no sign of life for 30 s"), "no sign of life for 30 s"),
+        (Exit(status=-64), f"killed by {signal.Signals(64).name}"),
+    ],
+)
+def test_the_end_in_words(ended, words):
+    assert ended.describe() == words

@@ -1,0 +1,158 @@
+"""What every link must do, as functions. ``test_links.py`` runs each of them over each kind of link."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from disagg.base.errors import TransferError
+from disagg.base.ids import BlockId
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.transfer.link import BlockPair, Link, Transfer, TransferState
+from disagg.transfer.pool import KvPool
+
+DEADLINE_S = 30.0
+
+
+def small_layout(num_blocks: int, **changes: object) -> KvLayout:
+    fields: dict[str, object] = {
+        "num_layers": 3,
+        "num_blocks": num_blocks,
+        "num_kv_heads": 2,
+        "block_size": 4,
+        "head_dim": 6,
+        "dtype": KvDtype.BFLOAT16,
+        "format": KvFormat.INTERLEAVED,
+    }
+    return KvLayout(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def pattern(layout: KvLayout) -> np.ndarray:
+    """Bytes that differ from block to block, as a peer's pool is filled with."""
+    return np.random.default_rng(7).integers(0, 256, layout.total_bytes, dtype=np.uint8)
+
+
+def pairs(*blocks: tuple[int, int]) -> list[BlockPair]:
+    return [(BlockId(source), BlockId(target)) for source, target in blocks]
+
+
+@dataclass
+class Ended:
+    """Waits for a transfer's end and counts how often it was told."""
+
+    transfers: list[Transfer] = field(default_factory=list)
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, transfer: Transfer) -> None:
+        self.transfers.append(transfer)
+        self.event.set()
+
+    def wait(self) -> Transfer:
+        assert self.event.wait(DEADLINE_S), "the transfer did not end"
+        return self.transfers[0]
+
+
+@dataclass
+class Ends:
+    """Both ends of one link: ``peer`` is what the peer's pool holds, ``close_peer`` ends the peer's instance."""
+
+    link: Link
+    pool: KvPool
+    peer_layout: KvLayout
+    close_peer: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.peer = pattern(self.peer_layout).reshape(self.peer_layout.num_layers, self.peer_layout.num_blocks, -1)
+
+    @property
+    def local(self) -> np.ndarray:
+        layout = self.pool.layout
+        return np.frombuffer(self.pool.data, dtype=np.uint8).reshape(layout.num_layers, layout.num_blocks, -1)
+
+    def read(self, blocks: list[BlockPair], layers: range | None = None) -> Transfer:
+        ended = Ended()
+        self.link.read(blocks, range(self.pool.layout.num_layers) if layers is None else layers, ended)
+        return ended.wait()
+
+
+def copies_land_exactly_and_nothing_else_is_written(ends: Ends) -> None:
+    ends.local[:] = 0xEE
+    blocks = pairs((0, 5), (1, 6), (2, 7), (9, 0), (4, 3), (3, 4))
+    expected = ends.local.copy()
+    for source, target in blocks:
+        expected[:, target] = ends.peer[:, source]
+    transfer = ends.read(blocks)
+    assert transfer.state is TransferState.DONE, transfer.failure
+    assert transfer.num_bytes == 6 * ends.pool.layout.block_bytes
+    assert np.array_equal(ends.local, expected)
+
+
+def only_the_wanted_layers_are_copied(ends: Ends) -> None:
+    ends.local[:] = 0
+    transfer = ends.read(pairs((8, 1)), range(1, 2))
+    assert transfer.num_bytes == ends.pool.layout.layer_block_bytes
+    assert np.array_equal(ends.local[1, 1], ends.peer[1, 8])
+    assert not ends.local[0].any()
+    assert not ends.local[2].any()
+
+
+def an_empty_read_is_done(ends: Ends) -> None:
+    assert ends.read([]).state is TransferState.DONE
+
+
+def the_end_is_told_once_with_its_time(ends: Ends) -> None:
+    ended = Ended()
+    started = ends.link.read(pairs((0, 0)), range(3), ended)
+    assert ended.wait() is started
+    assert started.ended_s >= started.started_s
+    assert ends.read(pairs((1, 1))).state is TransferState.DONE  # the link has moved on
+    assert len(ended.transfers) == 1
+
+
+def blocks_that_do_not_exist_are_refused(ends: Ends) -> None:
+    for blocks, words in (
+        (pairs((0, 0), (ends.peer_layout.num_blocks, 1)), "the peer has no KV block"),
+        (pairs((0, ends.pool.layout.num_blocks)), "there is no KV block"),
+        (pairs((-1, 0)), "the peer has no KV block -1"),
+        (pairs((0, -1)), "there is no KV block -1"),
+    ):
+        with pytest.raises(TransferError, match=words):
+            ends.link.read(blocks, range(3), Ended())
+    for layers in (range(4), range(-1, 2), range(0, 3, 2)):
+        with pytest.raises(TransferError, match="layers"):
+            ends.link.read(pairs((0, 0)), layers, Ended())
+
+
+def a_cancelled_read_ends_and_says_so(ends: Ends) -> None:
+    """It may be done before the cancellation reaches it; what counts is that it ends, and that it knows how."""
+    ended = Ended()
+    ends.link.read(pairs((0, 0), (2, 1)), range(3), ended).cancel()
+    assert ended.wait().state in (TransferState.CANCELLED, TransferState.DONE)
+
+
+def reads_started_before_close_still_end(ends: Ends) -> None:
+    ended = Ended()
+    ends.link.read(pairs((0, 0)), range(3), ended)
+    ends.link.close()
+    assert ended.wait().state in (TransferState.DONE, TransferState.FAILED)
+
+
+def a_peer_that_ended_fails_the_read_in_words(ends: Ends) -> None:
+    ends.close_peer()
+    transfer = ends.read(pairs((0, 0)))
+    assert transfer.state is TransferState.FAILED
+    assert "has ended" in transfer.failure
+
+
+CONTRACT: tuple[Callable[[Ends], None], ...] = (
+    copies_land_exactly_and_nothing_else_is_written,
+    only_the_wanted_layers_are_copied,
+    an_empty_read_is_done,
+    the_end_is_told_once_with_its_time,
+    blocks_that_do_not_exist_are_refused,
+    a_cancelled_read_ends_and_says_so,
+    reads_started_before_close_still_end,
+    a_peer_that_ended_fails_the_read_in_words,
+)

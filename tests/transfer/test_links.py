@@ -1,0 +1,182 @@
+"""The link contract over every kind of link, and what is special to each."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from link_contract import CONTRACT, Ended, Ends, pairs, pattern, small_layout
+
+from disagg.base.clock import MonotonicClock
+from disagg.base.errors import ProtocolError, TransferError
+from disagg.base.ids import BlockId
+from disagg.cache.layout import KvDtype, KvFormat
+from disagg.transfer.link import TransferState
+from disagg.transfer.links import Links
+from disagg.transfer.pool import KvPool
+from disagg.transfer.shm_link import runs
+
+PEER_LAYOUT = small_layout(num_blocks=12)
+LOCAL_LAYOUT = small_layout(num_blocks=8)
+
+
+class OwnerProcess:
+    """A peer in a process of its own."""
+
+    def __init__(self, incarnation: str) -> None:
+        script = Path(__file__).with_name("pool_owner.py")
+        layout = msgspec.json.encode(PEER_LAYOUT).decode()
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), layout, incarnation],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.address = bytes.fromhex(self._line())
+
+    def close_pool(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        assert self._line() == "closed"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def shm_in_one_process(stack: ExitStack) -> Ends:
+    peer = KvPool(PEER_LAYOUT, "aa")
+    np.frombuffer(peer.data, dtype=np.uint8)[:] = pattern(PEER_LAYOUT)
+    stack.callback(peer.close)
+    return _ends(stack, peer.address(), peer.close)
+
+
+def shm_between_processes(stack: ExitStack) -> Ends:
+    owner = OwnerProcess("bb")
+    stack.callback(owner.kill)
+    return _ends(stack, owner.address, owner.close_pool)
+
+
+def _ends(stack: ExitStack, address: bytes, close_peer: Callable[[], None]) -> Ends:
+    pool = KvPool(LOCAL_LAYOUT, "cc")
+    stack.callback(pool.close)
+    thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+    links = Links(pool, thread, MonotonicClock())
+    stack.callback(links.close)
+    return Ends(links.open(address), pool, PEER_LAYOUT, close_peer)
+
+
+@pytest.fixture(params=[shm_in_one_process, shm_between_processes], ids=lambda make: make.__name__)
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    with ExitStack() as stack:
+        yield request.param(stack)
+
+
+@pytest.mark.parametrize("clause", CONTRACT, ids=lambda clause: clause.__name__)
+def test_contract(ends: Ends, clause: Callable[[Ends], None]) -> None:
+    clause(ends)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_random_copies_land_exactly(data: st.DataObject) -> None:
+    targets = data.draw(st.lists(st.integers(0, 7), unique=True))
+    sources = data.draw(st.lists(st.integers(0, 11), min_size=len(targets), max_size=len(targets)))
+    first = data.draw(st.integers(0, 3))
+    layers = range(first, data.draw(st.integers(first, 3)))
+    with ExitStack() as stack:
+        ends = shm_in_one_process(stack)
+        expected = ends.local.copy()
+        for source, target in zip(sources, targets, strict=True):
+            expected[layers.start : layers.stop, target] = ends.peer[layers.start : layers.stop, source]
+        assert ends.read(pairs(*zip(sources, targets, strict=True)), layers).state is TransferState.DONE
+        assert np.array_equal(ends.local, expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))), st.integers(1, 4))
+def test_runs_cover_every_pair_once_in_order(blocks: list[tuple[int, int]], longest: int) -> None:
+    covered = []
+    for source, target, count in runs(pairs(*blocks), longest):
+        assert 1 <= count <= longest
+        covered += [(source + n, target + n) for n in range(count)]
+    assert covered == blocks
+
+
+def test_neighbours_are_copied_together() -> None:
+    blocks = pairs((4, 0), (5, 1), (6, 2), (7, 9), (8, 8))
+    assert list(runs(blocks, longest=100)) == [(4, 0, 3), (7, 9, 1), (8, 8, 1)]
+
+
+class TestLinks:
+    @pytest.fixture
+    def pool(self) -> Iterator[KvPool]:
+        pool = KvPool(LOCAL_LAYOUT, "cc")
+        yield pool
+        pool.close()
+
+    @pytest.fixture
+    def links(self, pool: KvPool) -> Iterator[Links]:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            links = Links(pool, thread, MonotonicClock())
+            yield links
+            links.close()
+
+    def test_a_link_is_opened_once_and_again_after_the_peer_was_closed(self, links: Links) -> None:
+        peer = KvPool(PEER_LAYOUT, "aa")
+        first = links.open(peer.address())
+        assert links.open(peer.address()) is first
+        links.close_peer("bb")
+        assert links.open(peer.address()) is first
+        links.close_peer("aa")
+        assert links.open(peer.address()) is not first
+        peer.close()
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("num_layers", 4),
+            ("num_kv_heads", 1),
+            ("block_size", 8),
+            ("head_dim", 8),
+            ("dtype", KvDtype.FLOAT16),
+            ("format", KvFormat.TOKEN_MAJOR),
+        ],
+    )
+    def test_another_layout_is_refused_by_the_name_of_its_field(self, links: Links, name: str, value: object) -> None:
+        peer = KvPool(small_layout(num_blocks=12, **{name: value}), "aa")
+        with pytest.raises(TransferError, match=f"differ in {name}"):
+            links.open(peer.address())
+        peer.close()
+
+    def test_a_killed_peer_cannot_be_opened(self, links: Links) -> None:
+        owner = OwnerProcess("bb")
+        owner.kill()
+        with pytest.raises(TransferError, match="cannot open the peer's KV pool"):
+            links.open(owner.address)
+
+    def test_what_was_mapped_before_the_peer_was_killed_can_still_be_read(self, links: Links, pool: KvPool) -> None:
+        owner = OwnerProcess("bb")
+        link = links.open(owner.address)
+        owner.kill()
+        ended = Ended()
+        link.read([(BlockId(3), BlockId(2))], range(3), ended)
+        assert ended.wait().state is TransferState.DONE
+        expected = pattern(PEER_LAYOUT).reshape(3, 12, -1)[:, 3]
+        received = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1)[:, 2]
+        assert np.array_equal(received, expected)
+
+    def test_bytes_that_are_no_address_are_refused(self, links: Links) -> None:
+        with pytest.raises(ProtocolError, match="malformed pool address"):
+            links.open(b"\x93\x01\x02")
