@@ -73,6 +73,12 @@ def test_flags_reach_the_settings(deployments):
     assert deployment.placement.count(Role.PREFILL) == 2
 
 
+def test_the_key_can_come_from_the_environment_so_that_no_list_of_processes_shows_it(deployments, monkeypatch):
+    monkeypatch.setenv("DISAGG_API_KEY", "secret")
+    run()
+    assert deployments[0].serve.api_key == "secret"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

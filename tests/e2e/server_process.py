@@ -32,6 +32,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         self.url = self._wait_until_ready()
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120.0)
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
@@ -57,10 +58,6 @@ class ServerProcess:
     def text(self) -> str:
         """The log so far."""
         return "".join(self.log)
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120.0)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30.0)
@@ -99,6 +96,7 @@ def serving(*arguments: str) -> Iterator[ServerProcess]:
     finally:
         if server.process.poll() is None:
             server.end()
+        server.client.close()
         for stream in (server.process.stdout, server.process.stderr):
             assert stream is not None
             server._reader.join(END_DEADLINE_S)

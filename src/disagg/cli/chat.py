@@ -17,7 +17,7 @@ _HELP = "/exit or Ctrl-D ends, /clear forgets the conversation, Ctrl-C stops an 
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: the server's]")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Randomness; 0 takes the most likely token.")
 @click.option("--seed", type=int, help="Makes answers repeatable.")
-@click.option("--api-key", envvar="DISAGG_API_KEY", help="Key of the server.  [env: DISAGG_API_KEY]")
+@click.option("--api-key", envvar="DISAGG_API_KEY", show_envvar=True, help="Key of the server.")
 def chat(
     url: str,
     model: str | None,

@@ -6,7 +6,7 @@ a list with ranges, 0,1,4-7.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeVar
 
 import click
@@ -72,13 +72,17 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f}".removesuffix(".0") + "TiB"
 
 
-def flags_of(*kinds: type[msgspec.Struct], without: tuple[str, ...] = ()) -> Callable[[F], F]:
+def flags_of(
+    *kinds: type[msgspec.Struct], without: Collection[str] = (), environment: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
     """Give a command one option for each field of these structs, but for those in ``without``.
 
-    The command receives the values by field name; ``build`` makes the structs of them.
+    The command receives the values by field name; ``build`` makes the structs of them. ``environment`` names the
+    variables that may stand for a flag, for what should not show in a list of processes.
     """
+    variables = environment or {}
     options = [
-        _option(field)
+        _option(field, variables.get(field.name))
         for kind in kinds
         for field in inspect.type_info(kind).fields  # type: ignore[attr-defined]
         if field.name not in without
@@ -106,7 +110,7 @@ def flag_name(field: str) -> str:
     return "--" + field.removesuffix("_bytes").replace("_", "-")
 
 
-def _option(field: inspect.Field) -> Callable[[F], F]:
+def _option(field: inspect.Field, variable: str | None) -> Callable[[F], F]:
     kind, description = _unwrap(field.type)
     flag, default = flag_name(field.name), field.default
     arguments: dict[str, Any] = {"help": description[:1].upper() + description[1:] + "."}
@@ -120,7 +124,15 @@ def _option(field: inspect.Field) -> Callable[[F], F]:
     if field.name.endswith("_bytes"):
         default = format_bytes(default)
     shown = default is not None and default != ()
-    return click.option(flag, field.name, default=default, show_default=shown, **arguments)
+    return click.option(
+        flag,
+        field.name,
+        default=default,
+        show_default=shown,
+        envvar=variable,
+        show_envvar=variable is not None,
+        **arguments,
+    )
 
 
 def _parameter_type(name: str, kind: inspect.Type) -> click.ParamType[Any]:

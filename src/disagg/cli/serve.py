@@ -17,11 +17,11 @@ _COUNT = click.IntRange(min=0)
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--prefill", type=_COUNT, metavar="N", help="Prefill instances.  [default: 1]")
-@click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1]")
+@click.option("--prefill", type=_COUNT, metavar="N", help="Prefill instances.  [default: 1, or 0 with --colocated]")
+@click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
 @click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
-@flags_of(ServeSettings, ModelSettings, without=("model",))
+@flags_of(ServeSettings, ModelSettings, without={"model", "cache_dir"}, environment={"api_key": "DISAGG_API_KEY"})
 @flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
@@ -49,10 +49,8 @@ def serve(ctx: click.Context, /, as_json: bool, log_level: str, placement: Path 
     )
     from disagg.cli.serve_display import make_display
 
-    debug = ctx.find_root().params.get("debug", False)
-    with make_display(
-        as_json, logging.DEBUG if debug else logging.getLevelNamesMapping()[log_level.upper()]
-    ) as display:
+    level = "debug" if ctx.find_root().params.get("debug") else log_level
+    with make_display(as_json, logging.getLevelNamesMapping()[level.upper()]) as display:
         from disagg.serve.launch.main import serve as run_server
 
         run_server(deployment, display)

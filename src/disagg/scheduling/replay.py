@@ -12,7 +12,6 @@ from disagg.scheduling.actions import AnyAction
 from disagg.scheduling.events import AnyEvent
 from disagg.scheduling.step_scheduler import StepScheduler
 
-
 _Row = TypeVar("_Row")
 
 

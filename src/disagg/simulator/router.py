@@ -215,7 +215,8 @@ def _arrived(request: SimulatedRequest, hand_over: bool) -> Arrived:
 
 def _kv_offered(request: SimulatedRequest) -> KvOffered:
     offer = request.offer
-    assert offer is not None and request.source is not None, "a sequence is adopted after its offer"
+    assert offer is not None, "a sequence is adopted after its offer"
+    assert request.source is not None, "an offer has a source"
     return KvOffered(
         request_id=request.request_id,
         epoch=FIRST_EPOCH,

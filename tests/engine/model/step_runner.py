@@ -19,14 +19,15 @@ class StepRunner:
     ) -> None:
         config = decoder.config
         self.decoder = decoder
+        self.device = decoder.device
         self.block_size = block_size
         self.kv = torch.full(
             (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size * config.head_dim),
             float("nan"),
             dtype=dtype,
+            device=self.device,
         )
-        self._free = [(7 * block + 3) % num_blocks for block in range(num_blocks)]
-        assert len(set(self._free)) == num_blocks
+        self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
         self._blocks: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
 
@@ -48,12 +49,12 @@ class StepRunner:
         tables = [self._blocks[sequence] + [0] * (width - len(self._blocks[sequence])) for sequence in new_tokens]
         rows = range(len(tokens)) if all_rows else [end - 1 for end in query_start[1:]]
         batch = StepBatch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            query_start=torch.tensor(query_start, dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
-            logit_rows=torch.tensor([] if no_rows else list(rows), dtype=torch.int64),
+            token_ids=torch.tensor(tokens, device=self.device),
+            positions=torch.tensor(positions, dtype=torch.int32, device=self.device),
+            query_start=torch.tensor(query_start, dtype=torch.int32, device=self.device),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
+            logit_rows=torch.tensor([] if no_rows else list(rows), dtype=torch.int64, device=self.device),
             max_query_len=max(len(ids) for ids in new_tokens.values()),
             max_context_len=max(context_lens),
         )
@@ -66,8 +67,7 @@ class StepRunner:
 
 def greedy(decoder: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Return greedy continuations of a few prompts: each prefilled alone, all decoded together."""
-    length = max(len(prompt) for prompt in prompts) + max_tokens
-    runner = StepRunner(decoder, num_blocks=len(prompts) * (-(-length // 16)))
+    runner = StepRunner(decoder, num_blocks=sum(-(-(len(prompt) + max_tokens) // 16) for prompt in prompts))
     outputs = [[int(runner.step({index: prompt}).argmax())] for index, prompt in enumerate(prompts)]
     running = {index for index, output in enumerate(outputs) if output[-1] not in decoder.config.eos_token_ids}
     for _ in range(max_tokens - 1):

@@ -50,6 +50,19 @@ def test_the_private_endpoint_is_private_and_goes_away():
     assert not folder.exists()
 
 
+def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path_factory, monkeypatch):
+    parent = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(parent))
+    orphan, stranger = parent / "disagg-orphan", parent / "disagg-notes"
+    for folder in (orphan, stranger):
+        folder.mkdir()
+    (orphan / "lock").touch()
+    with private_endpoint() as endpoint, private_endpoint():
+        assert Path(endpoint.removeprefix("ipc://")).parent.exists(), "its server lives"
+        assert not orphan.exists()
+    assert list(parent.iterdir()) == [stranger]
+
+
 def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     long = tmp_path / ("x" * 100)
     long.mkdir()

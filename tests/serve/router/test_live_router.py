@@ -11,6 +11,7 @@ import pytest_asyncio
 import zmq.asyncio
 from scripted_peer import DEADLINE_S, ScriptedPeer, make_request
 
+from disagg.base.clock import Clock
 from disagg.base.config import RouterSettings
 from disagg.base.errors import (
     ContextLengthError,
@@ -48,6 +49,15 @@ from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import DropReason
 
 PAIR = {InstanceId("prefill-0"): Role.PREFILL, InstanceId("decode-0"): Role.DECODE}
+
+
+class ManualClock:
+    """Time as the test sets it."""
+
+    now_s = 0.0
+
+    def now(self) -> float:
+        return self.now_s
 
 
 class Tally(NullWatcher):
@@ -92,13 +102,15 @@ async def wait_until(condition: Callable[[], object]) -> None:
 class Scene:
     """A router and its scripted instances."""
 
-    def __init__(self, folder: Path, instances: dict[InstanceId, Role], settings: RouterSettings) -> None:
+    def __init__(
+        self, folder: Path, instances: dict[InstanceId, Role], settings: RouterSettings, clock: Clock | None
+    ) -> None:
         self.endpoint = f"ipc://{folder}/control"
         self.log_path = folder / "router.jsonl"
         self.tally = Tally()
         self.log = DispatchLogWriter(self.log_path, instances, settings)
         self.router = LiveRouter(
-            instances, settings, ZmqControlSocket(self.endpoint), sink=self.tally, event_log=self.log
+            instances, settings, ZmqControlSocket(self.endpoint), sink=self.tally, event_log=self.log, clock=clock
         )
         self.context = zmq.asyncio.Context()
         self.peers: list[ScriptedPeer] = []
@@ -137,8 +149,8 @@ MakeScene = Callable[..., Scene]
 async def make_scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MakeScene]:
     with contextlib.ExitStack() as scenes:
 
-        def make(instances: dict[InstanceId, Role] = PAIR, **settings: float) -> Scene:
-            scene = Scene(tmp_path_factory.mktemp("s"), instances, RouterSettings(**settings))
+        def make(instances: dict[InstanceId, Role] = PAIR, clock: Clock | None = None, **settings: float) -> Scene:
+            scene = Scene(tmp_path_factory.mktemp("s"), instances, RouterSettings(**settings), clock)
             scenes.callback(scene.close)
             scene.router.start(scene.tally)
             return scene
@@ -315,6 +327,19 @@ async def test_a_silent_instance_is_treated_as_dead(make_scene):
         await anext(stream)
     assert "no sign of life" in scene.tally.faulty["prefill-0"]
     assert scene.state("prefill-0") is InstanceState.LOST
+
+
+async def test_instances_are_not_blamed_when_the_router_itself_stood_still(make_scene):
+    clock = ManualClock()
+    scene = make_scene(clock=clock, instance_timeout_s=30.0)
+    await scene.ready_peer("prefill-0")
+    clock.now_s += 1000.0  # a suspended laptop, a stopped process
+    scene.router.check_instances()
+    assert not scene.tally.faulty
+    for _ in range(32):  # looked for in time, and heard of nothing
+        clock.now_s += 1.0
+        scene.router.check_instances()
+    assert "prefill-0" in scene.tally.faulty
 
 
 async def test_a_start_that_gets_nowhere_is_a_fault(make_scene):

@@ -67,7 +67,7 @@ class NativeBackend:
         """Add x to ``residual`` in place, then return the normalised sum."""
         return self._rms_norm(x, residual, weight, eps)
 
-    def rope_and_write_kv(  # noqa: PLR0913
+    def rope_and_write_kv(
         self,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,

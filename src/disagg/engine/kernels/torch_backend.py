@@ -48,7 +48,7 @@ class TorchBackend:
         residual.add_(x)
         return self.rms_norm(residual, weight, eps)
 
-    def rope_and_write_kv(  # noqa: PLR0913
+    def rope_and_write_kv(
         self,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor,

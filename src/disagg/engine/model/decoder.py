@@ -34,7 +34,12 @@ class Decoder:
         self.max_model_len = length
         self._weights = weights
         self._scale = config.head_dim**-0.5
-        self._cos_sin = rope_table(config, length).to(weights.embeddings.device)
+        self._cos_sin = rope_table(config, length).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where a step's tensors must be."""
+        return self._weights.embeddings.device
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -32,7 +32,7 @@ class ProcessListener(Protocol):
     """The router's side: it is told what becomes of the processes."""
 
     def instance_starting(self, instance: InstanceId) -> None:
-        """A process of the instance was started."""
+        """A process of the instance is about to be started."""
 
     def instance_exited(self, instance: InstanceId, detail: str, *, returning: bool) -> None:
         """The instance's process is gone; ``returning`` when another one will be started."""
@@ -157,12 +157,11 @@ class Launcher:
 
     async def _live(self, child: _Child) -> Exit:
         """Run one process of the instance to its end."""
-        name = child.settings.instance
+        self._listener.instance_starting(child.settings.instance)  # before its first message can come
         try:
             child.process = await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
         except OSError as error:
             return Exit(status=1, fault=f"its process could not be started: {error.strerror}")
-        self._listener.instance_starting(name)
         if self._stopping.is_set():
             child.process.send_signal(signal.SIGKILL)
         ended = await child.process.wait()

@@ -1,16 +1,22 @@
 """Addresses of one server: the TCP port for clients and the private endpoint for its instances."""
 
 import errno
+import fcntl
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from disagg.base.config import ServeSettings
 from disagg.base.errors import ConfigurationError
 
 _BACKLOG: Final = 2048
+_PREFIX: Final = "disagg-"
+_LOCK: Final = "lock"
+"""A file that the server holds locked for as long as it lives."""
 _MAX_SOCKET_PATH_BYTES: Final = 107
 """``sun_path`` of unix(7) without its closing zero."""
 
@@ -46,14 +52,30 @@ def url_of(bound: socket.socket) -> str:
 
 @contextmanager
 def private_endpoint() -> Iterator[str]:
-    """Give a ZeroMQ endpoint that only this user can reach, in a folder that goes when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="disagg-", ignore_cleanup_errors=True) as folder:
-        path = f"{folder}/control"
-        if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
+    """Give a ZeroMQ endpoint that only this user can reach, in a folder that goes when the block ends.
+
+    Folders of servers that were killed before they could remove theirs go too.
+    """
+    _remove_orphans(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        path = folder / "control"
+        if len(bytes(path)) > _MAX_SOCKET_PATH_BYTES:
             raise ConfigurationError(
-                f"the socket path {path!r} is over {_MAX_SOCKET_PATH_BYTES} bytes; set TMPDIR to a shorter folder"
+                f"the socket path {str(path)!r} is over {_MAX_SOCKET_PATH_BYTES} bytes; set TMPDIR to a shorter folder"
             )
-        yield f"ipc://{path}"
+        with (folder / "unlocked").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            Path(lock.name).rename(folder / _LOCK)
+            yield f"ipc://{path}"
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Remove the folders of ended servers: their locks can be had, which no process id could say across containers."""
+    for lock_path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), lock_path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock_path.parent)
 
 
 def _explain(host: str, port: int, error: OSError) -> str:

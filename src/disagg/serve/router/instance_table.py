@@ -57,7 +57,7 @@ class KnownInstance:
         return self.state is InstanceState.READY
 
     def set_starting(self, now: float) -> None:
-        """A new process of it was started."""
+        """A new process of it is about to be started."""
         self.state = InstanceState.STARTING
         self.last_seen_s = now
         self.num_malformed = 0

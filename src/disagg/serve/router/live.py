@@ -146,7 +146,7 @@ class LiveRouter:
     # For whoever runs the instances ---------------------------------------------------------------------------
 
     def instance_starting(self, instance: InstanceId) -> None:
-        """A process of the instance was started; it is given time to load."""
+        """A process of the instance is about to be started; it is given time to load."""
         self._table[instance].set_starting(self._clock.now())
 
     def instance_exited(self, instance: InstanceId, detail: str, *, returning: bool) -> None:
@@ -171,11 +171,14 @@ class LiveRouter:
         self._shell.feed(InstanceDown(instance=known.instance, returning=returning, detail=detail))
 
     def _schedule_check(self) -> None:
+        if self._next_check is not None:
+            self._next_check.cancel()
         self._last_check_s = self._clock.now()
         loop = asyncio.get_running_loop()
-        self._next_check = loop.call_later(self._check_interval_s, self._check_instances)
+        self._next_check = loop.call_later(self._check_interval_s, self.check_instances)
 
-    def _check_instances(self) -> None:
+    def check_instances(self) -> None:
+        """Treat silent instances as dead. A timer calls this; it is public for tests of time."""
         now = self._clock.now()
         pause_s = now - self._last_check_s - self._check_interval_s
         for known in self._table:

@@ -74,7 +74,7 @@ void score(const uint32_t* packed, const uint32_t* const* k_vectors, int num_vec
   if (num_vectors == 1) score_columns<E, R, 1, Prefetch>(packed, k_vectors, layout, ahead, scores);
 }
 
-// Maximum and sum of one row's weights so far; the maximum in base 2, the sum still per lane.
+// Maximum and sum of one row's weights so far; the sum still per lane.
 struct RowState {
   Floats sum;
   float maximum;
@@ -86,10 +86,9 @@ struct SeenKeys {
   int end;
 };
 
-// Turn one row's scores into weights; return what the row's older values must be multiplied with.
-template <class E, bool Masked>
-DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, SeenKeys seen, float to_base_2,
-                          RowState& state) {
+// Hide what a row does not see, return the maximum per lane.
+template <bool Masked>
+DISAGG_INLINE Floats mask_and_find_highest(float* scores, int num_vectors, SeenKeys seen) {
   Floats highest = broadcast(kMasked);
   for (int vector = 0; vector < num_vectors; ++vector) {
     Floats x = load<Floats>(scores + vector * kLanes);
@@ -100,19 +99,31 @@ DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, See
     }
     highest = maximum(highest, x);
   }
-  const float tile_highest = max_of_lanes(highest) * to_base_2;
-  const float older = state.maximum;
-  const float newer = tile_highest > older ? tile_highest : older;
-  Floats sum = Floats{};
-  for (int vector = 0; vector < num_vectors; ++vector) {
-    const Floats x = load<Floats>(scores + vector * kLanes);
-    const Floats weight = exp2<E::kExpDegree>(x * to_base_2 - newer);
-    sum += weight;
-    E::store_floats(reinterpret_cast<typename E::Storage*>(weights) + vector * kLanes, weight);
+  return highest;
+}
+
+// Turn one row's scores into weights; return what the row's older values must be multiplied with.
+template <class E, bool Masked>
+DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, SeenKeys seen, float to_base_2,
+                          RowState& state) {
+  const Floats highest = mask_and_find_highest<Masked>(scores, num_vectors, seen);
+  float correction = 1.0f;
+  // After some tiles the maximum hardly ever moves, and the long way through the lanes is saved.
+  if (any_above(highest, state.maximum)) {
+    const float newer = max_of_lanes(highest);
+    correction = exp2<5>(broadcast((state.maximum - newer) * to_base_2))[0];
+    state.sum *= correction;
+    state.maximum = newer;
   }
-  const float correction = exp2<5>(broadcast(older - newer))[0];
-  state.sum = state.sum * correction + sum;
-  state.maximum = newer;
+  const float offset = state.maximum * to_base_2;
+  Floats sum = Floats{};
+  auto* row_weights = reinterpret_cast<typename E::Storage*>(weights);
+  for (int vector = 0; vector < num_vectors; ++vector) {
+    const Floats weight = exp2<E::kExpDegree>(load<Floats>(scores + vector * kLanes) * to_base_2 - offset);
+    sum += weight;
+    E::store_floats(row_weights + vector * kLanes, weight);
+  }
+  state.sum += sum;
   return correction;
 }
 

@@ -70,15 +70,15 @@ class DecodeRange {
     const int keys_left = item_.key_end - key_begin;
     const int num_keys = keys_left < args_.block_size ? keys_left : args_.block_size;
     const int num_vectors = (num_keys + kLanes - 1) / kLanes;
-    const int64_t ahead = (int64_t{next} - block) * layout_.block_units;
+    const int64_t to_next = (int64_t{next} - block) * layout_.block_units;
     const uint32_t* k = heads_ + block * layout_.block_units;
     for (int head = 0; head < item_.num_kv_heads; ++head) {
       const uint32_t* k_vectors[kMaxBlockSize / kLanes];
       for (int vector = 0; vector < num_vectors; ++vector)
         k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
-        score<E, rows.value, true>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_, ahead,
-                                   scores_ + first * kScoreStride);
+        score<E, rows.value, true>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_,
+                                   ahead_of(head, to_next), scores_ + first * kScoreStride);
       });
     }
     const int position = item_.first_position - key_begin;
@@ -92,10 +92,18 @@ class DecodeRange {
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
         float corrections[rows.value];
         for (int r = 0; r < rows.value; ++r) corrections[r] = corrections_[first + r];
-        add_values<E, rows.value, true>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_, ahead, corrections,
-                                        values_[first]);
+        add_values<E, rows.value, true>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_,
+                                        ahead_of(item_.num_kv_heads + head, to_next), corrections, values_[first]);
       });
     }
+  }
+
+  // From K of a head (or V, counted on) to what is read DISAGG_AHEAD heads later, maybe in the next block.
+  int64_t ahead_of(int head, int64_t to_next) const {
+    if (DISAGG_AHEAD==0) return to_next;
+    const int heads = 2 * item_.num_kv_heads;
+    const int later = head + DISAGG_AHEAD;
+    return later < heads ? (later - head) * layout_.head_units : to_next + (later - heads - head) * layout_.head_units;
   }
 
   const AttentionArgs& args_;
@@ -128,7 +136,7 @@ void merge_ranges(const AttentionArgs& args, const AttentionItem& item, const fl
     float sum = 0.0f;
     for (int i = 0; i < num_partials; ++i) {
       const float* part = first + i * stride;
-      const float factor = exp2<5>(broadcast(part[0] - highest))[0];
+      const float factor = exp2<5>(broadcast((part[0] - highest) * args.scale * kLog2E))[0];
       sum += part[1] * factor;
       for (int d = 0; d < args.head_dim; d += kLanes)
         store(values + d, load<Floats>(values + d) + load<Floats>(part + 2 + d) * factor);

@@ -38,7 +38,10 @@ DISAGG_INLINE void add_steps(Tile<R, C>& tile, const uint32_t* a, const uint32_t
   for (int step = 0; step < steps; ++step, at += b_step, a += AStep) {
     typename E::Operand operands[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) operands[c] = E::operand(b[c] + at);
+    for (int c = 0; c < C; ++c) {
+      operands[c] = E::operand(b[c] + at);
+      E::keep(operands[c]);
+    }
     if constexpr (Prefetch) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) prefetch(b[c] + at + ahead);

@@ -48,6 +48,18 @@ DISAGG_INLINE void store(void* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
+// Keep GCC from loading a vector anew for each of its uses, as it does where the tile is small.
+template <class Vector>
+DISAGG_INLINE void keep_in_register(Vector& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif defined(__AVX2__)
+  asm("" : "+x"(vector));
+#else
+  (void)vector;
+#endif
+}
+
 DISAGG_INLINE Units broadcast(uint32_t unit) { return Units{} + unit; }
 DISAGG_INLINE Floats broadcast(float value) { return (Floats)broadcast(__builtin_bit_cast(uint32_t, value)); }
 
@@ -60,6 +72,17 @@ DISAGG_INLINE Floats maximum(Floats a, Floats b) {
   return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+DISAGG_INLINE bool any_above(Floats x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+  const Ints above = x > broadcast(bound);
+  bool found = false;
+  for (int lane = 0; lane < kLanes; ++lane) found |= above[lane] != 0;
+  return found;
 #endif
 }
 
@@ -99,10 +122,28 @@ struct Reduce<2> {
 DISAGG_INLINE float sum_of_lanes(Floats x) { return Reduce<kLanes>::sum(x); }
 DISAGG_INLINE float max_of_lanes(Floats x) { return Reduce<kLanes>::max(x); }
 
-// 2^x for x <= 127 with a relative error of 1e-4 (Degree 3) or 1e-7 (Degree 5); exactly 0 at and below -127.
-// Minimax polynomials of 2^f on [-0.5, 0.5] with constant term 1.
+// 2^x for x <= 127 with a relative error of 1e-4 (Degree 3) or 1e-7 (Degree 5); exactly 0 far below -127.
 template <int Degree>
 DISAGG_INLINE Floats exp2(Floats x) {
+  static_assert(Degree == 3 || Degree == 5);
+#if defined(__AVX512DQ__)
+  // Minimax polynomials of 2^f on [0, 1), f = x - floor(x); scalef multiplies with 2^floor(x).
+  const Floats f = (Floats)_mm512_reduce_ps((__m512)x, 0x09);
+  Floats p;
+  if constexpr (Degree == 3) {
+    p = 0.07802452147006989f * f + 0.2260671705007553f;
+    p = p * f + 0.6958335041999817f;
+    p = p * f + 0.9999251961708069f;
+  } else {
+    p = 0.0018775766948238015f * f + 0.008989340625703335f;
+    p = p * f + 0.05582631751894951f;
+    p = p * f + 0.24015361070632935f;
+    p = p * f + 0.6931530833244324f;
+    p = p * f + 0.9999999403953552f;
+  }
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  // Minimax polynomials of 2^f on [-0.5, 0.5] with constant term 1; the exponent is added to the bits.
   const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = maximum(x, broadcast(-127.0f));
   const Floats shifted = x + rounding;
@@ -112,7 +153,6 @@ DISAGG_INLINE Floats exp2(Floats x) {
     p = 0.05500892922282219f * f + 0.2422109693288803f;
     p = p * f + 0.6932829022407532f;
   } else {
-    static_assert(Degree == 5);
     p = 0.001326472731307149f * f + 0.009671512991189957f;
     p = p * f + 0.05550733581185341f;
     p = p * f + 0.24022242426872253f;
@@ -120,6 +160,7 @@ DISAGG_INLINE Floats exp2(Floats x) {
   }
   p = p * f + 1.0f;
   return (Floats)((Ints)p + ((Ints)shifted << 23));
+#endif
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -134,6 +175,7 @@ struct F32 {
   using Factor = Floats;
   static DISAGG_INLINE Operand operand(const void* units) { return load<Floats>(units); }
   static DISAGG_INLINE Operand operand_of(Units units) { return (Floats)units; }
+  static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return (Floats)broadcast(unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) { return a * b + sum; }
   static DISAGG_INLINE Floats load_floats(const float* from) { return load<Floats>(from); }
@@ -150,6 +192,7 @@ struct BF16 {
   using Operand = Units;
   using Factor = Units;
   static DISAGG_INLINE Operand operand_of(Units units) { return units; }
+  static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return broadcast(unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -165,6 +208,10 @@ struct BF16 {
   using Factor = Operand;
   static DISAGG_INLINE Operand operand_of(Units units) {
     return {(Floats)(units << 16), (Floats)(units & 0xffff0000u)};
+  }
+  static DISAGG_INLINE void keep(Operand& operand) {
+    keep_in_register(operand.low);
+    keep_in_register(operand.high);
   }
   static DISAGG_INLINE Factor factor(uint32_t unit) {
     return {(Floats)broadcast(unit << 16), (Floats)broadcast(unit & 0xffff0000u)};
@@ -190,7 +237,7 @@ struct BF16 {
   }
 };
 
-DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, DISAGG_HINT); }
 
 }  // namespace DISAGG_ISA
 }  // namespace disagg
