@@ -48,7 +48,7 @@ from disagg.scheduling.step_scheduler import StepScheduler
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
 
-DEADLINE_S = 6.0
+DEADLINE_S = 30.0
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 VOCAB_SIZE = 1000
@@ -76,6 +76,7 @@ class RouterEnd:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an instance that comes back takes its name over
         self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
         self.received: list[tuple[str, ToRouter]] = []
 

@@ -56,7 +56,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ]
         | None
     ) = None
-    cache_dir: Annotated[str | None, Meta(description="folder for converted weights [default: ~/.cache/disagg]")] = None
 
 
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ _COUNT = click.IntRange(min=0)
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
 @click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
-@flags_of(ServeSettings, ModelSettings, without={"model", "cache_dir"}, environment={"api_key": "DISAGG_API_KEY"})
+@flags_of(ServeSettings, ModelSettings, without={"model"}, environment={"api_key": "DISAGG_API_KEY"})
 @flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(

@@ -48,7 +48,7 @@ class KvLedger:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make a running sequence's blocks hold ``num_tokens`` tokens."""
-        missing = self.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        missing = -(-num_tokens // self._block_size) - len(sequence.block_ids)
         if missing <= 0:
             return True
         taken = self.pool.allocate(missing)
@@ -59,7 +59,7 @@ class KvLedger:
 
     def publish(self, sequence: Sequence) -> None:
         """Make the prompt blocks that are completely computed findable for other sequences."""
-        if not self._prefix_caching:
+        if not self._prefix_caching or not sequence.block_hashes:
             return
         num_full = min(sequence.num_computed // self._block_size, len(sequence.block_hashes))
         for index in range(sequence.num_published, num_full):

@@ -21,7 +21,10 @@ class SchedulerStatistics:
 
     def count_tokens(self, sequence: Sequence, chunk: Chunk) -> None:
         """Book a chunk's tokens as prefill up to the prompt's end and as decode after it."""
-        num_prefill = max(0, min(chunk.num_tokens, sequence.num_prefill_tokens - chunk.start))
+        if chunk.start >= sequence.num_prefill_tokens:
+            self.num_decode_tokens += chunk.num_tokens
+            return
+        num_prefill = min(chunk.num_tokens, sequence.num_prefill_tokens - chunk.start)
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += chunk.num_tokens - num_prefill
 

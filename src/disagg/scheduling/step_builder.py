@@ -27,7 +27,10 @@ class StepBuilder:
 
     def chunk_size(self, sequence: Sequence) -> int:
         """Return how many of a sequence's remaining tokens fit, cutting a prompt into chunks."""
-        return min(sequence.num_remaining, self._max_tokens - self._num_tokens) if self.has_place else 0
+        num_free = self._max_tokens - self._num_tokens
+        if num_free <= 0 or len(self._planned) >= self._max_sequences:
+            return 0
+        return min(sequence.num_remaining, num_free)
 
     def whole_size(self, sequence: Sequence) -> int:
         """Return all remaining tokens or 0. A prompt longer than the budget goes alone, whole."""

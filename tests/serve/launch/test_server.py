@@ -156,7 +156,7 @@ async def test_a_signal_while_instances_load_ends_it():
 
 async def test_an_instance_that_cannot_start_ends_it_with_that_instances_words():
     async with running("--fail", "decode-0") as server:
-        with pytest.raises(ConfigurationError, match=r"decode-0 could not start: .*the KV pool needs 9 GiB"):
+        with pytest.raises(ConfigurationError, match="decode-0 could not start: the KV pool needs 9 GiB"):
             await server.ended()
 
 

@@ -173,8 +173,10 @@ class Launcher:
         name, how = child.settings.instance, ended.describe()
         if not child.was_ready:
             self._listener.instance_exited(name, how, returning=False)
-            kind = ConfigurationError if ended.status == CONFIGURATION_STATUS else UnavailableError
-            self._fail(kind(f"{name} could not start: {how}"))
+            if ended.status == CONFIGURATION_STATUS:
+                self._fail(ConfigurationError(f"{name} could not start: {ended.error() or how}"))
+            else:
+                self._fail(UnavailableError(f"{name} could not start: {how}"))
             return None
         ready_for_s = None if child.ready_since_s is None else self._clock.now() - child.ready_since_s
         delay_s = child.policy.delay_s(ready_for_s)

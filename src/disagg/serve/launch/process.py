@@ -38,10 +38,14 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
         """Say in words how and, as far as it is known, why it ended."""
         if self.fault:
             return self.fault
-        for line in reversed(self.last_lines):
-            if line.startswith("error: "):
-                return f"{self.how()}: {line.removeprefix('error: ')}"
+        if error := self.error():
+            return f"{self.how()}: {error}"
         return f"{self.how()}; it last said: {self.last_lines[-1]}" if self.last_lines else self.how()
+
+    def error(self) -> str:
+        """Return what it gave as its error, or an empty string."""
+        errors = [line.removeprefix("error: ") for line in self.last_lines if line.startswith("error: ")]
+        return errors[-1] if errors else ""
 
     def how(self) -> str:
         """Say how it ended."""

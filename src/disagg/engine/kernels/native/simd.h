@@ -237,7 +237,7 @@ struct BF16 {
   }
 };
 
-DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, DISAGG_HINT); }
+DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 }  // namespace DISAGG_ISA
 }  // namespace disagg
