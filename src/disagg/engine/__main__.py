@@ -16,6 +16,7 @@ from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.messages import Loading
 from disagg.engine.control import ControlChannel
+from disagg.engine.memory import keep_freed_memory
 from disagg.engine.process import end_with_parent, pin_to_cores
 
 CONFIGURATION_STATUS = 2
@@ -44,6 +45,7 @@ def _run(settings: InstanceSettings) -> None:
     if settings.parent_pid and not end_with_parent(settings.parent_pid):
         return
     pin_to_cores(settings.cpus)
+    keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # PyTorch reads it while it is imported
     channel = ControlChannel(settings.control_endpoint, settings.instance)
     try:

@@ -44,14 +44,14 @@ DISAGG_INLINE void pack_query(const void* query, uint32_t* packed, int row, int 
     __builtin_memcpy(packed + step * rows + row, static_cast<const uint32_t*>(query) + step, sizeof(uint32_t));
 }
 
-template <class E, int R, int C, bool Prefetch>
+template <class E, int R, int C, class Ahead>
 DISAGG_INLINE void score_columns(const uint32_t* packed, const uint32_t* const* k_vectors, const HeadLayout& layout,
-                                 int64_t ahead, float* scores) {
+                                 Ahead ahead, float* scores) {
   Tile<R, C> tile;
   tile.clear();
   const uint32_t* columns[C];
   for (int c = 0; c < C; ++c) columns[c] = k_vectors[c];
-  add_steps<E, 1, R, Prefetch>(tile, packed, columns, layout.block_size, layout.k_steps, ahead);
+  add_steps<E>(tile, {packed, 1, R}, columns, layout.block_size, layout.k_steps, ahead);
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -59,19 +59,12 @@ DISAGG_INLINE void score_columns(const uint32_t* packed, const uint32_t* const* 
 }
 
 // Scores of R packed queries with ``num_vectors`` vectors of kLanes keys.
-template <class E, int R, bool Prefetch>
+template <class E, int R, class Ahead>
 void score(const uint32_t* packed, const uint32_t* const* k_vectors, int num_vectors, const HeadLayout& layout,
-           int64_t ahead, float* scores) {
-  for (; num_vectors >= kMaxColumns; num_vectors -= kMaxColumns) {
-    score_columns<E, R, kMaxColumns, Prefetch>(packed, k_vectors, layout, ahead, scores);
-    k_vectors += kMaxColumns;
-    scores += kMaxColumns * kLanes;
-  }
-  if constexpr (kMaxColumns > 2) {
-    if (num_vectors == 3) return score_columns<E, R, 3, Prefetch>(packed, k_vectors, layout, ahead, scores);
-    if (num_vectors == 2) return score_columns<E, R, 2, Prefetch>(packed, k_vectors, layout, ahead, scores);
-  }
-  if (num_vectors == 1) score_columns<E, R, 1, Prefetch>(packed, k_vectors, layout, ahead, scores);
+           Ahead ahead, float* scores) {
+  for_column_groups(0, num_vectors, [&](auto columns, int first) {
+    score_columns<E, R, columns.value>(packed, k_vectors + first, layout, ahead, scores + first * kLanes);
+  });
 }
 
 // Maximum and sum of one row's weights so far; the sum still per lane.
@@ -133,12 +126,12 @@ DISAGG_INLINE void add_half_step(Tile<R, C>& tile, const uint32_t* weights, cons
   typename E::Operand operands[C];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) operands[c] = E::operand_of(load<Units>(units + c * kLanes) & 0x0000ffffu);
-  add_step<E, kWeightStride<E>>(tile, weights, operands);
+  add_step<E>(tile, {weights, kWeightStride<E>, 1}, operands);
 }
 
-template <class E, int R, int C, bool Prefetch>
+template <class E, int R, int C, class Ahead>
 DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys,
-                                     const HeadLayout& layout, int64_t ahead, const float (&corrections)[R],
+                                     const HeadLayout& layout, Ahead ahead, const float (&corrections)[R],
                                      float* values, int first_dim) {
   Tile<R, C> tile;
 #pragma GCC unroll 32
@@ -151,7 +144,7 @@ DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* co
     const uint32_t* columns[C];
     for (int c = 0; c < C; ++c) columns[c] = *v_blocks + first_dim + c * kLanes;
     const int steps = keys / E::kPerUnit;
-    add_steps<E, kWeightStride<E>, 1, Prefetch>(tile, weights, columns, layout.head_dim, steps, ahead);
+    add_steps<E>(tile, {weights, kWeightStride<E>, 1}, columns, layout.head_dim, steps, ahead);
     if (keys % E::kPerUnit)
       add_half_step<E>(tile, weights + steps, columns[0] + int64_t{steps} * layout.head_dim);
     weights += steps;
@@ -163,19 +156,13 @@ DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* co
 }
 
 // Add the weighted values of ``num_keys`` keys to R rows of ``values``, after multiplying these with ``corrections``.
-template <class E, int R, bool Prefetch>
+template <class E, int R, class Ahead>
 void add_values(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys, const HeadLayout& layout,
-                int64_t ahead, const float (&corrections)[R], float* values) {
-  int left = layout.head_dim / kLanes;
-  int dim = 0;
-  // 5 vectors go as 3 + 2, 6 as 3 + 3: a single column would leave the multipliers waiting for loads.
-  for (; kMaxColumns == 4 && (left > 6 || left == 4); left -= 4, dim += 4 * kLanes)
-    add_value_columns<E, R, kMaxColumns, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
-  for (; kMaxColumns == 4 && left >= 3; left -= 3, dim += 3 * kLanes)
-    add_value_columns<E, R, 3, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
-  for (; left >= 2; left -= 2, dim += 2 * kLanes)
-    add_value_columns<E, R, 2, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
-  if (left) add_value_columns<E, R, 1, Prefetch>(weights, v_blocks, num_keys, layout, ahead, corrections, values, dim);
+                Ahead ahead, const float (&corrections)[R], float* values) {
+  for_column_groups(0, layout.head_dim / kLanes, [&](auto columns, int first) {
+    add_value_columns<E, R, columns.value>(weights, v_blocks, num_keys, layout, ahead, corrections, values,
+                                           first * kLanes);
+  });
 }
 
 template <class E>
@@ -183,20 +170,6 @@ DISAGG_INLINE void write_row(void* out, const float* values, float sum, int head
   const float inverse = 1.0f / sum;
   for (int d = 0; d < head_dim; d += kLanes)
     E::store_floats(static_cast<typename E::Storage*>(out) + d, load<Floats>(values + d) * inverse);
-}
-
-template <int R>
-struct RowCount {
-  static constexpr int value = R;
-};
-
-// Call ``body(RowCount<R>, first row)`` for all rows, kMaxRows at a time, then for those left.
-template <int R = kMaxRows, class Body>
-DISAGG_INLINE void for_row_groups(int row, int num_rows, const Body& body) {
-  if constexpr (R > 0) {
-    for (; num_rows - row >= R; row += R) body(RowCount<R>{}, row);
-    for_row_groups<R - 1>(row, num_rows, body);
-  }
 }
 
 }  // namespace DISAGG_ISA

@@ -77,8 +77,8 @@ class DecodeRange {
       for (int vector = 0; vector < num_vectors; ++vector)
         k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
-        score<E, rows.value, true>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_,
-                                   ahead_of(head, to_next), scores_ + first * kScoreStride);
+        score<E, rows.value>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_,
+                                   UnitsAhead{ahead_of(head, to_next)}, scores_ + first * kScoreStride);
       });
     }
     const int position = item_.first_position - key_begin;
@@ -92,8 +92,8 @@ class DecodeRange {
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
         float corrections[rows.value];
         for (int r = 0; r < rows.value; ++r) corrections[r] = corrections_[first + r];
-        add_values<E, rows.value, true>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_,
-                                        ahead_of(item_.num_kv_heads + head, to_next), corrections, values_[first]);
+        add_values<E, rows.value>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_,
+                                        UnitsAhead{ahead_of(item_.num_kv_heads + head, to_next)}, corrections, values_[first]);
       });
     }
   }

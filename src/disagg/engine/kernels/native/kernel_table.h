@@ -66,6 +66,15 @@ struct RopeArgs {
   float eps;
 };
 
+struct LinearArgs {
+  const void* x;              // [rows, in_features]
+  void* out;                  // [rows, out_features]
+  const uint32_t* packed;     // panels of panel_width output features, see linear.h
+  const float* bias;          // padded to whole panels; null: none
+  int64_t in_features;
+  int64_t out_features;
+};
+
 // Kernels of one instruction set and one element type. Row ranges are half open.
 struct Kernels {
   void (*prefill)(const AttentionArgs&, const AttentionItem&);
@@ -74,6 +83,10 @@ struct Kernels {
   void (*decode)(const AttentionArgs&, const AttentionItem&, float* partial, int32_t following);
   // Join ``num_partials`` results over consecutive ranges of keys into row ``first_row`` of the output.
   void (*merge)(const AttentionArgs&, const AttentionItem&, const float* partials, int num_partials);
+  int panel_width;
+  void (*pack_weight)(const void* weight, uint32_t* packed, int64_t out_features, int64_t in_features,
+                      int64_t panel_begin, int64_t panel_end);
+  void (*multiply)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
   void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);
   // ``residual`` is null, or is replaced by residual + x, which is then normalised.
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,

@@ -3,6 +3,7 @@
 #include "decode_attention.h"
 #include "elementwise.h"
 #include "kernel_table.h"
+#include "linear.h"
 #include "prefill_attention.h"
 
 namespace disagg {
@@ -26,7 +27,8 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 
 template <class E>
 constexpr Kernels kernels_for() {
-  return {prefill<E>, decode<E>, merge_ranges<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>, argmax<E>};
+  return {prefill<E>,     decode<E>,   merge_ranges<E>,      kPanelWidth, pack_weight<E>,
+          multiply<E>,    rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>, argmax<E>};
 }
 
 extern const Kernels kKernels[kNumElementTypes];

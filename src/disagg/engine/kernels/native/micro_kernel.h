@@ -18,35 +18,73 @@ struct Tile {
   }
 };
 
-// Add one step: for each row r and column vector c, sum[r][c] += a[r * ARow] (one unit) * b[c] (a vector of units).
-template <class E, int ARow, int R, int C>
-DISAGG_INLINE void add_step(Tile<R, C>& tile, const uint32_t* a, const typename E::Operand (&b)[C]) {
+// The rows' side of a product: the unit of row r at step s is at first[r * row + s * step].
+struct RowUnits {
+  const uint32_t* first;
+  ptrdiff_t row;
+  ptrdiff_t step;
+};
+
+// What to ask memory for while the steps pass.
+struct NothingAhead {
+  DISAGG_INLINE void operator()(const uint32_t*) const {}
+};
+struct UnitsAhead {  // each vector's counterpart, so many units behind it
+  ptrdiff_t units;
+  DISAGG_INLINE void operator()(const uint32_t* vector) const { prefetch(vector + units); }
+};
+
+// Add one step: for each row r and column vector c, sum[r][c] += (one unit of row r) * b[c] (a vector of units).
+template <class E, int R, int C>
+DISAGG_INLINE void add_step(Tile<R, C>& tile, const RowUnits& a, const typename E::Operand (&b)[C]) {
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
-    const typename E::Factor factor = E::factor(a[r * ARow]);
+    const typename E::Factor factor = E::factor(a.first[r * a.row]);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) tile.sum[r][c] = E::multiply_add(tile.sum[r][c], factor, b[c]);
   }
 }
 
-// Add ``steps`` steps. ``a`` moves by AStep units per step, the column pointers ``b`` by ``b_step`` units. With Prefetch,
-// what lies ``ahead`` units behind each vector is asked for: it will be wanted soon.
-template <class E, int ARow, int AStep, bool Prefetch, int R, int C>
-DISAGG_INLINE void add_steps(Tile<R, C>& tile, const uint32_t* a, const uint32_t* const (&b)[C], ptrdiff_t b_step,
-                             int steps, ptrdiff_t ahead) {
+// Add ``steps`` steps; the column pointers ``b`` move by ``b_step`` units per step.
+template <class E, int R, int C, class Ahead>
+DISAGG_INLINE void add_steps(Tile<R, C>& tile, RowUnits a, const uint32_t* const (&b)[C], ptrdiff_t b_step, int steps,
+                             Ahead ahead) {
   ptrdiff_t at = 0;
-  for (int step = 0; step < steps; ++step, at += b_step, a += AStep) {
+  for (int step = 0; step < steps; ++step, at += b_step, a.first += a.step) {
     typename E::Operand operands[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       operands[c] = E::operand(b[c] + at);
       E::keep(operands[c]);
+      ahead(b[c] + at);
     }
-    if constexpr (Prefetch) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) prefetch(b[c] + at + ahead);
-    }
-    add_step<E, ARow>(tile, a, operands);
+    add_step<E>(tile, a, operands);
+  }
+}
+
+// Call ``body(Count<C>, first)`` over ``count`` column vectors, in portions of up to kMaxColumns. 5 go as 3 + 2 and 6 as
+// 3 + 3: a single column would leave the multipliers waiting for loads.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+template <class Body>
+DISAGG_INLINE void for_column_groups(int first, int count, const Body& body) {
+  if constexpr (kMaxColumns == 4) {
+    for (; count > 6 || count == 4; count -= 4, first += 4) body(Count<4>{}, first);
+    for (; count >= 3; count -= 3, first += 3) body(Count<3>{}, first);
+  }
+  for (; count >= 2; count -= 2, first += 2) body(Count<2>{}, first);
+  if (count == 1) body(Count<1>{}, first);
+}
+
+// Call ``body(Count<R>, first row)`` for all rows, kMaxRows at a time, then for those left.
+template <int R = kMaxRows, class Body>
+DISAGG_INLINE void for_row_groups(int64_t row, int64_t end, const Body& body) {
+  if constexpr (R > 0) {
+    for (; end - row >= R; row += R) body(Count<R>{}, row);
+    for_row_groups<R - 1>(row, end, body);
   }
 }
 

@@ -75,7 +75,7 @@ class PrefillTile {
     const int num_keys = (last_position + 1 < key_end_ ? last_position + 1 : key_end_) - key_begin_;
     if (num_keys <= 0) return;
     const int num_vectors = (num_keys + kLanes - 1) / kLanes;
-    score<E, R, false>(queries_ + int64_t{first} * layout_.k_steps, k_vectors_, num_vectors, layout_, 0, scores_);
+    score<E, R>(queries_ + int64_t{first} * layout_.k_steps, k_vectors_, num_vectors, layout_, NothingAhead{}, scores_);
     float corrections[R];
     for (int r = 0; r < R; ++r) {
       const int place = position(first + r) - key_begin_;
@@ -84,7 +84,7 @@ class PrefillTile {
       corrections[r] = apply(scores_ + r * kScoreStride, weights_ + r * kWeightStride<E>, num_vectors, seen,
                              args_.scale * kLog2E, states_[first + r]);
     }
-    add_values<E, R, false>(weights_, v_blocks_, num_keys, layout_, 0, corrections, values_[first]);
+    add_values<E, R>(weights_, v_blocks_, num_keys, layout_, NothingAhead{}, corrections, values_[first]);
   }
 
   const AttentionArgs& args_;

@@ -1,0 +1,96 @@
+"""``disagg bench``: measuring."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from disagg.base.config import DType
+
+if TYPE_CHECKING:
+    from disagg.engine.benchmark.cases import StepTime
+    from disagg.engine.benchmark.run import EngineBenchmark
+
+
+@click.group()
+def bench() -> None:
+    """Measure the engine on this machine."""
+
+
+@bench.command()
+@click.argument("model", required=False)
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, default=(1,), help="Threads; may be repeated.")
+@click.option("--dtype", type=click.Choice([one.value for one in DType]), default=DType.BFLOAT16.value)
+@click.option("--block-size", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens of a KV block.")
+@click.option("--kernels", type=click.Choice(["native", "torch"]), help="Kernel backend  [default: the best there is]")
+@click.option("--quick", is_flag=True, help="A few cases only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line for each step.")
+def engine(model: str | None, threads: tuple[int, ...], as_json: bool, **options: Any) -> None:
+    """Time prefill and decode steps of MODEL against this machine's limits.
+
+    The share is the higher of two floors, operations / matrix-product peak and bytes / read bandwidth, over the
+    measured time: 1 is the limit. Both limits are measured in the same run with the same threads.
+    """
+    for num_threads in threads:
+        ready, steps = _measure(model, num_threads, options)
+        if as_json:
+            for step in steps:
+                measured = {"share": step.share, "limit": step.limit.value, **msgspec.to_builtins(step)}
+                click.echo(msgspec.json.encode({"threads": num_threads, **measured}).decode())
+        else:
+            _print_table(ready, steps, num_threads)
+
+
+def _measure(
+    model: str | None, num_threads: int, options: dict[str, Any]
+) -> tuple["EngineBenchmark", list["StepTime"]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from disagg.engine.benchmark.cases import standard_cases
+    from disagg.engine.benchmark.run import prepare
+    from disagg.models.locate import locate_model
+
+    files = locate_model(model)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        loading = progress.add_task("loading", total=1.0)
+        ready = prepare(
+            files,
+            dtype=DType(options["dtype"]),
+            num_threads=num_threads,
+            block_size=options["block_size"],
+            kernel_backend=options["kernels"],
+            progress=lambda fraction: progress.update(loading, completed=fraction),
+        )
+        cases = standard_cases(ready.decoder.max_model_len, options["quick"])
+        measuring = progress.add_task("measuring", total=len(cases))
+        steps = []
+        for step in ready.measure(cases):
+            steps.append(step)
+            progress.advance(measuring)
+    return ready, steps
+
+
+def _print_table(ready: "EngineBenchmark", steps: list["StepTime"], num_threads: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    peaks = ready.peaks
+    table = Table(
+        title=f"{ready.name}, {ready.dtype}, {ready.backend.name} kernels, {num_threads} thread(s): "
+        f"reads {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.gemm_flops / 1e9:.0f} GFLOP/s"
+    )
+    for heading in ("phase", "batch", "tokens", "context", "ms", "share", "floor"):
+        table.add_column(heading, justify="left" if heading in ("phase", "floor") else "right")
+    for step in steps:
+        case = step.case
+        table.add_row(
+            case.phase.value,
+            str(case.batch),
+            str(case.new_tokens * case.batch),
+            str(case.context),
+            f"{step.time_s * 1e3:.2f}",
+            f"{step.share:.2f}",
+            step.limit.value,
+        )
+    Console().print(table)

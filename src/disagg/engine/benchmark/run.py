@@ -1,0 +1,110 @@
+"""Measuring the forward pass: the real decoder and weights over a scratch KV pool."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from disagg.base.config import DType
+from disagg.cache.layout import KvDtype, KvLayout
+from disagg.engine.benchmark.cases import StepCase, StepTime, with_floors
+from disagg.engine.benchmark.machine import MachinePeaks, measure_peaks
+from disagg.engine.kernels.interface import KernelBackend, StepBatch
+from disagg.engine.kernels.select import select_backend
+from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.weights import TORCH_DTYPES, load_weights
+from disagg.models.config import ModelConfig
+from disagg.models.locate import ModelFiles, load_config
+
+_MIN_ROUNDS: Final = 5
+_MEASURE_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBenchmark:
+    """One model on one number of threads, ready to be measured."""
+
+    name: str
+    config: ModelConfig
+    decoder: Decoder
+    backend: KernelBackend
+    dtype: torch.dtype
+    block_size: int
+    peaks: MachinePeaks
+
+    def measure(self, cases: list[StepCase]) -> Iterator[StepTime]:
+        """Yield each case's median step time beside its floors."""
+        pool = self._pool(max(case.batch * -(-case.context // self.block_size) for case in cases))
+        for case in cases:
+            batch = make_batch(case, self.block_size)
+
+            def step(batch: StepBatch = batch) -> None:
+                self.decoder.forward(batch, pool).argmax(dim=-1)
+
+            yield with_floors(case, _median_s(step), self.config, self.peaks, self.dtype.itemsize)
+
+    def _pool(self, num_blocks: int) -> torch.Tensor:
+        config = self.config
+        layout = KvLayout(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=config.num_kv_heads,
+            block_size=self.block_size,
+            head_dim=config.head_dim,
+            dtype=KvDtype(str(self.dtype).removeprefix("torch.")),
+            format=self.backend.kv_format,
+        )
+        elements = layout.block_size * layout.head_dim
+        shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, elements)
+        return torch.empty(shape, dtype=self.dtype).normal_()
+
+
+def prepare(
+    files: ModelFiles,
+    *,
+    dtype: DType,
+    num_threads: int,
+    block_size: int,
+    kernel_backend: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> EngineBenchmark:
+    """Load a model and measure what the machine can do. Raises ConfigurationError when the model cannot be run."""
+    torch.set_num_threads(num_threads)
+    config = load_config(files)
+    torch_dtype = TORCH_DTYPES[dtype]
+    backend = select_backend(torch.device("cpu"), torch_dtype, kernel_backend)
+    weights = load_weights(files, config, backend, dtype=dtype, progress=progress)
+    decoder = Decoder(config, weights, backend)
+    peaks = measure_peaks(backend, torch_dtype)
+    return EngineBenchmark(files.name, config, decoder, backend, torch_dtype, block_size, peaks)
+
+
+def make_batch(case: StepCase, block_size: int) -> StepBatch:
+    """Return a step in which every sequence has blocks of its own, scattered over the pool."""
+    needed = -(-case.context // block_size)
+    generator = torch.Generator().manual_seed(0)
+    num_rows = case.new_tokens * case.batch
+    return StepBatch(
+        token_ids=torch.randint(0, 256, (num_rows,), generator=generator),
+        positions=torch.arange(case.context - case.new_tokens, case.context).repeat(case.batch).int(),
+        query_start=torch.arange(0, num_rows + 1, case.new_tokens).int(),
+        context_lens=torch.full((case.batch,), case.context, dtype=torch.int32),
+        block_tables=torch.randperm(case.batch * needed, generator=generator).int().view(case.batch, needed),
+        logit_rows=torch.arange(case.new_tokens - 1, num_rows, case.new_tokens),
+        max_query_len=case.new_tokens,
+        max_context_len=case.context,
+    )
+
+
+def _median_s(step: Callable[[], None]) -> float:
+    """Return the median time of at least ``_MIN_ROUNDS`` runs after a warm-up."""
+    step()
+    times: list[float] = []
+    while len(times) < _MIN_ROUNDS or sum(times) < _MEASURE_S:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
