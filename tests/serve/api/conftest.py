@@ -1,33 +1,51 @@
-"""A real HTTP server over a scripted router, and the official client for it."""
+"""A real HTTP server over a scripted router, a tokenizer of bytes, and the official client."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
+import httpx
 import openai
 import pytest
+import tokenizers
 import uvicorn
-from api_site import ANSWER, EOS, Serve, Site
-from scripted_router import ScriptedRouter
+from api_site import ANSWER, BOS, EOS, Serve, Site, ids_of
+from scripted_router import Script, ScriptedRouter
 
-from disagg.base.request import GenerationRequest
-from disagg.models.chat_template import load_chat_template
-from disagg.models.locate import locate_model
-from disagg.models.tokenizer import load_tokenizer
+from disagg.models.chat_template import ChatTemplate
+from disagg.models.tokenizer import Tokenizer, byte_alphabet
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.served_model import ServedModel
 
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
 
 @pytest.fixture(scope="session")
-def served_model() -> ServedModel:
-    files = locate_model(None)
-    tokenizer = load_tokenizer(files)
+def tokenizer() -> Tokenizer:
+    """One token for each byte, then ``<bos>`` and ``<eos>``: every character beyond ASCII spans tokens."""
+    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in ("<bos>", "<eos>")])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    return Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"})
+
+
+@pytest.fixture(scope="session")
+def served_model(tokenizer: Tokenizer) -> ServedModel:
     return ServedModel(
         name="tiny",
         tokenizer=tokenizer,
-        chat_template=load_chat_template(files, tokenizer.special_tokens),
+        chat_template=ChatTemplate(TEMPLATE, tokenizer.special_tokens),
         eos_token_ids=(EOS,),
         vocab_size=tokenizer.vocab_size,
         block_size=32,
@@ -36,36 +54,30 @@ def served_model() -> ServedModel:
 
 @pytest.fixture
 async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
-    """Start servers; each is stopped at the end of the test."""
-    running = []
+    """Start servers that answer ``ANSWER``, or what ``script`` says; they stop at the end of the test."""
+    async with AsyncExitStack() as stack:
 
-    async def start(
-        script: Callable[[GenerationRequest], Sequence[int]] | None = None, api_key: str | None = None, **router: object
-    ) -> Site:
-        default = [*served_model.tokenizer.encode(ANSWER, add_special_tokens=False), EOS]
-        scripted = ScriptedRouter(script or (lambda _: default), **router)  # type: ignore[arg-type]
-        app = create_app(scripted, served_model, ServerMetrics("tiny"), api_key=api_key)
-        context = listening(app)
-        url = await context.__aenter__()
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
-        running.append((context, client))
-        return Site(url, scripted, client)
+        async def start(script: Script | None = None, api_key: str | None = None, **router: Any) -> Site:
+            scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
+            app = create_app(scripted, served_model, ServerMetrics("tiny"), api_key=api_key)
+            url = await stack.enter_async_context(listening(app))
+            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=headers))
+            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
+            return Site(url, scripted, await stack.enter_async_context(client), http)
 
-    yield start
-    for context, client in running:
-        await client.close()
-        await context.__aexit__(None, None, None)
+        yield start
 
 
 @asynccontextmanager
-async def listening(app: object) -> AsyncIterator[str]:
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))  # type: ignore[arg-type]
-    task = asyncio.create_task(server.serve(sockets=[bound]))
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
-        bound.close()
+async def listening(app: Any) -> AsyncIterator[str]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.listen()  # connections wait from now on, however long the server takes to start
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving

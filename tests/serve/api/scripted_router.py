@@ -13,6 +13,8 @@ from disagg.measure.timeline import RequestTimeline
 from disagg.serve.router.interface import InstanceState, InstanceStatus
 
 MAX_MODEL_LEN = 256
+NUM_CACHED = 32
+Script = Callable[[GenerationRequest], Sequence[int]]
 
 
 def facts() -> InstanceFacts:
@@ -23,7 +25,7 @@ def facts() -> InstanceFacts:
         num_blocks=100,
         block_size=32,
         max_model_len=MAX_MODEL_LEN,
-        vocab_size=49152,
+        vocab_size=258,
         weight_bytes=1,
         kv_bytes=1,
         load_s=0.1,
@@ -31,9 +33,15 @@ def facts() -> InstanceFacts:
     )
 
 
+def logprobs_of(token_id: int) -> PositionLogprobs:
+    """The token with probability exp(-0.5), and the next one as its only rival."""
+    chosen = TokenLogprob(token_id, -0.5, 1)
+    return PositionLogprobs(chosen, (chosen, TokenLogprob((token_id + 1) % 256, -1.5, 2)))
+
+
 @dataclass
 class ScriptedStream:
-    """Yields one token an output; waits for ``gate`` before each when there is one."""
+    """Yields one token an output, waiting for ``gate`` before each when there is one; then raises ``error``."""
 
     request: GenerationRequest
     token_ids: Sequence[int]
@@ -43,70 +51,88 @@ class ScriptedStream:
 
     async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         sampling = self.request.sampling
+        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self.request.eos_token_ids))
         for position, token_id in enumerate(self.token_ids[: sampling.max_tokens]):
             if self.gate is not None:
                 await self.gate.acquire()
-            if self.error is not None and position == len(self.token_ids) - 1:
-                raise self.error
-            stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self.request.eos_token_ids))
             reason = FinishReason.STOP if token_id in stops else None
             if reason is None and position + 1 == sampling.max_tokens:
                 reason = FinishReason.LENGTH
-            yield SequenceOutput(
-                request_id=self.request.request_id,
-                epoch=self.request.epoch,
-                token_ids=(token_id,),
-                finish_reason=reason,
-                stop_token_id=token_id if reason is FinishReason.STOP else None,
-                logprobs=(logprobs_of(token_id),) if sampling.logprobs is not None else (),
-                prompt_logprobs=self.prompt_logprobs() if position == 0 else (),
-                num_cached_tokens=32 if position == 0 else 0,
-            )
+            yield self.output(position, token_id, reason)
             if reason is not None:
                 return
+        if self.error is not None:
+            raise self.error
 
-    def prompt_logprobs(self) -> tuple[PositionLogprobs, ...]:
-        if self.request.sampling.prompt_logprobs is None:
-            return ()
-        return tuple(logprobs_of(token_id) for token_id in self.request.prompt_token_ids[1:])
-
-
-def logprobs_of(token_id: int) -> PositionLogprobs:
-    chosen = TokenLogprob(token_id, -0.5, 1)
-    return PositionLogprobs(chosen, (chosen, TokenLogprob(token_id + 1, -1.5, 2)))
+    def output(self, position: int, token_id: int, reason: FinishReason | None) -> SequenceOutput:
+        is_first, sampling = position == 0, self.request.sampling
+        scored = is_first and sampling.prompt_logprobs is not None
+        return SequenceOutput(
+            request_id=self.request.request_id,
+            epoch=self.request.epoch,
+            token_ids=(token_id,),
+            finish_reason=reason,
+            stop_token_id=token_id if reason is FinishReason.STOP else None,
+            logprobs=(logprobs_of(token_id),) if sampling.logprobs is not None else (),
+            prompt_logprobs=tuple(map(logprobs_of, self.request.prompt_token_ids[1:])) if scored else (),
+            num_cached_tokens=NUM_CACHED if is_first else 0,
+        )
 
 
 @dataclass
 class ScriptedRouter:
-    """Answers every request with ``script(request)``; remembers requests and aborts."""
+    """Answers every request with ``script(request)``; remembers requests and aborts.
 
-    script: Callable[[GenerationRequest], Sequence[int]]
+    ``refusal`` is raised for every sequence after the first ``num_accepted``.
+    """
+
+    script: Script
     error: DisaggError | None = None
     refusal: DisaggError | None = None
+    num_accepted: int = 0
     gate: asyncio.Semaphore | None = None
+    live: bool = True
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
-    aborting: asyncio.Event = field(default_factory=asyncio.Event)
-    live: bool = True
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def submit(self, request: GenerationRequest) -> ScriptedStream:
-        if self.refusal is not None:
+        if self.refusal is not None and len(self.requests) >= self.num_accepted:
             raise self.refusal
         self.requests.append(request)
+        self._notify()
         return ScriptedStream(request, self.script(request), self.error, self.gate)
 
     def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)
-        self.aborting.set()
+        self._notify()
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         state = InstanceState.READY if self.live else InstanceState.STARTING
-        known = facts() if self.live else None
         load = InstanceLoad(blocks_total=100, blocks_free=60, blocks_cached=15, blocks_active=25, num_running=2)
         return tuple(
-            InstanceStatus(instance=InstanceId(f"{role.value}-0"), role=role, state=state, facts=known, load=load)
+            InstanceStatus(
+                instance=InstanceId(f"{role.value}-0"),
+                role=role,
+                state=state,
+                facts=facts() if self.live else None,
+                load=load,
+                detail="" if self.live else "reading weights",
+            )
             for role in (Role.PREFILL, Role.DECODE)
         )
 
     def is_ready(self) -> bool:
         return self.live
+
+    async def wait_for(self, num_requests: int = 0, num_aborted: int = 0) -> None:
+        """Return once so many sequences have come and been aborted."""
+        async with asyncio.timeout(20), self.changed:
+            await self.changed.wait_for(lambda: len(self.requests) >= num_requests and len(self.aborted) >= num_aborted)
+
+    def _notify(self) -> None:
+        async def notify() -> None:
+            async with self.changed:
+                self.changed.notify_all()
+
+        self._notifying = asyncio.ensure_future(notify())

@@ -1,157 +1,241 @@
 """The official `openai` client against a real HTTP server."""
 
+import asyncio
+from typing import Any
+
 import openai
 import pytest
-from api_site import ANSWER, Serve
+from api_site import ANSWER, BOS, EOS, Serve, ids_of
+from scripted_router import NUM_CACHED
 
-from disagg.base.errors import InstanceLostError, OverloadedError, UnavailableError
+from disagg.base.errors import InstanceLostError, OverloadedError, RequestTimeoutError, UnavailableError
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Three rivers?"}]}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Three rivers?"}]}
 
 
 async def test_chat(serve: Serve) -> None:
     site = await serve()
-    answer = await site.client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    answer = await site.client.chat.completions.create(**CHAT)
+    assert answer.object == "chat.completion"
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].finish_reason == "stop"
-    request = site.router.requests[0]
+    (request,) = site.router.requests
     assert answer.usage.prompt_tokens == len(request.prompt_token_ids)
-    assert answer.usage.prompt_tokens_details.cached_tokens == 32
+    assert answer.usage.prompt_tokens_details.cached_tokens == NUM_CACHED
+    assert answer.usage.completion_tokens == len(ids_of(ANSWER)) + 1
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 async def test_chat_stream_opens_with_the_role_and_ends_with_the_usage(serve: Serve) -> None:
     site = await serve()
-    stream = await site.client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
+    stream = await site.client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
-    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices) == ANSWER
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
     assert chunks[-1].choices == []
-    assert chunks[-1].usage.completion_tokens > 10
+    assert chunks[-1].usage.completion_tokens == len(ids_of(ANSWER)) + 1
+    assert len({chunk.id for chunk in chunks}) == 1
 
 
-async def test_chat_logprobs(serve: Serve) -> None:
+async def test_usage_can_come_with_every_event(serve: Serve) -> None:
     site = await serve()
-    answer = await site.client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2, max_tokens=3)  # type: ignore[call-overload]
-    content = answer.choices[0].logprobs.content
-    assert len(content) == 3
-    assert "".join(one.token for one in content) == ANSWER[: sum(len(one.token) for one in content)]
-    assert bytes(content[0].bytes).decode() == content[0].token
-    assert [len(one.top_logprobs) for one in content] == [2, 2, 2]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = await site.client.completions.create(
+        model="tiny", prompt="x", max_tokens=3, stream=True, stream_options=options
+    )
+    assert [chunk.usage.completion_tokens async for chunk in stream] == [1, 2, 3, 3]
 
 
-async def test_completion_with_n_choices_gives_each_its_own_seed(serve: Serve) -> None:
+async def test_chat_logprobs_whole_and_streamed(serve: Serve) -> None:
     site = await serve()
-    answer = await site.client.completions.create(model="tiny", prompt="Rivers:", n=3, seed=7, max_tokens=50)
+    asked = {**CHAT, "logprobs": True, "top_logprobs": 2, "max_tokens": 3}
+    whole = (await site.client.chat.completions.create(**asked)).choices[0].logprobs.content
+    stream = await site.client.chat.completions.create(**asked, stream=True)
+    pieces = [one async for chunk in stream if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert pieces == whole
+    assert "".join(one.token for one in whole) == ANSWER[:3]
+    assert bytes(whole[0].bytes).decode() == whole[0].token
+    assert [[top.logprob for top in one.top_logprobs] for one in whole] == [[-0.5, -1.5]] * 3
+
+
+async def test_n_choices_have_seeds_of_their_own(serve: Serve) -> None:
+    site = await serve()
+    answer = await site.client.completions.create(model="tiny", prompt="Rivers:", n=3, seed=7, max_tokens=80)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert [choice.text for choice in answer.choices] == [ANSWER] * 3
     assert sorted(request.sampling.seed for request in site.router.requests) == [7, 8, 9]
+    assert answer.usage.prompt_tokens == len(site.router.requests[0].prompt_token_ids)
+    assert answer.usage.prompt_tokens_details.cached_tokens == NUM_CACHED
 
 
-async def test_completion_stream_of_several_prompts(serve: Serve) -> None:
-    site = await serve()
-    stream = await site.client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=50, stream=True)
+async def test_several_prompts_with_several_choices_stream_side_by_side(serve: Serve) -> None:
+    site = await serve(lambda request: [*request.prompt_token_ids, request.sampling.seed, EOS])
+    stream = await site.client.completions.create(
+        model="tiny", prompt=[[97], [98]], n=2, seed=48, max_tokens=50, stream=True
+    )
     texts = dict.fromkeys(range(4), "")
     async for chunk in stream:
         for choice in chunk.choices:
             texts[choice.index] += choice.text
-    assert set(texts.values()) == {ANSWER}
+    assert texts == {0: "a0", 1: "a1", 2: "b0", 3: "b1"}
 
 
-async def test_stop_string_ends_the_answer_and_aborts_the_sequence(serve: Serve) -> None:
-    site = await serve()
-    answer = await site.client.completions.create(model="tiny", prompt="Rivers:", stop=[" and the"], max_tokens=50)
-    assert answer.choices[0].text == "The Rhine, the Danube"
-    assert answer.choices[0].finish_reason == "stop"
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_stop_string_ends_the_answer_and_aborts_the_sequence(serve: Serve, streamed: bool) -> None:
+    # The sequence gets no token after the one that completes the stop string, so only an abort can end it.
+    gate = asyncio.Semaphore(ANSWER.index(" and the") + len(" and the"))
+    site = await serve(gate=gate)
+    asked = {"model": "tiny", "prompt": "Rivers:", "stop": ["zebra", " and the"], "max_tokens": 50}
+    if streamed:
+        stream = await site.client.completions.create(**asked, stream=True)
+        chunks = [chunk async for chunk in stream]
+        text, last = "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0]
+    else:
+        last = (await site.client.completions.create(**asked)).choices[0]
+        text = last.text
+    assert text == "The Rhine, the Danube"
+    assert last.finish_reason == "stop"
+    assert last.stop_reason == " and the"  # type: ignore[attr-defined]
     assert site.router.aborted == [site.router.requests[0].request_id]
+
+
+async def test_a_stop_token_is_named_as_the_reason(serve: Serve) -> None:
+    site = await serve()
+    answer = await site.client.completions.create(
+        model="tiny", prompt="x", max_tokens=50, extra_body={"stop_token_ids": [ord("R")]}
+    )
+    assert answer.choices[0].text == "The "
+    assert answer.choices[0].stop_reason == ord("R")  # type: ignore[attr-defined]
+    assert site.router.aborted == []
 
 
 async def test_echo_with_logprobs_covers_prompt_and_answer(serve: Serve) -> None:
     site = await serve()
-    answer = await site.client.completions.create(model="tiny", prompt="Rivers: ", echo=True, logprobs=1, max_tokens=2)
+    answer = await site.client.completions.create(model="tiny", prompt="Größe: ", echo=True, logprobs=1, max_tokens=2)
     (choice,) = answer.choices
-    assert choice.text.startswith("Rivers: The")
-    assert choice.logprobs.token_logprobs[0] is None
-    assert "".join(choice.logprobs.tokens) == choice.text
-    assert choice.logprobs.text_offset[1] == len(choice.logprobs.tokens[0])
+    assert choice.text == "Größe: Th"
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    assert len(tokens) == len(offsets) == len(site.router.requests[0].prompt_token_ids) + 2
+    assert choice.logprobs.token_logprobs[:2] == [None, -0.5]
+    assert choice.logprobs.top_logprobs[0] is None
+    assert tokens[0] == "<bos>"
+    assert "".join(choice.text[at] for token, at in zip(tokens, offsets, strict=True) if len(token) == 1) == "Gre: Th"
+    assert offsets == sorted(offsets)
 
 
 async def test_echo_of_a_prompt_alone_scores_it(serve: Serve) -> None:
     site = await serve()
-    answer = await site.client.completions.create(model="tiny", prompt="Rivers: ", echo=True, logprobs=0, max_tokens=0)
-    assert answer.choices[0].text == "Rivers: "
+    answer = await site.client.completions.create(model="tiny", prompt="Rivers", echo=True, logprobs=0, max_tokens=0)
+    (choice,) = answer.choices
+    assert choice.text == "Rivers"
+    assert choice.logprobs.tokens == ["<bos>", *"Rivers"]
     assert answer.usage.completion_tokens == 0
+
+
+async def test_token_ids_come_when_asked_for(serve: Serve) -> None:
+    site = await serve()
+    extra = {"return_token_ids": True}
+    whole = await site.client.completions.create(model="tiny", prompt="ab", max_tokens=3, extra_body=extra)
+    assert whole.choices[0].prompt_token_ids == [BOS, 97, 98]  # type: ignore[attr-defined]
+    assert whole.choices[0].token_ids == ids_of(ANSWER[:3])  # type: ignore[attr-defined]
+    stream = await site.client.chat.completions.create(**CHAT, max_tokens=3, stream=True, extra_body=extra)
+    streamed = [token async for chunk in stream for token in getattr(chunk.choices[0], "token_ids", [])]
+    assert streamed == ids_of(ANSWER[:3])
 
 
 async def test_sampling_extras_reach_the_engine_under_vllm_names(serve: Serve) -> None:
     site = await serve()
-    extras = {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 2}
+    extras = {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 2, "priority": -3}
     await site.client.completions.create(
-        model="tiny", prompt=[1, 2, 3], logit_bias={"5": -100}, max_tokens=4, extra_body=extras
+        model="tiny", prompt=[1, 2, 3], logit_bias={"5": -100}, max_tokens=4, extra_body=extras, user="me"
     )
-    sampling = site.router.requests[0].sampling
+    (request,) = site.router.requests
+    sampling = request.sampling
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (0, 0.1, 1.1)
     assert (sampling.ignore_eos, sampling.min_tokens, sampling.logit_bias) == (True, 2, ((5, -100.0),))
+    assert request.priority == -3
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"temperature": -1}, r"'temperature': expected float >= 0.*got -1"),
-        ({"max_tokens": "many"}, r"'max_tokens': expected int.*got \"many\""),
-        ({"n": 65}, r"'n': expected int <= 64.*got 65"),
-        ({"extra_body": {"guided_json": {}}}, "unknown parameter 'guided_json'"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not supported"),
-        ({"response_format": {"type": "json_object"}}, "'response_format' of type 'json_object'"),
-        ({"logit_bias": {"cat": 1}}, "keyed by token ids, got 'cat'"),
-        ({"stop": [""]}, "empty string"),
-        ({"top_logprobs": 3}, "needs 'logprobs'"),
-        ({"max_tokens": 250}, r"\d+ tokens and 250 more were asked for, but the model's limit is 256"),
-        ({"extra_body": {"min_tokens": 9}, "max_tokens": 4}, "'min_tokens' is 9"),
-    ],
-)
-async def test_a_bad_request_names_field_value_and_remedy(serve: Serve, fields: dict[str, object], words: str) -> None:
+async def test_the_largest_prompts_are_tokenised_aside_and_answered_alike(serve: Serve) -> None:
     site = await serve()
-    with pytest.raises(openai.BadRequestError, match=words) as caught:
-        await site.client.chat.completions.create(**{**CHAT, **fields})  # type: ignore[call-overload]
-    assert caught.value.type == "invalid_request_error"
-    assert caught.value.param is not None
+    padding = {"metadata": {"ballast": "x" * 20_000}}
+    answer = await site.client.chat.completions.create(**CHAT, extra_body=padding)
+    assert answer.choices[0].message.content == ANSWER
+
+
+async def test_a_bad_request_is_a_400_that_names_the_parameter(serve: Serve) -> None:
+    site = await serve()
+    with pytest.raises(openai.BadRequestError, match=r"'temperature': expected float >= 0.*got -1") as caught:
+        await site.client.chat.completions.create(**CHAT, temperature=-1)
+    assert (caught.value.type, caught.value.param, caught.value.code) == ("invalid_request_error", "temperature", None)
     assert site.router.requests == []
 
 
 async def test_an_unknown_model_is_a_404(serve: Serve) -> None:
     site = await serve()
-    with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here, only 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here, only 'tiny'") as caught:
         await site.client.completions.create(model="gpt-9", prompt="x")
+    assert caught.value.code == "model_not_found"
 
 
 async def test_a_prompt_that_is_too_long_says_limit_and_length(serve: Serve) -> None:
     site = await serve()
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has 300 tokens.*limit is 256"):
+    with pytest.raises(openai.BadRequestError, match=r"256 tokens.*the prompt has 300 tokens") as caught:
         await site.client.completions.create(model="tiny", prompt=[5] * 300)
+    assert caught.value.code == "context_length_exceeded"
 
 
-async def test_overload_and_absence_before_the_first_token_are_proper_statuses(serve: Serve) -> None:
-    full = await serve(refusal=OverloadedError("full", retry_after_s=2))
-    with pytest.raises(openai.RateLimitError) as caught:
-        await full.client.completions.create(model="tiny", prompt="x", stream=True)
-    assert caught.value.response.headers["retry-after"] == "2"
-    lost = await serve(script=lambda _: [5], error=InstanceLostError("prefill-0 died"))
-    with pytest.raises(openai.InternalServerError, match="prefill-0 died") as gone:
-        await lost.client.completions.create(model="tiny", prompt="x", stream=True)
-    assert gone.value.status_code == 503
-    nobody = await serve(live=False)
-    with pytest.raises(openai.InternalServerError, match="no instance is ready"):
-        await nobody.client.completions.create(model="tiny", prompt="x")
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InstanceLostError("prefill-0 died"), 503),
+        (RequestTimeoutError("600 s have passed"), 408),
+        (RuntimeError("a bug"), 500),
+    ],
+)
+async def test_an_error_before_the_first_token_is_a_status(
+    serve: Serve, streamed: bool, error: Exception, status: int
+) -> None:
+    site = await serve(lambda _: [], error=error)
+    with pytest.raises(openai.APIStatusError) as caught:
+        await site.client.completions.create(model="tiny", prompt="x", stream=streamed)
+    assert caught.value.status_code == status
+    assert ("a bug" in str(caught.value)) is False
+    assert site.router.aborted == [site.router.requests[0].request_id]
 
 
 async def test_an_error_inside_a_stream_is_an_event(serve: Serve) -> None:
-    site = await serve(script=lambda _: [5, 6, 7], error=UnavailableError("decode-0 died"))
+    site = await serve(lambda _: ids_of("abc"), error=UnavailableError("decode-0 died"))
     stream = await site.client.completions.create(model="tiny", prompt="x", stream=True)
+    assert [(await anext(stream)).choices[0].text for _ in range(3)] == ["a", "b", "c"]
     with pytest.raises(openai.APIError, match="decode-0 died"):
-        async for _ in stream:
-            pass
+        await anext(stream)
+
+
+async def test_overload_says_when_to_come_back(serve: Serve) -> None:
+    site = await serve(refusal=OverloadedError("1024 are under way", retry_after_s=3))
+    with pytest.raises(openai.RateLimitError, match="1024 are under way") as caught:
+        await site.client.completions.create(model="tiny", prompt="x", stream=True)
+    assert caught.value.response.headers["retry-after"] == "3"
+
+
+async def test_when_one_of_n_choices_is_refused_none_is_kept(serve: Serve) -> None:
+    site = await serve(refusal=OverloadedError("full"), num_accepted=2)
+    with pytest.raises(openai.RateLimitError):
+        await site.client.completions.create(model="tiny", prompt="x", n=3)
+    assert sorted(site.router.aborted) == sorted(request.request_id for request in site.router.requests)
+    assert len(site.router.aborted) == 2
+
+
+async def test_without_a_live_instance_there_is_a_503(serve: Serve) -> None:
+    site = await serve(live=False)
+    with pytest.raises(openai.InternalServerError, match="no instance is ready") as caught:
+        await site.client.completions.create(model="tiny", prompt="x")
+    assert caught.value.status_code == 503
+    assert "retry-after" in caught.value.response.headers
 
 
 async def test_an_api_key_is_asked_for(serve: Serve) -> None:
@@ -159,4 +243,5 @@ async def test_an_api_key_is_asked_for(serve: Serve) -> None:
     assert (await site.client.models.list()).data[0].id == "tiny"
     async with openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="guess", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError, match="wrong API key"):
-            await stranger.models.list()
+            await stranger.chat.completions.create(**CHAT)
+    assert site.router.requests == []

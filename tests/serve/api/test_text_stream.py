@@ -1,15 +1,18 @@
 """Stop strings and whole characters, whatever the tokens' borders."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
 from disagg.serve.api.text_stream import TextStream
 
 
 class Pieces:
     """An incremental decoder whose tokens are given pieces of text."""
 
-    def __init__(self, pieces: list[str]) -> None:
+    def __init__(self, pieces: Sequence[str]) -> None:
         self.pieces = pieces
 
     def push(self, token_id: int) -> str:
@@ -19,7 +22,8 @@ class Pieces:
         return ""
 
 
-def run(pieces: list[str], stops: list[str], include: bool = False) -> tuple[list[str], str | None]:
+def run(pieces: Sequence[str], stops: Sequence[str], include: bool = False) -> tuple[list[str], str | None]:
+    """Return what each token shows, and the stop string that ended the answer."""
     stream = TextStream(Pieces(pieces), stops, include_stop_string=include)  # type: ignore[arg-type]
     shown = []
     for index in range(len(pieces)):
@@ -27,6 +31,15 @@ def run(pieces: list[str], stops: list[str], include: bool = False) -> tuple[lis
         if stream.stopped_by is not None:
             return shown, stream.stopped_by
     return [*shown, stream.finish()], None
+
+
+def reference_cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Look for stop strings after every character of the whole text; the longest of several counts."""
+    for end in range(len(text) + 1):
+        if ending := [stop for stop in stops if text.endswith(stop, 0, end)]:
+            stop = max(ending, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
 
 
 def test_a_stop_string_that_spans_tokens_is_never_shown() -> None:
@@ -46,6 +59,11 @@ def test_the_stop_string_is_shown_when_asked_for() -> None:
     assert run(["one tw", "o!"], ["two"], include=True) == (["one ", "two"], "two")
 
 
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    assert run(["abcd"], ["abcd", "bc"]) == (["a"], "bc")
+    assert run(["a", "b", "c", "d"], ["abcd", "bc"]) == (["", "", "a"], "bc")
+
+
 def test_min_tokens_pass_before_stop_strings_count() -> None:
     stream = TextStream(Pieces(["x", "x"]), ["x"], min_tokens=1)  # type: ignore[arg-type]
     assert stream.push(0) == "x"
@@ -53,17 +71,43 @@ def test_min_tokens_pass_before_stop_strings_count() -> None:
     assert stream.stopped_by == "x"
 
 
-letters = st.text("abc", max_size=4)
-
-
-@given(pieces=st.lists(letters, max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_any_split_shows_the_text_before_the_stop_that_is_complete_first(pieces: list[str], stops: list[str]) -> None:
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=12),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_any_split_shows_what_the_whole_text_would(pieces: list[str], stops: list[str]) -> None:
     shown, stopped_by = run(pieces, stops)
-    text = "".join(pieces)
-    if stopped_by is None:
-        assert "".join(shown) == text
-        assert not any(stop in text for stop in stops)
-    else:
-        before = "".join(shown)
-        assert text.startswith(before + stopped_by)
-        assert not any(stop in before for stop in stops)
+    assert ("".join(shown), stopped_by) == reference_cut("".join(pieces), stops)
+
+
+@given(
+    pieces=st.lists(st.text("abc", min_size=1, max_size=4), max_size=12),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_only_what_could_begin_a_stop_string_is_held_back(pieces: list[str], stops: list[str]) -> None:
+    stream = TextStream(Pieces(pieces), stops)  # type: ignore[arg-type]
+    shown = ""
+    for index in range(len(pieces)):
+        shown += stream.push(index)
+        if stream.stopped_by is not None:
+            return
+        held = "".join(pieces[: index + 1])[len(shown) :]
+        assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+@given(text=st.text(), stops=st.lists(st.text(min_size=1, max_size=3), max_size=2))
+def test_characters_are_never_split(text: str, stops: list[str], tokenizer: Tokenizer) -> None:
+    stream = TextStream(IncrementalDecoder(tokenizer), stops)
+    shown = ""
+    for byte in text.encode():
+        shown += stream.push(byte)
+        if stream.stopped_by is not None:
+            break
+    shown += stream.finish()
+    assert shown == reference_cut(text, stops)[0]
+
+
+def test_an_answer_that_ends_inside_a_character_says_so(tokenizer: Tokenizer) -> None:
+    stream = TextStream(IncrementalDecoder(tokenizer))
+    assert [stream.push(byte) for byte in "a€".encode()[:3]] == ["a", "", ""]
+    assert stream.finish() == "\ufffd"

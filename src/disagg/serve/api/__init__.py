@@ -1,1 +1,1 @@
-"""The HTTP API: OpenAI's endpoints over the router."""
+"""The HTTP API: OpenAI's endpoints over a router, and what an operator looks at."""

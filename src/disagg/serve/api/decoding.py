@@ -6,19 +6,28 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from disagg.base.errors import InvalidRequestError
+from disagg.serve.api.schema import IGNORED, NEUTRAL
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
-_PATH: Final = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>.*)`$", re.DOTALL)
+_PATH: Final = re.compile(r"^(?P<what>.*?) - at `(?:key` in `)?\$(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<name>.*?)`")
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<name>.*?)`")
 _STEP: Final = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+|\.\.\.)\]")
 _MAX_SHOWN: Final = 80
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def decode_body(data: bytes, kind: type[Body]) -> Body:
-    """Decode a JSON body by schema. Raises InvalidRequestError naming field and value."""
+    """Decode a JSON body by schema.
+
+    Raises InvalidRequestError naming field and value; also for a field that is not in the schema, unless it is
+    known never to change an answer or has the value that stands for not using it.
+    """
     try:
+        fields = _fields.decode(data)
+        for name in fields.keys() - set(kind.__struct_fields__) - IGNORED:
+            _check_unused(name, fields[name])
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), data) from None
@@ -28,18 +37,28 @@ def decode_body(data: bytes, kind: type[Body]) -> Body:
         raise InvalidRequestError(f"the body cannot be read: {error}") from None
 
 
+def _check_unused(name: str, raw: msgspec.Raw) -> None:
+    if name not in NEUTRAL:
+        raise InvalidRequestError(f"unknown parameter '{name}': this server does not have it, leave it out", name)
+    value = msgspec.json.decode(raw)
+    if value is None or value in NEUTRAL[name]:
+        return
+    remedy = " or ".join(["leave it out", *(f"give {_abridged(neutral)}" for neutral in NEUTRAL[name])])
+    raise InvalidRequestError(f"'{name}' is not supported, got {_abridged(value)}: {remedy}", name)
+
+
 def _refusal(message: str, data: bytes) -> InvalidRequestError:
     match = _PATH.match(message)
     what, path = (match["what"], match["path"]) if match else (message, "")
     name = path.lstrip(".")
     if unknown := _UNKNOWN.match(what):
         field = _join(name, unknown["name"])
-        return InvalidRequestError(f"unknown parameter '{field}': it is not supported and would be ignored", field)
+        return InvalidRequestError(f"unknown parameter '{field}': this server does not have it, leave it out", field)
     if missing := _MISSING.match(what):
         field = _join(name, missing["name"])
         return InvalidRequestError(f"missing parameter '{field}'", field)
     if not name:
-        return InvalidRequestError(f"the body must be a JSON object: {what}")
+        return InvalidRequestError(f"the body must be a JSON object: {what.replace('`', '')}")
     what = what[0].lower() + what[1:].replace("`", "")
     return InvalidRequestError(f"'{name}': {what}{_shown(data, path)}", name.split(".")[0].split("[")[0])
 
@@ -50,11 +69,18 @@ def _join(path: str, name: str) -> str:
 
 def _shown(data: bytes, path: str) -> str:
     """Return the offending value, cut short, when the path leads to exactly one."""
-    value: Any = msgspec.json.decode(data)
+    try:
+        value: Any = msgspec.json.decode(data)
+    except msgspec.MsgspecError:
+        return ""
     for step in _STEP.finditer(path):
         try:
             value = value[step["name"]] if step["name"] else value[int(step["index"])]
         except (KeyError, IndexError, TypeError, ValueError):
             return ""
+    return f", got {_abridged(value)}"
+
+
+def _abridged(value: object) -> str:
     text = msgspec.json.encode(value).decode()
-    return f", got {text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '...'}"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

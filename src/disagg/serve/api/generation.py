@@ -1,148 +1,160 @@
-"""One API request under way: its sequences, merged into one stream of deltas, and their end in every case."""
+"""The generating endpoints: run a job's sequences and send what becomes of them, whole or as a stream."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
-from disagg.base.ids import RequestId
-from disagg.base.messages import SequenceOutput
-from disagg.base.request import GenerationRequest
-from disagg.base.sampling import FinishReason, PositionLogprobs
-from disagg.serve.api.text_stream import TextStream
-from disagg.serve.router.interface import Router, SequenceStream
+from msgspec import UNSET
+from starlette.types import Receive, Scope, Send
 
+from disagg.base.clock import Clock
+from disagg.base.errors import UnavailableError
+from disagg.serve.api.answer import Delta
+from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
+from disagg.serve.api.failures import as_disagg_error, error_event
+from disagg.serve.api.http import EventStream, read_body, send_json
+from disagg.serve.api.jobs import Job
+from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.observer import RequestObserver
+from disagg.serve.api.responses import DONE, PromptTokensDetails, Usage, encode, event
+from disagg.serve.api.sequences import Arrival, RunningSequences
+from disagg.serve.api.shapes import ShownUsage
+from disagg.serve.router.interface import Router
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one output added to one choice. ``prompt_logprobs`` come with a choice's first delta."""
+logger = logging.getLogger(__name__)
 
-    choice: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...]
-    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-    num_cached_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+MakeJob = Callable[[bytes, float, int], Job]
+"""From a body, its arrival and the longest sequence, in tokens, that the instances take."""
 
-
-@dataclass(slots=True)
-class Choice:
-    """One sequence to generate, and the text it becomes."""
-
-    request: GenerationRequest
-    text: TextStream
-    stream: SequenceStream | None = None
-    num_tokens: int = 0
-    finish_reason: FinishReason | None = None
+LONG_BODY_BYTES: Final = 16 * 1024
+"""Bodies from here on are decoded and tokenised in a thread, so that no running stream waits for them."""
 
 
-@dataclass(slots=True)
-class Generation:
-    """The choices of one API request. Use as an async context manager: whatever happens, nothing stays behind."""
+class GenerationEndpoint:
+    """ASGI endpoint that answers one kind of generating request."""
 
-    router: Router
-    choices: Sequence[Choice]
-    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    def __init__(self, make_job: MakeJob, router: Router, metrics: ServerMetrics, clock: Clock) -> None:
+        self._make_job = make_job
+        self._router = router
+        self._metrics = metrics
+        self._clock = clock
 
-    async def __aenter__(self) -> "Generation":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.end()
-
-    def submit(self) -> None:
-        """Hand every sequence to the router. Raises OverloadedError or UnavailableError, then nothing is kept."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. What goes wrong before the first output is raised, to become a proper status."""
+        arrival_s = self._clock.now()
+        request_id = scope["state"]["request_id"]
         try:
-            for choice in self.choices:
-                choice.stream = self.router.submit(choice.request)
-        except BaseException:
-            self.end()
-            raise
+            job = await self._read_job(receive, arrival_s)
+            with RequestObserver(self._metrics, self._clock, job, request_id, arrival_s) as observer:
+                await self._answer(job, observer, receive, send)
+        except ClientDisconnectedError:
+            logger.debug("%s %s: the client went away", request_id, scope["path"])
 
-    def end(self) -> None:
-        """Abort what has not finished. Harmless when all has."""
-        for task in self._tasks:
-            task.cancel()
-        for choice in self.choices:
-            if choice.stream is not None and choice.finish_reason is None:
-                self.router.abort(choice.request.request_id)
+    async def _read_job(self, receive: Receive, arrival_s: float) -> Job:
+        body = await read_body(receive)
+        max_model_len = longest_sequence(self._router)
+        if len(body) < LONG_BODY_BYTES:
+            return self._make_job(body, arrival_s, max_model_len)
+        return await asyncio.to_thread(self._make_job, body, arrival_s, max_model_len)
 
-    async def deltas(self) -> AsyncGenerator[Delta]:
-        """Yield what every choice brings, as it comes. Raises what a sequence's stream raises."""
-        if len(self.choices) == 1:
-            async with aclosing(self._follow(0)) as only:
-                async for delta in only:
-                    yield delta
-            return
-        queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
-        self._tasks = [asyncio.create_task(self._forward(index, queue)) for index in range(len(self.choices))]
-        num_open = len(self._tasks)
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
+    async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
+        async with (
+            RunningSequences(self._router, [answer.request for answer in job.answers]) as running,
+            noticing_disconnect(receive, running.cancel),
+        ):
+            run = Run(job, running, observer)
+            if job.stream_options is None:
+                await send_json(send, encode(await run.whole()))
             else:
-                yield item
+                await run.stream(EventStream(send))
 
-    async def _forward(self, index: int, queue: "asyncio.Queue[Delta | BaseException | None]") -> None:
+
+class Run:
+    """One job under way."""
+
+    def __init__(self, job: Job, running: RunningSequences, observer: RequestObserver) -> None:
+        self._job = job
+        self._running = running
+        self._observer = observer
+        self._num_completion = 0
+        self._num_cached = 0
+
+    async def whole(self) -> object:
+        """Return the whole answer. Raises what a sequence met."""
+        parts: list[list[Delta]] = [[] for _ in self._job.answers]
+        while arrivals := await self._running.take():
+            for delta in self._deltas(arrivals):
+                parts[delta.choice].append(delta)
+        return self._job.shape.whole(parts, self._usage())
+
+    async def stream(self, events: EventStream) -> None:
+        """Send deltas as they come, all that have arrived in one write.
+
+        Before the first write, raises what a sequence met; later that becomes an event, since the status is sent.
+        """
+        options = self._job.stream_options
+        assert options is not None, "a job that is not streamed"
         try:
-            async with aclosing(self._follow(index)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
-        except Exception as error:  # carried to the reader, who raises it
-            queue.put_nowait(error)
+            while arrivals := await self._running.take():
+                if data := self._events(arrivals, is_first=not events.started):
+                    await events.write(data)
+            await events.write((event(self._job.shape.closing(self._usage())) if options.include_usage else b"") + DONE)
+        except ClientDisconnectedError:
+            raise
+        except Exception as error:
+            if not events.started:
+                raise
+            failure = as_disagg_error(error)
+            self._observer.failed_in_stream(failure)
+            await events.write(error_event(failure))
+        await events.end()
 
-    async def _follow(self, index: int) -> AsyncGenerator[Delta]:
-        choice = self.choices[index]
-        assert choice.stream is not None, "submit first"
-        async for output in choice.stream:
-            delta = _advance(index, choice, output)
-            yield delta
+    def _events(self, arrivals: Iterable[Arrival], *, is_first: bool) -> bytearray:
+        data = bytearray()
+        chunks = [
+            self._job.shape.chunk(delta, self._shown_usage()) for delta in self._deltas(arrivals) if delta.is_visible
+        ]
+        if chunks and is_first:
+            for opening in self._job.shape.openings(self._shown_usage()):
+                data += event(opening)
+        for chunk in chunks:
+            data += event(chunk)
+        return data
+
+    def _deltas(self, arrivals: Iterable[Arrival]) -> Iterator[Delta]:
+        """Turn outputs into deltas, count them, and end the sequences whose answers are complete."""
+        for index, output in arrivals:
+            answer = self._job.answers[index]
+            if answer.finish_reason is not None:
+                continue  # the answer was cut by a stop string before this came
+            delta = answer.accept(output)
+            if self._job.counts_answer:
+                self._num_completion += len(delta.token_ids)
+            if index % self._job.num_choices == 0:
+                self._num_cached += delta.num_cached_tokens
+            self._observer.see(delta)
             if delta.finish_reason is not None:
-                if output.finish_reason is None:
-                    # A stop string ended the answer; the engine does not know it yet.
-                    self.router.abort(choice.request.request_id)
-                return
+                self._running.stop(index)
+                self._observer.finished(index, delta.finish_reason, answer, self._running.timeline(index))
+            yield delta
+
+    def _usage(self) -> Usage:
+        num_prompt = self._job.num_prompt_tokens
+        details = PromptTokensDetails(self._num_cached)
+        return Usage(num_prompt, num_prompt + self._num_completion, self._num_completion, details)
+
+    def _shown_usage(self) -> ShownUsage:
+        options = self._job.stream_options
+        assert options is not None, "a job that is not streamed"
+        if options.continuous_usage_stats:
+            return self._usage()
+        return None if options.include_usage else UNSET
 
 
-def _advance(index: int, choice: Choice, output: SequenceOutput) -> Delta:
-    """Turn one output into what the client sees of it."""
-    text, used = "", 0
-    for token_id in output.token_ids:
-        used += 1
-        # The token that ends an answer is control, not text, unless the client asked to see it.
-        is_end = output.stop_token_id is not None and used == len(output.token_ids)
-        if not is_end or choice.text.include_stop_string:
-            text += choice.text.push(token_id)
-        if choice.text.stopped_by is not None:
-            break
-    choice.num_tokens += used
-    reason = output.finish_reason
-    if reason is not None:
-        text += choice.text.finish()
-    stop_reason: str | int | None = choice.text.stopped_by
-    if stop_reason is not None:
-        reason = FinishReason.STOP
-    elif output.stop_token_id in choice.request.sampling.stop_token_ids:
-        stop_reason = output.stop_token_id
-    choice.finish_reason = reason
-    return Delta(
-        choice=index,
-        text=text,
-        token_ids=output.token_ids[:used],
-        logprobs=output.logprobs[:used],
-        prompt_logprobs=output.prompt_logprobs,
-        num_cached_tokens=output.num_cached_tokens,
-        finish_reason=reason,
-        stop_reason=stop_reason,
-    )
-
-
-def request_id_of(parent: str, choice: int) -> RequestId:
-    """Return the internal id of one choice."""
-    return RequestId(f"{parent}-{choice}")
+def longest_sequence(router: Router) -> int:
+    """Return how many tokens every instance takes, prompt and answer. Raises UnavailableError when none has said."""
+    limits = [status.facts.max_model_len for status in router.instances() if status.facts is not None]
+    if not limits:
+        raise UnavailableError("no instance is ready yet: try again in a few seconds, or watch /ready")
+    return min(limits)

@@ -1,53 +1,30 @@
 """Log probabilities by token id to OpenAI's two forms, with the tokens' texts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 from disagg.base.sampling import PositionLogprobs, TokenLogprob
 from disagg.models.tokenizer import Tokenizer
 from disagg.serve.api.responses import ChatLogprobs, CompletionLogprobs, ContentLogprob, TopLogprob
 
+IMPOSSIBLE: Final = -9999.0
+"""Stands for minus infinity, which JSON does not have; OpenAI and vLLM use the same."""
 
-class LegacyLogprobs:
-    """Builds the parallel lists of ``/v1/completions``, counting text offsets from the start of the choice's text."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
-        self._tokenizer = tokenizer
-        self._num_top = num_top
-        self._offset = 0
-
-    def of_prompt(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> CompletionLogprobs:
-        """Return the lists of an echoed prompt; its first token has no probability."""
-        first = self._build([token_ids[0]], [None])
-        rest = self.of_answer(positions)
-        return CompletionLogprobs(
-            tokens=first.tokens + rest.tokens,
-            token_logprobs=first.token_logprobs + rest.token_logprobs,
-            top_logprobs=first.top_logprobs + rest.top_logprobs,
-            text_offset=first.text_offset + rest.text_offset,
-        )
-
-    def of_answer(self, positions: Sequence[PositionLogprobs]) -> CompletionLogprobs:
-        """Return the lists of newly sampled tokens."""
-        return self._build([position.chosen.token_id for position in positions], positions)
-
-    def _build(self, token_ids: Sequence[int], positions: Iterable[PositionLogprobs | None]) -> CompletionLogprobs:
-        texts = [self._tokenizer.token_text(token_id) for token_id in token_ids]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        known = list(positions)
-        return CompletionLogprobs(
-            tokens=texts,
-            token_logprobs=[None if position is None else position.chosen.logprob for position in known],
-            top_logprobs=[None if position is None else self._top(position) for position in known],
-            text_offset=offsets,
-        )
-
-    def _top(self, position: PositionLogprobs) -> dict[str, float]:
-        """Return the likely tokens by text, and the chosen one, as OpenAI does."""
-        likely = (*position.top[: self._num_top], position.chosen)
-        return {self._tokenizer.token_text(one.token_id): one.logprob for one in likely}
+def legacy_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    offsets: Sequence[int],
+    num_top: int,
+) -> CompletionLogprobs:
+    """Return the parallel lists of ``/v1/completions``; None stands for a token that nothing came before."""
+    return CompletionLogprobs(
+        tokens=[_legacy_text(tokenizer, token_id) for token_id in token_ids],
+        token_logprobs=[None if position is None else _finite(position.chosen) for position in positions],
+        top_logprobs=[None if position is None else _top(tokenizer, position, num_top) for position in positions],
+        text_offset=list(offsets),
+    )
 
 
 def join_legacy(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
@@ -64,7 +41,7 @@ def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[PositionLogprobs], n
     """Return the form of ``/v1/chat/completions``."""
 
     def shown(one: TokenLogprob) -> TopLogprob:
-        return TopLogprob(tokenizer.token_text(one.token_id), one.logprob, list(tokenizer.token_bytes(one.token_id)))
+        return TopLogprob(tokenizer.token_text(one.token_id), _finite(one), list(tokenizer.token_bytes(one.token_id)))
 
     content = []
     for position in positions:
@@ -72,3 +49,22 @@ def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[PositionLogprobs], n
         top = [shown(one) for one in position.top[:num_top]]
         content.append(ContentLogprob(chosen.token, chosen.logprob, chosen.bytes, top))
     return ChatLogprobs(content)
+
+
+def _top(tokenizer: Tokenizer, position: PositionLogprobs, num_top: int) -> dict[str, float]:
+    """Return the likely tokens by text, and the chosen one, as OpenAI does."""
+    likely = (*position.top[:num_top], position.chosen)
+    return {_legacy_text(tokenizer, one.token_id): _finite(one) for one in likely}
+
+
+def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token's text; part of a character as OpenAI writes it, so that two such tokens stay two keys."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(one: TokenLogprob) -> float:
+    return max(one.logprob, IMPOSSIBLE)

@@ -1,108 +1,130 @@
-"""What a client asks about, as token ids: texts, token ids, chats. Refuses what would change the answer unseen."""
+"""What a client asks about, as token ids: texts, token ids, chats."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from disagg.base.errors import InvalidRequestError
-from disagg.serve.api.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, TokenizeRequest
+from disagg.base.errors import ConfigurationError, InvalidRequestError
+from disagg.models.chat_template import ChatTemplate
+from disagg.serve.api.schema import MAX_PROMPTS, ChatCompletionRequest, ChatMessage, CompletionRequest, TokenizeRequest
 from disagg.serve.api.served_model import ServedModel
 
-MAX_PROMPTS = 128
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt. ``text`` is known where it came as text, and is then what an echo shows."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
 
 
-def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """Return the token ids of each prompt of a completion request."""
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise InvalidRequestError(f"'best_of' is not supported, got {request.best_of}; use 'n'", "best_of")
-    if request.suffix:
-        raise InvalidRequestError("'suffix' is not supported: the model completes to the right only", "suffix")
+def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
+    """Return each prompt of a completion request."""
     given = request.prompt
     items: Sequence[str | int | list[int]] = [given] if isinstance(given, str) else given
     if not items:
-        raise InvalidRequestError("'prompt' is an empty list", "prompt")
+        raise InvalidRequestError("'prompt' is an empty list: give at least one prompt", "prompt")
     if isinstance(items[0], int):
-        if not all(isinstance(item, int) for item in items):
-            raise InvalidRequestError("'prompt' mixes token ids with texts or lists", "prompt")
-        return [_checked([item for item in items if isinstance(item, int)], model)]
+        token_ids = [item for item in items if isinstance(item, int)]
+        if len(token_ids) != len(items):
+            raise _mixed()
+        return [Prompt(_checked(token_ids, model))]
     if len(items) > MAX_PROMPTS:
-        raise InvalidRequestError(f"'prompt' has {len(items)} prompts, more than {MAX_PROMPTS}", "prompt")
-    return [_one_prompt(item, request.add_special_tokens, model) for item in items]
+        raise InvalidRequestError(f"'prompt' has {len(items)} prompts, more than {MAX_PROMPTS}: send fewer", "prompt")
+    return [_one_prompt(item, request.add_special_tokens is not False, model) for item in items]
 
 
-def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> list[int]:
-    """Return the token ids of a chat, through the model's template."""
-    _refuse_unsupported(request)
-    if request.continue_final_message and request.add_generation_prompt and request.messages[-1].role != "assistant":
-        raise InvalidRequestError("'continue_final_message' needs an assistant message at the end", "messages")
-    text = render(
-        request.messages,
-        model,
-        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
-        variables=request.chat_template_kwargs,
-    )
-    if request.continue_final_message:
-        final = text_of(request.messages[-1])
-        text = text[: text.rindex(final) + len(final)]
-    return _checked(model.tokenizer.encode(text, add_special_tokens=request.add_special_tokens), model)
-
-
-def render(
-    messages: Sequence[ChatMessage],
-    model: ServedModel,
-    *,
-    add_generation_prompt: bool,
-    variables: dict[str, object] | None = None,
-) -> str:
+def chat_prompt(
+    messages: Sequence[ChatMessage], fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel
+) -> Prompt:
     """Return a chat as the model's template writes it."""
-    plain = [
-        {"role": message.role, "content": text_of(message), **({"name": message.name} if message.name else {})}
-        for message in messages
-    ]
-    return model.chat_template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
+    text = _render(messages, fields, model)
+    return Prompt(_checked(model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens)), model))
 
 
 def tokenize_prompt(request: TokenizeRequest, model: ServedModel) -> list[int]:
     """Return the token ids that a prompt or a chat would have."""
-    if (request.prompt is None) == (request.messages is None):
+    if request.messages is not None and request.prompt is None:
+        return list(chat_prompt(request.messages, request, model).token_ids)
+    if request.prompt is None or request.messages is not None:
         raise InvalidRequestError("give either 'prompt' or 'messages'", "prompt")
-    if request.messages is not None:
-        text = render(request.messages, model, add_generation_prompt=request.add_generation_prompt)
-        return model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
-    special = request.add_special_tokens is None or request.add_special_tokens
-    return model.tokenizer.encode(request.prompt or "", add_special_tokens=special)
+    return model.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
 
-def text_of(message: ChatMessage) -> str:
-    """Return a message's text; parts that are not text are refused."""
+def _render(
+    messages: Sequence[ChatMessage], fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel
+) -> str:
+    continued = bool(fields.continue_final_message)
+    if continued and fields.add_generation_prompt:
+        raise InvalidRequestError(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other: give one of them",
+            "continue_final_message",
+        )
+    template = model.chat_template if fields.chat_template is None else _own_template(fields.chat_template, model)
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    begins_answer = fields.add_generation_prompt is not False and not continued
+    text = template.render(plain, add_generation_prompt=begins_answer, variables=fields.chat_template_kwargs)
+    return _cut_after(text, plain[-1]["content"]) if continued else text
+
+
+def _own_template(source: str, model: ServedModel) -> ChatTemplate:
+    if not model.trusts_request_templates:
+        raise InvalidRequestError(
+            "'chat_template': templates are programs, and this server runs the model's alone; "
+            "to change that, start it with --trust-request-chat-template",
+            "chat_template",
+        )
+    try:
+        return ChatTemplate(source, model.tokenizer.special_tokens)
+    except ConfigurationError as error:
+        raise InvalidRequestError(f"'chat_template': {error}", "chat_template") from error
+
+
+def _plain(message: ChatMessage, index: int) -> dict[str, str]:
+    """Return a message as templates know it. OpenAI's ``developer`` is what models have learned as ``system``."""
+    role = "system" if message.role == "developer" else message.role
+    plain = {"role": role, "content": _text(message, index)}
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.reasoning_content is not None:
+        plain["reasoning_content"] = message.reasoning_content
+    return plain
+
+
+def _text(message: ChatMessage, index: int) -> str:
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
-    for part in message.content:
+    texts = []
+    for position, part in enumerate(message.content):
         if part.type != "text" or part.text is None:
-            raise InvalidRequestError(
-                f"'messages': content of type '{part.type}' is not supported, only 'text'", "messages"
-            )
-    return "".join(part.text or "" for part in message.content)
+            where = f"messages[{index}].content[{position}]"
+            raise InvalidRequestError(f"'{where}' of type '{part.type}' is not supported, only 'text'", "messages")
+        texts.append(part.text)
+    return "\n".join(texts)
 
 
-def _refuse_unsupported(request: ChatCompletionRequest) -> None:
-    if request.tools:
-        raise InvalidRequestError("'tools' is not supported", "tools")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequestError(f"'tool_choice' {request.tool_choice!r} is not supported", "tool_choice")
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        kind = request.response_format.get("type")
-        raise InvalidRequestError(
-            f"'response_format' of type {kind!r} is not supported, only 'text'", "response_format"
-        )
+def _cut_after(text: str, final: str) -> str:
+    """Drop what the template wrote after the final message, as transformers does; it may have stripped that."""
+    start = text.rfind(final.strip())
+    if start < 0 or not final.strip():
+        raise InvalidRequestError("'continue_final_message': the chat template does not show the message", "messages")
+    whole = final.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else final.strip())]
 
 
-def _one_prompt(item: str | int | list[int], add_special_tokens: bool, model: ServedModel) -> list[int]:
+def _one_prompt(item: str | int | list[int], add_special_tokens: bool, model: ServedModel) -> Prompt:
+    if isinstance(item, str):
+        token_ids = model.tokenizer.encode(item, add_special_tokens=add_special_tokens)
+        return Prompt(_checked(token_ids, model), item)
     if isinstance(item, int):
-        raise InvalidRequestError("'prompt' mixes token ids with texts or lists", "prompt")
-    ids = item if isinstance(item, list) else model.tokenizer.encode(item, add_special_tokens=add_special_tokens)
-    return _checked(ids, model)
+        raise _mixed()
+    return Prompt(_checked(item, model))
 
 
-def _checked(token_ids: list[int], model: ServedModel) -> list[int]:
+def _mixed() -> InvalidRequestError:
+    return InvalidRequestError("'prompt' mixes token ids with texts or lists: send one kind", "prompt")
+
+
+def _checked(token_ids: list[int], model: ServedModel) -> tuple[int, ...]:
     if not token_ids:
         raise InvalidRequestError("the prompt has no tokens: give at least one", "prompt")
     largest = max(token_ids)
@@ -110,4 +132,4 @@ def _checked(token_ids: list[int], model: ServedModel) -> list[int]:
         raise InvalidRequestError(
             f"'prompt': token id {largest} is outside the vocabulary of {model.vocab_size}", "prompt"
         )
-    return token_ids
+    return tuple(token_ids)

@@ -1,8 +1,11 @@
 """What the API answers: OpenAI's shapes as structs, so that a streamed event costs one encoding."""
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
+
+# Answers and events -----------------------------------------------------------------------------------------------
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -11,13 +14,13 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
-class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+class Usage(msgspec.Struct, frozen=True):
     """Tokens of one request."""
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -29,25 +32,16 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-class CompletionChoice(msgspec.Struct, frozen=True):
-    """One text of ``/v1/completions``, or a piece of it in a stream."""
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One text of ``/v1/completions``, or a piece of it in a stream. Token ids are there when asked for."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
-
-
-class Completion(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Answer, or one event, of ``/v1/completions``."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -80,7 +74,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
     content: str
 
 
-class ChatChoice(msgspec.Struct, frozen=True):
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One answer of ``/v1/chat/completions``."""
 
     index: int
@@ -88,34 +82,40 @@ class ChatChoice(msgspec.Struct, frozen=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
-class MessageDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+class MessageDelta(msgspec.Struct, frozen=True):
     """What an event adds to an answer."""
 
-    role: str | None = None
-    content: str | None = None
+    content: str
+    role: str | UnsetType = UNSET
 
 
-class ChatChunkChoice(msgspec.Struct, frozen=True):
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of one answer in a stream."""
 
     index: int
     delta: MessageDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
     stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
-class ChatCompletion(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Answer, or one event, of ``/v1/chat/completions``."""
+class Completion(msgspec.Struct, frozen=True):
+    """An answer of either endpoint, or one event of its stream."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChatChunkChoice]
-    usage: Usage | None = None
+    choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+# Everything else --------------------------------------------------------------------------------------------------
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -124,7 +124,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     message: str
     type: str
     param: str | None
-    code: int
+    code: str | None
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):
@@ -150,7 +150,7 @@ class ModelList(msgspec.Struct, frozen=True):
     object: str = "list"
 
 
-class Tokenized(msgspec.Struct, frozen=True, omit_defaults=True):
+class Tokenized(msgspec.Struct, frozen=True):
     """``/tokenize``."""
 
     count: int
@@ -165,6 +165,9 @@ class Detokenized(msgspec.Struct, frozen=True):
     prompt: str
 
 
+DONE: Final = b"data: [DONE]\n\n"
+"""The event that ends every stream."""
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -176,6 +179,3 @@ def encode(value: Any) -> bytes:
 def event(value: Any) -> bytes:
     """Return one server-sent event."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

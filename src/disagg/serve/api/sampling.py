@@ -1,12 +1,14 @@
 """From what a client asked to the complete sampling parameters of its sequences."""
 
 import secrets
+from typing import Final
 
 from disagg.base.errors import ContextLengthError, InvalidRequestError
 from disagg.base.sampling import SamplingParams
 from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, GenerationFields
 
-_SEEDS = 2**64
+DEFAULT_COMPLETION_TOKENS: Final = 16
+_SEED_BITS: Final = 64
 
 
 def sampling_params(
@@ -23,11 +25,12 @@ def sampling_params(
     for token_id in stop_token_ids:
         _check_token(token_id, vocab_size, "stop_token_ids")
     logprobs, prompt_logprobs = _logprobs(request)
-    seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
+    seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
+    logit_bias = _logit_bias(request, vocab_size)
     return tuple(
         SamplingParams(
             max_tokens=max(max_tokens, 1),
-            seed=(seed + choice) % _SEEDS,
+            seed=(seed + choice) % (1 << _SEED_BITS),
             temperature=_or(request.temperature, 1.0),
             top_p=_or(request.top_p, 1.0),
             top_k=max(request.top_k or 0, 0),
@@ -35,10 +38,10 @@ def sampling_params(
             repetition_penalty=_or(request.repetition_penalty, 1.0),
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
-            logit_bias=_logit_bias(request, vocab_size),
+            logit_bias=logit_bias,
             min_tokens=min_tokens,
             stop_token_ids=stop_token_ids,
-            ignore_eos=request.ignore_eos,
+            ignore_eos=bool(request.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
@@ -46,27 +49,25 @@ def sampling_params(
     )
 
 
-def answer_length(num_prompt_tokens: int, asked: int | None, default: int | None, limit: int) -> int:
-    """Return how many tokens an answer may have: what was asked, or ``default``, or (None) all that fits.
+def completion_length(request: CompletionRequest, num_prompt_tokens: int, limit: int) -> int:
+    """Return how many tokens a completion may have; 0 when an echoed prompt alone is asked about.
 
     Raises ContextLengthError when prompt and answer do not fit ``limit`` tokens.
     """
-    room = limit - num_prompt_tokens
-    if room < 1 and not (asked == 0 and room == 0):
-        raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens, but the model's limit is {limit} tokens for prompt and answer "
-            "together: shorten the prompt",
-            "prompt",
+    asked = request.most_tokens
+    if asked == 0 and not request.echo:
+        raise InvalidRequestError(
+            "'max_tokens' is 0: ask for at least one token, or for the prompt itself with 'echo': true", "max_tokens"
         )
-    if asked is None:
-        return room if default is None else min(default, room)
-    if asked > room:
-        raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens and {asked} more were asked for, but the model's limit is "
-            f"{limit} tokens together: ask for at most {room}",
-            "max_tokens",
-        )
-    return asked
+    return _fitting(num_prompt_tokens, asked, DEFAULT_COMPLETION_TOKENS, limit)
+
+
+def chat_length(request: ChatCompletionRequest, num_prompt_tokens: int, limit: int) -> int:
+    """Return how many tokens an answer may have: all that fit, unless the client says less. Raises as above."""
+    asked = request.most_tokens
+    if asked == 0:
+        raise InvalidRequestError("'max_tokens' is 0: ask for at least one token", "max_tokens")
+    return _fitting(num_prompt_tokens, asked, limit, limit)
 
 
 def stop_strings(request: GenerationFields) -> tuple[str, ...]:
@@ -78,10 +79,26 @@ def stop_strings(request: GenerationFields) -> tuple[str, ...]:
     return strings
 
 
+def _fitting(num_prompt_tokens: int, asked: int | None, default: int, limit: int) -> int:
+    """Check a length that was asked for; cut the default one to what is left."""
+    # One token is always sampled, even where only the prompt's probabilities are wanted.
+    room = limit - num_prompt_tokens
+    known = f"this model's maximum context length is {limit} tokens, prompt and answer together"
+    if room < 1:
+        raise ContextLengthError(f"{known}, but the prompt has {num_prompt_tokens} tokens: shorten it", "prompt")
+    if asked is not None and asked > room:
+        raise ContextLengthError(
+            f"{known}, but the prompt has {num_prompt_tokens} tokens and {asked} more were asked for: "
+            f"ask for at most {room}",
+            "max_tokens",
+        )
+    return min(default, room) if asked is None else asked
+
+
 def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[int | None, int | None]:
     if isinstance(request, CompletionRequest):
         return request.logprobs, request.logprobs if request.echo else None
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs")
     return (request.top_logprobs or 0) if request.logprobs else None, None
 

@@ -1,22 +1,67 @@
 """What clients send, field by field, with the bounds that are checked before anything else happens.
 
-Names and meanings are OpenAI's; the sampling extras are spelled as in vLLM. A field that is not here is refused by
-name: silently ignoring one could change the answer. ``Ignored`` fields never change it.
+Names and meanings are OpenAI's; the sampling extras are spelled as in vLLM. A field that is in no struct and in none
+of the two tables is refused by name: to ignore one silently could change the answer.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
-MAX_CHOICES = 64
-MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 20
+MAX_CHOICES: Final = 64
+MAX_STOP_STRINGS: Final = 16
+MAX_LOGPROBS: Final = 20
+MAX_PROMPTS: Final = 256
+
+IGNORED: Final = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    }
+)
+"""Parameters that never change what the model writes, whatever their value."""
+
+NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "logits_processors": (),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "documents": (),
+}
+"""Parameters that are not supported, with the values (beside null) that stand for not using them."""
 
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Ignored = Any
+StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,47 +71,47 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
-class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints have in common."""
 
     model: str | None = None
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=0)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    seed: int | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    stop: str | Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    stream: bool = False
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
-    user: Ignored = None
-    metadata: Ignored = None
-    store: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    """Lower is served earlier, as in vLLM."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest answer that the client wants: ``max_completion_tokens`` before the older name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Body of ``/v1/completions``. ``prompt``: a text, a list of texts, token ids, or a list of token id lists."""
 
     prompt: str | list[str | TokenId | list[TokenId]]
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
-    add_special_tokens: bool = True
-    best_of: int | None = None
-    suffix: str | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -76,44 +121,48 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message of a chat."""
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a chat. What follows ``name`` is accepted empty, as an answer that is sent back carries it."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
-class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``/v1/chat/completions``."""
+class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
+    """Body of ``/v1/chat/completions``. ``add_generation_prompt``: true unless the final message is continued."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: Ignored = None
-    response_format: dict[str, Any] | None = None
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``/tokenize``: a prompt or a chat."""
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of ``/tokenize``: a prompt, or a chat with the fields that decide how it is written."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of ``/detokenize``."""
 
     tokens: list[TokenId]

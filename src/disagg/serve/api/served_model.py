@@ -9,7 +9,10 @@ from disagg.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model under one name. ``block_size`` is that of the instances' KV blocks, whose prefixes the API names."""
+    """One model under one name. ``block_size`` is that of the instances' KV blocks, whose prefixes the API names.
+
+    ``trusts_request_templates`` lets a request bring its own chat template: sandboxed, but free to compute for long.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -17,4 +20,5 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     block_size: int
+    trusts_request_templates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

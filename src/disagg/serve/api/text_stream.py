@@ -6,10 +6,11 @@ from disagg.models.tokenizer import IncrementalDecoder
 
 
 class TextStream:
-    """The text of one choice. What ``push`` and ``finish`` return adds up to the answer, cut at the first stop string.
+    """The text of one choice. What ``push`` and ``finish`` return adds up to the answer, cut at a stop string.
 
-    Text that could be the beginning of a stop string is held back until the next tokens decide. ``min_tokens`` tokens
-    pass before stop strings count.
+    The stop string that is complete first counts, the longest of those that end together, so that the cut does not
+    depend on how the text is split into tokens. Text that could be the beginning of a stop string is held back until
+    later tokens decide. ``min_tokens`` tokens pass before stop strings count.
     """
 
     def __init__(
@@ -22,23 +23,22 @@ class TextStream:
     ) -> None:
         self._decoder = decoder
         self._stop_strings = stop_strings
-        self.include_stop_string = include_stop_string
-        self._num_free_tokens = min_tokens
+        self._num_free_tokens = min_tokens if stop_strings else 0
         self._held = ""
-        self._stopped_by: str | None = None
-
-    @property
-    def stopped_by(self) -> str | None:
+        self.include_stop_string = include_stop_string
+        self.stopped_by: str | None = None
         """The stop string that ended the answer, once one has."""
-        return self._stopped_by
+        self.num_decoded = 0
+        """Characters of all tokens so far, shown or not."""
 
     def push(self, token_id: int) -> str:
         """Return the text that may be shown now. Once ``stopped_by`` is set, the answer is complete."""
         text = self._decoder.push(token_id)
+        self.num_decoded += len(text)
+        if not self._stop_strings:
+            return text
         if self._num_free_tokens > 0:
             self._num_free_tokens -= 1
-            return text
-        if not self._stop_strings:
             return text
         return self._release(text)
 
@@ -49,16 +49,14 @@ class TextStream:
         rest = self._decoder.flush()
         shown = self._release(rest) if self._stop_strings and rest else rest
         held, self._held = self._held, ""
-        return shown + held if self.stopped_by is None else shown
+        return shown + held
 
     def _release(self, text: str) -> str:
         self._held += text
-        found = [(at, stop) for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
         if found:
-            at, stop = min(found, key=lambda one: one[0])
-            end = at + len(stop) if self.include_stop_string else at
-            self._stopped_by = stop
-            shown, self._held = self._held[:end], ""
+            end, start, self.stopped_by = min(found)
+            shown, self._held = self._held[: end if self.include_stop_string else start], ""
             return shown
         keep = max(_overlap(self._held, stop) for stop in self._stop_strings)
         cut = len(self._held) - keep

@@ -52,4 +52,5 @@ def load_served_model(deployment: Deployment) -> ServedModel:
         eos_token_ids=config.eos_token_ids,
         vocab_size=config.vocab_size,
         block_size=deployment.cache.block_size,
+        trusts_request_templates=deployment.serve.trust_request_chat_template,
     )

@@ -1,0 +1,59 @@
+"""What every request passes first: it gets an id, and shows its key."""
+
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from disagg.base.errors import AuthenticationError
+from disagg.serve.api.failures import error_response
+
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+OPEN_PATHS: Final = frozenset({"/", "/health", "/live", "/liveness", "/ready", "/readiness", "/version", "/metrics"})
+"""What answers without a key: nothing there shows or changes what anybody asks the model."""
+
+_ACCEPTED_ID: Final = re.compile(r"[!-~]{1,128}")
+
+
+class Gate:
+    """ASGI middleware. With ``api_key``, all but ``OPEN_PATHS`` answers 401 without it.
+
+    A client's own request id is echoed and logged, never used as a key; one that is too long or not printable is
+    replaced by one of ours.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
+        request_id = given if _ACCEPTED_ID.fullmatch(given) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        if self._api_key is None or scope["path"] in OPEN_PATHS or _has_key(headers, self._api_key):
+            await self._app(scope, receive, send_with_id)
+            return
+        what = "a wrong API key was given" if "authorization" in headers else "no API key was given"
+        refusal = AuthenticationError(f"{what}: send the header 'Authorization: Bearer KEY'")
+        await error_response(refusal)(scope, receive, send_with_id)
+
+
+def _has_key(headers: Mapping[str, str], api_key: bytes) -> bool:
+    """Compare in a time that does not tell how much of the key was right."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key)

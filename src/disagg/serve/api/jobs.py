@@ -1,0 +1,138 @@
+"""From a request's body to a job: checked, tokenised, and cut into one sequence for each choice."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagg.base.block_hash import hash_blocks
+from disagg.base.errors import InvalidRequestError, ModelNotFoundError
+from disagg.base.ids import Epoch, RequestId
+from disagg.base.request import GenerationRequest
+from disagg.base.sampling import SamplingParams
+from disagg.models.tokenizer import IncrementalDecoder
+from disagg.serve.api.answer import Answer
+from disagg.serve.api.decoding import decode_body
+from disagg.serve.api.prompts import Prompt, chat_prompt, completion_prompts
+from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
+from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
+from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.shapes import ChatShape, CompletionShape, Heading, Shape
+from disagg.serve.api.text_stream import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request. Choice i is for prompt ``i // num_choices``.
+
+    ``stream_options`` is None where the answer is wanted whole. ``counts_answer`` is false when the prompt alone was
+    asked about: the one token sampled after it is not the client's.
+    """
+
+    response_id: str
+    answers: Sequence[Answer]
+    shape: Shape
+    num_prompt_tokens: int
+    num_choices: int
+    stream_options: StreamOptions | None
+    counts_answer: bool = True
+
+
+class JobFactory:
+    """Makes jobs for one model. Pure but for the seed, the id and the date: may run in any thread."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def completion(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+        """Make the job of a ``/v1/completions`` body. Raises InvalidRequestError and ModelNotFoundError."""
+        request = decode_body(body, CompletionRequest)
+        check_model(request.model, self._model)
+        prompts = completion_prompts(request, self._model)
+        response_id = f"cmpl-{uuid.uuid4().hex}"
+        answers: list[Answer] = []
+        for prompt in prompts:
+            length = completion_length(request, len(prompt.token_ids), max_model_len)
+            params = sampling_params(request, length, self._model.vocab_size)
+            answers += self._answers(request, prompt, params, response_id, len(answers), arrival_s)
+        of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        return Job(
+            response_id=response_id,
+            answers=answers,
+            shape=CompletionShape(request, self._heading(response_id), self._model.tokenizer, of_choice),
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            num_choices=request.n or 1,
+            stream_options=_stream_options(request),
+            counts_answer=request.most_tokens != 0,
+        )
+
+    def chat(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+        """Make the job of a ``/v1/chat/completions`` body. Raises as ``completion`` does."""
+        request = decode_body(body, ChatCompletionRequest)
+        check_model(request.model, self._model)
+        prompt = chat_prompt(request.messages, request, self._model)
+        length = chat_length(request, len(prompt.token_ids), max_model_len)
+        params = sampling_params(request, length, self._model.vocab_size)
+        response_id = f"chatcmpl-{uuid.uuid4().hex}"
+        return Job(
+            response_id=response_id,
+            answers=self._answers(request, prompt, params, response_id, 0, arrival_s),
+            shape=ChatShape(request, self._heading(response_id), self._model.tokenizer, prompt),
+            num_prompt_tokens=len(prompt.token_ids),
+            num_choices=request.n or 1,
+            stream_options=_stream_options(request),
+        )
+
+    def _answers(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompt: Prompt,
+        params: Sequence[SamplingParams],
+        response_id: str,
+        first: int,
+        arrival_s: float,
+    ) -> list[Answer]:
+        """Return the choices of one prompt, numbered from ``first``."""
+        stops = stop_strings(request)
+        hashes = hash_blocks(prompt.token_ids, self._model.block_size)
+        return [
+            Answer(
+                index,
+                GenerationRequest(
+                    request_id=RequestId(f"{response_id}-{index}"),
+                    epoch=Epoch(0),
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=sampling,
+                    eos_token_ids=self._model.eos_token_ids,
+                    block_hashes=hashes,
+                    priority=request.priority or 0,
+                    arrival_s=arrival_s,
+                ),
+                TextStream(
+                    IncrementalDecoder(
+                        self._model.tokenizer, prompt.token_ids, request.skip_special_tokens is not False
+                    ),
+                    stops,
+                    include_stop_string=bool(request.include_stop_str_in_output),
+                    min_tokens=sampling.min_tokens,
+                ),
+            )
+            for index, sampling in enumerate(params, start=first)
+        ]
+
+    def _heading(self, response_id: str) -> Heading:
+        return Heading(response_id, int(time.time()), self._model.name)
+
+
+def check_model(name: str | None, model: ServedModel) -> None:
+    """Raise ModelNotFoundError for a name that is not served; no name means the model that is."""
+    if name is not None and name != model.name:
+        raise ModelNotFoundError(f"the model '{name}' is not served here, only '{model.name}'")
+
+
+def _stream_options(request: CompletionRequest | ChatCompletionRequest) -> StreamOptions | None:
+    if request.stream:
+        return request.stream_options or StreamOptions()
+    if request.stream_options is not None:
+        raise InvalidRequestError("'stream_options' needs 'stream': true", "stream_options")
+    return None

@@ -1,0 +1,180 @@
+"""Bodies to requests: what is taken, and how each refusal names field, value and remedy."""
+
+import contextlib
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg.base.errors import ContextLengthError, InvalidRequestError
+from disagg.serve.api.decoding import decode_body
+from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
+from disagg.serve.api.schema import IGNORED, NEUTRAL, ChatCompletionRequest, CompletionRequest
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+VOCAB_SIZE = 258
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return decode_body(json.dumps({"prompt": "x", **fields}).encode(), CompletionRequest)
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return decode_body(json.dumps({"messages": MESSAGES, **fields}).encode(), ChatCompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", "missing parameter 'prompt'"),
+        (b'{"prompt": "\xff"}', "body"),
+        (b'{"prompt": "x", "stream_options": {"foo": 1}}', "unknown parameter 'stream_options.foo'"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature|out of range"),
+    ],
+)
+def test_a_malformed_body_is_refused(body: bytes, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        decode_body(body, CompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "param"),
+    [
+        ({"temperature": -1}, "'temperature': expected float >= 0.*got -1", "temperature"),
+        ({"temperature": 2.5}, "'temperature': expected float <= 2.*got 2.5", "temperature"),
+        ({"top_p": 0}, "'top_p': expected float > 0.*got 0", "top_p"),
+        ({"n": 65}, "'n': expected int <= 64, got 65", "n"),
+        ({"max_tokens": "many"}, "'max_tokens': expected int.*got \"many\"", "max_tokens"),
+        ({"seed": 2**63}, "'seed': .*got 9223372036854775808", "seed"),
+        ({"stop": ["a"] * 17}, "'stop': expected array of length <= 16", "stop"),
+        ({"logit_bias": {"5": 101}}, "expected float <= 100", "logit_bias"),
+        ({"stream": "yes"}, "'stream': expected bool.*got \"yes\"", "stream"),
+        ({"guidance": 3}, "unknown parameter 'guidance'", "guidance"),
+        ({"tools": [{"type": "function"}]}, r"'tools' is not supported, got .*give \[\]", "tools"),
+        ({"tool_choice": "required"}, "'tool_choice' is not supported, got \"required\"", "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported", "response_format"),
+        ({"messages": []}, "'messages': expected array of length >= 1", "messages"),
+        ({"messages": [{"role": "user", "cargo": 1}]}, r"unknown parameter 'messages\[0\].cargo'", "messages"),
+    ],
+)
+def test_a_refusal_names_field_value_and_remedy(fields: dict[str, Any], words: str, param: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        chat(**fields)
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(param)
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_what_never_changes_an_answer_is_taken(name: str) -> None:
+    completion(**{name: {"any": ["thing"]}})
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_what_is_not_supported_is_taken_unused_and_refused_used(name: str) -> None:
+    for value in (None, *NEUTRAL[name]):
+        completion(**{name: value})
+    with pytest.raises(InvalidRequestError, match=f"'{name}' is not supported"):
+        completion(**{name: {"some": "thing"}})
+
+
+def test_no_parameter_is_both_served_and_in_a_table() -> None:
+    served = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
+    assert not served & (IGNORED | NEUTRAL.keys())
+    assert not IGNORED & NEUTRAL.keys()
+
+
+def test_an_answer_can_be_sent_back_as_the_official_client_dumps_it() -> None:
+    message = {"role": "assistant", "content": "Hi", "refusal": None, "annotations": [], "tool_calls": None}
+    assert chat(messages=[*MESSAGES, message]).messages[1].content == "Hi"
+
+
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda children: (
+            st.lists(children, max_size=3)
+            | st.dictionaries(
+                st.text(max_size=5) | st.sampled_from([*ChatCompletionRequest.__struct_fields__, *NEUTRAL]),
+                children,
+                max_size=5,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_no_json_value_does_worse_than_a_refusal(body: Any) -> None:
+    data = msgspec.json.encode(body)
+    for kind in (ChatCompletionRequest, CompletionRequest):
+        with contextlib.suppress(InvalidRequestError):
+            decode_body(data, kind)
+
+
+def test_defaults_are_openais() -> None:
+    (sampling,) = sampling_params(completion(), 16, VOCAB_SIZE)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert sampling.logprobs is None
+
+
+def test_an_explicit_null_means_the_default() -> None:
+    nulls = {name: None for name in CompletionRequest.__struct_fields__ if name != "prompt"}
+    given, default = (sampling_params(completion(seed=1, **fields), 16, VOCAB_SIZE) for fields in ({}, {}))
+    assert given == default
+    assert completion(**nulls) == completion()
+
+
+def test_choice_k_samples_with_seed_plus_k() -> None:
+    assert [one.seed for one in sampling_params(completion(seed=7, n=3), 16, VOCAB_SIZE)] == [7, 8, 9]
+    assert [one.seed for one in sampling_params(completion(seed=-1, n=2), 16, VOCAB_SIZE)] == [2**64 - 1, 0]
+
+
+def test_without_a_seed_each_request_draws_one() -> None:
+    seeds = {sampling_params(completion(), 16, VOCAB_SIZE)[0].seed for _ in range(8)}
+    assert len(seeds) == 8
+
+
+def test_minus_one_and_zero_switch_top_k_off() -> None:
+    assert [sampling_params(completion(top_k=k), 16, VOCAB_SIZE)[0].top_k for k in (-1, 0, 40)] == [0, 0, 40]
+
+
+def test_logit_bias_is_keyed_by_token_ids() -> None:
+    (sampling,) = sampling_params(completion(logit_bias={"9": 1, "5": -100}), 16, VOCAB_SIZE)
+    assert sampling.logit_bias == ((5, -100.0), (9, 1.0))
+    with pytest.raises(InvalidRequestError, match="keyed by token ids, got 'cat'"):
+        sampling_params(completion(logit_bias={"cat": 1}), 16, VOCAB_SIZE)
+    with pytest.raises(InvalidRequestError, match="token id 258 is outside the vocabulary of 258"):
+        sampling_params(completion(logit_bias={"258": 1}), 16, VOCAB_SIZE)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="'min_tokens' is 9, above the 4"):
+        sampling_params(completion(min_tokens=9, max_tokens=4), 4, VOCAB_SIZE)
+    with pytest.raises(InvalidRequestError, match="'top_logprobs' needs 'logprobs'"):
+        sampling_params(chat(top_logprobs=3), 4, VOCAB_SIZE)
+    with pytest.raises(InvalidRequestError, match="empty string"):
+        stop_strings(completion(stop=["a", ""]))
+
+
+def test_an_answer_has_16_tokens_by_default_and_a_chat_all_that_fit() -> None:
+    assert completion_length(completion(), 10, 100) == 16
+    assert completion_length(completion(), 95, 100) == 5
+    assert chat_length(chat(), 10, 100) == 90
+    assert chat_length(chat(max_tokens=5, max_completion_tokens=7), 10, 100) == 7
+
+
+def test_what_does_not_fit_is_refused_with_limit_and_length() -> None:
+    with pytest.raises(ContextLengthError, match=r"100 tokens.*prompt has 100 tokens: shorten"):
+        chat_length(chat(), 100, 100)
+    with pytest.raises(ContextLengthError, match=r"100 tokens.*prompt has 90 tokens and 11 more.*at most 10"):
+        completion_length(completion(max_tokens=11), 90, 100)
+
+
+def test_no_tokens_at_all_can_be_asked_of_an_echo_alone() -> None:
+    assert completion_length(completion(max_tokens=0, echo=True), 10, 100) == 0
+    with pytest.raises(InvalidRequestError, match="'max_tokens' is 0"):
+        completion_length(completion(max_tokens=0), 10, 100)
