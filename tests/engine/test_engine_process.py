@@ -165,10 +165,8 @@ class TestWrongSettings:
         ("changes", "words"),
         [
             ({"model": ModelSettings(model="./no/such/folder")}, "no such model"),
-            ({"cache": CacheSettings(kv_memory_bytes=1000)}, "--kv-memory is 1000 bytes"),
             ({"cache": CacheSettings(kv_memory_bytes=1 << 60)}, "lower it"),
             ({"cpus": (100_000,)}, "cannot run on cores"),
-            ({"kernel_backend": "abacus"}, "abacus"),
             ({"event_log": "/no/such/folder/log"}, "cannot write the event log"),
         ],
     )

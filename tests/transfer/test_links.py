@@ -18,7 +18,7 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat
-from disagg.transfer.link import TransferState
+from disagg.transfer.link import Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import runs
@@ -117,6 +117,18 @@ def test_runs_cover_every_pair_once_in_order(blocks: list[tuple[int, int]], long
 def test_neighbours_are_copied_together() -> None:
     blocks = pairs((4, 0), (5, 1), (6, 2), (7, 9), (8, 8))
     assert list(runs(blocks, longest=100)) == [(4, 0, 3), (7, 9, 1), (8, 8, 1)]
+
+
+def test_a_fault_while_copying_ends_the_transfer_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    def copy() -> TransferState:
+        raise IndexError("a fault of ours")
+
+    ended = Ended()
+    transfer = Transfer(0, MonotonicClock(), ended)
+    transfer.run(copy)
+    assert ended.wait() is transfer
+    assert (transfer.state, transfer.failure) == (TransferState.FAILED, "IndexError: a fault of ours")
+    assert "a fault of ours" in caplog.text
 
 
 class TestLinks:

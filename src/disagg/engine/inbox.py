@@ -86,7 +86,9 @@ class Inbox:
         return events.TransferFailed(request_id=result.request_id, epoch=result.epoch)
 
     def _on_generate(self, request: GenerationRequest, hand_over: bool, now: float) -> list[AnyEvent]:
-        if not self._is_news(request) or self._refuses(request):
+        # A handed-over sequence does not grow here.
+        longest = request.num_tokens if hand_over else request.max_total_tokens
+        if not self._is_news(request) or self._refuses(request, longest):
             return []
         sequence = LiveSequence(request, received_s=now)
         self._sequences[request.request_id] = sequence
@@ -107,7 +109,7 @@ class Inbox:
     def _on_adopt(self, request: GenerationRequest, offer: KvOffer, now: float) -> list[AnyEvent]:
         if not self._is_news(request):
             return []
-        if self._refuses(request, offer):
+        if self._refuses(request, request.max_total_tokens, offer):
             unread = Pulled(
                 request_id=request.request_id,
                 epoch=request.epoch,
@@ -141,10 +143,9 @@ class Inbox:
         is_newer = known is None or known.epoch < request.epoch
         return is_newer and not self._ended.has_ended(request.request_id, request.epoch)
 
-    def _refuses(self, request: GenerationRequest, offer: KvOffer | None = None) -> bool:
+    def _refuses(self, request: GenerationRequest, longest: int, offer: KvOffer | None = None) -> bool:
         """Answer a request that cannot be computed; a wrong token id would otherwise end the whole instance."""
         kind, reason = FailureKind.INTERNAL, ""
-        longest = request.max_total_tokens
         if longest > self._facts.max_model_len:
             kind = FailureKind.TOO_LONG
             reason = f"the sequence can grow to {longest} tokens, the instance's limit is {self._facts.max_model_len}"

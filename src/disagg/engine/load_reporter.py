@@ -1,20 +1,26 @@
 """When an instance says how busy it is: soon after a change, and regularly as a sign of life."""
 
 import math
-from typing import Final
+from typing import Final, Protocol
 
 from disagg.base.ids import InstanceId
-from disagg.base.messages import InstanceLoad, LoadReport
-from disagg.engine.control import ControlChannel
+from disagg.base.messages import InstanceLoad, LoadReport, Message
 
 SHORTEST_INTERVAL_S: Final = 0.05
 LONGEST_INTERVAL_S: Final = 1.0
 
 
+class MessageSink(Protocol):
+    """Takes messages to the router."""
+
+    def send(self, message: Message) -> None:
+        """Queue a message."""
+
+
 class LoadReporter:
     """Sends load reports: at most one in 50 ms, at least one a second while the loop turns."""
 
-    def __init__(self, instance: InstanceId, incarnation: str, channel: ControlChannel) -> None:
+    def __init__(self, instance: InstanceId, incarnation: str, channel: MessageSink) -> None:
         self._instance = instance
         self._incarnation = incarnation
         self._channel = channel

@@ -14,7 +14,8 @@ def accept_results(step: Sequence[Work], results: Sequence[ChunkResult], now: fl
     """Add a step's tokens to their sequences; return the output of each chunk that samples, in order."""
     outputs = []
     for work, result in zip(step, results, strict=True):
-        work.sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
+        if result.prompt_logprobs:
+            work.sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
         if result.token_id is not None:
             outputs.append(_accept(work.sequence, result, result.token_id, now))
     return outputs

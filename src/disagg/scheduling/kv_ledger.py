@@ -21,6 +21,11 @@ class KvLedger:
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._block_size
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self._block_size)

@@ -6,6 +6,7 @@ from functools import partial
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
 from disagg.simulator.links import Link, LinkModel, SerialLinks
@@ -29,15 +30,41 @@ class ClusterSpec:
 
 
 class SimulatedCluster:
-    """Router and instances on one virtual clock."""
+    """Router and instances on one virtual clock.
 
-    def __init__(self, spec: ClusterSpec, on_ended: Callable[[SimulatedRequest], None]) -> None:
+    ``step_by_step`` asks the schedulers after every step, also where runs of equal decode steps can be timed ahead:
+    slower, with equal results. So does a ``log``, which receives every decision.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        on_ended: Callable[[SimulatedRequest], None],
+        *,
+        step_by_step: bool = False,
+        log: EventLog | None = None,
+    ) -> None:
         self.queue = EventQueue()
         self._spec = spec
-        self._router = SimulatedRouter(spec.router, self.queue, on_ended, message_s=spec.message_s)
+        roles = {instance.name: instance.role for instance in spec.instances}
+        self._router = SimulatedRouter(
+            spec.router,
+            self.queue,
+            on_ended,
+            message_s=spec.message_s,
+            recorder=log.dispatcher(roles, spec.router) if log else None,
+        )
         links = SerialLinks(spec.link)
         self.instances = tuple(
-            SimulatedInstance(instance, self.queue, links, self._router) for instance in spec.instances
+            SimulatedInstance(
+                instance,
+                self.queue,
+                links,
+                self._router,
+                log.scheduler(instance.name, instance.log_header()) if log else None,
+                step_by_step=step_by_step,
+            )
+            for instance in spec.instances
         )
         self._router.connect(self.instances)
 

@@ -8,7 +8,7 @@ flight; what comes in between waits for the next turn.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, assert_never
+from typing import Final, Protocol, assert_never
 
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
@@ -27,11 +27,17 @@ from disagg.scheduling.actions import (
     WakeAt,
 )
 from disagg.scheduling.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.replay import LogHeader
+from disagg.simulator.decode_run import DecodeRun
+from disagg.simulator.event_log import SchedulerRecorder
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.latency import LatencyModel, Pipeline, StepShape
 from disagg.simulator.links import LinkModel, SerialLinks
+from disagg.simulator.repeating_scheduler import RepeatingScheduler
 from disagg.simulator.request import SimulatedRequest
+
+MAX_RUN_LENGTH: Final = 64
+"""Steps that are timed ahead: what an interruption throws away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,21 @@ class InstanceSpec:
         """Longest sequence that the KV pool holds, in tokens."""
         return self.num_blocks * self.block_size
 
+    def log_header(self) -> LogHeader:
+        """Return what an event log needs to build the scheduler anew."""
+        return LogHeader(
+            settings=self.scheduler,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            prefix_caching=self.prefix_caching,
+        )
+
 
 class InstanceListener(Protocol):
     """Whom an instance tells what came of its sequences."""
 
-    def on_tokens(self, instance: InstanceId, emitted: Sequence[SimulatedRequest], finished: set[RequestId]) -> None:
-        """A step brought one token to each of ``emitted``."""
+    def on_tokens(self, instance: InstanceId, requests: Sequence[SimulatedRequest]) -> None:
+        """These requests got their first token here, or their last."""
 
     def on_offer(self, instance: InstanceId, offer: OfferKv) -> None:
         """A prefill is done and its KV blocks are leased."""
@@ -71,13 +86,6 @@ class InstanceListener(Protocol):
         """A sequence was not taken."""
 
 
-class CallRecorder(Protocol):
-    """Receives every call of the scheduler, for the event log."""
-
-    def record(self, now: float, events: Sequence[AnyEvent], actions: Sequence[AnyAction]) -> None:
-        """Add one call."""
-
-
 class SimulatedInstance:
     """Drives one scheduler in virtual time."""
 
@@ -87,14 +95,17 @@ class SimulatedInstance:
         queue: EventQueue,
         links: SerialLinks,
         listener: InstanceListener,
-        recorder: CallRecorder | None = None,
+        recorder: SchedulerRecorder | None = None,
+        *,
+        step_by_step: bool = False,
     ) -> None:
         self.spec = spec
         self._queue = queue
         self._links = links
         self._listener = listener
         self._recorder = recorder
-        self._scheduler = StepScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
+        self._may_repeat = not step_by_step and recorder is None
+        self._scheduler = RepeatingScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
         self._pipeline = Pipeline(spec.latency.num_stages)
         self._requests: dict[RequestId, SimulatedRequest] = {}
         self._messages: list[AnyEvent] = []
@@ -102,10 +113,12 @@ class SimulatedInstance:
         self._pulls_done: list[AnyEvent] = []
         self._num_in_flight = 0
         self._is_turn_due = False
-        self._finished: set[RequestId] = set()
+        self._news: list[SimulatedRequest] = []
+        self._run: DecodeRun | None = None
 
     def take(self, request: SimulatedRequest, event: AnyEvent) -> None:
         """Receive a sequence: ``event`` says whether it starts here or continues."""
+        request.has_started_here = False
         self._requests[request.request_id] = request
         self.deliver(event)
 
@@ -113,6 +126,20 @@ class SimulatedInstance:
         """Receive an event; it is looked at in the next turn."""
         self._messages.append(event)
         self._request_turn()
+
+    def unreported(self) -> list[SimulatedRequest]:
+        """Return the requests with tokens, neither first nor last, that the dispatcher was not told of."""
+        self.sync()
+        return [
+            request
+            for request in self._requests.values()
+            if 0 < request.num_reported_tokens < request.num_output_tokens and not request.is_complete
+        ]
+
+    def sync(self) -> None:
+        """Book the steps of a run that have ended up to now."""
+        if self._run is not None:
+            self._book(self._run, self._run.num_ended(self._queue.now()))
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
@@ -125,6 +152,8 @@ class SimulatedInstance:
     # Turns --------------------------------------------------------------------------------------------------
 
     def _request_turn(self) -> None:
+        if self._run is not None:
+            self._interrupt(self._run)
         if not self._is_turn_due and self._num_in_flight < self.spec.scheduler.max_steps_in_flight:
             self._is_turn_due = True
             self._queue.push(self._queue.now(), self._turn, Priority.TURN)
@@ -145,10 +174,10 @@ class SimulatedInstance:
         match action:
             case RunStep():
                 self._run_step(action, now)
-            case Emit(request_ids=request_ids):
-                requests = self._requests
-                self._listener.on_tokens(self.spec.name, [requests[name] for name in request_ids], self._finished)
-                self._finished = set()
+            case Emit():
+                if self._news:
+                    self._listener.on_tokens(self.spec.name, self._news)
+                    self._news = []
             case OfferKv(request_id=request_id):
                 del self._requests[request_id]
                 self._listener.on_offer(self.spec.name, action)
@@ -171,11 +200,17 @@ class SimulatedInstance:
     def _run_step(self, step: RunStep, now: float) -> None:
         self._num_in_flight += 1
         shape, swap_s = self._price(step)
-        end_s = self._pipeline.enter(now + swap_s, self.spec.latency.stage_times_s(shape))
-        is_decode = self.spec.role is Role.DECODE
         for chunk in step.chunks:
-            self._requests[chunk.request_id].start_step(now, is_decode)
-        self._queue.push(end_s, partial(self._end_step, step))
+            request = self._requests[chunk.request_id]
+            if not request.has_started_here:
+                request.start_step(now, self.spec.role)
+        num_repeats = self._num_repeats(step, shape)
+        if num_repeats:
+            self._run = DecodeRun(step, shape, self.spec.latency, now, num_repeats)
+            self._queue.push(self._run.ends_s[-1], partial(self._end_run, self._run))
+        else:
+            end_s = self._pipeline.enter(now + swap_s, self.spec.latency.stage_times_s(shape))
+            self._queue.push(end_s, partial(self._end_step, step))
 
     def _price(self, step: RunStep) -> tuple[StepShape, float]:
         """Return what the step computes, and the seconds to swap in what it need not compute again."""
@@ -203,10 +238,14 @@ class SimulatedInstance:
         for chunk in step.chunks:
             if chunk.samples:
                 request = self._requests[chunk.request_id]
-                is_last = request.add_token(now)
-                if is_last:
-                    self._finished.add(chunk.request_id)
-                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if is_last else None))
+                request.add_tokens(1, now, now)
+                reason = None
+                if request.is_complete:
+                    reason = FinishReason.LENGTH
+                    self._news.append(request)
+                elif request.num_output_tokens == 1:
+                    self._news.append(request)
+                results.append(StepResult(chunk.request_id, reason))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results)))
         if not self._is_turn_due:
             self._is_turn_due = True
@@ -222,3 +261,39 @@ class SimulatedInstance:
         self._requests[request_id].timeline.pulled_s = self._queue.now()
         self._pulls_done.append(TransferDone(request_id=request_id, epoch=epoch))
         self._request_turn()
+
+    # Runs of equal decode steps -----------------------------------------------------------------------------
+
+    def _num_repeats(self, step: RunStep, shape: StepShape) -> int:
+        """Return how often a decode step that is about to start can be repeated before the scheduler is asked."""
+        if not self._may_repeat or shape.num_prefills:
+            return 0
+        num_repeats = min(self._scheduler.num_repeats(), MAX_RUN_LENGTH)
+        for request in self._requests_of(step):
+            # A first and a last token are news, and only the end of a single step tells them.
+            num_left = request.output_len - request.num_output_tokens - 1
+            num_repeats = min(num_repeats, num_left if request.num_output_tokens else 0)
+        return num_repeats
+
+    def _requests_of(self, step: RunStep) -> list[SimulatedRequest]:
+        return [self._requests[chunk.request_id] for chunk in step.chunks]
+
+    def _book(self, run: DecodeRun, count: int) -> None:
+        if count:
+            step_id = self._scheduler.repeat(count)
+            run.step = RunStep(step_id=step_id, chunks=run.step.chunks)
+            first_s, last_s = run.take(count)
+            for request in self._requests_of(run.step):
+                request.add_tokens(count, first_s, last_s)
+
+    def _interrupt(self, run: DecodeRun) -> None:
+        """Something came: the step in flight is the run's last, and its end asks the scheduler."""
+        self.sync()
+        self._run = None
+        self._queue.push(run.ends_s[0], partial(self._end_step, run.step))
+
+    def _end_run(self, run: DecodeRun) -> None:
+        if self._run is run:
+            self._book(run, len(run.ends_s) - 1)
+            self._run = None
+            self._end_step(run.step)

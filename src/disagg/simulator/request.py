@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.request import Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.actions import OfferKv
 
@@ -34,6 +35,10 @@ class SimulatedRequest:
     block_hashes: tuple[BlockHash, ...] = ()
     priority: int = 0
     num_output_tokens: int = 0
+    num_reported_tokens: int = 0
+    """Output tokens that the dispatcher was told of."""
+    has_started_here: bool = False
+    """A step of the instance that holds it has begun with it."""
     offer: OfferKv | None = None
     source: InstanceId | None = None
     """Who made the offer."""
@@ -50,6 +55,11 @@ class SimulatedRequest:
         return self.prompt_len + self.output_len
 
     @property
+    def is_complete(self) -> bool:
+        """True when all tokens of the answer are there."""
+        return self.num_output_tokens >= self.output_len
+
+    @property
     def ttft_s(self) -> float:
         """Arrival to first token; NaN when none came."""
         return self.timeline.first_token_s - self.arrival_s
@@ -61,24 +71,22 @@ class SimulatedRequest:
             return math.nan
         return (self.timeline.last_token_s - self.timeline.first_token_s) / (self.num_output_tokens - 1)
 
-    def start_step(self, now: float, is_decode: bool) -> None:
-        """Note that a step with this request begins, on a decode instance or another."""
-        timeline = self.timeline
-        if is_decode:
-            if math.isnan(timeline.decode_started_s):
-                timeline.decode_started_s = now
-        elif math.isnan(timeline.prefill_started_s):
-            timeline.prefill_started_s = now
+    def start_step(self, now: float, role: Role) -> None:
+        """Note that its first step on an instance of this role begins."""
+        self.has_started_here = True
+        if role is Role.DECODE:
+            self.timeline.decode_started_s = now
+        else:
+            self.timeline.prefill_started_s = now
 
-    def add_token(self, now: float) -> bool:
-        """Note a sampled token; return True when it is the last one."""
-        self.num_output_tokens += 1
+    def add_tokens(self, count: int, first_s: float, last_s: float) -> None:
+        """Note ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``."""
         timeline = self.timeline
-        timeline.last_token_s = now
-        if self.num_output_tokens == 1:
-            timeline.first_token_s = now
-        elif self.num_output_tokens == 2:
-            timeline.second_token_s = now
+        if self.num_output_tokens == 0:
+            timeline.first_token_s = first_s
+        elif self.num_output_tokens == 1:
+            timeline.second_token_s = first_s
             if math.isnan(timeline.decode_started_s):
                 timeline.decode_started_s = timeline.first_token_s
-        return self.num_output_tokens >= self.output_len
+        timeline.last_token_s = last_s
+        self.num_output_tokens += count

@@ -1,13 +1,14 @@
 """The simulated shell of the dispatcher: the real decisions, delivered over a control plane with a constant delay."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, Protocol, assert_never
+from typing import assert_never
 
 from disagg.base.config import RouterSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import FailureKind
+from disagg.base.request import Role
 from disagg.scheduling.actions import OfferKv, Reject, ReleaseLease, WakeAt
 from disagg.scheduling.dispatch import Dispatcher
 from disagg.scheduling.dispatch_actions import (
@@ -34,18 +35,10 @@ from disagg.scheduling.dispatch_events import (
     TokensEmitted,
 )
 from disagg.scheduling.events import Arrived, Cancelled, KvOffered, LeaseReleased, PeerLost, Tick
+from disagg.simulator.event_log import DispatchRecorder
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import SimulatedInstance
 from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
-
-_UNBOUNDED: Final = 10**9
-
-
-class DispatchRecorder(Protocol):
-    """Receives every call of the dispatcher, for the event log."""
-
-    def record(self, now: float, event: AnyDispatchEvent, actions: Sequence[AnyDispatchAction]) -> None:
-        """Add one call."""
 
 
 class SimulatedRouter:
@@ -66,6 +59,7 @@ class SimulatedRouter:
         self._message_s = message_s
         self._recorder = recorder
         self._instances: Mapping[InstanceId, SimulatedInstance] = {}
+        self._compared: list[SimulatedInstance] = []
         self._requests: dict[RequestId, SimulatedRequest] = {}
         self._events: deque[AnyDispatchEvent] = deque()
         self._is_handling = False
@@ -73,6 +67,7 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance]) -> None:
         """Let all instances come up."""
         self._instances = {instance.spec.name: instance for instance in instances}
+        self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
         roles = {name: instance.spec.role for name, instance in self._instances.items()}
         self._dispatcher = Dispatcher(roles, self._settings)
         for name, instance in self._instances.items():
@@ -85,6 +80,7 @@ class SimulatedRouter:
 
     def submit(self, request: SimulatedRequest) -> None:
         """Take a request that arrives now."""
+        self._report_loads()
         self._requests[request.request_id] = request
         self._feed(
             SequenceArrived(
@@ -98,17 +94,15 @@ class SimulatedRouter:
 
     # What instances say -------------------------------------------------------------------------------------
 
-    def on_tokens(self, instance: InstanceId, emitted: Sequence[SimulatedRequest], finished: set[RequestId]) -> None:
+    def on_tokens(self, instance: InstanceId, requests: Sequence[SimulatedRequest]) -> None:
         """See ``InstanceListener``."""
-        progress = tuple(
-            Progress(request.request_id, FIRST_EPOCH, 1, request.request_id in finished) for request in emitted
-        )
-        self._receive(TokensEmitted(instance=instance, progress=progress))
+        self._receive(_tokens_emitted(instance, requests))
 
     def on_offer(self, instance: InstanceId, offer: OfferKv) -> None:
         """See ``InstanceListener``."""
         request = self._requests[offer.request_id]
         request.offer, request.source = offer, instance
+        self._report_loads()
         self._receive(OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance))
 
     def on_pull_ended(self, instance: InstanceId, release: ReleaseLease) -> None:
@@ -126,6 +120,19 @@ class SimulatedRouter:
                 detail=reject.detail,
             )
         )
+
+    def _report_loads(self) -> None:
+        """Tell the dispatcher how far the running answers are, before it compares instances.
+
+        First and last tokens are reported at once; those between only change the load of an instance, so they are
+        reported together when that load is about to be looked at: never, where there is no choice.
+        """
+        if len(self._compared) < 2:
+            return
+        for instance in self._compared:
+            unreported = instance.unreported()
+            if unreported:
+                self._feed(_tokens_emitted(instance.spec.name, unreported))
 
     # Deciding and telling -----------------------------------------------------------------------------------
 
@@ -198,6 +205,16 @@ class SimulatedRouter:
         request.detail = detail
         request.timeline.finished_s = now
         self._on_ended(request)
+
+
+def _tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -> TokensEmitted:
+    """Report all tokens of these requests that were not reported yet."""
+    progress = []
+    for request in requests:
+        num_new = request.num_output_tokens - request.num_reported_tokens
+        request.num_reported_tokens = request.num_output_tokens
+        progress.append(Progress(request.request_id, FIRST_EPOCH, num_new, request.is_complete))
+    return TokensEmitted(instance=instance, progress=tuple(progress))
 
 
 def _arrived(request: SimulatedRequest, hand_over: bool) -> Arrived:

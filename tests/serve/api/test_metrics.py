@@ -118,5 +118,5 @@ async def test_each_request_leaves_one_line_with_its_tokens_and_times(
             while not caplog.records:
                 await asyncio.sleep(0)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"{response.json()['id']} client_id=mine finished=length choices=1 prompt_tokens=2 ")
+    assert line.startswith(f"{response.json()['id']} request_id=mine finished=length choices=1 prompt_tokens=2 ")
     assert "answer_tokens=3 ttft_ms=" in line

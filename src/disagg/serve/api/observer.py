@@ -22,13 +22,11 @@ class RequestObserver:
     Times are seconds of ``clock``; TTFT and end-to-end times count from ``arrival_s``.
     """
 
-    def __init__(
-        self, metrics: ServerMetrics, clock: Clock, job: Job, client_request_id: str, arrival_s: float
-    ) -> None:
+    def __init__(self, metrics: ServerMetrics, clock: Clock, job: Job, request_id: str, arrival_s: float) -> None:
         self._metrics = metrics
         self._clock = clock
         self._job = job
-        self._client_request_id = client_request_id
+        self._request_id = request_id
         self._arrival_s = arrival_s
         self._ttft_s = math.nan
         self._first_s: dict[int, float] = {}
@@ -92,9 +90,9 @@ class RequestObserver:
         job = self._job
         reasons = {(answer.finish_reason or how).value: None for answer in job.answers}
         logger.info(
-            "%s client_id=%s finished=%s choices=%d prompt_tokens=%d answer_tokens=%d ttft_ms=%.1f e2e_ms=%.1f%s",
+            "%s request_id=%s finished=%s choices=%d prompt_tokens=%d answer_tokens=%d ttft_ms=%.1f e2e_ms=%.1f%s",
             job.response_id,
-            self._client_request_id,
+            self._request_id,
             ",".join(reasons),
             len(job.answers),
             job.num_prompt_tokens,

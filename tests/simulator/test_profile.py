@@ -1,0 +1,123 @@
+"""Profiles: the fit finds what made the samples, and says how wrong it is."""
+
+import random
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from disagg.base.errors import ConfigurationError
+from disagg.simulator.fit import fit_relative
+from disagg.simulator.latency import StepShape
+from disagg.simulator.profile import (
+    ParallelSamples,
+    Profile,
+    ProfiledPlatform,
+    StepSample,
+    fit_latency,
+    load_profile,
+    save_profile,
+)
+
+
+def true_time_s(shape: StepShape) -> float:
+    """A machine whose matrix products wait for weights up to 64 tokens and for arithmetic beyond."""
+    linear = 0.008 + 1e-4 * max(0, shape.num_tokens - 64)
+    return linear + 4e-9 * shape.prefill_squares + 3e-7 * shape.decode_context + 2e-5 * shape.num_samples
+
+
+def samples(noise: float = 0.0, count: int = 200, seed: int = 0) -> tuple[StepSample, ...]:
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        decodes = [(rng.randint(1, 2000), 1) for _ in range(rng.choice((0, 1, 2, 5, 16, 40)))]
+        prefills = [(rng.choice((0, 0, 512)), rng.choice((16, 100, 256, 512))) for _ in range(rng.choice((0, 0, 1)))]
+        chunks = tuple(prefills + decodes) or ((0, 128),)
+        shape = StepSample(chunks=chunks, time_s=1.0).shape()
+        made.append(StepSample(chunks=chunks, time_s=true_time_s(shape) * rng.gauss(1, noise)))
+    return tuple(made)
+
+
+def profile(**changes: object) -> Profile:
+    steps = ParallelSamples(tensor_parallel=1, capacity_tokens=10_000, samples=samples())
+    return msgspec.structs.replace(
+        Profile(
+            model="m",
+            device="this",
+            dtype="bfloat16",
+            kv_bytes_per_token=1000,
+            steps=(steps,),
+            link_bytes_per_s=1e9,
+            link_latency_s=0.001,
+        ),
+        **changes,
+    )
+
+
+def test_a_fit_without_noise_is_exact_also_where_nothing_was_measured() -> None:
+    latency, error = fit_latency(samples())
+    assert error.maximum < 1e-6
+    for sample in samples(seed=9, count=50):
+        assert latency.stage_times_s(sample.shape())[0] == pytest.approx(true_time_s(sample.shape()), rel=1e-6)
+    long = StepShape(num_prefills=1, num_prefill_tokens=2000, prefill_squares=2000**2, num_samples=1)
+    assert latency.stage_times_s(long)[0] == pytest.approx(true_time_s(long), rel=1e-6)
+
+
+def test_the_reported_error_is_that_of_held_out_samples() -> None:
+    _, error = fit_latency(samples(noise=0.05))
+    assert error.num_samples == 40
+    assert 0.01 < error.median < 0.06
+    assert error.median <= error.p90 <= error.maximum
+    assert str(error).startswith("median ")
+
+
+def test_no_coefficient_is_negative() -> None:
+    latency, _ = fit_latency(samples(noise=0.3, seed=4))
+    assert min(latency.coefficients) >= 0
+    # Times that fall with the only feature: plain least squares would need a negative slope.
+    features = np.array([[1.0, x] for x in (1.0, 2.0, 3.0, 4.0)])
+    assert fit_relative(features, np.array([4.0, 3.0, 2.0, 1.0]))[1] == 0
+
+
+def test_a_profile_survives_the_file(tmp_path: Path) -> None:
+    save_profile(profile(), tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == profile()
+
+
+def test_a_platform_is_what_the_profile_measured() -> None:
+    platform = ProfiledPlatform(profile())
+    assert platform.kv_bytes_per_token == 1000
+    assert platform.capacity_tokens(1, 2) == 20_000
+    assert platform.link.transfer_time_s(10**9) == pytest.approx(1.001)
+    assert platform.errors[1].maximum < 1e-6
+    shape = StepShape(num_decodes=4, decode_context=4000, num_samples=4)
+    whole, halves = platform.latency(1, 1).stage_times_s(shape), platform.latency(1, 2).stage_times_s(shape)
+    assert sum(halves) == pytest.approx(whole[0])
+    with pytest.raises(ConfigurationError, match="no steps at tensor parallelism 2, only at 1"):
+        platform.latency(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "is no profile"), ('{"model": "m"}', "is no profile"), (None, "cannot read")],
+)
+def test_something_else_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigurationError, match=words):
+        load_profile(path)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    save_profile(profile(version=99), tmp_path / "p.json")
+    with pytest.raises(ConfigurationError, match="version 99"):
+        load_profile(tmp_path / "p.json")
+
+
+def test_too_few_samples_are_no_profile(tmp_path: Path) -> None:
+    few = ParallelSamples(tensor_parallel=1, capacity_tokens=10, samples=samples(count=3))
+    save_profile(profile(steps=(few,)), tmp_path / "p.json")
+    with pytest.raises(ConfigurationError, match="is no profile"):
+        load_profile(tmp_path / "p.json")
