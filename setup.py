@@ -18,6 +18,7 @@ X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 FLAGS = [
     "-O3",
+    "-falign-loops=64",
     "-fno-math-errno",
     "-ffp-contract=fast",
     "-fvisibility=hidden",
@@ -46,7 +47,7 @@ class BuildNative(pybind11_build_ext):
 
 extension = Pybind11Extension(
     "disagg.engine.kernels._native",
-    sources=[str(NATIVE / name) for name in ("module.cpp", "parallel.cpp", "step.cpp")],
+    sources=[str(NATIVE / name) for name in ("module.cpp", "packed_linear.cpp", "parallel.cpp", "step.cpp")],
     depends=[str(header) for header in sorted(NATIVE.glob("*.h"))],
     define_macros=[("DISAGG_X86", "1")] if IS_X86 else [],
     extra_compile_args=FLAGS,

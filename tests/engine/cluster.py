@@ -20,6 +20,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import (
     Abort,
     Adopt,
+    Failed,
     Generate,
     InstanceFacts,
     KvOffer,
@@ -174,6 +175,7 @@ class Instance:
     log_path: Path | None = None
     audit: BlockAudit | None = None
     error: BaseException | None = None
+    _num_settled: int = 0
 
     def __enter__(self) -> Self:
         self.pool = KvPool(structs.replace(self.model.layout, num_blocks=self.num_blocks), self.incarnation)
@@ -250,6 +252,19 @@ class Instance:
 
     def send(self, *messages: Message) -> None:
         self.router.send(self.name, *messages)
+
+    def settle(self) -> None:
+        """With the gate closed: let steps through, one by one, until everything sent so far has been received.
+
+        Each of these steps has to sample, so that it can be waited for.
+        """
+        self._num_settled += 1
+        refused = request(f"marker-{self._num_settled}", 0)
+        self.send(Generate(request=refused))
+        while not any(failed.request_id == refused.request_id for failed in self.router.all(Failed)):
+            num_known = len(self.router.news)
+            self.executor.gate.let_through(1)
+            self.router.wait(lambda: len(self.router.news) > num_known)  # noqa: B023
 
     def join(self) -> None:
         """Wait until the loop has ended by itself."""

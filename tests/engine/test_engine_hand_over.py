@@ -1,5 +1,6 @@
 """Two engine loops with a fake model: the hand-over from prefill to decode, and what can go wrong on the way."""
 
+import random
 import threading
 from collections.abc import Iterator
 
@@ -163,11 +164,12 @@ class TestHandOverFaults:
         alone = SchedulerSettings(max_batch_tokens=16, max_batch_size=1)
         with Instance(router, "decode-1", incarnation="c2", settings=alone) as decode:
             decode.executor.gate.close()
-            decode.send(Generate(request=request("b", 3)))
-            decode.executor.gate.wait_until_held()
+            decode.send(Generate(request=request("b", 3, max_tokens=80)))
+            decode.settle()
             sequence = request("a", 9)
             hand_over(router, prefill, decode, sequence)
             decode.send(PeerLost(instance=InstanceId("prefill-0"), incarnation="b1"))
+            decode.settle()
             decode.executor.gate.open()
             router.wait_for_end("a", "b")
             assert router.tokens("a") == answer(sequence)
@@ -236,3 +238,42 @@ class HeldThread:
 
     def let_go(self) -> None:
         self._event.set()
+
+
+class TestConservation:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_random_traffic_and_aborts_leave_no_block_behind(
+        self, router: RouterEnd, prefill: Instance, seed: int
+    ) -> None:
+        """Aborts come at any moment, to both sides; whoever is not aborted gets the whole answer."""
+        draw = random.Random(seed)
+        sequences = {f"s{n}": request(f"s{n}", draw.randint(1, 40), draw.randint(2, 20), seed=n) for n in range(24)}
+        aborted = set(draw.sample(sorted(sequences), 8))
+        with Instance(router, "decode-1", incarnation="c2", num_blocks=20, prefix_caching=True) as decode:
+            prefill.send(*(Generate(request=sequence, hand_over=True) for sequence in sequences.values()))
+            num_handled = 0
+            while not all(name in aborted or is_complete(router, name) for name in sequences):
+                router.wait(lambda: len(router.news) > num_handled)  # noqa: B023
+                for _, message in router.news[num_handled:]:
+                    num_handled += 1
+                    if isinstance(message, Offered):
+                        first = router.tokens(message.offer.request_id)
+                        adopted = continuation(sequences[message.offer.request_id], first)
+                        decode.send(Adopt(request=adopted, offer=message.offer))
+                    elif isinstance(message, Pulled):
+                        prefill.send(Release(request_id=message.request_id, epoch=message.epoch))
+                if aborted and draw.random() < 0.3:
+                    for instance in (prefill, decode):
+                        instance.send(abort(draw.choice(sorted(aborted))))
+            for name in aborted:
+                prefill.send(abort(name))
+                decode.send(abort(name))
+            decode.wait_until_idle()
+            prefill.wait_until_idle()
+        for name in set(sequences) - aborted:
+            assert router.tokens(name) == answer(sequences[name])
+
+
+def is_complete(router: RouterEnd, name: str) -> bool:
+    outputs = router.outputs(name)
+    return bool(outputs) and outputs[-1].finish_reason is not None

@@ -12,6 +12,7 @@ from typing import Final, Protocol, assert_never
 
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import InstanceLoad
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
@@ -35,6 +36,7 @@ from disagg.simulator.latency import LatencyModel, Pipeline, StepShape
 from disagg.simulator.links import LinkModel, SerialLinks
 from disagg.simulator.repeating_scheduler import RepeatingScheduler
 from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.usage import UsageSeries
 
 MAX_RUN_LENGTH: Final = 64
 """Steps that are timed ahead: what an interruption throws away."""
@@ -115,6 +117,8 @@ class SimulatedInstance:
         self._is_turn_due = False
         self._news: list[SimulatedRequest] = []
         self._run: DecodeRun | None = None
+        self.kv_use = UsageSeries()
+        """Blocks that sequences, leases and pulls hold."""
 
     def take(self, request: SimulatedRequest, event: AnyEvent) -> None:
         """Receive a sequence: ``event`` says whether it starts here or continues."""
@@ -141,6 +145,10 @@ class SimulatedInstance:
         if self._run is not None:
             self._book(self._run, self._run.num_ended(self._queue.now()))
 
+    def load(self) -> InstanceLoad:
+        """Return how busy the instance is, and its counters."""
+        return self._scheduler.load()
+
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
         return self._scheduler.audit()
@@ -165,6 +173,7 @@ class SimulatedInstance:
         events = self._steps_done + self._messages + self._pulls_done
         self._steps_done, self._messages, self._pulls_done = [], [], []
         actions = self._scheduler.handle(events, now)
+        self.kv_use.record(now, self._scheduler.num_held_blocks)
         if self._recorder is not None:
             self._recorder.record(now, events, actions)
         for action in actions:

@@ -13,6 +13,12 @@ from disagg.scheduling.step_scheduler import StepScheduler
 class RepeatingScheduler(StepScheduler):
     """A ``StepScheduler`` whose decode steps can be repeated."""
 
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that are neither free nor merely cached."""
+        pool = self._ledger.pool
+        return pool.num_blocks - pool.num_available
+
     def num_repeats(self) -> int:
         """Return how often at least the step in flight would come again if nothing happened but its end; 0 if never.
 

@@ -22,6 +22,12 @@ WORKSPACE_SHARE: Final = 0.01
 """Part of the memory that activations take: both as in DistServe's worker, for comparable capacities."""
 
 
+def split_layers(num_layers: int, num_stages: int) -> list[int]:
+    """Return the number of layers of each pipeline stage, the larger parts first."""
+    share, rest = divmod(num_layers, num_stages)
+    return [share + (stage < rest) for stage in range(num_stages)]
+
+
 @dataclass(frozen=True)
 class RooflineLatency:
     """One instance of ``tensor_parallel`` x ``num_stages`` devices."""
@@ -36,14 +42,9 @@ class RooflineLatency:
         """See ``LatencyModel``."""
         layer_s = self._layer_s(shape)
         send_s = self._message_s(shape.num_tokens) if self.num_stages > 1 else 0.0
-        times = [layer_s * num_layers + send_s for num_layers in self._layers()]
+        times = [layer_s * layers + send_s for layers in split_layers(self.config.num_layers, self.num_stages)]
         times[-1] += self._logits_s(shape.num_samples) - send_s
         return tuple(times)
-
-    def _layers(self) -> list[int]:
-        """Return the number of layers of each stage, the larger parts first."""
-        share, rest = divmod(self.config.num_layers, self.num_stages)
-        return [share + (stage < rest) for stage in range(self.num_stages)]
 
     def _layer_s(self, shape: StepShape) -> float:
         config, device = self.config, self.device

@@ -1,4 +1,4 @@
-"""The kernel backend on the native CPU kernels of ``native/``, with oneDNN's packed weights for the matrix products."""
+"""The kernel backend on the native CPU kernels of ``native/``, packed weights included."""
 
 from pathlib import Path
 from typing import Final
@@ -54,10 +54,10 @@ class NativeBackend:
         share_openmp()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Pack ``weight`` for oneDNN; without oneDNN it stays as it is."""
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        """Copy ``weight`` into the order in which the kernels read it."""
+        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
             return lambda x: functional.linear(x, weight, bias)
-        return _PackedLinear(weight, bias)
+        return _PackedLinear(self._kernels[weight.dtype], weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""
@@ -179,17 +179,24 @@ class NativeBackend:
 
 
 class _PackedLinear:
-    """A weight matrix in the blocked order that oneDNN's inner product wants."""
+    """A weight matrix in panels of as many output features as a vector has lanes."""
 
-    __slots__ = ("_apply", "_bias", "_weight")
+    __slots__ = ("_dtype", "_in_features", "_linear", "_out_features", "_packed")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._apply = torch.ops.mkldnn._linear_pointwise.default
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._bias = bias
+    def __init__(self, kernels: "_native.Kernels", weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._out_features, self._in_features = weight.shape
+        self._dtype = weight.dtype
+        offsets = [] if bias is None else bias.float().tolist()
+        self._linear = _native.Linear(kernels, self._out_features, self._in_features, offsets)
+        self._packed = torch.empty(self._linear.packed_units(), dtype=torch.int32)
+        self._linear.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._apply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        rows = len(x)
+        _check(x, self._dtype, rows * self._in_features)
+        out = x.new_empty((rows, self._out_features))
+        self._linear.multiply(x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
+        return out
 
 
 def instruction_sets() -> list[str]:

@@ -1,0 +1,48 @@
+"""What a simulation costs: by changes, not by tokens, and no memory for what is over."""
+
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+from simulated import pair, poisson
+
+from disagg.base.ids import RequestId
+from disagg.scheduling import epoch_memory
+from disagg.simulator.cluster import SimulatedCluster
+from disagg.simulator.request import SimulatedRequest
+
+
+def num_calls(output_len: int, *, step_by_step: bool = False) -> int:
+    cluster = SimulatedCluster(pair(), lambda request: None, step_by_step=step_by_step)
+    cluster.run(poisson(rate=1, count=50, seed=8, output=(output_len, output_len)))
+    return cluster.queue.num_run
+
+
+def test_longer_answers_cost_no_more_calls() -> None:
+    assert num_calls(output_len=60) == pytest.approx(num_calls(output_len=30), rel=0.1)
+    assert num_calls(output_len=60, step_by_step=True) > 3 * num_calls(output_len=60)
+
+
+def stream(count: int) -> Iterator[SimulatedRequest]:
+    return (SimulatedRequest(RequestId(f"r{number}"), number * 0.05, 100, 20) for number in range(count))
+
+
+def peak_bytes(count: int) -> int:
+    """Most memory in use at once while this many requests come from a generator, after others to warm up.
+
+    The warming fills the lists in which msgspec keeps freed structs for the next ones.
+    """
+    SimulatedCluster(pair(), lambda request: None).run(stream(2000))
+    cluster = SimulatedCluster(pair(), lambda request: None)
+    tracemalloc.start()
+    try:
+        cluster.run(stream(count))
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_length_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Schedulers remember the last 8,192 requests that ended; the rest must be flat.
+    monkeypatch.setattr(epoch_memory, "CAPACITY", 50)
+    assert peak_bytes(1500) < 1.3 * peak_bytes(300)
