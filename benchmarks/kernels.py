@@ -9,46 +9,18 @@ other work on the machine disturbs it little; a round passes all layers, so that
 
 import argparse
 import functools
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from disagg.cache.layout import KvDtype, KvLayout
+from disagg.engine.benchmark.machine import best_time_s, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import BACKENDS, select_backend
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 9, 3, 64, 30
 HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49152
 DTYPE = torch.bfloat16
-
-
-def best_time_s(pieces: Sequence[Callable[[], object]], at_most_s: float = 1.0) -> float:
-    """Return the sum of the shortest times that each of ``pieces`` took, run in turn, in 3 to 30 rounds."""
-    best = [math.inf] * len(pieces)
-    started = time.perf_counter()
-    for number in range(30):
-        for index, piece in enumerate(pieces):
-            start = time.perf_counter()
-            piece()
-            best[index] = min(best[index], time.perf_counter() - start)
-        if number >= 2 and time.perf_counter() - started > at_most_s:
-            break
-    return sum(best)
-
-
-def read_bandwidth() -> float:
-    """Return bytes per second of sums over an array far larger than the last-level cache."""
-    data = torch.zeros(128 << 20, dtype=torch.float32)
-    return data.nbytes / best_time_s([part.sum for part in data.chunk(32)])
-
-
-def gemm_peak() -> float:
-    """Return the flop per second of a bf16 matrix product with packed weights."""
-    linear = select_backend(torch.device("cpu"), DTYPE).linear(torch.randn(1024, 1024).to(DTYPE), None)
-    x = torch.randn(1024, 1024).to(DTYPE)
-    return 2 * 1024**3 / best_time_s([lambda: linear(x)])
 
 
 def make_batch(contexts: list[int], new_tokens: int, block_size: int) -> tuple[StepBatch, int]:
@@ -134,7 +106,8 @@ def main() -> None:
     torch.manual_seed(0)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        bandwidth, peak = read_bandwidth(), gemm_peak()
+        peaks = measure_peaks(select_backend(torch.device("cpu"), DTYPE), DTYPE)
+        bandwidth, peak = peaks.read_bandwidth, peaks.gemm_flops
         print(f"{threads} threads: reads {bandwidth / 1e9:.1f} GB/s, bf16 GEMM {peak / 1e9:.0f} GFLOP/s")
         for name in args.backend:
             backend = select_backend(torch.device("cpu"), DTYPE, name)
