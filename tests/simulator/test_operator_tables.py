@@ -74,13 +74,13 @@ def test_an_unmeasured_tensor_parallelism_is_refused() -> None:
 
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"must hold one file a100_sxm\.\*gemm.*found none"):
-        OperatorTables.read(tmp_path, "a100_sxm", find_device("a100-80gb-sxm"))
+        OperatorTables.read(tmp_path, "a100_sxm", find_device("a100-sxm"))
 
 
 @pytest.fixture
 def platform(reference_data: Path) -> TablePlatform:
     folder = reference_data / "silicon" / "aiconfigurator"
-    return TablePlatform(OperatorTables.read(folder, "a100_sxm", find_device("a100-80gb-sxm")), config(), "13b")
+    return TablePlatform(OperatorTables.read(folder, "a100_sxm", find_device("a100-sxm")), config(), "13b")
 
 
 def test_the_tables_say_how_well_they_interpolate(platform: TablePlatform) -> None:

@@ -40,7 +40,7 @@ def samples(noise: float = 0.0, count: int = 200, seed: int = 0) -> tuple[StepSa
 
 
 def profile(**changes: object) -> Profile:
-    steps = ParallelSamples(tensor_parallel=1, capacity_tokens=10_000, samples=samples())
+    steps = ParallelSamples(tensor_parallel=1, samples=samples())
     return msgspec.structs.replace(
         Profile(
             model="m",
@@ -86,7 +86,7 @@ def test_a_profile_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_a_platform_is_what_the_profile_measured() -> None:
-    platform = ProfiledPlatform(profile())
+    platform = ProfiledPlatform(profile(), kv_memory_bytes=10_000_000)
     assert platform.kv_bytes_per_token == 1000
     assert platform.capacity_tokens(1, 2) == 20_000
     assert platform.link.transfer_time_s(10**9) == pytest.approx(1.001)
@@ -117,7 +117,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_samples_are_no_profile(tmp_path: Path) -> None:
-    few = ParallelSamples(tensor_parallel=1, capacity_tokens=10, samples=samples(count=3))
+    few = ParallelSamples(tensor_parallel=1, samples=samples(count=3))
     save_profile(profile(steps=(few,)), tmp_path / "p.json")
     with pytest.raises(ConfigurationError, match="is no profile"):
         load_profile(tmp_path / "p.json")

@@ -33,7 +33,7 @@ def config(num_layers: int = 40) -> ModelConfig:
 
 
 def platform(**changes: int) -> RooflinePlatform:
-    return RooflinePlatform(config(**changes), find_device("a100-80gb-sxm"), "13b")
+    return RooflinePlatform(config(**changes), find_device("a100-sxm"), "13b")
 
 
 @pytest.mark.parametrize("shape", [PREFILL, DECODE])

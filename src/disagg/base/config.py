@@ -77,6 +77,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_batch_tokens: Annotated[int, Meta(ge=1, description="most new tokens in one step")] = 512
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
+    pull_before_step: Annotated[
+        bool, Meta(description="pull offered KV blocks before the next step starts, as DistServe does, not beside it")
+    ] = False
     lease_s: Annotated[
         float,
         Meta(gt=0, description="seconds that handed-over KV blocks wait to be pulled before they are freed"),

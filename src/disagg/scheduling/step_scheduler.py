@@ -319,6 +319,8 @@ class StepScheduler:
                 self._on_transfer_done(sequence.request_id, sequence.epoch)
 
     def _start_steps(self) -> None:
+        if self._num_pulling and self._settings.pull_before_step:
+            return
         while len(self._steps) < self._settings.max_steps_in_flight:
             builder = StepBuilder(self._settings.max_batch_tokens, self._settings.max_batch_size)
             self._fill(builder)

@@ -38,7 +38,7 @@ DEVICES: Final = {
     sheet.name: sheet
     for sheet in (
         DeviceSheet(
-            name="a100-80gb-sxm",
+            name="a100-sxm",
             memory_bytes=80 * 2**30,
             memory_bytes_per_s=2.039e12,
             flops_per_s=312e12,

@@ -61,7 +61,9 @@ DISTSERVE: Final = EngineRules(
         Role.PREFILL: SchedulerSettings(
             scheduling=SchedulingMode.PREFILL_FIRST, max_batch_tokens=8192, max_batch_size=128, lease_s=_NEVER_S
         ),
-        Role.DECODE: SchedulerSettings(max_batch_tokens=65_536, max_batch_size=1024, lease_s=_NEVER_S),
+        Role.DECODE: SchedulerSettings(
+            max_batch_tokens=65_536, max_batch_size=1024, pull_before_step=True, lease_s=_NEVER_S
+        ),
     },
     block_size=16,
     swap=Link(25e9),
@@ -69,7 +71,6 @@ DISTSERVE: Final = EngineRules(
         "settings of evaluation/2-benchmark-serving/2-start-api-server.py",
         "a decode instance pulls when the prompt's blocks fit and one block in a hundred stays free; DistServe: when "
         "they fit and migrated requests that wait for a batch hold less than a twentieth of the blocks",
-        "a migrated request joins the step after the one that runs; DistServe holds that step back",
         "preempted KV comes back over PCIe 4 at 25 GB/s; leaving the device costs nothing",
     ),
 )

@@ -51,7 +51,6 @@ class ParallelSamples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The steps that were measured at one tensor parallelism."""
 
     tensor_parallel: Annotated[int, Meta(ge=1)]
-    capacity_tokens: Annotated[int, Meta(ge=1)]
     samples: Annotated[tuple[StepSample, ...], Meta(min_length=_MIN_SAMPLES)]
 
 
@@ -123,9 +122,13 @@ def _as_tuple(values: NDArray[np.float64]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class ProfiledPlatform:
-    """The model and machine of a profile. ``errors`` is the held-out error by tensor parallelism."""
+    """The model and machine of a profile, with KV pools of ``kv_memory_bytes`` for each device of an instance.
+
+    ``errors`` is the held-out error by tensor parallelism.
+    """
 
     profile: Profile
+    kv_memory_bytes: int
     link: LinkModel = field(init=False)
     errors: dict[int, FitError] = field(init=False)
     _latencies: dict[int, FittedLatency] = field(init=False, repr=False)
@@ -153,10 +156,9 @@ class ProfiledPlatform:
         return FittedLatency(fitted.knots, fitted.coefficients, pipeline_parallel)
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
-        """See ``Platform``: what was measured, for each pipeline stage."""
-        self._check(tensor_parallel)
-        by_tensor = {steps.tensor_parallel: steps.capacity_tokens for steps in self.profile.steps}
-        return by_tensor[tensor_parallel] * pipeline_parallel
+        """See ``Platform``."""
+        num_devices = tensor_parallel * pipeline_parallel
+        return self.kv_memory_bytes * num_devices // self.profile.kv_bytes_per_token
 
     def _check(self, tensor_parallel: int) -> None:
         if tensor_parallel not in self._latencies:

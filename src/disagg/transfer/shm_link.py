@@ -1,9 +1,9 @@
 """The link between two instances of one host: one copy, straight from the peer's pool into the own one.
 
 The copy runs on a thread of its own, in NumPy calls that release the GIL, each over all layers of a run of
-neighbouring blocks. On one core of a Zen 5 server, for 32 blocks of 24 KB per layer (``benchmarks/kv_pull.py``), that is
-20 GB/s for neighbours and 12 for scattered blocks, where a plain copy makes 22-25; 7 GB/s the first time that a block is
-read, because its pages are mapped then.
+neighbouring blocks. On one core of a Zen 5 server, for 32 blocks of 24 KB per layer, ``benchmarks/kv_pull.py`` prints
+20 GB/s for neighbours and 12 for scattered blocks, where a plain copy makes 22-25; 7 GB/s the first time that a block
+is read, because its pages are mapped then.
 """
 
 from collections.abc import Callable, Iterator, Sequence

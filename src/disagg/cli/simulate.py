@@ -1,0 +1,177 @@
+"""``disagg simulate``: what a placement would do under a workload, by running the real policies in virtual time."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from disagg.base.config import CacheSettings, Placement, RouterSettings, SchedulerSettings
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.cli.flags import build, flags_of
+from disagg.cli.placement_file import choose_placement
+from disagg.cli.simulate_platform import choose_platform, choose_rules
+from disagg.cli.simulate_report import SimulationReport, print_report
+from disagg.cli.simulate_workload import Workload
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.engines import IMITATED, build_cluster
+from disagg.simulator.event_log import EventLog
+from disagg.simulator.report import RunReport, Slo
+from disagg.simulator.run import Estimate, find_goodput
+from disagg.simulator.run import simulate as run_simulation
+
+_COUNT: Final = click.IntRange(min=0)
+_FILE: Final = click.Path(path_type=Path)
+_SECONDS: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+class SloType(click.ParamType[Slo]):
+    """Latency objectives: ttft=250ms,tpot=100ms."""
+
+    name = "slo"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Slo:
+        """Return the objectives."""
+        if isinstance(value, Slo):
+            return value
+        limits: dict[str, float] = {}
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(ttft|tpot)\s*=\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", part)
+            if match is None or match[1] in limits:
+                self.fail(f"{value!r} is not a pair of objectives such as ttft=250ms,tpot=100ms", param, ctx)
+            limits[match[1]] = float(match[2]) * _SECONDS[match[3]]
+        return Slo(ttft_s=limits.get("ttft", math.inf), tpot_s=limits.get("tpot", math.inf))
+
+
+@click.command()
+@click.option("--prefill", type=_COUNT, metavar="N", help="Prefill instances.  [default: 1, or 0 with --colocated]")
+@click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
+@click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both.  [default: 0]")
+@click.option("--placement", type=_FILE, metavar="FILE", help="Instances, with their parallelism, from a YAML file.")
+@click.option("--model", metavar="NAME|config.json", help="Model, unless the latency file names it.")
+@click.option(
+    "--latency",
+    metavar="FILE|NAME",
+    help="Step times: a profile, a device (a100-sxm, h100-sxm, h200-sxm) for the roofline, a path FOLDER/a100_sxm of "
+    "operator tables, or 'published' (OPT on A100).  [default: published where --engine is imitated]",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["disagg", *IMITATED]),
+    default="disagg",
+    show_default=True,
+    help="Whose rules to serve by. The flags of cache, scheduler and router below are for disagg alone.",
+)
+@click.option("--workload", type=_FILE, required=True, metavar="FILE", help="Requests: see below.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="R",
+    help="Requests/s, by stretching the times or drawing them.",
+)
+@click.option(
+    "--scale", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Factor on the workload's rate."
+)
+@click.option("--requests", "num_requests", type=click.IntRange(min=1), metavar="N", help="Only the first N requests.")
+@click.option("--slo", type=SloType(), default="ttft=250ms,tpot=100ms", show_default=True, help="Latency objectives.")
+@click.option(
+    "--attainment",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    metavar="PART",
+    help="Part of requests to keep them.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Runs, where times are drawn.",
+)
+@click.option("--find-goodput", is_flag=True, help="Search the highest rate per device that keeps --attainment.")
+@click.option("--events", type=_FILE, metavar="FOLDER", help="Write every decision of the first run, for replay.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@flags_of(CacheSettings, SchedulerSettings, RouterSettings)
+def simulate(
+    placement: Path | None, workload: Path, slo: Slo, as_json: bool, events: Path | None, **values: Any
+) -> None:
+    """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
+
+    Runs the same router and scheduler code as disagg serve against a model of step times.
+
+    A workload is a .csv file with the columns arrival_s, prompt_len and output_len, or a .jsonl (.gz) file with
+    input_length, output_length and, where they are known, timestamp (ms) and hash_ids of 512-token blocks. Without
+    times, arrivals are Poisson at --rate.
+    """
+    chosen = choose_placement(placement, {role: values[role.value] for role in Role})
+    rules = choose_rules(
+        values["engine"],
+        build(SchedulerSettings, values),
+        build(CacheSettings, values),
+        build(RouterSettings, values),
+    )
+    chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
+    spec = build_cluster(chosen, chosen_platform.platform, rules)
+    source = Workload(workload, values["num_requests"])
+    rate = _rate(source, values["rate"], values["scale"])
+    runs = _run_seeds(spec, source, rate, slo, values["seeds"], events)
+    goodput = _goodput(spec, source, slo, values) if values["find_goodput"] else None
+    num_devices = _num_devices(chosen)
+    report = SimulationReport(
+        platform=chosen_platform.platform.name,
+        latency_errors=chosen_platform.errors,
+        engine=rules.name,
+        notes=rules.notes,
+        num_devices=num_devices,
+        rate=source.rate if rate is None else rate,
+        slo=slo,
+        attainment=Estimate.of([run.attainment for run in runs]),
+        attainment_target=values["attainment"],
+        goodput=goodput,
+        goodput_per_device=None if goodput is None else goodput / num_devices,
+        runs=runs,
+    )
+    print_report(report, as_json)
+
+
+def _rate(source: Workload, rate: float | None, scale: float | None) -> float | None:
+    if scale is None:
+        return rate
+    if rate is not None:
+        raise ConfigurationError("--rate and --scale both set the rate: give one of them")
+    if not source.has_times:
+        raise ConfigurationError("--scale multiplies the workload's rate, but this one has no times: give --rate")
+    return source.rate * scale
+
+
+def _run_seeds(
+    spec: ClusterSpec, source: Workload, rate: float | None, slo: Slo, num_seeds: int, events: Path | None
+) -> tuple[RunReport, ...]:
+    """Run once for each seed; a workload that replays its own times is the same for all, so it runs once."""
+    block_size = spec.instances[0].block_size
+    runs = []
+    for seed in range(1 if source.has_times else num_seeds):
+        requests = source.draw(seed, rate, block_size)
+        if events is not None and seed == 0:
+            with EventLog(events) as log:
+                runs.append(run_simulation(spec, requests, slo, log))
+        else:
+            runs.append(run_simulation(spec, requests, slo))
+    return tuple(runs)
+
+
+def _goodput(spec: ClusterSpec, source: Workload, slo: Slo, values: dict[str, Any]) -> float:
+    def attainment(rate: float) -> float:
+        runs = _run_seeds(spec, source, rate, slo, values["seeds"], None)
+        return sum(run.attainment for run in runs) / len(runs)
+
+    start = values["rate"] or (source.rate if math.isfinite(source.rate) else 1.0)
+    return find_goodput(attainment, values["attainment"], start)
+
+
+def _num_devices(placement: Placement) -> int:
+    return sum(group.count * group.tensor_parallel * group.pipeline_parallel for group in placement.groups)

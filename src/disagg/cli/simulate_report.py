@@ -1,0 +1,99 @@
+"""The report of ``disagg simulate``, for people and as JSON."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from disagg.simulator.report import Percentiles, RunReport, Slo
+from disagg.simulator.run import Estimate
+
+
+class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was asked and found. Times in seconds, rates in requests/s."""
+
+    platform: str
+    latency_errors: dict[str, str]
+    engine: str
+    notes: tuple[str, ...]
+    num_devices: int
+    rate: float
+    slo: Slo
+    attainment: Estimate
+    attainment_target: float
+    goodput: float | None
+    goodput_per_device: float | None
+    runs: tuple[RunReport, ...]
+
+
+def print_report(report: SimulationReport, as_json: bool) -> None:
+    """Write the report to stdout."""
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+        return
+    console = Console(highlight=False)
+    first = report.runs[0]
+    console.print(f"[bold]{report.platform}[/], rules of {report.engine}, {report.num_devices} device(s)")
+    for what, error in report.latency_errors.items():
+        console.print(f"  step times, {what}: {error}")
+    seeds = f", {len(report.runs)} seeds" if len(report.runs) > 1 else ""
+    console.print(f"{first.num_requests} requests at {report.rate:.3g} requests/s{seeds}\n")
+    console.print(_latencies(report.runs))
+    console.print(_attainment(report))
+    if report.goodput is not None:
+        console.print(
+            f"goodput  [bold]{report.goodput_per_device:.3g}[/] requests/s per device ({report.goodput:.3g} in all) "
+            f"at {report.attainment_target:.0%}"
+        )
+    console.print(_stages(report.runs))
+    for use in first.kv:
+        console.print(f"KV of {use.instance}: mean {use.mean:.0%}, peak {use.peak:.0%}  {_sparkline(use.course)}")
+    if first.num_preemptions:
+        console.print(f"{first.num_preemptions} preemptions")
+
+
+def _latencies(runs: Sequence[RunReport]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("ms", "mean", "P50", "P90", "P99"):
+        table.add_column(heading, justify="left" if heading == "ms" else "right")
+    getters: dict[str, Callable[[RunReport], Percentiles]] = {
+        "TTFT": lambda run: run.ttft,
+        "TPOT": lambda run: run.tpot,
+        "E2E": lambda run: run.e2e,
+    }
+    for name, get in getters.items():
+        rows = [get(run) for run in runs]
+        values = [_mean([getattr(row, field) for row in rows]) for field in ("mean", "p50", "p90", "p99")]
+        table.add_row(name, *(f"{value * 1e3:.1f}" for value in values))
+    return table
+
+
+def _attainment(report: SimulationReport) -> str:
+    estimate, slo = report.attainment, report.slo
+    interval = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.1%}"
+    limits = [f"{name} <= {limit * 1e3:g} ms" for name, limit in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s))]
+    alone = [_mean([getattr(run, name) for run in report.runs]) for name in ("ttft_attainment", "tpot_attainment")]
+    told = " and ".join(f"{limit} ({part:.1%} alone)" for limit, part in zip(limits, alone, strict=True))
+    return f"\nattainment  [bold]{estimate.mean:.1%}[/]{interval} of {told}"
+
+
+def _stages(runs: Sequence[RunReport]) -> str:
+    shares = {stage: _mean([run.stage_shares[stage] for run in runs]) for stage in runs[0].stage_shares}
+    told = ", ".join(f"{stage.replace('_', ' ')} {share:.1%}" for stage, share in shares.items() if share >= 5e-4)
+    return f"time spent  {told}"
+
+
+def _sparkline(course: Sequence[float], width: int = 60) -> str:
+    """Return the course of a fraction as blocks; each is the peak of its part."""
+    if not course:
+        return ""
+    step = max(1, math.ceil(len(course) / width))
+    peaks = [max(course[start : start + step]) for start in range(0, len(course), step)]
+    return "".join(" ▁▂▃▄▅▆▇█"[min(8, math.ceil(peak * 8))] for peak in peaks)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,128 @@
+"""What came out of a simulation: latencies, attainment, where the time went, how full the KV pools were."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from disagg.measure.timeline import Stage
+from disagg.simulator.request import Outcome, SimulatedRequest
+
+PERCENTILES: Final = (50, 90, 99)
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """The latencies that a request must keep, both of them. A missing one is always kept."""
+
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the requests that have the value, in seconds; NaN where none has."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class KvUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How full the KV pool of one instance was, as fractions. ``course`` holds peaks over equal intervals."""
+
+    instance: str
+    mean: float
+    peak: float
+    interval_s: float
+    course: tuple[float, ...]
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. ``attainment`` counts every request that was sent; refused and failed ones are misses."""
+
+    num_requests: int
+    num_finished: int
+    attainment: float
+    ttft_attainment: float
+    tpot_attainment: float
+    ttft: Percentiles
+    tpot: Percentiles
+    e2e: Percentiles
+    stage_shares: dict[str, float]
+    """Part of all requests' time that each stage took; they add up to 1."""
+    num_preemptions: int
+    span_s: float
+    """From the start to the end of the last request."""
+    output_tokens_per_s: float
+    kv: tuple[KvUse, ...]
+
+
+class Collector:
+    """Takes each request as it ends and keeps three numbers of it."""
+
+    def __init__(self, slo: Slo) -> None:
+        self._slo = slo
+        self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
+        self._stages = dict.fromkeys(Stage, 0.0)
+        self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
+        self._num_output_tokens = 0
+        self._last_end_s = 0.0
+
+    def add(self, request: SimulatedRequest) -> None:
+        """Count one ended request."""
+        self._num_requests += 1
+        self._last_end_s = max(self._last_end_s, request.timeline.finished_s)
+        for stage, duration_s in request.timeline.stages().items():
+            self._stages[stage] += duration_s
+        if request.outcome is not Outcome.FINISHED:
+            return
+        self._num_finished += 1
+        self._num_output_tokens += request.num_output_tokens
+        ttft_s, tpot_s = request.ttft_s, request.tpot_s
+        self._ttft.append(ttft_s)
+        self._e2e.append(request.timeline.last_token_s - request.arrival_s)
+        if not math.isnan(tpot_s):
+            self._tpot.append(tpot_s)
+        ttft_met, tpot_met = ttft_s <= self._slo.ttft_s, not tpot_s > self._slo.tpot_s
+        self._num_ttft_met += ttft_met
+        self._num_tpot_met += tpot_met
+        self._num_met += ttft_met and tpot_met
+
+    @property
+    def last_end_s(self) -> float:
+        """When the last request ended."""
+        return self._last_end_s
+
+    def report(self, num_preemptions: int, kv: Sequence[KvUse]) -> RunReport:
+        """Return the report of all requests so far."""
+        total_s = sum(self._stages.values())
+        span_s = self._last_end_s
+        count = max(1, self._num_requests)
+        return RunReport(
+            num_requests=self._num_requests,
+            num_finished=self._num_finished,
+            attainment=self._num_met / count,
+            ttft_attainment=self._num_ttft_met / count,
+            tpot_attainment=self._num_tpot_met / count,
+            ttft=_percentiles(self._ttft),
+            tpot=_percentiles(self._tpot),
+            e2e=_percentiles(self._e2e),
+            stage_shares={
+                stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()
+            },
+            num_preemptions=num_preemptions,
+            span_s=span_s,
+            output_tokens_per_s=self._num_output_tokens / span_s if span_s else 0.0,
+            kv=tuple(kv),
+        )
+
+
+def _percentiles(values: "array[float]") -> Percentiles:
+    if not values:
+        return Percentiles(mean=math.nan, p50=math.nan, p90=math.nan, p99=math.nan)
+    data = np.frombuffer(values, dtype=np.float64)
+    p50, p90, p99 = (float(value) for value in np.percentile(data, PERCENTILES))
+    return Percentiles(mean=float(data.mean()), p50=p50, p90=p90, p99=p99)

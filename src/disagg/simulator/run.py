@@ -1,0 +1,115 @@
+"""One simulation from specification to report, several over seeds, and the search for the goodput."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
+from disagg.simulator.event_log import EventLog
+from disagg.simulator.report import Collector, KvUse, RunReport, Slo
+from disagg.simulator.request import SimulatedRequest
+
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal distribution's.
+_T95: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+_NORMAL95: Final = 1.960
+RATE_TOLERANCE: Final = 0.02
+_MAX_DOUBLINGS: Final = 20
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A mean over seeds with its 95% confidence interval; ``half_width`` is NaN for a single seed."""
+
+    mean: float
+    half_width: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """Return the estimate from one value per seed, by Student's t."""
+        mean = sum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean=mean, half_width=math.nan)
+        quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _NORMAL95
+        return cls(mean=mean, half_width=quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values)))
+
+
+def simulate(
+    spec: ClusterSpec, requests: Iterable[SimulatedRequest], slo: Slo, log: EventLog | None = None
+) -> RunReport:
+    """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit."""
+    collector = Collector(slo)
+    cluster = SimulatedCluster(spec, collector.add, log=log)
+    cluster.run(_check_fit(spec, requests))
+    span_s = collector.last_end_s
+    kv = []
+    for instance in cluster.instances:
+        use = instance.kv_use
+        num_blocks = instance.spec.num_blocks
+        kv.append(
+            KvUse(
+                instance=instance.spec.name,
+                mean=use.mean(span_s) / num_blocks,
+                peak=use.peak / num_blocks,
+                interval_s=use.interval_s,
+                course=tuple(peak / num_blocks for peak in use.peaks),
+            )
+        )
+    num_preemptions = sum(instance.load().num_preemptions_total for instance in cluster.instances)
+    return collector.report(num_preemptions, kv)
+
+
+def _check_fit(spec: ClusterSpec, requests: Iterable[SimulatedRequest]) -> Iterator[SimulatedRequest]:
+    """Pass requests on; refuse one that no path through the cluster could ever hold."""
+    capacity = {
+        role: max((instance.capacity for instance in spec.instances if instance.role is role), default=0)
+        for role in Role
+    }
+    for request in requests:
+        needed = request.max_total_tokens
+        ends_at_first = request.output_len == 1
+        by_pair = request.prompt_len < capacity[Role.PREFILL] and (ends_at_first or needed <= capacity[Role.DECODE])
+        if not by_pair and needed > capacity[Role.COLOCATED]:
+            room = ", ".join(f"{role.value} {tokens}" for role, tokens in capacity.items() if tokens)
+            raise ConfigurationError(
+                f"request {request.request_id} ({request.prompt_len} + {request.output_len} tokens) never fits: the KV "
+                f"pools hold {room} tokens; leave it out, or give the instances more memory or devices"
+            )
+        yield request
+
+
+def find_goodput(attainment: Callable[[float], float], target: float, start_rate: float) -> float:
+    """Return the highest rate at which ``attainment(rate)`` is at least ``target``, to 2%.
+
+    ``attainment`` is taken to fall with the rate. The search doubles or halves from ``start_rate`` until it has
+    bracketed the goodput, then halves the bracket. Raises ConfigurationError when no rate is low or high enough:
+    then the objectives, not the load, decide.
+    """
+    low, high = 0.0, math.inf
+    rate = start_rate
+    for _ in range(_MAX_DOUBLINGS):
+        if attainment(rate) >= target:
+            low, rate = rate, rate * 2
+        else:
+            high, rate = rate, rate / 2
+        if low > 0 and high < math.inf:
+            break
+    else:
+        side = "met at any rate" if low > 0 else "missed at any rate"
+        raise ConfigurationError(
+            f"an attainment of {target:.0%} is {side} that was tried ({start_rate / 2**_MAX_DOUBLINGS:.2g} to "
+            f"{start_rate * 2**_MAX_DOUBLINGS:.2g} requests/s): change the objectives or the placement"
+        )
+    while high - low > RATE_TOLERANCE * low:
+        middle = (low + high) / 2
+        if attainment(middle) >= target:
+            low = middle
+        else:
+            high = middle
+    return low

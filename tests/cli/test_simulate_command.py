@@ -1,0 +1,188 @@
+"""``disagg simulate``: from files and flags to a report, and every bad input to a sentence."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from disagg.base.errors import ConfigurationError
+from disagg.cli.simulate import simulate
+from disagg.cli.simulate_workload import Workload
+
+PUBLISHED = ["--engine", "distserve", "--model", "opt-13b"]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    rows = [f"{number * 0.3},{100 + 37 * number % 900},{5 + 7 * number % 60}" for number in range(40)]
+    path.write_text("arrival_s,prompt_len,output_len\n" + "\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "seven" / "config.json"
+    path.parent.mkdir()
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    rest = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "silu"}
+    path.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape, **rest}))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(simulate, [str(argument) for argument in arguments])
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def test_a_report_for_people(trace: Path) -> None:
+    result = run("--workload", trace, *PUBLISHED)
+    assert result.exit_code == 0, result.output
+    for words in ("40 requests at 3.33 requests/s", "TTFT", "P90", "attainment", "KV of decode-0", "2 device(s)"):
+        assert words in result.stdout.replace("\n", " ")
+
+
+def test_a_report_for_programs(trace: Path) -> None:
+    found = report("--workload", trace, *PUBLISHED, "--slo", "ttft=0.5s,tpot=80ms", "--find-goodput")
+    assert found["num_devices"] == 2
+    assert found["slo"] == {"ttft_s": 0.5, "tpot_s": 0.08}
+    assert found["attainment"]["mean"] == found["runs"][0]["attainment"]
+    assert found["goodput_per_device"] == found["goodput"] / 2 > 0
+    assert found["runs"][0]["num_finished"] == 40
+
+
+def test_equal_calls_print_equal_bytes(trace: Path) -> None:
+    assert (
+        run("--workload", trace, *PUBLISHED, "--json").stdout == run("--workload", trace, *PUBLISHED, "--json").stdout
+    )
+
+
+def test_a_placement_file_says_the_parallelism(trace: Path, tmp_path: Path) -> None:
+    placement = tmp_path / "placement.yaml"
+    placement.write_text(
+        "groups:\n- {role: prefill, count: 1, tensor_parallel: 2}\n"
+        "- {role: decode, count: 1, tensor_parallel: 1, pipeline_parallel: 2}\n"
+    )
+    found = report("--workload", trace, *PUBLISHED, "--placement", placement)
+    assert found["num_devices"] == 4
+    assert found["runs"][0]["ttft"]["p50"] < report("--workload", trace, *PUBLISHED)["runs"][0]["ttft"]["p50"]
+
+
+def test_a_device_and_a_configuration_are_enough(trace: Path, model: Path) -> None:
+    h200 = report("--workload", trace, "--latency", "h200-sxm", "--model", model)
+    a100 = report("--workload", trace, "--latency", "a100-sxm", "--model", model, "--colocated", 2)
+    assert h200["platform"] == "seven on h200-sxm, roofline"
+    assert h200["runs"][0]["ttft"]["p50"] < a100["runs"][0]["ttft"]["p50"]
+
+
+def test_operator_tables(trace: Path, model: Path, reference_data: Path) -> None:
+    tables = reference_data / "silicon" / "aiconfigurator" / "h100_sxm"
+    found = report("--workload", trace, "--latency", tables, "--model", model)
+    assert found["platform"] == "seven on h100-sxm, measured operators"
+    assert "median" in found["latency_errors"]["matmul, from its neighbours"]
+
+
+def test_scale_and_rate_stretch_the_times(trace: Path) -> None:
+    base = report("--workload", trace, *PUBLISHED)["rate"]
+    assert report("--workload", trace, *PUBLISHED, "--scale", 2)["rate"] == pytest.approx(2 * base)
+    assert report("--workload", trace, *PUBLISHED, "--rate", 5)["rate"] == 5
+
+
+def test_drawn_arrivals_give_an_interval_over_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(f'{{"input_length": {100 + n}, "output_length": {n % 30}}}\n' for n in range(30))
+    found = report("--workload", path, "--rate", 8, "--seeds", 3, "--slo", "ttft=60ms,tpot=30ms", *PUBLISHED)
+    assert len(found["runs"]) == 3
+    assert found["attainment"]["half_width"] > 0
+    assert "±" in run("--workload", path, "--rate", 8, "--seeds", 3, *PUBLISHED).stdout
+
+
+def test_the_decisions_are_written_for_replay(trace: Path, tmp_path: Path) -> None:
+    report("--workload", trace, *PUBLISHED, "--events", tmp_path / "log")
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"router.jsonl", "prefill-0.jsonl", "decode-0.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "distserve"], "give --model"),
+        (["--engine", "distserve", "--model", "opt-175b"], "no published fits for facebook/opt-175b"),
+        ([*PUBLISHED, "--colocated", "1"], "engine distserve has no colocated instances"),
+        ([], "Give --latency"),
+        (["--latency", "abacus"], "there are a100-sxm"),
+        (["--latency", "published", "--model", "opt-13b"], "published latencies are those of other engines"),
+        (["--latency", "nowhere.json"], "cannot read the profile"),
+        (["--latency", "a100-sxm", "--model", "nowhere/config.json"], "cannot read nowhere/config.json"),
+        ([*PUBLISHED, "--rate", "1", "--scale", "2"], "give one of them"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(arguments: list[str], words: str, trace: Path) -> None:
+    result = run("--workload", trace, *arguments)
+    assert isinstance(result.exception, ConfigurationError)
+    assert words in str(result.exception)
+
+
+@pytest.mark.parametrize("slo", ["ttft=1", "ttft=1s,ttft=2s", "e2e=1s", "ttft=-1s", ""])
+def test_what_is_no_objective_is_refused(slo: str, trace: Path) -> None:
+    result = run("--workload", trace, *PUBLISHED, "--slo", slo)
+    assert result.exit_code == 2
+    assert "is not a pair of objectives" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "arrival_s,prompt_len\n0,1\n", "has no column output_len"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n0,10,5\n-1,10,5\n", "line 3: arrival at -1.0 s is negative"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n2,10,5\n1,10,5\n", "line 3: arrival at 1.0 s is before"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n0,ten,5\n", "line 2: ValueError"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n0,0,5\n", "line 2: a request of 0 prompt tokens"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n", "holds no requests"),
+        ("a.jsonl", '{"input_length": 3, "output_length": 2}\nnonsense\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"input_length": 3}\n', "line 1: KeyError 'output_length'"),
+        ("a.jsonl", "[1, 2]\n", "line 1: AttributeError"),
+        ("a.jsonl", '{"input_length": 3, "output_length": 2}\n', "give --rate"),
+        ("a.txt", "", "is neither .csv"),
+        (
+            "a.csv",
+            "arrival_s,prompt_len,output_len\n0,10,5\n1,99999,5\n",
+            "request a.csv:3 (99999 + 5 tokens) never fits",
+        ),
+    ],
+)
+def test_a_bad_workload_is_refused_with_its_line(name: str, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    result = run("--workload", tmp_path / name, *PUBLISHED)
+    assert isinstance(result.exception, ConfigurationError)
+    assert words in str(result.exception)
+
+
+def test_a_missing_workload_is_refused() -> None:
+    result = run("--workload", "nowhere.csv", *PUBLISHED)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "cannot read the workload nowhere.csv" in str(result.exception)
+
+
+def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    ids = ([1, 2], [1, 3], [4, 2])
+    path.write_text(
+        "".join(
+            json.dumps({"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": i}) + "\n" for i in ids
+        )
+    )
+    first, second, third = (request.block_hashes for request in Workload(path).draw(0, None, block_size=32))
+    assert len(first) == 1000 // 32
+    assert first[:16] == second[:16]
+    assert not set(first[16:]) & set(second[16:])
+    assert not set(first) & set(third)
