@@ -32,6 +32,9 @@ DEPLOYMENTS = {
     "tight colocated": cluster_spec(instance(Role.COLOCATED, num_blocks=48)),
     "prefill first": cluster_spec(instance(Role.COLOCATED, scheduling=SchedulingMode.PREFILL_FIRST)),
     "decode first": cluster_spec(instance(Role.COLOCATED, scheduling=SchedulingMode.DECODE_FIRST)),
+    "pulls before steps": cluster_spec(
+        instance(Role.PREFILL), instance(Role.DECODE, pull_before_step=True), link=Link(bytes_per_s=5e7)
+    ),
     "short leases": cluster_spec(
         instance(Role.PREFILL, lease_s=0.02), instance(Role.DECODE, num_blocks=60), link=Link(bytes_per_s=5e6)
     ),
@@ -147,6 +150,22 @@ def test_load_spreads_over_equal_instances() -> None:
     assert sum(r.timeline.finished_s - r.arrival_s for r in spread) < 0.8 * sum(
         r.timeline.finished_s - r.arrival_s for r in single
     )
+
+
+def test_steps_wait_for_pulls_only_when_told_to() -> None:
+    """A long answer is decoded while a long prompt's blocks are pulled for 50 ms, or stops for as long."""
+
+    def decode_s(*, pull_before_step: bool) -> float:
+        spec = cluster_spec(
+            instance(Role.PREFILL),
+            instance(Role.DECODE, pull_before_step=pull_before_step),
+            link=Link(bytes_per_s=4e6),
+        )
+        requests = [SimulatedRequest(RequestId("long"), 0.0, 16, 200), SimulatedRequest(RequestId("b"), 0.1, 200, 2)]
+        serve(spec, requests)
+        return requests[0].tpot_s * 199
+
+    assert decode_s(pull_before_step=True) - decode_s(pull_before_step=False) == pytest.approx(0.05, rel=0.1)
 
 
 def test_message_and_accept_delays_are_waited_for() -> None:

@@ -12,7 +12,7 @@ import pytest
 from simulated import LinearLatency, cluster_spec, instance, poisson, serve
 
 from disagg.base.config import SchedulingMode
-from disagg.base.ids import BlockId
+from disagg.base.ids import BlockId, InstanceId
 from disagg.base.messages import Adopt, Generate, InstanceFacts, Message, Offered, Ready, StepOutput, Stop, ToEngine
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
@@ -48,7 +48,7 @@ class VirtualPulls:
     def __init__(self, clock: VirtualClock, spec: InstanceSpec) -> None:
         self._clock = clock
         self._spec = spec
-        self._links = SerialLinks(LINK)
+        self._links = SerialLinks(LINK, {spec.name: 1, InstanceId("prefill-0"): 1})
         self.running: list[PullResult] = []
 
     def start(self, pull: Pull, address: bytes, now: float) -> None:

@@ -351,7 +351,9 @@ class StepScheduler:
             self._admit(builder, builder.whole_size)
 
     def _plan_decodes(self, builder: StepBuilder) -> None:
-        for sequence in [s for s in self._running if s.num_remaining == 1 and not s.num_in_flight]:
+        # With several steps in flight each takes its share, or one would hold all decodes and leave stages idle.
+        share = -(-len(self._running) // self._settings.max_steps_in_flight)
+        for sequence in [s for s in self._running if s.num_remaining == 1 and not s.num_in_flight][:share]:
             self._plan(builder, sequence, builder.chunk_size(sequence))
 
     def _prefilling(self) -> list[Sequence]:

@@ -54,7 +54,7 @@ class SimulatedCluster:
             message_s=spec.message_s,
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
-        links = SerialLinks(spec.link)
+        links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
         self.instances = tuple(
             SimulatedInstance(
                 instance,

@@ -53,6 +53,7 @@ class InstanceSpec:
     block_size: int
     latency: LatencyModel
     kv_bytes_per_token: int = 0
+    num_devices: int = 1
     prefix_caching: bool = True
     swap: LinkModel | None = None
     """Where the KV of preempted sequences waits; None computes it again."""

@@ -1,6 +1,7 @@
 """How long KV blocks travel, and in which order transfers share a link."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,15 +35,22 @@ class Link:
 
 
 class SerialLinks:
-    """One link for each pair of instances. Transfers on the same link run one after the other, first come first."""
+    """The links between instances. Transfers of the same pair run one after the other, first come first.
 
-    def __init__(self, model: LinkModel) -> None:
+    ``model`` is that of one device to one other. Instances of several devices hold a part of the KV on each and send
+    the parts side by side, over as many links as the smaller one of the two has devices.
+    """
+
+    def __init__(self, model: LinkModel, num_devices: Mapping[InstanceId, int]) -> None:
         self._model = model
+        self._num_devices = num_devices
         self._free_at_s: dict[tuple[InstanceId, InstanceId], float] = {}
 
     def start(self, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
         """Queue a transfer at ``now`` and return when it ends."""
         pair = (source, target)
-        end_s = max(now, self._free_at_s.get(pair, 0.0)) + self._model.transfer_time_s(num_bytes)
+        num_links = min(self._num_devices[source], self._num_devices[target])
+        time_s = self._model.transfer_time_s(-(-num_bytes // num_links))
+        end_s = max(now, self._free_at_s.get(pair, 0.0)) + time_s
         self._free_at_s[pair] = end_s
         return end_s

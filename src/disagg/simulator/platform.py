@@ -22,7 +22,7 @@ class Platform(Protocol):
 
     @property
     def link(self) -> LinkModel:
-        """The link over which KV blocks travel from one instance to another."""
+        """The link over which KV blocks travel from one device to another."""
 
     def latency(self, tensor_parallel: int, pipeline_parallel: int) -> LatencyModel:
         """Return the latency model of an instance."""

@@ -27,8 +27,9 @@ ENGINE_TOKEN_MS: Final = 1e-4
 PREFILL_STAGE_MS: Final = 1.0
 """Cost of a prefill on each stage, for each stage there is (``simdistserve/estimators/time_estimator.py``)."""
 
-NVLINK_BYTES_PER_S: Final = 300e9
-"""A100 SXM, one direction (data sheet)."""
+MIGRATION_BYTES_PER_S: Final = 100e9
+"""Chosen on the two measured DistServe runs: a third of NVLink's peak, for copies of one block at a time. At the peak
+itself, 300 GB/s, their TPOT comes out 4% to 7% too low, and most so after a hand-over."""
 MIGRATION_S: Final = ENGINE_STEP_MS / 1e3
 """A migration is one remote call to the decode workers: the fits' cost of such a call."""
 
@@ -71,7 +72,7 @@ class PublishedPlatform:
     model: str
     prefill_factor: float | None = None
     decode_factor: float | None = None
-    link: LinkModel = field(default_factory=lambda: Link(NVLINK_BYTES_PER_S, MIGRATION_S))
+    link: LinkModel = field(default_factory=lambda: Link(MIGRATION_BYTES_PER_S, MIGRATION_S))
 
     def __post_init__(self) -> None:
         if (self.engine, self.model) not in FITS:

@@ -1,5 +1,8 @@
 """Every native kernel, at every instruction set this processor has, against the PyTorch backend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +21,16 @@ BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets
 REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
 backends = st.sampled_from(list(BACKENDS))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(max_examples=150, deadline=None)
@@ -93,15 +106,33 @@ def test_argmax_is_the_first_of_the_largest(name: str, dtype: torch.dtype, rows:
     torch.testing.assert_close(BACKENDS[name].argmax(logits), expected)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 70])
-def test_packed_linear(dtype: torch.dtype, bias: bool, rows: int) -> None:
-    weight, x = torch.randn(96, 160).to(dtype), torch.randn(rows, 160).to(dtype)
-    offset = torch.randn(96).to(dtype) if bias else None
-    got = next(iter(BACKENDS.values())).linear(weight.clone(), offset)(x)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
-    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, offset), **tolerance)
+@settings(max_examples=150, deadline=None)
+@given(
+    name=backends,
+    dtype=dtypes,
+    rows=st.integers(0, 70),
+    out_features=st.integers(1, 200),
+    in_features=st.integers(1, 150),
+    bias=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_linear(
+    name: str, dtype: torch.dtype, rows: int, out_features: int, in_features: int, bias: bool, threads: int
+) -> None:
+    weight, x = torch.randn(out_features, in_features).to(dtype), torch.randn(rows, in_features).to(dtype)
+    offset = torch.randn(out_features).to(dtype) if bias else None
+    exact = x.double() @ weight.double().T + (0 if offset is None else offset.double())
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
+    with num_threads(threads):
+        linear = BACKENDS[name].linear(weight, offset)
+        torch.testing.assert_close(linear(x), exact.to(dtype), **tolerance)
+
+
+def test_linear_of_many_rows_and_columns_is_cut_into_bands_and_columns() -> None:
+    weight, x = torch.randn(1000, 64), torch.randn(301, 64)
+    backend = next(iter(BACKENDS.values()))
+    with num_threads(2):
+        torch.testing.assert_close(backend.linear(weight, None)(x), x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -115,14 +146,10 @@ def test_a_decode_does_not_depend_on_its_neighbours_or_on_threads(name: str) -> 
     fill_pool(kv_layer, KvFormat.INTERLEAVED, batch, shape)
     q = torch.randn((43, shape.num_heads, shape.head_dim)).to(shape.dtype)
     together = BACKENDS[name].attention(q, kv_layer, batch, 0.125, None)
-    threads = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2):
-            torch.set_num_threads(num_threads)
+    for threads in (1, 2):
+        with num_threads(threads):
             single = BACKENDS[name].attention(q[:1], kv_layer, alone, 0.125, None)
-            torch.testing.assert_close(single, together[:1], rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(threads)
+        torch.testing.assert_close(single, together[:1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +185,14 @@ def test_a_position_without_angles_is_refused() -> None:
     kv_layer = torch.zeros((num_blocks, 2, 1, 16 * 64))
     with pytest.raises(InternalError, match="40 tokens, angles for 39"):
         backend.rope_and_write_kv(torch.zeros(1, 192), torch.zeros(39, 64), kv_layer, batch, 1, 1, None, None, 1e-5)
+
+
+def test_a_shape_without_kernel_is_refused() -> None:
+    backend = next(iter(BACKENDS.values()))
+    batch, num_blocks = make_batch([(5, 1)], 8)
+    with pytest.raises(InternalError, match="no native kernel for head dimension 64, block size 8"):
+        backend.attention(torch.zeros(1, 1, 64), torch.zeros((num_blocks, 2, 1, 8 * 64)), batch, 0.1, None)
+
+
+def test_the_kernels_run_on_the_threads_of_pytorch() -> None:
+    assert native.share_openmp()

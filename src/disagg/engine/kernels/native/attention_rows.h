@@ -11,8 +11,8 @@ namespace disagg {
 namespace DISAGG_ISA {
 
 // Far below any score, yet finite: differences of masked scores stay numbers.
-constexpr float kMasked = -1e30f;
-constexpr float kLowestMaximum = -1e29f;
+constexpr float kMasked = -1e36f;
+constexpr float kLowestOffset = -1e30f;
 
 // How one KV head lies in the pool, in units.
 struct HeadLayout {
@@ -37,41 +37,38 @@ constexpr int kScoreStride = kTileKeys;
 template <class E>
 constexpr int kWeightStride = kTileKeys / E::kPerUnit;
 
-// Interleave the queries of ``rows`` rows by steps: what add_steps takes as ``a`` with ARow = 1.
-template <class E>
-DISAGG_INLINE void pack_query(const void* query, uint32_t* packed, int row, int rows, int k_steps) {
-  for (int step = 0; step < k_steps; ++step)
-    __builtin_memcpy(packed + step * rows + row, static_cast<const uint32_t*>(query) + step, sizeof(uint32_t));
-}
-
-template <class E, int R, int C, class Ahead>
-DISAGG_INLINE void score_columns(const uint32_t* packed, const uint32_t* const* k_vectors, const HeadLayout& layout,
-                                 Ahead ahead, float* scores) {
+template <class E, int R, int C, int Columns>
+DISAGG_NOINLINE void score_columns(const uint32_t* queries, const uint32_t* const* k_vectors, const HeadLayout& layout,
+                                 Ahead<Columns> ahead, float* scores) {
   Tile<R, C> tile;
   tile.clear();
   const uint32_t* columns[C];
   for (int c = 0; c < C; ++c) columns[c] = k_vectors[c];
-  add_steps<E>(tile, {packed, 1, R}, columns, layout.block_size, layout.k_steps, ahead);
+  add_steps<E>(tile, {queries, layout.k_steps, 1}, columns, layout.block_size, layout.k_steps, ahead);
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) store(scores + r * kScoreStride + c * kLanes, tile.sum[r][c]);
 }
 
-// Scores of R packed queries with ``num_vectors`` vectors of kLanes keys.
-template <class E, int R, class Ahead>
-void score(const uint32_t* packed, const uint32_t* const* k_vectors, int num_vectors, const HeadLayout& layout,
-           Ahead ahead, float* scores) {
+// Scores of R queries, one behind the other, with ``num_vectors`` vectors of kLanes keys.
+template <class E, int R, int Columns>
+void score(const uint32_t* queries, const uint32_t* const* k_vectors, int num_vectors, const HeadLayout& layout,
+           Ahead<Columns> ahead, float* scores) {
   for_column_groups(0, num_vectors, [&](auto columns, int first) {
-    score_columns<E, R, columns.value>(packed, k_vectors + first, layout, ahead, scores + first * kLanes);
+    score_columns<E, R, columns.value>(queries, k_vectors + first, layout, ahead, scores + first * kLanes);
   });
 }
 
-// Maximum and sum of one row's weights so far; the sum still per lane.
+// What a row's weights are relative to, as a power of 2, and their sum so far, still per lane.
 struct RowState {
   Floats sum;
-  float maximum;
+  float offset;
 };
+
+// Weights may grow to 2^kSlack before the offset follows the maximum: after the first keys it hardly ever does, and a
+// branch that nobody can predict costs more than all the arithmetic around it.
+constexpr float kSlack = 8.0f;
 
 // Keys that a row sees, counted from the first key at hand.
 struct SeenKeys {
@@ -99,20 +96,18 @@ DISAGG_INLINE Floats mask_and_find_highest(float* scores, int num_vectors, SeenK
 template <class E, bool Masked>
 DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, SeenKeys seen, float to_base_2,
                           RowState& state) {
-  const Floats highest = mask_and_find_highest<Masked>(scores, num_vectors, seen);
+  const Floats highest = mask_and_find_highest<Masked>(scores, num_vectors, seen) * to_base_2;
   float correction = 1.0f;
-  // After some tiles the maximum hardly ever moves, and the long way through the lanes is saved.
-  if (any_above(highest, state.maximum)) {
+  if (any_above(highest, state.offset + kSlack)) {
     const float newer = max_of_lanes(highest);
-    correction = exp2<5>(broadcast((state.maximum - newer) * to_base_2))[0];
+    correction = exp2<5>(broadcast(state.offset - newer))[0];
     state.sum *= correction;
-    state.maximum = newer;
+    state.offset = newer;
   }
-  const float offset = state.maximum * to_base_2;
   Floats sum = Floats{};
   auto* row_weights = reinterpret_cast<typename E::Storage*>(weights);
   for (int vector = 0; vector < num_vectors; ++vector) {
-    const Floats weight = exp2<E::kExpDegree>(load<Floats>(scores + vector * kLanes) * to_base_2 - offset);
+    const Floats weight = exp2<E::kExpDegree>(load<Floats>(scores + vector * kLanes) * to_base_2 - state.offset);
     sum += weight;
     E::store_floats(row_weights + vector * kLanes, weight);
   }
@@ -129,16 +124,16 @@ DISAGG_INLINE void add_half_step(Tile<R, C>& tile, const uint32_t* weights, cons
   add_step<E>(tile, {weights, kWeightStride<E>, 1}, operands);
 }
 
-template <class E, int R, int C, class Ahead>
-DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys,
-                                     const HeadLayout& layout, Ahead ahead, const float (&corrections)[R],
+template <class E, int R, int C, int Columns>
+DISAGG_NOINLINE void add_value_columns(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys,
+                                     const HeadLayout& layout, Ahead<Columns> ahead, const float (&corrections)[R],
                                      float* values, int first_dim) {
   Tile<R, C> tile;
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c)
-      tile.sum[r][c] = load<Floats>(values + r * kMaxHeadDim + first_dim + c * kLanes) * corrections[r];
+      tile.sum[r][c] = load<Floats>(values + r * layout.head_dim + first_dim + c * kLanes) * corrections[r];
   for (; num_keys > 0; num_keys -= layout.block_size, ++v_blocks) {
     const int keys = num_keys < layout.block_size ? num_keys : layout.block_size;
     const uint32_t* columns[C];
@@ -152,13 +147,13 @@ DISAGG_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* co
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(values + r * kMaxHeadDim + first_dim + c * kLanes, tile.sum[r][c]);
+    for (int c = 0; c < C; ++c) store(values + r * layout.head_dim + first_dim + c * kLanes, tile.sum[r][c]);
 }
 
 // Add the weighted values of ``num_keys`` keys to R rows of ``values``, after multiplying these with ``corrections``.
-template <class E, int R, class Ahead>
+template <class E, int R, int Columns>
 void add_values(const uint32_t* weights, const uint32_t* const* v_blocks, int num_keys, const HeadLayout& layout,
-                Ahead ahead, const float (&corrections)[R], float* values) {
+                Ahead<Columns> ahead, const float (&corrections)[R], float* values) {
   for_column_groups(0, layout.head_dim / kLanes, [&](auto columns, int first) {
     add_value_columns<E, R, columns.value>(weights, v_blocks, num_keys, layout, ahead, corrections, values,
                                            first * kLanes);

@@ -20,18 +20,10 @@ class DecodeRange {
         table_(args.block_tables + item.sequence * args.table_stride),
         heads_(static_cast<const uint32_t*>(args.kv_layer) + item.kv_head * layout_.head_units),
         following_(following),
-        num_rows_(item.num_kv_heads * args.group) {
-    for (int head = 0; head < item.num_kv_heads; ++head)
-      for_row_groups(head * args.group, (head + 1) * args.group, [&](auto rows, int first) {
-        uint32_t* packed = queries_ + int64_t{first} * layout_.k_steps;
-        for (int r = 0; r < rows.value; ++r)
-          pack_query<E>(static_cast<const Storage*>(args_.q) + row_elements(first + r), packed, r, rows.value,
-                        layout_.k_steps);
-      });
-    for (int row = 0; row < num_rows_; ++row) {
-      states_[row] = {Floats{}, kLowestMaximum};
-      __builtin_memset(values_[row], 0, args_.head_dim * sizeof(float));
-    }
+        num_rows_(item.num_kv_heads * args.group),
+        queries_(reinterpret_cast<const uint32_t*>(static_cast<const Storage*>(args.q) + row_elements(0))) {
+    for (int row = 0; row < num_rows_; ++row) states_[row] = {Floats{}, kLowestOffset};
+    __builtin_memset(values_, 0, num_rows_ * args_.head_dim * sizeof(float));
   }
 
   void run() {
@@ -45,16 +37,16 @@ class DecodeRange {
 
   void write_output() const {
     for (int row = 0; row < num_rows_; ++row)
-      write_row<E>(static_cast<Storage*>(args_.out) + row_elements(row), values_[row], sum_of_lanes(states_[row].sum),
+      write_row<E>(static_cast<Storage*>(args_.out) + row_elements(row), values_ + row * args_.head_dim, sum_of_lanes(states_[row].sum),
                    args_.head_dim);
   }
 
-  // Per row its maximum, its sum, its values.
+  // Per row its offset, its sum, its values.
   void write_partial(float* partial) const {
     for (int row = 0; row < num_rows_; ++row, partial += args_.head_dim + 2) {
-      partial[0] = states_[row].maximum;
+      partial[0] = states_[row].offset;
       partial[1] = sum_of_lanes(states_[row].sum);
-      __builtin_memcpy(partial + 2, values_[row], args_.head_dim * sizeof(float));
+      __builtin_memcpy(partial + 2, values_ + row * args_.head_dim, args_.head_dim * sizeof(float));
     }
   }
 
@@ -78,7 +70,7 @@ class DecodeRange {
         k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
         score<E, rows.value>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_,
-                                   UnitsAhead{ahead_of(head, to_next)}, scores_ + first * kScoreStride);
+                                   AllAhead{ahead_of(head, to_next)}, scores_ + first * kScoreStride);
       });
     }
     const int position = item_.first_position - key_begin;
@@ -93,7 +85,7 @@ class DecodeRange {
         float corrections[rows.value];
         for (int r = 0; r < rows.value; ++r) corrections[r] = corrections_[first + r];
         add_values<E, rows.value>(weights_ + first * kWeightStride<E>, &v, num_keys, layout_,
-                                        UnitsAhead{ahead_of(item_.num_kv_heads + head, to_next)}, corrections, values_[first]);
+                                        AllAhead{ahead_of(item_.num_kv_heads + head, to_next)}, corrections, values_ + first * args_.head_dim);
       });
     }
   }
@@ -112,8 +104,8 @@ class DecodeRange {
   const uint32_t* heads_;
   const int32_t following_;
   const int num_rows_;
-  alignas(64) uint32_t queries_[kTileRows * kMaxHeadDim];
-  alignas(64) float values_[kTileRows][kMaxHeadDim];
+  const uint32_t* queries_;  // one row behind the other
+  alignas(64) float values_[kTileRows * kMaxHeadDim];
   alignas(64) float scores_[kTileRows * kScoreStride];
   alignas(64) uint32_t weights_[kTileRows * kTileKeys];
   RowState states_[kTileRows];
@@ -129,13 +121,13 @@ void merge_ranges(const AttentionArgs& args, const AttentionItem& item, const fl
   const int64_t first_head = (int64_t{item.first_row} * args.num_kv_heads + item.kv_head) * args.group;
   for (int row = 0; row < num_rows; ++row) {
     const float* first = partials + row * row_floats;
-    float highest = kLowestMaximum;
+    float highest = kLowestOffset;
     for (int i = 0; i < num_partials; ++i) highest = first[i * stride] > highest ? first[i * stride] : highest;
     alignas(64) float values[kMaxHeadDim] = {};
     float sum = 0.0f;
     for (int i = 0; i < num_partials; ++i) {
       const float* part = first + i * stride;
-      const float factor = exp2<5>(broadcast((part[0] - highest) * args.scale * kLog2E))[0];
+      const float factor = exp2<5>(broadcast(part[0] - highest))[0];
       sum += part[1] * factor;
       for (int d = 0; d < args.head_dim; d += kLanes)
         store(values + d, load<Floats>(values + d) + load<Floats>(part + 2 + d) * factor);

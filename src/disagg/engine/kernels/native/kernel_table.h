@@ -78,7 +78,7 @@ struct LinearArgs {
 // Kernels of one instruction set and one element type. Row ranges are half open.
 struct Kernels {
   void (*prefill)(const AttentionArgs&, const AttentionItem&);
-  // ``partial`` is null, or takes the result over a range of keys: per query head its maximum, its sum, then
+  // ``partial`` is null, or takes the result over a range of keys: per query head its offset (base 2), its sum, then
   // head_dim weighted values. ``following`` is the block that this thread will read next.
   void (*decode)(const AttentionArgs&, const AttentionItem&, float* partial, int32_t following);
   // Join ``num_partials`` results over consecutive ranges of keys into row ``first_row`` of the output.

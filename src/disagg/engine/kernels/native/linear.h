@@ -1,7 +1,8 @@
 // Products with a weight matrix that was packed once.
 //
-// A panel is kLanes output features: [in_features / w][kLanes] units, so that a step of a register tile reads one vector
-// per panel. Rows of the input are read as they are.
+// A panel is kPanelVectors * kLanes output features: [in_features / w][kPanelVectors][kLanes] units. A step of a register
+// tile reads one run of bytes, and a product with few rows, which waits for memory, reads the matrix from end to end.
+// Rows of the input are read as they are.
 #pragma once
 
 #include "kernel_table.h"
@@ -10,7 +11,16 @@
 namespace disagg {
 namespace DISAGG_ISA {
 
-constexpr int kPanelWidth = kLanes;
+#if defined(__AVX512F__)
+constexpr int kPanelVectors = 3;  // 8 x 3 accumulators, 3 operands, 1 broadcast of 32 registers
+constexpr int kPanelRows = 8;
+#else
+constexpr int kPanelVectors = 2;
+constexpr int kPanelRows = 4;
+#endif
+// How far ahead of a product with few rows memory is asked: some 12 KiB.
+constexpr int kStepsAhead = 64;
+constexpr int kPanelWidth = kPanelVectors * kLanes;
 
 // Pack panels panel_begin .. panel_end - 1 of ``weight`` [out_features, in_features]; missing rows become zeros.
 template <class E>
@@ -26,25 +36,25 @@ void pack_weight(const void* weight, uint32_t* packed, int64_t out_features, int
     }
 }
 
-template <class E, int R, int C>
-DISAGG_INLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t panel) {
+template <class E, int R, int Columns>
+DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t panel, Ahead<Columns> ahead) {
   const int64_t steps = args.in_features / E::kPerUnit;
-  Tile<R, C> tile;
+  Tile<R, kPanelVectors> tile;
   tile.clear();
-  const uint32_t* panels[C];
-  for (int c = 0; c < C; ++c) panels[c] = args.packed + (panel + c) * steps * kPanelWidth;
+  const uint32_t* columns[kPanelVectors];
+  for (int c = 0; c < kPanelVectors; ++c) columns[c] = args.packed + panel * steps * kPanelWidth + c * kLanes;
   const uint32_t* x = static_cast<const uint32_t*>(args.x) + row * steps;
-  add_steps<E>(tile, {x, steps, 1}, panels, kPanelWidth, static_cast<int>(steps), NothingAhead{});
+  add_steps<E>(tile, {x, steps, 1}, columns, kPanelWidth, static_cast<int>(steps), ahead);
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) {
-    const int64_t feature = (panel + c) * kPanelWidth;
+  for (int c = 0; c < kPanelVectors; ++c) {
+    const int64_t feature = panel * kPanelWidth + c * kLanes;
     const int64_t left = args.out_features - feature;
     const Floats bias = args.bias == nullptr ? Floats{} : load<Floats>(args.bias + feature);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       auto* out = static_cast<typename E::Storage*>(args.out) + (row + r) * args.out_features + feature;
       const Floats sum = tile.sum[r][c] + bias;
-      if (left >= kPanelWidth) {
+      if (left >= kLanes) {
         E::store_floats(out, sum);
       } else {
         for (int lane = 0; lane < left; ++lane) out[lane] = E::from_float(sum[lane]);
@@ -53,16 +63,47 @@ DISAGG_INLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t pa
   }
 }
 
-// Rows row_begin .. row_end - 1, panels panel_begin .. panel_end - 1: a few panels stay in the second-level cache while
-// all rows pass.
+// Whole groups of rows times a panel. A panel passes from memory to the second-level cache while the last groups of the
+// panel before it are multiplied, a column at a time, so that the multipliers do not wait for it.
+template <class E>
+void multiply_groups(const LinearArgs& args, int64_t row, int64_t num_groups, int64_t panel) {
+  const ptrdiff_t next = args.in_features / E::kPerUnit * kPanelWidth;
+  for (int64_t left = num_groups; left > 0; --left, row += kPanelRows) {
+    if (num_groups == 1) {
+      multiply_tile<E, kPanelRows>(args, row, panel, AllAhead{next});
+    } else if (left == 1) {
+      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<4>{next});
+    } else if (left == 2 && num_groups == 2) {
+      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<3>{next});
+    } else if (left == 2) {
+      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<2>{next});
+    } else if (left == 3) {
+      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<1>{next});
+    } else {
+      multiply_tile<E, kPanelRows>(args, row, panel, NothingAhead{});
+    }
+  }
+}
+
+// Rows row_begin .. row_end - 1, panels panel_begin .. panel_end - 1: a panel stays in the second-level cache while all
+// rows pass.
 template <class E>
 void multiply(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-  for_column_groups(static_cast<int>(panel_begin), static_cast<int>(panel_end - panel_begin),
-                    [&](auto columns, int panel) {
-                      for_row_groups(row_begin, row_end, [&](auto rows, int64_t row) {
-                        multiply_tile<E, rows.value, columns.value>(args, row, panel);
-                      });
-                    });
+  const int64_t num_rows = row_end - row_begin;
+  if (num_rows <= kPanelRows) {
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      for_row_groups<kPanelRows>(row_begin, row_end, [&](auto rows, int64_t row) {
+        multiply_tile<E, rows.value>(args, row, panel, AllAhead{kStepsAhead * kPanelWidth});
+      });
+    return;
+  }
+  const int64_t num_groups = num_rows / kPanelRows;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    multiply_groups<E>(args, row_begin, num_groups, panel);
+    for_row_groups<kPanelRows - 1>(row_begin + num_groups * kPanelRows, row_end, [&](auto rows, int64_t row) {
+      multiply_tile<E, rows.value>(args, row, panel, NothingAhead{});
+    });
+  }
 }
 
 }  // namespace DISAGG_ISA

@@ -25,14 +25,17 @@ struct RowUnits {
   ptrdiff_t step;
 };
 
-// What to ask memory for while the steps pass.
-struct NothingAhead {
-  DISAGG_INLINE void operator()(const uint32_t*) const {}
-};
-struct UnitsAhead {  // each vector's counterpart, so many units behind it
+// What to ask memory for while the steps pass: the counterparts, ``units`` behind them, of those columns of a step whose
+// bits are set in Columns.
+template <int Columns>
+struct Ahead {
   ptrdiff_t units;
-  DISAGG_INLINE void operator()(const uint32_t* vector) const { prefetch(vector + units); }
+  DISAGG_INLINE void operator()(int column, const uint32_t* vector) const {
+    if (Columns >> column & 1) prefetch(vector + units);
+  }
 };
+using AllAhead = Ahead<-1>;
+using NothingAhead = Ahead<0>;
 
 // Add one step: for each row r and column vector c, sum[r][c] += (one unit of row r) * b[c] (a vector of units).
 template <class E, int R, int C>
@@ -46,9 +49,9 @@ DISAGG_INLINE void add_step(Tile<R, C>& tile, const RowUnits& a, const typename 
 }
 
 // Add ``steps`` steps; the column pointers ``b`` move by ``b_step`` units per step.
-template <class E, int R, int C, class Ahead>
+template <class E, int R, int C, int Columns>
 DISAGG_INLINE void add_steps(Tile<R, C>& tile, RowUnits a, const uint32_t* const (&b)[C], ptrdiff_t b_step, int steps,
-                             Ahead ahead) {
+                             Ahead<Columns> ahead) {
   ptrdiff_t at = 0;
   for (int step = 0; step < steps; ++step, at += b_step, a.first += a.step) {
     typename E::Operand operands[C];
@@ -56,7 +59,7 @@ DISAGG_INLINE void add_steps(Tile<R, C>& tile, RowUnits a, const uint32_t* const
     for (int c = 0; c < C; ++c) {
       operands[c] = E::operand(b[c] + at);
       E::keep(operands[c]);
-      ahead(b[c] + at);
+      ahead(c, b[c] + at);
     }
     add_step<E>(tile, a, operands);
   }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "packed_linear.h"
 #include "parallel.h"
 #include "step.h"
 
@@ -62,8 +63,12 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+class BoundLinear;
+
 // The kernels of one instruction set and element type, as Python sees them.
 class BoundKernels {
+  friend class BoundLinear;
+
  public:
   BoundKernels(const std::string& instruction_set, bool bfloat16) : bfloat16_(bfloat16) {
     for (const InstructionSet& set : supported_instruction_sets())
@@ -118,6 +123,32 @@ class BoundKernels {
   bool bfloat16_;
 };
 
+// A packed weight matrix, as Python sees it; ``packed`` stays in Python's hands.
+class BoundLinear {
+ public:
+  BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& bias)
+      : linear_(*kernels.kernels_, out_features, in_features, bias), per_unit_(4 / kernels.item_bytes()) {
+    if (in_features % per_unit_ || (!bias.empty() && static_cast<int64_t>(bias.size()) != out_features))
+      throw std::invalid_argument("a packed weight needs an even number of input features and one bias per output");
+  }
+
+  int64_t packed_units() const { return linear_.packed_units(per_unit_); }
+
+  void pack(uintptr_t weight, uintptr_t packed, int num_threads) {
+    const py::gil_scoped_release unlocked;
+    linear_.pack(at<void>(weight), at<uint32_t>(packed), num_threads);
+  }
+
+  void multiply(uintptr_t x, uintptr_t out, int64_t rows, int num_threads) const {
+    const py::gil_scoped_release unlocked;
+    linear_.multiply(at<void>(x), at<void>(out), rows, num_threads);
+  }
+
+ private:
+  PackedLinear linear_;
+  int64_t per_unit_;
+};
+
 Step make_step(int64_t num_blocks, int num_kv_heads, int group, int head_dim, int block_size, uintptr_t query_start,
                uintptr_t context_lens, uintptr_t block_tables, int64_t num_rows, int64_t num_sequences,
                int64_t table_width) {
@@ -149,4 +180,10 @@ PYBIND11_MODULE(_native, module) {
       .def("argmax", &BoundKernels::argmax)
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
       .def("attention", &BoundKernels::attention);
+  py::class_<BoundLinear>(module, "Linear")
+      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&>(), py::arg("kernels"),
+           py::arg("out_features"), py::arg("in_features"), py::arg("bias"))
+      .def("packed_units", &BoundLinear::packed_units)
+      .def("pack", &BoundLinear::pack)
+      .def("multiply", &BoundLinear::multiply);
 }

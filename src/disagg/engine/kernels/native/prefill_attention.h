@@ -18,16 +18,12 @@ class PrefillTile {
         table_(args.block_tables + item.sequence * args.table_stride),
         head_(static_cast<const uint32_t*>(args.kv_layer) + item.kv_head * layout_.head_units),
         num_rows_(item.num_tokens * args.group) {
-    for_row_groups(0, num_rows_, [&](auto rows, int first) {
-      uint32_t* packed = queries_ + int64_t{first} * layout_.k_steps;
-      for (int r = 0; r < rows.value; ++r)
-        pack_query<E>(static_cast<const Storage*>(args_.q) + row_elements(first + r), packed, r, rows.value,
-                      layout_.k_steps);
-    });
-    for (int row = 0; row < num_rows_; ++row) {
-      states_[row] = {Floats{}, kLowestMaximum};
-      __builtin_memset(values_[row], 0, args_.head_dim * sizeof(float));
-    }
+    const int64_t token_bytes = int64_t{args.group} * args.head_dim * sizeof(Storage);
+    for (int token = 0; token < item.num_tokens; ++token)
+      __builtin_memcpy(reinterpret_cast<char*>(queries_) + token * token_bytes,
+                       static_cast<const Storage*>(args.q) + row_elements(token * args.group), token_bytes);
+    for (int row = 0; row < num_rows_; ++row) states_[row] = {Floats{}, kLowestOffset};
+    __builtin_memset(values_, 0, num_rows_ * args_.head_dim * sizeof(float));
   }
 
   void run() {
@@ -39,7 +35,7 @@ class PrefillTile {
       for_row_groups(0, num_rows_, [&](auto rows, int first) { attend<rows.value>(first); });
     }
     for (int row = 0; row < num_rows_; ++row)
-      write_row<E>(static_cast<Storage*>(args_.out) + row_elements(row), values_[row], sum_of_lanes(states_[row].sum),
+      write_row<E>(static_cast<Storage*>(args_.out) + row_elements(row), values_ + row * args_.head_dim, sum_of_lanes(states_[row].sum),
                    args_.head_dim);
   }
 
@@ -84,7 +80,7 @@ class PrefillTile {
       corrections[r] = apply(scores_ + r * kScoreStride, weights_ + r * kWeightStride<E>, num_vectors, seen,
                              args_.scale * kLog2E, states_[first + r]);
     }
-    add_values<E, R>(weights_, v_blocks_, num_keys, layout_, NothingAhead{}, corrections, values_[first]);
+    add_values<E, R>(weights_, v_blocks_, num_keys, layout_, NothingAhead{}, corrections, values_ + first * args_.head_dim);
   }
 
   const AttentionArgs& args_;
@@ -94,7 +90,7 @@ class PrefillTile {
   const uint32_t* head_;
   int num_rows_;
   alignas(64) uint32_t queries_[kTileRows * kMaxHeadDim];
-  alignas(64) float values_[kTileRows][kMaxHeadDim];
+  alignas(64) float values_[kTileRows * kMaxHeadDim];
   RowState states_[kTileRows];
   // The keys at hand, and the scores and weights of one group of rows.
   int key_begin_;

@@ -12,6 +12,8 @@
 #endif
 
 #define DISAGG_INLINE inline __attribute__((always_inline))
+// For functions around one register tile: inlined into several callers, GCC 12's code for them is a fifth slower.
+#define DISAGG_NOINLINE __attribute__((noinline))
 
 namespace disagg {
 namespace DISAGG_ISA {
