@@ -112,6 +112,22 @@ def test_the_decisions_are_written_for_replay(trace: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "log").iterdir()} == {"router.jsonl", "prefill-0.jsonl", "decode-0.jsonl"}
 
 
+def test_the_course_of_a_run_as_a_page(trace: Path, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    drawn, plain = report("--workload", trace, *PUBLISHED, "--html", page), report("--workload", trace, *PUBLISHED)
+    for found in (drawn, plain):
+        del found["runs"][0]["kv"]  # looked at when the scheduler decides, which a page needs it to do more often
+    assert drawn == plain
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(text.split("const data = ")[1].split(";\nconst")[0])
+    assert [lane["instance"] for lane in data["lanes"]] == ["prefill-0", "decode-0"]
+    assert len(data["hand_overs"]) == 40
+    assert sum(data["lanes"][0]["prefill_tokens"]) == sum(100 + 37 * number % 900 for number in range(40))
+    for lane in data["lanes"]:
+        assert all(start < end for start, end in zip(lane["start_s"], lane["end_s"], strict=True))
+    assert "http" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import cluster_spec, instance, pair, poisson, serve, stamps
+from simulated import LinearLatency, cluster_spec, instance, pair, poisson, serve, stamps
 
 from disagg.base.config import SchedulingMode
 from disagg.base.errors import ConfigurationError
@@ -15,7 +15,7 @@ from disagg.base.ids import BlockHash, RequestId
 from disagg.base.request import Role
 from disagg.measure.timeline import Stage
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.latency import ConstantLatency
+from disagg.simulator.latency import ConstantLatency, StepShape
 from disagg.simulator.links import Link
 from disagg.simulator.request import Outcome, SimulatedRequest
 
@@ -116,6 +116,26 @@ def test_a_pipeline_runs_one_batch_in_each_stage() -> None:
     alone = [SimulatedRequest(RequestId("a"), 0.0, 10, 101)]
     serve(spec, alone)
     assert alone[0].tpot_s == pytest.approx(0.02)
+
+
+def test_a_pipeline_splits_sequences_that_wait_at_the_same_moment() -> None:
+    """One batch of all would leave a stage idle; two of half the size each take half as long, side by side."""
+
+    def tpot_s(**pipeline: int) -> float:
+        latency = PerSequence(num_stages=pipeline.get("max_steps_in_flight", 1))
+        spec = cluster_spec(instance(Role.COLOCATED, latency=latency, **pipeline))
+        requests = [SimulatedRequest(RequestId(f"r{number}"), 0.0, 8, 200) for number in range(16)]
+        serve(spec, requests)
+        return max(request.tpot_s for request in requests)
+
+    assert tpot_s(max_steps_in_flight=2) == pytest.approx(tpot_s() / 2, rel=0.05)
+
+
+class PerSequence(LinearLatency):
+    """1 ms for each sequence of a step."""
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        return (1e-3 * (shape.num_decodes + shape.num_prefills) / self.num_stages,) * self.num_stages
 
 
 def test_a_full_decode_instance_holds_prefill_back_and_loses_nothing() -> None:

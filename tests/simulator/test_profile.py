@@ -89,6 +89,7 @@ def test_a_platform_is_what_the_profile_measured() -> None:
     platform = ProfiledPlatform(profile(), kv_memory_bytes=10_000_000)
     assert platform.kv_bytes_per_token == 1000
     assert platform.capacity_tokens(1, 2) == 20_000
+    assert platform.host == (0.0, 0.0)
     assert platform.link.transfer_time_s(10**9) == pytest.approx(1.001)
     assert platform.errors[1].maximum < 1e-6
     shape = StepShape(num_decodes=4, decode_context=4000, num_samples=4)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from disagg.simulator.event_log import EventLog
 from disagg.simulator.report import RunReport, Slo
 from disagg.simulator.run import Estimate, find_goodput
 from disagg.simulator.run import simulate as run_simulation
+from disagg.simulator.timeline_page import TimelineRecorder
 
 _COUNT: Final = click.IntRange(min=0)
 _FILE: Final = click.Path(path_type=Path)
@@ -94,11 +96,10 @@ class SloType(click.ParamType[Slo]):
 )
 @click.option("--find-goodput", is_flag=True, help="Search the highest rate per device that keeps --attainment.")
 @click.option("--events", type=_FILE, metavar="FOLDER", help="Write every decision of the first run, for replay.")
+@click.option("--html", type=_FILE, metavar="FILE", help="Write the course of the first run as a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @flags_of(CacheSettings, SchedulerSettings, RouterSettings)
-def simulate(
-    placement: Path | None, workload: Path, slo: Slo, as_json: bool, events: Path | None, **values: Any
-) -> None:
+def simulate(placement: Path | None, workload: Path, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 
     Runs the same router and scheduler code as disagg serve against a model of step times.
@@ -118,7 +119,7 @@ def simulate(
     spec = build_cluster(chosen, chosen_platform.platform, rules)
     source = Workload(workload, values["num_requests"])
     rate = _rate(source, values["rate"], values["scale"])
-    runs = _run_seeds(spec, source, rate, slo, values["seeds"], events)
+    runs = _run_seeds(spec, source, rate, slo, values["seeds"], values["events"], values["html"])
     goodput = _goodput(spec, source, slo, values) if values["find_goodput"] else None
     num_devices = _num_devices(chosen)
     report = SimulationReport(
@@ -149,24 +150,30 @@ def _rate(source: Workload, rate: float | None, scale: float | None) -> float | 
 
 
 def _run_seeds(
-    spec: ClusterSpec, source: Workload, rate: float | None, slo: Slo, num_seeds: int, events: Path | None
+    spec: ClusterSpec,
+    source: Workload,
+    rate: float | None,
+    slo: Slo,
+    num_seeds: int,
+    events: Path | None = None,
+    html: Path | None = None,
 ) -> tuple[RunReport, ...]:
     """Run once for each seed; a workload that replays its own times is the same for all, so it runs once."""
     block_size = spec.instances[0].block_size
-    runs = []
-    for seed in range(1 if source.has_times else num_seeds):
-        requests = source.draw(seed, rate, block_size)
-        if events is not None and seed == 0:
-            with EventLog(events) as log:
-                runs.append(run_simulation(spec, requests, slo, log))
-        else:
-            runs.append(run_simulation(spec, requests, slo))
+    timeline = None if html is None else TimelineRecorder(tuple(instance.name for instance in spec.instances))
+    with ExitStack() as stack:
+        log = None if events is None else stack.enter_context(EventLog(events))
+        runs = [run_simulation(spec, source.draw(0, rate, block_size), slo, log=log, timeline=timeline)]
+    if timeline is not None and html is not None:
+        timeline.write(html, f"{len(source)} requests on {len(spec.instances)} instance(s)")
+    if not source.has_times:
+        runs += [run_simulation(spec, source.draw(seed, rate, block_size), slo) for seed in range(1, num_seeds)]
     return tuple(runs)
 
 
 def _goodput(spec: ClusterSpec, source: Workload, slo: Slo, values: dict[str, Any]) -> float:
     def attainment(rate: float) -> float:
-        runs = _run_seeds(spec, source, rate, slo, values["seeds"], None)
+        runs = _run_seeds(spec, source, rate, slo, values["seeds"])
         return sum(run.attainment for run in runs) / len(runs)
 
     start = values["rate"] or (source.rate if math.isfinite(source.rate) else 1.0)

@@ -86,7 +86,7 @@ def _stages(runs: Sequence[RunReport]) -> str:
     return f"time spent  {told}"
 
 
-def _sparkline(course: Sequence[float], width: int = 60) -> str:
+def _sparkline(course: Sequence[float], width: int = 36) -> str:
     """Return the course of a fraction as blocks; each is the peak of its part."""
     if not course:
         return ""

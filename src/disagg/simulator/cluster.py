@@ -12,6 +12,7 @@ from disagg.simulator.instance import InstanceSpec, SimulatedInstance
 from disagg.simulator.links import Link, LinkModel, SerialLinks
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter
+from disagg.simulator.timeline_page import TimelineRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class SimulatedCluster:
     """Router and instances on one virtual clock.
 
     ``step_by_step`` asks the schedulers after every step, also where runs of equal decode steps can be timed ahead:
-    slower, with equal results. So does a ``log``, which receives every decision.
+    slower, with equal results. So do a ``log``, which receives every decision, and a ``timeline``.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SimulatedCluster:
         *,
         step_by_step: bool = False,
         log: EventLog | None = None,
+        timeline: TimelineRecorder | None = None,
     ) -> None:
         self.queue = EventQueue()
         self._spec = spec
@@ -62,6 +64,7 @@ class SimulatedCluster:
                 links,
                 self._router,
                 log.scheduler(instance.name, instance.log_header()) if log else None,
+                timeline=timeline,
                 step_by_step=step_by_step,
             )
             for instance in spec.instances

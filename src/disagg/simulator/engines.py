@@ -24,7 +24,7 @@ _PATIENT_ROUTER: Final = RouterSettings(max_queued_requests=_NO_LIMIT, request_t
 class EngineRules:
     """How an engine serves: the settings of its schedulers by role, its cache and its router.
 
-    A role that is missing cannot be placed. ``accept_s`` and ``message_s`` are those of ``ClusterSpec``.
+    A role that is missing cannot be placed.
     """
 
     name: str
@@ -34,8 +34,6 @@ class EngineRules:
     router: RouterSettings = _PATIENT_ROUTER
     swap: LinkModel | None = None
     """How preempted KV comes back; None computes it again."""
-    accept_s: float = 0.0
-    message_s: float = 0.0
     notes: tuple[str, ...] = field(default=())
     """What the imitation leaves out or approximates."""
 
@@ -137,6 +135,6 @@ def build_cluster(placement: Placement, platform: Platform, rules: EngineRules) 
         instances=tuple(instances),
         router=rules.router,
         link=platform.link,
-        accept_s=rules.accept_s,
-        message_s=rules.message_s,
+        accept_s=platform.host.accept_s,
+        message_s=platform.host.message_s,
     )

@@ -36,6 +36,7 @@ from disagg.simulator.latency import LatencyModel, Pipeline, StepShape
 from disagg.simulator.links import LinkModel, SerialLinks
 from disagg.simulator.repeating_scheduler import RepeatingScheduler
 from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.timeline_page import TimelineRecorder
 from disagg.simulator.usage import UsageSeries
 
 MAX_RUN_LENGTH: Final = 64
@@ -100,6 +101,7 @@ class SimulatedInstance:
         listener: InstanceListener,
         recorder: SchedulerRecorder | None = None,
         *,
+        timeline: TimelineRecorder | None = None,
         step_by_step: bool = False,
     ) -> None:
         self.spec = spec
@@ -107,7 +109,8 @@ class SimulatedInstance:
         self._links = links
         self._listener = listener
         self._recorder = recorder
-        self._may_repeat = not step_by_step and recorder is None
+        self._timeline = timeline
+        self._may_repeat = not step_by_step and recorder is None and timeline is None
         self._scheduler = RepeatingScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
         self._pipeline = Pipeline(spec.latency.num_stages)
         self._requests: dict[RequestId, SimulatedRequest] = {}
@@ -119,7 +122,7 @@ class SimulatedInstance:
         self._news: list[SimulatedRequest] = []
         self._run: DecodeRun | None = None
         self.kv_use = UsageSeries()
-        """Blocks that sequences, leases and pulls hold."""
+        """Blocks that sequences, leases and pulls hold, looked at whenever the scheduler is asked or books a run."""
 
     def take(self, request: SimulatedRequest, event: AnyEvent) -> None:
         """Receive a sequence: ``event`` says whether it starts here or continues."""
@@ -221,6 +224,8 @@ class SimulatedInstance:
         else:
             end_s = self._pipeline.enter(now + swap_s, self.spec.latency.stage_times_s(shape))
             self._queue.push(end_s, partial(self._end_step, step))
+            if self._timeline is not None:
+                self._timeline.step(self.spec.name, now, end_s, shape)
 
     def _price(self, step: RunStep) -> tuple[StepShape, float]:
         """Return what the step computes, and the seconds to swap in what it need not compute again."""
@@ -265,6 +270,8 @@ class SimulatedInstance:
         num_bytes = len(action.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
         end_s = self._links.start(action.source, self.spec.name, num_bytes, now)
         self._requests[action.request_id].timeline.pull_started_s = now
+        if self._timeline is not None:
+            self._timeline.pull(action.request_id, action.source, self.spec.name, now, end_s)
         self._queue.push(end_s, partial(self._end_pull, action.request_id, action.epoch))
 
     def _end_pull(self, request_id: RequestId, epoch: Epoch) -> None:
@@ -291,6 +298,7 @@ class SimulatedInstance:
     def _book(self, run: DecodeRun, count: int) -> None:
         if count:
             step_id = self._scheduler.repeat(count)
+            self.kv_use.record(self._queue.now(), self._scheduler.num_held_blocks)
             run.step = RunStep(step_id=step_id, chunks=run.step.chunks)
             first_s, last_s = run.take(count)
             for request in self._requests_of(run.step):

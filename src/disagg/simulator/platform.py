@@ -1,9 +1,16 @@
 """What the simulator must know of a model on a kind of device: step times, KV size and room, the link between."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disagg.simulator.latency import LatencyModel
 from disagg.simulator.links import LinkModel
+
+
+class HostCosts(NamedTuple):
+    """What the host adds to a request, in seconds: ``accept_s`` and ``message_s`` of ``ClusterSpec``."""
+
+    accept_s: float = 0.0
+    message_s: float = 0.0
 
 
 class Platform(Protocol):
@@ -23,6 +30,10 @@ class Platform(Protocol):
     @property
     def link(self) -> LinkModel:
         """The link over which KV blocks travel from one device to another."""
+
+    @property
+    def host(self) -> HostCosts:
+        """What is neither step nor transfer."""
 
     def latency(self, tensor_parallel: int, pipeline_parallel: int) -> LatencyModel:
         """Return the latency model of an instance."""

@@ -20,6 +20,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.simulator.fit import FitError, fit_relative, relative_error
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import Link, LinkModel
+from disagg.simulator.platform import HostCosts
 
 PROFILE_VERSION: Final = 1
 HOLD_OUT_EVERY: Final = 5
@@ -138,6 +139,11 @@ class ProfiledPlatform:
         object.__setattr__(self, "link", Link(self.profile.link_bytes_per_s, self.profile.link_latency_s))
         object.__setattr__(self, "errors", {tensor: error for tensor, (_, error) in fits.items()})
         object.__setattr__(self, "_latencies", {tensor: latency for tensor, (latency, _) in fits.items()})
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``."""
+        return HostCosts(self.profile.accept_s, self.profile.message_s)
 
     @property
     def name(self) -> str:

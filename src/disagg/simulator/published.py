@@ -19,6 +19,7 @@ from disagg.simulator.opt_a100_fits import (
     PREFILL_FACTOR,
     StepFit,
 )
+from disagg.simulator.platform import HostCosts
 
 ENGINE_STEP_MS: Final = 2.0
 """Cost of an iteration on the first stage, whatever it computes (``simdistserve/base/worker.py``)."""
@@ -78,6 +79,11 @@ class PublishedPlatform:
         if (self.engine, self.model) not in FITS:
             known = ", ".join(f"{model} under {engine}" for engine, model in FITS)
             raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}, only {known}")
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``: the fits hold the engine's part, and nothing is known of the rest."""
+        return HostCosts()
 
     @property
     def name(self) -> str:

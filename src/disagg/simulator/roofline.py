@@ -14,6 +14,7 @@ from disagg.models.config import ModelConfig
 from disagg.simulator.devices import DeviceSheet
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import Link, LinkModel
+from disagg.simulator.platform import HostCosts
 
 KERNELS_PER_LAYER: Final = 10
 """Norms, projections, rotation, attention, activation and residuals, as usually fused."""
@@ -90,6 +91,11 @@ class RooflinePlatform:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "link", Link(self.device.peer_bytes_per_s, self.device.peer_latency_s))
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``: a data sheet says nothing of it."""
+        return HostCosts()
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.report import Collector, KvUse, RunReport, Slo
 from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.timeline_page import TimelineRecorder
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal distribution's.
 _T95: Final = (
@@ -41,11 +42,16 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def simulate(
-    spec: ClusterSpec, requests: Iterable[SimulatedRequest], slo: Slo, log: EventLog | None = None
+    spec: ClusterSpec,
+    requests: Iterable[SimulatedRequest],
+    slo: Slo,
+    *,
+    log: EventLog | None = None,
+    timeline: TimelineRecorder | None = None,
 ) -> RunReport:
     """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit."""
     collector = Collector(slo)
-    cluster = SimulatedCluster(spec, collector.add, log=log)
+    cluster = SimulatedCluster(spec, collector.add, log=log, timeline=timeline)
     cluster.run(_check_fit(spec, requests))
     span_s = collector.last_end_s
     kv = []

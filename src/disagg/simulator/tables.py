@@ -17,6 +17,7 @@ from disagg.simulator.fit import FitError
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import Link, LinkModel
 from disagg.simulator.operator_tables import AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
+from disagg.simulator.platform import HostCosts
 from disagg.simulator.roofline import RooflinePlatform, split_layers
 
 _ELEMENTWISE_KERNELS: Final = 5
@@ -131,6 +132,11 @@ class TablePlatform:
         device = self.tables.device
         object.__setattr__(self, "link", Link(device.peer_bytes_per_s, device.peer_latency_s))
         object.__setattr__(self, "_sheet", RooflinePlatform(self.config, device, self.model))
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``: the tables hold kernels alone."""
+        return HostCosts()
 
     @property
     def name(self) -> str:
