@@ -4,7 +4,9 @@
 too old, installation goes on without: the PyTorch backend then takes over, and says so.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -33,15 +35,22 @@ class BuildNative(pybind11_build_ext):
     """Adds to the extension the object files of kernels.cpp, one per instruction set."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the kernels, then whatever else the extension has, and link."""
-        for name, flags in {"portable": [], **(X86_FLAGS if IS_X86 else {})}.items():
-            ext.extra_objects += self.compiler.compile(
+        """Compile the kernels side by side, then whatever else the extension has, and link."""
+
+        def compile_for(instruction_set: tuple[str, list[str]]) -> list[str]:
+            name, flags = instruction_set
+            return self.compiler.compile(
                 [str(NATIVE / "kernels.cpp")],
                 output_dir=str(Path(self.build_temp) / name),
                 macros=[("DISAGG_ISA", name)],
                 extra_postargs=["-std=c++17", *FLAGS, *flags],
                 depends=ext.depends,
             )
+
+        instruction_sets = {"portable": [], **(X86_FLAGS if IS_X86 else {})}
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for objects in pool.map(compile_for, instruction_sets.items()):
+                ext.extra_objects += objects
         super().build_extension(ext)
 
 

@@ -1,4 +1,4 @@
-"""Attention kernels against this machine's limits: read bandwidth for decode, bf16 GEMM peak for prefill.
+"""The native kernels against this machine's limits: read bandwidth for decode, bf16 GEMM peak for prefill.
 
     python benchmarks/kernels.py [--threads 1 2] [--backend native torch] [--quick]
 
@@ -9,6 +9,7 @@ other work on the machine disturbs it little; a round passes all layers, so that
 
 import argparse
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -19,16 +20,17 @@ from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import BACKENDS, select_backend
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 9, 3, 64, 30
-HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49152
+HIDDEN, INTERMEDIATE = 576, 1536
 DTYPE = torch.bfloat16
 
 
-def make_batch(contexts: list[int], new_tokens: int, block_size: int) -> tuple[StepBatch, int]:
-    """Return a step that adds ``new_tokens`` to each sequence, blocks scattered over the pool; and the block count."""
+def make_batch(contexts: list[int], new_tokens: int, block_size: int, scattered: bool = True) -> tuple[StepBatch, int]:
+    """Return a step adding ``new_tokens`` to each sequence and the block count; blocks are in turn or scattered."""
     needed = -(-max(contexts) // block_size)
     num_blocks = needed * len(contexts)
     generator = torch.Generator().manual_seed(0)
-    tables = torch.randperm(num_blocks, generator=generator).int().view(len(contexts), needed)
+    blocks = torch.randperm(num_blocks, generator=generator) if scattered else torch.arange(num_blocks)
+    tables = blocks.int().view(len(contexts), needed)
     num_rows = new_tokens * len(contexts)
     batch = StepBatch(
         token_ids=torch.zeros(num_rows, dtype=torch.int64),
@@ -58,36 +60,37 @@ def make_pool(backend: KernelBackend, num_blocks: int, block_size: int) -> torch
     return torch.empty(shape, dtype=DTYPE).normal_()
 
 
-def attention_time_s(backend: KernelBackend, contexts: list[int], new_tokens: int, block_size: int) -> float:
+def attention_time_s(backend: KernelBackend, batch: StepBatch, pool: torch.Tensor) -> float:
     """Return the time of attention over all layers."""
-    batch, num_blocks = make_batch(contexts, new_tokens, block_size)
-    pool = make_pool(backend, num_blocks, block_size)
     q = torch.randn((len(batch.token_ids), NUM_HEADS, HEAD_DIM)).to(DTYPE)
     scale = HEAD_DIM**-0.5
-    return best_time_s([functools.partial(backend.attention, q, layer, batch, scale, None) for layer in pool])
+    layers = [functools.partial(backend.attention, q, layer, batch, scale, None) for layer in pool]
+    return best_time_s(layers, at_most_s=0.5)
 
 
 def decode_rows(backend: KernelBackend, bandwidth: float, quick: bool) -> Iterator[str]:
-    """Yield one line per batch size, context and block size: time, bytes per second, share of the bandwidth."""
-    for block_size in (32, 64):
-        for batch in (1, 32) if quick else (1, 4, 16, 32):
-            for context in (1024,) if quick else (256, 1024, 4096):
-                if batch * context > 64 << 10:
-                    continue
-                elapsed_s = attention_time_s(backend, [context] * batch, 1, block_size)
-                read_bytes = NUM_LAYERS * batch * context * 2 * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
-                rate = read_bytes / elapsed_s
-                yield (
-                    f"decode   block {block_size:3} batch {batch:3} context {context:5}: {elapsed_s * 1e3:8.2f} ms "
-                    f"{rate / 1e9:7.1f} GB/s  {rate / bandwidth:5.2f} of read bandwidth"
-                )
+    """Yield one line per block size, batch and context: bytes per second, with blocks in turn and scattered."""
+    cases = itertools.product((32, 64), (1, 32) if quick else (1, 4, 16, 32), (1024,) if quick else (256, 1024, 4096))
+    for block_size, size, context in cases:
+        if size * context > 64 << 10:
+            continue
+        read_bytes = NUM_LAYERS * size * context * 2 * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
+        columns = []
+        for scattered in (False, True):
+            batch, num_blocks = make_batch([context] * size, 1, block_size, scattered)
+            elapsed_s = attention_time_s(backend, batch, make_pool(backend, num_blocks, block_size))
+            rate = read_bytes / elapsed_s
+            order = "scattered" if scattered else "in turn"
+            columns.append(f"{order} {elapsed_s * 1e3:7.2f} ms {rate / 1e9:5.1f} GB/s = {rate / bandwidth:4.2f}")
+        yield f"decode   block {block_size} batch {size:2} context {context:4}: {'; '.join(columns)} of read bandwidth"
 
 
 def prefill_rows(backend: KernelBackend, peak: float, quick: bool) -> Iterator[str]:
     """Yield one line per prompt length and cached prefix: time, flop per second (causal half), share of the peak."""
     cases = ((512, 0),) if quick else ((128, 0), (512, 0), (1024, 0), (2048, 0), (512, 1536))
     for new_tokens, prefix in cases:
-        elapsed_s = attention_time_s(backend, [prefix + new_tokens], new_tokens, 32)
+        batch, num_blocks = make_batch([prefix + new_tokens], new_tokens, 32)
+        elapsed_s = attention_time_s(backend, batch, make_pool(backend, num_blocks, 32))
         pairs = new_tokens * prefix + new_tokens * (new_tokens + 1) // 2
         rate = NUM_LAYERS * 4 * NUM_HEADS * HEAD_DIM * pairs / elapsed_s
         yield (
@@ -96,8 +99,26 @@ def prefill_rows(backend: KernelBackend, peak: float, quick: bool) -> Iterator[s
         )
 
 
+def linear_rows(backend: KernelBackend, bandwidth: float, peak: float, quick: bool) -> Iterator[str]:
+    """Yield one line per number of rows: time of the four matrix products of every layer, share of the higher floor."""
+    heads = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    shapes = ((heads, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    matrices = [torch.randn(shape).to(DTYPE) for _ in range(NUM_LAYERS) for shape in shapes]
+    linears = [(backend.linear(matrix, None), matrix.shape[1]) for matrix in matrices]
+    weights = sum(matrix.numel() for matrix in matrices)
+    for rows in (1, 512) if quick else (1, 4, 8, 16, 32, 64, 512, 2048):
+        inputs = {width: torch.randn(rows, width).to(DTYPE) for width in (HIDDEN, INTERMEDIATE)}
+        elapsed_s = best_time_s([functools.partial(linear, inputs[width]) for linear, width in linears])
+        memory_s, compute_s = weights * DTYPE.itemsize / bandwidth, 2 * rows * weights / peak
+        floor = "memory" if memory_s > compute_s else "compute"
+        yield (
+            f"linears  {rows:5} rows: {elapsed_s * 1e3:8.2f} ms "
+            f"{max(memory_s, compute_s) / elapsed_s:5.2f} of the {floor} floor"
+        )
+
+
 def main() -> None:
-    """Print both limits and every kernel's share of them."""
+    """Print both limits and each kernel's share of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--backend", choices=BACKENDS, nargs="+", default=["native"])
@@ -112,9 +133,11 @@ def main() -> None:
         for name in args.backend:
             backend = select_backend(torch.device("cpu"), DTYPE, name)
             print(f"backend {name}")
-            for line in decode_rows(backend, bandwidth, args.quick):
-                print(line, flush=True)
-            for line in prefill_rows(backend, peak, args.quick):
+            for line in itertools.chain(
+                decode_rows(backend, bandwidth, args.quick),
+                prefill_rows(backend, peak, args.quick),
+                linear_rows(backend, bandwidth, peak, args.quick),
+            ):
                 print(line, flush=True)
 
 

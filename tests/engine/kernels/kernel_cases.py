@@ -35,7 +35,7 @@ shapes = st.builds(
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 8),
     head_dim=st.sampled_from([64, 80, 96, 128]),
-    block_size=st.sampled_from([16, 32, 64]),
+    block_size=st.sampled_from([16, 32, 64, 128]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 

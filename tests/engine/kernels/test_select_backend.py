@@ -47,6 +47,12 @@ def test_float16_on_cpu_falls_back() -> None:
     assert select_backend(CPU, torch.float16).name == "torch"
 
 
+@pytest.mark.parametrize(("head_dim", "block_size"), [(72, 32), (272, 32), (64, 8), (64, 48)])
+def test_a_shape_without_native_kernel_falls_back(head_dim: int, block_size: int) -> None:
+    backend = select_backend(CPU, torch.float32, head_dim=head_dim, block_size=block_size)
+    assert backend.name == "torch"
+
+
 def test_cuda_reads_token_major_blocks() -> None:
     backend = select_backend(torch.device("cuda"), torch.bfloat16)
     assert (backend.name, backend.kv_format) == ("torch", KvFormat.TOKEN_MAJOR)

@@ -18,16 +18,23 @@ except ImportError as error:
     _import_error = error
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
+BLOCK_SIZES: Final = (16, 32, 64, 128)
 _NO_WINDOW: Final = 2**31 - 1
 _OPENMP_LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 
 
-def native_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the native kernels cannot serve ``dtype`` on ``device``, or None when they can."""
+def native_unavailable_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None = None, block_size: int | None = None
+) -> str | None:
+    """Return why the native kernels cannot serve a model and pool of these properties, or None when they can."""
     if device.type != "cpu":
         return f"they are for the CPU, not for {device}"
     if dtype not in DTYPES:
         return f"they have no {dtype}; use float32 or bfloat16"
+    if head_dim is not None and (head_dim % 16 or not 16 <= head_dim <= 256):
+        return f"their head dimensions are multiples of 16 up to 256, not {head_dim}"
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        return f"their KV block sizes are {', '.join(map(str, BLOCK_SIZES))}, not {block_size}"
     if _import_error is not None:
         return f"they were not built when disagg was installed ({_import_error}); install a C++ compiler and reinstall"
     return None

@@ -16,15 +16,23 @@ BACKENDS: Final = ("native", "torch")
 _logger = logging.getLogger(__name__)
 
 
-def select_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> KernelBackend:
+def select_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str | None = None,
+    *,
+    head_dim: int | None = None,
+    block_size: int | None = None,
+) -> KernelBackend:
     """Return the fastest backend for ``device`` and ``dtype``, or the one called ``name``.
 
-    Says in the log which one it is, and why when it is not the fast one. Raises ConfigurationError when ``name`` is
-    unknown or cannot run here.
+    Give the model's head dimension and the pool's block size where they are known: not every backend takes all. Says
+    in the log which one it is, and why when it is not the fast one. Raises ConfigurationError when ``name`` is unknown
+    or cannot run here.
     """
     if name not in (None, *BACKENDS):
         raise ConfigurationError(f"no kernel backend is called {name!r}; choose one of {', '.join(BACKENDS)}")
-    obstacle = native_unavailable_reason(device, dtype)
+    obstacle = native_unavailable_reason(device, dtype, head_dim, block_size)
     if name == "native" and obstacle is not None:
         raise ConfigurationError(f"the native kernels cannot be used: {obstacle}")
     if name != "torch" and obstacle is None:

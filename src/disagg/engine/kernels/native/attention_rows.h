@@ -84,7 +84,7 @@ DISAGG_INLINE Floats mask_and_find_highest(float* scores, int num_vectors, SeenK
     Floats x = load<Floats>(scores + vector * kLanes);
     if constexpr (Masked) {
       const Ints key = lane_numbers(vector * kLanes);
-      x = (key >= seen.first) & (key < seen.end) ? x : broadcast(kMasked);
+      x = ((key >= seen.first) & (key < seen.end)) ? x : broadcast(kMasked);
       store(scores + vector * kLanes, x);
     }
     highest = maximum(highest, x);

@@ -64,6 +64,7 @@ class DecodeRange {
     const int num_vectors = (num_keys + kLanes - 1) / kLanes;
     const int64_t to_next = (int64_t{next} - block) * layout_.block_units;
     const uint32_t* k = heads_ + block * layout_.block_units;
+    touch(k + to_next);
     for (int head = 0; head < item_.num_kv_heads; ++head) {
       const uint32_t* k_vectors[kMaxBlockSize / kLanes];
       for (int vector = 0; vector < num_vectors; ++vector)
@@ -88,6 +89,16 @@ class DecodeRange {
                                         AllAhead{ahead_of(item_.num_kv_heads + head, to_next)}, corrections, values_ + first * args_.head_dim);
       });
     }
+  }
+
+  // Ask for the first lines of every head of a block: its pages are known, and the hardware is on its track, in time.
+  void touch(const uint32_t* k) const {
+    constexpr int kLineUnits = 16;
+    for (int head = 0; head < item_.num_kv_heads; ++head, k += layout_.head_units)
+      for (int line = 0; line < 2; ++line) {
+        prefetch(k + line * kLineUnits);
+        prefetch(k + layout_.v_units + line * kLineUnits);
+      }
   }
 
   // From head ``head`` of K (V counted on) to the one that is read after it, maybe in the next block: 4 to 8 KiB, which

@@ -103,59 +103,5 @@ void argmax(const void* logits, int64_t* out, int64_t width, int64_t row_begin, 
   }
 }
 
-// Rotate one head by its position's angles (first half of the head with the second), after its norm, into floats.
-template <class E>
-DISAGG_INLINE void rotate_head(const typename E::Storage* head, const typename E::Storage* norm, const float* cos_sin,
-                               int head_dim, float eps, float* out) {
-  const int half = head_dim / 2;
-  const float factor = norm == nullptr ? 1.0f : inverse_rms<E>(head, head_dim, eps);
-  if (norm == nullptr) {
-    for (int i = 0; i < head_dim; ++i) out[i] = E::to_float(head[i]);
-  } else {
-    // Rounded in between, as every other norm's result is.
-    for (int i = 0; i < head_dim; ++i)
-      out[i] = E::to_float(E::from_float(E::to_float(head[i]) * factor * E::to_float(norm[i])));
-  }
-  for (int i = 0; i < half; ++i) {
-    const float left = out[i];
-    const float right = out[i + half];
-    out[i] = left * cos_sin[i] - right * cos_sin[i + half];
-    out[i + half] = right * cos_sin[i] + left * cos_sin[i + half];
-  }
-}
-
-template <class E>
-void rope_and_write_kv(const RopeArgs& args, int64_t row_begin, int64_t row_end) {
-  using Storage = typename E::Storage;
-  constexpr int w = E::kPerUnit;
-  const int head_dim = args.head_dim;
-  const int64_t num_heads = args.num_heads;
-  const int64_t num_kv_heads = args.num_kv_heads;
-  const int64_t head_elements = int64_t{args.block_size} * head_dim;
-  alignas(64) float turned[kMaxHeadDim];
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const Storage* heads = static_cast<const Storage*>(args.qkv) + row * (num_heads + 2 * num_kv_heads) * head_dim;
-    const float* cos_sin = args.cos_sin + int64_t{args.positions[row]} * head_dim;
-    Storage* q_out = static_cast<Storage*>(args.q_out) + row * num_heads * head_dim;
-    for (int64_t head = 0; head < num_heads; ++head) {
-      rotate_head<E>(heads + head * head_dim, static_cast<const Storage*>(args.q_norm), cos_sin, head_dim, args.eps,
-                     turned);
-      for (int d = 0; d < head_dim; ++d) q_out[head * head_dim + d] = E::from_float(turned[d]);
-    }
-    const int64_t block = args.slots[row] / args.block_size;
-    const int place = args.slots[row] % args.block_size;
-    Storage* block_start = static_cast<Storage*>(args.kv_layer) + block * 2 * num_kv_heads * head_elements;
-    for (int64_t head = 0; head < num_kv_heads; ++head) {
-      rotate_head<E>(heads + (num_heads + head) * head_dim, static_cast<const Storage*>(args.k_norm), cos_sin,
-                     head_dim, args.eps, turned);
-      Storage* k = block_start + head * head_elements + place * w;
-      for (int d = 0; d < head_dim; ++d) k[d / w * args.block_size * w + d % w] = E::from_float(turned[d]);
-      const Storage* value = heads + (num_heads + num_kv_heads + head) * head_dim;
-      Storage* v = block_start + (num_kv_heads + head) * head_elements + place / w * w * head_dim + place % w;
-      for (int d = 0; d < head_dim; ++d) v[d * w] = value[d];
-    }
-  }
-}
-
 }  // namespace DISAGG_ISA
 }  // namespace disagg

@@ -13,7 +13,7 @@ enum ElementType { kFloat32 = 0, kBFloat16 = 1, kNumElementTypes = 2 };
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMinBlockSize = 16;
-constexpr int kMaxBlockSize = 64;
+constexpr int kMaxBlockSize = 128;
 // Rows (new tokens times query heads) that one piece of work keeps in its hands.
 constexpr int kTileRows = 48;
 // Keys handled between two corrections of the running maximum; a multiple of every block size.

@@ -5,6 +5,7 @@
 #include "kernel_table.h"
 #include "linear.h"
 #include "prefill_attention.h"
+#include "rope.h"
 
 namespace disagg {
 namespace DISAGG_ISA {
