@@ -1,1 +1,4 @@
-"""Measuring: workloads and arrivals, the request timeline, one definition of TTFT, TPOT, ITL and goodput."""
+"""One definition of what is measured (TTFT, TPOT, ITL, attainment, goodput), of workloads, and the load client.
+
+The live server, the simulator and every benchmark speak of latencies through the types of this room.
+"""

@@ -1,0 +1,56 @@
+"""Latency objectives, and how people write them."""
+
+import math
+import re
+from typing import Final
+
+import msgspec
+
+from disagg.base.errors import ConfigurationError
+
+_UNIT_S: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_OBJECTIVE: Final = re.compile(r"(ttft|tpot)\s*(?:=\s*(\d+(?:\.\d+)?)\s*(us|ms|s)|:\s*(\d+(?:\.\d+)?))")
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """The latencies in seconds that a request must keep, both of them. A missing one is always kept."""
+
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+
+    def is_met(self, ttft_s: float, tpot_s: float) -> bool:
+        """Return whether a finished request with these latencies keeps both; NaN for the TPOT of a single token."""
+        return self.keeps_ttft(ttft_s) and self.keeps_tpot(tpot_s)
+
+    def keeps_ttft(self, ttft_s: float) -> bool:
+        """Return whether the first token came in time; NaN, no token at all, did not."""
+        return ttft_s <= self.ttft_s
+
+    def keeps_tpot(self, tpot_s: float) -> bool:
+        """Return whether the tokens came fast enough; NaN, an answer without gaps, did."""
+        return not tpot_s > self.tpot_s
+
+    def scaled(self, factor: float) -> "Slo":
+        """Return objectives looser by ``factor``: DistServe's SLO scale (section 6.2)."""
+        return Slo(ttft_s=self.ttft_s * factor, tpot_s=self.tpot_s * factor)
+
+    def __str__(self) -> str:
+        limits = {"ttft": self.ttft_s, "tpot": self.tpot_s}
+        parts = [f"{name}={limit_s * 1e3:.4g}ms" for name, limit_s in limits.items() if limit_s < math.inf]
+        return ",".join(parts) or "none"
+
+
+def parse_slo(text: str) -> Slo:
+    """Read ``ttft=250ms,tpot=100ms`` or, in the words of ``vllm bench serve --goodput``, ``ttft:250 tpot:100`` (ms).
+
+    Raises ConfigurationError when it is neither, or names an objective twice.
+    """
+    limits: dict[str, float] = {}
+    for part in re.split(r"[,\s]+(?=[a-z])", text.strip()):
+        match = _OBJECTIVE.fullmatch(part)
+        if match is None or match[1] in limits:
+            raise ConfigurationError(
+                f"{text!r} is not a pair of objectives such as ttft=250ms,tpot=100ms, or ttft:250 tpot:100 in ms"
+            )
+        limits[match[1]] = float(match[2]) * _UNIT_S[match[3]] if match[2] else float(match[4]) * 1e-3
+    return Slo(ttft_s=limits.get("ttft", math.inf), tpot_s=limits.get("tpot", math.inf))

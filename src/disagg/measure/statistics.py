@@ -1,0 +1,79 @@
+"""Percentiles of latencies, and how sure one can be of a mean or of a share."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal distribution's.
+_T95: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+_NORMAL95: Final = 1.960
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the requests (for ITL: of the gaps) that have the value, in seconds; NaN where none has."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> "Percentiles":
+        """Return those of ``values``; NaN values do not count."""
+        data = np.asarray(values, dtype=np.float64)
+        data = data[~np.isnan(data)]
+        if not len(data):
+            return cls(mean=math.nan, p50=math.nan, p90=math.nan, p99=math.nan)
+        p50, p90, p99 = (float(value) for value in np.percentile(data, (50, 90, 99)))
+        return cls(mean=float(data.mean()), p50=p50, p90=p90, p99=p99)
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A mean over runs with its 95% confidence interval; ``half_width`` is NaN for a single run."""
+
+    mean: float
+    half_width: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """Return the estimate from one value per run, by Student's t."""
+        mean = sum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean=mean, half_width=math.nan)
+        quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _NORMAL95
+        return cls(mean=mean, half_width=quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values)))
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """How many of how many, with Wilson's 95% interval: what one run says of the share of all such requests."""
+
+    count: int
+    total: int
+    share: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, count: int, total: int) -> "Share":
+        """Return the share; of nothing at all, 0 with the interval from 0 to 1."""
+        if total == 0:
+            return cls(count=0, total=0, share=0.0, low=0.0, high=1.0)
+        share, z2 = count / total, _NORMAL95**2
+        center = (share + z2 / (2 * total)) / (1 + z2 / total)
+        half = _NORMAL95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+        # At the ends the formula gives the share itself, but for rounding.
+        low, high = min(max(0.0, center - half), share), max(min(1.0, center + half), share)
+        return cls(count=count, total=total, share=share, low=low, high=high)
+
+    @classmethod
+    def that(cls, holds: Iterable[bool]) -> "Share":
+        """Return the share of true values."""
+        values = list(holds)
+        return cls.of(sum(values), len(values))
