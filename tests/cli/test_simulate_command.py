@@ -10,7 +10,8 @@ from click.testing import CliRunner, Result
 
 from disagg.base.errors import ConfigurationError
 from disagg.cli.simulate import simulate
-from disagg.cli.simulate_workload import Workload
+from disagg.measure.trace import Trace
+from disagg.simulator.workload import simulated_requests
 
 PUBLISHED = ["--engine", "distserve", "--model", "opt-13b"]
 
@@ -158,17 +159,17 @@ def test_what_is_no_objective_is_refused(slo: str, trace: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.csv", "arrival_s,prompt_len\n0,1\n", "has no column output_len"),
+        ("a.csv", "arrival_s,prompt_len\n0,1\n", "has no pair of columns"),
         ("a.csv", "arrival_s,prompt_len,output_len\n0,10,5\n-1,10,5\n", "line 3: arrival at -1.0 s is negative"),
         ("a.csv", "arrival_s,prompt_len,output_len\n2,10,5\n1,10,5\n", "line 3: arrival at 1.0 s is before"),
-        ("a.csv", "arrival_s,prompt_len,output_len\n0,ten,5\n", "line 2: ValueError"),
-        ("a.csv", "arrival_s,prompt_len,output_len\n0,0,5\n", "line 2: a request of 0 prompt tokens"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n0,ten,5\n", "line 2: invalid literal"),
+        ("a.csv", "arrival_s,prompt_len,output_len\n0,0,5\n", "line 2: 0 prompt and 5 output tokens cannot be"),
         ("a.csv", "arrival_s,prompt_len,output_len\n", "holds no requests"),
-        ("a.jsonl", '{"input_length": 3, "output_length": 2}\nnonsense\n', "line 2 is not JSON"),
-        ("a.jsonl", '{"input_length": 3}\n', "line 1: KeyError 'output_length'"),
-        ("a.jsonl", "[1, 2]\n", "line 1: AttributeError"),
+        ("a.jsonl", '{"input_length": 3, "output_length": 2}\nnonsense\n', "line 2: JSON is malformed"),
+        ("a.jsonl", '{"input_length": 3}\n', "missing required field `output_length`"),
+        ("a.jsonl", "[1, 2]\n", "line 1: Expected `object`, got `array`"),
         ("a.jsonl", '{"input_length": 3, "output_length": 2}\n', "give --rate"),
-        ("a.txt", "", "is neither .csv"),
+        ("a.txt", "", "neither .jsonl nor .csv"),
         (
             "a.csv",
             "arrival_s,prompt_len,output_len\n0,10,5\n1,99999,5\n",
@@ -183,10 +184,20 @@ def test_a_bad_workload_is_refused_with_its_line(name: str, text: str, words: st
     assert words in str(result.exception)
 
 
+def test_a_standard_workload_needs_no_file() -> None:
+    found = report("--workload", "chat", "--rate", 3, "--requests", 50, *PUBLISHED)
+    assert found["runs"][0]["num_requests"] == 50
+
+
+def test_lengths_without_a_workload() -> None:
+    found = report("--prompt-len", 512, "--output-len", 20, "--rate", 2, "--requests", 30, *PUBLISHED)
+    assert found["runs"][0]["num_finished"] == 30
+
+
 def test_a_missing_workload_is_refused() -> None:
     result = run("--workload", "nowhere.csv", *PUBLISHED)
     assert isinstance(result.exception, ConfigurationError)
-    assert "cannot read the workload nowhere.csv" in str(result.exception)
+    assert "cannot read the trace nowhere.csv" in str(result.exception)
 
 
 def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: Path) -> None:
@@ -197,7 +208,8 @@ def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: P
             json.dumps({"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": i}) + "\n" for i in ids
         )
     )
-    first, second, third = (request.block_hashes for request in Workload(path).draw(0, None, block_size=32))
+    requests = simulated_requests(Trace(path).rows(), path.name, block_size=32)
+    first, second, third = (request.block_hashes for request in requests)
     assert len(first) == 1000 // 32
     assert first[:16] == second[:16]
     assert not set(first[16:]) & set(second[16:])

@@ -13,9 +13,10 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import RequestId
 from disagg.base.request import Role
-from disagg.simulator.report import Slo
+from disagg.measure.slo import Slo
+from disagg.measure.statistics import Estimate
 from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.run import Estimate, find_goodput, simulate
+from disagg.simulator.run import find_goodput, simulate
 from disagg.simulator.usage import MAX_POINTS, UsageSeries
 
 

@@ -1,7 +1,7 @@
 """``disagg simulate``: what a placement would do under a workload, by running the real policies in virtual time."""
 
 import math
-import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -9,45 +9,30 @@ from typing import Any, Final
 import click
 
 from disagg.base.config import CacheSettings, Placement, RouterSettings, SchedulerSettings
-from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
-from disagg.cli.simulate_workload import Workload
+from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_workload, workload_options
+from disagg.measure.open_loop import OpenLoop
+from disagg.measure.slo import Slo
+from disagg.measure.statistics import Estimate
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import IMITATED, build_cluster
 from disagg.simulator.event_log import EventLog
-from disagg.simulator.report import RunReport, Slo
-from disagg.simulator.run import Estimate, find_goodput
+from disagg.simulator.report import RunReport
+from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.run import find_goodput
 from disagg.simulator.run import simulate as run_simulation
 from disagg.simulator.timeline_page import TimelineRecorder
+from disagg.simulator.workload import simulated_requests
 
 _COUNT: Final = click.IntRange(min=0)
 _FILE: Final = click.Path(path_type=Path)
-_SECONDS: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
-class SloType(click.ParamType[Slo]):
-    """Latency objectives: ttft=250ms,tpot=100ms."""
-
-    name = "slo"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Slo:
-        """Return the objectives."""
-        if isinstance(value, Slo):
-            return value
-        limits: dict[str, float] = {}
-        for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(ttft|tpot)\s*=\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", part)
-            if match is None or match[1] in limits:
-                self.fail(f"{value!r} is not a pair of objectives such as ttft=250ms,tpot=100ms", param, ctx)
-            limits[match[1]] = float(match[2]) * _SECONDS[match[3]]
-        return Slo(ttft_s=limits.get("ttft", math.inf), tpot_s=limits.get("tpot", math.inf))
-
-
-@click.command()
+@click.command(epilog=WORKLOAD_HELP)
 @click.option("--prefill", type=_COUNT, metavar="N", help="Prefill instances.  [default: 1, or 0 with --colocated]")
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both.  [default: 0]")
@@ -66,17 +51,7 @@ class SloType(click.ParamType[Slo]):
     show_default=True,
     help="Whose rules to serve by. The flags of cache, scheduler and router below are for disagg alone.",
 )
-@click.option("--workload", type=_FILE, required=True, metavar="FILE", help="Requests: see below.")
-@click.option(
-    "--rate",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="R",
-    help="Requests/s, by stretching the times or drawing them.",
-)
-@click.option(
-    "--scale", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Factor on the workload's rate."
-)
-@click.option("--requests", "num_requests", type=click.IntRange(min=1), metavar="N", help="Only the first N requests.")
+@workload_options
 @click.option("--slo", type=SloType(), default="ttft=250ms,tpot=100ms", show_default=True, help="Latency objectives.")
 @click.option(
     "--attainment",
@@ -99,14 +74,10 @@ class SloType(click.ParamType[Slo]):
 @click.option("--html", type=_FILE, metavar="FILE", help="Write the course of the first run as a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @flags_of(CacheSettings, SchedulerSettings, RouterSettings)
-def simulate(placement: Path | None, workload: Path, slo: Slo, as_json: bool, **values: Any) -> None:
+def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 
     Runs the same router and scheduler code as disagg serve against a model of step times.
-
-    A workload is a .csv file with the columns arrival_s, prompt_len and output_len, or a .jsonl (.gz) file with
-    input_length, output_length and, where they are known, timestamp (ms) and hash_ids of 512-token blocks. Without
-    times, arrivals are Poisson at --rate.
     """
     chosen = choose_placement(placement, {role: values[role.value] for role in Role})
     rules = choose_rules(
@@ -117,10 +88,9 @@ def simulate(placement: Path | None, workload: Path, slo: Slo, as_json: bool, **
     )
     chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
     spec = build_cluster(chosen, chosen_platform.platform, rules)
-    source = Workload(workload, values["num_requests"])
-    rate = _rate(source, values["rate"], values["scale"])
-    runs = _run_seeds(spec, source, rate, slo, values["seeds"], values["events"], values["html"])
-    goodput = _goodput(spec, source, slo, values) if values["find_goodput"] else None
+    workload = choose_workload(values)
+    runs = _run_seeds(spec, workload, slo, values["seeds"], values["events"], values["html"])
+    goodput = _goodput(spec, workload, slo, values) if values["find_goodput"] else None
     num_devices = _num_devices(chosen)
     report = SimulationReport(
         platform=chosen_platform.platform.name,
@@ -128,7 +98,7 @@ def simulate(placement: Path | None, workload: Path, slo: Slo, as_json: bool, **
         engine=rules.name,
         notes=rules.notes,
         num_devices=num_devices,
-        rate=source.rate if rate is None else rate,
+        rate=workload.rate,
         slo=slo,
         attainment=Estimate.of([run.attainment for run in runs]),
         attainment_target=values["attainment"],
@@ -139,44 +109,36 @@ def simulate(placement: Path | None, workload: Path, slo: Slo, as_json: bool, **
     print_report(report, as_json)
 
 
-def _rate(source: Workload, rate: float | None, scale: float | None) -> float | None:
-    if scale is None:
-        return rate
-    if rate is not None:
-        raise ConfigurationError("--rate and --scale both set the rate: give one of them")
-    if not source.has_times:
-        raise ConfigurationError("--scale multiplies the workload's rate, but this one has no times: give --rate")
-    return source.rate * scale
-
-
 def _run_seeds(
     spec: ClusterSpec,
-    source: Workload,
-    rate: float | None,
+    workload: OpenLoop,
     slo: Slo,
     num_seeds: int,
     events: Path | None = None,
     html: Path | None = None,
 ) -> tuple[RunReport, ...]:
     """Run once for each seed; a workload that replays its own times is the same for all, so it runs once."""
-    block_size = spec.instances[0].block_size
     timeline = None if html is None else TimelineRecorder(tuple(instance.name for instance in spec.instances))
+
+    def requests(seed: int) -> Iterator[SimulatedRequest]:
+        return simulated_requests(workload.draw(seed), workload.name, spec.instances[0].block_size)
+
     with ExitStack() as stack:
         log = None if events is None else stack.enter_context(EventLog(events))
-        runs = [run_simulation(spec, source.draw(0, rate, block_size), slo, log=log, timeline=timeline)]
+        runs = [run_simulation(spec, requests(0), slo, log=log, timeline=timeline)]
     if timeline is not None and html is not None:
-        timeline.write(html, f"{len(source)} requests on {len(spec.instances)} instance(s)")
-    if not source.has_times:
-        runs += [run_simulation(spec, source.draw(seed, rate, block_size), slo) for seed in range(1, num_seeds)]
+        timeline.write(html, f"{len(workload)} requests on {len(spec.instances)} instance(s)")
+    if workload.is_drawn:
+        runs += [run_simulation(spec, requests(seed), slo) for seed in range(1, num_seeds)]
     return tuple(runs)
 
 
-def _goodput(spec: ClusterSpec, source: Workload, slo: Slo, values: dict[str, Any]) -> float:
+def _goodput(spec: ClusterSpec, workload: OpenLoop, slo: Slo, values: dict[str, Any]) -> float:
     def attainment(rate: float) -> float:
-        runs = _run_seeds(spec, source, rate, slo, values["seeds"])
+        runs = _run_seeds(spec, workload.at_rate(rate), slo, values["seeds"])
         return sum(run.attainment for run in runs) / len(runs)
 
-    start = values["rate"] or (source.rate if math.isfinite(source.rate) else 1.0)
+    start = workload.rate if math.isfinite(workload.rate) else 1.0
     return find_goodput(attainment, values["attainment"], start)
 
 

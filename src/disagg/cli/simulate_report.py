@@ -8,8 +8,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from disagg.simulator.report import Percentiles, RunReport, Slo
-from disagg.simulator.run import Estimate
+from disagg.measure.slo import Slo
+from disagg.measure.statistics import Estimate, Percentiles
+from disagg.simulator.report import RunReport
 
 
 class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):

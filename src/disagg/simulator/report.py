@@ -3,31 +3,13 @@
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Final
 
 import msgspec
-import numpy as np
 
+from disagg.measure.slo import Slo
+from disagg.measure.statistics import Percentiles
 from disagg.measure.timeline import Stage
 from disagg.simulator.request import Outcome, SimulatedRequest
-
-PERCENTILES: Final = (50, 90, 99)
-
-
-class Slo(msgspec.Struct, frozen=True, kw_only=True):
-    """The latencies that a request must keep, both of them. A missing one is always kept."""
-
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
-
-
-class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the requests that have the value, in seconds; NaN where none has."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
 
 
 class KvUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +68,7 @@ class Collector:
         self._e2e.append(request.timeline.last_token_s - request.arrival_s)
         if not math.isnan(tpot_s):
             self._tpot.append(tpot_s)
-        ttft_met, tpot_met = ttft_s <= self._slo.ttft_s, not tpot_s > self._slo.tpot_s
+        ttft_met, tpot_met = self._slo.keeps_ttft(ttft_s), self._slo.keeps_tpot(tpot_s)
         self._num_ttft_met += ttft_met
         self._num_tpot_met += tpot_met
         self._num_met += ttft_met and tpot_met
@@ -107,9 +89,9 @@ class Collector:
             attainment=self._num_met / count,
             ttft_attainment=self._num_ttft_met / count,
             tpot_attainment=self._num_tpot_met / count,
-            ttft=_percentiles(self._ttft),
-            tpot=_percentiles(self._tpot),
-            e2e=_percentiles(self._e2e),
+            ttft=Percentiles.of(self._ttft),
+            tpot=Percentiles.of(self._tpot),
+            e2e=Percentiles.of(self._e2e),
             stage_shares={
                 stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()
             },
@@ -118,11 +100,3 @@ class Collector:
             output_tokens_per_s=self._num_output_tokens / span_s if span_s else 0.0,
             kv=tuple(kv),
         )
-
-
-def _percentiles(values: "array[float]") -> Percentiles:
-    if not values:
-        return Percentiles(mean=math.nan, p50=math.nan, p90=math.nan, p99=math.nan)
-    data = np.frombuffer(values, dtype=np.float64)
-    p50, p90, p99 = (float(value) for value in np.percentile(data, PERCENTILES))
-    return Percentiles(mean=float(data.mean()), p50=p50, p90=p90, p99=p99)

@@ -1,44 +1,20 @@
 """One simulation from specification to report, several over seeds, and the search for the goodput."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
-
-import msgspec
-import numpy as np
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.measure.slo import Slo
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.event_log import EventLog
-from disagg.simulator.report import Collector, KvUse, RunReport, Slo
+from disagg.simulator.report import Collector, KvUse, RunReport
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.timeline_page import TimelineRecorder
 
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal distribution's.
-_T95: Final = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-_NORMAL95: Final = 1.960
 RATE_TOLERANCE: Final = 0.02
 _MAX_DOUBLINGS: Final = 20
-
-
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """A mean over seeds with its 95% confidence interval; ``half_width`` is NaN for a single seed."""
-
-    mean: float
-    half_width: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """Return the estimate from one value per seed, by Student's t."""
-        mean = sum(values) / len(values)
-        if len(values) < 2:
-            return cls(mean=mean, half_width=math.nan)
-        quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _NORMAL95
-        return cls(mean=mean, half_width=quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values)))
 
 
 def simulate(

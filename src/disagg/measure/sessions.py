@@ -1,0 +1,108 @@
+"""Sessions of agents: calls that wait for the answer before them, and for the tool or person between."""
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from disagg.base.errors import ConfigurationError
+from disagg.measure.trace_rows import open_text
+from disagg.measure.workload import NO_PREFIX, PrefixBlocks, Session, SessionCall
+
+AGENT_BLOCK_TOKENS: Final = 64
+_LOCAL_IDS: Final = 1 << 32
+"""Ids are local to a session; those of session n start at (n + 1) times this."""
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """A line of a session trace (kv-cache-tester, flattened)."""
+
+    session_id: str
+    input_length: Annotated[int, Meta(ge=1)]
+    output_length: Annotated[int, Meta(ge=0)]
+    agent: str = "main"
+    t: Annotated[float, Meta(ge=0)] = 0.0
+    think_ms: Annotated[float, Meta(ge=0)] = 0.0
+    hash_runs: tuple[tuple[int, int], ...] = ()
+
+
+def read_sessions(path: Path, *, longest_think_s: float = 30.0, num_sessions: int | None = None) -> Iterator[Session]:
+    """Yield the sessions of a file in its order, each agent of a session as a session of its own.
+
+    A sub-agent starts at its recorded time after the session's start. Thinking is cut to ``longest_think_s``: people
+    who come back after lunch. Raises ConfigurationError, with the line, when the file is no session trace.
+    """
+    for number, (name, calls) in enumerate(groupby(_read(path), key=attrgetter("session_id"))):
+        if number == num_sessions:
+            return
+        by_agent: dict[str, list[_Call]] = {}
+        for call in calls:
+            by_agent.setdefault(call.agent, []).append(call)
+        for agent, own in by_agent.items():
+            yield Session(
+                name=name if agent == "main" else f"{name}/{agent}",
+                calls=tuple(_call(one, number, longest_think_s) for one in own),
+                start_s=own[0].t * 1e-3,
+            )
+
+
+def start_sessions(sessions: Iterable[Session], rate: float, seed: int) -> Iterator[Session]:
+    """Yield the sessions with starts drawn from a Poisson process of ``rate`` sessions/s; sub-agents keep their lag."""
+    if not 0 < rate < math.inf:
+        raise ConfigurationError(f"{rate} sessions/s cannot be: give a rate above 0")
+    rng = random.Random(seed)
+    started_s = 0.0
+    for session in sessions:
+        lag_s = 0.0
+        if "/" in session.name:
+            lag_s = session.start_s
+        else:
+            started_s += rng.expovariate(rate)
+        yield replace(session, start_s=started_s + lag_s)
+
+
+def shorten(session: Session, factor: float, max_total_len: int) -> Session:
+    """Return the session with all lengths times ``factor``, ended before the first call that would be too long."""
+    calls = []
+    for call in session.calls:
+        short = SessionCall(
+            prompt_len=max(1, round(call.prompt_len * factor)),
+            output_len=max(1, round(call.output_len * factor)),
+            think_s=call.think_s,
+            prefix=replace(call.prefix, block_tokens=max(1, round(call.prefix.block_tokens * factor))),
+        )
+        if short.prompt_len + short.output_len > max_total_len:
+            break
+        calls.append(short)
+    return replace(session, calls=tuple(calls))
+
+
+def _call(call: _Call, session: int, longest_think_s: float) -> SessionCall:
+    base = (session + 1) * _LOCAL_IDS
+    ids = tuple(base + first + offset for first, count in call.hash_runs for offset in range(count))
+    return SessionCall(
+        prompt_len=call.input_length,
+        output_len=max(1, call.output_length),
+        think_s=min(call.think_ms * 1e-3, longest_think_s),
+        prefix=PrefixBlocks(ids, AGENT_BLOCK_TOKENS) if ids else NO_PREFIX,
+    )
+
+
+def _read(path: Path) -> Iterator[_Call]:
+    decoder = msgspec.json.Decoder(_Call)
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield decoder.decode(line)
+                except msgspec.MsgspecError as error:
+                    raise ConfigurationError(f"{path}, line {number} is no call of a session: {error}") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the sessions {path}: {error}") from error

@@ -1,0 +1,40 @@
+"""Requests of a workload as the simulator takes them: with names and the hashes of their KV blocks."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from disagg.base.ids import BlockHash, RequestId
+from disagg.measure.workload import PrefixBlocks, RequestSpec
+from disagg.simulator.request import SimulatedRequest
+
+
+def simulated_requests(specs: Iterable[RequestSpec], name: str, block_size: int) -> Iterator[SimulatedRequest]:
+    """Yield the requests; each is called after the workload and its line there, or its number where it has none."""
+    for number, spec in enumerate(specs):
+        yield SimulatedRequest(
+            request_id=RequestId(f"{name}:{spec.line}" if spec.line else f"{name}#{number}"),
+            arrival_s=spec.arrival_s,
+            prompt_len=spec.prompt_len,
+            output_len=spec.output_len,
+            block_hashes=_block_hashes(spec.prefix, spec.prompt_len, block_size),
+        )
+
+
+def _block_hashes(prefix: PrefixBlocks, prompt_len: int, block_size: int) -> tuple[BlockHash, ...]:
+    """Return a name for each full KV block, equal where all ids up to it are equal."""
+    if not prefix.ids:
+        return ()
+    chain = []
+    digest = b""
+    for block_id in prefix.ids:
+        digest = _next(digest, block_id)
+        chain.append(digest)
+    num_blocks = min(prompt_len, len(chain) * prefix.block_tokens) // block_size
+    return tuple(
+        BlockHash(chain[((index + 1) * block_size - 1) // prefix.block_tokens] + index.to_bytes(4, "little"))
+        for index in range(num_blocks)
+    )
+
+
+def _next(digest: bytes, block_id: int) -> bytes:
+    return hashlib.blake2b(digest + block_id.to_bytes(8, "little"), digest_size=12).digest()

@@ -1,0 +1,244 @@
+"""Traces in the formats that people publish, arrivals, fitted lengths, standard workloads, sessions."""
+
+import gzip
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg.base.errors import ConfigurationError
+from disagg.measure.arrivals import MOONCAKE_BATCH_S, ArrivalKind, Arrivals
+from disagg.measure.lengths import DrawnLengths, LengthDistribution
+from disagg.measure.open_loop import FixedLengths, LengthLimits, OpenLoop
+from disagg.measure.sessions import read_sessions, shorten, start_sessions
+from disagg.measure.slo import Slo
+from disagg.measure.standard import STANDARD_WORKLOADS, SloKind, slo_from_unloaded, standard_workload
+from disagg.measure.trace import Trace
+from disagg.measure.workload import RequestSpec, Session
+
+
+def lengths(path: Path) -> list[tuple[int, int]]:
+    return [(row.prompt_len, row.output_len) for row in Trace(path).rows()]
+
+
+def times(path: Path) -> list[float]:
+    return [row.arrival_s for row in Trace(path).rows()]
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_mooncake_lines(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl.gz"
+    rows = [
+        {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [7, 8]},
+        {"timestamp": 4500, "input_length": 10, "output_length": 0, "hash_ids": [9]},
+    ]
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    trace = Trace(path)
+    assert lengths(path) == [(600, 5), (10, 1)]
+    assert times(path) == [0.0, 1.5]
+    assert [row.prefix.ids for row in trace.rows()] == [(7, 8), (9,)]
+    assert trace.rate == pytest.approx(1 / 1.5)
+
+
+def test_azure_columns_count_from_the_first_request(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 23:59:59.9799600,4808,10\n2023-11-17 00:00:00.0319600,3180,8\n"
+    )
+    assert lengths(path) == [(4808, 10), (3180, 8)]
+    assert times(path) == pytest.approx([0.0, 0.052], abs=1e-6)
+
+
+def test_columns_without_times(tmp_path: Path) -> None:
+    path = tmp_path / "vidur.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens,pd_ratio\n3772,54,69.85\n")
+    assert lengths(path) == [(3772, 54)]
+    assert not Trace(path).has_times
+    with pytest.raises(ConfigurationError, match="give --rate"):
+        OpenLoop(Trace(path), Arrivals())
+
+
+def test_the_reference_traces_have_their_published_figures(reference_data: Path) -> None:
+    trace = Trace(reference_data / "traces" / "azure2023_conv.jsonl.gz")
+    assert len(trace) == 10_108
+    assert trace.rate == pytest.approx(5.62, rel=0.01)
+    assert statistics.mean(row.prompt_len for row in trace.rows()) == pytest.approx(1243, abs=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AzureLLMInferenceTrace_conv.head100.csv",
+        "vidur_arxiv_summarization.head100.csv",
+        "mooncake_conversation_trace.head100.jsonl",
+    ],
+)
+def test_the_sources_own_formats_are_read(name: str, reference_data: Path) -> None:
+    assert len(Trace(reference_data / "traces" / "raw_samples" / name)) in (99, 100)
+
+
+# Arrivals -------------------------------------------------------------------------------------------------------
+
+
+def drawn(arrivals: Arrivals, count: int = 4000) -> list[float]:
+    return [row.arrival_s for row in OpenLoop(FixedLengths(10, 10, count), arrivals).draw(0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cv"), [(ArrivalKind.POISSON, 1.0), (ArrivalKind.GAMMA, 3.0), (ArrivalKind.GAMMA, 0.5)]
+)
+def test_drawn_arrivals_keep_rate_and_burstiness(kind: ArrivalKind, cv: float) -> None:
+    arrivals = drawn(Arrivals(kind, rate=5.0, gap_cv=cv))
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *arrivals])]
+    assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.15)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(cv, rel=0.15)
+
+
+def test_a_replay_is_stretched_to_a_rate(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("arrival_s,prompt_len,output_len\n5,1,1\n6,1,1\n9,1,1\n")
+    workload = OpenLoop(Trace(path), Arrivals(rate=1.0))
+    assert [row.arrival_s for row in workload.draw(0)] == [0.0, 0.5, 2.0]
+    assert [row.arrival_s for row in workload.at_rate(2.0).draw(0)] == [0.0, 0.25, 1.0]
+    assert not workload.is_drawn
+
+
+def test_batches_of_a_trace_are_spread_to_a_plain_process(reference_data: Path) -> None:
+    trace = Trace(reference_data / "traces" / "mooncake_conversation.jsonl.gz", 2000)
+    workload = OpenLoop(trace, Arrivals(batch_s=MOONCAKE_BATCH_S))
+    arrivals = [row.arrival_s for row in workload.draw(1)]
+    gaps = [after - before for before, after in itertools.pairwise(arrivals)]
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(1.0, abs=0.15)
+    assert workload.is_drawn
+
+
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=50), st.integers(0, 5))
+def test_spreading_keeps_every_request_and_puts_them_in_order(batches: list[int], seed: int) -> None:
+    rows = [RequestSpec(n + 1, 1, arrival_s=3.0 * batch) for n, batch in enumerate(sorted(batches))]
+    spread = list(Arrivals(batch_s=3.0).time(rows, 1.0, seed))
+    assert sorted(row.prompt_len for row in spread) == [row.prompt_len for row in rows]
+    assert all(before.arrival_s <= after.arrival_s for before, after in itertools.pairwise(spread))
+    by_name = {row.prompt_len: row.arrival_s for row in rows}
+    assert all(0 <= row.arrival_s - by_name[row.prompt_len] <= 3.0 for row in spread)
+
+
+@pytest.mark.parametrize("values", [{"rate": 0.0}, {"rate": math.inf}, {"kind": ArrivalKind.POISSON}, {"gap_cv": 0.0}])
+def test_arrivals_that_cannot_be_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError):
+        Arrivals(**values)  # type: ignore[arg-type]
+
+
+# Lengths --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(2, 3000))
+def test_cut_requests_fit_and_keep_a_token_of_each(prompt_len: int, output_len: int, most: int) -> None:
+    cut = LengthLimits(max_prompt_len=2000, max_output_len=400, max_total_len=most).cut(
+        RequestSpec(prompt_len, output_len)
+    )
+    assert 1 <= cut.prompt_len <= min(prompt_len, 2000)
+    assert 1 <= cut.output_len <= min(output_len, 400)
+    assert cut.prompt_len + cut.output_len <= most
+
+
+def test_fitted_lengths_are_drawn_like_the_trace(reference_data: Path) -> None:
+    rows = list(Trace(reference_data / "traces" / "azure2023_conv.jsonl.gz").rows())
+    found = LengthDistribution.fit(rows)
+    again = list(DrawnLengths("again", found, 5000).rows(3))
+    for of in ("prompt_len", "output_len"):
+        measured = statistics.mean(getattr(row, of) for row in rows)
+        assert statistics.mean(getattr(row, of) for row in again) == pytest.approx(measured, rel=0.1)
+    assert found.prompt_quantiles[7] == 1033
+    carried = STANDARD_WORKLOADS["chat"].lengths
+    assert [round(value) for value in found.prompt_quantiles] == list(carried.prompt_quantiles)
+    assert [round(value) for value in found.output_quantiles] == list(carried.output_quantiles)
+
+
+def test_lengths_that_go_together_are_drawn_together() -> None:
+    rows = [RequestSpec(n, 2 * n) for n in range(1, 200)]
+    found = LengthDistribution.fit(rows)
+    assert found.correlation == pytest.approx(1.0)
+    assert all(abs(row.output_len - 2 * row.prompt_len) <= 12 for row in DrawnLengths("both", found, 100).rows(0))
+
+
+def test_a_handful_of_requests_is_no_distribution() -> None:
+    with pytest.raises(ConfigurationError, match="too few"):
+        LengthDistribution.fit([RequestSpec(1, 1)] * 49)
+
+
+# Standard workloads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STANDARD_WORKLOADS)
+def test_a_standard_workload_is_drawn_alike_for_equal_seeds(name: str) -> None:
+    workload = standard_workload(name, rate=2.0, num_requests=60)
+    first = list(workload.draw(1))
+    assert len(first) == len(workload) == 60
+    assert first == list(workload.draw(1))
+    assert first != list(workload.draw(2))
+    limits = STANDARD_WORKLOADS[name].limits
+    assert all(row.prompt_len <= limits.max_prompt_len and row.output_len <= limits.max_output_len for row in first)
+
+
+@pytest.mark.parametrize("name", STANDARD_WORKLOADS)
+def test_a_standard_workload_is_replayed_where_its_trace_is(name: str, reference_data: Path) -> None:
+    workload = standard_workload(name, 2.0, 200, reference_data / "traces")
+    rows = list(workload.draw(0))
+    assert len(rows) == 200
+    assert all(before.arrival_s <= after.arrival_s for before, after in itertools.pairwise(rows))
+    if name in ("chat", "code", "reason"):
+        assert (len(rows) - 1) / rows[-1].arrival_s == pytest.approx(2.0)
+
+
+def test_unknown_and_absent_workloads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there are chat, code, summarise, reason"):
+        standard_workload("poetry", 1.0, 10)
+    with pytest.raises(ConfigurationError, match="is not there"):
+        standard_workload("chat", 1.0, 10, tmp_path)
+
+
+def test_objectives_follow_from_an_idle_server() -> None:
+    assert slo_from_unloaded(SloKind.TIGHT, 0.1, 0.01) == Slo(ttft_s=0.5, tpot_s=0.015)
+    assert slo_from_unloaded(SloKind.LOOSE, 0.1, 0.01) == Slo(ttft_s=2.5, tpot_s=0.04)
+
+
+# Sessions -------------------------------------------------------------------------------------------------------
+
+
+def test_sessions_of_agents_share_their_growing_prefix(reference_data: Path) -> None:
+    sessions = list(read_sessions(reference_data / "traces" / "agent_coding_128k.jsonl.gz", num_sessions=20))
+    mains = [session for session in sessions if "/" not in session.name]
+    assert len(mains) == 20
+    first, second = mains[0].calls[:2]
+    assert second.prefix.ids[: len(first.prefix.ids) - 1] == first.prefix.ids[:-1]
+    assert all(call.think_s <= 30 for session in sessions for call in session.calls)
+    ids = [set(session.calls[0].prefix.ids) for session in mains]
+    assert not any(one & other for one, other in itertools.combinations(ids, 2))
+
+
+def test_sessions_start_by_a_seeded_process_and_fit_a_small_model(reference_data: Path) -> None:
+    sessions = list(read_sessions(reference_data / "traces" / "agent_coding_128k.jsonl.gz", num_sessions=5))
+    started = list(start_sessions(sessions, rate=0.5, seed=1))
+    assert started == list(start_sessions(sessions, rate=0.5, seed=1))
+    assert all(session.start_s > 0 for session in started)
+    short = shorten(started[0], factor=1 / 32, max_total_len=2048)
+    assert isinstance(short, Session)
+    assert short.calls
+    assert all(call.prompt_len + call.output_len <= 2048 for call in short.calls)
+    assert short.calls[0].prefix.block_tokens == 2
+
+
+def test_a_file_that_holds_no_sessions_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text('{"session_id": "a", "input_length": 3, "output_length": 1}\n{"input_length": 3}\n')
+    with pytest.raises(ConfigurationError, match="line 2 is no call"):
+        list(read_sessions(path))
