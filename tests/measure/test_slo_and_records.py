@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from disagg.base.errors import ConfigurationError
 from disagg.measure.record import Ending, RequestRecord, read_records, write_records
 from disagg.measure.slo import Slo, parse_slo
+from disagg.measure.statistics import LogHistogram, Share
 from disagg.measure.summary import summarize
 
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
@@ -134,3 +135,22 @@ def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path) -> No
         list(read_records(path))
     with pytest.raises(ConfigurationError, match="cannot read"):
         list(read_records(tmp_path / "nowhere"))
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))
+def test_a_histogram_gives_percentiles_to_a_percent(values: list[float]) -> None:
+    histogram = LogHistogram()
+    for value in values:
+        histogram.add(value)
+    found = histogram.percentiles()
+    assert found.mean == pytest.approx(sum(values) / len(values), rel=1e-5)
+    for part, percentile in ((0.5, found.p50), (0.9, found.p90), (0.99, found.p99)):
+        exact = sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
+        assert percentile == pytest.approx(exact, rel=0.011)
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    share = Share.of(9, 10)
+    assert (share.low, share.high) == pytest.approx((0.596, 0.982), abs=1e-3)
+    assert Share.of(10, 10).high == 1.0
+    assert Share.of(0, 0) == Share(count=0, total=0, share=0.0, low=0.0, high=1.0)

@@ -13,8 +13,9 @@ from disagg.base.config import SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.request import Role
+from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
-from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.latency import ConstantLatency, StepShape
 from disagg.simulator.links import Link
 from disagg.simulator.request import Outcome, SimulatedRequest
@@ -67,6 +68,14 @@ def test_timing_runs_of_equal_steps_ahead_changes_nothing(name: str, rate: float
     single = serve(DEPLOYMENTS[name], poisson(rate, count=100, seed=7), step_by_step=True)
     assert [request.request_id for request in ahead] == [request.request_id for request in single]
     assert stamps(ahead) == stamps(single)
+    assert gaps(name, rate, step_by_step=False) == gaps(name, rate, step_by_step=True)
+
+
+def gaps(name: str, rate: float, *, step_by_step: bool) -> Percentiles:
+    found = LogHistogram()
+    cluster = SimulatedCluster(DEPLOYMENTS[name], lambda request: None, step_by_step=step_by_step, gaps=found)
+    cluster.run(poisson(rate, count=100, seed=7))
+    return found.percentiles()
 
 
 @settings(max_examples=40, deadline=None)

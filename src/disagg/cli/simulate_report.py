@@ -63,6 +63,7 @@ def _latencies(runs: Sequence[RunReport]) -> Table:
     getters: dict[str, Callable[[RunReport], Percentiles]] = {
         "TTFT": lambda run: run.ttft,
         "TPOT": lambda run: run.tpot,
+        "ITL": lambda run: run.itl,
         "E2E": lambda run: run.e2e,
     }
     for name, get in getters.items():

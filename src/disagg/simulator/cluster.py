@@ -6,6 +6,7 @@ from functools import partial
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.measure.statistics import LogHistogram
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
@@ -34,7 +35,8 @@ class SimulatedCluster:
     """Router and instances on one virtual clock.
 
     ``step_by_step`` asks the schedulers after every step, also where runs of equal decode steps can be timed ahead:
-    slower, with equal results. So do a ``log``, which receives every decision, and a ``timeline``.
+    slower, with equal results. So do a ``log``, which receives every decision, and a ``timeline``. ``gaps`` receives
+    the inter-token latencies in seconds.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SimulatedCluster:
         step_by_step: bool = False,
         log: EventLog | None = None,
         timeline: TimelineRecorder | None = None,
+        gaps: LogHistogram | None = None,
     ) -> None:
         self.queue = EventQueue()
         self._spec = spec
@@ -65,6 +68,7 @@ class SimulatedCluster:
                 self._router,
                 log.scheduler(instance.name, instance.log_header()) if log else None,
                 timeline=timeline,
+                gaps=gaps,
                 step_by_step=step_by_step,
             )
             for instance in spec.instances

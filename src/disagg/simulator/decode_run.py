@@ -26,8 +26,8 @@ class DecodeRun:
         """Return how many steps ended before ``now``; one that ends at this very moment still counts as in flight."""
         return bisect_left(self.ends_s, now)
 
-    def take(self, count: int) -> tuple[float, float]:
-        """Remove the next ``count`` steps, which have ended; return the ends of the first and the last of them."""
-        first_s, last_s = self.ends_s[0], self.ends_s[count - 1]
+    def take(self, count: int) -> list[float]:
+        """Remove the next ``count`` steps, which have ended; return their ends."""
+        taken = self.ends_s[:count]
         del self.ends_s[:count]
-        return first_s, last_s
+        return taken

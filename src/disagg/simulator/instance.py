@@ -8,6 +8,7 @@ flight; what comes in between waits for the next turn.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Final, Protocol, assert_never
 
 from disagg.base.config import SchedulerSettings
@@ -16,6 +17,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.measure.statistics import LogHistogram
 from disagg.scheduling.actions import (
     AnyAction,
     Emit,
@@ -102,6 +104,7 @@ class SimulatedInstance:
         recorder: SchedulerRecorder | None = None,
         *,
         timeline: TimelineRecorder | None = None,
+        gaps: LogHistogram | None = None,
         step_by_step: bool = False,
     ) -> None:
         self.spec = spec
@@ -110,6 +113,7 @@ class SimulatedInstance:
         self._listener = listener
         self._recorder = recorder
         self._timeline = timeline
+        self._gaps = gaps
         self._may_repeat = not step_by_step and recorder is None and timeline is None
         self._scheduler = RepeatingScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
         self._pipeline = Pipeline(spec.latency.num_stages)
@@ -253,7 +257,7 @@ class SimulatedInstance:
         for chunk in step.chunks:
             if chunk.samples:
                 request = self._requests[chunk.request_id]
-                request.add_tokens(1, now, now)
+                self._note_gap(request.add_tokens(1, now, now))
                 reason = None
                 if request.is_complete:
                     reason = FinishReason.LENGTH
@@ -265,6 +269,11 @@ class SimulatedInstance:
         if not self._is_turn_due:
             self._is_turn_due = True
             self._queue.push(now, self._turn, Priority.TURN)
+
+    def _note_gap(self, gap_s: float) -> None:
+        # A first token has no gap before it, and a sampled one none after itself.
+        if self._gaps is not None and gap_s > 0:
+            self._gaps.add(gap_s)
 
     def _pull(self, action: Pull, now: float) -> None:
         num_bytes = len(action.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
@@ -300,9 +309,12 @@ class SimulatedInstance:
             step_id = self._scheduler.repeat(count)
             self.kv_use.record(self._queue.now(), self._scheduler.num_held_blocks)
             run.step = RunStep(step_id=step_id, chunks=run.step.chunks)
-            first_s, last_s = run.take(count)
+            ends_s = run.take(count)
             for request in self._requests_of(run.step):
-                request.add_tokens(count, first_s, last_s)
+                self._note_gap(request.add_tokens(count, ends_s[0], ends_s[-1]))
+            if self._gaps is not None:
+                for before_s, after_s in pairwise(ends_s):
+                    self._gaps.add(after_s - before_s, len(run.step.chunks))
 
     def _interrupt(self, run: DecodeRun) -> None:
         """Something came: the step in flight is the run's last, and its end asks the scheduler."""

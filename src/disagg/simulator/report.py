@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from disagg.measure.slo import Slo
-from disagg.measure.statistics import Percentiles
+from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
 from disagg.simulator.request import Outcome, SimulatedRequest
 
@@ -32,6 +32,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     tpot_attainment: float
     ttft: Percentiles
     tpot: Percentiles
+    itl: Percentiles
     e2e: Percentiles
     stage_shares: dict[str, float]
     """Part of all requests' time that each stage took; they add up to 1."""
@@ -47,6 +48,7 @@ class Collector:
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
+        self.gaps = LogHistogram()
         self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
         self._stages = dict.fromkeys(Stage, 0.0)
         self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
@@ -91,6 +93,7 @@ class Collector:
             tpot_attainment=self._num_tpot_met / count,
             ttft=Percentiles.of(self._ttft),
             tpot=Percentiles.of(self._tpot),
+            itl=self.gaps.percentiles(),
             e2e=Percentiles.of(self._e2e),
             stage_shares={
                 stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()

@@ -79,9 +79,13 @@ class SimulatedRequest:
         else:
             self.timeline.prefill_started_s = now
 
-    def add_tokens(self, count: int, first_s: float, last_s: float) -> None:
-        """Note ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``."""
+    def add_tokens(self, count: int, first_s: float, last_s: float) -> float:
+        """Note ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``.
+
+        Return the gap before the first of them; NaN where none came before.
+        """
         timeline = self.timeline
+        gap_s = first_s - timeline.last_token_s
         if self.num_output_tokens == 0:
             timeline.first_token_s = first_s
         elif self.num_output_tokens == 1:
@@ -90,3 +94,4 @@ class SimulatedRequest:
                 timeline.decode_started_s = timeline.first_token_s
         timeline.last_token_s = last_s
         self.num_output_tokens += count
+        return gap_s

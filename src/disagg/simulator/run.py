@@ -27,7 +27,7 @@ def simulate(
 ) -> RunReport:
     """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit."""
     collector = Collector(slo)
-    cluster = SimulatedCluster(spec, collector.add, log=log, timeline=timeline)
+    cluster = SimulatedCluster(spec, collector.add, log=log, timeline=timeline, gaps=collector.gaps)
     cluster.run(_check_fit(spec, requests))
     span_s = collector.last_end_s
     kv = []
