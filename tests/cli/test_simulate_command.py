@@ -189,6 +189,17 @@ def test_a_standard_workload_needs_no_file() -> None:
     assert found["runs"][0]["num_requests"] == 50
 
 
+def test_sessions_of_agents_wait_for_their_answers(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    call = {"input_length": 100, "output_length": 11, "think_ms": 5000, "hash_runs": [[1, 1]]}
+    path.write_text("".join(json.dumps({"session_id": "a", **call}) + "\n" for _ in range(4)))
+    found = report("--sessions", path, "--rate", 1, *PUBLISHED)["runs"][0]
+    assert found["num_finished"] == 4
+    assert found["span_s"] > 15
+    refused = run("--sessions", path, *PUBLISHED)
+    assert "needs --rate" in str(refused.exception)
+
+
 def test_lengths_without_a_workload() -> None:
     found = report("--prompt-len", 512, "--output-len", 20, "--rate", 2, "--requests", 30, *PUBLISHED)
     assert found["runs"][0]["num_finished"] == 30

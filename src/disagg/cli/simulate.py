@@ -1,7 +1,6 @@
 """``disagg simulate``: what a placement would do under a workload, by running the real policies in virtual time."""
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -14,17 +13,18 @@ from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
-from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_workload, workload_options
+from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
 from disagg.measure.open_loop import OpenLoop
+from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import IMITATED, build_cluster
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.report import RunReport
-from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.run import find_goodput
 from disagg.simulator.run import simulate as run_simulation
+from disagg.simulator.session_load import SessionLoad
 from disagg.simulator.timeline_page import TimelineRecorder
 from disagg.simulator.workload import simulated_requests
 
@@ -88,7 +88,7 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
     )
     chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
     spec = build_cluster(chosen, chosen_platform.platform, rules)
-    workload = choose_workload(values)
+    workload = choose_load(values)
     runs = _run_seeds(spec, workload, slo, values["seeds"], values["events"], values["html"])
     goodput = _goodput(spec, workload, slo, values) if values["find_goodput"] else None
     num_devices = _num_devices(chosen)
@@ -111,7 +111,7 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
 
 def _run_seeds(
     spec: ClusterSpec,
-    workload: OpenLoop,
+    workload: OpenLoop | SessionWorkload,
     slo: Slo,
     num_seeds: int,
     events: Path | None = None,
@@ -120,20 +120,26 @@ def _run_seeds(
     """Run once for each seed; a workload that replays its own times is the same for all, so it runs once."""
     timeline = None if html is None else TimelineRecorder(tuple(instance.name for instance in spec.instances))
 
-    def requests(seed: int) -> Iterator[SimulatedRequest]:
-        return simulated_requests(workload.draw(seed), workload.name, spec.instances[0].block_size)
+    block_size = spec.instances[0].block_size
+
+    def run(seed: int, log: EventLog | None = None, timeline: TimelineRecorder | None = None) -> RunReport:
+        if isinstance(workload, OpenLoop):
+            requests = simulated_requests(workload.draw(seed), workload.name, block_size)
+            return run_simulation(spec, requests, slo, log=log, timeline=timeline)
+        load = SessionLoad(workload.draw(seed), block_size)
+        return run_simulation(spec, load.first_calls(), slo, log=log, timeline=timeline, next_call=load.next_call)
 
     with ExitStack() as stack:
         log = None if events is None else stack.enter_context(EventLog(events))
-        runs = [run_simulation(spec, requests(0), slo, log=log, timeline=timeline)]
+        runs = [run(0, log, timeline)]
     if timeline is not None and html is not None:
-        timeline.write(html, f"{len(workload)} requests on {len(spec.instances)} instance(s)")
+        timeline.write(html, f"{runs[0].num_requests} requests on {len(spec.instances)} instance(s)")
     if workload.is_drawn:
-        runs += [run_simulation(spec, requests(seed), slo) for seed in range(1, num_seeds)]
+        runs += [run(seed) for seed in range(1, num_seeds)]
     return tuple(runs)
 
 
-def _goodput(spec: ClusterSpec, workload: OpenLoop, slo: Slo, values: dict[str, Any]) -> float:
+def _goodput(spec: ClusterSpec, workload: OpenLoop | SessionWorkload, slo: Slo, values: dict[str, Any]) -> float:
     def attainment(rate: float) -> float:
         runs = _run_seeds(spec, workload.at_rate(rate), slo, values["seeds"])
         return sum(run.attainment for run in runs) / len(runs)

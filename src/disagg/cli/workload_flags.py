@@ -11,6 +11,7 @@ import click
 from disagg.base.errors import ConfigurationError
 from disagg.measure.arrivals import ArrivalKind, Arrivals
 from disagg.measure.open_loop import FixedLengths, LengthLimits, OpenLoop, RequestSource
+from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo, parse_slo
 from disagg.measure.standard import STANDARD_WORKLOADS, standard_workload
 from disagg.measure.trace import Trace
@@ -46,6 +47,21 @@ class SloType(click.ParamType[Slo]):
 
 _OPTIONS: Final = (
     click.option("--workload", metavar="NAME|FILE", help="Requests: see below."),
+    click.option(
+        "--sessions",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Instead: calls of agents, one after another (kv-cache-tester), --rate in sessions/s.",
+    ),
+    click.option(
+        "--longest-think",
+        "longest_think_s",
+        type=click.FloatRange(min=0),
+        default=30.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Cut the time between the calls of a session.",
+    ),
     click.option("--prompt-len", type=_COUNT, metavar="N", help="Without --workload: tokens of every prompt."),
     click.option("--output-len", type=_COUNT, metavar="N", help="Without --workload: tokens of every answer."),
     click.option(
@@ -56,7 +72,9 @@ _OPTIONS: Final = (
     ),
     click.option("--rate", type=_ABOVE_ZERO, metavar="R", help="Requests/s, by stretching the times or drawing them."),
     click.option("--scale", type=_ABOVE_ZERO, metavar="S", help="Factor on the file's own rate."),
-    click.option("--requests", "num_requests", type=_COUNT, metavar="N", help="Only the first N requests."),
+    click.option(
+        "--requests", "num_requests", type=_COUNT, metavar="N", help="Only the first N requests, or sessions."
+    ),
     click.option(
         "--arrivals",
         type=click.Choice([kind.value for kind in ArrivalKind]),
@@ -96,6 +114,22 @@ def choose_workload(values: Mapping[str, Any]) -> OpenLoop:
     if values["max_total_len"] is not None:
         workload = replace(workload, limits=replace(workload.limits, max_total_len=values["max_total_len"]))
     return workload
+
+
+def choose_load(values: Mapping[str, Any]) -> OpenLoop | SessionWorkload:
+    """Return the sessions, or else the workload, that the flags describe."""
+    if values["sessions"] is None:
+        return choose_workload(values)
+    if values["workload"] is not None or values["rate"] is None:
+        raise ConfigurationError("--sessions needs --rate, in sessions/s, and no --workload")
+    return SessionWorkload(
+        values["sessions"],
+        values["rate"],
+        num_sessions=values["num_requests"],
+        longest_think_s=values["longest_think_s"],
+        length_factor=values["shorten"] or 1.0,
+        max_total_len=values["max_total_len"] or 2**31,
+    )
 
 
 def _standard(values: Mapping[str, Any]) -> OpenLoop:

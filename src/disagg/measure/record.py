@@ -3,6 +3,7 @@
 import enum
 import math
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -79,7 +80,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     @property
     def gaps_s(self) -> tuple[float, ...]:
         """Inter-token latencies: the gap before each event but the first."""
-        return tuple(after - before for before, after in zip(self.event_s, self.event_s[1:], strict=False))
+        return tuple(after - before for before, after in pairwise(self.event_s))
 
     @property
     def e2e_s(self) -> float:

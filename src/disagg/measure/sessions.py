@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -31,6 +31,39 @@ class _Call(msgspec.Struct, frozen=True):
     t: Annotated[float, Meta(ge=0)] = 0.0
     think_ms: Annotated[float, Meta(ge=0)] = 0.0
     hash_runs: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionWorkload:
+    """Sessions of a file that start by a Poisson process of ``rate`` sessions/s, shortened to fit a model."""
+
+    path: Path
+    rate: float
+    num_sessions: int | None = None
+    longest_think_s: float = 30.0
+    length_factor: float = 1.0
+    max_total_len: int = 2**31
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def is_drawn(self) -> bool:
+        """True: another seed gives other starts."""
+        return True
+
+    def at_rate(self, rate: float) -> "SessionWorkload":
+        """Return the same sessions at another rate."""
+        return replace(self, rate=rate)
+
+    def draw(self, seed: int) -> Iterator[Session]:
+        """Yield the sessions in order of their starts, those with a call that fits; equal seeds give equal starts."""
+        sessions = read_sessions(self.path, longest_think_s=self.longest_think_s, num_sessions=self.num_sessions)
+        short = (shorten(session, self.length_factor, self.max_total_len) for session in sessions)
+        started = start_sessions((session for session in short if session.calls), self.rate, seed)
+        yield from sorted(started, key=attrgetter("start_s"))
 
 
 def read_sessions(path: Path, *, longest_think_s: float = 30.0, num_sessions: int | None = None) -> Iterator[Session]:

@@ -90,6 +90,10 @@ class SimulatedCluster:
             if audit.free + audit.cached != audit.total:
                 raise InternalError(f"blocks of {instance.spec.name} did not come back: {audit}")
 
+    def submit_later(self, request: SimulatedRequest) -> None:
+        """Take, while running, a request that arrives now or later: one that follows from another's end."""
+        self.queue.push(request.arrival_s + self._spec.accept_s, partial(self._router.submit, request))
+
     def _expect(self, requests: Iterator[SimulatedRequest]) -> None:
         """Plan the next arrival: only one is known at a time, so that a long trace needs no memory."""
         request = next(requests, None)

@@ -1,7 +1,7 @@
 """One simulation from specification to report, several over seeds, and the search for the goodput."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
@@ -24,11 +24,24 @@ def simulate(
     *,
     log: EventLog | None = None,
     timeline: TimelineRecorder | None = None,
+    next_call: Callable[[SimulatedRequest], SimulatedRequest | None] = lambda ended: None,
 ) -> RunReport:
-    """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit."""
+    """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit.
+
+    ``next_call`` may name a request that follows from one that ended, as in a closed loop.
+    """
     collector = Collector(slo)
-    cluster = SimulatedCluster(spec, collector.add, log=log, timeline=timeline, gaps=collector.gaps)
-    cluster.run(_check_fit(spec, requests))
+
+    def end(request: SimulatedRequest) -> None:
+        collector.add(request)
+        following = next_call(request)
+        if following is not None:
+            check_fit(following)
+            cluster.submit_later(following)
+
+    check_fit = _FitCheck(spec)
+    cluster = SimulatedCluster(spec, end, log=log, timeline=timeline, gaps=collector.gaps)
+    cluster.run(map(check_fit, requests))
     span_s = collector.last_end_s
     kv = []
     for instance in cluster.instances:
@@ -47,14 +60,17 @@ def simulate(
     return collector.report(num_preemptions, kv)
 
 
-def _check_fit(spec: ClusterSpec, requests: Iterable[SimulatedRequest]) -> Iterator[SimulatedRequest]:
-    """Pass requests on; refuse one that no path through the cluster could ever hold."""
-    capacity = {
-        role: max((instance.capacity for instance in spec.instances if instance.role is role), default=0)
-        for role in Role
-    }
-    for request in requests:
-        needed = request.max_total_tokens
+class _FitCheck:
+    """Passes requests on; refuses one that no path through the cluster could ever hold."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._capacity = {
+            role: max((instance.capacity for instance in spec.instances if instance.role is role), default=0)
+            for role in Role
+        }
+
+    def __call__(self, request: SimulatedRequest) -> SimulatedRequest:
+        capacity, needed = self._capacity, request.max_total_tokens
         ends_at_first = request.output_len == 1
         by_pair = request.prompt_len < capacity[Role.PREFILL] and (ends_at_first or needed <= capacity[Role.DECODE])
         if not by_pair and needed > capacity[Role.COLOCATED]:
@@ -63,7 +79,7 @@ def _check_fit(spec: ClusterSpec, requests: Iterable[SimulatedRequest]) -> Itera
                 f"request {request.request_id} ({request.prompt_len} + {request.output_len} tokens) never fits: the KV "
                 f"pools hold {room} tokens; leave it out, or give the instances more memory or devices"
             )
-        yield request
+        return request
 
 
 def find_goodput(attainment: Callable[[float], float], target: float, start_rate: float) -> float:

@@ -16,11 +16,11 @@ def simulated_requests(specs: Iterable[RequestSpec], name: str, block_size: int)
             arrival_s=spec.arrival_s,
             prompt_len=spec.prompt_len,
             output_len=spec.output_len,
-            block_hashes=_block_hashes(spec.prefix, spec.prompt_len, block_size),
+            block_hashes=block_hashes(spec.prefix, spec.prompt_len, block_size),
         )
 
 
-def _block_hashes(prefix: PrefixBlocks, prompt_len: int, block_size: int) -> tuple[BlockHash, ...]:
+def block_hashes(prefix: PrefixBlocks, prompt_len: int, block_size: int) -> tuple[BlockHash, ...]:
     """Return a name for each full KV block, equal where all ids up to it are equal."""
     if not prefix.ids:
         return ()

@@ -1,0 +1,52 @@
+"""Sessions as a closed loop: a call is sent when the answer to the one before it has ended and been thought about."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from disagg.base.ids import RequestId
+from disagg.measure.workload import Session
+from disagg.simulator.request import Outcome, SimulatedRequest
+from disagg.simulator.workload import block_hashes
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    session: Session
+    index: int
+
+
+class SessionLoad:
+    """Gives the first call of each session, and after a call the next. A session ends with a call that fails."""
+
+    def __init__(self, sessions: Iterable[Session], block_size: int) -> None:
+        self._sessions = sessions
+        self._block_size = block_size
+        self._turns: dict[RequestId, _Turn] = {}
+
+    def first_calls(self) -> Iterator[SimulatedRequest]:
+        """Yield the sessions' first calls, in order of their starts."""
+        for session in self._sessions:
+            if session.calls:
+                yield self._request(_Turn(session, 0), 0.0 if math.isnan(session.start_s) else session.start_s)
+
+    def next_call(self, ended: SimulatedRequest) -> SimulatedRequest | None:
+        """Return the call that follows one that ended now; None at the end of its session."""
+        turn = self._turns.pop(ended.request_id)
+        index = turn.index + 1
+        if ended.outcome is not Outcome.FINISHED or index == len(turn.session.calls):
+            return None
+        following = _Turn(turn.session, index)
+        return self._request(following, ended.timeline.finished_s + turn.session.calls[index].think_s)
+
+    def _request(self, turn: _Turn, arrival_s: float) -> SimulatedRequest:
+        call = turn.session.calls[turn.index]
+        request = SimulatedRequest(
+            request_id=RequestId(f"{turn.session.name}:{turn.index}"),
+            arrival_s=arrival_s,
+            prompt_len=call.prompt_len,
+            output_len=call.output_len,
+            block_hashes=block_hashes(call.prefix, call.prompt_len, self._block_size),
+        )
+        self._turns[request.request_id] = turn
+        return request
