@@ -127,6 +127,14 @@ def test_records_survive_a_file(rows: list[tuple[float, list[float], Ending, str
         assert list(read_records(path)) == records
 
 
+def test_a_stamp_that_was_computed_as_missing_survives_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_records([record(sent_s=math.inf - math.inf, finished_s=float("nan"))], path)
+    (one,) = read_records(path)
+    assert math.isnan(one.sent_s)
+    assert math.isnan(one.finished_s)
+
+
 def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     write_records([record()], path)

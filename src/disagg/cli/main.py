@@ -11,6 +11,7 @@ from disagg.base.errors import ConfigurationError, DisaggError
 COMMANDS: Final = {
     "serve": ("disagg.cli.serve", "Serve a model, with prefill and decode on separate instances."),
     "chat": ("disagg.cli.chat", "Talk to a running server in the terminal."),
+    "top": ("disagg.cli.top", "Watch a running server: load, hand-overs, latencies, stages."),
     "simulate": ("disagg.cli.simulate", "Predict what a placement does under a workload."),
     "bench": ("disagg.cli.bench", "Measure the engine on this machine."),
     "models": ("disagg.cli.models", "List the models that can be loaded."),

@@ -56,6 +56,12 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     instances: tuple[str, ...] = ()
     """Who prefilled and who decoded, where the server tells it."""
 
+    def __post_init__(self) -> None:
+        # Only the default itself is left out of the file, and JSON has no other NaN.
+        for name in ("sent_s", "finished_s"):
+            if math.isnan(getattr(self, name)):
+                msgspec.structs.force_setattr(self, name, math.nan)
+
     @property
     def num_output_tokens(self) -> int:
         """Tokens that came."""

@@ -10,10 +10,11 @@ from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
-from disagg.serve.router.interface import InstanceState, InstanceStatus
+from disagg.serve.router.interface import InstanceState, InstanceStatus, ServedBy
 
 MAX_MODEL_LEN = 256
 NUM_CACHED = 32
+PAIR = ServedBy(InstanceId("prefill-0"), InstanceId("decode-0"))
 Script = Callable[[GenerationRequest], Sequence[int]]
 
 
@@ -48,6 +49,7 @@ class ScriptedStream:
     error: DisaggError | None
     gate: asyncio.Semaphore | None
     timeline: RequestTimeline = field(default_factory=lambda: RequestTimeline(arrival_s=0.0))
+    served_by: ServedBy = PAIR
 
     async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         sampling = self.request.sampling

@@ -55,7 +55,7 @@ async def test_all_but_the_open_paths_want_the_key(serve: Serve) -> None:
     async with httpx.AsyncClient(base_url=site.url) as stranger:
         for path in OPEN_PATHS:
             assert (await stranger.get(path)).status_code == 200, path
-        for path in ("/v1/models", "/v1/models/tiny", "/status", "/tokenize", "/nowhere"):
+        for path in ("/v1/models", "/v1/models/tiny", "/status", "/requests", "/tokenize", "/nowhere"):
             response = await stranger.get(path)
             assert response.status_code == 401, path
             assert response.json()["error"]["code"] == "invalid_api_key"

@@ -44,7 +44,7 @@ from disagg.scheduling.dispatch_replay import parse_dispatch_log, replay_dispatc
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.event_log import DispatchLogWriter
 from disagg.serve.router.instance_table import NullWatcher
-from disagg.serve.router.interface import InstanceState, Router
+from disagg.serve.router.interface import InstanceState, Router, ServedBy
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import DropReason
 
@@ -204,6 +204,7 @@ async def test_prefill_here_decode_there(scene):
     await decode.emit(request, 13, 14, finished=FinishReason.STOP)
     assert [output.token_ids async for output in stream] == [(12,), (13, 14)]
 
+    assert stream.served_by == ServedBy(InstanceId("prefill-0"), InstanceId("decode-0"))
     stages = stream.timeline.stages()
     assert sum(stages.values()) == pytest.approx(stream.timeline.finished_s - 10.0)
     del stages[Stage.DECODE], stages[Stage.DELIVERY]  # stamped by the router's own clock
@@ -221,6 +222,7 @@ async def test_a_colocated_instance_stamps_a_timeline_without_hand_over(make_sce
     await peer.emit(request, 12)
     await peer.emit(request, finished=FinishReason.ABORT)
     assert [output.token_ids async for output in stream] == [(11,), (12,), ()]
+    assert stream.served_by == ServedBy(InstanceId("colocated-0"), InstanceId("colocated-0"))
     stages = stream.timeline.stages()
     assert stages[Stage.QUEUE_PREFILL] == 1.0
     assert stages[Stage.HAND_OVER] == 0.0

@@ -18,8 +18,11 @@ from disagg.serve.api.gate import REQUEST_ID_HEADER, Gate
 from disagg.serve.api.generation import GenerationEndpoint
 from disagg.serve.api.jobs import JobFactory
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.observer import Accounts
 from disagg.serve.api.operations import Operations
+from disagg.serve.api.recent_requests import RecentRequests
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.watching import Watching
 from disagg.serve.router.interface import Router
 
 logger = logging.getLogger(__name__)
@@ -37,22 +40,24 @@ def create_app(
 ) -> Starlette:
     """Return the ASGI application over a router.
 
-    With ``api_key``, everything but health, readiness, version, metrics and the page needs it. ``clock`` must be the
+    With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. ``clock`` must be the
     one that the router stamps timelines with.
     """
     metrics.watch(router)
+    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
     return Starlette(
-        routes=_routes(router, model, metrics, clock or MonotonicClock()),
+        routes=_routes(router, model, accounts),
         middleware=[Middleware(Gate, api_key=api_key)],
         exception_handlers=_exception_handlers(metrics),
     )
 
 
-def _routes(router: Router, model: ServedModel, metrics: ServerMetrics, clock: Clock) -> list[Route]:
+def _routes(router: Router, model: ServedModel, accounts: Accounts) -> list[Route]:
     jobs = JobFactory(model)
-    operations = Operations(router, model, metrics)
-    completions = GenerationEndpoint(jobs.completion, router, metrics, clock)
-    chat = GenerationEndpoint(jobs.chat, router, metrics, clock)
+    operations = Operations(router, model)
+    watching = Watching(router, model.name, accounts)
+    completions = GenerationEndpoint(jobs.completion, router, accounts)
+    chat = GenerationEndpoint(jobs.chat, router, accounts)
     return [
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -60,12 +65,14 @@ def _routes(router: Router, model: ServedModel, metrics: ServerMetrics, clock: C
         Route("/v1/models/{name:path}", operations.model),
         Route("/tokenize", operations.tokenize, methods=["POST"]),
         Route("/detokenize", operations.detokenize, methods=["POST"]),
-        Route("/status", operations.status),
-        Route("/", operations.page),
+        Route("/status", watching.status),
+        Route("/requests", watching.requests),
+        Route("/", watching.front_page),
+        Route("/dashboard", watching.dashboard),
         *(Route(path, operations.health) for path in ("/health", "/live", "/liveness")),
         *(Route(path, operations.ready) for path in ("/ready", "/readiness")),
         Route("/version", operations.version),
-        Route("/metrics", operations.metrics),
+        Route("/metrics", watching.metrics),
     ]
 
 

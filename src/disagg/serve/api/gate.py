@@ -13,7 +13,9 @@ from disagg.base.errors import AuthenticationError
 from disagg.serve.api.failures import error_response
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
-OPEN_PATHS: Final = frozenset({"/", "/health", "/live", "/liveness", "/ready", "/readiness", "/version", "/metrics"})
+OPEN_PATHS: Final = frozenset(
+    {"/", "/dashboard", "/health", "/live", "/liveness", "/ready", "/readiness", "/version", "/metrics"}
+)
 """What answers without a key: nothing there shows or changes what anybody asks the model."""
 
 _ACCEPTED_ID: Final = re.compile(r"[!-~]{1,128}")

@@ -8,15 +8,13 @@ from typing import Final
 from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
-from disagg.base.clock import Clock
 from disagg.base.errors import UnavailableError
 from disagg.serve.api.answer import Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
 from disagg.serve.api.failures import as_disagg_error, error_event
 from disagg.serve.api.http import EventStream, read_body, send_json
 from disagg.serve.api.jobs import Job
-from disagg.serve.api.metrics import ServerMetrics
-from disagg.serve.api.observer import RequestObserver
+from disagg.serve.api.observer import Accounts, RequestObserver
 from disagg.serve.api.responses import DONE, PromptTokensDetails, Usage, encode, event
 from disagg.serve.api.sequences import Arrival, RunningSequences
 from disagg.serve.api.shapes import ShownUsage
@@ -34,19 +32,18 @@ LONG_BODY_BYTES: Final = 16 * 1024
 class GenerationEndpoint:
     """ASGI endpoint that answers one kind of generating request."""
 
-    def __init__(self, make_job: MakeJob, router: Router, metrics: ServerMetrics, clock: Clock) -> None:
+    def __init__(self, make_job: MakeJob, router: Router, accounts: Accounts) -> None:
         self._make_job = make_job
         self._router = router
-        self._metrics = metrics
-        self._clock = clock
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. What goes wrong before the first output is raised, to become a proper status."""
-        arrival_s = self._clock.now()
+        arrival_s = self._accounts.clock.now()
         request_id = scope["state"]["request_id"]
         try:
             job = await self._read_job(receive, arrival_s)
-            with RequestObserver(self._metrics, self._clock, job, request_id, arrival_s) as observer:
+            with RequestObserver(self._accounts, job, request_id, arrival_s) as observer:
                 await self._answer(job, observer, receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
@@ -63,6 +60,7 @@ class GenerationEndpoint:
             RunningSequences(self._router, [answer.request for answer in job.answers]) as running,
             noticing_disconnect(receive, running.cancel),
         ):
+            observer.submitted(running.streams)
             run = Run(job, running, observer)
             if job.stream_options is None:
                 await send_json(send, encode(await run.whole()))
@@ -136,7 +134,7 @@ class Run:
             self._observer.see(delta)
             if delta.finish_reason is not None:
                 self._running.stop(index)
-                self._observer.finished(index, delta.finish_reason, answer, self._running.timeline(index))
+                self._observer.finished(index, delta.finish_reason, answer)
             yield delta
 
     def _usage(self) -> Usage:

@@ -14,6 +14,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.serve.api.instance_metrics import InstanceCollector
+from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
 from disagg.serve.router.sink import DropReason
 
@@ -50,6 +51,7 @@ class ServerMetrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.hand_overs = HandOverTotals()
         self._model_name = model_name
         ProcessCollector(registry=self.registry)
         self._add_request_metrics()
@@ -94,7 +96,11 @@ class ServerMetrics:
         if failure:
             logger.warning("%s could not pull KV blocks from %s: %s", target, source, failure)
             self._hand_over_failures.inc()
+            self.hand_overs.num_failures_total += 1
             return
+        self.hand_overs.num_total += 1
+        self.hand_overs.bytes_total += num_bytes
+        self.hand_overs.seconds_total += duration_s
         self._hand_over.observe(duration_s)
         self._hand_over_bytes.inc(num_bytes)
 

@@ -2,38 +2,62 @@
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError, http_status
 from disagg.base.sampling import FinishReason
-from disagg.measure.timeline import RequestTimeline
 from disagg.serve.api.answer import Answer, Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.jobs import Job
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.recent_requests import RecentRequests, with_stages
+from disagg.serve.api.views import RequestView
+from disagg.serve.router.interface import SequenceStream
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Where requests are accounted for. ``clock`` is the one that the router stamps timelines with."""
+
+    metrics: ServerMetrics
+    recent: RecentRequests
+    clock: Clock
+
+
+@dataclass(slots=True)
+class _Progress:
+    """When the first and the last output of a choice came, and what its prefill found in the cache."""
+
+    first_s: float
+    last_s: float
+    num_cached_tokens: int
 
 
 class RequestObserver:
     """Accounts for one job from ``with`` to its end; choices that have not finished then count as aborted or failed.
 
-    Times are seconds of ``clock``; TTFT and end-to-end times count from ``arrival_s``.
+    Times are seconds of the accounts' clock; TTFT and end-to-end times count from ``arrival_s``.
     """
 
-    def __init__(self, metrics: ServerMetrics, clock: Clock, job: Job, request_id: str, arrival_s: float) -> None:
-        self._metrics = metrics
-        self._clock = clock
+    def __init__(self, accounts: Accounts, job: Job, request_id: str, arrival_s: float) -> None:
+        self._metrics = accounts.metrics
+        self._recent = accounts.recent
+        self._clock = accounts.clock
         self._job = job
         self._request_id = request_id
         self._arrival_s = arrival_s
         self._ttft_s = math.nan
-        self._first_s: dict[int, float] = {}
-        self._last_s: dict[int, float] = {}
+        self._streams: Sequence[SequenceStream] = ()
+        self._progress: dict[int, _Progress] = {}
         self._failure: Exception | None = None
 
     def __enter__(self) -> "RequestObserver":
+        self._recent.num_under_way += len(self._job.answers)
         return self
 
     def __exit__(
@@ -42,32 +66,38 @@ class RequestObserver:
         if isinstance(error, Exception):
             self.failed(error)
         how = FinishReason.ERROR if self._failure is not None else FinishReason.ABORT
-        for answer in self._job.answers:
+        for choice, answer in enumerate(self._job.answers):
             if answer.finish_reason is None:
-                self._metrics.choice_ended(how)
+                self._ended(choice, how, answer)
         self._log(how)
+
+    def submitted(self, streams: Sequence[SequenceStream]) -> None:
+        """Learn where the sequences' timelines are."""
+        self._streams = streams
 
     def see(self, delta: Delta) -> None:
         """Account for one delta."""
         now = self._clock.now()
-        last_s = self._last_s.get(delta.choice)
-        if last_s is None:
-            self._see_first(delta.choice, now)
+        progress = self._progress.get(delta.choice)
+        if progress is None:
+            self._see_first(delta, now)
         else:
-            self._metrics.inter_token.observe(now - last_s)
-        self._last_s[delta.choice] = now
+            self._metrics.inter_token.observe(now - progress.last_s)
+            progress.last_s = now
         self._metrics.generation_tokens.inc(len(delta.token_ids))
 
-    def finished(self, choice: int, reason: FinishReason, answer: Answer, timeline: RequestTimeline) -> None:
+    def finished(self, choice: int, reason: FinishReason, answer: Answer) -> None:
         """Account for a choice that is complete."""
-        metrics, last_s = self._metrics, self._last_s[choice]
-        metrics.choice_ended(reason)
-        metrics.e2e.observe(last_s - self._arrival_s)
+        metrics, progress = self._metrics, self._progress[choice]
+        e2e_s, tpot_s = progress.last_s - self._arrival_s, None
+        metrics.e2e.observe(e2e_s)
         metrics.num_prompt_tokens.observe(len(answer.request.prompt_token_ids))
         metrics.num_generation_tokens.observe(answer.num_tokens)
         if answer.num_tokens > 1:
-            metrics.time_per_output_token.observe((last_s - self._first_s[choice]) / (answer.num_tokens - 1))
-        metrics.stages_passed(timeline)
+            tpot_s = (progress.last_s - progress.first_s) / (answer.num_tokens - 1)
+            metrics.time_per_output_token.observe(tpot_s)
+        metrics.stages_passed(self._streams[choice].timeline)
+        self._ended(choice, reason, answer, tpot_s, e2e_s)
 
     def failed(self, error: Exception) -> None:
         """Remember what ended the request, unless its client did."""
@@ -79,12 +109,44 @@ class RequestObserver:
         self.failed(error)
         self._metrics.error_shown(http_status(error))
 
-    def _see_first(self, choice: int, now: float) -> None:
-        if not self._first_s:
+    def _see_first(self, delta: Delta, now: float) -> None:
+        if not self._progress:
             self._ttft_s = now - self._arrival_s
             self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
-        self._first_s[choice] = now
+        self._progress[delta.choice] = _Progress(now, now, delta.num_cached_tokens)
         self._metrics.ttft.observe(now - self._arrival_s)
+
+    def _ended(
+        self,
+        choice: int,
+        reason: FinishReason,
+        answer: Answer,
+        tpot_s: float | None = None,
+        e2e_s: float | None = None,
+    ) -> None:
+        """Count a choice by how it ended, and keep what there is to show of it."""
+        self._recent.num_under_way -= 1
+        self._metrics.choice_ended(reason)
+        now = self._clock.now()
+        progress = self._progress.get(choice)
+        view = RequestView(
+            request_id=self._request_id,
+            choice=choice,
+            arrival_unix_s=self._recent.unix_time_of(self._arrival_s, now),
+            num_prompt_tokens=len(answer.request.prompt_token_ids),
+            num_output_tokens=answer.num_tokens,
+            num_cached_tokens=progress.num_cached_tokens if progress else 0,
+            finish_reason=reason.value,
+            error=self._error_shown() if reason is FinishReason.ERROR else "",
+            ttft_s=progress.first_s - self._arrival_s if progress else None,
+            tpot_s=tpot_s,
+            e2e_s=e2e_s,
+        )
+        self._recent.add(with_stages(view, self._streams[choice], now) if self._streams else view)
+
+    def _error_shown(self) -> str:
+        """Return the words of what failed; those of a fault of ours are for the log alone."""
+        return str(self._failure) if isinstance(self._failure, DisaggError) else "internal error"
 
     def _log(self, how: FinishReason) -> None:
         job = self._job

@@ -1,11 +1,7 @@
-"""The endpoints beside generation: models, tokens, and what an operator, a probe or a scraper asks."""
+"""The endpoints beside generation that clients and probes ask: models, tokens, readiness, version."""
 
-from importlib import resources
-from typing import Final
-
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 import disagg
 from disagg.base.errors import InvalidRequestError, UnavailableError
@@ -13,39 +9,29 @@ from disagg.serve.api.decoding import decode_body
 from disagg.serve.api.generation import longest_sequence
 from disagg.serve.api.http import read_body
 from disagg.serve.api.jobs import check_model
-from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.prompts import tokenize_prompt
-from disagg.serve.api.responses import Detokenized, ModelCard, ModelList, Tokenized, encode
+from disagg.serve.api.responses import Detokenized, ModelCard, ModelList, Tokenized, json_response
 from disagg.serve.api.schema import DetokenizeRequest, TokenizeRequest
 from disagg.serve.api.served_model import ServedModel
-from disagg.serve.api.status import readiness, server_view
+from disagg.serve.api.status import readiness
 from disagg.serve.router.interface import Router
-
-_PAGE_HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 class Operations:
-    """Handlers of everything that does not generate."""
+    """Handlers of what neither generates nor watches."""
 
-    def __init__(self, router: Router, model: ServedModel, metrics: ServerMetrics) -> None:
+    def __init__(self, router: Router, model: ServedModel) -> None:
         self._router = router
         self._model = model
-        self._metrics = metrics
-        self._page = resources.files("disagg.serve.api").joinpath("page.html").read_text(encoding="utf-8")
 
     async def models(self, _: Request) -> Response:
         """List the one model that is served."""
-        return _json(ModelList([self._card()]))
+        return json_response(ModelList([self._card()]))
 
     async def model(self, request: Request) -> Response:
         """Describe a model by name."""
         check_model(request.path_params["name"], self._model)
-        return _json(self._card())
+        return json_response(self._card())
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a prompt or a chat."""
@@ -53,7 +39,7 @@ class Operations:
         check_model(body.model, self._model)
         tokens = tokenize_prompt(body, self._model)
         texts = [self._model.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-        return _json(Tokenized(len(tokens), self._max_model_len(), tokens, texts))
+        return json_response(Tokenized(len(tokens), self._max_model_len(), tokens, texts))
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
@@ -64,32 +50,20 @@ class Operations:
             raise InvalidRequestError(
                 f"'tokens': token id {largest} is outside the vocabulary of {self._model.vocab_size}", "tokens"
             )
-        return _json(Detokenized(self._model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
-
-    async def status(self, _: Request) -> Response:
-        """Return what is running."""
-        return _json(server_view(self._router, self._model.name, disagg.__version__))
-
-    async def page(self, _: Request) -> Response:
-        """Show what is running and how to call it."""
-        return HTMLResponse(self._page, headers=_PAGE_HEADERS)
+        return json_response(Detokenized(self._model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
     async def health(self, _: Request) -> Response:
         """Answer while the server lives, whatever its instances do."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         """Answer 200 with one live prefill and one live decode instance, or one live colocated; else say what lacks."""
         state = readiness(self._router)
-        return _json(state, 200 if state.ready else 503)
+        return json_response(state, 200 if state.ready else 503)
 
     async def version(self, _: Request) -> Response:
         """Return the version."""
-        return _json({"version": disagg.__version__})
-
-    async def metrics(self, _: Request) -> Response:
-        """Return the metrics in Prometheus' text format."""
-        return Response(self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return json_response({"version": disagg.__version__})
 
     def _card(self) -> ModelCard:
         return ModelCard(self._model.name, self._model.created, self._max_model_len())
@@ -99,7 +73,3 @@ class Operations:
             return longest_sequence(self._router)
         except UnavailableError:
             return None
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(encode(value), status, media_type="application/json")

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from starlette.responses import Response
 
 # Answers and events -----------------------------------------------------------------------------------------------
 
@@ -174,6 +175,11 @@ _encoder = msgspec.json.Encoder()
 def encode(value: Any) -> bytes:
     """Return the JSON of a response struct."""
     return _encoder.encode(value)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return a response struct, or anything that JSON has a form for, as a response."""
+    return Response(encode(value), status, media_type="application/json")
 
 
 def event(value: Any) -> bytes:

@@ -8,7 +8,6 @@ from types import TracebackType
 from disagg.base.errors import DisaggError, InternalError
 from disagg.base.messages import SequenceOutput
 from disagg.base.request import GenerationRequest
-from disagg.measure.timeline import RequestTimeline
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.router.interface import Router, SequenceStream
 
@@ -69,9 +68,10 @@ class RunningSequences:
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    def timeline(self, index: int) -> RequestTimeline:
-        """Return one sequence's stamps so far."""
-        return self._streams[index].timeline
+    @property
+    def streams(self) -> Sequence[SequenceStream]:
+        """The sequences' streams, for their timelines: the outputs are read here."""
+        return self._streams
 
     def stop(self, index: int) -> None:
         """End one sequence whose answer is complete, though the engine may not know it: a stop string was met."""

@@ -1,55 +1,16 @@
-"""What is running, in words for people and probes and as JSON for the page at ``/`` and for scripts."""
+"""What is running, in words for people and probes and as JSON for the pages and for scripts."""
 
+import time
 from collections.abc import Sequence
-
-import msgspec
 
 from disagg.base.request import Role
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
+from disagg.serve.api.observer import Accounts
+from disagg.serve.api.views import InstanceView, Readiness, ServerView
 from disagg.serve.router.interface import InstanceState, InstanceStatus, Router
 
 
-class Readiness(msgspec.Struct, frozen=True, kw_only=True):
-    """``/ready``. ``detail`` says which instances are missing, and what they are doing."""
-
-    ready: bool
-    detail: str
-
-
-class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance, as the page shows it. What start-up finds out is null until it has."""
-
-    instance: str
-    role: str
-    state: str
-    detail: str
-    pid: int | None
-    device: str | None
-    kernel_backend: str | None
-    num_running: int
-    num_waiting: int
-    num_leases: int
-    num_restarts: int
-    num_prefill_tokens_total: int
-    num_decode_tokens_total: int
-    kv_usage: float
-    kv_bytes: int | None
-    block_size: int | None
-    blocks: dict[str, int]
-
-
-class ServerView(msgspec.Struct, frozen=True, kw_only=True):
-    """``/status``."""
-
-    model: str
-    version: str
-    ready: bool
-    detail: str
-    max_model_len: int | None
-    instances: list[InstanceView]
-
-
-def server_view(router: Router, model: str, version: str) -> ServerView:
+def server_view(router: Router, model: str, version: str, accounts: Accounts) -> ServerView:
     """Return what is running now."""
     instances = router.instances()
     state = readiness(router)
@@ -60,6 +21,9 @@ def server_view(router: Router, model: str, version: str) -> ServerView:
         detail=state.detail,
         max_model_len=min((status.facts.max_model_len for status in instances if status.facts), default=None),
         instances=[_instance_view(status) for status in instances],
+        now_unix_s=time.time(),
+        num_under_way=accounts.recent.num_under_way,
+        hand_overs=accounts.metrics.hand_overs,
     )
 
 
@@ -110,4 +74,9 @@ def _instance_view(status: InstanceStatus) -> InstanceView:
         kv_bytes=facts.kv_bytes if facts else None,
         block_size=facts.block_size if facts else None,
         blocks={state: int(read(load)) for state, read in BLOCK_STATES.items()},
+        num_steps_total=load.num_steps_total,
+        num_preemptions_total=load.num_preemptions_total,
+        num_leases_expired_total=load.num_leases_expired_total,
+        num_prefix_queries_total=load.num_prefix_queries_total,
+        num_prefix_hits_total=load.num_prefix_hits_total,
     )

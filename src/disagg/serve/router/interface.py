@@ -32,6 +32,13 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class ServedBy(msgspec.Struct, frozen=True):
+    """Which instances brought tokens of a sequence; None where none did (yet). A colocated one is both."""
+
+    prefill: InstanceId | None = None
+    decode: InstanceId | None = None
+
+
 class SequenceStream(Protocol):
     """The tokens of one submitted sequence, as they come.
 
@@ -46,6 +53,10 @@ class SequenceStream(Protocol):
     @property
     def timeline(self) -> RequestTimeline:
         """Stage stamps so far; complete once the iteration ended."""
+
+    @property
+    def served_by(self) -> ServedBy:
+        """Who brought the tokens so far."""
 
 
 class Router(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from msgspec import structs
 
+from disagg.base.ids import InstanceId
 from disagg.base.messages import KvOffer, SequenceOutput, StageStamps
 from disagg.base.request import GenerationRequest, Role
 from disagg.serve.router.stream import LiveStream
@@ -32,9 +33,10 @@ class SequenceRecord:
             return self.request
         return structs.replace(self.request, output_token_ids=tuple(self.output_token_ids))
 
-    def accept(self, output: SequenceOutput, role: Role, now: float) -> None:
+    def accept(self, output: SequenceOutput, instance: InstanceId, role: Role, now: float) -> None:
         """Keep the tokens that an instance of this role brought, stamp the timeline, and pass them on."""
         timeline = self.stream.timeline
+        self._note(instance, role)
         self.output_token_ids.extend(output.token_ids)
         if role is Role.DECODE:
             self._stamp_decode(output.stamps, now)
@@ -46,6 +48,14 @@ class SequenceRecord:
         if output.token_ids:
             timeline.last_token_s = now
         self.stream.push(output)
+
+    def _note(self, instance: InstanceId, role: Role) -> None:
+        served_by = self.stream.served_by
+        if role is not Role.DECODE and served_by.prefill != instance:
+            served_by = structs.replace(served_by, prefill=instance)
+        if role is not Role.PREFILL and served_by.decode != instance:
+            served_by = structs.replace(served_by, decode=instance)
+        self.stream.served_by = served_by
 
     def _stamp_prefill(self, stamps: StageStamps | None, now: float) -> None:
         timeline = self.stream.timeline

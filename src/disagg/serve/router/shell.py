@@ -187,7 +187,7 @@ class DispatchShell:
                     assert isinstance(event, TokensEmitted), "only a step's outputs are delivered"
                     role = self._table[event.instance].role
                     for request_id in action.request_ids:
-                        self._records[request_id].accept(outputs[request_id], role, now)
+                        self._records[request_id].accept(outputs[request_id], event.instance, role, now)
                 case Drop():
                     self._sink.message_dropped(action.instance, DropReason.STALE)
                 case Finish():

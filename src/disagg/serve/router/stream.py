@@ -7,6 +7,7 @@ from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError
 from disagg.base.messages import SequenceOutput
 from disagg.measure.timeline import RequestTimeline
+from disagg.serve.router.interface import ServedBy
 
 
 class LiveStream:
@@ -19,6 +20,8 @@ class LiveStream:
         self._ended = False
         self._error: DisaggError | None = None
         self._reader: asyncio.Future[None] | None = None
+        self.served_by = ServedBy()
+        """Who brought the tokens so far."""
         self.refusal: DisaggError | None = None
         """Why the sequence was not taken, where it was not."""
 
