@@ -1,6 +1,7 @@
-"""``disagg bench``: measuring."""
+"""``disagg bench``: measuring. Each sub-command of another module is imported when it is called."""
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
@@ -12,9 +13,41 @@ if TYPE_CHECKING:
     from disagg.engine.benchmark.run import EngineBenchmark
 
 
-@click.group()
+COMMANDS: Final = {
+    "serve": ("disagg.cli.bench_serve", "Send a workload to a server and measure what comes back."),
+    "goodput": ("disagg.cli.bench_goodput", "Search the highest rate at which a server keeps its objectives."),
+    "compare": ("disagg.cli.bench_compare", "Send the same requests to several servers on the same cores."),
+    "report": ("disagg.cli.bench_report", "Draw saved results as one page."),
+}
+"""Name, module (which has a command of that name) and one line of help."""
+
+
+class BenchCommands(click.Group):
+    """A group some of whose commands are imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order in which they are helpful."""
+        return [*COMMANDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands without importing them."""
+        lines = [(name, line) for name, (_, line) in COMMANDS.items()]
+        lines += [(name, command.get_short_help_str(100)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(lines)
+
+
+@click.group(cls=BenchCommands)
 def bench() -> None:
-    """Measure the engine on this machine."""
+    """Measure servers, and the engine on this machine."""
 
 
 @bench.command()

@@ -1,0 +1,223 @@
+"""Flags and words that the benchmarks with a load client share: whom to ask, with what, and how it goes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import msgspec
+
+from disagg.base.errors import ConfigurationError
+from disagg.cli.workload_flags import SloType
+from disagg.measure.client.plan import (
+    Asking,
+    ClosedLoad,
+    Endpoint,
+    Limits,
+    Load,
+    LoadPlan,
+    OpenLoad,
+    Server,
+    SessionLoad,
+)
+from disagg.measure.client.progress import Progress
+from disagg.measure.client.prompts import PromptSource, Words, english_text, read_text
+from disagg.measure.client.running import Watch
+from disagg.measure.open_loop import OpenLoop
+from disagg.measure.sessions import SessionWorkload
+from disagg.measure.slo import Slo, parse_slo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+DEFAULT_SLO: Final = "ttft=250ms,tpot=100ms"
+_COUNT: Final = click.IntRange(min=1)
+_SECONDS: Final = click.FloatRange(min=0, min_open=True)
+
+_OPTIONS: Final = (
+    click.option("--url", default=DEFAULT_URL, show_default=True, help="Any server with OpenAI's API."),
+    click.option(
+        "--endpoint",
+        type=click.Choice([one.value for one in Endpoint]),
+        default=Endpoint.COMPLETIONS.value,
+        show_default=True,
+        help="How prompts are sent: as text, as token ids, or as a chat.",
+    ),
+    click.option("--name", default="", help="What reports call this system.  [default: the model]"),
+    click.option("--model", default="", metavar="NAME", help="Model to ask for.  [default: the server's first]"),
+    click.option("--api-key", envvar="DISAGG_API_KEY", show_envvar=True, metavar="KEY", help="Sent as a bearer token."),
+    click.option(
+        "--tokenizer",
+        metavar="NAME|FOLDER|FILE",
+        help="Model, folder or tokenizer.json that counts the prompts' tokens.  [default: that of the default model]",
+    ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help='Text to make prompts of: .txt, or .jsonl with "prompt".  [default: English that Python carries]',
+    ),
+    click.option(
+        "--prompt-seed",
+        type=int,
+        metavar="N",
+        help="Make the same texts as another run with N, which a prefix cache may know.  [default: new texts]",
+    ),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of sampling."),
+    click.option(
+        "--ignore-eos/--no-ignore-eos", default=True, show_default=True, help="Answers as long as the workload says."
+    ),
+    click.option("--min-tokens", is_flag=True, help="Ask for min_tokens too, for servers that stop earlier."),
+    click.option(
+        "--continuous-usage/--no-continuous-usage",
+        default=True,
+        show_default=True,
+        help="Ask for token counts in every event, so that an event of several tokens is counted right.",
+    ),
+    click.option("--extra-body", metavar="JSON", help="Further fields of every request, as a JSON object."),
+    click.option("--slo", type=SloType(), help=f"Latency objectives.  [default: {DEFAULT_SLO}]"),
+    click.option(
+        "--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="The same in the words of vllm bench serve."
+    ),
+    click.option("--warmup", "num_warmup", type=_COUNT, default=1, show_default=True, help="Requests before the run."),
+    click.option("--request-timeout-s", type=_SECONDS, default=600.0, show_default=True, help="Longest request."),
+    click.option(
+        "--max-outstanding",
+        type=_COUNT,
+        default=1000,
+        show_default=True,
+        metavar="N",
+        help="Give the run up when more requests than this are under way.",
+    ),
+)
+
+
+def load_options(function: F) -> F:
+    """Add the flags, and an argument for the words of ``--goodput`` that follow its first."""
+    function = click.argument("more_goodput", nargs=-1, metavar="", required=False)(function)
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def choose_slo(values: Mapping[str, Any]) -> Slo:
+    """Return the objectives of ``--slo`` or ``--goodput``; raise UsageError for both, or for words without a flag."""
+    words = [*values["goodput"], *values["more_goodput"]]
+    if values["more_goodput"] and not values["goodput"]:
+        raise click.UsageError(f"unexpected argument {values['more_goodput'][0]!r}")
+    if words and values["slo"] is not None:
+        raise click.UsageError("--slo and --goodput say the same: give one of them")
+    chosen = values["slo"] or parse_slo(" ".join(words) or DEFAULT_SLO)
+    assert isinstance(chosen, Slo)
+    return chosen
+
+
+def choose_plan(values: Mapping[str, Any], slo: Slo) -> LoadPlan:
+    """Return a plan without a load."""
+    return LoadPlan(
+        server=Server(values["url"], Endpoint(values["endpoint"]), values["model"], values["api_key"]),
+        load=OpenLoad(()),
+        prompt_seed=values["prompt_seed"],
+        asking=Asking(
+            temperature=values["temperature"],
+            ignore_eos=values["ignore_eos"],
+            min_tokens=values["min_tokens"],
+            continuous_usage=values["continuous_usage"],
+            extra=_extra_body(values["extra_body"]),
+        ),
+        limits=Limits(
+            request_timeout_s=values["request_timeout_s"], max_outstanding=values["max_outstanding"], slo=slo
+        ),
+        num_warmup=values["num_warmup"],
+    )
+
+
+def load_of(
+    workload: OpenLoop | SessionWorkload,
+    seed: int,
+    num_users: int | None = None,
+    think_s: float = 0.0,
+    count: int | None = None,
+) -> Load:
+    """Return what is sent for a seed, at its times or by ``num_users``: all, or ``count`` requests or sessions."""
+    if isinstance(workload, SessionWorkload):
+        return SessionLoad(tuple(islice(workload.draw(seed), count)), num_users)
+    requests = tuple(islice(workload.draw(seed), count))
+    return OpenLoad(requests) if num_users is None else ClosedLoad(requests, num_users, think_s)
+
+
+def _extra_body(text: str | None) -> dict[str, object]:
+    try:
+        return {} if text is None else msgspec.json.decode(text, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(f"--extra-body {text!r} is not a JSON object: {error}") from error
+
+
+def choose_prompts(values: Mapping[str, Any]) -> PromptSource:
+    """Return the words and the tokenizer of ``--prompts`` and ``--tokenizer``."""
+    from disagg.models.chat_template import load_chat_template
+    from disagg.models.tokenizer import load_tokenizer
+
+    files = _tokenizer_files(values["tokenizer"])
+    tokenizer = load_tokenizer(files)
+    text = english_text() if values["prompts"] is None else read_text(values["prompts"])
+    template = load_chat_template(files, tokenizer.special_tokens)
+
+    def encode_chat(content: str) -> list[int]:
+        rendered = template.render([{"role": "user", "content": content}])
+        return tokenizer.encode(rendered, add_special_tokens=False)
+
+    return PromptSource(Words(text, tokenizer), tokenizer.encode, encode_chat if template.available else None)
+
+
+def _tokenizer_files(name: str | None) -> Any:
+    """Find a model, or a tokenizer without one: a ``tokenizer.json``, or a folder that holds it."""
+    from disagg.models.locate import ModelFiles, ModelKind, locate_model
+
+    path = None if name is None else Path(name).expanduser()
+    folder = path.parent if path is not None and path.name == "tokenizer.json" else path
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return ModelFiles(name=folder.name, kind=ModelKind.HF_FOLDER, path=folder)
+    return locate_model(name)
+
+
+@contextmanager
+def shown_progress(what: str) -> Iterator[Watch]:
+    """Show a run on stderr while it goes on. Drawn only when asked, twice a second: the client's time is dear."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
+    hidden = not console.is_terminal
+    with Bar(*columns, console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
+        task = bar.add_task(what, total=None, state="preparing")
+        bar.refresh()
+
+        def watch(progress: Progress) -> None:
+            done = progress.num_finished + progress.num_failed
+            bar.update(task, total=progress.num_requests, completed=done, state=describe_progress(progress))
+            bar.refresh()
+
+        yield watch
+
+
+def describe_progress(progress: Progress) -> str:
+    """Return a line for people."""
+    failed = f", {progress.num_failed} failed" if progress.num_failed else ""
+    return (
+        f"{progress.num_finished}/{progress.num_requests} finished{failed}, {progress.num_running} running, "
+        f"{progress.request_rate:.2f} requests/s, {progress.output_tokens_per_s:.0f} tokens/s, "
+        f"TTFT {progress.ttft_s * 1e3:.0f} ms, TPOT {progress.tpot_s * 1e3:.1f} ms"
+    )
+
+
+def with_prompt_seed(plan: LoadPlan, number: int) -> LoadPlan:
+    """Return the plan for the run of this number: with other texts than the runs before it."""
+    if plan.prompt_seed is None:
+        return plan
+    return dataclasses.replace(plan, prompt_seed=plan.prompt_seed + number)
