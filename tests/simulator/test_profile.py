@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 
 from disagg.base.errors import ConfigurationError
+from disagg.simulator.contention import Activity
 from disagg.simulator.fit import fit_relative
 from disagg.simulator.latency import StepShape
-from disagg.simulator.profile import (
-    ParallelSamples,
-    Profile,
-    ProfiledPlatform,
-    StepSample,
-    fit_latency,
-    load_profile,
-    save_profile,
-)
+from disagg.simulator.links import fit_link
+from disagg.simulator.measured_steps import StepSample, fit_interference, fit_latency, hold_out
+from disagg.simulator.profile import ParallelSamples, Profile, ProfiledPlatform, load_profile, save_profile
 
 
 def true_time_s(shape: StepShape) -> float:
@@ -72,6 +67,46 @@ def test_the_reported_error_is_that_of_held_out_samples() -> None:
     assert str(error).startswith("median ")
 
 
+def beside(activity: Activity, step_s: float, token_s: float, context_s: float) -> list[StepSample]:
+    """Samples of the true machine with a neighbour that adds these."""
+    made = []
+    for sample in samples(seed=5, count=30):
+        shape = sample.shape()
+        time_s = sample.time_s + step_s + token_s * shape.num_tokens + context_s * shape.decode_context
+        made.append(StepSample(chunks=sample.chunks, time_s=time_s, neighbour=activity))
+    return made
+
+
+def test_what_a_neighbour_adds_is_found() -> None:
+    disturbed = [*beside(Activity.DECODE, 0.004, 0.0, 8e-8), *beside(Activity.PREFILL, 0.0, 1e-5, 0.0)]
+    latency, error = fit_latency([*samples(), *disturbed])
+    assert error.maximum < 1e-6  # neighbours do not change what an instance alone takes
+    found = fit_interference(disturbed, latency).coefficients
+    assert found[Activity.DECODE] == pytest.approx((0.004, 0.0, 8e-8), abs=1e-9)
+    assert found[Activity.PREFILL] == pytest.approx((0.0, 1e-5, 0.0), abs=1e-9)
+
+
+def test_a_neighbour_that_was_hardly_measured_adds_nothing() -> None:
+    latency, _ = fit_latency(samples())
+    assert fit_interference(beside(Activity.DECODE, 0.004, 0.0, 0.0)[:4], latency).coefficients == {}
+
+
+def test_held_out_samples_come_with_their_predictions() -> None:
+    odd_one = StepSample(chunks=((100, 1),), time_s=true_time_s(StepSample(chunks=((100, 1),), time_s=1).shape()) * 2)
+    held_out = hold_out([*samples(count=199), odd_one])
+    worst = max(held_out, key=lambda one: abs(one.relative_error))
+    assert worst.sample is odd_one
+    assert worst.relative_error == pytest.approx(-0.5)
+
+
+def test_a_link_is_found_in_transfers() -> None:
+    link = fit_link([(size, 0.0003 + size / 2e10) for size in (10**5, 10**6, 10**7, 10**8)])
+    assert link.latency_s == pytest.approx(0.0003)
+    assert link.bytes_per_s == pytest.approx(2e10)
+    alike = fit_link([(10**6, 0.001), (10**6, 0.001)])
+    assert alike.transfer_time_s(10**6) == pytest.approx(0.001)
+
+
 def test_no_coefficient_is_negative() -> None:
     latency, _ = fit_latency(samples(noise=0.3, seed=4))
     assert min(latency.coefficients) >= 0
@@ -89,7 +124,7 @@ def test_a_platform_is_what_the_profile_measured() -> None:
     platform = ProfiledPlatform(profile(), kv_memory_bytes=10_000_000)
     assert platform.kv_bytes_per_token == 1000
     assert platform.capacity_tokens(1, 2) == 20_000
-    assert platform.host == (0.0, 0.0)
+    assert platform.host == (0.0, 0.0, 0.0)
     assert platform.link.transfer_time_s(10**9) == pytest.approx(1.001)
     assert platform.errors[1].maximum < 1e-6
     shape = StepShape(num_decodes=4, decode_context=4000, num_samples=4)

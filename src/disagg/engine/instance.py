@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -17,6 +18,7 @@ from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
 from disagg.engine.event_log import EventLog
+from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_store import make_kv_store
@@ -48,8 +50,18 @@ def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clo
         loop.run()
 
 
-def build_loop(settings: InstanceSettings, channel: ControlChannel, clock: Clock, stack: ExitStack) -> EngineLoop:
-    """Build everything that an instance consists of; ``stack`` takes what must be closed."""
+def build_loop(
+    settings: InstanceSettings,
+    channel: ControlChannel,
+    clock: Clock,
+    stack: ExitStack,
+    *,
+    watch: Callable[[Executor], Executor] = lambda executor: executor,
+) -> EngineLoop:
+    """Build everything that an instance consists of; ``stack`` takes what must be closed.
+
+    ``watch`` may put something around the executor that sees its steps.
+    """
     started_s = clock.now()
     progress = _Progress(settings, channel)
     progress.report("model", 0.0)
@@ -92,7 +104,7 @@ def build_loop(settings: InstanceSettings, channel: ControlChannel, clock: Clock
         role=settings.role,
         facts=facts,
     )
-    return EngineLoop(ready, scheduler, executor, pulls, channel, clock, log)
+    return EngineLoop(ready, scheduler, watch(executor), pulls, channel, clock, log)
 
 
 class _Progress:

@@ -10,6 +10,8 @@ from disagg.transfer.pool import KvPool
 
 _BLOCKS_AT_ONCE: Final = 64
 
+_THREAD_NAME: Final = "kv-touch"
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ class PoolToucher:
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
         self._is_stopping = threading.Event()
-        self._thread = threading.Thread(target=self._touch_all, name="kv-touch", daemon=True)
+        self._thread = threading.Thread(target=self._touch_all, name=_THREAD_NAME, daemon=True)
 
     def start(self) -> None:
         """Begin."""
@@ -45,3 +47,11 @@ class PoolToucher:
                     self._pool.touch(layer, first, min(_BLOCKS_AT_ONCE, layout.num_blocks - first))
         except ConfigurationError as error:
             logger.error("%s", error)
+
+
+def wait_until_touched(timeout_s: float) -> bool:
+    """Wait for the pools of this process to be touched to their ends; return False when that took too long."""
+    touching = [thread for thread in threading.enumerate() if thread.name == _THREAD_NAME]
+    for thread in touching:
+        thread.join(timeout_s)
+    return not any(thread.is_alive() for thread in touching)

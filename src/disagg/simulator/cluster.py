@@ -7,6 +7,7 @@ from functools import partial
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.measure.statistics import LogHistogram
+from disagg.simulator.contention import Host, Interference
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
@@ -21,7 +22,7 @@ class ClusterSpec:
     """What a simulated deployment is made from.
 
     ``accept_s`` passes from a request's arrival to its dispatch (HTTP, tokenising), ``message_s`` on each message
-    between router and instance.
+    between router and instance, ``deliver_s`` from a token at an instance to the same token at the client.
     """
 
     instances: tuple[InstanceSpec, ...]
@@ -29,6 +30,9 @@ class ClusterSpec:
     link: LinkModel = field(default_factory=Link)
     accept_s: float = 0.0
     message_s: float = 0.0
+    deliver_s: float = 0.0
+    interference: Interference | None = None
+    """What computing instances cost their neighbours, all on one host; None: nothing."""
 
 
 class SimulatedCluster:
@@ -60,6 +64,7 @@ class SimulatedCluster:
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
         links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
+        host = Host(spec.interference)
         self.instances = tuple(
             SimulatedInstance(
                 instance,
@@ -69,6 +74,7 @@ class SimulatedCluster:
                 log.scheduler(instance.name, instance.log_header()) if log else None,
                 timeline=timeline,
                 gaps=gaps,
+                host=host,
                 step_by_step=step_by_step,
             )
             for instance in spec.instances
@@ -92,7 +98,7 @@ class SimulatedCluster:
 
     def submit_later(self, request: SimulatedRequest) -> None:
         """Take, while running, a request that arrives now or later: one that follows from another's end."""
-        self.queue.push(request.arrival_s + self._spec.accept_s, partial(self._router.submit, request))
+        self.queue.push(request.arrival_s + self._spec.accept_s, partial(self._submit, request))
 
     def _expect(self, requests: Iterator[SimulatedRequest]) -> None:
         """Plan the next arrival: only one is known at a time, so that a long trace needs no memory."""
@@ -109,4 +115,8 @@ class SimulatedCluster:
 
     def _arrive(self, request: SimulatedRequest, requests: Iterator[SimulatedRequest]) -> None:
         self._expect(requests)
+        self._submit(request)
+
+    def _submit(self, request: SimulatedRequest) -> None:
+        request.deliver_s = self._spec.deliver_s
         self._router.submit(request)

@@ -137,4 +137,6 @@ def build_cluster(placement: Placement, platform: Platform, rules: EngineRules) 
         link=platform.link,
         accept_s=platform.host.accept_s,
         message_s=platform.host.message_s,
+        deliver_s=platform.host.deliver_s,
+        interference=platform.interference,
     )

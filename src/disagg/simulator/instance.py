@@ -31,6 +31,7 @@ from disagg.scheduling.actions import (
 )
 from disagg.scheduling.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
 from disagg.scheduling.replay import LogHeader
+from disagg.simulator.contention import Activity, Host
 from disagg.simulator.decode_run import DecodeRun
 from disagg.simulator.event_log import SchedulerRecorder
 from disagg.simulator.event_queue import EventQueue, Priority
@@ -103,6 +104,7 @@ class SimulatedInstance:
         listener: InstanceListener,
         recorder: SchedulerRecorder | None = None,
         *,
+        host: Host,
         timeline: TimelineRecorder | None = None,
         gaps: LogHistogram | None = None,
         step_by_step: bool = False,
@@ -117,6 +119,9 @@ class SimulatedInstance:
         self._may_repeat = not step_by_step and recorder is None and timeline is None
         self._scheduler = RepeatingScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
         self._pipeline = Pipeline(spec.latency.num_stages)
+        self._host = host
+        self._activity: Activity | None = None
+        host.join(spec.name, self._end_equal_steps)
         self._requests: dict[RequestId, SimulatedRequest] = {}
         self._messages: list[AnyEvent] = []
         self._steps_done: list[AnyEvent] = []
@@ -168,8 +173,7 @@ class SimulatedInstance:
     # Turns --------------------------------------------------------------------------------------------------
 
     def _request_turn(self) -> None:
-        if self._run is not None:
-            self._interrupt(self._run)
+        self._end_equal_steps()
         if not self._is_turn_due and self._num_in_flight < self.spec.scheduler.max_steps_in_flight:
             self._is_turn_due = True
             self._queue.push(self._queue.now(), self._turn, Priority.TURN)
@@ -186,6 +190,7 @@ class SimulatedInstance:
             self._recorder.record(now, events, actions)
         for action in actions:
             self._carry_out(action, now)
+        self._host.set_activity(self.spec.name, self._activity if self._num_in_flight else None)
 
     def _carry_out(self, action: AnyAction, now: float) -> None:
         match action:
@@ -221,12 +226,14 @@ class SimulatedInstance:
             request = self._requests[chunk.request_id]
             if not request.has_started_here:
                 request.start_step(now, self.spec.role)
+        self._activity = Activity.of(shape)
+        latency = self._host.beside_neighbours(self.spec.name, self.spec.latency)
         num_repeats = self._num_repeats(step, shape)
         if num_repeats:
-            self._run = DecodeRun(step, shape, self.spec.latency, now, num_repeats)
+            self._run = DecodeRun(step, shape, latency, now, num_repeats)
             self._queue.push(self._run.ends_s[-1], partial(self._end_run, self._run))
         else:
-            end_s = self._pipeline.enter(now + swap_s, self.spec.latency.stage_times_s(shape))
+            end_s = self._pipeline.enter(now + swap_s, latency.stage_times_s(shape))
             self._queue.push(end_s, partial(self._end_step, step))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)
@@ -316,11 +323,13 @@ class SimulatedInstance:
                 for before_s, after_s in pairwise(ends_s):
                     self._gaps.add(after_s - before_s, len(run.step.chunks))
 
-    def _interrupt(self, run: DecodeRun) -> None:
-        """Something came: the step in flight is the run's last, and its end asks the scheduler."""
-        self.sync()
-        self._run = None
-        self._queue.push(run.ends_s[0], partial(self._end_step, run.step))
+    def _end_equal_steps(self) -> None:
+        """Something came, here or beside: the step in flight is its run's last, and its end asks the scheduler."""
+        run = self._run
+        if run is not None:
+            self.sync()
+            self._run = None
+            self._queue.push(run.ends_s[0], partial(self._end_step, run.step))
 
     def _end_run(self, run: DecodeRun) -> None:
         if self._run is run:

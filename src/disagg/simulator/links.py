@@ -1,12 +1,15 @@
 """How long KV blocks travel, and in which order transfers share a link."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.simulator.fit import fit_relative
 
 
 class LinkModel(Protocol):
@@ -32,6 +35,15 @@ class Link:
     def transfer_time_s(self, num_bytes: int) -> float:
         """Return latency plus bytes over bandwidth."""
         return self.latency_s + num_bytes / self.bytes_per_s
+
+
+def fit_link(transfers: Sequence[tuple[int, float]]) -> Link:
+    """Return the link that explains measured transfers, given as (bytes, seconds), best."""
+    sizes = np.array([num_bytes for num_bytes, _ in transfers], dtype=np.float64)
+    times = np.array([time_s for _, time_s in transfers])
+    latency_s, byte_s = fit_relative(np.stack([np.ones_like(sizes), sizes], axis=1), times)
+    # Sizes too much alike tell no slope: then all of the time counts as bandwidth.
+    return Link(1 / float(byte_s), float(latency_s)) if byte_s > 0 else Link(float(sizes.sum() / times.sum()))
 
 
 class SerialLinks:

@@ -2,15 +2,17 @@
 
 from typing import NamedTuple, Protocol
 
+from disagg.simulator.contention import Interference
 from disagg.simulator.latency import LatencyModel
 from disagg.simulator.links import LinkModel
 
 
 class HostCosts(NamedTuple):
-    """What the host adds to a request, in seconds: ``accept_s`` and ``message_s`` of ``ClusterSpec``."""
+    """What the host adds to a request, in seconds: the fields of these names of ``ClusterSpec``."""
 
     accept_s: float = 0.0
     message_s: float = 0.0
+    deliver_s: float = 0.0
 
 
 class Platform(Protocol):
@@ -30,6 +32,10 @@ class Platform(Protocol):
     @property
     def link(self) -> LinkModel:
         """The link over which KV blocks travel from one device to another."""
+
+    @property
+    def interference(self) -> Interference | None:
+        """What computing instances cost their neighbours; None where each has devices of its own, or none was seen."""
 
     @property
     def host(self) -> HostCosts:

@@ -81,6 +81,11 @@ class PublishedPlatform:
             raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}, only {known}")
 
     @property
+    def interference(self) -> None:
+        """See ``Platform``: every instance has devices of its own."""
+        return None
+
+    @property
     def host(self) -> HostCosts:
         """See ``Platform``: the fits hold the engine's part, and nothing is known of the rest."""
         return HostCosts()

@@ -67,7 +67,7 @@ class Collector:
         self._num_output_tokens += request.num_output_tokens
         ttft_s, tpot_s = request.ttft_s, request.tpot_s
         self._ttft.append(ttft_s)
-        self._e2e.append(request.timeline.last_token_s - request.arrival_s)
+        self._e2e.append(request.timeline.last_token_s + request.deliver_s - request.arrival_s)
         if not math.isnan(tpot_s):
             self._tpot.append(tpot_s)
         ttft_met, tpot_met = self._slo.keeps_ttft(ttft_s), self._slo.keeps_tpot(tpot_s)

@@ -39,6 +39,8 @@ class SimulatedRequest:
     """Output tokens that the dispatcher was told of."""
     has_started_here: bool = False
     """A step of the instance that holds it has begun with it."""
+    deliver_s: float = 0.0
+    """How long its tokens travel from the instance to the client."""
     offer: OfferKv | None = None
     source: InstanceId | None = None
     """Who made the offer."""
@@ -61,8 +63,8 @@ class SimulatedRequest:
 
     @property
     def ttft_s(self) -> float:
-        """Arrival to first token; NaN when none came."""
-        return self.timeline.first_token_s - self.arrival_s
+        """Arrival to first token at the client; NaN when none came."""
+        return self.timeline.first_token_s + self.deliver_s - self.arrival_s
 
     @property
     def tpot_s(self) -> float:

@@ -93,6 +93,11 @@ class RooflinePlatform:
         object.__setattr__(self, "link", Link(self.device.peer_bytes_per_s, self.device.peer_latency_s))
 
     @property
+    def interference(self) -> None:
+        """See ``Platform``: every instance has devices of its own."""
+        return None
+
+    @property
     def host(self) -> HostCosts:
         """See ``Platform``: a data sheet says nothing of it."""
         return HostCosts()

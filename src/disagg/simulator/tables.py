@@ -134,6 +134,11 @@ class TablePlatform:
         object.__setattr__(self, "_sheet", RooflinePlatform(self.config, device, self.model))
 
     @property
+    def interference(self) -> None:
+        """See ``Platform``: every instance has devices of its own."""
+        return None
+
+    @property
     def host(self) -> HostCosts:
         """See ``Platform``: the tables hold kernels alone."""
         return HostCosts()

@@ -1,0 +1,202 @@
+"""Does the simulator tell the truth about this machine? ``make fidelity``, or ``python benchmarks/fidelity.py``.
+
+Profiles the machine (or takes ``--profile``), then serves the same requests twice, by ``disagg simulate``'s code and by
+a real ``disagg serve``: one prefill and one decode instance, and two colocated ones; requests shaped like the Azure
+traces of 2023, conversation and code, replayed from ``--traces`` where the files are; at rates under, near and over
+what the simulation says is the capacity. Prints both side by side; the exit status is 1 when a pair differs by more
+than 5 points of attainment, or 20% of a P90 of TTFT or TPOT. Takes about half an hour on an idle machine.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from disagg.base.config import CacheSettings, InstanceGroup, Placement
+from disagg.base.request import Role
+from disagg.cli.bench_load import choose_prompts
+from disagg.cli.host_costs import serve_command
+from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.measure.client.run import run_load
+from disagg.measure.compare.server_process import running
+from disagg.measure.open_loop import OpenLoop
+from disagg.measure.slo import Slo, parse_slo
+from disagg.measure.standard import standard_workload
+from disagg.measure.summary import summarize
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.engines import build_cluster, own_rules
+from disagg.simulator.profile import ProfiledPlatform, load_profile
+from disagg.simulator.run import find_goodput, simulate
+from disagg.simulator.workload import simulated_requests
+
+PLACEMENTS = {"1 prefill + 1 decode": {Role.PREFILL: 1, Role.DECODE: 1}, "2 colocated": {Role.COLOCATED: 2}}
+WORKLOADS = ("chat", "code")
+LOADS = {"under": 0.6, "near": 1.0, "over": 1.5}
+"""Parts of the rate up to which nine requests in ten keep the objectives."""
+ATTAINMENT_POINTS = 0.05
+LATENCY_ERROR = 0.20
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of the requests, simulated or real."""
+
+    attainment: float
+    ttft_p90_s: float
+    tpot_p90_s: float
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """One run, predicted and measured."""
+
+    placement: str
+    workload: str
+    load: str
+    rate: float
+    predicted: Outcome
+    measured: Outcome
+    client_cores: float
+    """How much of a core the load client took: it runs on the same machine."""
+
+    @property
+    def agrees(self) -> bool:
+        """True when the prediction is within the bounds."""
+        return (
+            abs(self.predicted.attainment - self.measured.attainment) <= ATTAINMENT_POINTS
+            and abs(error(self.predicted.ttft_p90_s, self.measured.ttft_p90_s)) <= LATENCY_ERROR
+            and abs(error(self.predicted.tpot_p90_s, self.measured.tpot_p90_s)) <= LATENCY_ERROR
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload at one rate on one placement."""
+
+    placement: str
+    workload: OpenLoop
+    load: str
+    cluster: ClusterSpec
+
+
+def error(predicted: float, measured: float) -> float:
+    """Return the relative error of a prediction."""
+    return predicted / measured - 1
+
+
+def predict(cluster: ClusterSpec, workload: OpenLoop, slo: Slo) -> Outcome:
+    """Simulate."""
+    requests = simulated_requests(workload.draw(0), workload.name, cluster.instances[0].block_size)
+    report = simulate(cluster, requests, slo)
+    return Outcome(report.attainment, report.ttft.p90, report.tpot.p90)
+
+
+def measure(url: str, workload: OpenLoop, slo: Slo) -> tuple[Outcome, float]:
+    """Send the same requests to a real server; return also how many cores the client took."""
+    plan = LoadPlan(
+        server=Server(url),
+        load=OpenLoad(tuple(workload.draw(0))),
+        asking=Asking(temperature=0.0),
+        limits=Limits(slo=slo),
+        num_warmup=2,
+    )
+    result = run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
+    summary = summarize(result.records, slo)
+    return Outcome(summary.attainment.share, summary.ttft.p90, summary.tpot.p90), result.client_cores
+
+
+def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Case]:
+    """Yield the cases of one placement, each workload from under to over its capacity."""
+    groups = tuple(InstanceGroup(role=role, count=count) for role, count in PLACEMENTS[name].items())
+    platform = ProfiledPlatform(load_profile(profile), CacheSettings().kv_memory_bytes)
+    cluster = build_cluster(Placement(groups=groups), platform, own_rules())
+    for workload_name in options.workloads:
+        workload = standard_workload(workload_name, 1.0, options.requests, options.traces)
+
+        def attainment(rate: float, workload: OpenLoop = workload) -> float:
+            return predict(cluster, workload.at_rate(rate), options.slo).attainment
+
+        capacity = find_goodput(attainment, 0.9, 1.0)
+        for load in options.loads:
+            yield Case(name, workload.at_rate(capacity * LOADS[load]), load, cluster)
+
+
+def compare(options: argparse.Namespace, profile: Path, console: Console) -> list[Pair]:
+    """Run everything, one server for each placement."""
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.placements:
+            counts = [part for role, count in PLACEMENTS[name].items() for part in (f"--{role.value}", str(count))]
+            with running(serve_command(name, counts), Path(folder) / "log") as server:
+                for case in cases(options, profile, name):
+                    predicted = predict(case.cluster, case.workload, options.slo)
+                    measured, client_cores = measure(server.command.url, case.workload, options.slo)
+                    label, rate = case.workload.name, case.workload.rate
+                    pairs.append(Pair(name, label, case.load, rate, predicted, measured, client_cores))
+                    verdict = "agrees" if pairs[-1].agrees else "differs"
+                    console.print(f"{name}, {label}, {case.load} capacity: {verdict}")
+    return pairs
+
+
+def table(pairs: Sequence[Pair], slo: Slo) -> Table:
+    """Return the comparison for people."""
+    drawn = Table(title=f"predicted / measured, {slo}")
+    for heading in ("placement", "workload", "requests/s", "attainment", "TTFT P90 ms", "TPOT P90 ms", "agrees"):
+        drawn.add_column(heading, justify="left" if heading in ("placement", "workload") else "right")
+    for pair in pairs:
+        predicted, measured = pair.predicted, pair.measured
+        drawn.add_row(
+            pair.placement,
+            pair.workload,
+            f"{pair.rate:.2f} ({pair.load})",
+            f"{predicted.attainment:.1%} / {measured.attainment:.1%}",
+            _milliseconds(predicted.ttft_p90_s, measured.ttft_p90_s),
+            _milliseconds(predicted.tpot_p90_s, measured.tpot_p90_s),
+            "yes" if pair.agrees else "NO",
+        )
+    return drawn
+
+
+def _milliseconds(predicted_s: float, measured_s: float) -> str:
+    return f"{predicted_s * 1e3:.0f} / {measured_s * 1e3:.0f} ({error(predicted_s, measured_s):+.0%})"
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path, help="of this machine, from disagg profile; measured when missing")
+    parser.add_argument("--traces", type=Path, help="folder with azure2023_conv.jsonl.gz and azure2023_code.jsonl.gz")
+    parser.add_argument("--requests", type=int, default=150, help="of each run")
+    parser.add_argument("--slo", type=parse_slo, default=parse_slo("ttft=2s,tpot=50ms"))
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each run")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compare and print; return the exit status."""
+    options = parse()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = options.profile
+        if profile is None:
+            profile = Path(folder) / "profile.json"
+            subprocess.run([sys.executable, "-m", "disagg.cli.main", "profile", "-o", str(profile)], check=True)
+        pairs = compare(options, profile, console)
+    if options.json:
+        for pair in pairs:
+            print(msgspec.json.encode(pair).decode())
+    else:
+        Console(width=140).print(table(pairs, options.slo))
+    return 0 if all(pair.agrees for pair in pairs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What ``disagg profile`` prints: how well the fit predicts what it was not fitted to, and where it does not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+import msgspec
+
+from disagg.simulator.contention import Activity
+from disagg.simulator.fit import FitError
+from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out
+from disagg.simulator.profile import Profile, ProfiledPlatform
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NUM_WORST: Final = 5
+
+
+class StepError(msgspec.Struct, frozen=True, kw_only=True):
+    """One held-out step and what the fit says of it; ``error`` is prediction over measurement, less 1."""
+
+    num_prefills: int
+    num_prefill_tokens: int
+    num_decodes: int
+    mean_decode_context: float
+    measured_s: float
+    predicted_s: float
+    error: float
+
+
+class NeighbourCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a neighbour's activity adds to a step, to each new token and to each token of decode context."""
+
+    activity: Activity
+    num_samples: int
+    step_s: float
+    token_s: float
+    context_token_s: float
+    lengthening: float
+    """Mean time of the steps measured beside it over that predicted for the same steps alone, less 1."""
+
+
+class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profile holds and how far it can be believed."""
+
+    file: str
+    model: str
+    device: str
+    dtype: str
+    num_threads: int | None
+    num_samples: int
+    held_out: FitError
+    worst: tuple[StepError, ...]
+    neighbours: tuple[NeighbourCost, ...]
+    link_bytes_per_s: float
+    link_latency_s: float
+    accept_s: float
+    message_s: float
+    deliver_s: float
+
+
+def summarise(profile: Profile, path: Path) -> ProfileSummary:
+    """Fit the profile and compare."""
+    samples = profile.steps[0].samples
+    latency, error = fit_latency(samples)
+    platform = ProfiledPlatform(profile, kv_memory_bytes=1)
+    worst = sorted(hold_out(samples), key=lambda one: -abs(one.relative_error))[:NUM_WORST]
+    neighbours = []
+    for activity, added in platform.interference.coefficients.items() if platform.interference else ():
+        beside = [sample for sample in samples if sample.neighbour is activity]
+        ratios = [sample.time_s / latency.stage_times_s(sample.shape())[0] for sample in beside]
+        neighbours.append(
+            NeighbourCost(
+                activity=activity,
+                num_samples=len(beside),
+                step_s=added[0],
+                token_s=added[1],
+                context_token_s=added[2],
+                lengthening=sum(ratios) / len(ratios) - 1,
+            )
+        )
+    return ProfileSummary(
+        file=str(path),
+        model=profile.model,
+        device=profile.device,
+        dtype=profile.dtype,
+        num_threads=profile.num_threads,
+        num_samples=len(samples),
+        held_out=error,
+        worst=tuple(_step_error(one) for one in worst),
+        neighbours=tuple(neighbours),
+        link_bytes_per_s=profile.link_bytes_per_s,
+        link_latency_s=profile.link_latency_s,
+        accept_s=profile.accept_s,
+        message_s=profile.message_s,
+        deliver_s=profile.deliver_s,
+    )
+
+
+def print_summary(summary: ProfileSummary, as_json: bool) -> None:
+    """Print for people, or as one line of JSON."""
+    if as_json:
+        click.echo(msgspec.json.encode(summary).decode())
+        return
+    from rich.console import Console
+
+    console = Console()
+    threads = "" if summary.num_threads is None else f", {summary.num_threads} thread(s)"
+    error = summary.held_out
+    console.print(f"{summary.model}, {summary.dtype}, on {summary.device}{threads}: {summary.num_samples} samples")
+    console.print(
+        f"error on {error.num_samples} held-out steps: mean {error.mean:.1%}, median {error.median:.1%}, "
+        f"P90 {error.p90:.1%}, max {error.maximum:.1%}"
+    )
+    console.print(_worst_table(summary.worst))
+    for cost in summary.neighbours:
+        console.print(
+            f"a neighbour that computes {cost.activity.value} adds {cost.step_s * 1e3:.2f} ms a step, "
+            f"{cost.token_s * 1e6:.1f} us a token, {cost.context_token_s * 1e9:.0f} ns a token of decode context: "
+            f"{cost.lengthening:+.0%} over {cost.num_samples} steps"
+        )
+    console.print(
+        f"KV pull {summary.link_bytes_per_s / 1e9:.1f} GB/s after {summary.link_latency_s * 1e3:.2f} ms; "
+        f"accepting {summary.accept_s * 1e3:.2f} ms, a message {summary.message_s * 1e3:.2f} ms, "
+        f"delivery {summary.deliver_s * 1e3:.2f} ms"
+    )
+    console.print(f"written to {summary.file}")
+
+
+def _step_error(one: HeldOut) -> StepError:
+    shape = one.sample.shape()
+    return StepError(
+        num_prefills=shape.num_prefills,
+        num_prefill_tokens=shape.num_prefill_tokens,
+        num_decodes=shape.num_decodes,
+        mean_decode_context=shape.decode_context / shape.num_decodes if shape.num_decodes else 0.0,
+        measured_s=one.sample.time_s,
+        predicted_s=one.predicted_s,
+        error=one.relative_error,
+    )
+
+
+def _worst_table(worst: Sequence[StepError]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title="where the fit is worst")
+    for heading in ("prefills", "prompt tokens", "decodes", "their context", "measured ms", "predicted ms", "error"):
+        table.add_column(heading, justify="right")
+    for step in worst:
+        table.add_row(
+            str(step.num_prefills),
+            str(step.num_prefill_tokens),
+            str(step.num_decodes),
+            f"{step.mean_decode_context:.0f}",
+            f"{step.measured_s * 1e3:.1f}",
+            f"{step.predicted_s * 1e3:.1f}",
+            f"{step.error:+.1%}",
+        )
+    return table

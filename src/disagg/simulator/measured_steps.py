@@ -1,0 +1,155 @@
+"""Measured steps, and the latency model fitted to them.
+
+Features of a step: a constant; the new tokens, in straight pieces between the sizes below (small batches wait for the
+weights, large ones for arithmetic); the squares of prefill attention; the number of prefills; the context that decodes
+read; the number of decodes; the sampled tokens. What a computing neighbour adds: a constant, a part for each new token
+and one for each token of decode context, by what the neighbour computes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from disagg.simulator.contention import Activity
+from disagg.simulator.fit import FitError, fit_relative, relative_error
+from disagg.simulator.latency import StepShape
+
+HOLD_OUT_EVERY: Final = 5
+"""One sample in five is kept out of the fit whose error is reported."""
+_KNOTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_MIN_SAMPLES_BESIDE: Final = 5
+
+
+class StepSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One measured step: its chunks as (tokens already there, new tokens), and the seconds it took.
+
+    ``neighbour`` is what another instance of the host computed meanwhile, without end.
+    """
+
+    chunks: Annotated[tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]], ...], Meta(min_length=1)]
+    time_s: Annotated[float, Meta(gt=0)]
+    neighbour: Activity | None = None
+
+    def shape(self) -> StepShape:
+        """Return what of the step counts; every chunk samples."""
+        shape = StepShape()
+        for start, num_tokens in self.chunks:
+            if num_tokens == 1:
+                shape.num_decodes += 1
+                shape.decode_context += start + 1
+                shape.num_samples += 1
+            else:
+                shape.add_prefill(start, num_tokens)
+        return shape
+
+
+@dataclass(frozen=True)
+class FittedLatency:
+    """Coefficients of the features above, in seconds."""
+
+    knots: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    num_stages: int = 1
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See ``LatencyModel``: a pipeline divides the measured time, as every stage has its share of the layers."""
+        time_s = 0.0
+        for feature, coefficient in zip(_features(shape, self.knots), self.coefficients, strict=True):
+            time_s += feature * coefficient
+        return (time_s / self.num_stages,) * self.num_stages
+
+
+@dataclass(frozen=True)
+class FittedInterference:
+    """Seconds that a neighbour adds to a step, to each new token of it, and to each token of its decode context."""
+
+    coefficients: Mapping[Activity, tuple[float, float, float]]
+
+    def added_s(self, neighbour: Activity, shape: StepShape) -> float:
+        """See ``Interference``; nothing for a neighbour that was not measured."""
+        added = self.coefficients.get(neighbour)
+        if added is None:
+            return 0.0
+        return added[0] + added[1] * shape.num_tokens + added[2] * shape.decode_context
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A sample that was kept out of the fit, and what the fit to the others says of it."""
+
+    sample: StepSample
+    predicted_s: float
+
+    @property
+    def relative_error(self) -> float:
+        """Prediction over measurement, less 1."""
+        return self.predicted_s / self.sample.time_s - 1
+
+
+def fit_latency(samples: Sequence[StepSample]) -> tuple[FittedLatency, FitError]:
+    """Return the model fitted to all samples, and the error on held-out ones of a model fitted to the others.
+
+    Samples beside a neighbour are left out.
+    """
+    alone = [sample for sample in samples if sample.neighbour is None]
+    held_out = hold_out(alone)
+    predicted = np.array([one.predicted_s for one in held_out])
+    return _fit(alone), relative_error(predicted, np.array([one.sample.time_s for one in held_out]))
+
+
+def hold_out(samples: Sequence[StepSample]) -> list[HeldOut]:
+    """Fit to four samples in five, and return what that says of the others."""
+    alone = [sample for sample in samples if sample.neighbour is None]
+    kept_out = alone[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+    latency = _fit([sample for index, sample in enumerate(alone) if index % HOLD_OUT_EVERY != HOLD_OUT_EVERY - 1])
+    return [HeldOut(sample, latency.stage_times_s(sample.shape())[0]) for sample in kept_out]
+
+
+def fit_interference(samples: Sequence[StepSample], alone: FittedLatency) -> FittedInterference:
+    """Return what neighbours add to the steps of the model ``alone``; never less than nothing."""
+    coefficients = {}
+    for activity in Activity:
+        beside = [sample for sample in samples if sample.neighbour is activity]
+        if len(beside) < _MIN_SAMPLES_BESIDE:
+            continue
+        shapes = [sample.shape() for sample in beside]
+        features = np.array([[1.0, shape.num_tokens, shape.decode_context] for shape in shapes])
+        times = np.array([sample.time_s for sample in beside])
+        added = times - np.array([alone.stage_times_s(shape)[0] for shape in shapes])
+        # As parts of the whole step, so that a millisecond counts more in a short one.
+        step, token, context = fit_relative(features, added, times)
+        coefficients[activity] = (float(step), float(token), float(context))
+    return FittedInterference(coefficients)
+
+
+def _fit(samples: Sequence[StepSample]) -> FittedLatency:
+    shapes = [sample.shape() for sample in samples]
+    most_tokens = max(shape.num_tokens for shape in shapes)
+    knots = tuple(knot for knot in _KNOTS if knot < most_tokens) or (1,)
+    features = np.array([_features(shape, knots) for shape in shapes])
+    times = np.array([sample.time_s for sample in samples])
+    return FittedLatency(knots, _as_tuple(fit_relative(features, times)))
+
+
+def _features(shape: StepShape, knots: Sequence[int]) -> list[float]:
+    """Return the features; the last piece of the token count goes on without end."""
+    num_tokens = shape.num_tokens
+    pieces = [max(0, min(num_tokens, end) - start) for start, end in zip(knots, (*knots[1:], num_tokens), strict=True)]
+    return [
+        1.0,
+        *pieces,
+        float(shape.prefill_squares),
+        float(shape.num_prefills),
+        float(shape.decode_context),
+        float(shape.num_decodes),
+        float(shape.num_samples),
+    ]
+
+
+def _as_tuple(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -1,0 +1,113 @@
+"""``disagg profile``: a real instance, neighbour and server with a tiny model, and a profile that can be simulated."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from disagg.base.config import InstanceSettings
+from disagg.base.errors import ProtocolError
+from disagg.base.messages import InstanceFacts
+from disagg.cli import profile as command
+from disagg.cli.host_costs import LoneRequest, host_costs
+from disagg.cli.main import main
+from disagg.cli.profile import serve_arguments, to_profile, warn_if_busy
+from disagg.engine.profiling.campaign import Campaign, Measurement
+from disagg.engine.profiling.script import MeasuredPull, MeasuredStep
+from disagg.simulator.contention import Activity
+from disagg.simulator.platform import HostCosts
+from disagg.simulator.profile import load_profile
+
+SETTINGS = {"instance": "a", "role": "colocated", "control_endpoint": "", "model": {}, "cache": {}, "scheduler": {}}
+
+
+def test_profile_then_simulate(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_QUICK_ALONE_S", 0.0)
+    monkeypatch.setattr(command, "_QUICK_BESIDE_S", 0.0)
+    path = tmp_path / "tiny.json"
+    flags = ["--quick", "--dtype", "float32", "--kv-memory", "8MiB", "--max-batch-size", "8", "--threads", "1"]
+    ran = CliRunner().invoke(main, ["profile", str(tiny_model("llama")), *flags, "--json", "-o", str(path)])
+    assert ran.exit_code == 0, ran.output
+    summary = json.loads(ran.stdout)
+    assert summary["file"] == str(path)
+    assert summary["held_out"]["num_samples"] > 2
+    assert 0 <= summary["held_out"]["median"] <= summary["held_out"]["p90"] <= summary["held_out"]["maximum"]
+    assert len(summary["worst"]) > 2
+    assert summary["link_bytes_per_s"] > 0
+    assert summary["message_s"] > 0
+
+    profile = load_profile(path)
+    assert (profile.dtype, profile.num_threads) == ("float32", 1)
+    assert profile.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
+    simulation = ["simulate", "--latency", str(path), "--prompt-len", "100", "--output-len", "10", "--rate", "5"]
+    simulated = CliRunner().invoke(main, [*simulation, "--requests", "20", "--json"], catch_exceptions=False)
+    (run,) = json.loads(simulated.stdout)["runs"]
+    assert run["num_finished"] == 20
+
+
+def test_a_measurement_becomes_a_profile_in_random_order() -> None:
+    facts = InstanceFacts(
+        pid=1,
+        device="cpu",
+        kernel_backend="native",
+        num_blocks=10,
+        block_size=16,
+        max_model_len=100,
+        vocab_size=10,
+        weight_bytes=0,
+        kv_bytes=16_000,
+        load_s=0.0,
+        pool=b"",
+    )
+    campaign = Campaign(instance=msgspec.convert(SETTINGS, InstanceSettings), neighbour=None, temperature=0.5)
+    alone = tuple(MeasuredStep(chunks=((0, 2 + number),), time_s=0.01 + number) for number in range(20))
+    near = (MeasuredStep(chunks=((7, 1),), time_s=0.02),)
+    pulls = tuple(MeasuredPull(num_bytes=size, time_s=0.001 + size / 1e9) for size in (1000, 10**6, 10**7))
+    measured = Measurement(facts=facts, alone=alone, beside={"decode": near}, pulls=pulls)
+    profile = to_profile(campaign, measured, HostCosts(0.001, 0.002, 0.003), "tiny")
+    assert profile.kv_bytes_per_token == 100
+    assert (profile.accept_s, profile.message_s, profile.deliver_s) == (0.001, 0.002, 0.003)
+    assert profile.link_latency_s == pytest.approx(0.001)
+    assert profile.temperature == 0.5
+    samples = profile.steps[0].samples
+    assert sorted(sample.time_s for sample in samples if sample.neighbour is None) == [step.time_s for step in alone]
+    assert [sample.time_s for sample in samples if sample.neighbour is None] != [step.time_s for step in alone]
+    assert [sample.chunks for sample in samples if sample.neighbour is Activity.DECODE] == [((7, 1),)]
+
+
+def test_host_costs_are_what_is_neither_step_nor_pull() -> None:
+    stages = {"queue_prefill": 0.003, "prefill": 0.05, "hand_over_wait": 0.002, "hand_over": 0.001}
+    costs = host_costs([LoneRequest(0.057, told) for told in (stages, {}, stages)])
+    assert costs == pytest.approx(HostCosts(accept_s=0.002, message_s=0.001, deliver_s=0.004))
+    with pytest.raises(ProtocolError, match="no request"):
+        host_costs([LoneRequest(0.057, {})])
+
+
+def test_the_server_gets_the_flags_of_the_profile() -> None:
+    values = {"kv_memory_bytes": 123, "prefix_caching": False, "cpus": (0, 2), "threads": None, "seed": 3}
+    assert serve_arguments(values) == ["--kv-memory", "123", "--no-prefix-caching", "--cpus", "0,2"]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "words"),
+    [("absent/p.json", [], "cannot write the profile"), ("p.json", ["--cpus", "999"], "names core 999")],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    file: str, flags: list[str], words: str, tmp_path: Path
+) -> None:
+    ran = CliRunner().invoke(main, ["profile", "-o", str(tmp_path / file), *flags])
+    assert ran.exit_code == 2
+    assert words in ran.output
+
+
+def test_a_busy_machine_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = tuple(MeasuredStep(chunks=((0, 9),), time_s=0.01, on_core=0.99) for _ in range(10))
+    warn_if_busy(calm)
+    assert capsys.readouterr().err == ""
+    warn_if_busy((*calm[:4], *(MeasuredStep(chunks=((0, 9),), time_s=0.01, on_core=0.6) for _ in range(6))))
+    assert "40% of the time" in capsys.readouterr().err

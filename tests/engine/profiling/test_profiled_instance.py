@@ -1,0 +1,103 @@
+"""A real instance with a tiny model plays scripts: what is measured is what the script is about."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from disagg.base.config import CacheSettings, DType, InstanceSettings, ModelSettings, SchedulerSettings
+from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.engine.profiling.campaign import Campaign, measure
+from disagg.engine.profiling.process import ProfiledInstance
+from disagg.engine.profiling.script import Script
+
+DEADLINE_S = 60.0
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> InstanceSettings:
+    return InstanceSettings(
+        instance=InstanceId("profiled"),
+        role=Role.COLOCATED,
+        control_endpoint=f"ipc://{tmp_path_factory.mktemp('profiling')}/control",
+        model=ModelSettings(model=str(tiny_model("llama")), dtype=DType.FLOAT32),
+        cache=CacheSettings(kv_memory_bytes=4 << 20, block_size=BLOCK_SIZE),
+        scheduler=SchedulerSettings(max_batch_tokens=64, max_batch_size=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def instance(settings: InstanceSettings) -> Iterator[ProfiledInstance]:
+    with ProfiledInstance(settings, DEADLINE_S) as instance:
+        assert instance.wait_until_ready().block_size == BLOCK_SIZE
+        yield instance
+
+
+def test_the_scheduler_cuts_prompts_into_chunks(instance: ProfiledInstance) -> None:
+    result = instance.run(Script(prompt_lens=(150,)))
+    assert [step.chunks for step in result.prefill_steps] == [((0, 64),), ((64, 64),), ((128, 22),)]
+    assert all(step.time_s > 0 for step in result.prefill_steps)
+    assert result.decode_steps == result.pulls == ()
+
+
+def test_short_prompts_share_a_step(instance: ProfiledInstance) -> None:
+    (step,) = instance.run(Script(prompt_lens=(10, 20, 30))).prefill_steps
+    assert step.chunks == ((0, 10), (0, 20), (0, 30))
+
+
+def test_decodes_have_their_contexts_without_a_prefill(instance: ProfiledInstance) -> None:
+    result = instance.run(Script(decode_contexts=(100, 7, 33), num_decode_steps=3))
+    assert len(result.decode_steps) == 3
+    for step in result.decode_steps:
+        assert step.is_decode
+        assert all(
+            context <= start < context + 10 for (start, _), context in zip(step.chunks, (100, 7, 33), strict=True)
+        )
+    assert result.prefill_steps == ()
+
+
+def test_a_chunk_runs_beside_decodes(instance: ProfiledInstance) -> None:
+    result = instance.run(Script(decode_contexts=(50, 60), prompt_lens=(70,), num_decode_steps=1))
+    sizes = [sorted(num_tokens for _, num_tokens in step.chunks) for step in result.prefill_steps]
+    assert sizes[:2] == [[1, 1, 62], [1, 1, 8]]
+
+
+def test_a_single_decode_measures_the_pull(instance: ProfiledInstance) -> None:
+    (pull,) = instance.run(Script(decode_contexts=(100,))).pulls
+    # 7 blocks of 16 tokens; 2 layers, keys and values, 2 heads of 16 floats.
+    assert pull.num_bytes == 7 * 16 * 2 * 2 * 2 * 16 * 4
+    assert pull.time_s > 0
+
+
+def test_an_endless_script_ends_when_told(instance: ProfiledInstance) -> None:
+    for script in (Script(prompt_lens=(30,), is_endless=True), Script(decode_contexts=(500,) * 2, is_endless=True)):
+        instance.run(script)
+        instance.stop()
+        assert len(instance.run(Script(prompt_lens=(5,))).prefill_steps) == 1
+
+
+def test_a_campaign_measures_alone_and_beside(settings: InstanceSettings) -> None:
+    neighbour = structs.replace(settings, instance=InstanceId("neighbour"))
+    told: list[tuple[str, float]] = []
+    campaign = Campaign(instance=settings, neighbour=neighbour, quick=True, alone_s=0.0, beside_s=0.0)
+    measured = measure(campaign, lambda *progress: told.append(progress))
+    assert len(measured.alone) > 20
+    assert {activity: bool(steps) for activity, steps in measured.beside.items()} == {"prefill": True, "decode": True}
+    assert measured.pulls
+    assert list(dict.fromkeys(what for what, _ in told)) == [
+        "loading",
+        "steps alone",
+        "steps beside prefill",
+        "steps beside decode",
+    ]
+    assert all(0 <= fraction <= 1 for _, fraction in told)
+
+
+def test_settings_that_cannot_be_used_are_said(settings: InstanceSettings, tmp_path: Path) -> None:
+    absent = structs.replace(settings, model=ModelSettings(model=str(tmp_path / "absent")))
+    with ProfiledInstance(absent, DEADLINE_S) as instance, pytest.raises(ConfigurationError, match="absent"):
+        instance.wait_until_ready()
