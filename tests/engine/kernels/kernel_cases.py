@@ -1,5 +1,7 @@
 """Random steps over a paged pool, for the tests of every kernel backend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,17 @@ def sequence_lengths(draw: st.DrawFn, longest: int = 300) -> tuple[int, int]:
 
 steps = st.lists(sequence_lengths(), min_size=1, max_size=5)
 windows = st.one_of(st.none(), st.integers(1, 300))
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_batch(lengths: list[tuple[int, int]], block_size: int, num_blocks: int | None = None) -> tuple[StepBatch, int]:

@@ -1,13 +1,10 @@
 """Every native kernel, at every instruction set this processor has, against the PyTorch backend."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, shapes, steps, windows
+from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, num_threads, shapes, steps, windows
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
@@ -21,16 +18,6 @@ BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets
 REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
 backends = st.sampled_from(list(BACKENDS))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,6 +15,7 @@ from disagg.engine.benchmark.machine import MachinePeaks, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.sampler import most_likely
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles, load_config
@@ -42,7 +43,7 @@ class EngineBenchmark:
             batch = make_batch(case, self.block_size)
 
             def step(batch: StepBatch = batch) -> None:
-                self.decoder.forward(batch, pool).argmax(dim=-1)
+                most_likely(self.decoder.forward(batch, pool))
 
             yield with_floors(case, _median_s(step), self.config, self.peaks, self.dtype.itemsize)
 

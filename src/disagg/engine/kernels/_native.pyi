@@ -49,3 +49,41 @@ class Linear:
     def packed_units(self) -> int: ...
     def pack(self, weight: int, packed: int, num_threads: int) -> None: ...
     def multiply(self, x: int, out: int, rows: int, num_threads: int) -> None: ...
+
+class Layers:
+    def __init__(
+        self,
+        *,
+        kernels: Kernels,
+        hidden: int,
+        intermediate: int,
+        cos_sin: int,
+        num_positions: int,
+        scale: float,
+        eps: float,
+    ) -> None: ...
+    def add(
+        self,
+        *,
+        attention_norm: int,
+        qkv: Linear,
+        q_norm: int,
+        k_norm: int,
+        attention_output: Linear,
+        mlp_norm: int,
+        gate_up: Linear,
+        down: Linear,
+        window: int,
+    ) -> None: ...
+    def run(
+        self,
+        *,
+        step: Step,
+        residual: int,
+        kv_layers: list[int],
+        wanted_rows: int,
+        num_wanted: int,
+        wanted_residual: int,
+        out: int,
+        num_threads: int,
+    ) -> None: ...

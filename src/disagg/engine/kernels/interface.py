@@ -4,8 +4,9 @@ Every tensor is on the backend's device. T is the number of new tokens in the st
 of sequences, Hq and Hk the numbers of query and KV heads, D the head dimension.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -40,6 +41,48 @@ class Linear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias``; x is [rows, in_features]."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Norms are [hidden]; ``q_norm`` and ``k_norm`` [head_dim] where the model has them."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    attention_output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What the layers of a decoder share. ``cos_sin`` is as in ``KernelBackend.rope_and_write_kv``.
+
+    ``sliding_windows`` has one entry per layer, None where a layer sees everything.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    eps: float
+    cos_sin: torch.Tensor
+    sliding_windows: tuple[int | None, ...]
+
+
+class DecoderLayers(Protocol):
+    """All layers of a decoder, between the embedding of its tokens and the last norm."""
+
+    def __call__(
+        self, residual: torch.Tensor, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pass the embedded tokens [T, hidden] through all layers; their tensor is overwritten.
+
+        Writes K and V of the tokens into ``kv[layer]``. Returns the last layer's output and the residual that it is
+        yet to be added to, both [L, hidden]: of the rows ``batch.logit_rows``.
+        """
 
 
 class KernelBackend(Protocol):
@@ -91,3 +134,11 @@ class KernelBackend(Protocol):
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""
+
+
+@runtime_checkable
+class FusesLayers(Protocol):
+    """A backend that runs all layers by itself, faster than its operations called one by one."""
+
+    def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
+        """Return the layers as one operation, or None where a part of them is none of the backend's own."""

@@ -1,5 +1,6 @@
 """The kernel backend on the native CPU kernels of ``native/``, packed weights included."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +9,9 @@ from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
-from disagg.engine.kernels.interface import Linear, StepBatch
+from disagg.engine.kernels.interface import DecoderLayers, LayerSettings, LayerWeights, Linear, StepBatch
+from disagg.engine.kernels.native_layers import NO_WINDOW, NativeLayers
+from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
 
 try:
     from disagg.engine.kernels import _native
@@ -19,7 +22,6 @@ except ImportError as error:
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 BLOCK_SIZES: Final = (16, 32, 64, 128)
-_NO_WINDOW: Final = 2**31 - 1
 _OPENMP_LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 
 
@@ -64,7 +66,30 @@ class NativeBackend:
         """Copy ``weight`` into the order in which the kernels read it."""
         if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
             return lambda x: functional.linear(x, weight, bias)
-        return _PackedLinear(self._kernels[weight.dtype], weight, bias)
+        offsets = [] if bias is None else bias.float().tolist()
+        out_features, in_features = weight.shape
+        return PackedLinear(_native.Linear(self._kernels[weight.dtype], out_features, in_features, offsets), weight)
+
+    def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
+        """Return the layers as one native call; None where a weight could not be packed."""
+        down = layers[0].down
+        linears = (
+            linear for layer in layers for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
+        )
+        if not isinstance(down, PackedLinear) or not all(isinstance(linear, PackedLinear) for linear in linears):
+            return None
+        num_positions, _ = settings.cos_sin.shape
+        check_tensor(settings.cos_sin, torch.float32, settings.cos_sin.numel())
+        native = _native.Layers(
+            kernels=self._kernels[layers[0].attention_norm.dtype],
+            hidden=down.out_features,
+            intermediate=down.in_features,
+            cos_sin=settings.cos_sin.data_ptr(),
+            num_positions=num_positions,
+            scale=settings.scale,
+            eps=settings.eps,
+        )
+        return NativeLayers(native, layers, settings, self._prepare)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""
@@ -90,11 +115,11 @@ class NativeBackend:
         num_positions, head_dim = cos_sin.shape
         rows = len(qkv)
         step = self._prepare(batch, kv_layer, num_heads, head_dim)
-        _check(qkv, qkv.dtype, rows * (num_heads + 2 * num_kv_heads) * head_dim)
-        _check(cos_sin, torch.float32, num_positions * head_dim)
+        check_tensor(qkv, qkv.dtype, rows * (num_heads + 2 * num_kv_heads) * head_dim)
+        check_tensor(cos_sin, torch.float32, num_positions * head_dim)
         for norm in (q_norm, k_norm):
             if norm is not None:
-                _check(norm, qkv.dtype, head_dim)
+                check_tensor(norm, qkv.dtype, head_dim)
         if kv_layer.dtype is not qkv.dtype or rows != len(batch.token_ids):
             raise InternalError(f"{rows} rows of {qkv.dtype} for a step of {len(batch.token_ids)} and {kv_layer.dtype}")
         q = qkv.new_empty((rows, num_heads, head_dim))
@@ -126,9 +151,9 @@ class NativeBackend:
         """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D]."""
         rows, num_heads, head_dim = q.shape
         step = self._prepare(batch, kv_layer, num_heads, head_dim)
-        _check(q, kv_layer.dtype, len(batch.token_ids) * num_heads * head_dim)
+        check_tensor(q, kv_layer.dtype, len(batch.token_ids) * num_heads * head_dim)
         out = q.new_empty((rows, num_heads * head_dim))
-        window = _NO_WINDOW if sliding_window is None else sliding_window
+        window = NO_WINDOW if sliding_window is None else sliding_window
         self._kernels[q.dtype].attention(
             step, q.data_ptr(), out.data_ptr(), kv_layer.data_ptr(), scale, window, torch.get_num_threads()
         )
@@ -137,7 +162,7 @@ class NativeBackend:
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""
         rows, width = gate_up.shape
-        _check(gate_up, gate_up.dtype, rows * width)
+        check_tensor(gate_up, gate_up.dtype, rows * width)
         out = gate_up.new_empty((rows, width // 2))
         self._kernels[gate_up.dtype].silu_and_mul(
             gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
@@ -147,7 +172,7 @@ class NativeBackend:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Return int64 [rows], the first of the largest of each row of ``logits`` [rows, vocabulary]."""
         rows, width = logits.shape
-        _check(logits, logits.dtype, rows * width)
+        check_tensor(logits, logits.dtype, rows * width)
         out = torch.empty(rows, dtype=torch.int64)
         self._kernels[logits.dtype].argmax(logits.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
@@ -157,10 +182,10 @@ class NativeBackend:
     ) -> torch.Tensor:
         rows, width = x.shape
         dtype = x.dtype
-        _check(x, dtype, rows * width)
-        _check(weight, dtype, width)
+        check_tensor(x, dtype, rows * width)
+        check_tensor(weight, dtype, width)
         if residual is not None:
-            _check(residual, dtype, rows * width)
+            check_tensor(residual, dtype, rows * width)
         out = torch.empty_like(x)
         self._kernels[dtype].rms_norm(
             x.data_ptr(),
@@ -185,27 +210,6 @@ class NativeBackend:
         return step
 
 
-class _PackedLinear:
-    """A weight matrix in panels of as many output features as a vector has lanes."""
-
-    __slots__ = ("_dtype", "_in_features", "_linear", "_out_features", "_packed")
-
-    def __init__(self, kernels: "_native.Kernels", weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._out_features, self._in_features = weight.shape
-        self._dtype = weight.dtype
-        offsets = [] if bias is None else bias.float().tolist()
-        self._linear = _native.Linear(kernels, self._out_features, self._in_features, offsets)
-        self._packed = torch.empty(self._linear.packed_units(), dtype=torch.int32)
-        self._linear.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = len(x)
-        _check(x, self._dtype, rows * self._in_features)
-        out = x.new_empty((rows, self._out_features))
-        self._linear.multiply(x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
-        return out
-
-
 def instruction_sets() -> list[str]:
     """Return the instruction sets that the kernels were built for and this processor has, the fastest first."""
     return _native.instruction_sets()
@@ -226,9 +230,9 @@ def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_di
     num_sequences, table_width = batch.block_tables.shape
     if not kv_layer.is_contiguous():
         raise InternalError(f"the KV pool must be contiguous, its strides are {kv_layer.stride()}")
-    _check(batch.query_start, torch.int32, num_sequences + 1)
-    _check(batch.context_lens, torch.int32, num_sequences)
-    _check(batch.block_tables, torch.int32, num_sequences * table_width)
+    check_tensor(batch.query_start, torch.int32, num_sequences + 1)
+    check_tensor(batch.context_lens, torch.int32, num_sequences)
+    check_tensor(batch.block_tables, torch.int32, num_sequences * table_width)
     try:
         return _native.Step(
             num_blocks=num_blocks,
@@ -245,12 +249,3 @@ def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_di
         )
     except (IndexError, ValueError) as error:
         raise InternalError(f"step refused: {error}") from error
-
-
-def _check(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
-    """Refuse what the kernels would read wrongly: they see an address and nothing else."""
-    if tensor.dtype is not dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
-        raise InternalError(
-            f"a kernel got {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
-            f"it needs {num_elements} contiguous elements of {dtype}"
-        )

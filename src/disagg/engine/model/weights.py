@@ -12,7 +12,7 @@ import torch
 
 from disagg.base.config import DType
 from disagg.base.errors import ConfigurationError
-from disagg.engine.kernels.interface import KernelBackend, Linear
+from disagg.engine.kernels.interface import KernelBackend, LayerWeights, Linear
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
@@ -21,20 +21,6 @@ TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloa
 
 Progress = Callable[[float], None]
 """Called with the fraction of the weights that is loaded, 0 to 1, rising."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer. Norms are [hidden]; ``q_norm`` and ``k_norm`` [head_dim] where the model has them."""
-
-    attention_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    attention_output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
 
 
 @dataclass(frozen=True, slots=True)

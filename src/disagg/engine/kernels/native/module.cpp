@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "layer_stack.h"
 #include "packed_linear.h"
 #include "parallel.h"
 #include "step.h"
@@ -63,12 +64,8 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-class BoundLinear;
-
 // The kernels of one instruction set and element type, as Python sees them.
 class BoundKernels {
-  friend class BoundLinear;
-
  public:
   BoundKernels(const std::string& instruction_set, bool bfloat16) : bfloat16_(bfloat16) {
     for (const InstructionSet& set : supported_instruction_sets())
@@ -78,46 +75,52 @@ class BoundKernels {
 
   void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
                 float eps, int num_threads) const {
-    for_each_range(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+    for_rows(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
       kernels_->rms_norm(at<void>(x), at<void>(residual), at<void>(weight), at<void>(out), width, eps, begin, end);
     });
   }
 
   void silu_and_mul(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
-    for_each_range(rows, 2 * width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+    for_rows(rows, 2 * width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
       kernels_->silu_and_mul(at<void>(gate_up), at<void>(out), width, begin, end);
     });
   }
 
   void argmax(uintptr_t logits, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
-    for_each_range(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+    for_rows(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
       kernels_->argmax(at<void>(logits), at<int64_t>(out), width, begin, end);
     });
   }
 
   void rope_and_write_kv(const Step& step, uintptr_t qkv, uintptr_t q_out, uintptr_t kv_layer, uintptr_t cos_sin,
                          int64_t num_positions, uintptr_t q_norm, uintptr_t k_norm, float eps, int num_threads) const {
-    if (step.longest_context() > num_positions)
-      throw std::out_of_range("a context of " + std::to_string(step.longest_context()) + " tokens, angles for " +
-                              std::to_string(num_positions));
-    const StepShape& shape = step.shape();
-    const int num_heads = shape.num_kv_heads * shape.group;
-    const RopeArgs args{at<void>(qkv),    at<void>(q_out),  at<void>(kv_layer), at<float>(cos_sin),
-                        at<void>(q_norm), at<void>(k_norm), step.positions(),   step.slots(),
-                        num_heads,        shape.num_kv_heads, shape.head_dim,   shape.block_size, eps};
-    const int64_t row_bytes = int64_t{num_heads + 2 * shape.num_kv_heads} * shape.head_dim * item_bytes();
-    for_each_range(step.num_rows(), row_bytes, num_threads,
-                   [&](int64_t begin, int64_t end) { kernels_->rope_and_write_kv(args, begin, end); });
+    check_positions(step, num_positions);
+    RopeArgs args{};
+    args.qkv = at<void>(qkv);
+    args.q_out = at<void>(q_out);
+    args.kv_layer = at<void>(kv_layer);
+    args.cos_sin = at<float>(cos_sin);
+    args.q_norm = at<void>(q_norm);
+    args.k_norm = at<void>(k_norm);
+    args.eps = eps;
+    run_team(num_threads, [&](Team& team) { disagg::rope_and_write_kv(team, *kernels_, step, args, item_bytes()); });
   }
 
   void attention(Step& step, uintptr_t q, uintptr_t out, uintptr_t kv_layer, float scale, int window,
                  int num_threads) const {
     const py::gil_scoped_release unlocked;
-    step.attend(*kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), scale, window, num_threads);
+    step.prepare(window);
+    run_team(num_threads, [&](Team& team) { step.attend(team, *kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), scale, window); });
   }
 
- private:
+  const Kernels& table() const { return *kernels_; }
   int64_t item_bytes() const { return bfloat16_ ? 2 : 4; }
+
+ private:
+  template <class Work>
+  static void for_rows(int64_t rows, int64_t row_bytes, int num_threads, Work work) {
+    run_team(num_threads, [&](Team& team) { team.for_each_range(rows, row_bytes, work); });
+  }
 
   const Kernels* kernels_ = nullptr;
   bool bfloat16_;
@@ -127,7 +130,7 @@ class BoundKernels {
 class BoundLinear {
  public:
   BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& bias)
-      : linear_(*kernels.kernels_, out_features, in_features, bias), per_unit_(4 / kernels.item_bytes()) {
+      : linear_(kernels.table(), out_features, in_features, bias), per_unit_(4 / kernels.item_bytes()) {
     if (in_features % per_unit_ || (!bias.empty() && static_cast<int64_t>(bias.size()) != out_features))
       throw std::invalid_argument("a packed weight needs an even number of input features and one bias per output");
   }
@@ -141,12 +144,45 @@ class BoundLinear {
 
   void multiply(uintptr_t x, uintptr_t out, int64_t rows, int num_threads) const {
     const py::gil_scoped_release unlocked;
-    linear_.multiply(at<void>(x), at<void>(out), rows, num_threads);
+    run_team(num_threads, [&](Team& team) { linear_.multiply(team, at<void>(x), at<void>(out), rows); });
   }
+
+  const PackedLinear* get() const { return &linear_; }
 
  private:
   PackedLinear linear_;
   int64_t per_unit_;
+};
+
+// All layers, as Python sees them. Weights and linears stay in Python's hands.
+class BoundLayers {
+ public:
+  BoundLayers(const BoundKernels& kernels, int64_t hidden, int64_t intermediate, uintptr_t cos_sin,
+              int64_t num_positions, float scale, float eps)
+      : stack_(kernels.table(), kernels.item_bytes(),
+               {hidden, intermediate, at<float>(cos_sin), num_positions, scale, eps}) {}
+
+  void add(uintptr_t attention_norm, const BoundLinear& qkv, uintptr_t q_norm, uintptr_t k_norm,
+           const BoundLinear& attention_output, uintptr_t mlp_norm, const BoundLinear& gate_up,
+           const BoundLinear& down, int window) {
+    stack_.add({at<void>(attention_norm), qkv.get(), at<void>(q_norm), at<void>(k_norm), attention_output.get(),
+                at<void>(mlp_norm), gate_up.get(), down.get(), window});
+  }
+
+  void run(Step& step, uintptr_t residual, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
+           int64_t num_wanted, uintptr_t wanted_residual, uintptr_t out, int num_threads) {
+    if (kv_layers.size() != stack_.num_layers())
+      throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers for " +
+                                  std::to_string(stack_.num_layers()) + " layers");
+    std::vector<void*> pools;
+    for (const uintptr_t address : kv_layers) pools.push_back(at<void>(address));
+    const py::gil_scoped_release unlocked;
+    stack_.run(step, at<void>(residual), pools,
+               {at<int64_t>(wanted_rows), num_wanted, at<void>(wanted_residual), at<void>(out)}, num_threads);
+  }
+
+ private:
+  LayerStack stack_;
 };
 
 Step make_step(int64_t num_blocks, int num_kv_heads, int group, int head_dim, int block_size, uintptr_t query_start,
@@ -186,4 +222,14 @@ PYBIND11_MODULE(_native, module) {
       .def("packed_units", &BoundLinear::packed_units)
       .def("pack", &BoundLinear::pack)
       .def("multiply", &BoundLinear::multiply);
+  py::class_<BoundLayers>(module, "Layers")
+      .def(py::init<const BoundKernels&, int64_t, int64_t, uintptr_t, int64_t, float, float>(), py::kw_only(),
+           py::arg("kernels"), py::arg("hidden"), py::arg("intermediate"), py::arg("cos_sin"),
+           py::arg("num_positions"), py::arg("scale"), py::arg("eps"))
+      .def("add", &BoundLayers::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
+           py::arg("k_norm"), py::arg("attention_output"), py::arg("mlp_norm"), py::arg("gate_up"), py::arg("down"),
+           py::arg("window"))
+      .def("run", &BoundLayers::run, py::kw_only(), py::arg("step"), py::arg("residual"), py::arg("kv_layers"),
+           py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("wanted_residual"), py::arg("out"),
+           py::arg("num_threads"));
 }

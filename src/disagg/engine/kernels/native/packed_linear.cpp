@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "parallel.h"
-
 namespace disagg {
 
 namespace {
@@ -34,21 +32,22 @@ int64_t PackedLinear::packed_units(int64_t features_per_unit) const {
 
 void PackedLinear::pack(const void* weight, uint32_t* packed, int num_threads) {
   packed_ = packed;
-  for_each_item(num_panels_, num_threads, [&](int64_t panel, int64_t) {
-    kernels_.pack_weight(weight, packed, out_features_, in_features_, panel, panel + 1);
+  run_team(num_threads, [&](Team& team) {
+    team.for_each_item(num_panels_, [&](int64_t panel, int64_t) {
+      kernels_.pack_weight(weight, packed, out_features_, in_features_, panel, panel + 1);
+    });
   });
 }
 
-void PackedLinear::multiply(const void* x, void* out, int64_t rows, int num_threads) const {
+void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
   const LinearArgs args{x, out, packed_, bias_.empty() ? nullptr : bias_.data(), in_features_, out_features_};
   const int64_t worth = 1 + rows * in_features_ * out_features_ / kMultiplicationsPerThread;
-  if (num_threads <= 1 || worth <= 1) return kernels_.multiply(args, 0, rows, 0, num_panels_);
-  const int64_t pieces = std::min(worth, kPiecesPerThread * num_threads);
+  const int64_t pieces = team.size() == 1 ? 1 : std::min(worth, kPiecesPerThread * team.size());
   const int64_t columns = std::clamp<int64_t>(num_panels_ / kPanelsPerPiece, 1, pieces);
   const int64_t bands = std::clamp<int64_t>(rows / kRowsPerPiece, 1, (pieces + columns - 1) / columns);
   // Bounds of bands are whole groups of rows of a register tile, whichever of its heights the instruction set has.
   const auto row = [&](int64_t band) { return band == bands ? rows : rows * band / bands / kRowsPerPiece * kRowsPerPiece; };
-  for_each_item(columns * bands, num_threads, [&](int64_t item, int64_t) {
+  team.for_each_item(columns * bands, [&](int64_t item, int64_t) {
     const int64_t column = item / bands;
     const int64_t band = item % bands;
     kernels_.multiply(args, row(band), row(band + 1), num_panels_ * column / columns,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace disagg {
 
@@ -18,8 +19,9 @@ class PackedLinear {
   int64_t packed_units(int64_t features_per_unit) const;
   void pack(const void* weight, uint32_t* packed, int num_threads);
 
-  // out [rows, out_features] = x [rows, in_features] times the transposed weight, plus the bias.
-  void multiply(const void* x, void* out, int64_t rows, int num_threads) const;
+  // out [rows, out_features] = x [rows, in_features] times the transposed weight, plus the bias. For every thread of the
+  // team to call.
+  void multiply(Team& team, const void* x, void* out, int64_t rows) const;
 
  private:
   const Kernels& kernels_;

@@ -1,12 +1,9 @@
 #include "step.h"
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <stdexcept>
 #include <string>
-
-#include "parallel.h"
 
 namespace disagg {
 
@@ -57,9 +54,14 @@ void Step::find_slots(int64_t sequence) {
   longest_context_ = std::max(longest_context_, position);
 }
 
-const Step::Plan& Step::plan_for(int window) {
-  for (const Plan& plan : plans_)
-    if (plan.window == window) return plan;
+Step::Plan* Step::find_plan(int window) {
+  for (Plan& plan : plans_)
+    if (plan.window == window) return &plan;
+  return nullptr;
+}
+
+void Step::prepare(int window) {
+  if (find_plan(window) != nullptr) return;
   Plan plan{window, {}, {}, 0};
   for (int32_t sequence = 0; sequence < static_cast<int32_t>(context_lens_.size()); ++sequence) {
     if (query_start_[sequence + 1] - query_start_[sequence] == 1) {
@@ -72,8 +74,8 @@ const Step::Plan& Step::plan_for(int window) {
   std::stable_sort(plan.items.begin(), plan.items.end(), [](const AttentionItem& a, const AttentionItem& b) {
     return int64_t{a.num_tokens} * (a.key_end - a.key_begin) > int64_t{b.num_tokens} * (b.key_end - b.key_begin);
   });
+  if (partials_.size() < static_cast<size_t>(plan.partial_floats)) partials_.resize(plan.partial_floats);
   plans_.push_back(std::move(plan));
-  return plans_.back();
 }
 
 void Step::plan_prefill(Plan& plan, int32_t sequence) const {
@@ -121,7 +123,7 @@ void Step::plan_ranges(Plan& plan, const AttentionItem& whole) const {
     return;
   }
   const auto group = static_cast<int32_t>(plan.split_groups.size());
-  plan.split_groups.push_back({plan.partial_floats, last - first + 1});
+  plan.split_groups.push_back({plan.partial_floats, last - first + 1, std::make_unique<std::atomic<int32_t>>(0)});
   for (int32_t split = first; split <= last; ++split) {
     AttentionItem item = whole;
     item.key_begin = std::max(whole.key_begin, split * kSplitKeys);
@@ -141,9 +143,9 @@ int32_t Step::first_block(const AttentionItem& item) const {
   return tables_[item.sequence * table_width_ + item.key_begin / shape_.block_size];
 }
 
-void Step::attend(const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale, int window,
-                  int num_threads) {
-  const Plan& plan = plan_for(window);
+void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale,
+                  int window) {
+  Plan& plan = *find_plan(window);
   const AttentionArgs args{q,
                            out,
                            kv_layer,
@@ -155,19 +157,19 @@ void Step::attend(const Kernels& kernels, const void* q, void* out, const void* 
                            shape_.block_size,
                            scale,
                            window};
-  if (partials_.size() < static_cast<size_t>(plan.partial_floats)) partials_.resize(plan.partial_floats);
-  // Whoever finishes the last range of a decode joins all of them, in their order: same sums whatever the timing.
-  std::vector<std::atomic<int32_t>> finished(plan.split_groups.size());
   const auto num_items = static_cast<int64_t>(plan.items.size());
-  for_each_item(num_items, num_threads, [&](int64_t index, int64_t next) {
+  team.for_each_item(num_items, [&](int64_t index, int64_t next) {
     const AttentionItem& item = plan.items[index];
     if (item.num_tokens > 1) return kernels.prefill(args, item);
     const int32_t following = first_block(plan.items[next < num_items ? next : index]);
     if (item.split_group < 0) return kernels.decode(args, item, nullptr, following);
     kernels.decode(args, item, partials_.data() + item.partial, following);
+    // Whoever finishes the last range of a decode joins all of them, in their order: same sums whatever the timing.
     const SplitGroup& group = plan.split_groups[item.split_group];
-    if (finished[item.split_group].fetch_add(1, std::memory_order_acq_rel) + 1 == group.num_partials)
+    if (group.num_finished->fetch_add(1, std::memory_order_acq_rel) + 1 == group.num_partials) {
+      group.num_finished->store(0, std::memory_order_relaxed);
       kernels.merge(args, item, partials_.data() + group.first_partial, group.num_partials);
+    }
   });
 }
 

@@ -1,11 +1,13 @@
 // One step's sequences, checked once, cut into pieces of attention work once, then used by every layer.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace disagg {
 
@@ -38,14 +40,18 @@ class Step {
   const int32_t* slots() const { return slots_.data(); }
   int32_t longest_context() const { return longest_context_; }
 
-  void attend(const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale, int window,
-              int num_threads);
+  // Plan the attention of layers with this window. To be called before ``attend``, by one thread.
+  void prepare(int window);
+  // For every thread of the team to call.
+  void attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale,
+              int window);
 
  private:
   // The ranges of keys of one decode.
   struct SplitGroup {
     int64_t first_partial;
     int32_t num_partials;
+    std::unique_ptr<std::atomic<int32_t>> num_finished;
   };
   struct Plan {
     int window;
@@ -56,7 +62,7 @@ class Step {
 
   void check_sequence(int64_t sequence) const;
   void find_slots(int64_t sequence);
-  const Plan& plan_for(int window);
+  Plan* find_plan(int window);
   void plan_prefill(Plan& plan, int32_t sequence) const;
   void plan_decode(Plan& plan, int32_t sequence) const;
   void plan_ranges(Plan& plan, const AttentionItem& whole) const;

@@ -1,0 +1,118 @@
+#include "layer_stack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace disagg {
+
+void check_positions(const Step& step, int64_t num_positions) {
+  if (step.longest_context() > num_positions)
+    throw std::out_of_range("a context of " + std::to_string(step.longest_context()) + " tokens, angles for " +
+                            std::to_string(num_positions));
+}
+
+void rope_and_write_kv(Team& team, const Kernels& kernels, const Step& step, RopeArgs args, int64_t item_bytes) {
+  const StepShape& shape = step.shape();
+  args.positions = step.positions();
+  args.slots = step.slots();
+  args.num_heads = shape.num_kv_heads * shape.group;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.head_dim = shape.head_dim;
+  args.block_size = shape.block_size;
+  const int64_t row_bytes = int64_t{args.num_heads + 2 * args.num_kv_heads} * args.head_dim * item_bytes;
+  team.for_each_range(step.num_rows(), row_bytes,
+                      [&](int64_t begin, int64_t end) { kernels.rope_and_write_kv(args, begin, end); });
+}
+
+void LayerStack::run(Step& step, void* residual, const std::vector<void*>& kv_layers, const WantedRows& wanted,
+                     int num_threads) {
+  check_positions(step, settings_.num_positions);
+  const int64_t rows = step.num_rows();
+  for (int64_t i = 0; i < wanted.num_rows; ++i)
+    if (wanted.rows[i] < 0 || wanted.rows[i] >= rows)
+      throw std::out_of_range("wanted row " + std::to_string(wanted.rows[i]) + " of " + std::to_string(rows));
+  reserve(step.shape(), std::max(rows, wanted.num_rows));
+  for (const LayerWeights& layer : layers_) step.prepare(layer.window);
+  Scratch& scratch = scratch_;
+  const int64_t attended_width = int64_t{step.shape().num_kv_heads} * step.shape().group * step.shape().head_dim;
+  run_team(num_threads, [&](Team& team) {
+    for (size_t index = 0; index < layers_.size(); ++index) {
+      const LayerWeights& layer = layers_[index];
+      if (index == 0) {
+        normalise(team, residual, nullptr, layer.attention_norm, rows);
+      } else {
+        normalise(team, scratch.projected.data(), residual, layer.attention_norm, rows);
+      }
+      run_attention(team, step, layer, kv_layers[index]);
+      if (index + 1 < layers_.size()) {
+        run_mlp(team, layer, scratch.attended.data(), residual, scratch.projected.data(), rows);
+      } else {
+        keep_wanted(team, residual, wanted, attended_width);
+        run_mlp(team, layer, scratch.q.data(), wanted.residual, wanted.out, wanted.num_rows);
+      }
+    }
+  });
+}
+
+void LayerStack::reserve(const StepShape& shape, int64_t rows) {
+  const auto at_least = [&](Buffer& buffer, int64_t width) {
+    const auto size = static_cast<size_t>(rows * width * item_bytes_) / sizeof(Line) + 1;
+    if (buffer.size() < size) buffer.resize(size);
+  };
+  const int64_t kv_width = int64_t{shape.num_kv_heads} * shape.head_dim;
+  at_least(scratch_.normed, settings_.hidden);
+  at_least(scratch_.projected, settings_.hidden);
+  at_least(scratch_.qkv, (shape.group + 2) * kv_width);
+  at_least(scratch_.q, shape.group * kv_width);
+  at_least(scratch_.attended, shape.group * kv_width);
+  at_least(scratch_.gate_up, 2 * settings_.intermediate);
+  at_least(scratch_.activated, settings_.intermediate);
+}
+
+void LayerStack::run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer) {
+  layer.qkv->multiply(team, scratch_.normed.data(), scratch_.qkv.data(), step.num_rows());
+  RopeArgs rope{};
+  rope.qkv = scratch_.qkv.data();
+  rope.q_out = scratch_.q.data();
+  rope.kv_layer = kv_layer;
+  rope.cos_sin = settings_.cos_sin;
+  rope.q_norm = layer.q_norm;
+  rope.k_norm = layer.k_norm;
+  rope.eps = settings_.eps;
+  rope_and_write_kv(team, kernels_, step, rope, item_bytes_);
+  step.attend(team, kernels_, scratch_.q.data(), scratch_.attended.data(), kv_layer, settings_.scale, layer.window);
+}
+
+void LayerStack::run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, void* out,
+                         int64_t rows) {
+  layer.attention_output->multiply(team, attended, scratch_.projected.data(), rows);
+  normalise(team, scratch_.projected.data(), residual, layer.mlp_norm, rows);
+  layer.gate_up->multiply(team, scratch_.normed.data(), scratch_.gate_up.data(), rows);
+  team.for_each_range(rows, 2 * settings_.intermediate * item_bytes_, [&](int64_t begin, int64_t end) {
+    kernels_.silu_and_mul(scratch_.gate_up.data(), scratch_.activated.data(), settings_.intermediate, begin, end);
+  });
+  layer.down->multiply(team, scratch_.activated.data(), out, rows);
+}
+
+void LayerStack::normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows) {
+  team.for_each_range(rows, settings_.hidden * item_bytes_, [&](int64_t begin, int64_t end) {
+    kernels_.rms_norm(x, residual, weight, scratch_.normed.data(), settings_.hidden, settings_.eps, begin, end);
+  });
+}
+
+// Gather the wanted rows of the residual, and those of the attention where Q was.
+void LayerStack::keep_wanted(Team& team, const void* residual, const WantedRows& wanted, int64_t attended_width) {
+  const int64_t residual_bytes = settings_.hidden * item_bytes_;
+  const int64_t attended_bytes = attended_width * item_bytes_;
+  team.for_each_item(1, [&](int64_t, int64_t) {
+    for (int64_t i = 0; i < wanted.num_rows; ++i) {
+      std::memcpy(static_cast<char*>(wanted.residual) + i * residual_bytes,
+                  static_cast<const char*>(residual) + wanted.rows[i] * residual_bytes, residual_bytes);
+      std::memcpy(scratch_.q.data()->bytes + i * attended_bytes,
+                  scratch_.attended.data()->bytes + wanted.rows[i] * attended_bytes, attended_bytes);
+    }
+  });
+}
+
+}  // namespace disagg

@@ -1,0 +1,87 @@
+// All layers of a decoder as one call: what its operations need is known beforehand, and Python is asked once a step.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+#include "packed_linear.h"
+#include "parallel.h"
+#include "step.h"
+
+namespace disagg {
+
+// One layer's weights, owned by others. q_norm and k_norm are null where the model has none.
+struct LayerWeights {
+  const void* attention_norm;
+  const PackedLinear* qkv;
+  const void* q_norm;
+  const void* k_norm;
+  const PackedLinear* attention_output;
+  const void* mlp_norm;
+  const PackedLinear* gate_up;
+  const PackedLinear* down;
+  int window;
+};
+
+// What all layers share.
+struct StackSettings {
+  int64_t hidden;
+  int64_t intermediate;
+  const float* cos_sin;
+  int64_t num_positions;
+  float scale;
+  float eps;
+};
+
+// Rows whose results are wanted, and where these go: [num_rows, hidden] each.
+struct WantedRows {
+  const int64_t* rows;
+  int64_t num_rows;
+  void* residual;
+  void* out;
+};
+
+class LayerStack {
+ public:
+  LayerStack(const Kernels& kernels, int64_t item_bytes, const StackSettings& settings)
+      : kernels_(kernels), item_bytes_(item_bytes), settings_(settings) {}
+
+  void add(const LayerWeights& layer) { layers_.push_back(layer); }
+  size_t num_layers() const { return layers_.size(); }
+
+  // Pass ``residual`` [T, hidden] through all layers; it is overwritten. ``kv_layers`` has one pool per layer.
+  // Of the wanted rows the last layer's output, not yet added, and the residual are kept: what follows mixes no rows.
+  void run(Step& step, void* residual, const std::vector<void*>& kv_layers, const WantedRows& wanted, int num_threads);
+
+ private:
+  // Activations of one step; kept from step to step, since fresh pages cost more than what is written to them.
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  using Buffer = std::vector<Line>;
+  struct Scratch {
+    Buffer normed, projected, qkv, q, attended, gate_up, activated;
+  };
+
+  void reserve(const StepShape& shape, int64_t rows);
+  void run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer);
+  void run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, void* out, int64_t rows);
+  void normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows);
+  void keep_wanted(Team& team, const void* residual, const WantedRows& wanted, int64_t attended_width);
+
+  const Kernels& kernels_;
+  const int64_t item_bytes_;
+  const StackSettings settings_;
+  std::vector<LayerWeights> layers_;
+  Scratch scratch_;
+};
+
+// Rotate Q and K, write K and V into the pool; for every thread of the team to call.
+void rope_and_write_kv(Team& team, const Kernels& kernels, const Step& step, RopeArgs args, int64_t item_bytes);
+
+// Throws std::out_of_range when ``step`` reaches farther than ``num_positions``.
+void check_positions(const Step& step, int64_t num_positions);
+
+}  // namespace disagg

@@ -1,0 +1,40 @@
+"""Weight matrices in the order in which the native kernels read them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from disagg.base.errors import InternalError
+
+if TYPE_CHECKING:
+    from disagg.engine.kernels import _native
+
+
+class PackedLinear:
+    """A weight matrix in panels of as many output features as a few vectors have lanes."""
+
+    __slots__ = ("_dtype", "_packed", "in_features", "native", "out_features")
+
+    def __init__(self, native: "_native.Linear", weight: torch.Tensor) -> None:
+        self.native = native
+        self.out_features, self.in_features = weight.shape
+        self._dtype = weight.dtype
+        self._packed = torch.empty(native.packed_units(), dtype=torch.int32)
+        native.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``Linear``."""
+        rows = len(x)
+        check_tensor(x, self._dtype, rows * self.in_features)
+        out = x.new_empty((rows, self.out_features))
+        self.native.multiply(x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
+        return out
+
+
+def check_tensor(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
+    """Refuse what the kernels would read wrongly: they see an address and nothing else."""
+    if tensor.dtype is not dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
+        raise InternalError(
+            f"a kernel got {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
+            f"it needs {num_elements} contiguous elements of {dtype}"
+        )

@@ -1,0 +1,132 @@
+"""All layers as one native call against the same layers composed of the backend's single operations."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import make_batch, num_threads, steps, windows
+
+from disagg.base.errors import InternalError
+from disagg.engine.kernels.composed_layers import ComposedLayers, decoder_layers
+from disagg.engine.kernels.interface import KernelBackend, LayerSettings, LayerWeights, Linear, StepBatch
+from disagg.engine.kernels.torch_backend import TorchBackend
+
+native = pytest.importorskip("disagg.engine.kernels.native_backend")
+if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not None:
+    pytest.skip("the native kernels were not built", allow_module_level=True)
+
+BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
+FASTEST = next(iter(BACKENDS.values()))
+HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 96, 160, 4, 2, 64, 16
+
+
+def make_layers(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool) -> list[LayerWeights]:
+    torch.manual_seed(0)
+
+    def linear(out_features: int, in_features: int) -> Linear:
+        return backend.linear((torch.randn(out_features, in_features) * in_features**-0.5).to(dtype), None)
+
+    def norm(width: int) -> torch.Tensor:
+        return torch.rand(width).to(dtype)
+
+    return [
+        LayerWeights(
+            attention_norm=norm(HIDDEN),
+            qkv=linear((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, HIDDEN),
+            q_norm=norm(HEAD_DIM) if qk_norm else None,
+            k_norm=norm(HEAD_DIM) if qk_norm else None,
+            attention_output=linear(HIDDEN, NUM_HEADS * HEAD_DIM),
+            mlp_norm=norm(HIDDEN),
+            gate_up=linear(2 * INTERMEDIATE, HIDDEN),
+            down=linear(HIDDEN, INTERMEDIATE),
+        )
+        for _ in range(num_layers)
+    ]
+
+
+def make_settings(*sliding_windows: int | None, num_positions: int = 300) -> LayerSettings:
+    angles = torch.rand((num_positions, HEAD_DIM // 2), generator=torch.Generator().manual_seed(1)) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    return LayerSettings(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM**-0.5, 1e-5, cos_sin, sliding_windows)
+
+
+def make_pool(num_layers: int, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
+    shape = (num_layers, num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE * HEAD_DIM)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def embedded(batch: StepBatch, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(len(batch.token_ids), HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(list(BACKENDS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    lengths=steps,
+    window=windows,
+    qk_norm=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    as_list=st.booleans(),
+)
+def test_one_call_gives_the_bits_of_the_single_operations(
+    name: str,
+    dtype: torch.dtype,
+    lengths: list[tuple[int, int]],
+    window: int | None,
+    qk_norm: bool,
+    threads: int,
+    as_list: bool,
+) -> None:
+    backend = BACKENDS[name]
+    batch, num_blocks = make_batch(lengths, BLOCK_SIZE)
+    layers, layer_settings = make_layers(backend, dtype, 2, qk_norm), make_settings(None, window)
+    pools = make_pool(2, num_blocks, dtype), make_pool(2, num_blocks, dtype)
+    fused = decoder_layers(backend, layers, layer_settings)
+    assert not isinstance(fused, ComposedLayers)
+    expected = ComposedLayers(backend, layers, layer_settings)(embedded(batch, dtype), pools[0], batch)
+    with num_threads(threads):
+        got = fused(embedded(batch, dtype), list(pools[1]) if as_list else pools[1], batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(*pools, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [[], [4, 0, 4]])
+def test_only_the_wanted_rows_are_returned_in_their_order(rows: list[int]) -> None:
+    batch, num_blocks = make_batch([(20, 4), (9, 1)], BLOCK_SIZE)
+    wanted = dataclasses.replace(batch, logit_rows=torch.tensor(rows, dtype=torch.int64))
+    layers, layer_settings = make_layers(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None)
+    out = [
+        build(embedded(batch, torch.float32), make_pool(1, num_blocks, torch.float32), wanted)
+        for build in (
+            decoder_layers(FASTEST, layers, layer_settings),
+            ComposedLayers(FASTEST, layers, layer_settings),
+        )
+    ]
+    assert [len(x) for x in out[0]] == [len(rows)] * 2
+    torch.testing.assert_close(*out, rtol=0, atol=0)
+
+
+def test_a_backend_that_does_not_fuse_layers_composes_them() -> None:
+    backend = TorchBackend(FASTEST.kv_format)
+    layers = make_layers(backend, torch.float32, 1, qk_norm=False)
+    assert isinstance(decoder_layers(backend, layers, make_settings(None)), ComposedLayers)
+    assert FASTEST.fuse_layers(layers, make_settings(None)) is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layers = make_layers(FASTEST, torch.float32, 1, qk_norm=False)
+    batch, num_blocks = make_batch([(40, 1)], BLOCK_SIZE)
+    x, pool = embedded(batch, torch.float32), make_pool(1, num_blocks, torch.float32)
+    with pytest.raises(InternalError, match="40 tokens, angles for 39"):
+        decoder_layers(FASTEST, layers, make_settings(None, num_positions=39))(x, pool, batch)
+    fused = decoder_layers(FASTEST, layers, make_settings(None))
+    with pytest.raises(InternalError, match="2 KV layers for 1 layers"):
+        fused(x, [pool[0], pool[0]], batch)
+    with pytest.raises(InternalError, match=r"torch\.bfloat16.*needs 96 contiguous elements of torch\.float32"):
+        fused(x.bfloat16(), pool, batch)
+    batch.logit_rows[0] = 1
+    with pytest.raises(InternalError, match="wanted row 1 of 1"):
+        fused(x, pool, batch)
