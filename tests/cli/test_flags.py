@@ -32,6 +32,7 @@ class Paint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     glossy: Annotated[bool, Meta(description="shine")] = True
     walls: Annotated[tuple[int, ...], Meta(description="which walls [default: all]")] = ()
     name: Annotated[str | None, Meta(description="what to call it")] = None
+    under: Annotated[Colour | None, Meta(description="colour below")] = None
     max_coats: Annotated[int | None, Meta(description="most of them")] = None
 
 

@@ -22,6 +22,13 @@ class DType(enum.Enum):
     BFLOAT16 = "bfloat16"
 
 
+class Quantization(enum.Enum):
+    """How weight matrices are stored, where not in the element type."""
+
+    INT8 = "int8"
+    """A byte for each weight, one scale per output feature; activations and KV cache keep their type."""
+
+
 class Device(enum.Enum):
     """Where an engine computes."""
 
@@ -50,6 +57,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="Hugging Face folder, hub id or GGUF file [default: SmolLM2-135M-Instruct]"),
     ] = None
     dtype: Annotated[DType, Meta(description="element type of weights, activations and KV cache")] = DType.BFLOAT16
+    quantization: (
+        Annotated[Quantization, Meta(description="store weight matrices in fewer bits [default: in the dtype]")] | None
+    ) = None
     max_model_len: (
         Annotated[
             int, Meta(ge=2, description="longest sequence, prompt plus answer, in tokens [default: the model's own]")
@@ -62,7 +72,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The KV pool of each instance."""
 
     kv_memory_bytes: Annotated[int, Meta(ge=1, description="memory for the KV pool of each instance")] = 1 << 30
-    block_size: Annotated[int, Meta(ge=2, le=1024, description="tokens of a KV block (even)")] = 32
+    block_size: Annotated[int, Meta(ge=2, le=1024, description="tokens of a KV block (even)")] = 64
     prefix_caching: Annotated[
         bool, Meta(description="keep full KV blocks of finished prompts and reuse them for equal prefixes")
     ] = True

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from disagg.base.config import DType
+from disagg.base.config import DType, Quantization
 
 if TYPE_CHECKING:
     from disagg.engine.benchmark.cases import StepTime
@@ -54,7 +54,8 @@ def bench() -> None:
 @click.argument("model", required=False)
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, default=(1,), help="Threads; may be repeated.")
 @click.option("--dtype", type=click.Choice([one.value for one in DType]), default=DType.BFLOAT16.value)
-@click.option("--block-size", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens of a KV block.")
+@click.option("--quantization", type=click.Choice([one.value for one in Quantization]), help="Of the weight matrices.")
+@click.option("--block-size", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens of a KV block.")
 @click.option("--kernels", type=click.Choice(["native", "torch"]), help="Kernel backend  [default: the best there is]")
 @click.option("--quick", is_flag=True, help="A few cases only.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line for each step.")
@@ -90,6 +91,7 @@ def _measure(
         ready = prepare(
             files,
             dtype=DType(options["dtype"]),
+            quantization=Quantization(options["quantization"]) if options["quantization"] else None,
             num_threads=num_threads,
             block_size=options["block_size"],
             kernel_backend=options["kernels"],

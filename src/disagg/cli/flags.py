@@ -119,7 +119,7 @@ def _option(field: inspect.Field, variable: str | None) -> Callable[[F], F]:
     else:
         arguments["type"] = _parameter_type(field.name, kind)
         arguments["metavar"] = None if field.name.endswith("_bytes") else _METAVARS.get(type(kind))
-    if isinstance(kind, inspect.EnumType):
+    if isinstance(kind, inspect.EnumType) and default is not None:
         default = default.value
     if field.name.endswith("_bytes"):
         default = format_bytes(default)

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from disagg.base.clock import Clock
-from disagg.base.config import Device, InstanceSettings
+from disagg.base.config import Device, InstanceSettings, ModelSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
 from disagg.engine.batch_builder import BatchBuilder
@@ -28,6 +28,7 @@ from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.prefault import PoolToucher
 from disagg.engine.pulls import Pulls
+from disagg.models.config import ModelConfig
 from disagg.models.locate import load_config, locate_model
 from disagg.scheduling.replay import LogHeader
 from disagg.scheduling.step_scheduler import StepScheduler
@@ -77,6 +78,7 @@ def build_loop(
         config,
         backend,
         dtype=settings.model.dtype,
+        quantization=settings.model.quantization,
         device=device,
         progress=lambda fraction: progress.report("weights", fraction),
     )
@@ -92,7 +94,7 @@ def build_loop(
         block_size=capacity.layout.block_size,
         max_model_len=capacity.max_model_len,
         vocab_size=config.vocab_size,
-        weight_bytes=config.num_parameters * capacity.layout.dtype.itemsize,
+        weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=pool.address(),
@@ -105,6 +107,17 @@ def build_loop(
         facts=facts,
     )
     return EngineLoop(ready, scheduler, watch(executor), pulls, channel, clock, log)
+
+
+def _weight_bytes(config: ModelConfig, model: ModelSettings, itemsize: int) -> int:
+    if model.quantization is None:
+        return config.num_parameters * itemsize
+    # The embeddings are looked up in the element type; tied ones are packed as the head besides.
+    rest = config.num_parameters - config.num_linear_parameters
+    return (
+        config.num_linear_parameters
+        + (rest + config.tie_word_embeddings * config.vocab_size * config.hidden_size) * itemsize
+    )
 
 
 class _Progress:

@@ -8,26 +8,28 @@ import pytest
 from click.testing import CliRunner
 
 from disagg.cli.main import main
-from disagg.engine.benchmark.cases import Limit, Phase, StepCase, standard_cases, with_floors
+from disagg.engine.benchmark.cases import ElementSizes, Limit, Phase, StepCase, standard_cases, with_floors
 from disagg.engine.benchmark.machine import MachinePeaks
 from disagg.models.locate import ModelFiles, load_config
 
 PEAKS = MachinePeaks(read_bandwidth=10e9, gemm_flops=100e9)
+BF16 = ElementSizes(weight=2, cache=2)
 
 
 def test_the_floors_of_a_decode_step_are_weights_and_kv_over_bandwidth(default_model: ModelFiles) -> None:
     config = load_config(default_model)
     case = StepCase(Phase.DECODE, batch=4, new_tokens=1, context=1000)
     # SmolLM2-135M in bf16: 134.5 million weights in matrix products, 23,040 bytes of KV a token.
-    assert case.read_bytes(config, 2) == config.num_linear_parameters * 2 + 4 * 1000 * 23_040
-    step = with_floors(case, 0.1, config, PEAKS, 2)
+    assert case.read_bytes(config, BF16) == config.num_linear_parameters * 2 + 4 * 1000 * 23_040
+    assert case.read_bytes(config, ElementSizes(1, 2)) == config.num_linear_parameters + 4 * 1000 * 23_040
+    step = with_floors(case, 0.1, config, PEAKS, BF16)
     assert step.limit is Limit.MEMORY
     assert step.share == pytest.approx(step.memory_floor_s / 0.1)
 
 
 def test_a_prefill_is_bound_by_its_operations(default_model: ModelFiles) -> None:
     config = load_config(default_model)
-    step = with_floors(StepCase(Phase.PREFILL, 1, 512, 512), 3.0, config, PEAKS, 2)
+    step = with_floors(StepCase(Phase.PREFILL, 1, 512, 512), 3.0, config, PEAKS, BF16)
     assert step.limit is Limit.COMPUTE
     body = config.num_linear_parameters - config.vocab_size * config.hidden_size
     pairs = 512 * 513 // 2

@@ -8,6 +8,7 @@ from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, num_threads, 
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.int8 import quantize_int8
 from disagg.engine.kernels.torch_backend import TorchBackend
 
 native = pytest.importorskip("disagg.engine.kernels.native_backend")
@@ -113,6 +114,45 @@ def test_linear(
     with num_threads(threads):
         linear = BACKENDS[name].linear(weight, offset)
         torch.testing.assert_close(linear(x), exact.to(dtype), **tolerance)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=backends,
+    dtype=dtypes,
+    rows=st.integers(0, 90),
+    out_features=st.integers(1, 200),
+    in_features=st.integers(1, 150),
+    bias=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_int8_linear(
+    name: str, dtype: torch.dtype, rows: int, out_features: int, in_features: int, bias: bool, threads: int
+) -> None:
+    weight = quantize_int8(torch.randn(out_features, in_features))
+    x = torch.randn(rows, in_features).to(dtype)
+    offset = torch.randn(out_features).to(dtype) if bias else None
+    expected = REFERENCE.int8_linear(weight, offset, dtype)(x)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1.6e-2, "atol": 1e-3}
+    with num_threads(threads):
+        linear = BACKENDS[name].int8_linear(weight, offset, dtype)
+        torch.testing.assert_close(linear(x), expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_int8_product_of_a_row_does_not_depend_on_how_many_there_are(name: str) -> None:
+    x = torch.randn(100, 96).bfloat16()
+    linear = BACKENDS[name].int8_linear(quantize_int8(torch.randn(70, 96)), None, torch.bfloat16)
+    torch.testing.assert_close(linear(x)[:7], linear(x[:7]), rtol=0, atol=0)
+
+
+def test_int8_weights_are_within_half_a_step() -> None:
+    weight = torch.randn(50, 40)
+    weight[3] = 0
+    quantized = quantize_int8(weight)
+    steps = (quantized.values.float() - weight / quantized.scale[:, None]).abs()
+    assert steps.max() <= 0.5 + 1e-4
+    assert quantized.values.abs().max() == 127
 
 
 def test_linear_of_many_rows_and_columns_is_cut_into_bands_and_columns() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from disagg.base.config import DType
+from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.torch_backend import TorchBackend
@@ -47,6 +47,16 @@ def test_weights_are_cast(folder: Path) -> None:
 
     assert weights.embeddings.dtype is torch.bfloat16
     assert weights.layers[0].gate_up(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 192)
+
+
+def test_matrices_may_be_stored_as_int8(folder: Path) -> None:
+    plain, quantized = load(folder), load(folder, quantization=Quantization.INT8)
+    for exact, rounded in ((plain.layers[0].down, quantized.layers[0].down), (plain.head, quantized.head)):
+        width = 96 if exact is plain.layers[0].down else 64
+        y = torch.randn(3, width)
+        error = (exact(y) - rounded(y)).abs().max() / exact(y).abs().max()
+        assert 0 < error < 0.02
+    assert torch.equal(plain.embeddings, quantized.embeddings)
 
 
 def test_the_files_may_go_away_after_loading(folder: Path) -> None:

@@ -22,6 +22,14 @@ class Limit(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ElementSizes:
+    """Bytes of an element of the weight matrices and of the KV cache."""
+
+    weight: int
+    cache: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepCase:
     """A step of ``batch`` sequences: ``new_tokens`` each, ending at ``context`` tokens."""
 
@@ -35,10 +43,10 @@ class StepCase:
         attention = config.attention_flops(self.new_tokens, self.context)
         return config.linear_flops(self.batch * self.new_tokens, self.batch) + self.batch * attention
 
-    def read_bytes(self, config: ModelConfig, itemsize: int) -> int:
+    def read_bytes(self, config: ModelConfig, sizes: ElementSizes) -> int:
         """Return the bytes that must be read: every weight of the matrix products once, and the KV cache."""
-        cached = self.batch * self.context * config.kv_bytes_per_token(itemsize)
-        return config.num_linear_parameters * itemsize + cached
+        cached = self.batch * self.context * config.kv_bytes_per_token(sizes.cache)
+        return config.num_linear_parameters * sizes.weight + cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +69,15 @@ class StepTime:
         return max(self.compute_floor_s, self.memory_floor_s) / self.time_s
 
 
-def with_floors(case: StepCase, time_s: float, config: ModelConfig, peaks: MachinePeaks, itemsize: int) -> StepTime:
+def with_floors(
+    case: StepCase, time_s: float, config: ModelConfig, peaks: MachinePeaks, sizes: ElementSizes
+) -> StepTime:
     """Put a measured time beside what the machine could do at best."""
     return StepTime(
         case=case,
         time_s=time_s,
         compute_floor_s=case.flops(config) / peaks.gemm_flops,
-        memory_floor_s=case.read_bytes(config, itemsize) / peaks.read_bandwidth,
+        memory_floor_s=case.read_bytes(config, sizes) / peaks.read_bandwidth,
     )
 
 

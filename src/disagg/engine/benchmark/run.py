@@ -8,9 +8,9 @@ from typing import Final
 
 import torch
 
-from disagg.base.config import DType
+from disagg.base.config import DType, Quantization
 from disagg.cache.layout import KvDtype, KvLayout
-from disagg.engine.benchmark.cases import StepCase, StepTime, with_floors
+from disagg.engine.benchmark.cases import ElementSizes, StepCase, StepTime, with_floors
 from disagg.engine.benchmark.machine import MachinePeaks, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import select_backend
@@ -35,19 +35,21 @@ class EngineBenchmark:
     dtype: torch.dtype
     block_size: int
     peaks: MachinePeaks
+    sizes: ElementSizes
 
     def measure(self, cases: list[StepCase]) -> Iterator[StepTime]:
         """Yield each case's median step time beside its floors."""
-        pool = self._pool(max(case.batch * -(-case.context // self.block_size) for case in cases))
+        pool = self.make_pool(max(case.batch * -(-case.context // self.block_size) for case in cases))
         for case in cases:
             batch = make_batch(case, self.block_size)
 
             def step(batch: StepBatch = batch) -> None:
                 most_likely(self.decoder.forward(batch, pool))
 
-            yield with_floors(case, _median_s(step), self.config, self.peaks, self.dtype.itemsize)
+            yield with_floors(case, _median_s(step), self.config, self.peaks, self.sizes)
 
-    def _pool(self, num_blocks: int) -> torch.Tensor:
+    def make_pool(self, num_blocks: int) -> torch.Tensor:
+        """Return a scratch KV pool of noise: [num_layers, num_blocks, 2, Hk, block_size * D]."""
         config = self.config
         layout = KvLayout(
             num_layers=config.num_layers,
@@ -67,6 +69,7 @@ def prepare(
     files: ModelFiles,
     *,
     dtype: DType,
+    quantization: Quantization | None = None,
     num_threads: int,
     block_size: int,
     kernel_backend: str | None = None,
@@ -77,10 +80,11 @@ def prepare(
     config = load_config(files)
     torch_dtype = TORCH_DTYPES[dtype]
     backend = select_backend(torch.device("cpu"), torch_dtype, kernel_backend)
-    weights = load_weights(files, config, backend, dtype=dtype, progress=progress)
+    weights = load_weights(files, config, backend, dtype=dtype, quantization=quantization, progress=progress)
     decoder = Decoder(config, weights, backend)
     peaks = measure_peaks(backend, torch_dtype)
-    return EngineBenchmark(files.name, config, decoder, backend, torch_dtype, block_size, peaks)
+    sizes = ElementSizes(torch_dtype.itemsize if quantization is None else 1, torch_dtype.itemsize)
+    return EngineBenchmark(files.name, config, decoder, backend, torch_dtype, block_size, peaks, sizes)
 
 
 def make_batch(case: StepCase, block_size: int) -> StepBatch:

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.int8 import Int8Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,9 @@ class KernelBackend(Protocol):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Pack ``weight`` [out_features, in_features]; the caller may drop its own reference."""
+
+    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+        """Pack an int8 weight for activations of ``dtype``; the caller may drop its own reference."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; x is [T, hidden]. The mean of squares is taken in float32."""

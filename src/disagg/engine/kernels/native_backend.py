@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.int8 import Int8Weight, int8_product
 from disagg.engine.kernels.interface import DecoderLayers, LayerSettings, LayerWeights, Linear, StepBatch
 from disagg.engine.kernels.native_layers import NO_WINDOW, NativeLayers
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
@@ -66,9 +67,13 @@ class NativeBackend:
         """Copy ``weight`` into the order in which the kernels read it."""
         if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
             return lambda x: functional.linear(x, weight, bias)
-        offsets = [] if bias is None else bias.float().tolist()
-        out_features, in_features = weight.shape
-        return PackedLinear(_native.Linear(self._kernels[weight.dtype], out_features, in_features, offsets), weight)
+        return self._pack(weight, weight.dtype, [], bias)
+
+    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+        """Copy ``weight`` into the order in which the kernels read it."""
+        if dtype is torch.bfloat16 and weight.values.shape[1] % 2:
+            return lambda x: int8_product(x, weight, bias)
+        return self._pack(weight.values, dtype, weight.scale.tolist(), bias)
 
     def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
         """Return the layers as one native call; None where a weight could not be packed."""
@@ -176,6 +181,14 @@ class NativeBackend:
         out = torch.empty(rows, dtype=torch.int64)
         self._kernels[logits.dtype].argmax(logits.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
+
+    def _pack(
+        self, weight: torch.Tensor, dtype: torch.dtype, scale: list[float], bias: torch.Tensor | None
+    ) -> PackedLinear:
+        offsets = [] if bias is None else bias.float().tolist()
+        out_features, in_features = weight.shape
+        native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets)
+        return PackedLinear(native, weight, dtype)
 
     def _rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float

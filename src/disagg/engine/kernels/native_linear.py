@@ -15,11 +15,12 @@ class PackedLinear:
 
     __slots__ = ("_dtype", "_packed", "in_features", "native", "out_features")
 
-    def __init__(self, native: "_native.Linear", weight: torch.Tensor) -> None:
+    def __init__(self, native: "_native.Linear", weight: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pack ``weight`` [out_features, in_features] for activations of ``dtype``."""
         self.native = native
         self.out_features, self.in_features = weight.shape
-        self._dtype = weight.dtype
-        self._packed = torch.empty(native.packed_units(), dtype=torch.int32)
+        self._dtype = dtype
+        self._packed = torch.empty(native.packed_bytes(), dtype=torch.int8)
         native.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.int8 import Int8Weight, int8_product
 from disagg.engine.kernels.interface import Linear, StepBatch
 from disagg.engine.kernels.kv_format import gather_kv, write_kv
 
@@ -36,6 +37,10 @@ class TorchBackend:
             return functional.linear(x, weight, bias)
 
         return apply
+
+    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+        """Keep ``weight`` as it is: it takes the memory of int8, and more time than bfloat16."""
+        return lambda x: int8_product(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight over the last dimension."""

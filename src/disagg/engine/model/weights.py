@@ -10,8 +10,9 @@ from typing import Final
 
 import torch
 
-from disagg.base.config import DType
+from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
+from disagg.engine.kernels.int8 import quantize_int8
 from disagg.engine.kernels.interface import KernelBackend, LayerWeights, Linear
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
@@ -39,6 +40,7 @@ def load_weights(
     backend: KernelBackend,
     *,
     dtype: DType,
+    quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> DecoderWeights:
@@ -50,7 +52,8 @@ def load_weights(
     expected = expected_shapes(config)
     with open_tensors(files, config) as source:
         check_shapes(expected, source.shapes(), config)
-        return _Loader(source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress).load(config)
+        loader = _Loader(source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress, quantization)
+        return loader.load(config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -119,6 +122,7 @@ class _Loader:
         device: torch.device,
         shapes: dict[str, tuple[int, ...]],
         progress: Progress | None,
+        quantization: Quantization | None,
     ) -> None:
         self._source = source
         self._backend = backend
@@ -126,6 +130,7 @@ class _Loader:
         self._device = device
         self._shapes = shapes
         self._progress = progress
+        self._quantization = quantization
         self._total = sum(math.prod(shape) for shape in shapes.values())
         self._num_read = 0
 
@@ -133,7 +138,7 @@ class _Loader:
         embeddings = self._tensor("model.embed_tokens.weight")
         layers = tuple(self._layer(f"model.layers.{layer}", config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
-        head = self._backend.linear(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")
+        head = self._pack(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")
         return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
 
     def _layer(self, prefix: str, config: ModelConfig) -> LayerWeights:
@@ -154,6 +159,11 @@ class _Loader:
         weight = self._stacked([f"{name}.weight" for name in names])
         biased = f"{names[0]}.bias" in self._shapes
         bias = self._stacked([f"{name}.bias" for name in names]) if biased else None
+        return self._pack(weight, bias)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        if self._quantization is Quantization.INT8:
+            return self._backend.int8_linear(quantize_int8(weight), bias, weight.dtype)
         return self._backend.linear(weight, bias)
 
     def _tensor(self, name: str) -> torch.Tensor:

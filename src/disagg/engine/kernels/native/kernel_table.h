@@ -69,7 +69,8 @@ struct RopeArgs {
 struct LinearArgs {
   const void* x;              // [rows, in_features]
   void* out;                  // [rows, out_features]
-  const uint32_t* packed;     // panels of panel_width output features, see linear.h
+  const void* packed;         // panels of panel_width output features, see linear.h and linear_int8.h
+  const float* scale;         // of int8 weights, padded to whole panels; null: the weights are the element type's
   const float* bias;          // padded to whole panels; null: none
   int64_t in_features;
   int64_t out_features;
@@ -87,6 +88,11 @@ struct Kernels {
   void (*pack_weight)(const void* weight, uint32_t* packed, int64_t out_features, int64_t in_features,
                       int64_t panel_begin, int64_t panel_end);
   void (*multiply)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  void (*pack_int8)(const int8_t* weight, int8_t* packed, int64_t out_features, int64_t in_features,
+                    int64_t panel_begin, int64_t panel_end);
+  // ``units`` has room for the units of one panel.
+  void (*multiply_int8)(const LinearArgs&, uint32_t* units, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                        int64_t panel_end);
   void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);
   // ``residual`` is null, or is replaced by residual + x, which is then normalised.
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,

@@ -36,24 +36,19 @@ void pack_weight(const void* weight, uint32_t* packed, int64_t out_features, int
     }
 }
 
-template <class E, int R, int Columns>
-DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t panel, Ahead<Columns> ahead) {
-  const int64_t steps = args.in_features / E::kPerUnit;
-  Tile<R, kPanelVectors> tile;
-  tile.clear();
-  const uint32_t* columns[kPanelVectors];
-  for (int c = 0; c < kPanelVectors; ++c) columns[c] = args.packed + panel * steps * kPanelWidth + c * kLanes;
-  const uint32_t* x = static_cast<const uint32_t*>(args.x) + row * steps;
-  add_steps<E>(tile, {x, steps, 1}, columns, kPanelWidth, static_cast<int>(steps), ahead);
+// Write the sums of a tile: scaled where the weight has scales, plus the bias.
+template <class E, int R>
+DISAGG_INLINE void store_tile(const Tile<R, kPanelVectors>& tile, const LinearArgs& args, int64_t row, int64_t panel) {
 #pragma GCC unroll 8
   for (int c = 0; c < kPanelVectors; ++c) {
     const int64_t feature = panel * kPanelWidth + c * kLanes;
     const int64_t left = args.out_features - feature;
+    const Floats scale = args.scale == nullptr ? broadcast(1.0f) : load<Floats>(args.scale + feature);
     const Floats bias = args.bias == nullptr ? Floats{} : load<Floats>(args.bias + feature);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       auto* out = static_cast<typename E::Storage*>(args.out) + (row + r) * args.out_features + feature;
-      const Floats sum = tile.sum[r][c] + bias;
+      const Floats sum = tile.sum[r][c] * scale + bias;
       if (left >= kLanes) {
         E::store_floats(out, sum);
       } else {
@@ -63,24 +58,39 @@ DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t 
   }
 }
 
+// ``units`` are those of the panel.
+template <class E, int R, int Columns>
+DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, const uint32_t* units, int64_t row, int64_t panel,
+                                   Ahead<Columns> ahead) {
+  const int64_t steps = args.in_features / E::kPerUnit;
+  Tile<R, kPanelVectors> tile;
+  tile.clear();
+  const uint32_t* columns[kPanelVectors];
+  for (int c = 0; c < kPanelVectors; ++c) columns[c] = units + c * kLanes;
+  const uint32_t* x = static_cast<const uint32_t*>(args.x) + row * steps;
+  add_steps<E>(tile, {x, steps, 1}, columns, kPanelWidth, static_cast<int>(steps), ahead);
+  store_tile<E>(tile, args, row, panel);
+}
+
 // Whole groups of rows times a panel. A panel passes from memory to the second-level cache while the last groups of the
 // panel before it are multiplied, a column at a time, so that the multipliers do not wait for it.
 template <class E>
 void multiply_groups(const LinearArgs& args, int64_t row, int64_t num_groups, int64_t panel) {
   const ptrdiff_t next = args.in_features / E::kPerUnit * kPanelWidth;
+  const uint32_t* units = static_cast<const uint32_t*>(args.packed) + panel * next;
   for (int64_t left = num_groups; left > 0; --left, row += kPanelRows) {
     if (num_groups == 1) {
-      multiply_tile<E, kPanelRows>(args, row, panel, AllAhead{next});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, AllAhead{next});
     } else if (left == 1) {
-      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<4>{next});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, Ahead<4>{next});
     } else if (left == 2 && num_groups == 2) {
-      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<3>{next});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, Ahead<3>{next});
     } else if (left == 2) {
-      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<2>{next});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, Ahead<2>{next});
     } else if (left == 3) {
-      multiply_tile<E, kPanelRows>(args, row, panel, Ahead<1>{next});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, Ahead<1>{next});
     } else {
-      multiply_tile<E, kPanelRows>(args, row, panel, NothingAhead{});
+      multiply_tile<E, kPanelRows>(args, units, row, panel, NothingAhead{});
     }
   }
 }
@@ -90,10 +100,12 @@ void multiply_groups(const LinearArgs& args, int64_t row, int64_t num_groups, in
 template <class E>
 void multiply(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   const int64_t num_rows = row_end - row_begin;
+  const int64_t panel_units = args.in_features / E::kPerUnit * kPanelWidth;
+  const auto* packed = static_cast<const uint32_t*>(args.packed);
   if (num_rows <= kPanelRows) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
       for_row_groups<kPanelRows>(row_begin, row_end, [&](auto rows, int64_t row) {
-        multiply_tile<E, rows.value>(args, row, panel, AllAhead{kStepsAhead * kPanelWidth});
+        multiply_tile<E, rows.value>(args, packed + panel * panel_units, row, panel, AllAhead{kStepsAhead * kPanelWidth});
       });
     return;
   }
@@ -101,7 +113,7 @@ void multiply(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     multiply_groups<E>(args, row_begin, num_groups, panel);
     for_row_groups<kPanelRows - 1>(row_begin + num_groups * kPanelRows, row_end, [&](auto rows, int64_t row) {
-      multiply_tile<E, rows.value>(args, row, panel, NothingAhead{});
+      multiply_tile<E, rows.value>(args, packed + panel * panel_units, row, panel, NothingAhead{});
     });
   }
 }

@@ -129,17 +129,21 @@ class BoundKernels {
 // A packed weight matrix, as Python sees it; ``packed`` stays in Python's hands.
 class BoundLinear {
  public:
-  BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& bias)
-      : linear_(kernels.table(), out_features, in_features, bias), per_unit_(4 / kernels.item_bytes()) {
-    if (in_features % per_unit_ || (!bias.empty() && static_cast<int64_t>(bias.size()) != out_features))
-      throw std::invalid_argument("a packed weight needs an even number of input features and one bias per output");
+  BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& scale,
+              const std::vector<float>& bias)
+      : linear_(kernels.table(), out_features, in_features, 4 / kernels.item_bytes(), scale, bias) {
+    if (in_features % (4 / kernels.item_bytes()))
+      throw std::invalid_argument("a packed weight needs an even number of input features");
+    for (const std::vector<float>* values : {&scale, &bias})
+      if (!values->empty() && static_cast<int64_t>(values->size()) != out_features)
+        throw std::invalid_argument("a packed weight needs one scale, and one bias, per output feature");
   }
 
-  int64_t packed_units() const { return linear_.packed_units(per_unit_); }
+  int64_t packed_bytes() const { return linear_.packed_bytes(); }
 
   void pack(uintptr_t weight, uintptr_t packed, int num_threads) {
     const py::gil_scoped_release unlocked;
-    linear_.pack(at<void>(weight), at<uint32_t>(packed), num_threads);
+    linear_.pack(at<void>(weight), at<void>(packed), num_threads);
   }
 
   void multiply(uintptr_t x, uintptr_t out, int64_t rows, int num_threads) const {
@@ -151,7 +155,6 @@ class BoundLinear {
 
  private:
   PackedLinear linear_;
-  int64_t per_unit_;
 };
 
 // All layers, as Python sees them. Weights and linears stay in Python's hands.
@@ -217,9 +220,9 @@ PYBIND11_MODULE(_native, module) {
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
       .def("attention", &BoundKernels::attention);
   py::class_<BoundLinear>(module, "Linear")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&>(), py::arg("kernels"),
-           py::arg("out_features"), py::arg("in_features"), py::arg("bias"))
-      .def("packed_units", &BoundLinear::packed_units)
+      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&>(),
+           py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))
+      .def("packed_bytes", &BoundLinear::packed_bytes)
       .def("pack", &BoundLinear::pack)
       .def("multiply", &BoundLinear::multiply);
   py::class_<BoundLayers>(module, "Layers")

@@ -14,33 +14,49 @@ constexpr int64_t kPiecesPerThread = 2;
 constexpr int64_t kPanelsPerPiece = 3;
 constexpr int64_t kRowsPerPiece = 12;
 
+// This thread's room for a panel of int8 weights as units; kept, since fresh pages cost more than what is written there.
+uint32_t* widened_panel(int64_t num_units) {
+  thread_local std::vector<uint32_t> units;
+  if (static_cast<int64_t>(units.size()) < num_units) units.resize(num_units);
+  return units.data();
+}
+
 }  // namespace
 
 PackedLinear::PackedLinear(const Kernels& kernels, int64_t out_features, int64_t in_features,
-                           const std::vector<float>& bias)
+                           int64_t features_per_unit, const std::vector<float>& scale, const std::vector<float>& bias)
     : kernels_(kernels),
       out_features_(out_features),
       in_features_(in_features),
+      features_per_unit_(features_per_unit),
       num_panels_((out_features + kernels.panel_width - 1) / kernels.panel_width),
+      scale_(scale),
       bias_(bias) {
-  if (!bias_.empty()) bias_.resize(num_panels_ * kernels.panel_width);
+  for (std::vector<float>* per_feature : {&scale_, &bias_})
+    if (!per_feature->empty()) per_feature->resize(num_panels_ * kernels.panel_width);
 }
 
-int64_t PackedLinear::packed_units(int64_t features_per_unit) const {
-  return num_panels_ * kernels_.panel_width * (in_features_ / features_per_unit);
+int64_t PackedLinear::packed_bytes() const {
+  return num_panels_ * panel_units() * (scale_.empty() ? int64_t{sizeof(uint32_t)} : features_per_unit_);
 }
 
-void PackedLinear::pack(const void* weight, uint32_t* packed, int num_threads) {
+void PackedLinear::pack(const void* weight, void* packed, int num_threads) {
   packed_ = packed;
   run_team(num_threads, [&](Team& team) {
     team.for_each_item(num_panels_, [&](int64_t panel, int64_t) {
-      kernels_.pack_weight(weight, packed, out_features_, in_features_, panel, panel + 1);
+      if (scale_.empty()) {
+        kernels_.pack_weight(weight, static_cast<uint32_t*>(packed), out_features_, in_features_, panel, panel + 1);
+      } else {
+        kernels_.pack_int8(static_cast<const int8_t*>(weight), static_cast<int8_t*>(packed), out_features_,
+                           in_features_, panel, panel + 1);
+      }
     });
   });
 }
 
 void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
-  const LinearArgs args{x, out, packed_, bias_.empty() ? nullptr : bias_.data(), in_features_, out_features_};
+  const auto data_of = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
+  const LinearArgs args{x, out, packed_, data_of(scale_), data_of(bias_), in_features_, out_features_};
   const int64_t worth = 1 + rows * in_features_ * out_features_ / kMultiplicationsPerThread;
   const int64_t pieces = team.size() == 1 ? 1 : std::min(worth, kPiecesPerThread * team.size());
   const int64_t columns = std::clamp<int64_t>(num_panels_ / kPanelsPerPiece, 1, pieces);
@@ -50,8 +66,13 @@ void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) 
   team.for_each_item(columns * bands, [&](int64_t item, int64_t) {
     const int64_t column = item / bands;
     const int64_t band = item % bands;
-    kernels_.multiply(args, row(band), row(band + 1), num_panels_ * column / columns,
-                      num_panels_ * (column + 1) / columns);
+    const int64_t first = num_panels_ * column / columns;
+    const int64_t end = num_panels_ * (column + 1) / columns;
+    if (scale_.empty()) {
+      kernels_.multiply(args, row(band), row(band + 1), first, end);
+    } else {
+      kernels_.multiply_int8(args, widened_panel(panel_units()), row(band), row(band + 1), first, end);
+    }
   });
 }
 

@@ -9,26 +9,32 @@
 
 namespace disagg {
 
-// Owns neither the packed units nor the inputs; owns the bias.
+// Owns neither the packed weights nor the inputs; owns scale and bias.
 class PackedLinear {
  public:
-  // ``bias`` is empty or has one float32 per output feature. in_features must be a whole number of units.
-  PackedLinear(const Kernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& bias);
+  // ``features_per_unit`` of the element type must divide in_features. ``scale`` is empty, or the weights are int8 and it
+  // has one float32 per output feature; ``bias`` is empty or has one too.
+  PackedLinear(const Kernels& kernels, int64_t out_features, int64_t in_features, int64_t features_per_unit,
+               const std::vector<float>& scale, const std::vector<float>& bias);
 
-  // Units that ``pack`` fills, and where they are from then on.
-  int64_t packed_units(int64_t features_per_unit) const;
-  void pack(const void* weight, uint32_t* packed, int num_threads);
+  // Bytes that ``pack`` fills, and where they are from then on.
+  int64_t packed_bytes() const;
+  void pack(const void* weight, void* packed, int num_threads);
 
   // out [rows, out_features] = x [rows, in_features] times the transposed weight, plus the bias. For every thread of the
   // team to call.
   void multiply(Team& team, const void* x, void* out, int64_t rows) const;
 
  private:
+  int64_t panel_units() const { return kernels_.panel_width * (in_features_ / features_per_unit_); }
+
   const Kernels& kernels_;
   int64_t out_features_;
   int64_t in_features_;
+  int64_t features_per_unit_;
   int64_t num_panels_;
-  const uint32_t* packed_ = nullptr;
+  const void* packed_ = nullptr;
+  std::vector<float> scale_;
   std::vector<float> bias_;
 };
 

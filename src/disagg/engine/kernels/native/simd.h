@@ -37,6 +37,8 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Units __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef int16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
 
 template <class Vector>
 DISAGG_INLINE Vector load(const void* from) {
@@ -177,6 +179,11 @@ struct F32 {
   using Factor = Floats;
   static DISAGG_INLINE Operand operand(const void* units) { return load<Floats>(units); }
   static DISAGG_INLINE Operand operand_of(Units units) { return (Floats)units; }
+  // The unit of each lane from bytes of kPerUnit times as many elements.
+  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+  }
+  static DISAGG_INLINE Units units_of(const Operand& operand) { return (Units)operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return (Floats)broadcast(unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) { return a * b + sum; }
@@ -194,6 +201,12 @@ struct BF16 {
   using Operand = Units;
   using Factor = Units;
   static DISAGG_INLINE Operand operand_of(Units units) { return units; }
+  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+    const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from + kLanes)));
+    return (Units)_mm512_cvtne2ps_pbh(second, first);
+  }
+  static DISAGG_INLINE Units units_of(const Operand& operand) { return operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return broadcast(unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) {
@@ -210,6 +223,14 @@ struct BF16 {
   using Factor = Operand;
   static DISAGG_INLINE Operand operand_of(Units units) {
     return {(Floats)(units << 16), (Floats)(units & 0xffff0000u)};
+  }
+  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
+    const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
+    return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
+  }
+  // The upper halves of floats that bfloat16 holds exactly.
+  static DISAGG_INLINE Units units_of(const Operand& operand) {
+    return (Units)operand.low >> 16 | ((Units)operand.high & 0xffff0000u);
   }
   static DISAGG_INLINE void keep(Operand& operand) {
     keep_in_register(operand.low);
