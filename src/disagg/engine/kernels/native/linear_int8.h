@@ -75,8 +75,10 @@ void multiply_int8(const LinearArgs& args, uint32_t* units, int64_t row_begin, i
       });
     } else {
       widen_panel<E>(args, panel, units);
+      LinearArgs widened = args;
+      widened.packed = units - panel * (args.in_features / E::kPerUnit) * kPanelWidth;
       for_row_groups<kPanelRows>(row_begin, row_end, [&](auto rows, int64_t row) {
-        multiply_tile<E, rows.value>(args, units, row, panel, NothingAhead{});
+        multiply_tile<E, rows.value>(widened, row, panel, NothingAhead{});
       });
     }
   }
