@@ -28,6 +28,7 @@ def spec(tmp_path: Path) -> Path:
         f"""
 title: Two fakes
 cool_down_s: 0
+settle_s: 0
 repeats: 1
 systems:
   - {{name: quick, command: "{server}"}}

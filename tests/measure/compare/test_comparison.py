@@ -40,7 +40,12 @@ def comparison(**overrides: object) -> ComparisonSpec:
         ClosedLoopCase(prompt_len=8, output_len=3, users=(2,), requests=4, slo=("ttft=1s,tpot=1s", "loose")),
         OpenLoopCase(prompt_len=8, output_len=2, rates=(200.0,), requests=3),
     )
-    settings = {"systems": (fake("quick"), fake("slow", "--first-s", "0.05")), "cases": cases, "cool_down_s": 0.0}
+    settings = {
+        "systems": (fake("quick"), fake("slow", "--first-s", "0.05")),
+        "cases": cases,
+        "cool_down_s": 0.0,
+        "settle_s": 0.0,
+    }
     return ComparisonSpec(**{**settings, **overrides})  # type: ignore[arg-type]
 
 

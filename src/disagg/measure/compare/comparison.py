@@ -90,6 +90,8 @@ class Comparison:
         log = self._logs / f"{_file_name(system.name)}-{repeat}.log"
         self._tell(f"starting {system.name}")
         with running(command, log) as server:
+            self._tell(f"letting {system.name} settle")
+            time.sleep(self._spec.settle_s)
             for run in plan_runs(self._spec, seed):
                 if needs_unloaded(run) and run.workload not in self._unloaded:
                     self._unloaded[run.workload] = self._measure_unloaded(server, run)

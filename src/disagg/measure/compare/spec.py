@@ -126,6 +126,8 @@ class ComparisonSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int = 0
     cool_down_s: Seconds = 5.0
     """Between one server's end and the next one's start."""
+    settle_s: Seconds = 3.0
+    """Between a server's being ready and its first request: what starts in the background is not measured."""
     request_timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     longest_run_s: Annotated[float, Meta(gt=0)] = 900.0
     """What has not ended by then counts as a miss."""
