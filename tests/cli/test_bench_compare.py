@@ -81,6 +81,18 @@ def test_a_table_for_people(spec: Path) -> None:
     assert "×" in output
 
 
+@pytest.fixture(params=["foreground", "background"])
+def job(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a shell starts the command: jobs in the background ignore SIGINT from the start."""
+    if request.param == "foreground":
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("job")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_comparison_leaves_no_server_and_tells_what_it_has(
     spec: Path, tmp_path: Path, how: signal.Signals

@@ -118,12 +118,16 @@ def _tell(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a comparison as Ctrl-C does: with its servers."""
+    """Let SIGTERM and SIGHUP end a comparison as Ctrl-C does: with its servers.
+
+    SIGINT too, which a shell lets its background jobs ignore: the others are passed on as it.
+    """
 
     def interrupt(_: int, __: FrameType | None) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:

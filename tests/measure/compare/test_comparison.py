@@ -53,7 +53,7 @@ def left_over() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children(recursive=True)
-        if FAKE.name in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE
+        if child.status() != psutil.STATUS_ZOMBIE and FAKE.name in " ".join(child.cmdline())
     ]
 
 
