@@ -12,7 +12,7 @@ from disagg.base.config import InstanceSettings
 from disagg.base.errors import ProtocolError
 from disagg.base.messages import InstanceFacts
 from disagg.cli import profile as command
-from disagg.cli.host_costs import LoneRequest, host_costs
+from disagg.cli.host_costs import HostMeasurement, LoneRequest, host_costs
 from disagg.cli.main import main
 from disagg.cli.profile import serve_arguments, to_profile, warn_if_busy
 from disagg.engine.profiling.campaign import Campaign, Measurement
@@ -69,7 +69,7 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     near = (MeasuredStep(chunks=((7, 1),), time_s=0.02),)
     pulls = tuple(MeasuredPull(num_bytes=size, time_s=0.001 + size / 1e9) for size in (1000, 10**6, 10**7))
     measured = Measurement(facts=facts, alone=alone, beside={"decode": near}, pulls=pulls)
-    profile = to_profile(campaign, measured, HostCosts(0.001, 0.002, 0.003), "tiny")
+    profile = to_profile(campaign, measured, HostMeasurement(HostCosts(0.001, 0.002, 0.003)), "tiny")
     assert profile.kv_bytes_per_token == 100
     assert (profile.accept_s, profile.message_s, profile.deliver_s) == (0.001, 0.002, 0.003)
     assert profile.link_latency_s == pytest.approx(0.001)

@@ -1,17 +1,19 @@
 """Neighbours on one host: what they compute lengthens steps, by the same amount however the steps are timed."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from simulated import LinearLatency, cluster_spec, instance, pair, poisson, serve, stamps
 
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.simulator.contention import Activity, Host
+from disagg.simulator.contention import Activity, Host, ServingCost
 from disagg.simulator.latency import StepShape
 from disagg.simulator.measured_steps import FittedInterference
 
 INTERFERENCE = FittedInterference({Activity.DECODE: (0.0013, 0.0, 1.1e-7), Activity.PREFILL: (0.0004, 1.7e-6, 0.0)})
+SERVING = ServingCost(step_s=0.0006, token_s=0.0001, num_cores=2)
 DECODE = StepShape(num_decodes=2, decode_context=300, num_samples=2)
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
 
@@ -51,6 +53,32 @@ def test_a_pipeline_shares_out_what_is_added() -> None:
     assert sum(halves.stage_times_s(DECODE)) == pytest.approx(whole_s)
 
 
+def test_computing_instances_share_the_work_of_serving_where_no_core_is_left() -> None:
+    host = Host(serving=SERVING)
+    for name in (A, B):
+        host.join(name, lambda: None)
+    alone = LinearLatency()
+    (alone_s,) = alone.stage_times_s(DECODE)
+    assert host.beside_neighbours(A, alone) is alone  # the other core serves
+    host.set_activity(B, Activity.DECODE, num_tokens=4, step_s=0.01)
+    own_s = (0.0006 + 2 * 0.0001) / 2
+    neighbours_part = (0.0006 + 4 * 0.0001) / 0.01 / 2
+    (beside_s,) = host.beside_neighbours(A, alone).stage_times_s(DECODE)
+    assert beside_s == pytest.approx((alone_s + own_s) / (1 - neighbours_part))
+    # A step without a token, such as a prompt's first chunk, makes no work.
+    silent = StepShape(num_prefills=1, num_prefill_tokens=64, prefill_squares=64**2)
+    host.set_activity(B, Activity.PREFILL, num_tokens=0, step_s=0.01)
+    assert host.beside_neighbours(A, alone).stage_times_s(silent) == alone.stage_times_s(silent)
+
+
+def test_serving_costs_nothing_on_a_core_of_its_own() -> None:
+    requests = stamps(serve(pair(), poisson(40, 60, 1)))
+    spare = replace(SERVING, num_cores=3)
+    assert stamps(serve(pair(serving=spare), poisson(40, 60, 1))) == requests
+    assert stamps(serve(pair(serving=replace(spare, cores_per_instance=2)), poisson(40, 60, 1))) != requests
+    assert stamps(serve(pair(serving=SERVING), poisson(40, 60, 1))) != requests
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_runs_of_decode_steps_are_timed_as_single_steps_are(seed: int) -> None:
     """A neighbour that begins or ends in the middle of a run changes it from the next step on."""
@@ -58,6 +86,8 @@ def test_runs_of_decode_steps_are_timed_as_single_steps_are(seed: int) -> None:
     for spec in (
         pair(interference=INTERFERENCE),
         cluster_spec(*(instance(Role.COLOCATED, number) for number in range(3)), interference=INTERFERENCE),
+        pair(interference=INTERFERENCE, serving=SERVING),
+        cluster_spec(*(instance(Role.COLOCATED, number) for number in range(3)), serving=replace(SERVING, num_cores=3)),
     ):
         quick = serve(spec, poisson(rate, 80, seed))
         slow = serve(spec, poisson(rate, 80, seed), step_by_step=True)

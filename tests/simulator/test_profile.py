@@ -13,6 +13,7 @@ from disagg.simulator.fit import fit_relative
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import fit_link
 from disagg.simulator.measured_steps import StepSample, fit_interference, fit_latency, hold_out
+from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import ParallelSamples, Profile, ProfiledPlatform, load_profile, save_profile
 
 
@@ -124,7 +125,7 @@ def test_a_platform_is_what_the_profile_measured() -> None:
     platform = ProfiledPlatform(profile(), kv_memory_bytes=10_000_000)
     assert platform.kv_bytes_per_token == 1000
     assert platform.capacity_tokens(1, 2) == 20_000
-    assert platform.host == (0.0, 0.0, 0.0)
+    assert platform.host == HostCosts()
     assert platform.link.transfer_time_s(10**9) == pytest.approx(1.001)
     assert platform.errors[1].maximum < 1e-6
     shape = StepShape(num_decodes=4, decode_context=4000, num_samples=4)

@@ -1,4 +1,4 @@
-"""What HTTP, tokenising and messages add to a request: asked of a real server that has nothing else to do."""
+"""What serving adds: HTTP, tokenising and messages to a request, streaming to steps. Asked of a real server."""
 
 import statistics
 import sys
@@ -12,18 +12,22 @@ from typing import Final
 import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
+from disagg.cli.served_streams import StreamLimits, measure_served_steps
 from disagg.measure.client.inquiries import recent_requests, served_model
 from disagg.measure.client.plan import Server
 from disagg.measure.client.prompts import english_text
 from disagg.measure.compare.server_process import ServerCommand, free_port, running
 from disagg.measure.timeline import Stage
 from disagg.simulator.platform import HostCosts
+from disagg.simulator.served_steps import ServedSample
 
 _PROMPT_CHARACTERS: Final = 600
 _OUTPUT_LEN: Final = 3
 _NUM_WARMUP: Final = 3
 _START_DEADLINE_S: Final = 300.0
 _REQUEST_DEADLINE_S: Final = 60.0
+_NUM_STREAMS: Final = (1, 4, 16)
+_NUM_PROMPTS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,27 @@ def serve_command(name: str, arguments: Sequence[str], start_deadline_s: float =
     )
 
 
-def measure_host_costs(model: str | None, arguments: Sequence[str], num_requests: int, max_total_len: int) -> HostCosts:
-    """Start a prefill and a decode instance, send single requests, and return what was neither step nor transfer.
+@dataclass(frozen=True)
+class HostMeasurement:
+    """What requests that had the server for themselves cost beside their steps, and steps of a server that streams."""
+
+    lone: HostCosts
+    served: tuple[ServedSample, ...] = ()
+
+
+def measure_host_costs(
+    model: str | None, arguments: Sequence[str], num_requests: int, limits: StreamLimits
+) -> HostMeasurement:
+    """Start a prefill and a decode instance, send single requests, then streams.
 
     Raises UnavailableError when the server cannot be started, DisaggError when it refuses a request.
     """
     named = () if model is None else (model,)
     with tempfile.TemporaryDirectory(prefix="disagg-profile-") as folder:
         with running(serve_command("disagg serve", (*named, *arguments)), Path(folder) / "log") as server:
-            return host_costs(_ask(Server(server.command.url), num_requests, max_total_len))
+            asked = Server(server.command.url)
+            lone = host_costs(_ask(asked, num_requests, limits.max_total_len))
+            return HostMeasurement(lone, tuple(measure_served_steps(asked, limits, _NUM_STREAMS, _NUM_PROMPTS)))
 
 
 def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:

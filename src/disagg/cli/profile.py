@@ -14,14 +14,14 @@ from disagg.base.config import CacheSettings, Device, InstanceGroup, ModelSettin
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.cli.flags import build, flag_name, flags_of
-from disagg.cli.host_costs import measure_host_costs
+from disagg.cli.host_costs import HostMeasurement, measure_host_costs
 from disagg.cli.profile_report import print_summary, summarise
+from disagg.cli.served_streams import StreamLimits
 from disagg.measure.machine import this_machine
 from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
 from disagg.simulator.contention import Activity
 from disagg.simulator.links import fit_link
 from disagg.simulator.measured_steps import StepSample
-from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import ParallelSamples, Profile, save_profile
 
 if TYPE_CHECKING:
@@ -85,7 +85,12 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
             model,
             serve_arguments(values),
             _NUM_REQUESTS // 2 if values["quick"] else _NUM_REQUESTS,
-            measured.facts.max_model_len,
+            StreamLimits(
+                max_total_len=measured.facts.max_model_len,
+                max_batch_tokens=deployment.scheduler.max_batch_tokens,
+                max_batch_size=deployment.scheduler.max_batch_size,
+                vocab_size=measured.facts.vocab_size,
+            ),
         )
         on_progress("server", 1.0)
     measured_profile = to_profile(campaign, measured, host, model_name(model))
@@ -113,7 +118,7 @@ def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: f
     )
 
 
-def to_profile(campaign: "Campaign", measured: "Measurement", host: HostCosts, name: str) -> Profile:
+def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurement, name: str) -> Profile:
     """Return the profile that a campaign's measurements make."""
     facts, settings = measured.facts, campaign.instance
     samples = [_sample(step, None) for step in measured.alone]
@@ -131,10 +136,12 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostCosts, n
         steps=(ParallelSamples(tensor_parallel=1, samples=tuple(samples)),),
         link_bytes_per_s=link.bytes_per_s,
         link_latency_s=link.latency_s,
-        accept_s=host.accept_s,
-        message_s=host.message_s,
-        deliver_s=host.deliver_s,
+        accept_s=host.lone.accept_s,
+        message_s=host.lone.message_s,
+        deliver_s=host.lone.deliver_s,
         temperature=campaign.temperature,
+        num_cores=len(os.sched_getaffinity(0)),
+        served=host.served,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from disagg.simulator.contention import Activity
+from disagg.simulator.contention import Activity, ServingCost
 from disagg.simulator.fit import FitError
 from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out
 from disagg.simulator.profile import Profile, ProfiledPlatform
@@ -59,6 +59,8 @@ class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
     accept_s: float
     message_s: float
     deliver_s: float
+    serving: ServingCost | None
+    """CPU time that steps with tokens take from the instances; None where a core was left for it."""
 
 
 def summarise(profile: Profile, path: Path) -> ProfileSummary:
@@ -96,6 +98,7 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
         accept_s=profile.accept_s,
         message_s=profile.message_s,
         deliver_s=profile.deliver_s,
+        serving=platform.serving,
     )
 
 
@@ -126,6 +129,11 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
         f"accepting {summary.accept_s * 1e3:.2f} ms, a message {summary.message_s * 1e3:.2f} ms, "
         f"delivery {summary.deliver_s * 1e3:.2f} ms"
     )
+    if summary.serving is not None:
+        console.print(
+            f"serving takes {summary.serving.step_s * 1e3:.2f} ms a step and {summary.serving.token_s * 1e6:.0f} us a "
+            f"token from the instances, which use all {summary.serving.num_cores} cores"
+        )
     console.print(f"written to {summary.file}")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.measure.statistics import LogHistogram
-from disagg.simulator.contention import Host, Interference
+from disagg.simulator.contention import Host, Interference, ServingCost
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
@@ -33,6 +33,8 @@ class ClusterSpec:
     deliver_s: float = 0.0
     interference: Interference | None = None
     """What computing instances cost their neighbours, all on one host; None: nothing."""
+    serving: ServingCost | None = None
+    """What serving takes of the cores on which instances compute; None: nothing."""
 
 
 class SimulatedCluster:
@@ -64,7 +66,7 @@ class SimulatedCluster:
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
         links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
-        host = Host(spec.interference)
+        host = Host(spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(
                 instance,

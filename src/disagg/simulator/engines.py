@@ -139,4 +139,5 @@ def build_cluster(placement: Placement, platform: Platform, rules: EngineRules) 
         message_s=platform.host.message_s,
         deliver_s=platform.host.deliver_s,
         interference=platform.interference,
+        serving=platform.host.serving,
     )

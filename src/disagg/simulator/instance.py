@@ -121,6 +121,7 @@ class SimulatedInstance:
         self._pipeline = Pipeline(spec.latency.num_stages)
         self._host = host
         self._activity: Activity | None = None
+        self._step_tokens, self._step_s = 0, 0.0
         host.join(spec.name, self._end_equal_steps)
         self._requests: dict[RequestId, SimulatedRequest] = {}
         self._messages: list[AnyEvent] = []
@@ -190,7 +191,8 @@ class SimulatedInstance:
             self._recorder.record(now, events, actions)
         for action in actions:
             self._carry_out(action, now)
-        self._host.set_activity(self.spec.name, self._activity if self._num_in_flight else None)
+        activity = self._activity if self._num_in_flight else None
+        self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
 
     def _carry_out(self, action: AnyAction, now: float) -> None:
         match action:
@@ -226,14 +228,16 @@ class SimulatedInstance:
             request = self._requests[chunk.request_id]
             if not request.has_started_here:
                 request.start_step(now, self.spec.role)
-        self._activity = Activity.of(shape)
+        self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
         latency = self._host.beside_neighbours(self.spec.name, self.spec.latency)
         num_repeats = self._num_repeats(step, shape)
         if num_repeats:
             self._run = DecodeRun(step, shape, latency, now, num_repeats)
+            self._step_s = self._run.ends_s[0] - now
             self._queue.push(self._run.ends_s[-1], partial(self._end_run, self._run))
         else:
             end_s = self._pipeline.enter(now + swap_s, latency.stage_times_s(shape))
+            self._step_s = end_s - now
             self._queue.push(end_s, partial(self._end_step, step))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)

@@ -25,27 +25,36 @@ _KNOTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _MIN_SAMPLES_BESIDE: Final = 5
 
 
+Chunks = Annotated[tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]], ...], Meta(min_length=1)]
+"""Those of a measured step, as (tokens already there, new tokens)."""
+
+
+def shape_of(chunks: Chunks) -> StepShape:
+    """Return what of a measured step counts; every chunk samples."""
+    shape = StepShape()
+    for start, num_tokens in chunks:
+        if num_tokens == 1:
+            shape.num_decodes += 1
+            shape.decode_context += start + 1
+            shape.num_samples += 1
+        else:
+            shape.add_prefill(start, num_tokens)
+    return shape
+
+
 class StepSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One measured step: its chunks as (tokens already there, new tokens), and the seconds it took.
+    """One measured step and the seconds it took.
 
     ``neighbour`` is what another instance of the host computed meanwhile, without end.
     """
 
-    chunks: Annotated[tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]], ...], Meta(min_length=1)]
+    chunks: Chunks
     time_s: Annotated[float, Meta(gt=0)]
     neighbour: Activity | None = None
 
     def shape(self) -> StepShape:
-        """Return what of the step counts; every chunk samples."""
-        shape = StepShape()
-        for start, num_tokens in self.chunks:
-            if num_tokens == 1:
-                shape.num_decodes += 1
-                shape.decode_context += start + 1
-                shape.num_samples += 1
-            else:
-                shape.add_prefill(start, num_tokens)
-        return shape
+        """Return what of the step counts."""
+        return shape_of(self.chunks)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 from typing import NamedTuple, Protocol
 
-from disagg.simulator.contention import Interference
+from disagg.simulator.contention import Interference, ServingCost
 from disagg.simulator.latency import LatencyModel
 from disagg.simulator.links import LinkModel
 
 
 class HostCosts(NamedTuple):
-    """What the host adds to a request, in seconds: the fields of these names of ``ClusterSpec``."""
+    """What the host adds to a request, times in seconds: the fields of these names of ``ClusterSpec``."""
 
     accept_s: float = 0.0
     message_s: float = 0.0
     deliver_s: float = 0.0
+    serving: ServingCost | None = None
 
 
 class Platform(Protocol):

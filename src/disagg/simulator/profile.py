@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
+from disagg.simulator.contention import ServingCost
 from disagg.simulator.fit import FitError
 from disagg.simulator.links import Link, LinkModel
 from disagg.simulator.measured_steps import (
@@ -22,6 +23,7 @@ from disagg.simulator.measured_steps import (
     fit_latency,
 )
 from disagg.simulator.platform import HostCosts
+from disagg.simulator.served_steps import ServedSample, fit_serving
 
 PROFILE_VERSION: Final = 1
 _MIN_SAMPLES: Final = 10
@@ -54,6 +56,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """From a token at the instance to its arrival at a client of this machine."""
     temperature: Annotated[float, Meta(ge=0)] = 0.0
     """That of the sampled tokens: above 0, each costs noise for the whole vocabulary."""
+    num_cores: Annotated[int, Meta(ge=1)] | None = None
+    """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
+    served: tuple[ServedSample, ...] = ()
+    """Steps of instances that a server streamed from, to clients of the same machine."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class ProfiledPlatform:
     link: LinkModel = field(init=False)
     errors: dict[int, FitError] = field(init=False)
     interference: FittedInterference | None = field(init=False)
+    serving: ServingCost | None = field(init=False)
     _latencies: dict[int, FittedLatency] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,11 +85,12 @@ class ProfiledPlatform:
         single = next((steps.samples for steps in self.profile.steps if steps.tensor_parallel == 1), None)
         interference = None if single is None else fit_interference(single, self._latencies[1])
         object.__setattr__(self, "interference", interference)
+        object.__setattr__(self, "serving", self._fit_serving())
 
     @property
     def host(self) -> HostCosts:
         """See ``Platform``."""
-        return HostCosts(self.profile.accept_s, self.profile.message_s, self.profile.deliver_s)
+        return HostCosts(self.profile.accept_s, self.profile.message_s, self.profile.deliver_s, self.serving)
 
     @property
     def name(self) -> str:
@@ -104,6 +112,12 @@ class ProfiledPlatform:
         """See ``Platform``."""
         num_devices = tensor_parallel * pipeline_parallel
         return self.kv_memory_bytes * num_devices // self.profile.kv_bytes_per_token
+
+    def _fit_serving(self) -> ServingCost | None:
+        num_cores, num_threads = self.profile.num_cores, self.profile.num_threads
+        if self.interference is None or num_cores is None or num_threads is None:
+            return None
+        return fit_serving(self.profile.served, self._latencies[1], self.interference, num_cores, num_threads)
 
     def _check(self, tensor_parallel: int) -> None:
         if tensor_parallel not in self._latencies:

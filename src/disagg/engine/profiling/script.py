@@ -194,7 +194,7 @@ def joined_steps(results: Sequence[ScriptResult]) -> list[MeasuredStep]:
 
 
 def _calm(steps: Sequence[MeasuredStep]) -> MeasuredStep:
-    """Return the lower quartile by time of those that had their core: what disturbs a machine only ever adds time."""
+    """Return the median by time of those that had their core."""
     most_on_core = max(step.on_core for step in steps)
     undisturbed = [step for step in steps if step.on_core >= most_on_core - _DISTURBED]
-    return sorted(undisturbed, key=lambda step: step.time_s)[(len(undisturbed) - 1) // 4]
+    return sorted(undisturbed, key=lambda step: step.time_s)[(len(undisturbed) - 1) // 2]

@@ -1,0 +1,49 @@
+"""Which load shows what streaming costs, and how its records become steps."""
+
+import pytest
+
+from disagg.cli.served_streams import StreamLimits, StreamLoad, served_steps
+from disagg.measure.record import RequestRecord
+from disagg.simulator.contention import Activity
+
+LOAD = StreamLoad(
+    num_streams=2, stream_prompt_len=10, stream_output_len=100, num_prompts=4, prompt_len=64, num_packed=1
+)
+
+
+def record(*event_s: float) -> RequestRecord:
+    return RequestRecord(
+        index=0, request_id="r", prompt_len=10, max_output_len=100, due_s=0.0, event_s=event_s, event_tokens=(1,)
+    )
+
+
+def records(prompt_s: float, step_s: float, num_tokens: int = 100) -> list[RequestRecord]:
+    streams = [record(*(0.05 + index * step_s for index in range(num_tokens))) for _ in range(2)]
+    return streams + [record(0.1 + index * prompt_s) for index in range(4)]
+
+
+def test_steps_are_those_of_the_time_in_which_both_instances_computed() -> None:
+    decode, prefill = served_steps(LOAD, records(prompt_s=0.2, step_s=0.01))
+    assert decode.time_s == pytest.approx(0.01)
+    assert decode.neighbour_step_s == prefill.time_s == pytest.approx(0.2)
+    assert prefill.neighbour_step_s == decode.time_s
+    assert (decode.neighbour, decode.neighbour_tokens) == (Activity.PREFILL, 1)
+    assert (prefill.neighbour, prefill.neighbour_tokens) == (Activity.DECODE, 2)
+    assert prefill.chunks == ((0, 64),)
+    # Prompts ran from 0.1 to 0.7 s: from the sixth token of the streams on, for sixty.
+    assert [new for _, new in decode.chunks] == [1, 1]
+    assert decode.chunks[0][0] == pytest.approx(10 + 5 + 30, abs=1)
+
+
+@pytest.mark.parametrize(("prompt_s", "num_tokens"), [(0.2, 8), (0.01, 100)])
+def test_a_load_that_ended_too_soon_shows_nothing(prompt_s: float, num_tokens: int) -> None:
+    assert served_steps(LOAD, records(prompt_s, 0.01, num_tokens)) == []
+
+
+def test_prompts_fill_whole_steps_and_fit_the_model() -> None:
+    roomy = StreamLoad.within(StreamLimits(8192, 512, 64, 1000), num_streams=16, num_prompts=8)
+    assert (roomy.num_streams, roomy.prompt_len, roomy.num_packed, roomy.num_prompts) == (16, 512, 1, 8)
+    tight = StreamLoad.within(StreamLimits(202, 512, 4, 1000), num_streams=16, num_prompts=8)
+    assert (tight.num_streams, tight.prompt_len, tight.num_packed, tight.num_prompts) == (4, 170, 3, 24)
+    assert tight.stream_prompt_len + tight.stream_output_len <= 202
+    assert sum(request.output_len == 1 for request in tight.requests().requests) == 24
