@@ -47,7 +47,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
     metavar="FILE.json",
     help="Where the profile goes.",
 )
-@click.option("--quick", is_flag=True, help="Fewer steps, each measured less often: a look, in under 40 s.")
+@click.option("--quick", is_flag=True, help="Fewer steps, each measured less often: a look, in about a minute.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the steps and their order.")
 @click.option(
     "--temperature",
@@ -64,7 +64,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 
     Times the steps of a live instance on the cores that disagg serve would give it, alone and while a second instance
-    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes about 2 minutes.
+    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 2 to 3 minutes.
     """
     if not output.absolute().parent.is_dir():
         raise ConfigurationError(f"cannot write the profile {output}: there is no folder {output.absolute().parent}")

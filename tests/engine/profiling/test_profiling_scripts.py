@@ -2,6 +2,7 @@
 
 from itertools import count
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,6 +166,25 @@ def test_an_endless_script_begins_again_until_it_is_stopped() -> None:
     decodes.stop()
     (abort,) = decodes.after_turn(turn(0.1, (5, 1)), [pulled(adopt_again)])
     assert isinstance(abort, Abort)
+
+
+def test_a_pull_that_ends_with_its_script_is_no_fault() -> None:
+    player = ScriptPlayer(Script(decode_contexts=(5,), is_endless=True), READY, count())
+    (adopt,) = player.begin()
+    player.after_turn(turn(0.1, (5, 1)), [pulled(adopt)])
+    (adopt_again,) = player.after_turn(turn(0.1), [])  # it had reached its length
+    player.stop()
+    (abort,) = player.after_turn(turn(0.1), [])  # while the KV is on its way
+    assert isinstance(abort, Abort)
+    player.after_turn(turn(0.1), [msgspec.structs.replace(pulled(adopt_again), failure="aborted")])
+    assert player.stage is Stage.DONE
+
+
+def test_a_pull_that_fails_while_its_script_runs_is_a_fault() -> None:
+    player = ScriptPlayer(Script(decode_contexts=(5,)), READY, count())
+    (adopt,) = player.begin()
+    with pytest.raises(AssertionError, match="the pool is gone"):
+        player.after_turn(turn(0.1), [msgspec.structs.replace(pulled(adopt), failure="the pool is gone")])
 
 
 def test_repetitions_become_one_step() -> None:

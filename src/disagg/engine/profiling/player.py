@@ -106,6 +106,8 @@ class ScriptPlayer:
 
     def _hear(self, message: Message) -> None:
         match message:
+            case Pulled(failure=failure) if failure and self.stage in (Stage.CLEARING, Stage.DONE):
+                pass  # ended with the rest, on its way
             case Pulled(num_bytes=num_bytes, duration_s=duration_s, failure=failure):
                 assert not failure, f"the instance could not read its own pool: {failure}"
                 self._num_pulled += 1
