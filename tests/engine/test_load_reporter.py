@@ -30,7 +30,7 @@ def sent() -> Sent:
 @pytest.fixture
 def reporter(sent: Sent) -> LoadReporter:
     reporter = LoadReporter(InstanceId("a"), "0b", sent)
-    reporter.update(IDLE, 10.0)
+    reporter.update(lambda: IDLE, 10.0)
     return reporter
 
 
@@ -39,22 +39,22 @@ def test_the_first_report_is_sent_at_once(reporter: LoadReporter, sent: Sent) ->
 
 
 def test_a_change_is_reported_but_not_more_often_than_every_50_ms(reporter: LoadReporter, sent: Sent) -> None:
-    reporter.update(BUSY, 10.01)
+    reporter.update(lambda: BUSY, 10.01)
     assert len(sent.messages) == 1
     assert reporter.due_s == pytest.approx(10.05)
-    reporter.update(BUSY, 10.05)
+    reporter.update(lambda: BUSY, 10.05)
     assert [message.load for message in sent.messages if isinstance(message, LoadReport)] == [IDLE, BUSY]
 
 
 def test_without_a_change_there_is_a_sign_of_life_every_second(reporter: LoadReporter, sent: Sent) -> None:
     assert reporter.due_s == pytest.approx(11.0)
-    reporter.update(IDLE, 10.99)
+    reporter.update(lambda: IDLE, 10.99)
     assert len(sent.messages) == 1
-    reporter.update(IDLE, 11.0)
+    reporter.update(lambda: IDLE, 11.0)
     assert len(sent.messages) == 2
 
 
 def test_a_change_that_is_taken_back_in_time_is_no_news(reporter: LoadReporter, sent: Sent) -> None:
-    reporter.update(BUSY, 10.01)
-    reporter.update(IDLE, 10.06)
+    reporter.update(lambda: BUSY, 10.01)
+    reporter.update(lambda: IDLE, 10.06)
     assert len(sent.messages) == 1

@@ -1,6 +1,8 @@
 """From a step's chunks to the tensors that the decoder reads, through buffers that are filled again each step."""
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,18 +14,28 @@ from disagg.engine.kernels.interface import StepBatch
 class _Buffer:
     """A flat tensor that grows when a step needs more, and NumPy's view of it."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self._tensor = torch.zeros(size, dtype=dtype)
-        self.array = self._tensor.numpy()
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        self._is_copied = device.type != "cpu"
+        self._allocate(size, dtype)
 
     def reserve(self, size: int) -> None:
         if size > len(self.array):
-            self._tensor = torch.zeros(max(size, 2 * len(self.array)), dtype=self._tensor.dtype)
-            self.array = self._tensor.numpy()
+            self._allocate(max(size, 2 * len(self.array)), self._tensor.dtype)
 
-    def tensor(self, size: int, device: torch.device) -> torch.Tensor:
-        """Return the first ``size`` elements, on ``device``: on CPU without a copy."""
-        return self._tensor[:size].to(device)
+    def tensor(self, *shape: int) -> torch.Tensor:
+        """Return as many of the first elements as the shape has, on the device: on CPU without a copy."""
+        if shape != self._last_shape:
+            self._last = self._tensor[: math.prod(shape)].view(shape)
+            self._last_shape = shape
+        return self._last.to(self._device) if self._is_copied else self._last
+
+    def _allocate(self, size: int, dtype: torch.dtype) -> None:
+        self._tensor = torch.zeros(size, dtype=dtype)
+        self.array = self._tensor.numpy()
+        # Most steps have the shape of the step before, and even a view costs microseconds.
+        self._last = self._tensor
+        self._last_shape: tuple[int, ...] = (size,)
 
 
 class BatchBuilder:
@@ -31,12 +43,12 @@ class BatchBuilder:
 
     def __init__(self, max_tokens: int, max_sequences: int, max_blocks: int, device: torch.device) -> None:
         """The limits are those of a usual step; ``max_blocks`` is that of one sequence."""
-        self._device = device
-        self._tokens = _Buffer(max_tokens, torch.int64)
-        self._positions = _Buffer(max_tokens, torch.int32)
-        self._query_start = _Buffer(max_sequences + 1, torch.int32)
-        self._context_lens = _Buffer(max_sequences, torch.int32)
-        self._tables = _Buffer(max_sequences * max_blocks, torch.int32)
+        self._tokens = _Buffer(max_tokens, torch.int64, device)
+        self._positions = _Buffer(max_tokens, torch.int32, device)
+        self._query_start = _Buffer(max_sequences + 1, torch.int32, device)
+        self._context_lens = _Buffer(max_sequences, torch.int32, device)
+        self._tables = _Buffer(max_sequences * max_blocks, torch.int32, device)
+        self._logit_rows = _Buffer(max_sequences, torch.int64, device)
 
     def build(self, step: Sequence[Work]) -> StepBatch:
         """Return the batch of one step.
@@ -45,35 +57,35 @@ class BatchBuilder:
         tokens, each in the order of the chunks.
         """
         num_sequences = len(step)
-        starts = np.fromiter((work.chunk.start for work in step), np.int32, num_sequences)
-        lengths = np.fromiter((work.chunk.num_tokens for work in step), np.int32, num_sequences)
-        row_ends = lengths.cumsum(dtype=np.int32)
-        num_tokens = int(row_ends[-1])
-        self._fill_sequences(starts, lengths, row_ends)
-        self._fill_tokens(step, starts, lengths, row_ends)
+        starts = [work.chunk.start for work in step]
+        lengths = [work.chunk.num_tokens for work in step]
+        row_starts = list(accumulate(lengths, initial=0))
+        context_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
+        num_tokens = row_starts[-1]
+        self._fill(self._query_start, row_starts)
+        self._fill(self._context_lens, context_lens)
+        self._fill_tokens(step, starts, lengths, row_starts)
         width = self._fill_tables(step)
-        rows = torch.from_numpy(_logit_rows(step, row_ends - lengths))
-        device = self._device
+        logit_rows = _logit_rows(step, row_starts)
+        self._fill(self._logit_rows, logit_rows)
         return StepBatch(
-            token_ids=self._tokens.tensor(num_tokens, device),
-            positions=self._positions.tensor(num_tokens, device),
-            query_start=self._query_start.tensor(num_sequences + 1, device),
-            context_lens=self._context_lens.tensor(num_sequences, device),
-            block_tables=self._tables.tensor(num_sequences * width, device).view(num_sequences, width),
-            logit_rows=rows.to(device),
-            max_query_len=int(lengths.max()),
-            max_context_len=int((starts + lengths).max()),
+            token_ids=self._tokens.tensor(num_tokens),
+            positions=self._positions.tensor(num_tokens),
+            query_start=self._query_start.tensor(num_sequences + 1),
+            context_lens=self._context_lens.tensor(num_sequences),
+            block_tables=self._tables.tensor(num_sequences, width),
+            logit_rows=self._logit_rows.tensor(len(logit_rows)),
+            max_query_len=max(lengths),
+            max_context_len=max(context_lens),
         )
 
-    def _fill_sequences(self, starts: np.ndarray, lengths: np.ndarray, row_ends: np.ndarray) -> None:
-        num_sequences = len(starts)
-        self._query_start.reserve(num_sequences + 1)
-        self._context_lens.reserve(num_sequences)
-        self._query_start.array[1 : num_sequences + 1] = row_ends
-        self._context_lens.array[:num_sequences] = starts + lengths
+    @staticmethod
+    def _fill(buffer: _Buffer, values: list[int]) -> None:
+        buffer.reserve(len(values))
+        buffer.array[: len(values)] = values
 
-    def _fill_tokens(self, step: Sequence[Work], starts: np.ndarray, lengths: np.ndarray, row_ends: np.ndarray) -> None:
-        num_tokens = int(row_ends[-1])
+    def _fill_tokens(self, step: Sequence[Work], starts: list[int], lengths: list[int], row_starts: list[int]) -> None:
+        num_tokens = row_starts[-1]
         self._tokens.reserve(num_tokens)
         self._positions.reserve(num_tokens)
         tokens, positions = self._tokens.array, self._positions.array
@@ -81,10 +93,9 @@ class BatchBuilder:
             tokens[:num_tokens] = [work.sequence.tokens[work.chunk.start] for work in step]
             positions[:num_tokens] = starts
             return
-        for work, end, length in zip(step, row_ends.tolist(), lengths.tolist(), strict=True):
-            first = work.chunk.start
-            tokens[end - length : end] = work.sequence.tokens[first : first + length]
-        positions[:num_tokens] = np.arange(num_tokens) + (starts - row_ends + lengths).repeat(lengths)
+        for work, row, start, length in zip(step, row_starts, starts, lengths, strict=False):
+            tokens[row : row + length] = work.sequence.tokens[start : start + length]
+            positions[row : row + length] = np.arange(start, start + length)
 
     def _fill_tables(self, step: Sequence[Work]) -> int:
         tables = [work.sequence.block_table(work.chunk.block_ids) for work in step]
@@ -104,13 +115,11 @@ def num_prompt_rows(work: Work) -> int:
     return max(0, min(work.chunk.num_tokens, work.sequence.num_prompt_tokens - 1 - work.chunk.start))
 
 
-def _logit_rows(step: Sequence[Work], first_rows: np.ndarray) -> np.ndarray:
+def _logit_rows(step: Sequence[Work], row_starts: Sequence[int]) -> list[int]:
     rows = [
-        first + work.chunk.num_tokens - 1
-        for work, first in zip(step, first_rows.tolist(), strict=True)
-        if work.chunk.samples
+        first + work.chunk.num_tokens - 1 for work, first in zip(step, row_starts, strict=False) if work.chunk.samples
     ]
-    for work, first in zip(step, first_rows.tolist(), strict=True):
+    for work, first in zip(step, row_starts, strict=False):
         if work.sequence.sampling.prompt_logprobs is not None:
             rows.extend(range(first, first + num_prompt_rows(work)))
-    return np.array(rows, dtype=np.int64)
+    return rows

@@ -1,6 +1,7 @@
 """When an instance says how busy it is: soon after a change, and regularly as a sign of life."""
 
 import math
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from disagg.base.ids import InstanceId
@@ -26,16 +27,20 @@ class LoadReporter:
         self._channel = channel
         self._sent: InstanceLoad | None = None
         self._sent_s = -math.inf
-        self._is_changed = True
+        self._may_have_changed = True
 
     @property
     def due_s(self) -> float:
-        """When the next report is to be sent, if nothing changes before."""
-        return self._sent_s + (SHORTEST_INTERVAL_S if self._is_changed else LONGEST_INTERVAL_S)
+        """When to look again, if nothing happens before."""
+        return self._sent_s + (SHORTEST_INTERVAL_S if self._may_have_changed else LONGEST_INTERVAL_S)
 
-    def update(self, load: InstanceLoad, now: float) -> None:
-        """Send a report when one is due."""
-        self._is_changed = load != self._sent
+    def update(self, count_load: Callable[[], InstanceLoad], now: float) -> None:
+        """Something may have changed: send a report when one is due. The load is only counted then."""
+        if now < self._sent_s + SHORTEST_INTERVAL_S:
+            self._may_have_changed = True
+            return
+        load = count_load()
+        self._may_have_changed = load != self._sent
         if now >= self.due_s:
             self._channel.send(LoadReport(instance=self._instance, incarnation=self._incarnation, load=load))
-            self._sent, self._sent_s, self._is_changed = load, now, False
+            self._sent, self._sent_s, self._may_have_changed = load, now, False

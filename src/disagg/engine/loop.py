@@ -93,7 +93,7 @@ class EngineLoop:
             self._advance(events)
         if self._steps:
             self._run_step()
-        self._reporter.update(self._scheduler.load(), self._clock.now())
+        self._reporter.update(self._scheduler.load, self._clock.now())
 
     # In -----------------------------------------------------------------------------------------------------
 

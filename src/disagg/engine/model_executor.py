@@ -32,9 +32,10 @@ class ModelExecutor:
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
         """See ``Executor.run``."""
         logits = self._decoder.forward(self._builder.build(step), self._store.layers)
-        sampling = [work.sequence for work in step if work.chunk.samples]
-        prompt_logprobs = _prompt_logprobs(step, logits[len(sampling) :])
-        tokens = iter(sample(logits[: len(sampling)], [self._row(sequence) for sequence in sampling]))
+        rows = [self._row(work.sequence) for work in step if work.chunk.samples]
+        prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
+        # Even a view that changes nothing costs microseconds.
+        tokens = iter(sample(logits if logits.shape[0] == len(rows) else logits[: len(rows)], rows))
         results = []
         for work, of_prompt in zip(step, prompt_logprobs, strict=True):
             token = next(tokens) if work.chunk.samples else None
@@ -69,8 +70,8 @@ class ModelExecutor:
         return row
 
 
-def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor) -> list[tuple[PositionLogprobs, ...]]:
-    """Return each chunk's prompt log-probabilities; ``logits`` are the rows that predict them, chunk after chunk."""
+def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor, first_row: int) -> list[tuple[PositionLogprobs, ...]]:
+    """Return each chunk's prompt log-probabilities; rows of ``logits`` from the first on predict them, in order."""
     counts = [num_prompt_rows(work) for work in step]
     if not any(counts):
         return [()] * len(step)
@@ -80,6 +81,6 @@ def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor) -> list[tuple[P
         first = work.chunk.start + 1
         token_ids += work.sequence.tokens[first : first + count].tolist()
         nums_top += [work.sequence.sampling.prompt_logprobs or 0] * count
-    logprobs = position_logprobs(logits, token_ids, nums_top)
+    logprobs = position_logprobs(logits[first_row:], token_ids, nums_top)
     bounds = list(accumulate(counts, initial=0))
     return [tuple(logprobs[start:end]) for start, end in pairwise(bounds)]

@@ -84,16 +84,6 @@ def test_silu_and_mul(name: str, dtype: torch.dtype, rows: int, width: int, scal
     torch.testing.assert_close(BACKENDS[name].silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up), **tolerance)
 
 
-@settings(max_examples=60, deadline=None)
-@given(name=backends, dtype=dtypes, rows=st.integers(0, 5), width=st.integers(1, 300), ties=st.booleans())
-def test_argmax_is_the_first_of_the_largest(name: str, dtype: torch.dtype, rows: int, width: int, ties: bool) -> None:
-    logits = torch.randn((rows, width)).to(dtype)
-    if ties:
-        logits = logits.round()
-    expected = torch.tensor([row.index(max(row)) for row in logits.tolist()], dtype=torch.int64)
-    torch.testing.assert_close(BACKENDS[name].argmax(logits), expected)
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     name=backends,

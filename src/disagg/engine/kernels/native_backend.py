@@ -174,14 +174,6 @@ class NativeBackend:
         )
         return out
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return int64 [rows], the first of the largest of each row of ``logits`` [rows, vocabulary]."""
-        rows, width = logits.shape
-        check_tensor(logits, logits.dtype, rows * width)
-        out = torch.empty(rows, dtype=torch.int64)
-        self._kernels[logits.dtype].argmax(logits.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
-        return out
-
     def _pack(
         self, weight: torch.Tensor, dtype: torch.dtype, scale: list[float], bias: torch.Tensor | None
     ) -> PackedLinear:

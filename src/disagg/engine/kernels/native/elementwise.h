@@ -75,33 +75,5 @@ void silu_and_mul(const void* gate_up, void* out, int64_t width, int64_t row_beg
   }
 }
 
-// The first of the largest; a NaN is never chosen.
-template <class E>
-void argmax(const void* logits, int64_t* out, int64_t width, int64_t row_begin, int64_t row_end) {
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const typename E::Storage* x = static_cast<const typename E::Storage*>(logits) + row * width;
-    Floats highest = broadcast(-__builtin_inff());
-    Ints where = Ints{};
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      const Floats part = E::load_floats(x + i);
-      const Ints better = part > highest;
-      where = better ? Ints{} + static_cast<int32_t>(i) : where;
-      highest = better ? part : highest;
-    }
-    const float best = max_of_lanes(highest);
-    float found = best;
-    int64_t index = width;
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (highest[lane] == best && where[lane] + lane < index) index = where[lane] + lane;
-    for (; i < width; ++i)
-      if (E::to_float(x[i]) > found) {
-        found = E::to_float(x[i]);
-        index = i;
-      }
-    out[row] = index < width ? index : 0;
-  }
-}
-
 }  // namespace DISAGG_ISA
 }  // namespace disagg

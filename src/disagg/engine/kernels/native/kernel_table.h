@@ -98,7 +98,6 @@ struct Kernels {
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
                    int64_t row_begin, int64_t row_end);
   void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
-  void (*argmax)(const void* logits, int64_t* out, int64_t width, int64_t row_begin, int64_t row_end);
 };
 
 struct InstructionSet {

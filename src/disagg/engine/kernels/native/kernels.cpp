@@ -30,7 +30,7 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
-          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>, argmax<E>};
+          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>};
 }
 
 extern const Kernels kKernels[kNumElementTypes];

@@ -86,12 +86,6 @@ class BoundKernels {
     });
   }
 
-  void argmax(uintptr_t logits, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
-    for_rows(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
-      kernels_->argmax(at<void>(logits), at<int64_t>(out), width, begin, end);
-    });
-  }
-
   void rope_and_write_kv(const Step& step, uintptr_t qkv, uintptr_t q_out, uintptr_t kv_layer, uintptr_t cos_sin,
                          int64_t num_positions, uintptr_t q_norm, uintptr_t k_norm, float eps, int num_threads) const {
     check_positions(step, num_positions);
@@ -216,7 +210,6 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<const std::string&, bool>(), py::arg("instruction_set"), py::arg("bfloat16"))
       .def("rms_norm", &BoundKernels::rms_norm)
       .def("silu_and_mul", &BoundKernels::silu_and_mul)
-      .def("argmax", &BoundKernels::argmax)
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
       .def("attention", &BoundKernels::attention);
   py::class_<BoundLinear>(module, "Linear")
