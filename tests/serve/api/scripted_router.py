@@ -1,9 +1,10 @@
 """A router in memory whose sequences say what the test wrote, token by token, when the test lets them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from disagg.base.clock import MonotonicClock
 from disagg.base.errors import DisaggError
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
@@ -11,6 +12,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
 from disagg.serve.router.interface import InstanceState, InstanceStatus, ServedBy
+from disagg.serve.router.stream import LiveStream
 
 MAX_MODEL_LEN = 256
 NUM_CACHED = 32
@@ -41,32 +43,36 @@ def logprobs_of(token_id: int) -> PositionLogprobs:
 
 
 @dataclass
-class ScriptedStream:
-    """Yields one token an output, waiting for ``gate`` before each when there is one; then raises ``error``."""
+class ScriptedSequence:
+    """Says one token an output, waiting for ``gate`` before each when there is one; then ends, with ``error``."""
 
     request: GenerationRequest
     token_ids: Sequence[int]
     error: DisaggError | None
     gate: asyncio.Semaphore | None
-    timeline: RequestTimeline = field(default_factory=lambda: RequestTimeline(arrival_s=0.0))
-    served_by: ServedBy = PAIR
+    stream: LiveStream = field(
+        default_factory=lambda: LiveStream(RequestTimeline(arrival_s=0.0), MonotonicClock()), init=False
+    )
 
-    async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
+    def start(self) -> None:
+        self.stream.served_by = PAIR
+        self._talking = asyncio.ensure_future(self._talk())
+
+    async def _talk(self) -> None:
         sampling = self.request.sampling
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self.request.eos_token_ids))
         for position, token_id in enumerate(self.token_ids[: sampling.max_tokens]):
-            if self.gate is not None:
-                await self.gate.acquire()
+            await (asyncio.sleep(0) if self.gate is None else self.gate.acquire())
             reason = FinishReason.STOP if token_id in stops else None
             if reason is None and position + 1 == sampling.max_tokens:
                 reason = FinishReason.LENGTH
-            yield self.output(position, token_id, reason)
+            self.stream.push(self._output(position, token_id, reason))
             if reason is not None:
+                self.stream.end()
                 return
-        if self.error is not None:
-            raise self.error
+        self.stream.end(self.error)
 
-    def output(self, position: int, token_id: int, reason: FinishReason | None) -> SequenceOutput:
+    def _output(self, position: int, token_id: int, reason: FinishReason | None) -> SequenceOutput:
         is_first, sampling = position == 0, self.request.sampling
         scored = is_first and sampling.prompt_logprobs is not None
         return SequenceOutput(
@@ -97,13 +103,17 @@ class ScriptedRouter:
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _sequences: list[ScriptedSequence] = field(default_factory=list)
 
-    def submit(self, request: GenerationRequest) -> ScriptedStream:
+    def submit(self, request: GenerationRequest) -> LiveStream:
         if self.refusal is not None and len(self.requests) >= self.num_accepted:
             raise self.refusal
         self.requests.append(request)
         self._notify()
-        return ScriptedStream(request, self.script(request), self.error, self.gate)
+        sequence = ScriptedSequence(request, self.script(request), self.error, self.gate)
+        sequence.start()
+        self._sequences.append(sequence)
+        return sequence.stream
 
     def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)

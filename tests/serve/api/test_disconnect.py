@@ -101,7 +101,8 @@ async def test_a_client_that_takes_nothing_counts_as_gone(monkeypatch: pytest.Mo
         await asyncio.Event().wait()
 
     with pytest.raises(ClientDisconnectedError):
-        await EventStream(send).write(b"data: 1\n\n")
+        async with EventStream(send) as events:
+            await events.write(b"data: 1\n\n")
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

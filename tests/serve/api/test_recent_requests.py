@@ -161,7 +161,8 @@ async def test_a_client_that_leaves_ends_its_request_and_is_no_longer_counted_as
     gate = asyncio.Semaphore(1)
     site = await serve(gate=gate)
     async with site.http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response:
-        await anext(response.aiter_raw())
+        parts = response.aiter_raw()  # an iterator that nobody holds is closed, and its response with it
+        await anext(parts)
         assert (await site.http.get("/status")).json()["num_under_way"] == 1
         assert (await site.http.get("/requests")).json()["requests"] == []
     (one,) = await ended(site, 1)

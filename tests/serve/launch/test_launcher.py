@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from fake_instance import Behaviour, expected_tokens
 from fakes import DEADLINE_S, FAKE_ENGINE, PAIR, Memory, make_deployment, wait_until
+from reading import outputs
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError, InstanceLostError, UnavailableError
@@ -64,7 +65,7 @@ class Cluster:
 
     async def answer(self, request: GenerationRequest) -> list[int]:
         async with asyncio.timeout(DEADLINE_S):
-            return [token async for output in self.router.submit(request) for token in output.token_ids]
+            return [token async for output in outputs(self.router.submit(request)) for token in output.token_ids]
 
     def num_held(self) -> int:
         return sum(status.load.num_running + status.load.num_leases for status in self.router.instances())

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from fake_instance import Behaviour
 from fakes import DEADLINE_S, FAKE_ENGINE, Memory, make_deployment, wait_until
+from reading import outputs
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -49,7 +50,7 @@ def make_app(router: LiveRouter) -> Starlette:
 
         async def lines() -> AsyncIterator[str]:
             try:
-                async for output in stream:
+                async for output in outputs(stream):
                     yield json.dumps(output.token_ids) + "\n"
             except DisaggError as error:
                 yield f"{type(error).__name__}: {error}\n"

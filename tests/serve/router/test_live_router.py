@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import zmq.asyncio
+from reading import outputs
 from scripted_peer import DEADLINE_S, ScriptedPeer, make_request
 
 from disagg.base.clock import Clock
@@ -169,7 +170,7 @@ async def prefilled(scene: Scene, prefill: ScriptedPeer, name: str = "a"):
     stream = scene.router.submit(request)
     await prefill.expect(Generate)
     await prefill.emit(request, 11)
-    assert (await anext(stream)).token_ids == (11,)
+    assert (await anext(outputs(stream))).token_ids == (11,)
     return request, stream
 
 
@@ -190,7 +191,7 @@ async def test_prefill_here_decode_there(scene):
     stream = router.submit(request)
     assert await prefill.expect(Generate) == Generate(request=request, hand_over=True)
     await prefill.emit(request, 11, stamps=StageStamps(received_s=10.5, scheduled_s=11.0, first_step_done_s=13.0))
-    assert (await anext(stream)).token_ids == (11,)  # before anything is handed over
+    assert (await anext(outputs(stream))).token_ids == (11,)  # before anything is handed over
 
     offer = await prefill.offer(request)
     adopt = await decode.expect(Adopt)
@@ -202,7 +203,7 @@ async def test_prefill_here_decode_there(scene):
     stamps = StageStamps(pull_started_s=14.0, pulled_s=16.0, scheduled_s=17.0, first_step_done_s=19.0)
     await decode.emit(request, 12, stamps=stamps)
     await decode.emit(request, 13, 14, finished=FinishReason.STOP)
-    assert [output.token_ids async for output in stream] == [(12,), (13, 14)]
+    assert [output.token_ids async for output in outputs(stream)] == [(12,), (13, 14)]
 
     assert stream.served_by == ServedBy(InstanceId("prefill-0"), InstanceId("decode-0"))
     stages = stream.timeline.stages()
@@ -221,7 +222,7 @@ async def test_a_colocated_instance_stamps_a_timeline_without_hand_over(make_sce
     await peer.emit(request, 11, stamps=StageStamps(scheduled_s=11.0, first_step_done_s=13.0))
     await peer.emit(request, 12)
     await peer.emit(request, finished=FinishReason.ABORT)
-    assert [output.token_ids async for output in stream] == [(11,), (12,), ()]
+    assert [output.token_ids async for output in outputs(stream)] == [(11,), (12,), ()]
     assert stream.served_by == ServedBy(InstanceId("colocated-0"), InstanceId("colocated-0"))
     stages = stream.timeline.stages()
     assert stages[Stage.QUEUE_PREFILL] == 1.0
@@ -253,7 +254,7 @@ async def test_aborting_reaches_the_instance_in_every_state(scene):
     await prefill.expect(Release)
     scene.router.abort("decoding")
     assert (await decode.expect(Abort)).request_id == "decoding"
-    assert [output async for output in stream] == []
+    assert [output async for output in outputs(stream)] == []
 
     scene.router.abort("never heard of")
 
@@ -267,7 +268,7 @@ async def test_outputs_after_an_abort_or_of_another_epoch_are_dropped_and_counte
     await prefill.emit(gone, 1)
     await prefill.emit(stays, 2, epoch=1)
     await prefill.emit(stays, 3, finished=FinishReason.STOP)
-    assert [output.token_ids async for output in stream] == [(3,)]
+    assert [output.token_ids async for output in outputs(stream)] == [(3,)]
     assert scene.tally.dropped == [("prefill-0", DropReason.STALE)] * 2
 
 
@@ -277,7 +278,7 @@ async def test_a_failed_pull_is_reported_and_does_no_harm(scene):
     await decode.pulled(request, prefill, failure="digest of block 3 differs")
     await prefill.expect(Release)
     await decode.emit(request, 12, finished=FinishReason.STOP)
-    assert [output.token_ids async for output in stream] == [(12,)]
+    assert [output.token_ids async for output in outputs(stream)] == [(12,)]
     assert scene.tally.hand_overs == [("prefill-0", "decode-0", 0, "digest of block 3 differs")]
 
 
@@ -286,7 +287,7 @@ async def test_an_instance_that_exits_fails_what_it_held_and_the_others_are_told
     _, stream = await adopted(scene, prefill, decode)
     scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL", returning=True)
     with pytest.raises(InstanceLostError, match="decode-0 died while it held this request: killed by SIGKILL"):
-        await anext(stream)
+        await anext(outputs(stream))
     assert await prefill.expect(PeerLost) == PeerLost(instance=InstanceId("decode-0"), incarnation="1")
     assert (await prefill.expect(Release)).request_id == "a"
     assert scene.state("decode-0") is InstanceState.LOST
@@ -306,7 +307,7 @@ async def test_a_restarted_instance_serves_what_waited_for_it(scene):
     reborn = await scene.ready_peer("decode-0", incarnation="2")
     await reborn.expect(Adopt)
     await reborn.emit(request, 12, finished=FinishReason.STOP)
-    assert [output.token_ids async for output in stream] == [(12,)]
+    assert [output.token_ids async for output in outputs(stream)] == [(12,)]
     (status,) = [status for status in scene.router.instances() if status.instance == "decode-0"]
     assert (status.state, status.num_restarts) == (InstanceState.READY, 1)
 
@@ -317,7 +318,7 @@ async def test_a_second_ready_of_a_new_incarnation_means_that_the_old_one_died(s
     await prefill.expect(Generate)
     await scene.ready_peer("prefill-0", incarnation="2")
     with pytest.raises(InstanceLostError):
-        await anext(stream)
+        await anext(outputs(stream))
 
 
 async def test_a_silent_instance_is_treated_as_dead(make_scene):
@@ -326,7 +327,7 @@ async def test_a_silent_instance_is_treated_as_dead(make_scene):
     stream = scene.router.submit(make_request("a"))
     await prefill.expect(Generate)
     with pytest.raises(InstanceLostError, match=r"no sign of life for 0\.05 s"):
-        await anext(stream)
+        await anext(outputs(stream))
     assert "no sign of life" in scene.tally.faulty["prefill-0"]
     assert scene.state("prefill-0") is InstanceState.LOST
 
@@ -382,7 +383,7 @@ async def test_malformed_messages_are_counted_and_their_repetition_is_a_fault(sc
     await prefill.say_bytes(*frames)
     await prefill.say_bytes(*frames)
     with pytest.raises(InstanceLostError, match="3 malformed messages"):
-        await anext(stream)
+        await anext(outputs(stream))
     assert scene.tally.dropped == [("prefill-0", DropReason.MALFORMED)] * 3
 
 
@@ -406,7 +407,7 @@ async def test_an_impossible_message_ends_the_instance_and_not_the_server(scene)
     request, stream = await prefilled(scene, prefill)
     await prefill.emit(request, 12)  # a prefill instance stops after the first token
     with pytest.raises(InstanceLostError, match="broke the protocol"):
-        await anext(stream)
+        await anext(outputs(stream))
     assert (await decode.expect(PeerLost)).instance == "prefill-0"
     assert scene.state("decode-0") is InstanceState.READY
 
@@ -416,7 +417,7 @@ async def test_an_offer_in_another_name_is_a_fault(scene):
     request, stream = await prefilled(scene, prefill)
     await prefill.offer(request, incarnation="0")
     with pytest.raises(InstanceLostError, match="offered blocks of prefill-0 0"):
-        await anext(stream)
+        await anext(outputs(stream))
 
 
 async def test_a_sequence_given_back_raises_what_went_wrong(scene):
@@ -429,14 +430,14 @@ async def test_a_sequence_given_back_raises_what_went_wrong(scene):
         stream = scene.router.submit(request)
         await prefill.say(Failed(request_id=request.request_id, epoch=request.epoch, kind=kind, message="no room"))
         with pytest.raises(error, match="no room"):
-            await anext(stream)
+            await anext(outputs(stream))
 
 
 async def test_what_no_pool_can_hold_is_refused_with_the_sizes(scene):
     await scene.ready_peer("prefill-0", max_model_len=100)
     await scene.ready_peer("decode-0", max_model_len=100)
     with pytest.raises(ContextLengthError, match="103 tokens"):
-        await anext(scene.router.submit(make_request("a", max_tokens=100)))
+        await anext(outputs(scene.router.submit(make_request("a", max_tokens=100))))
 
 
 async def test_the_deadline_of_a_request(make_scene):
@@ -445,14 +446,14 @@ async def test_the_deadline_of_a_request(make_scene):
     stream = scene.router.submit(make_request("a"))
     await prefill.expect(Generate)
     with pytest.raises(RequestTimeoutError, match=r"0\.05 s"):
-        await anext(stream)
+        await anext(outputs(stream))
     await prefill.expect(Abort)
 
 
 async def test_waiting_for_an_instance_ends_in_503(make_scene):
     scene = make_scene(instance_wait_s=0.05)
     with pytest.raises(UnavailableError, match=r"prefill-0: coming"):
-        await anext(scene.router.submit(make_request("a")))
+        await anext(outputs(scene.router.submit(make_request("a"))))
 
 
 async def test_the_bound_is_429(make_scene):
@@ -483,9 +484,9 @@ async def test_a_slow_reader_loses_nothing_even_if_the_sequence_fails(scene):
     )
     await prefill.say_bytes(b"nonsense")
     await wait_until(lambda: scene.tally.dropped)  # all of the above was handled
-    assert (await anext(stream)).token_ids == (11,)
+    assert (await anext(outputs(stream))).token_ids == (11,)
     with pytest.raises(InternalError, match="fault"):
-        await anext(stream)
+        await anext(outputs(stream))
 
 
 async def test_draining_waits_for_what_is_under_way(scene):
@@ -499,7 +500,7 @@ async def test_draining_waits_for_what_is_under_way(scene):
         scene.router.submit(make_request("b"))
     await prefill.emit(request, 11, finished=FinishReason.STOP)
     assert await draining
-    assert [output.token_ids async for output in stream] == [(11,)]
+    assert [output.token_ids async for output in outputs(stream)] == [(11,)]
 
 
 async def test_draining_fails_what_does_not_finish_and_stopping_reaches_the_instances(scene):
@@ -508,7 +509,7 @@ async def test_draining_fails_what_does_not_finish_and_stopping_reaches_the_inst
     await prefill.expect(Generate)
     assert not await scene.router.drain(0.0)
     with pytest.raises(UnavailableError, match="stopping"):
-        await anext(stream)
+        await anext(outputs(stream))
     await prefill.expect(Abort)
     scene.router.stop_instances()
     await prefill.expect(Stop)

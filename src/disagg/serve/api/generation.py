@@ -65,7 +65,8 @@ class GenerationEndpoint:
             if job.stream_options is None:
                 await send_json(send, encode(await run.whole()))
             else:
-                await run.stream(EventStream(send))
+                async with EventStream(send) as events:
+                    await run.stream(events)
 
 
 class Run:

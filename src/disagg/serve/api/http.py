@@ -1,7 +1,9 @@
 """HTTP by hand where it matters: bounded bodies, and events that cost one write each time something has arrived."""
 
 import asyncio
-from typing import Final
+import math
+from types import TracebackType
+from typing import Final, Self
 
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Send
@@ -14,6 +16,7 @@ READ_TIMEOUT_S: Final = 60.0
 SEND_TIMEOUT_S: Final = 60.0
 """How long a client may leave its end of the connection full before it counts as gone."""
 
+_CHECKS_PER_TIMEOUT: Final = 6
 _JSON_HEADER: Final = (b"content-type", b"application/json")
 _EVENT_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -59,16 +62,36 @@ async def send_json(send: Send, body: bytes) -> None:
 
 
 class EventStream:
-    """A response of server-sent events. Its status goes out with the first event, so that errors before it can have
-    theirs.
+    """A response of server-sent events, to be written within ``async with``. Its status goes out with the first event,
+    so that errors before it can have theirs.
+
+    Leaving the block raises ClientDisconnectedError when a write was not taken in ``SEND_TIMEOUT_S``. One timer looks
+    after all writes, most of which are done at once.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self._writing_since_s = math.inf
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._timeout = asyncio.timeout(None)
+        await self._timeout.__aenter__()
+        self._check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._next_check.cancel()
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise ClientDisconnectedError from None
 
     async def write(self, events: bytes | bytearray) -> None:
-        """Send encoded events in one write. Raises ClientDisconnectedError when the client does not take them."""
+        """Send encoded events in one write."""
         if not self.started:
             self.started = True
             await self._deliver({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
@@ -79,8 +102,13 @@ class EventStream:
         await self._deliver({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _deliver(self, message: dict[str, object]) -> None:
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientDisconnectedError from None
+        self._writing_since_s = self._loop.time()
+        await self._send(message)
+        self._writing_since_s = math.inf
+
+    def _check(self) -> None:
+        """Let the block end if a write is overdue; look again when it could be."""
+        overdue_s = self._writing_since_s + SEND_TIMEOUT_S
+        if overdue_s <= self._loop.time():
+            self._timeout.reschedule(self._loop.time())
+        self._next_check = self._loop.call_later(SEND_TIMEOUT_S / _CHECKS_PER_TIMEOUT, self._check)

@@ -28,8 +28,6 @@ class RunningSequences:
         self._requests = requests
         self._unfinished: set[int] = set()
         self._streams: list[SequenceStream] = []
-        self._readers: list[asyncio.Task[None]] = []
-        self._arrived: list[Arrival] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -41,16 +39,14 @@ class RunningSequences:
         except DisaggError:
             self._abort_unfinished()
             raise
-        self._readers = [asyncio.create_task(self._read(index, stream)) for index, stream in enumerate(self._streams)]
+        for stream in self._streams:
+            stream.listen(self._wake)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._abort_unfinished()
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.wait(self._readers)
 
     async def take(self) -> list[Arrival]:
         """Wait until something has arrived and return all of it; an empty list once every sequence has ended.
@@ -58,15 +54,15 @@ class RunningSequences:
         Raises what a sequence's stream raised, after everything that came before it, and ClientDisconnectedError
         after ``cancel``.
         """
-        while not self._arrived:
-            if self._error is not None:
-                raise self._error
-            if not self._unfinished:
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        arrived, self._arrived = self._arrived, []
-        return arrived
+        while self._error is None and self._unfinished:
+            if arrived := self._collect():
+                return arrived
+            if self._error is None:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+        if self._error is not None:
+            raise self._error
+        return []
 
     @property
     def streams(self) -> Sequence[SequenceStream]:
@@ -81,33 +77,35 @@ class RunningSequences:
 
     def cancel(self) -> None:
         """The client has gone: let ``take`` say so, and give no more outputs."""
-        self._arrived.clear()
         self._fail(ClientDisconnectedError())
+        self._wake()
 
     def _abort_unfinished(self) -> None:
         for index in self._unfinished:
             self._router.abort(self._requests[index].request_id)
         self._unfinished.clear()
 
-    async def _read(self, index: int, stream: SequenceStream) -> None:
-        """Collect one sequence's outputs; several that are there already are taken without a pause."""
-        try:
-            async for output in stream:
-                self._arrived.append((index, output))
-                if output.finish_reason is not None:
+    def _collect(self) -> list[Arrival]:
+        """Return what the unfinished sequences have brought, sequence by sequence."""
+        arrived: list[Arrival] = []
+        for index in tuple(self._unfinished):
+            stream = self._streams[index]
+            try:
+                outputs = stream.take()
+                arrived += [(index, output) for output in outputs]
+                if outputs and outputs[-1].finish_reason is not None:
                     self._unfinished.discard(index)
-                self._wake()
-            if index in self._unfinished:
-                raise InternalError(f"sequence {self._requests[index].request_id} ended without a reason")
-        except Exception as error:  # carried to the request's own task, which answers it
-            self._fail(error)
+                elif stream.is_ended and not outputs:
+                    raise InternalError(f"sequence {self._requests[index].request_id} ended without a reason")
+            except Exception as error:  # kept until everything that came before it was given out
+                self._fail(error)
+        return arrived
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
         else:
             logger.debug("a second error of the same request: %s", error)
-        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

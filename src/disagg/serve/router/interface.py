@@ -1,7 +1,7 @@
 """What the API sees of the router: submit a sequence, read its tokens, abort it, look at the instances."""
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -42,17 +42,27 @@ class ServedBy(msgspec.Struct, frozen=True):
 class SequenceStream(Protocol):
     """The tokens of one submitted sequence, as they come.
 
-    Iteration ends after the output that carries a ``finish_reason``. It raises InstanceLostError when the instance
-    that held the sequence died, RequestTimeoutError when its deadline passed, ContextLengthError when no KV pool can
-    hold it. Leaving the iteration early does not abort: call ``Router.abort``.
+    It ends with the output that carries a ``finish_reason``, or with an error: InstanceLostError when the instance that
+    held the sequence died, RequestTimeoutError when its deadline passed, ContextLengthError when no KV pool can hold
+    it. Not to read on does not abort: call ``Router.abort``.
     """
 
-    def __aiter__(self) -> AsyncIterator[SequenceOutput]:
-        """Iterate over outputs; each has at least one new token, except perhaps the last."""
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have ``on_news`` called, on the event loop, when there is something to take. It replaces the one before."""
+
+    def take(self) -> Sequence[SequenceOutput]:
+        """Return the outputs since the last call; each has at least one new token, except perhaps the last.
+
+        Once all were returned, raises the error that the stream ended with, if there is one.
+        """
+
+    @property
+    def is_ended(self) -> bool:
+        """True when nothing is left to take, and nothing more will come."""
 
     @property
     def timeline(self) -> RequestTimeline:
-        """Stage stamps so far; complete once the iteration ended."""
+        """Stage stamps so far; complete once the stream has ended."""
 
     @property
     def served_by(self) -> ServedBy:

@@ -1,7 +1,6 @@
 """The tokens of one sequence on their way from the router to the API."""
 
-import asyncio
-from collections import deque
+from collections.abc import Callable, Sequence
 
 from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError
@@ -16,63 +15,69 @@ class LiveStream:
     def __init__(self, timeline: RequestTimeline, clock: Clock) -> None:
         self._timeline = timeline
         self._clock = clock
-        self._waiting: deque[SequenceOutput] = deque()
-        self._ended = False
+        self._waiting: list[SequenceOutput] = []
+        self._is_over = False
         self._error: DisaggError | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self._on_news: Callable[[], None] | None = None
         self.served_by = ServedBy()
         """Who brought the tokens so far."""
         self.refusal: DisaggError | None = None
         """Why the sequence was not taken, where it was not."""
 
-    @property
-    def timeline(self) -> RequestTimeline:
-        """Stage stamps so far; complete once the iteration ended."""
-        return self._timeline
+    # For the router ---------------------------------------------------------------------------------------------
 
     def push(self, output: SequenceOutput) -> None:
         """Add an output for the reader."""
         self._waiting.append(output)
-        self._wake()
+        self._tell()
 
     def end(self, error: DisaggError | None = None) -> None:
-        """Let the iteration end after what was pushed before, with ``error`` if there is one. The first call counts."""
-        if self._ended:
+        """Let the stream end after what was pushed before, with ``error`` if there is one. The first call counts."""
+        if self._is_over:
             return
-        self._ended = True
+        self._is_over = True
         self._error = error
-        self._wake()
+        self._tell()
 
     def refuse(self, error: DisaggError) -> None:
         """Note that the sequence was not taken."""
         self.refusal = error
         self.end(error)
 
-    def __aiter__(self) -> "LiveStream":
-        return self
+    # For the reader ---------------------------------------------------------------------------------------------
 
-    async def __anext__(self) -> SequenceOutput:
-        while not self._waiting:
-            if self._ended:
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """See SequenceStream."""
+        self._on_news = on_news
+
+    def take(self) -> Sequence[SequenceOutput]:
+        """See SequenceStream."""
+        outputs = self._waiting
+        if outputs:
+            self._waiting = []
+            if outputs[-1].finish_reason is not None:
                 self._stamp_end()
-                if self._error is not None:
-                    raise self._error
-                raise StopAsyncIteration
-            assert self._reader is None, "a stream has one reader"
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        output = self._waiting.popleft()
-        if output.finish_reason is not None:
+            return outputs
+        if self._is_over:
             self._stamp_end()
-        return output
+            if self._error is not None:
+                raise self._error
+        return ()
+
+    @property
+    def is_ended(self) -> bool:
+        """See SequenceStream."""
+        return self._is_over and not self._waiting
+
+    @property
+    def timeline(self) -> RequestTimeline:
+        """See SequenceStream."""
+        return self._timeline
 
     def _stamp_end(self) -> None:
         if not self._timeline.finished_s <= self._clock.now():  # NaN until stamped
             self._timeline.finished_s = self._clock.now()
 
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+    def _tell(self) -> None:
+        if self._on_news is not None:
+            self._on_news()
