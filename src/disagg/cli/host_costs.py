@@ -60,9 +60,9 @@ class HostMeasurement:
 
 
 def measure_host_costs(
-    model: str | None, arguments: Sequence[str], num_requests: int, limits: StreamLimits
+    model: str | None, arguments: Sequence[str], num_requests: int, num_rounds: int, limits: StreamLimits
 ) -> HostMeasurement:
-    """Start a prefill and a decode instance, send single requests, then streams.
+    """Start a prefill and a decode instance, send single requests, then rounds of streams.
 
     Raises UnavailableError when the server cannot be started, DisaggError when it refuses a request.
     """
@@ -71,7 +71,8 @@ def measure_host_costs(
         with running(serve_command("disagg serve", (*named, *arguments)), Path(folder) / "log") as server:
             asked = Server(server.command.url)
             lone = host_costs(_ask(asked, num_requests, limits.max_total_len))
-            return HostMeasurement(lone, tuple(measure_served_steps(asked, limits, _NUM_STREAMS, _NUM_PROMPTS)))
+            streams = _NUM_STREAMS * num_rounds
+            return HostMeasurement(lone, tuple(measure_served_steps(asked, limits, streams, _NUM_PROMPTS)))
 
 
 def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:

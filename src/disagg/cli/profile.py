@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _PAIR: Final = Placement(groups=(InstanceGroup(role=Role.PREFILL, count=1), InstanceGroup(role=Role.DECODE, count=1)))
 _QUICK_ALONE_S: Final = 9.0
 _QUICK_BESIDE_S: Final = 3.0
-_NUM_REQUESTS: Final = 24
+_HOST: Final = (24, 3)
+_QUICK_HOST: Final = (12, 1)
+"""Requests that have a server for themselves, and rounds of streams."""
 _MOST_LOST: Final = 0.05
 """Part of the time that the core may belong to others before a profile is called into question."""
 _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, HostSettings)
@@ -84,7 +86,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
         host = measure_host_costs(
             model,
             serve_arguments(values),
-            _NUM_REQUESTS // 2 if values["quick"] else _NUM_REQUESTS,
+            *(_QUICK_HOST if values["quick"] else _HOST),
             StreamLimits(
                 max_total_len=measured.facts.max_model_len,
                 max_batch_tokens=deployment.scheduler.max_batch_tokens,

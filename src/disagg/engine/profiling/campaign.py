@@ -3,9 +3,10 @@
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -28,6 +29,8 @@ START_DEADLINE_S: Final = 300.0
 """For loading the model, and for one script."""
 _BESIDE_EVERY: Final = 3
 """One script in three is played again beside each kind of neighbour."""
+_NUM_PARTS: Final = 8
+"""Into which the time of a series is cut, so that all series are spread over the whole campaign."""
 
 OnProgress = Callable[[str, float], None]
 """Told what is being done and how much of it is, from 0 to 1."""
@@ -46,7 +49,7 @@ class Campaign:
     seed: int = 0
     quick: bool = False
     alone_s: float = 80.0
-    beside_s: float = 16.0
+    beside_s: float = 24.0
     temperature: float = 0.0
 
 
@@ -80,20 +83,16 @@ def measure(campaign: Campaign, on_progress: OnProgress) -> Measurement:
             neighbour.wait_until_ready()
         on_progress("loading", 1.0)
         instance.run(max(scripts, key=lambda script: sum(script.decode_contexts)))  # the first reads of the pool
-        results = _play(instance, scripts, campaign.alone_s, rng, "steps alone", on_progress)
-        beside = {}
+        series: dict[str | None, Series] = {None: Series(scripts, campaign.alone_s, rng)}
         if neighbour is not None:
             again = rng.sample(scripts, -(-len(scripts) // _BESIDE_EVERY))
-            for activity, script in neighbour_scripts(limits).items():
-                neighbour.run(script)
-                told = f"steps beside {activity}"
-                beside[activity] = _play(instance, again, campaign.beside_s, rng, told, on_progress)
-                neighbour.stop()
+            series |= {activity: Series(again, campaign.beside_s, rng) for activity in neighbour_scripts(limits)}
+        play_in_turns(series, instance, neighbour, neighbour_scripts(limits), on_progress)
     return Measurement(
         facts=facts,
-        alone=_joined(results),
-        beside={activity: _joined(results) for activity, results in beside.items()},
-        pulls=tuple(pull for of_script in results for result in of_script for pull in result.pulls),
+        alone=series[None].joined(),
+        beside={activity: one.joined() for activity, one in series.items() if activity is not None},
+        pulls=series[None].pulls(),
     )
 
 
@@ -111,31 +110,75 @@ def _limits(facts: InstanceFacts, settings: InstanceSettings) -> ScriptLimits:
     )
 
 
-def _play(
+def play_in_turns(
+    series: Mapping[str | None, "Series"],
     instance: ProfiledInstance,
-    scripts: Sequence[Script],
-    at_least_s: float,
-    rng: random.Random,
-    told: str,
+    neighbour: ProfiledInstance | None,
+    neighbour_plays: Mapping[str, Script],
     on_progress: OnProgress,
-) -> list[list[ScriptResult]]:
-    """Play all scripts in rounds, each in a new order, until the time is over; return each script's results.
+) -> None:
+    """Play part of each series, then the next part of each, until all are over.
+
+    What a machine's other tenants leave of its memory bandwidth changes within a minute: every series meets all of it.
+    """
+    while not all(one.is_over for one in series.values()):
+        for activity, one in series.items():
+            if one.is_over:
+                continue
+            if neighbour is not None and activity is not None:
+                neighbour.run(neighbour_plays[activity])
+            told = "steps alone" if activity is None else f"steps beside {activity}"
+            one.play_part(instance, partial(on_progress, told))
+            if neighbour is not None and activity is not None:
+                neighbour.stop()
+
+
+class Series:
+    """Scripts that are played in rounds, each in a new random order, for ``at_least_s`` and once at least.
 
     A slow moment of the machine hits some repetition of some scripts, and the others make up for it.
     """
-    results: list[list[ScriptResult]] = [[] for _ in scripts]
-    started_s = time.monotonic()
-    num_played = 0
-    while True:
-        for index in rng.sample(range(len(scripts)), len(scripts)):
-            results[index].append(instance.run(scripts[index]))
-            num_played += 1
-            elapsed_s = time.monotonic() - started_s
-            of_time = elapsed_s / at_least_s if elapsed_s < at_least_s else 1.0
-            on_progress(told, min(1.0, of_time, num_played / len(scripts)))
-            if of_time >= 1 and num_played >= len(scripts):
-                return results
 
+    def __init__(self, scripts: Sequence[Script], at_least_s: float, rng: random.Random) -> None:
+        self._scripts = scripts
+        self._at_least_s = at_least_s
+        self._rng = rng
+        self._results: list[list[ScriptResult]] = [[] for _ in scripts]
+        self._order: list[int] = []
+        self._num_played = 0
+        self._played_s = 0.0
 
-def _joined(results: Sequence[Sequence[ScriptResult]]) -> tuple[MeasuredStep, ...]:
-    return tuple(step for of_script in results for step in joined_steps(of_script))
+    @property
+    def is_over(self) -> bool:
+        """True when it has lasted long enough."""
+        return self._progress() >= 1
+
+    def play_part(self, instance: ProfiledInstance, on_progress: Callable[[float], None]) -> None:
+        """Go on for one of ``_NUM_PARTS`` parts of the time."""
+        until_s = self._played_s + self._at_least_s / _NUM_PARTS
+        while True:
+            self._play_next(instance)
+            on_progress(self._progress())
+            if self.is_over or self._played_s >= until_s:
+                return
+
+    def joined(self) -> tuple[MeasuredStep, ...]:
+        """Return the repetitions of each step as one."""
+        return tuple(step for of_script in self._results for step in joined_steps(of_script))
+
+    def pulls(self) -> tuple[MeasuredPull, ...]:
+        """Return all that were measured."""
+        return tuple(pull for of_script in self._results for result in of_script for pull in result.pulls)
+
+    def _play_next(self, instance: ProfiledInstance) -> None:
+        if not self._order:
+            self._order = self._rng.sample(range(len(self._scripts)), len(self._scripts))
+        index = self._order.pop()
+        started_s = time.monotonic()
+        self._results[index].append(instance.run(self._scripts[index]))
+        self._played_s += time.monotonic() - started_s
+        self._num_played += 1
+
+    def _progress(self) -> float:
+        of_time = self._played_s / self._at_least_s if self._played_s < self._at_least_s else 1.0
+        return min(of_time, self._num_played / len(self._scripts))

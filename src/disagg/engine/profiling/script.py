@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Final
 
 import msgspec
@@ -194,7 +195,8 @@ def joined_steps(results: Sequence[ScriptResult]) -> list[MeasuredStep]:
 
 
 def _calm(steps: Sequence[MeasuredStep]) -> MeasuredStep:
-    """Return the median by time of those that had their core."""
+    """Return the median by time of those that had their core, with their mean time: what a queue has to wait."""
     most_on_core = max(step.on_core for step in steps)
     undisturbed = [step for step in steps if step.on_core >= most_on_core - _DISTURBED]
-    return sorted(undisturbed, key=lambda step: step.time_s)[(len(undisturbed) - 1) // 2]
+    middle = sorted(undisturbed, key=lambda step: step.time_s)[(len(undisturbed) - 1) // 2]
+    return msgspec.structs.replace(middle, time_s=fmean(step.time_s for step in undisturbed))
