@@ -4,21 +4,28 @@ Profiles the machine (or takes ``--profile``), then serves the same requests twi
 a real ``disagg serve``: one prefill and one decode instance, and two colocated ones; requests shaped like the Azure
 traces of 2023, conversation and code, replayed from ``--traces`` where the files are; at rates under, near and over
 what the simulation says is the capacity. Prints both side by side; the exit status is 1 when a pair differs by more
-than 5 points of attainment, or 20% of a P90 of TTFT or TPOT. Takes about half an hour on an idle machine.
+than 5 points of attainment, or 20% of a P90 of TTFT or TPOT. Every case is run ``--runs`` times, with other requests
+(the next ones of the trace) each time, and all cases between two runs of one: what is compared are means.
+Takes about half an hour on an idle machine.
 
 What a prediction can be worth at a load is shown beside it: the attainment predicted if every step took 3% less time,
-and 3% more.
+and 3% more; and what all cores together could read from memory just before each run, in GB/s. On a shared host that
+changes within a minute, by a factor of two, and with it what instances cost each other: the profile knows its mean.
 """
 
 import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Final
 
 import msgspec
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +33,7 @@ from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
 from disagg.cli.bench_load import choose_prompts
 from disagg.cli.host_costs import serve_command
+from disagg.engine.benchmark.machine import best_time_s
 from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.measure.client.run import run_load
 from disagg.measure.compare.server_process import running
@@ -46,6 +54,9 @@ LOADS = {"under": 0.6, "near": 1.0, "over": 1.5}
 """Parts of the rate up to which nine requests in ten keep the objectives."""
 ATTAINMENT_POINTS = 0.05
 LATENCY_ERROR = 0.20
+_READ_BYTES: Final = 256 << 20
+SETTLE_S: Final = 3.0
+"""Between a server's being ready and its first request: its KV pool is still being touched."""
 STEP_ERROR = 0.03
 """A mean error of step times that nobody can rule out: the machine itself drifts by as much."""
 
@@ -58,8 +69,18 @@ class Outcome(msgspec.Struct, frozen=True):
     tpot_p90_s: float
 
 
+class Run(msgspec.Struct, frozen=True):
+    """One run of a case on the real server."""
+
+    outcome: Outcome
+    client_cores: float
+    """How much of a core the load client took: it runs on the same machine."""
+    memory_gb_s: float
+    """What all cores could read just before."""
+
+
 class Pair(msgspec.Struct, frozen=True):
-    """One run, predicted and measured."""
+    """One case: means over its runs, predicted and measured."""
 
     placement: str
     workload: str
@@ -67,11 +88,10 @@ class Pair(msgspec.Struct, frozen=True):
     rate: float
     predicted: Outcome
     measured: Outcome
+    runs: tuple[Run, ...]
     attainment_slower: float
     """Predicted, if all steps took longer by ``STEP_ERROR``."""
     attainment_quicker: float
-    client_cores: float
-    """How much of a core the load client took: it runs on the same machine."""
 
     @property
     def agrees(self) -> bool:
@@ -85,12 +105,14 @@ class Pair(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Case:
-    """One workload at one rate on one placement."""
+    """One workload at one rate on one placement, and its runs so far."""
 
     placement: str
-    workload: OpenLoop
+    workloads: Sequence[OpenLoop]
+    """One for each run."""
     load: str
     cluster: ClusterSpec
+    runs: list[Run] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,25 +143,40 @@ def error(predicted: float, measured: float) -> float:
     return predicted / measured - 1
 
 
-def predict(cluster: ClusterSpec, workload: OpenLoop, slo: Slo) -> Outcome:
-    """Simulate."""
-    requests = simulated_requests(workload.draw(0), workload.name, cluster.instances[0].block_size)
-    report = simulate(cluster, requests, slo)
-    return Outcome(report.attainment, report.ttft.p90, report.tpot.p90)
+def mean(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the mean of each figure."""
+    return Outcome(*(fmean(getattr(one, name) for one in outcomes) for name in Outcome.__struct_fields__))
 
 
-def measure(url: str, workload: OpenLoop, slo: Slo) -> tuple[Outcome, float]:
-    """Send the same requests to a real server; return also how many cores the client took."""
+def predict(cluster: ClusterSpec, workloads: Sequence[OpenLoop], slo: Slo) -> Outcome:
+    """Simulate what is sent in each run; return the means."""
+    reports = []
+    for seed, workload in enumerate(workloads):
+        requests = simulated_requests(workload.draw(seed), workload.name, cluster.instances[0].block_size)
+        reports.append(simulate(cluster, requests, slo))
+    return mean([Outcome(report.attainment, report.ttft.p90, report.tpot.p90) for report in reports])
+
+
+def memory_gb_s() -> float:
+    """Return what all cores together read from memory, the best of three."""
+    data = torch.zeros(_READ_BYTES // 4, dtype=torch.float32)
+    return data.nbytes / best_time_s([data.sum], at_most_s=0.0) / 1e9
+
+
+def measure(url: str, workload: OpenLoop, slo: Slo, seed: int) -> Run:
+    """Send the same requests to a real server."""
+    memory = memory_gb_s()
     plan = LoadPlan(
         server=Server(url),
-        load=OpenLoad(tuple(workload.draw(0))),
+        load=OpenLoad(tuple(workload.draw(seed))),
         asking=Asking(temperature=0.0),
         limits=Limits(slo=slo),
         num_warmup=2,
     )
     result = run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
     summary = summarize(result.records, slo)
-    return Outcome(summary.attainment.share, summary.ttft.p90, summary.tpot.p90), result.client_cores
+    outcome = Outcome(summary.attainment.share, summary.ttft.p90, summary.tpot.p90)
+    return Run(outcome, result.client_cores, memory)
 
 
 def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Case]:
@@ -148,44 +185,51 @@ def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Cas
     platform = ProfiledPlatform(load_profile(profile), CacheSettings().kv_memory_bytes)
     cluster = build_cluster(Placement(groups=groups), platform, own_rules())
     for workload_name in options.workloads:
-        workload = standard_workload(workload_name, 1.0, options.requests, options.traces)
+        slices = [
+            standard_workload(workload_name, 1.0, options.requests, options.traces, first=run * options.requests)
+            for run in range(options.runs)
+        ]
 
-        def attainment(rate: float, workload: OpenLoop = workload) -> float:
-            return predict(cluster, workload.at_rate(rate), options.slo).attainment
+        def attainment(rate: float, slices: Sequence[OpenLoop] = slices) -> float:
+            return predict(cluster, [one.at_rate(rate) for one in slices], options.slo).attainment
 
         capacity = find_goodput(attainment, 0.9, 1.0)
         for load in options.loads:
-            yield Case(name, workload.at_rate(capacity * LOADS[load]), load, cluster)
+            yield Case(name, [one.at_rate(capacity * LOADS[load]) for one in slices], load, cluster)
 
 
 def compare(options: argparse.Namespace, profile: Path, console: Console) -> list[Pair]:
-    """Run everything, one server for each placement."""
-    pairs = []
+    """Run everything, one server for each placement and run."""
+    planned = {name: list(cases(options, profile, name)) for name in options.placements}
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.placements:
-            counts = [part for role, count in PLACEMENTS[name].items() for part in (f"--{role.value}", str(count))]
-            planned = list(cases(options, profile, name))
-            with running(serve_command(name, counts), Path(folder) / "log") as server:
-                for case in planned:
-                    measured, client_cores = measure(server.command.url, case.workload, options.slo)
-                    pairs.append(pair_of(case, options.slo, measured, client_cores))
-                    verdict = "agrees" if pairs[-1].agrees else "differs"
-                    console.print(f"{name}, {case.workload.name}, {case.load} capacity: {verdict}")
-    return pairs
+        for seed in range(options.runs):
+            for name in options.placements:
+                counts = [part for role, count in PLACEMENTS[name].items() for part in (f"--{role.value}", str(count))]
+                with running(serve_command(name, counts), Path(folder) / "log") as server:
+                    time.sleep(SETTLE_S)
+                    for case in planned[name]:
+                        case.runs.append(measure(server.command.url, case.workloads[seed], options.slo, seed))
+                        told = f"{name}, {case.workloads[seed].name}, {case.load} capacity"
+                        console.print(f"run {seed + 1} of {options.runs}: {told}")
+    return [pair_of(case, options.slo) for of_placement in planned.values() for case in of_placement]
 
 
-def pair_of(case: Case, slo: Slo, measured: Outcome, client_cores: float) -> Pair:
+def pair_of(case: Case, slo: Slo) -> Pair:
     """Return what was measured beside what is predicted."""
+
+    def predicted(cluster: ClusterSpec) -> Outcome:
+        return predict(cluster, case.workloads, slo)
+
     return Pair(
         placement=case.placement,
-        workload=case.workload.name,
+        workload=case.workloads[0].name,
         load=case.load,
-        rate=case.workload.rate,
-        predicted=predict(case.cluster, case.workload, slo),
-        measured=measured,
-        attainment_slower=predict(scaled(case.cluster, 1 + STEP_ERROR), case.workload, slo).attainment,
-        attainment_quicker=predict(scaled(case.cluster, 1 - STEP_ERROR), case.workload, slo).attainment,
-        client_cores=client_cores,
+        rate=case.workloads[0].rate,
+        predicted=predicted(case.cluster),
+        measured=mean([run.outcome for run in case.runs]),
+        runs=tuple(case.runs),
+        attainment_slower=predicted(scaled(case.cluster, 1 + STEP_ERROR)).attainment,
+        attainment_quicker=predicted(scaled(case.cluster, 1 - STEP_ERROR)).attainment,
     )
 
 
@@ -197,6 +241,8 @@ def table(pairs: Sequence[Pair], slo: Slo) -> Table:
         "workload",
         "requests/s",
         "attainment",
+        "each run",
+        "GB/s",
         "steps +3 / -3%",
         "TTFT P90 ms",
         "TPOT P90 ms",
@@ -210,6 +256,8 @@ def table(pairs: Sequence[Pair], slo: Slo) -> Table:
             pair.workload,
             f"{pair.rate:.2f} ({pair.load})",
             f"{predicted.attainment:.1%} / {measured.attainment:.1%}",
+            " ".join(f"{run.outcome.attainment:.0%}" for run in pair.runs),
+            " ".join(f"{run.memory_gb_s:.0f}" for run in pair.runs),
             f"{pair.attainment_slower:.0%} / {pair.attainment_quicker:.0%}",
             _milliseconds(predicted.ttft_p90_s, measured.ttft_p90_s),
             _milliseconds(predicted.tpot_p90_s, measured.tpot_p90_s),
@@ -227,7 +275,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, help="of this machine, from disagg profile; measured when missing")
     parser.add_argument("--traces", type=Path, help="folder with azure2023_conv.jsonl.gz and azure2023_code.jsonl.gz")
-    parser.add_argument("--requests", type=int, default=150, help="of each run")
+    parser.add_argument("--requests", type=int, default=100, help="of each run")
+    parser.add_argument("--runs", type=int, default=3, help="of each case, with other requests each time")
     parser.add_argument("--slo", type=parse_slo, default=parse_slo("ttft=2s,tpot=50ms"))
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -250,7 +299,7 @@ def main() -> int:
         for pair in pairs:
             print(msgspec.json.encode(pair).decode())
     else:
-        Console(width=140).print(table(pairs, options.slo))
+        Console(width=160).print(table(pairs, options.slo))
     return 0 if all(pair.agrees for pair in pairs) else 1
 
 

@@ -58,6 +58,16 @@ def test_azure_columns_count_from_the_first_request(tmp_path: Path) -> None:
     assert times(path) == pytest.approx([0.0, 0.052], abs=1e-6)
 
 
+def test_a_slice_of_a_trace_counts_from_its_own_first_request(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_len,output_len\n" + "".join(f"{10 + 2 * row},{row + 1},3\n" for row in range(6)))
+    part = Trace(path, 3, first=2)
+    assert [(row.arrival_s, row.prompt_len) for row in part.rows()] == [(0, 3), (2, 4), (4, 5)]
+    assert (len(part), part.rate) == (3, 0.5)
+    with pytest.raises(ConfigurationError, match="from number 6 on"):
+        Trace(path, 3, first=6)
+
+
 def test_columns_without_times(tmp_path: Path) -> None:
     path = tmp_path / "vidur.csv"
     path.write_text("num_prefill_tokens,num_decode_tokens,pd_ratio\n3772,54,69.85\n")

@@ -116,8 +116,12 @@ STANDARD_WORKLOADS: Final = {
 }
 
 
-def standard_workload(name: str, rate: float, num_requests: int, traces: Path | None = None) -> OpenLoop:
+def standard_workload(
+    name: str, rate: float, num_requests: int, traces: Path | None = None, first: int = 0
+) -> OpenLoop:
     """Return a standard workload at ``rate`` requests/s: drawn, or replayed from the files in ``traces``.
+
+    What is replayed begins with the trace's request at ``first``.
 
     Raises ConfigurationError when no workload has that name, or its file is not there.
     """
@@ -128,14 +132,14 @@ def standard_workload(name: str, rate: float, num_requests: int, traces: Path | 
         source: RequestSource = DrawnLengths(name, workload.lengths, num_requests)
         arrivals = Arrivals(workload.arrivals, rate, workload.gap_cv)
     else:
-        source = _replayed(workload, traces, num_requests)
+        source = _replayed(workload, traces, num_requests, first)
         has_times = source.rate == source.rate
         arrivals = Arrivals(ArrivalKind.REPLAY if has_times else workload.arrivals, rate, workload.gap_cv)
     return OpenLoop(source, arrivals, workload.limits, workload.length_factor)
 
 
-def _replayed(workload: StandardWorkload, traces: Path, num_requests: int) -> RequestSource:
+def _replayed(workload: StandardWorkload, traces: Path, num_requests: int, first: int) -> RequestSource:
     path = traces / f"{workload.trace_file}.jsonl.gz"
     if not path.exists():
         raise ConfigurationError(f"{path} is not there: the workload {workload.name} replays it; leave out --traces")
-    return Trace(path, num_requests, longest_answer=workload.longest_answer)
+    return Trace(path, num_requests, first=first, longest_answer=workload.longest_answer)

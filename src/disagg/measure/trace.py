@@ -12,15 +12,17 @@ from disagg.measure.workload import RequestSpec
 
 
 class Trace:
-    """The requests of one file, or its first ``num_requests``. Times count from its first request.
+    """The requests of one file, or ``num_requests`` of them, from the one at ``first`` on. Times count from that one.
 
     Those with an answer longer than ``longest_answer`` are left out.
     """
 
-    def __init__(self, path: Path, num_requests: int | None = None, *, longest_answer: int | None = None) -> None:
+    def __init__(
+        self, path: Path, num_requests: int | None = None, *, first: int = 0, longest_answer: int | None = None
+    ) -> None:
         """Read the file once; raise ConfigurationError, with the line, when it is no trace or out of order."""
         self._path = path
-        self._num_requests = num_requests
+        self._begin, self._end = first, None if num_requests is None else first + num_requests
         self._longest_answer = math.inf if longest_answer is None else longest_answer
         self._count = 0
         self._first_s = self._last_s = math.nan
@@ -37,7 +39,7 @@ class Trace:
                 latest_s = row.arrival_s
             self._count += 1
         if not self._count:
-            raise ConfigurationError(f"{path} holds no requests")
+            raise ConfigurationError(f"{path} holds no requests" + (f" from number {first} on" if first else ""))
         self._last_s = latest_s
 
     @property
@@ -68,4 +70,4 @@ class Trace:
 
     def _read(self) -> Iterator[RequestSpec]:
         rows = (row for row in read_rows(self._path) if row.output_len <= self._longest_answer)
-        return islice(rows, self._num_requests)
+        return islice(rows, self._begin, self._end)
