@@ -17,6 +17,7 @@ class _Buffer:
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
         self._is_copied = device.type != "cpu"
+        self._last_shape: tuple[int, ...] = ()
         self._allocate(size, dtype)
 
     def reserve(self, size: int) -> None:
@@ -35,7 +36,7 @@ class _Buffer:
         self.array = self._tensor.numpy()
         # Most steps have the shape of the step before, and even a view costs microseconds.
         self._last = self._tensor
-        self._last_shape: tuple[int, ...] = (size,)
+        self._last_shape = (size,)
 
 
 class BatchBuilder:
