@@ -66,7 +66,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 
     Times the steps of a live instance on the cores that disagg serve would give it, alone and while a second instance
-    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 2 to 3 minutes.
+    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 3 to 4 minutes.
     """
     if not output.absolute().parent.is_dir():
         raise ConfigurationError(f"cannot write the profile {output}: there is no folder {output.absolute().parent}")
