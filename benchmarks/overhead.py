@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean, median
 from unittest.mock import patch
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -44,23 +43,23 @@ _CPUCLOCK_SCHED = 2
 """What Linux's clock_getcpuclockid joins to a process."""
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Return the CPU seconds that a process has used: by its own clock, as those of ``cpu_times`` are whole ticks."""
-    return time.clock_gettime((~process.pid << 3) | _CPUCLOCK_SCHED)
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has used, by its own clock: other counts are whole ticks."""
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
 
 
-def serving_s(num_streams: int, output_len: int, url: str, server: psutil.Process) -> float:
+def serving_s(num_streams: int, output_len: int, url: str, server_pid: int) -> float:
     """Return the CPU seconds of the server process for so many answers streamed at once."""
     requests = (RequestSpec(PROMPT_LEN, output_len, arrival_s=0.0),) * num_streams
     plan = LoadPlan(server=Server(url), load=OpenLoad(requests), asking=Asking(temperature=0.0), limits=Limits())
-    before_s = cpu_s(server)
+    before_s = cpu_s(server_pid)
     run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
-    return cpu_s(server) - before_s
+    return cpu_s(server_pid) - before_s
 
 
-def outside(num_streams: int, url: str, server: psutil.Process) -> float:
+def outside(num_streams: int, url: str, server_pid: int) -> float:
     """Return the CPU seconds of the server process for each token: what longer answers cost more than shorter ones."""
-    short_s, long_s = (serving_s(num_streams, factor * OUTPUT_LEN, url, server) for factor in (1, 2))
+    short_s, long_s = (serving_s(num_streams, factor * OUTPUT_LEN, url, server_pid) for factor in (1, 2))
     return (long_s - short_s) / (OUTPUT_LEN * num_streams)
 
 
@@ -69,9 +68,8 @@ def measure_outside() -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         with running(serve_command("server", ("--colocated", "1")), Path(folder) / "log") as server:
             time.sleep(SETTLE_S)
-            (process,) = psutil.Process().children()
             return {
-                size: fmean(outside(size, server.command.url, process) for _ in range(NUM_REPEATS))
+                size: fmean(outside(size, server.command.url, server.process.pid) for _ in range(NUM_REPEATS))
                 for size in BATCH_SIZES
             }
 

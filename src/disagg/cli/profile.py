@@ -122,7 +122,7 @@ def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: f
 
 def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurement, name: str) -> Profile:
     """Return the profile that a campaign's measurements make."""
-    facts, settings = measured.facts, campaign.instance
+    facts, settings, machine = measured.facts, campaign.instance, this_machine()
     samples = [_sample(step, None) for step in measured.alone]
     for activity, steps in measured.beside.items():
         samples += [_sample(step, Activity(activity)) for step in steps]
@@ -131,7 +131,7 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
     link = fit_link([(pull.num_bytes, pull.time_s) for pull in measured.pulls])
     return Profile(
         model=name,
-        device=this_machine().processor if facts.device == "cpu" else facts.device,
+        device=machine.processor if facts.device == "cpu" else facts.device,
         dtype=settings.model.dtype.value,
         num_threads=settings.num_threads,
         kv_bytes_per_token=facts.kv_bytes // (facts.num_blocks * facts.block_size),
@@ -142,7 +142,7 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
         message_s=host.lone.message_s,
         deliver_s=host.lone.deliver_s,
         temperature=campaign.temperature,
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=machine.num_cores,
         served=host.served,
     )
 

@@ -117,9 +117,7 @@ def num_prompt_rows(work: Work) -> int:
 
 
 def _logit_rows(step: Sequence[Work], row_starts: Sequence[int]) -> list[int]:
-    rows = [
-        first + work.chunk.num_tokens - 1 for work, first in zip(step, row_starts, strict=False) if work.chunk.samples
-    ]
+    rows = [end - 1 for work, end in zip(step, row_starts[1:], strict=True) if work.chunk.samples]
     for work, first in zip(step, row_starts, strict=False):
         if work.sequence.sampling.prompt_logprobs is not None:
             rows.extend(range(first, first + num_prompt_rows(work)))

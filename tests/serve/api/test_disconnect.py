@@ -1,6 +1,7 @@
 """A client that goes away takes its sequences along, whatever state they are in."""
 
 import asyncio
+import contextlib
 import json
 import logging
 
@@ -103,6 +104,25 @@ async def test_a_client_that_takes_nothing_counts_as_gone(monkeypatch: pytest.Mo
     with pytest.raises(ClientDisconnectedError):
         async with EventStream(send) as events:
             await events.write(b"data: 1\n\n")
+
+
+async def test_waiting_for_tokens_is_not_waiting_for_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disagg.serve.api.http.SEND_TIMEOUT_S", 0.01)
+    sent: list[object] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            await asyncio.Event().wait()
+
+    async with EventStream(send) as events:
+        await events.write(b"data: 1\n\n")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):  # several times as long as a write may take
+                await asyncio.Event().wait()
+    with pytest.raises(ClientDisconnectedError):
+        async with EventStream(send) as events:
+            await events.write(b"data: 2\n\n")
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,12 @@ def measure(campaign: Campaign, on_progress: OnProgress) -> Measurement:
             neighbour.wait_until_ready()
         on_progress("loading", 1.0)
         instance.run(max(scripts, key=lambda script: sum(script.decode_contexts)))  # the first reads of the pool
+        neighbour_plays = neighbour_scripts(limits)
         series: dict[str | None, Series] = {None: Series(scripts, campaign.alone_s, rng)}
         if neighbour is not None:
             again = rng.sample(scripts, -(-len(scripts) // _BESIDE_EVERY))
-            series |= {activity: Series(again, campaign.beside_s, rng) for activity in neighbour_scripts(limits)}
-        play_in_turns(series, instance, neighbour, neighbour_scripts(limits), on_progress)
+            series |= {activity: Series(again, campaign.beside_s, rng) for activity in neighbour_plays}
+        play_in_turns(series, instance, neighbour, neighbour_plays, on_progress)
     return Measurement(
         facts=facts,
         alone=series[None].joined(),

@@ -16,7 +16,6 @@ READ_TIMEOUT_S: Final = 60.0
 SEND_TIMEOUT_S: Final = 60.0
 """How long a client may leave its end of the connection full before it counts as gone."""
 
-_CHECKS_PER_TIMEOUT: Final = 6
 _JSON_HEADER: Final = (b"content-type", b"application/json")
 _EVENT_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -107,8 +106,9 @@ class EventStream:
         self._writing_since_s = math.inf
 
     def _check(self) -> None:
-        """Let the block end if a write is overdue; look again when it could be."""
-        overdue_s = self._writing_since_s + SEND_TIMEOUT_S
-        if overdue_s <= self._loop.time():
-            self._timeout.reschedule(self._loop.time())
-        self._next_check = self._loop.call_later(SEND_TIMEOUT_S / _CHECKS_PER_TIMEOUT, self._check)
+        """Let the block end if a write is overdue; otherwise look again when this one or a later one first could be."""
+        now, overdue_s = self._loop.time(), self._writing_since_s + SEND_TIMEOUT_S
+        if overdue_s <= now:
+            self._timeout.reschedule(now)
+        else:
+            self._next_check = self._loop.call_at(min(overdue_s, now + SEND_TIMEOUT_S), self._check)

@@ -65,7 +65,8 @@ DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t 
   Tile<R, kPanelVectors> tile;
   tile.clear();
   const uint32_t* columns[kPanelVectors];
-  for (int c = 0; c < kPanelVectors; ++c) columns[c] = static_cast<const uint32_t*>(args.packed) + panel * steps * kPanelWidth + c * kLanes;
+  for (int c = 0; c < kPanelVectors; ++c)
+    columns[c] = static_cast<const uint32_t*>(args.packed) + panel * steps * kPanelWidth + c * kLanes;
   const uint32_t* x = static_cast<const uint32_t*>(args.x) + row * steps;
   add_steps<E>(tile, {x, steps, 1}, columns, kPanelWidth, static_cast<int>(steps), ahead);
   store_tile<E>(tile, args, row, panel);
