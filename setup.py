@@ -56,7 +56,10 @@ class BuildNative(pybind11_build_ext):
 
 extension = Pybind11Extension(
     "disagg.engine.kernels._native",
-    sources=[str(NATIVE / f"{name}.cpp") for name in ("module", "layer_stack", "packed_linear", "parallel", "step")],
+    sources=[
+        str(NATIVE / f"{name}.cpp")
+        for name in ("module", "layer_stack", "packed_linear", "parallel", "sampling", "step")
+    ],
     depends=[str(header) for header in sorted(NATIVE.glob("*.h"))],
     define_macros=[("DISAGG_X86", "1")] if IS_X86 else [],
     extra_compile_args=[*FLAGS],

@@ -35,7 +35,7 @@ def logits_of(ready: EngineBenchmark, token_ids: torch.Tensor) -> torch.Tensor:
     length = len(token_ids)
     batch = make_batch(StepCase(Phase.PREFILL, 1, length, length), BLOCK_SIZE)
     batch = replace(batch, token_ids=token_ids, logit_rows=torch.arange(length))
-    return ready.decoder.forward(batch, ready.make_pool(-(-length // BLOCK_SIZE)))
+    return ready.decoder.forward(batch, ready.make_pool(-(-length // BLOCK_SIZE))).float()
 
 
 def main() -> None:

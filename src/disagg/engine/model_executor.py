@@ -14,7 +14,7 @@ from disagg.engine.kv_store import KvStore
 from disagg.engine.model.adjustments import SamplingRow
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.sampler import sample
+from disagg.engine.model.sampler import chooser_of, sample
 from disagg.engine.sequences import LiveSequence
 
 
@@ -25,6 +25,7 @@ class ModelExecutor:
         self._decoder = decoder
         self._store = store
         self._builder = builder
+        self._chooser = chooser_of(decoder.backend)
         # The sampler's view of each sequence; it goes when the loop lets go of the sequence.
         self._rows: WeakKeyDictionary[LiveSequence, SamplingRow] = WeakKeyDictionary()
 
@@ -35,7 +36,8 @@ class ModelExecutor:
         rows = [self._row(work.sequence) for work in step if work.chunk.samples]
         prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
         # Even a view that changes nothing costs microseconds.
-        tokens = iter(sample(logits if logits.shape[0] == len(rows) else logits[: len(rows)], rows))
+        sampled = logits if logits.shape[0] == len(rows) else logits[: len(rows)]
+        tokens = iter(sample(sampled, rows, self._chooser))
         results = []
         for work, of_prompt in zip(step, prompt_logprobs, strict=True):
             token = next(tokens) if work.chunk.samples else None
@@ -81,6 +83,6 @@ def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor, first_row: int)
         first = work.chunk.start + 1
         token_ids += work.sequence.tokens[first : first + count].tolist()
         nums_top += [work.sequence.sampling.prompt_logprobs or 0] * count
-    logprobs = position_logprobs(logits[first_row:], token_ids, nums_top)
+    logprobs = position_logprobs(logits[first_row:].float(), token_ids, nums_top)
     bounds = list(accumulate(counts, initial=0))
     return [tuple(logprobs[start:end]) for start, end in pairwise(bounds)]

@@ -58,7 +58,7 @@ class StepRunner:
             max_query_len=max(len(ids) for ids in new_tokens.values()),
             max_context_len=max(context_lens),
         )
-        return self.decoder.forward(batch, self.kv)
+        return self.decoder.forward(batch, self.kv).float()
 
     def release(self, sequence: int) -> None:
         self._free.extend(self._blocks.pop(sequence))

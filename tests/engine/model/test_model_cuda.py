@@ -12,7 +12,7 @@ from disagg.base.sampling import SamplingParams
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.model.adjustments import SamplingRow
 from disagg.engine.model.decoder import Decoder
-from disagg.engine.model.sampler import sample
+from disagg.engine.model.sampler import chooser_of, sample
 from disagg.engine.model.weights import load_weights
 from disagg.models.locate import load_config, locate_model
 
@@ -48,6 +48,8 @@ def test_sampled_tokens_are_those_of_the_cpu(params: dict[str, Any]) -> None:
         for seed in range(256)
     ]
 
-    on_cpu = [token.token_id for token in sample(logits.clone(), rows)]
+    def tokens_on(device: str) -> list[int]:
+        chooser = chooser_of(select_backend(torch.device(device), torch.float32))
+        return [token.token_id for token in sample(logits.clone().to(device), rows, chooser)]
 
-    assert [token.token_id for token in sample(logits.cuda(), rows)] == on_cpu
+    assert tokens_on("cuda") == tokens_on("cpu")

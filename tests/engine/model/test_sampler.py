@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 
 from disagg.base.errors import InternalError
 from disagg.base.sampling import SamplingParams
+from disagg.engine.kernels.interface import ChoosesTokens
+from disagg.engine.kernels.select import BACKENDS, select_backend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.sampler import sample
+from disagg.engine.model.sampler import chooser_of, sample
 
 VOCAB = 1000
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def chooser(request: pytest.FixtureRequest) -> ChoosesTokens | None:
+    """What each kernel backend of the CPU does by itself."""
+    return chooser_of(select_backend(torch.device("cpu"), torch.float32, request.param))
 
 
 def row(prompt: tuple[int, ...] = (1, 2, 3), output: tuple[int, ...] = (), **params: Any) -> SamplingRow:
@@ -31,10 +39,10 @@ def logits_like_a_model(num_rows: int, seed: int = 0, vocab_size: int = VOCAB) -
     return logits
 
 
-def draw(logits: torch.Tensor, num_draws: int, **params: Any) -> np.ndarray:
+def draw(chooser: ChoosesTokens | None, logits: torch.Tensor, num_draws: int, **params: Any) -> np.ndarray:
     """Return how often each token is drawn, over as many positions."""
     rows = [row(tuple(range(position)), **params) for position in range(num_draws)]
-    tokens = [token.token_id for token in sample(logits.repeat(num_draws, 1), rows)]
+    tokens = [token.token_id for token in sample(logits.repeat(num_draws, 1), rows, chooser)]
     return np.bincount(tokens, minlength=logits.shape[-1])
 
 
@@ -78,35 +86,39 @@ class TestDistribution:
         ],
         ids=str,
     )
-    def test_frequencies_are_those_of_the_truncated_softmax(self, params: dict[str, Any]) -> None:
+    def test_frequencies_are_those_of_the_truncated_softmax(
+        self, chooser: ChoosesTokens | None, params: dict[str, Any]
+    ) -> None:
         logits = logits_like_a_model(1)
 
-        counts = draw(logits, 4000, **params)
+        counts = draw(chooser, logits, 4000, **params)
 
         arguments = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | params
         expected = truncated(logits[0], **arguments).numpy()
         assert counts[expected == 0].sum() == 0
         assert chi_square_fits(counts, expected)
 
-    def test_a_flat_distribution_is_all_tail(self) -> None:
+    def test_a_flat_distribution_is_all_tail(self, chooser: ChoosesTokens | None) -> None:
         """Every token is below the floor at which tokens get noise of their own."""
-        counts = draw(torch.zeros(1, 20_000), 2000)
+        counts = draw(chooser, torch.zeros(1, 20_000), 2000)
 
         assert chi_square_fits(counts.reshape(20, -1).sum(1), np.full(20, 1 / 20))
 
-    def test_impossible_tokens_are_never_drawn(self) -> None:
+    def test_impossible_tokens_are_never_drawn(self, chooser: ChoosesTokens | None) -> None:
         logits = torch.full((1, 20_000), -math.inf)
         logits[0, [5, 17]] = 0.0
 
-        counts = draw(logits, 500)
+        counts = draw(chooser, logits, 500)
 
         assert set(np.flatnonzero(counts)) == {5, 17}
 
-    def test_seeds_are_independent(self) -> None:
+    def test_seeds_are_independent(self, chooser: ChoosesTokens | None) -> None:
         logits = logits_like_a_model(1)
         rows = [row(seed=seed) for seed in range(2000)]
 
-        counts = np.bincount([token.token_id for token in sample(logits.repeat(2000, 1), rows)], minlength=VOCAB)
+        counts = np.bincount(
+            [token.token_id for token in sample(logits.repeat(2000, 1), rows, chooser)], minlength=VOCAB
+        )
 
         assert chi_square_fits(counts, logits[0].softmax(-1).double().numpy())
 
@@ -134,18 +146,20 @@ any_row = st.tuples(any_tokens.map(lambda tokens: (1, *tokens)), any_tokens, any
 class TestBatchIndependence:
     @settings(deadline=None, max_examples=60)
     @given(st.lists(any_row, min_size=1, max_size=6), st.integers(0, 100))
-    def test_a_row_is_sampled_the_same_alone_and_in_company(self, specs: list[Any], seed: int) -> None:
+    def test_a_row_is_sampled_the_same_alone_and_in_company(
+        self, chooser: ChoosesTokens | None, specs: list[Any], seed: int
+    ) -> None:
         logits = logits_like_a_model(len(specs), seed)
 
-        together = sample(logits.clone(), [row(prompt, output, **params) for prompt, output, params in specs])
+        together = sample(logits.clone(), [row(prompt, output, **params) for prompt, output, params in specs], chooser)
 
         for index, (prompt, output, params) in enumerate(specs):
-            (alone,) = sample(logits[index : index + 1].clone(), [row(prompt, output, **params)])
+            (alone,) = sample(logits[index : index + 1].clone(), [row(prompt, output, **params)], chooser)
             assert alone == together[index]
 
     @settings(deadline=None)
     @given(any_row)
-    def test_a_resumed_sequence_goes_on_as_it_would_have(self, spec: Any) -> None:
+    def test_a_resumed_sequence_goes_on_as_it_would_have(self, chooser: ChoosesTokens | None, spec: Any) -> None:
         """Tokens handed over at the start are as good as tokens appended one by one."""
         prompt, output, params = spec
         grown = row(prompt, **params)
@@ -153,32 +167,36 @@ class TestBatchIndependence:
             grown.append(token_id)
         logits = logits_like_a_model(1)
 
-        assert sample(logits.clone(), [grown]) == sample(logits.clone(), [row(prompt, output, **params)])
+        assert sample(logits.clone(), [grown], chooser) == sample(
+            logits.clone(), [row(prompt, output, **params)], chooser
+        )
 
-    def test_a_tiny_change_of_the_logits_seldom_changes_the_choice(self) -> None:
+    def test_a_tiny_change_of_the_logits_seldom_changes_the_choice(self, chooser: ChoosesTokens | None) -> None:
         """Other batches and kernels round otherwise: noise belongs to tokens, not to places in a cumulative sum."""
         logits = logits_like_a_model(500)
         rows = [row(seed=seed) for seed in range(500)]
 
-        before = sample(logits.clone(), rows)
-        after = sample(logits + 1e-4 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)), rows)
+        before = sample(logits.clone(), rows, chooser)
+        after = sample(
+            logits + 1e-4 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)), rows, chooser
+        )
 
         assert sum(x != y for x, y in zip(before, after, strict=True)) <= 2
 
 
 class TestGreedy:
     @pytest.mark.parametrize("temperature", [0.0, 1e-30])
-    def test_the_likeliest_token(self, temperature: float) -> None:
+    def test_the_likeliest_token(self, chooser: ChoosesTokens | None, temperature: float) -> None:
         logits = logits_like_a_model(5)
 
-        tokens = sample(logits.clone(), [row(temperature=temperature) for _ in range(5)])
+        tokens = sample(logits.clone(), [row(temperature=temperature) for _ in range(5)], chooser)
 
         assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
-    def test_top_k_of_one_is_greedy(self) -> None:
+    def test_top_k_of_one_is_greedy(self, chooser: ChoosesTokens | None) -> None:
         logits = logits_like_a_model(5)
 
-        tokens = sample(logits.clone(), [row(top_k=1, seed=seed) for seed in range(5)])
+        tokens = sample(logits.clone(), [row(top_k=1, seed=seed) for seed in range(5)], chooser)
 
         assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
@@ -213,20 +231,22 @@ class TestAdjustments:
         expected = [naively_adjusted(logits[index], *spec) for index, spec in enumerate(specs)]
         torch.testing.assert_close(adjusted, torch.stack(expected))
 
-    def test_ends_are_forbidden_until_min_tokens(self) -> None:
+    def test_ends_are_forbidden_until_min_tokens(self, chooser: ChoosesTokens | None) -> None:
         logits = torch.zeros(1, VOCAB)
         logits[0, 0] = 50.0
 
-        assert sample(logits.clone(), [row(output=(5,), min_tokens=2)])[0].token_id != 0
-        assert sample(logits.clone(), [row(output=(5, 5), min_tokens=2)])[0].token_id == 0
+        assert sample(logits.clone(), [row(output=(5,), min_tokens=2)], chooser)[0].token_id != 0
+        assert sample(logits.clone(), [row(output=(5, 5), min_tokens=2)], chooser)[0].token_id == 0
 
 
 class TestLogprobs:
-    def test_they_are_those_of_the_raw_logits(self) -> None:
+    def test_they_are_those_of_the_raw_logits(self, chooser: ChoosesTokens | None) -> None:
         logits = logits_like_a_model(3)
         expected = logits.log_softmax(-1)
 
-        tokens = sample(logits.clone(), [row(logprobs=4, temperature=0.3, logit_bias=((7, 100.0),)) for _ in range(3)])
+        tokens = sample(
+            logits.clone(), [row(logprobs=4, temperature=0.3, logit_bias=((7, 100.0),)) for _ in range(3)], chooser
+        )
 
         for token, values in zip(tokens, expected, strict=True):
             assert token.logprobs is not None
@@ -238,10 +258,10 @@ class TestLogprobs:
             assert [entry.logprob for entry in token.logprobs.top] == pytest.approx(top.values.tolist(), abs=1e-5)
             assert [entry.rank for entry in token.logprobs.top] == [1, 2, 3, 4]
 
-    def test_each_row_gets_what_it_asks_for(self) -> None:
+    def test_each_row_gets_what_it_asks_for(self, chooser: ChoosesTokens | None) -> None:
         wanted = [None, 0, 2, None]
 
-        tokens = sample(logits_like_a_model(4), [row(logprobs=number) for number in wanted])
+        tokens = sample(logits_like_a_model(4), [row(logprobs=number) for number in wanted], chooser)
 
         numbers = [None if token.logprobs is None else len(token.logprobs.top) for token in tokens]
         assert numbers == wanted
@@ -258,9 +278,9 @@ class TestLogprobs:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_broken_logits_are_not_hidden(temperature: float, fault: float) -> None:
+def test_broken_logits_are_not_hidden(chooser: ChoosesTokens | None, temperature: float, fault: float) -> None:
     logits = logits_like_a_model(3)
     logits[1, 7] = fault
 
     with pytest.raises(InternalError, match="row 1 of 3"):
-        sample(logits, [row(temperature=temperature, top_p=0.9) for _ in range(3)])
+        sample(logits, [row(temperature=temperature, top_p=0.9) for _ in range(3)], chooser)

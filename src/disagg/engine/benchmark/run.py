@@ -15,7 +15,7 @@ from disagg.engine.benchmark.machine import MachinePeaks, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.model.decoder import Decoder
-from disagg.engine.model.sampler import most_likely
+from disagg.engine.model.sampler import chooser_of, most_likely
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles, load_config
@@ -39,12 +39,13 @@ class EngineBenchmark:
 
     def measure(self, cases: list[StepCase]) -> Iterator[StepTime]:
         """Yield each case's median step time beside its floors."""
+        chooser = chooser_of(self.backend)
         pool = self.make_pool(max(case.batch * -(-case.context // self.block_size) for case in cases))
         for case in cases:
             batch = make_batch(case, self.block_size)
 
             def step(batch: StepBatch = batch) -> None:
-                most_likely(self.decoder.forward(batch, pool))
+                most_likely(self.decoder.forward(batch, pool), chooser)
 
             yield with_floors(case, _median_s(step), self.config, self.peaks, self.sizes)
 

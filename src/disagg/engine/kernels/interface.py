@@ -6,8 +6,10 @@ of sequences, Hq and Hk the numbers of query and KV heads, D the head dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from disagg.cache.layout import KvFormat
@@ -146,3 +148,38 @@ class FusesLayers(Protocol):
 
     def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
         """Return the layers as one operation, or None where a part of them is none of the backend's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawSettings:
+    """How each of B rows is sampled, as in ``SamplingParams``. ``position``: of the next token in its sequence."""
+
+    temperature: npt.NDArray[np.float64]
+    top_p: npt.NDArray[np.float64]
+    min_p: npt.NDArray[np.float64]
+    top_k: npt.NDArray[np.int32]
+    seed: npt.NDArray[np.uint64]
+    position: npt.NDArray[np.uint64]
+
+
+NOT_FINITE: Final = -1
+"""In the place of a token: the row has no finite maximum."""
+UNDECIDED: Final = -2
+"""In the place of a token: it takes more than the row's likely tokens to draw it."""
+
+
+@runtime_checkable
+class ChoosesTokens(Protocol):
+    """A backend that chooses tokens by itself, faster than the sampler's NumPy, and by the same rules.
+
+    ``logits`` is [B, vocab] in any element type of the backend; results are int64 [B].
+    """
+
+    def most_likely(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Return the first of the largest of each row, or NOT_FINITE; a NaN counts as the largest."""
+
+    def draw(self, logits: torch.Tensor, settings: DrawSettings, head_floor: float) -> npt.NDArray[np.int64]:
+        """Draw a token of each row, or return NOT_FINITE or UNDECIDED for it.
+
+        Tokens with log-probabilities above ``head_floor`` have noise of their own, see the sampler.
+        """

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
-from disagg.engine.kernels.interface import DecoderLayers, LayerSettings, LayerWeights, Linear, StepBatch
+from disagg.engine.kernels.interface import DecoderLayers, DrawSettings, LayerSettings, LayerWeights, Linear, StepBatch
 from disagg.engine.kernels.native_layers import NO_WINDOW, NativeLayers
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
 
@@ -174,6 +176,35 @@ class NativeBackend:
         )
         return out
 
+    def most_likely(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        """See ``ChoosesTokens``."""
+        rows, width = logits.shape
+        check_tensor(logits, logits.dtype, rows * width)
+        tokens = np.empty(rows, dtype=np.int64)
+        self._kernels[logits.dtype].find_largest(
+            logits.data_ptr(), tokens.ctypes.data, rows, width, torch.get_num_threads()
+        )
+        return tokens
+
+    def draw(self, logits: torch.Tensor, settings: DrawSettings, head_floor: float) -> npt.NDArray[np.int64]:
+        """See ``ChoosesTokens``."""
+        rows, width = logits.shape
+        check_tensor(logits, logits.dtype, rows * width)
+        native = _native.DrawSettings(
+            temperature=_address(settings.temperature, np.float64, rows),
+            top_p=_address(settings.top_p, np.float64, rows),
+            min_p=_address(settings.min_p, np.float64, rows),
+            top_k=_address(settings.top_k, np.int32, rows),
+            seed=_address(settings.seed, np.uint64, rows),
+            position=_address(settings.position, np.uint64, rows),
+            floor=head_floor,
+        )
+        tokens = np.empty(rows, dtype=np.int64)
+        self._kernels[logits.dtype].draw(
+            logits.data_ptr(), native, tokens.ctypes.data, rows, width, torch.get_num_threads()
+        )
+        return tokens
+
     def _pack(
         self, weight: torch.Tensor, dtype: torch.dtype, scale: list[float], bias: torch.Tensor | None
     ) -> PackedLinear:
@@ -228,6 +259,12 @@ def share_openmp() -> bool:
     with Path("/proc/self/maps").open() as maps:
         paths = {line.split()[-1] for line in maps if "/" in line}
     return any(_native.use_openmp(path) for path in sorted(paths) if Path(path).name.startswith(_OPENMP_LIBRARIES))
+
+
+def _address(values: npt.NDArray[Any], dtype: npt.DTypeLike, size: int) -> int:
+    if values.dtype != dtype or values.shape != (size,) or not values.flags.c_contiguous:
+        raise InternalError(f"a kernel got {values.dtype} {list(values.shape)}, it needs {size} of {np.dtype(dtype)}")
+    return values.ctypes.data
 
 
 def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":

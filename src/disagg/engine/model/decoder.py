@@ -54,11 +54,11 @@ class Decoder:
         """Compute one step: write the new tokens' keys and values into ``kv``, return logits of the wanted rows.
 
         ``kv[layer]`` is [num_blocks, 2, Hk, block_size * D] in the backend's format and of the weights' element type.
-        Returns float32 [len(batch.logit_rows), vocab_size].
+        Returns [len(batch.logit_rows), vocab_size] in the weights' element type.
         """
         residual = torch.nn.functional.embedding(batch.token_ids, self._weights.embeddings)
         x, residual = self._layers(residual, kv, batch)
         if not len(x):
-            return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+            return x.new_empty((0, self.config.vocab_size))
         x = self.backend.add_rms_norm(x, residual, self._weights.norm, self.config.rms_norm_eps)
-        return self._weights.head(x).float()
+        return self._weights.head(x)

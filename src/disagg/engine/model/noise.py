@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 _GAMMA: Final = 0x9E3779B97F4A7C15
-_MASK: Final = (1 << 64) - 1
+SEED_MASK: Final = (1 << 64) - 1
+"""The bits of a seed that count."""
 _GAMMA_ARRAY: Final = np.uint64(_GAMMA)
 
 
@@ -38,7 +39,7 @@ def gumbel(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]) -> npt
 
 def _mix(value: int) -> int:
     """SplitMix64's finaliser, on one integer."""
-    value &= _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    value &= SEED_MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & SEED_MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & SEED_MASK
     return value ^ (value >> 31)

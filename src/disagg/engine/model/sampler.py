@@ -18,9 +18,10 @@ import torch
 
 from disagg.base.errors import InternalError
 from disagg.base.sampling import PositionLogprobs, SamplingParams
+from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, ChoosesTokens, DrawSettings, KernelBackend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.noise import gumbel, noise_key, uniform
+from disagg.engine.model.noise import SEED_MASK, gumbel, noise_key, uniform
 
 _LOWEST_TEMPERATURE: Final = 1e-5
 """Below it the most likely token is taken, as in vLLM: the division would overflow."""
@@ -44,8 +45,15 @@ class SampledToken:
     logprobs: PositionLogprobs | None = None
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """Choose one token for each row of ``logits`` float32 [B, vocab], which may be overwritten.
+def chooser_of(backend: KernelBackend) -> ChoosesTokens | None:
+    """Return the backend if it chooses tokens by itself."""
+    return backend if isinstance(backend, ChoosesTokens) else None
+
+
+def sample(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None = None
+) -> list[SampledToken]:
+    """Choose one token for each row of ``logits`` [B, vocab], which may be overwritten; by ``chooser`` where it can.
 
     The choice depends on the row's logits, parameters, tokens and position alone, not on the other rows.
     Raises InternalError when a row has no finite maximum: a fault of the model, not to be hidden.
@@ -53,13 +61,13 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     if not rows:
         return []
     reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    adjusts = any(row.adjusts for row in rows)
-    raw = logits[reported] if reported and (adjusts or len(reported) < len(rows)) else logits
-    if raw is logits and reported and adjusts:
-        raw = logits.clone()
-    if adjusts:
+    raw = logits
+    if reported:
+        raw = logits.float() if len(reported) == len(rows) else logits[reported].float()
+    if any(row.adjusts for row in rows):
+        logits = logits.clone() if raw is logits and reported else logits.float()
         adjust_logits(logits, rows)
-    token_ids = _choose(logits, rows)
+    token_ids = _choose(logits, rows, chooser)
     if not reported:
         return [SampledToken(token_id) for token_id in token_ids]
     logprobs = position_logprobs(
@@ -69,22 +77,58 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     return [SampledToken(token_id, of_row.get(index)) for index, token_id in enumerate(token_ids)]
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
     drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _LOWEST_TEMPERATURE]
     if len(drawn) == len(rows):
-        return _draw(logits, rows)
-    token_ids = most_likely(logits)
+        return _draw(logits, rows, chooser)
+    token_ids = most_likely(logits, chooser)
     if drawn:
-        for index, token_id in zip(drawn, _draw(logits[drawn], [rows[index] for index in drawn]), strict=True):
+        of_drawn = _draw(logits[drawn], [rows[index] for index in drawn], chooser)
+        for index, token_id in zip(drawn, of_drawn, strict=True):
             token_ids[index] = token_id
     return token_ids
 
 
-def most_likely(logits: torch.Tensor) -> list[int]:
-    """Return the first of the largest of each row of ``logits`` float32 [B, vocab].
+def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int]:
+    """Return the first of the largest of each row of ``logits`` [B, vocab].
 
     Raises InternalError when that is not finite in some row; a NaN counts as the largest.
     """
+    if chooser is None:
+        return _most_likely_in_numpy(logits.float())
+    token_ids: list[int] = chooser.most_likely(logits).tolist()
+    if NOT_FINITE in token_ids:
+        raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
+    return token_ids
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
+    """Draw one token for each row by its temperature and truncation."""
+    if chooser is None:
+        return _draw_in_numpy(logits.float(), rows)
+    token_ids: list[int] = chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR).tolist()
+    if NOT_FINITE in token_ids:
+        raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
+    if undecided := [index for index, token_id in enumerate(token_ids) if token_id == UNDECIDED]:
+        rest = _draw_in_numpy(logits[undecided].float(), [rows[index] for index in undecided])
+        for index, token_id in zip(undecided, rest, strict=True):
+            token_ids[index] = token_id
+    return token_ids
+
+
+def _draw_settings(rows: Sequence[SamplingRow]) -> DrawSettings:
+    return DrawSettings(
+        temperature=np.array([row.params.temperature for row in rows], dtype=np.float64),
+        top_p=np.array([row.params.top_p for row in rows], dtype=np.float64),
+        min_p=np.array([row.params.min_p for row in rows], dtype=np.float64),
+        top_k=np.array([row.params.top_k for row in rows], dtype=np.int32),
+        seed=np.array([row.params.seed & SEED_MASK for row in rows], dtype=np.uint64),
+        position=np.array([row.position for row in rows], dtype=np.uint64),
+    )
+
+
+def _most_likely_in_numpy(logits: torch.Tensor) -> list[int]:
+    """Return the first of the largest of each row of float32 ``logits``, on any device."""
     if logits.device.type == "cpu":
         values = logits.numpy()
         best = values.argmax(axis=-1)  # ten times as fast as torch's, and a few calls of NumPy as one of torch
@@ -103,8 +147,8 @@ def _broken(row: int, num_rows: int) -> InternalError:
     return InternalError(f"the logits of row {row} of {num_rows} hold NaN or infinity, or forbid every token")
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Draw one token for each row by its temperature and truncation."""
+def _draw_in_numpy(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Draw one token for each row of float32 ``logits``, on any device."""
     temperatures = [row.params.temperature for row in rows]
     if any(temperature != 1.0 for temperature in temperatures):
         logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device).unsqueeze(1)

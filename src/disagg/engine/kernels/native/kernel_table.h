@@ -76,6 +76,14 @@ struct LinearArgs {
   int64_t out_features;
 };
 
+// Where the likely tokens of a row go: room for all that there may be, and for a vector more.
+struct LikelyTokens {
+  int32_t* tokens;
+  float* logprobs;
+  float* probabilities;
+};
+constexpr int kMostLanes = 16;
+
 // Kernels of one instruction set and one element type. Row ranges are half open.
 struct Kernels {
   void (*prefill)(const AttentionArgs&, const AttentionItem&);
@@ -98,6 +106,10 @@ struct Kernels {
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
                    int64_t row_begin, int64_t row_end);
   void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  // Of one row of logits; see logits.h.
+  int64_t (*find_largest)(const void* logits, int64_t width);
+  int64_t (*find_likely)(const void* logits, int64_t width, float sharpness, float floor, const LikelyTokens& out);
+  void (*find_unlikely)(const void* logits, int64_t width, float sharpness, float floor, float* probabilities);
 };
 
 struct InstructionSet {

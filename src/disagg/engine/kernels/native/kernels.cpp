@@ -5,6 +5,7 @@
 #include "kernel_table.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "logits.h"
 #include "prefill_attention.h"
 #include "rope.h"
 
@@ -30,7 +31,8 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
-          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>};
+          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
+          find_largest<E>, find_likely<E>, find_unlikely<E>};
 }
 
 extern const Kernels kKernels[kNumElementTypes];

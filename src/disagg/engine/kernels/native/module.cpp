@@ -12,6 +12,7 @@
 #include "layer_stack.h"
 #include "packed_linear.h"
 #include "parallel.h"
+#include "sampling.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -64,6 +65,21 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// How the rows of a step are sampled: arrays with one value per row.
+struct DrawSettings {
+  uintptr_t temperature, top_p, min_p, top_k, seed, position;
+  float floor;
+
+  Drawing of_row(int64_t row) const {
+    return {at<double>(temperature)[row],
+            at<double>(top_p)[row],
+            at<double>(min_p)[row],
+            at<int32_t>(top_k)[row],
+            noise_key(at<uint64_t>(seed)[row], at<uint64_t>(position)[row]),
+            floor};
+  }
+};
+
 // The kernels of one instruction set and element type, as Python sees them.
 class BoundKernels {
  public:
@@ -107,6 +123,21 @@ class BoundKernels {
     run_team(num_threads, [&](Team& team) { step.attend(team, *kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), scale, window); });
   }
 
+  // Per row of logits its largest, as logits.h says, into ``tokens``.
+  void find_largest(uintptr_t logits, uintptr_t tokens, int64_t rows, int64_t width, int num_threads) const {
+    for_each_row(rows, num_threads, [&](int64_t row) {
+      at<int64_t>(tokens)[row] = kernels_->find_largest(row_of(logits, row, width), width);
+    });
+  }
+
+  // Per row of logits a drawn token, as sampling.h says, into ``tokens``.
+  void draw(uintptr_t logits, const DrawSettings& settings, uintptr_t tokens, int64_t rows, int64_t width,
+            int num_threads) const {
+    for_each_row(rows, num_threads, [&](int64_t row) {
+      at<int64_t>(tokens)[row] = draw_token(*kernels_, row_of(logits, row, width), width, settings.of_row(row));
+    });
+  }
+
   const Kernels& table() const { return *kernels_; }
   int64_t item_bytes() const { return bfloat16_ ? 2 : 4; }
 
@@ -114,6 +145,16 @@ class BoundKernels {
   template <class Work>
   static void for_rows(int64_t rows, int64_t row_bytes, int num_threads, Work work) {
     run_team(num_threads, [&](Team& team) { team.for_each_range(rows, row_bytes, work); });
+  }
+
+  template <class Work>
+  static void for_each_row(int64_t rows, int num_threads, Work work) {
+    const py::gil_scoped_release unlocked;
+    run_team(num_threads, [&](Team& team) { team.for_each_item(rows, [&](int64_t row, int64_t) { work(row); }); });
+  }
+
+  const char* row_of(uintptr_t matrix, int64_t row, int64_t width) const {
+    return at<char>(matrix) + row * width * item_bytes();
   }
 
   const Kernels* kernels_ = nullptr;
@@ -206,12 +247,18 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&make_step), py::kw_only(), py::arg("num_blocks"), py::arg("num_kv_heads"), py::arg("group"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("query_start"), py::arg("context_lens"),
            py::arg("block_tables"), py::arg("num_rows"), py::arg("num_sequences"), py::arg("table_width"));
+  py::class_<DrawSettings>(module, "DrawSettings")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float>(), py::kw_only(),
+           py::arg("temperature"), py::arg("top_p"), py::arg("min_p"), py::arg("top_k"), py::arg("seed"),
+           py::arg("position"), py::arg("floor"));
   py::class_<BoundKernels>(module, "Kernels")
       .def(py::init<const std::string&, bool>(), py::arg("instruction_set"), py::arg("bfloat16"))
       .def("rms_norm", &BoundKernels::rms_norm)
       .def("silu_and_mul", &BoundKernels::silu_and_mul)
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
-      .def("attention", &BoundKernels::attention);
+      .def("attention", &BoundKernels::attention)
+      .def("find_largest", &BoundKernels::find_largest)
+      .def("draw", &BoundKernels::draw);
   py::class_<BoundLinear>(module, "Linear")
       .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&>(),
            py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))

@@ -90,6 +90,19 @@ DISAGG_INLINE bool any_above(Floats x, float bound) {
 #endif
 }
 
+// One bit for each lane in which a comparison holds.
+DISAGG_INLINE uint32_t bits_of(Ints holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)holds));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (holds[lane] != 0 ? 1u : 0u) << lane;
+  return bits;
+#endif
+}
+
 // Lanes first, first + 1, ... as integers.
 DISAGG_INLINE Ints lane_numbers(int first) {
   static const int32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
