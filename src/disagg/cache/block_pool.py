@@ -199,7 +199,7 @@ class BlockPool:
             self._blocks[index].num_sequences = 1 if state is BlockState.ACTIVE else 0
             self._move(index, state)
             taken.append(BlockId(index))
-        return tuple(taken)
+        return tuple(sorted(taken))  # neighbours stay neighbours: memory is read quickest in runs
 
     def _evict(self) -> int:
         index, _ = self._cached.popitem(last=False)

@@ -12,8 +12,8 @@ namespace DISAGG_ISA {
 template <class E>
 class DecodeRange {
  public:
-  // ``following`` is the first block this thread will read after this range.
-  DecodeRange(const AttentionArgs& args, const AttentionItem& item, int32_t following)
+  // ``following`` are the first two blocks this thread will read after this range.
+  DecodeRange(const AttentionArgs& args, const AttentionItem& item, const int32_t* following)
       : args_(args),
         item_(item),
         layout_(HeadLayout::of<E>(args)),
@@ -30,8 +30,9 @@ class DecodeRange {
     const int first = item_.key_begin / args_.block_size;
     const int last = (item_.key_end - 1) / args_.block_size;
     for (int block = first; block <= last; ++block) {
-      const int32_t next = block < last ? table_[block + 1] : following_;
-      attend_block(block * args_.block_size, table_[block], next);
+      const int32_t* next[2] = {block < last ? table_ + block + 1 : following_,
+                                block + 1 < last ? table_ + block + 2 : following_ + (block == last)};
+      attend_block(block * args_.block_size, table_[block], *next[0], *next[1]);
     }
   }
 
@@ -58,14 +59,15 @@ class DecodeRange {
     return (first_head * args_.group + row) * args_.head_dim;
   }
 
-  void attend_block(int key_begin, int32_t block, int32_t next) {
+  void attend_block(int key_begin, int32_t block, int32_t next, int32_t after_next) {
     const int keys_left = item_.key_end - key_begin;
     const int num_keys = keys_left < args_.block_size ? keys_left : args_.block_size;
     const int num_vectors = (num_keys + kLanes - 1) / kLanes;
     const int64_t to_next = (int64_t{next} - block) * layout_.block_units;
     const uint32_t* k = heads_ + block * layout_.block_units;
-    touch(k + to_next);
+    const uint32_t* later = heads_ + after_next * layout_.block_units;
     for (int head = 0; head < item_.num_kv_heads; ++head) {
+      touch(later + head * layout_.head_units);
       const uint32_t* k_vectors[kMaxBlockSize / kLanes];
       for (int vector = 0; vector < num_vectors; ++vector)
         k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
@@ -82,6 +84,7 @@ class DecodeRange {
                                 args_.scale * kLog2E, states_[row]);
     for (int head = 0; head < item_.num_kv_heads; ++head) {
       const uint32_t* v = k + layout_.v_units + head * layout_.head_units;
+      touch(later + layout_.v_units + head * layout_.head_units);
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
         float corrections[rows.value];
         for (int r = 0; r < rows.value; ++r) corrections[r] = corrections_[first + r];
@@ -91,14 +94,10 @@ class DecodeRange {
     }
   }
 
-  // Ask for the first lines of every head of a block: its pages are known, and the hardware is on its track, in time.
-  void touch(const uint32_t* k) const {
-    constexpr int kLineUnits = 16;
-    for (int head = 0; head < item_.num_kv_heads; ++head, k += layout_.head_units)
-      for (int line = 0; line < 2; ++line) {
-        prefetch(k + line * kLineUnits);
-        prefetch(k + layout_.v_units + line * kLineUnits);
-      }
+  // Ask for a line of each page of a head two blocks ahead, so that its address is known when its bytes are asked for.
+  void touch(const uint32_t* head) const {
+    constexpr int kPageUnits = 1024;
+    for (int64_t unit = 0; unit < layout_.head_units; unit += kPageUnits) prefetch(head + unit);
   }
 
   // From head ``head`` of K (V counted on) to the one that is read after it, maybe in the next block: 4 to 8 KiB, which
@@ -113,7 +112,7 @@ class DecodeRange {
   const HeadLayout layout_;
   const int32_t* table_;
   const uint32_t* heads_;
-  const int32_t following_;
+  const int32_t* following_;
   const int num_rows_;
   const uint32_t* queries_;  // one row behind the other
   alignas(64) float values_[kTileRows * kMaxHeadDim];

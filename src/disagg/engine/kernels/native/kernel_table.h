@@ -88,8 +88,8 @@ constexpr int kMostLanes = 16;
 struct Kernels {
   void (*prefill)(const AttentionArgs&, const AttentionItem&);
   // ``partial`` is null, or takes the result over a range of keys: per query head its offset (base 2), its sum, then
-  // head_dim weighted values. ``following`` is the block that this thread will read next.
-  void (*decode)(const AttentionArgs&, const AttentionItem&, float* partial, int32_t following);
+  // head_dim weighted values. ``following`` are the two blocks that this thread will read next.
+  void (*decode)(const AttentionArgs&, const AttentionItem&, float* partial, const int32_t* following);
   // Join ``num_partials`` results over consecutive ranges of keys into row ``first_row`` of the output.
   void (*merge)(const AttentionArgs&, const AttentionItem&, const float* partials, int num_partials);
   int panel_width;

@@ -18,7 +18,7 @@ void prefill(const AttentionArgs& args, const AttentionItem& item) {
 }
 
 template <class E>
-void decode(const AttentionArgs& args, const AttentionItem& item, float* partial, int32_t following) {
+void decode(const AttentionArgs& args, const AttentionItem& item, float* partial, const int32_t* following) {
   DecodeRange<E> range(args, item, following);
   range.run();
   if (partial != nullptr) {

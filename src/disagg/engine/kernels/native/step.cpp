@@ -139,8 +139,11 @@ int32_t Step::first_key(int32_t position, int window) const {
   return window > position ? 0 : (position - window + 1) / shape_.block_size * shape_.block_size;
 }
 
-int32_t Step::first_block(const AttentionItem& item) const {
-  return tables_[item.sequence * table_width_ + item.key_begin / shape_.block_size];
+std::array<int32_t, 2> Step::first_blocks(const AttentionItem& item) const {
+  const int32_t first = item.key_begin / shape_.block_size;
+  const int32_t last = (item.key_end - 1) / shape_.block_size;
+  const int32_t* table = tables_.data() + item.sequence * table_width_;
+  return {table[first], table[std::min(first + 1, last)]};
 }
 
 void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale,
@@ -161,9 +164,9 @@ void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, 
   team.for_each_item(num_items, [&](int64_t index, int64_t next) {
     const AttentionItem& item = plan.items[index];
     if (item.num_tokens > 1) return kernels.prefill(args, item);
-    const int32_t following = first_block(plan.items[next < num_items ? next : index]);
-    if (item.split_group < 0) return kernels.decode(args, item, nullptr, following);
-    kernels.decode(args, item, partials_.data() + item.partial, following);
+    const std::array<int32_t, 2> following = first_blocks(plan.items[next < num_items ? next : index]);
+    if (item.split_group < 0) return kernels.decode(args, item, nullptr, following.data());
+    kernels.decode(args, item, partials_.data() + item.partial, following.data());
     // Whoever finishes the last range of a decode joins all of them, in their order: same sums whatever the timing.
     const SplitGroup& group = plan.split_groups[item.split_group];
     if (group.num_finished->fetch_add(1, std::memory_order_acq_rel) + 1 == group.num_partials) {

@@ -1,6 +1,7 @@
 // One step's sequences, checked once, cut into pieces of attention work once, then used by every layer.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -67,7 +68,7 @@ class Step {
   void plan_decode(Plan& plan, int32_t sequence) const;
   void plan_ranges(Plan& plan, const AttentionItem& whole) const;
   int32_t first_key(int32_t position, int window) const;
-  int32_t first_block(const AttentionItem& item) const;
+  std::array<int32_t, 2> first_blocks(const AttentionItem& item) const;
 
   StepShape shape_;
   std::vector<int32_t> positions_;
