@@ -44,7 +44,8 @@ def test_eviction_takes_the_end_of_the_least_recently_used_prefix() -> None:
 def test_the_blocks_of_a_sequence_lie_in_order_wherever_they_come_from() -> None:
     pool = BlockPool(8)
     first, second = pool.allocate(3), pool.allocate(3)
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     for number, block in enumerate(second):
         pool.publish(block, BlockHash(bytes([number])))
     pool.release(second)

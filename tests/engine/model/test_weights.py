@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.interface import DecoderWeights
 from disagg.engine.kernels.torch_backend import TorchBackend
-from disagg.engine.model.weights import DecoderWeights, expected_shapes, load_weights
+from disagg.engine.model.weights import expected_shapes, load_weights
 from disagg.models.locate import load_config, locate_model
 
 

@@ -60,13 +60,17 @@ class Linear:
     def pack(self, weight: int, packed: int, num_threads: int) -> None: ...
     def multiply(self, x: int, out: int, rows: int, num_threads: int) -> None: ...
 
-class Layers:
+class Decoder:
     def __init__(
         self,
         *,
         kernels: Kernels,
         hidden: int,
         intermediate: int,
+        vocab_size: int,
+        embeddings: int,
+        norm: int,
+        head: Linear,
         cos_sin: int,
         num_positions: int,
         scale: float,
@@ -89,11 +93,10 @@ class Layers:
         self,
         *,
         step: Step,
-        residual: int,
+        token_ids: int,
         kv_layers: list[int],
         wanted_rows: int,
         num_wanted: int,
-        wanted_residual: int,
-        out: int,
+        logits: int,
         num_threads: int,
     ) -> None: ...

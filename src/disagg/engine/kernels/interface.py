@@ -61,7 +61,17 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSettings:
+class DecoderWeights:
+    """A whole decoder, packed. ``embeddings`` is [vocab, hidden]; ``head`` projects onto the vocabulary."""
+
+    embeddings: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSettings:
     """What the layers of a decoder share. ``cos_sin`` is as in ``KernelBackend.rope_and_write_kv``.
 
     ``sliding_windows`` has one entry per layer, None where a layer sees everything.
@@ -75,16 +85,13 @@ class LayerSettings:
     sliding_windows: tuple[int | None, ...]
 
 
-class DecoderLayers(Protocol):
-    """All layers of a decoder, between the embedding of its tokens and the last norm."""
+class DecoderStack(Protocol):
+    """A decoder over a paged KV pool, from token ids to logits."""
 
-    def __call__(
-        self, residual: torch.Tensor, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pass the embedded tokens [T, hidden] through all layers; their tensor is overwritten.
+    def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+        """Pass a step's tokens through the decoder; write their K and V into ``kv[layer]``.
 
-        Writes K and V of the tokens into ``kv[layer]``. Returns the last layer's output and the residual that it is
-        yet to be added to, both [L, hidden]: of the rows ``batch.logit_rows``.
+        Returns the logits of the rows ``batch.logit_rows``, [L, vocab], in the weights' element type.
         """
 
 
@@ -143,11 +150,11 @@ class KernelBackend(Protocol):
 
 
 @runtime_checkable
-class FusesLayers(Protocol):
-    """A backend that runs all layers by itself, faster than its operations called one by one."""
+class FusesDecoder(Protocol):
+    """A backend that runs a decoder by itself, faster than its operations called one by one."""
 
-    def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
-        """Return the layers as one operation, or None where a part of them is none of the backend's own."""
+    def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
+        """Return the decoder as one operation, or None where a part of it is none of the backend's own."""
 
 
 @dataclass(frozen=True, slots=True)

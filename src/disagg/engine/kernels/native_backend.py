@@ -1,6 +1,5 @@
 """The kernel backend on the native CPU kernels of ``native/``, packed weights included."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,8 +11,15 @@ from torch.nn import functional
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
-from disagg.engine.kernels.interface import DecoderLayers, DrawSettings, LayerSettings, LayerWeights, Linear, StepBatch
-from disagg.engine.kernels.native_layers import NO_WINDOW, NativeLayers
+from disagg.engine.kernels.interface import (
+    DecoderSettings,
+    DecoderStack,
+    DecoderWeights,
+    DrawSettings,
+    Linear,
+    StepBatch,
+)
+from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
 
 try:
@@ -77,26 +83,34 @@ class NativeBackend:
             return lambda x: int8_product(x, weight, bias)
         return self._pack(weight.values, dtype, weight.scale.tolist(), bias)
 
-    def fuse_layers(self, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers | None:
-        """Return the layers as one native call; None where a weight could not be packed."""
-        down = layers[0].down
+    def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
+        """Return the decoder as one native call; None where a weight could not be packed."""
+        down, head = weights.layers[0].down, weights.head
         linears = (
-            linear for layer in layers for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
+            linear
+            for layer in weights.layers
+            for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
         )
-        if not isinstance(down, PackedLinear) or not all(isinstance(linear, PackedLinear) for linear in linears):
+        if not isinstance(down, PackedLinear) or not isinstance(head, PackedLinear):
+            return None
+        if not all(isinstance(linear, PackedLinear) for linear in linears):
             return None
         num_positions, _ = settings.cos_sin.shape
         check_tensor(settings.cos_sin, torch.float32, settings.cos_sin.numel())
-        native = _native.Layers(
-            kernels=self._kernels[layers[0].attention_norm.dtype],
+        native = _native.Decoder(
+            kernels=self._kernels[weights.norm.dtype],
             hidden=down.out_features,
             intermediate=down.in_features,
+            vocab_size=head.out_features,
+            embeddings=weights.embeddings.data_ptr(),
+            norm=weights.norm.data_ptr(),
+            head=head.native,
             cos_sin=settings.cos_sin.data_ptr(),
             num_positions=num_positions,
             scale=settings.scale,
             eps=settings.eps,
         )
-        return NativeLayers(native, layers, settings, self._prepare)
+        return NativeDecoder(native, weights, settings, self._prepare)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from disagg.base.errors import ConfigurationError
-from disagg.engine.kernels.composed_layers import decoder_layers
-from disagg.engine.kernels.interface import KernelBackend, LayerSettings, StepBatch
+from disagg.engine.kernels.composed_decoder import decoder_stack
+from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, KernelBackend, StepBatch
 from disagg.engine.model.rope import rope_table
-from disagg.engine.model.weights import DecoderWeights
 from disagg.models.config import ModelConfig
 
 
@@ -34,7 +33,7 @@ class Decoder:
         self.backend = backend
         self.max_model_len = length
         self._weights = weights
-        settings = LayerSettings(
+        settings = DecoderSettings(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             scale=config.head_dim**-0.5,
@@ -42,23 +41,17 @@ class Decoder:
             cos_sin=rope_table(config, length).to(self.device),
             sliding_windows=config.sliding_windows,
         )
-        self._layers = decoder_layers(backend, weights.layers, settings)
+        self._stack = decoder_stack(backend, weights, settings)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where a step's tensors must be."""
         return self._weights.embeddings.device
 
-    @torch.inference_mode()
     def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Compute one step: write the new tokens' keys and values into ``kv``, return logits of the wanted rows.
 
         ``kv[layer]`` is [num_blocks, 2, Hk, block_size * D] in the backend's format and of the weights' element type.
         Returns [len(batch.logit_rows), vocab_size] in the weights' element type.
         """
-        residual = torch.nn.functional.embedding(batch.token_ids, self._weights.embeddings)
-        x, residual = self._layers(residual, kv, batch)
-        if not len(x):
-            return x.new_empty((0, self.config.vocab_size))
-        x = self.backend.add_rms_norm(x, residual, self._weights.norm, self.config.rms_norm_eps)
-        return self._weights.head(x)
+        return self._stack(kv, batch)

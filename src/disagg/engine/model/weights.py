@@ -5,7 +5,6 @@ Memory peaks at the packed weights plus the tensors of one merged matrix.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
 from disagg.engine.kernels.int8 import quantize_int8
-from disagg.engine.kernels.interface import KernelBackend, LayerWeights, Linear
+from disagg.engine.kernels.interface import DecoderWeights, KernelBackend, LayerWeights, Linear
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
@@ -22,16 +21,6 @@ TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloa
 
 Progress = Callable[[float], None]
 """Called with the fraction of the weights that is loaded, 0 to 1, rising."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderWeights:
-    """A whole decoder, packed. ``embeddings`` is [vocab, hidden]; ``head`` projects onto the vocabulary."""
-
-    embeddings: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor
-    head: Linear
 
 
 def load_weights(

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernel_table.h"
-#include "layer_stack.h"
+#include "decoder_stack.h"
 #include "packed_linear.h"
 #include "parallel.h"
 #include "sampling.h"
@@ -192,13 +192,15 @@ class BoundLinear {
   PackedLinear linear_;
 };
 
-// All layers, as Python sees them. Weights and linears stay in Python's hands.
-class BoundLayers {
+// A decoder, as Python sees it. Weights and linears stay in Python's hands.
+class BoundDecoder {
  public:
-  BoundLayers(const BoundKernels& kernels, int64_t hidden, int64_t intermediate, uintptr_t cos_sin,
-              int64_t num_positions, float scale, float eps)
+  BoundDecoder(const BoundKernels& kernels, int64_t hidden, int64_t intermediate, int64_t vocab_size,
+               uintptr_t embeddings, uintptr_t norm, const BoundLinear& head, uintptr_t cos_sin, int64_t num_positions,
+               float scale, float eps)
       : stack_(kernels.table(), kernels.item_bytes(),
-               {hidden, intermediate, at<float>(cos_sin), num_positions, scale, eps}) {}
+               {hidden, intermediate, vocab_size, at<void>(embeddings), at<void>(norm), head.get(), at<float>(cos_sin),
+                num_positions, scale, eps}) {}
 
   void add(uintptr_t attention_norm, const BoundLinear& qkv, uintptr_t q_norm, uintptr_t k_norm,
            const BoundLinear& attention_output, uintptr_t mlp_norm, const BoundLinear& gate_up,
@@ -207,20 +209,20 @@ class BoundLayers {
                 at<void>(mlp_norm), gate_up.get(), down.get(), window});
   }
 
-  void run(Step& step, uintptr_t residual, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
-           int64_t num_wanted, uintptr_t wanted_residual, uintptr_t out, int num_threads) {
+  void run(Step& step, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
+           int64_t num_wanted, uintptr_t logits, int num_threads) {
     if (kv_layers.size() != stack_.num_layers())
       throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers for " +
                                   std::to_string(stack_.num_layers()) + " layers");
     std::vector<void*> pools;
     for (const uintptr_t address : kv_layers) pools.push_back(at<void>(address));
     const py::gil_scoped_release unlocked;
-    stack_.run(step, at<void>(residual), pools,
-               {at<int64_t>(wanted_rows), num_wanted, at<void>(wanted_residual), at<void>(out)}, num_threads);
+    stack_.run(step, at<int64_t>(token_ids), pools, {at<int64_t>(wanted_rows), num_wanted, at<void>(logits)},
+               num_threads);
   }
 
  private:
-  LayerStack stack_;
+  DecoderStack stack_;
 };
 
 Step make_step(int64_t num_blocks, int num_kv_heads, int group, int head_dim, int block_size, uintptr_t query_start,
@@ -265,14 +267,15 @@ PYBIND11_MODULE(_native, module) {
       .def("packed_bytes", &BoundLinear::packed_bytes)
       .def("pack", &BoundLinear::pack)
       .def("multiply", &BoundLinear::multiply);
-  py::class_<BoundLayers>(module, "Layers")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, uintptr_t, int64_t, float, float>(), py::kw_only(),
-           py::arg("kernels"), py::arg("hidden"), py::arg("intermediate"), py::arg("cos_sin"),
-           py::arg("num_positions"), py::arg("scale"), py::arg("eps"))
-      .def("add", &BoundLayers::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
+  py::class_<BoundDecoder>(module, "Decoder")
+      .def(py::init<const BoundKernels&, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, uintptr_t,
+                    int64_t, float, float>(),
+           py::kw_only(), py::arg("kernels"), py::arg("hidden"), py::arg("intermediate"), py::arg("vocab_size"),
+           py::arg("embeddings"), py::arg("norm"), py::arg("head"), py::arg("cos_sin"), py::arg("num_positions"),
+           py::arg("scale"), py::arg("eps"))
+      .def("add", &BoundDecoder::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("attention_output"), py::arg("mlp_norm"), py::arg("gate_up"), py::arg("down"),
            py::arg("window"))
-      .def("run", &BoundLayers::run, py::kw_only(), py::arg("step"), py::arg("residual"), py::arg("kv_layers"),
-           py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("wanted_residual"), py::arg("out"),
-           py::arg("num_threads"));
+      .def("run", &BoundDecoder::run, py::kw_only(), py::arg("step"), py::arg("token_ids"), py::arg("kv_layers"),
+           py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("num_threads"));
 }

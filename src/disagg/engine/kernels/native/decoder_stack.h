@@ -1,4 +1,4 @@
-// All layers of a decoder as one call: what its operations need is known beforehand, and Python is asked once a step.
+// A whole decoder as one call: what its operations need is known beforehand, and Python is asked once a step.
 #pragma once
 
 #include <cstdint>
@@ -25,35 +25,38 @@ struct LayerWeights {
   int window;
 };
 
-// What all layers share.
+// What surrounds the layers, and what all of them share.
 struct StackSettings {
   int64_t hidden;
   int64_t intermediate;
+  int64_t vocab_size;
+  const void* embeddings;  // [vocab_size, hidden]
+  const void* norm;
+  const PackedLinear* head;
   const float* cos_sin;
   int64_t num_positions;
   float scale;
   float eps;
 };
 
-// Rows whose results are wanted, and where these go: [num_rows, hidden] each.
+// Rows whose logits are wanted, and where these go: [num_rows, vocab_size].
 struct WantedRows {
   const int64_t* rows;
   int64_t num_rows;
-  void* residual;
-  void* out;
+  void* logits;
 };
 
-class LayerStack {
+class DecoderStack {
  public:
-  LayerStack(const Kernels& kernels, int64_t item_bytes, const StackSettings& settings)
+  DecoderStack(const Kernels& kernels, int64_t item_bytes, const StackSettings& settings)
       : kernels_(kernels), item_bytes_(item_bytes), settings_(settings) {}
 
   void add(const LayerWeights& layer) { layers_.push_back(layer); }
   size_t num_layers() const { return layers_.size(); }
 
-  // Pass ``residual`` [T, hidden] through all layers; it is overwritten. ``kv_layers`` has one pool per layer.
-  // Of the wanted rows the last layer's output, not yet added, and the residual are kept: what follows mixes no rows.
-  void run(Step& step, void* residual, const std::vector<void*>& kv_layers, const WantedRows& wanted, int num_threads);
+  // From the ids of a step's tokens to logits. ``kv_layers`` has one pool per layer.
+  void run(Step& step, const int64_t* token_ids, const std::vector<void*>& kv_layers, const WantedRows& wanted,
+           int num_threads);
 
  private:
   // Activations of one step; kept from step to step, since fresh pages cost more than what is written to them.
@@ -62,14 +65,16 @@ class LayerStack {
   };
   using Buffer = std::vector<Line>;
   struct Scratch {
-    Buffer normed, projected, qkv, q, attended, gate_up, activated;
+    Buffer residual, wanted_residual, normed, projected, qkv, q, attended, gate_up, activated;
   };
 
+  void check(const Step& step, const int64_t* token_ids, const WantedRows& wanted) const;
   void reserve(const StepShape& shape, int64_t rows);
+  void embed(Team& team, const int64_t* token_ids, int64_t rows);
   void run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer);
-  void run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, void* out, int64_t rows);
+  void run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, int64_t rows);
   void normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows);
-  void keep_wanted(Team& team, const void* residual, const WantedRows& wanted, int64_t attended_width);
+  void keep_wanted(Team& team, const WantedRows& wanted, int64_t attended_width);
 
   const Kernels& kernels_;
   const int64_t item_bytes_;

@@ -1,4 +1,4 @@
-"""All layers as one native call against the same layers composed of the backend's single operations."""
+"""A decoder as one native call against the same decoder composed of the backend's single operations."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kernel_cases import make_batch, num_threads, steps, windows
 
 from disagg.base.errors import InternalError
-from disagg.engine.kernels.composed_layers import ComposedLayers, decoder_layers
-from disagg.engine.kernels.interface import KernelBackend, LayerSettings, LayerWeights, Linear, StepBatch
+from disagg.engine.kernels.composed_decoder import ComposedDecoder, decoder_stack
+from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, KernelBackend, LayerWeights, Linear
 from disagg.engine.kernels.torch_backend import TorchBackend
 
 native = pytest.importorskip("disagg.engine.kernels.native_backend")
@@ -20,9 +20,10 @@ if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not N
 BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
 FASTEST = next(iter(BACKENDS.values()))
 HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 96, 160, 4, 2, 64, 16
+VOCAB = 256
 
 
-def make_layers(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool) -> list[LayerWeights]:
+def make_weights(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool) -> DecoderWeights:
     torch.manual_seed(0)
 
     def linear(out_features: int, in_features: int) -> Linear:
@@ -31,7 +32,7 @@ def make_layers(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_
     def norm(width: int) -> torch.Tensor:
         return torch.rand(width).to(dtype)
 
-    return [
+    layers = [
         LayerWeights(
             attention_norm=norm(HIDDEN),
             qkv=linear((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, HIDDEN),
@@ -44,21 +45,23 @@ def make_layers(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_
         )
         for _ in range(num_layers)
     ]
+    return DecoderWeights(
+        embeddings=torch.randn(VOCAB, HIDDEN).to(dtype),
+        layers=tuple(layers),
+        norm=norm(HIDDEN),
+        head=linear(VOCAB, HIDDEN),
+    )
 
 
-def make_settings(*sliding_windows: int | None, num_positions: int = 300) -> LayerSettings:
+def make_settings(*sliding_windows: int | None, num_positions: int = 300) -> DecoderSettings:
     angles = torch.rand((num_positions, HEAD_DIM // 2), generator=torch.Generator().manual_seed(1)) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    return LayerSettings(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM**-0.5, 1e-5, cos_sin, sliding_windows)
+    return DecoderSettings(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM**-0.5, 1e-5, cos_sin, sliding_windows)
 
 
 def make_pool(num_layers: int, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
     shape = (num_layers, num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE * HEAD_DIM)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def embedded(batch: StepBatch, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(len(batch.token_ids), HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,13 +85,13 @@ def test_one_call_gives_the_bits_of_the_single_operations(
 ) -> None:
     backend = BACKENDS[name]
     batch, num_blocks = make_batch(lengths, BLOCK_SIZE)
-    layers, layer_settings = make_layers(backend, dtype, 2, qk_norm), make_settings(None, window)
+    weights, decoder_settings = make_weights(backend, dtype, 2, qk_norm), make_settings(None, window)
     pools = make_pool(2, num_blocks, dtype), make_pool(2, num_blocks, dtype)
-    fused = decoder_layers(backend, layers, layer_settings)
-    assert not isinstance(fused, ComposedLayers)
-    expected = ComposedLayers(backend, layers, layer_settings)(embedded(batch, dtype), pools[0], batch)
+    fused = decoder_stack(backend, weights, decoder_settings)
+    assert not isinstance(fused, ComposedDecoder)
+    expected = ComposedDecoder(backend, weights, decoder_settings)(pools[0], batch)
     with num_threads(threads):
-        got = fused(embedded(batch, dtype), list(pools[1]) if as_list else pools[1], batch)
+        got = fused(list(pools[1]) if as_list else pools[1], batch)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(*pools, rtol=0, atol=0)
 
@@ -97,36 +100,49 @@ def test_one_call_gives_the_bits_of_the_single_operations(
 def test_only_the_wanted_rows_are_returned_in_their_order(rows: list[int]) -> None:
     batch, num_blocks = make_batch([(20, 4), (9, 1)], BLOCK_SIZE)
     wanted = dataclasses.replace(batch, logit_rows=torch.tensor(rows, dtype=torch.int64))
-    layers, layer_settings = make_layers(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None)
+    weights, decoder_settings = make_weights(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None)
     out = [
-        build(embedded(batch, torch.float32), make_pool(1, num_blocks, torch.float32), wanted)
+        build(make_pool(1, num_blocks, torch.float32), wanted)
         for build in (
-            decoder_layers(FASTEST, layers, layer_settings),
-            ComposedLayers(FASTEST, layers, layer_settings),
+            decoder_stack(FASTEST, weights, decoder_settings),
+            ComposedDecoder(FASTEST, weights, decoder_settings),
         )
     ]
-    assert [len(x) for x in out[0]] == [len(rows)] * 2
+    assert out[0].shape == (len(rows), VOCAB)
     torch.testing.assert_close(*out, rtol=0, atol=0)
 
 
-def test_a_backend_that_does_not_fuse_layers_composes_them() -> None:
+def test_pools_may_change_from_step_to_step() -> None:
+    batch, num_blocks = make_batch([(20, 1)], BLOCK_SIZE)
+    stack = decoder_stack(FASTEST, make_weights(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None))
+    one, other = make_pool(1, num_blocks, torch.float32), torch.zeros_like(make_pool(1, num_blocks, torch.float32))
+    first, second = stack(one, batch), stack(other, batch)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(stack(one, batch), first, rtol=0, atol=0)
+
+
+def test_a_backend_that_does_not_fuse_a_decoder_composes_it() -> None:
     backend = TorchBackend(FASTEST.kv_format)
-    layers = make_layers(backend, torch.float32, 1, qk_norm=False)
-    assert isinstance(decoder_layers(backend, layers, make_settings(None)), ComposedLayers)
-    assert FASTEST.fuse_layers(layers, make_settings(None)) is None
+    weights = make_weights(backend, torch.float32, 1, qk_norm=False)
+    assert isinstance(decoder_stack(backend, weights, make_settings(None)), ComposedDecoder)
+    assert FASTEST.fuse_decoder(weights, make_settings(None)) is None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    layers = make_layers(FASTEST, torch.float32, 1, qk_norm=False)
+    weights = make_weights(FASTEST, torch.float32, 1, qk_norm=False)
     batch, num_blocks = make_batch([(40, 1)], BLOCK_SIZE)
-    x, pool = embedded(batch, torch.float32), make_pool(1, num_blocks, torch.float32)
+    pool = make_pool(1, num_blocks, torch.float32)
     with pytest.raises(InternalError, match="40 tokens, angles for 39"):
-        decoder_layers(FASTEST, layers, make_settings(None, num_positions=39))(x, pool, batch)
-    fused = decoder_layers(FASTEST, layers, make_settings(None))
+        decoder_stack(FASTEST, weights, make_settings(None, num_positions=39))(pool, batch)
+    fused = decoder_stack(FASTEST, weights, make_settings(None))
     with pytest.raises(InternalError, match="2 KV layers for 1 layers"):
-        fused(x, [pool[0], pool[0]], batch)
-    with pytest.raises(InternalError, match=r"torch\.bfloat16.*needs 96 contiguous elements of torch\.float32"):
-        fused(x.bfloat16(), pool, batch)
+        fused([pool[0], pool[0]], batch)
+    with pytest.raises(InternalError, match=r"torch\.bfloat16.*contiguous elements of torch\.float32"):
+        fused(pool.bfloat16(), batch)
+    batch.token_ids[0] = VOCAB
+    with pytest.raises(InternalError, match="token id 256 of a vocabulary of 256"):
+        fused(pool, batch)
+    batch.token_ids[0] = 0
     batch.logit_rows[0] = 1
     with pytest.raises(InternalError, match="wanted row 1 of 1"):
-        fused(x, pool, batch)
+        fused(pool, batch)

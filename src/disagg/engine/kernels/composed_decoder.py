@@ -1,38 +1,38 @@
-"""The layers of a decoder out of a backend's single operations: their definition, and how most backends run them."""
+"""A decoder out of a backend's single operations: its definition, and how most backends run it."""
 
 from collections.abc import Sequence
 
 import torch
 
 from disagg.engine.kernels.interface import (
-    DecoderLayers,
-    FusesLayers,
+    DecoderSettings,
+    DecoderStack,
+    DecoderWeights,
+    FusesDecoder,
     KernelBackend,
-    LayerSettings,
-    LayerWeights,
     StepBatch,
 )
 
 
-def decoder_layers(backend: KernelBackend, layers: Sequence[LayerWeights], settings: LayerSettings) -> DecoderLayers:
-    """Return the layers in the form in which ``backend`` runs them fastest."""
-    fused = backend.fuse_layers(layers, settings) if isinstance(backend, FusesLayers) else None
-    return fused or ComposedLayers(backend, layers, settings)
+def decoder_stack(backend: KernelBackend, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack:
+    """Return the decoder in the form in which ``backend`` runs it fastest."""
+    fused = backend.fuse_decoder(weights, settings) if isinstance(backend, FusesDecoder) else None
+    return fused or ComposedDecoder(backend, weights, settings)
 
 
-class ComposedLayers:
-    """See ``DecoderLayers``: one call of the backend after the other."""
+class ComposedDecoder:
+    """See ``DecoderStack``: one call of the backend after the other."""
 
-    def __init__(self, backend: KernelBackend, layers: Sequence[LayerWeights], settings: LayerSettings) -> None:
+    def __init__(self, backend: KernelBackend, weights: DecoderWeights, settings: DecoderSettings) -> None:
         self._backend = backend
-        self._layers = tuple(layers)
+        self._weights = weights
+        self._layers = weights.layers
         self._settings = settings
 
-    def __call__(
-        self, residual: torch.Tensor, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``DecoderLayers``."""
+    def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+        """See ``DecoderStack``."""
         backend, layers, eps = self._backend, self._layers, self._settings.eps
+        residual = torch.nn.functional.embedding(batch.token_ids, self._weights.embeddings)
         x = backend.rms_norm(residual, layers[0].attention_norm, eps)
         for index, layer in enumerate(layers):
             if index:
@@ -42,11 +42,11 @@ class ComposedLayers:
                 # What follows mixes no rows, and only the wanted ones are read.
                 x, residual = x[batch.logit_rows], residual[batch.logit_rows]
                 if not len(x):
-                    return torch.empty_like(residual), residual
+                    return x.new_empty((0, len(self._weights.embeddings)))
             x = layer.attention_output(x)
             x = backend.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = layer.down(backend.silu_and_mul(layer.gate_up(x)))
-        return x, residual
+        return self._weights.head(backend.add_rms_norm(x, residual, self._weights.norm, eps))
 
     def _attention(self, index: int, x: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         layer, settings = self._layers[index], self._settings

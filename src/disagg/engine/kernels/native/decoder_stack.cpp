@@ -1,4 +1,4 @@
-#include "layer_stack.h"
+#include "decoder_stack.h"
 
 #include <algorithm>
 #include <cstring>
@@ -25,42 +25,57 @@ void rope_and_write_kv(Team& team, const Kernels& kernels, const Step& step, Rop
                       [&](int64_t begin, int64_t end) { kernels.rope_and_write_kv(args, begin, end); });
 }
 
-void LayerStack::run(Step& step, void* residual, const std::vector<void*>& kv_layers, const WantedRows& wanted,
-                     int num_threads) {
+void DecoderStack::check(const Step& step, const int64_t* token_ids, const WantedRows& wanted) const {
   check_positions(step, settings_.num_positions);
   const int64_t rows = step.num_rows();
+  for (int64_t row = 0; row < rows; ++row)
+    if (token_ids[row] < 0 || token_ids[row] >= settings_.vocab_size)
+      throw std::out_of_range("token id " + std::to_string(token_ids[row]) + " of a vocabulary of " +
+                              std::to_string(settings_.vocab_size));
   for (int64_t i = 0; i < wanted.num_rows; ++i)
     if (wanted.rows[i] < 0 || wanted.rows[i] >= rows)
       throw std::out_of_range("wanted row " + std::to_string(wanted.rows[i]) + " of " + std::to_string(rows));
+}
+
+void DecoderStack::run(Step& step, const int64_t* token_ids, const std::vector<void*>& kv_layers,
+                     const WantedRows& wanted, int num_threads) {
+  check(step, token_ids, wanted);
+  const int64_t rows = step.num_rows();
   reserve(step.shape(), std::max(rows, wanted.num_rows));
   for (const LayerWeights& layer : layers_) step.prepare(layer.window);
   Scratch& scratch = scratch_;
   const int64_t attended_width = int64_t{step.shape().num_kv_heads} * step.shape().group * step.shape().head_dim;
   run_team(num_threads, [&](Team& team) {
+    embed(team, token_ids, rows);
     for (size_t index = 0; index < layers_.size(); ++index) {
       const LayerWeights& layer = layers_[index];
       if (index == 0) {
-        normalise(team, residual, nullptr, layer.attention_norm, rows);
+        normalise(team, scratch.residual.data(), nullptr, layer.attention_norm, rows);
       } else {
-        normalise(team, scratch.projected.data(), residual, layer.attention_norm, rows);
+        normalise(team, scratch.projected.data(), scratch.residual.data(), layer.attention_norm, rows);
       }
       run_attention(team, step, layer, kv_layers[index]);
       if (index + 1 < layers_.size()) {
-        run_mlp(team, layer, scratch.attended.data(), residual, scratch.projected.data(), rows);
+        run_mlp(team, layer, scratch.attended.data(), scratch.residual.data(), rows);
       } else {
-        keep_wanted(team, residual, wanted, attended_width);
-        run_mlp(team, layer, scratch.q.data(), wanted.residual, wanted.out, wanted.num_rows);
+        // What follows mixes no rows, and only the wanted ones are read.
+        keep_wanted(team, wanted, attended_width);
+        run_mlp(team, layer, scratch.q.data(), scratch.wanted_residual.data(), wanted.num_rows);
       }
     }
+    normalise(team, scratch.projected.data(), scratch.wanted_residual.data(), settings_.norm, wanted.num_rows);
+    settings_.head->multiply(team, scratch.normed.data(), wanted.logits, wanted.num_rows);
   });
 }
 
-void LayerStack::reserve(const StepShape& shape, int64_t rows) {
+void DecoderStack::reserve(const StepShape& shape, int64_t rows) {
   const auto at_least = [&](Buffer& buffer, int64_t width) {
     const auto size = static_cast<size_t>(rows * width * item_bytes_) / sizeof(Line) + 1;
     if (buffer.size() < size) buffer.resize(size);
   };
   const int64_t kv_width = int64_t{shape.num_kv_heads} * shape.head_dim;
+  at_least(scratch_.residual, settings_.hidden);
+  at_least(scratch_.wanted_residual, settings_.hidden);
   at_least(scratch_.normed, settings_.hidden);
   at_least(scratch_.projected, settings_.hidden);
   at_least(scratch_.qkv, (shape.group + 2) * kv_width);
@@ -70,7 +85,16 @@ void LayerStack::reserve(const StepShape& shape, int64_t rows) {
   at_least(scratch_.activated, settings_.intermediate);
 }
 
-void LayerStack::run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer) {
+void DecoderStack::embed(Team& team, const int64_t* token_ids, int64_t rows) {
+  const int64_t row_bytes = settings_.hidden * item_bytes_;
+  team.for_each_range(rows, row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      std::memcpy(scratch_.residual.data()->bytes + row * row_bytes,
+                  static_cast<const char*>(settings_.embeddings) + token_ids[row] * row_bytes, row_bytes);
+  });
+}
+
+void DecoderStack::run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer) {
   layer.qkv->multiply(team, scratch_.normed.data(), scratch_.qkv.data(), step.num_rows());
   RopeArgs rope{};
   rope.qkv = scratch_.qkv.data();
@@ -84,31 +108,30 @@ void LayerStack::run_attention(Team& team, Step& step, const LayerWeights& layer
   step.attend(team, kernels_, scratch_.q.data(), scratch_.attended.data(), kv_layer, settings_.scale, layer.window);
 }
 
-void LayerStack::run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, void* out,
-                         int64_t rows) {
+void DecoderStack::run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, int64_t rows) {
   layer.attention_output->multiply(team, attended, scratch_.projected.data(), rows);
   normalise(team, scratch_.projected.data(), residual, layer.mlp_norm, rows);
   layer.gate_up->multiply(team, scratch_.normed.data(), scratch_.gate_up.data(), rows);
   team.for_each_range(rows, 2 * settings_.intermediate * item_bytes_, [&](int64_t begin, int64_t end) {
     kernels_.silu_and_mul(scratch_.gate_up.data(), scratch_.activated.data(), settings_.intermediate, begin, end);
   });
-  layer.down->multiply(team, scratch_.activated.data(), out, rows);
+  layer.down->multiply(team, scratch_.activated.data(), scratch_.projected.data(), rows);
 }
 
-void LayerStack::normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows) {
+void DecoderStack::normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows) {
   team.for_each_range(rows, settings_.hidden * item_bytes_, [&](int64_t begin, int64_t end) {
     kernels_.rms_norm(x, residual, weight, scratch_.normed.data(), settings_.hidden, settings_.eps, begin, end);
   });
 }
 
 // Gather the wanted rows of the residual, and those of the attention where Q was.
-void LayerStack::keep_wanted(Team& team, const void* residual, const WantedRows& wanted, int64_t attended_width) {
+void DecoderStack::keep_wanted(Team& team, const WantedRows& wanted, int64_t attended_width) {
   const int64_t residual_bytes = settings_.hidden * item_bytes_;
   const int64_t attended_bytes = attended_width * item_bytes_;
   team.for_each_item(1, [&](int64_t, int64_t) {
     for (int64_t i = 0; i < wanted.num_rows; ++i) {
-      std::memcpy(static_cast<char*>(wanted.residual) + i * residual_bytes,
-                  static_cast<const char*>(residual) + wanted.rows[i] * residual_bytes, residual_bytes);
+      std::memcpy(scratch_.wanted_residual.data()->bytes + i * residual_bytes,
+                  scratch_.residual.data()->bytes + wanted.rows[i] * residual_bytes, residual_bytes);
       std::memcpy(scratch_.q.data()->bytes + i * attended_bytes,
                   scratch_.attended.data()->bytes + wanted.rows[i] * attended_bytes, attended_bytes);
     }

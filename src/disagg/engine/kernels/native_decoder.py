@@ -1,0 +1,104 @@
+"""A whole decoder as one call of the native kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from disagg.base.errors import InternalError
+from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, LayerWeights, StepBatch
+from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
+
+if TYPE_CHECKING:
+    from disagg.engine.kernels import _native
+
+    PrepareStep = Callable[[StepBatch, torch.Tensor, int, int], _native.Step]
+
+NO_WINDOW: Final = 2**31 - 1
+
+
+class NativeDecoder:
+    """See ``DecoderStack``. ``native`` has no layers yet; ``prepare_step`` gives a batch in its native form."""
+
+    def __init__(
+        self,
+        native: "_native.Decoder",
+        weights: DecoderWeights,
+        settings: DecoderSettings,
+        prepare_step: "PrepareStep",
+    ) -> None:
+        self._native = native
+        self._weights = weights  # the native side knows addresses only
+        self._settings = settings
+        self._prepare_step = prepare_step
+        self._last_kv: torch.Tensor | None = None
+        self._last_pools: tuple[torch.Tensor, list[int]]
+        self._head_dim = settings.cos_sin.shape[1]
+        self._vocab_size, self._hidden = weights.embeddings.shape
+        self._dtype = weights.embeddings.dtype
+        check_tensor(weights.embeddings, self._dtype, self._vocab_size * self._hidden)
+        check_tensor(weights.norm, self._dtype, self._hidden)
+        for layer, window in zip(weights.layers, settings.sliding_windows, strict=True):
+            self._add(layer, NO_WINDOW if window is None else window)
+
+    def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+        """See ``DecoderStack``."""
+        settings, token_ids, wanted = self._settings, batch.token_ids, batch.logit_rows
+        rows, num_wanted = len(token_ids), len(wanted)
+        first, addresses = self._pools(kv)
+        step = self._prepare_step(batch, first, settings.num_heads, self._head_dim)
+        check_tensor(token_ids, torch.int64, rows)
+        check_tensor(wanted, torch.int64, num_wanted)
+        logits = torch.empty((num_wanted, self._vocab_size), dtype=self._dtype)
+        try:
+            self._native.run(
+                step=step,
+                token_ids=token_ids.data_ptr(),
+                kv_layers=addresses,
+                wanted_rows=wanted.data_ptr(),
+                num_wanted=num_wanted,
+                logits=logits.data_ptr(),
+                num_threads=torch.get_num_threads(),
+            )
+        except (IndexError, ValueError) as error:
+            raise InternalError(f"step refused: {error}") from error
+        return logits
+
+    def _pools(self, kv: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+        """Return the first layer's pool, and where each layer's is; all must be alike."""
+        if isinstance(kv, torch.Tensor):
+            if kv is not self._last_kv:
+                self._last_pools = kv[0], self._addresses(kv)
+                self._last_kv = kv
+            return self._last_pools
+        for layer in kv:
+            check_tensor(layer, self._dtype, kv[0].numel())
+        return kv[0], [layer.data_ptr() for layer in kv]
+
+    def _addresses(self, kv: torch.Tensor) -> list[int]:
+        size = kv[0].numel()
+        check_tensor(kv, self._dtype, len(self._weights.layers) * size)
+        return [kv.data_ptr() + index * size * kv.element_size() for index in range(len(kv))]
+
+    def _add(self, layer: LayerWeights, window: int) -> None:
+        linears = [layer.qkv, layer.attention_output, layer.gate_up, layer.down]
+        qkv, attention_output, gate_up, down = (linear for linear in linears if isinstance(linear, PackedLinear))
+        for norm, width in (
+            (layer.attention_norm, self._hidden),
+            (layer.mlp_norm, self._hidden),
+            (layer.q_norm, self._head_dim),
+            (layer.k_norm, self._head_dim),
+        ):
+            if norm is not None:
+                check_tensor(norm, self._dtype, width)
+        self._native.add(
+            attention_norm=layer.attention_norm.data_ptr(),
+            qkv=qkv.native,
+            q_norm=0 if layer.q_norm is None else layer.q_norm.data_ptr(),
+            k_norm=0 if layer.k_norm is None else layer.k_norm.data_ptr(),
+            attention_output=attention_output.native,
+            mlp_norm=layer.mlp_norm.data_ptr(),
+            gate_up=gate_up.native,
+            down=down.native,
+            window=window,
+        )
