@@ -52,7 +52,7 @@ class ControlChannel:
             self._wait(timeout_s)
         messages: list[ToEngine] = []
         # Between steps mostly nothing is there, and asking costs less than trying.
-        while len(messages) < MAX_MESSAGES_AT_ONCE and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while len(messages) < MAX_MESSAGES_AT_ONCE and self._has_message():
             try:
                 messages.append(decode_for_engine(self._socket.recv(zmq.NOBLOCK)))
             except zmq.Again:
@@ -60,6 +60,9 @@ class ControlChannel:
             except ProtocolError as error:
                 logger.error("ignored a message: %s", error)
         return messages
+
+    def _has_message(self) -> bool:
+        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def _wait(self, timeout_s: float) -> None:
         """Wait for a message or a ``wake``. One from a busy time, which nobody waited for, ends a wait early once."""
