@@ -31,7 +31,7 @@ from disagg.engine.profiling.channel import ScriptedChannel
 from disagg.engine.profiling.script import Command, Report, RunScript, Script, ScriptResult
 from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.measure.client.run import run_load
-from disagg.measure.compare.server_process import running
+from disagg.measure.compare.server_process import RunningServer, running
 from disagg.measure.workload import RequestSpec
 
 BATCH_SIZES = (1, 4, 16, 32)
@@ -39,27 +39,22 @@ PROMPT_LEN, OUTPUT_LEN = 24, 256
 NUM_STEPS = 200
 NUM_REPEATS = 2
 SETTLE_S = 3.0
-_CPUCLOCK_SCHED = 2
-"""What Linux's clock_getcpuclockid joins to a process."""
 
 
-def cpu_s(pid: int) -> float:
-    """Return the CPU seconds that a process has used, by its own clock: other counts are whole ticks."""
-    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
-
-
-def serving_s(num_streams: int, output_len: int, url: str, server_pid: int) -> float:
+def serving_s(num_streams: int, output_len: int, server: RunningServer) -> float:
     """Return the CPU seconds of the server process for so many answers streamed at once."""
     requests = (RequestSpec(PROMPT_LEN, output_len, arrival_s=0.0),) * num_streams
-    plan = LoadPlan(server=Server(url), load=OpenLoad(requests), asking=Asking(temperature=0.0), limits=Limits())
-    before_s = cpu_s(server_pid)
+    plan = LoadPlan(
+        server=Server(server.command.url), load=OpenLoad(requests), asking=Asking(temperature=0.0), limits=Limits()
+    )
+    before_s = server.own_cpu_s()
     run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
-    return cpu_s(server_pid) - before_s
+    return server.own_cpu_s() - before_s
 
 
-def outside(num_streams: int, url: str, server_pid: int) -> float:
+def outside(num_streams: int, server: RunningServer) -> float:
     """Return the CPU seconds of the server process for each token: what longer answers cost more than shorter ones."""
-    short_s, long_s = (serving_s(num_streams, factor * OUTPUT_LEN, url, server_pid) for factor in (1, 2))
+    short_s, long_s = (serving_s(num_streams, factor * OUTPUT_LEN, server) for factor in (1, 2))
     return (long_s - short_s) / (OUTPUT_LEN * num_streams)
 
 
@@ -68,10 +63,7 @@ def measure_outside() -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         with running(serve_command("server", ("--colocated", "1")), Path(folder) / "log") as server:
             time.sleep(SETTLE_S)
-            return {
-                size: fmean(outside(size, server.command.url, server.process.pid) for _ in range(NUM_REPEATS))
-                for size in BATCH_SIZES
-            }
+            return {size: fmean(outside(size, server) for _ in range(NUM_REPEATS)) for size in BATCH_SIZES}
 
 
 class Playing(ScriptedChannel):

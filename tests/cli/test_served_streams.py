@@ -1,10 +1,9 @@
-"""Which load shows what streaming costs, and how its records become steps."""
+"""Which load shows what streaming costs, and how its records and the CPU clocks tell."""
 
 import pytest
 
-from disagg.cli.served_streams import StreamLimits, StreamLoad, served_steps
+from disagg.cli.served_streams import CpuReadings, StreamLimits, StreamLoad, served_steps
 from disagg.measure.record import RequestRecord
-from disagg.simulator.contention import Activity
 
 LOAD = StreamLoad(
     num_streams=2, stream_prompt_len=10, stream_output_len=100, num_prompts=4, prompt_len=64, num_packed=1
@@ -22,22 +21,31 @@ def records(prompt_s: float, step_s: float, num_tokens: int = 100) -> list[Reque
     return streams + [record(0.1 + index * prompt_s) for index in range(4)]
 
 
-def test_steps_are_those_of_the_time_in_which_both_instances_computed() -> None:
-    decode, prefill = served_steps(LOAD, records(prompt_s=0.2, step_s=0.01))
-    assert decode.time_s == pytest.approx(0.01)
-    assert decode.neighbour_step_s == prefill.time_s == pytest.approx(0.2)
-    assert prefill.neighbour_step_s == decode.time_s
-    assert (decode.neighbour, decode.neighbour_tokens) == (Activity.PREFILL, 1)
-    assert (prefill.neighbour, prefill.neighbour_tokens) == (Activity.DECODE, 2)
-    assert prefill.chunks == ((0, 64),)
-    # Prompts ran from 0.1 to 0.7 s: from the sixth token of the streams on, for sixty.
-    assert [new for _, new in decode.chunks] == [1, 1]
-    assert decode.chunks[0][0] == pytest.approx(10 + 5 + 30, abs=1)
+def readings(*taken: tuple[float, float]) -> CpuReadings:
+    """Return readings of (moment, CPU seconds)."""
+    values = iter(cpu_s for _, cpu_s in taken)
+    found = CpuReadings(lambda: next(values))
+    for moment_s, _ in taken:
+        found.read(moment_s)
+    return found
+
+
+def test_what_counts_is_the_time_in_which_both_instances_computed() -> None:
+    # Prompts ran from 0.1 to 0.7 s. What was spent before, on accepting the requests, is no part of it.
+    spent = readings((0.0, 5.0), (0.1, 5.4), (0.7, 5.46), (1.05, 5.5))
+    (sample,) = served_steps(LOAD, records(prompt_s=0.2, step_s=0.01), spent)
+    assert sample.num_streams == 2
+    assert sample.step_s == pytest.approx(0.01)
+    assert sample.cpu_s == pytest.approx(0.06 / 60)
+
+
+def test_between_two_readings_time_is_spent_evenly() -> None:
+    assert readings((0.0, 1.0), (1.0, 1.5), (2.0, 3.5)).between(0.5, 1.5) == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize(("prompt_s", "num_tokens"), [(0.2, 8), (0.01, 100)])
 def test_a_load_that_ended_too_soon_shows_nothing(prompt_s: float, num_tokens: int) -> None:
-    assert served_steps(LOAD, records(prompt_s, 0.01, num_tokens)) == []
+    assert served_steps(LOAD, records(prompt_s, 0.01, num_tokens), readings((0.0, 0.0), (2.0, 1.0))) == []
 
 
 def test_prompts_fill_whole_steps_and_fit_the_model() -> None:

@@ -63,14 +63,17 @@ def engine(model: str | None, threads: tuple[int, ...], as_json: bool, **options
     """Time prefill and decode steps of MODEL against this machine's limits.
 
     The share is the higher of two floors, operations / matrix-product peak and bytes / read bandwidth, over the
-    measured time: 1 is the limit. Both limits are measured in the same run with the same threads.
+    measured time: 1 is the limit. Both limits are measured in the same run with the same threads. "In turn" is the
+    share of the sum of two such floors, that of the products with weights and that of attention.
     """
     for num_threads in threads:
         ready, steps = _measure(model, num_threads, options)
         if as_json:
             for step in steps:
-                measured = {"share": step.share, "limit": step.limit.value, **msgspec.to_builtins(step)}
-                click.echo(msgspec.json.encode({"threads": num_threads, **measured}).decode())
+                shares = {"share": step.share, "share_in_turn": step.share_in_turn, "limit": step.limit.value}
+                peaks = msgspec.to_builtins(ready.peaks)
+                row = {"threads": num_threads, **shares, **msgspec.to_builtins(step), "peaks": peaks}
+                click.echo(msgspec.json.encode(row).decode())
         else:
             _print_table(ready, steps, num_threads)
 
@@ -115,7 +118,7 @@ def _print_table(ready: "EngineBenchmark", steps: list["StepTime"], num_threads:
         title=f"{ready.name}, {ready.dtype}, {ready.backend.name} kernels, {num_threads} thread(s): "
         f"reads {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.gemm_flops / 1e9:.0f} GFLOP/s"
     )
-    for heading in ("phase", "batch", "tokens", "context", "ms", "share", "floor"):
+    for heading in ("phase", "batch", "tokens", "context", "ms", "share", "in turn", "floor"):
         table.add_column(heading, justify="left" if heading in ("phase", "floor") else "right")
     for step in steps:
         case = step.case
@@ -126,6 +129,7 @@ def _print_table(ready: "EngineBenchmark", steps: list["StepTime"], num_threads:
             str(case.context),
             f"{step.time_s * 1e3:.2f}",
             f"{step.share:.2f}",
+            f"{step.share_in_turn:.2f}",
             step.limit.value,
         )
     Console().print(table)

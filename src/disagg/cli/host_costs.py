@@ -53,7 +53,7 @@ def serve_command(name: str, arguments: Sequence[str], start_deadline_s: float =
 
 @dataclass(frozen=True)
 class HostMeasurement:
-    """What requests that had the server for themselves cost beside their steps, and steps of a server that streams."""
+    """What requests that had the server for themselves cost beside their steps, and what streaming costs."""
 
     lone: HostCosts
     served: tuple[ServedSample, ...] = ()
@@ -72,7 +72,8 @@ def measure_host_costs(
             asked = Server(server.command.url)
             lone = host_costs(_ask(asked, num_requests, limits.max_total_len))
             streams = _NUM_STREAMS * num_rounds
-            return HostMeasurement(lone, tuple(measure_served_steps(asked, limits, streams, _NUM_PROMPTS)))
+            served = measure_served_steps(asked, limits, streams, _NUM_PROMPTS, server.own_cpu_s)
+            return HostMeasurement(lone, tuple(served))
 
 
 def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:

@@ -1,16 +1,18 @@
-"""Steps of a real server that streams answers while it prefills other prompts: what is read off at the client.
+"""What a real server and its client cost while answers stream and other prompts are prefilled.
 
 Some answers stream from the decode instance, and prompts wait in line for the prefill instance, so that both compute
-without pause; what serves, and the client, finds no other cores than theirs, or does.
+without pause. What serves, and the client, is read off their own clocks of CPU time.
 """
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
 
+import numpy as np
 import uvloop
 
 from disagg.base.errors import DisaggError
@@ -24,13 +26,13 @@ from disagg.measure.client.prompts import Prompt
 from disagg.measure.client.running import LoadRun
 from disagg.measure.record import Ending, RequestRecord
 from disagg.measure.workload import RequestSpec
-from disagg.simulator.contention import Activity
 from disagg.simulator.served_steps import ServedSample
 
 _STREAM_PROMPT_LEN: Final = 24
 _STREAM_OUTPUT_LEN: Final = 256
 _FEWEST_STEPS: Final = 8
 """Steps of the streams that both instances must have computed through, for their mean to count."""
+_READING_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ class StreamLoad:
 
 
 def measure_served_steps(
-    server: Server, limits: StreamLimits, streams: Sequence[int], num_prompts: int
+    server: Server, limits: StreamLimits, streams: Sequence[int], num_prompts: int, server_cpu_s: Callable[[], float]
 ) -> list[ServedSample]:
-    """Send a load for each number of streams and return the steps seen; a load that ended too soon brings none.
+    """Send a load for each number of streams; return what serving cost. A load that ended too soon brings nothing.
 
+    ``server_cpu_s`` tells the CPU seconds that the server has used, without those of its instances.
     Raises DisaggError when the server refuses a request.
     """
     model = served_model(server)
@@ -88,46 +91,55 @@ def measure_served_steps(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for num_streams in streams:
             load = StreamLoad.within(limits, num_streams, num_prompts)
-            samples += served_steps(load, runner.run(_send(server, model, load, limits.vocab_size)))
+            readings = CpuReadings(lambda: server_cpu_s() + time.process_time())
+            records = runner.run(_send(server, model, load, limits.vocab_size, readings))
+            samples += served_steps(load, records, readings)
     return samples
 
 
-def served_steps(load: StreamLoad, records: Sequence[RequestRecord]) -> list[ServedSample]:
-    """Return the mean decode step and the mean prefill step of the time in which all streams and the prompts ran."""
+class CpuReadings:
+    """What serving has cost so far, read at moments of a run."""
+
+    def __init__(self, cpu_s: Callable[[], float]) -> None:
+        self._cpu_s = cpu_s
+        self._moments_s: list[float] = []
+        self._readings_s: list[float] = []
+
+    def read(self, now_s: float) -> None:
+        """Take a reading; ``now_s`` never goes back."""
+        self._moments_s.append(now_s)
+        self._readings_s.append(self._cpu_s())
+
+    async def keep_reading(self, now: Callable[[], float]) -> None:
+        """Take readings until cancelled."""
+        while True:
+            self.read(now())
+            await asyncio.sleep(_READING_S)
+
+    def between(self, begin_s: float, end_s: float) -> float:
+        """Return the CPU seconds of a part of the run."""
+        begin, end = np.interp([begin_s, end_s], self._moments_s, self._readings_s)
+        return float(end - begin)
+
+
+def served_steps(load: StreamLoad, records: Sequence[RequestRecord], readings: CpuReadings) -> list[ServedSample]:
+    """Return the mean decode step of the time in which all streams and the prompts ran, and what serving it cost."""
     streams, prompts = records[: load.num_streams], records[load.num_streams :]
     prefilled_s = sorted(record.event_s[0] for record in prompts)
     begin_s = max(prefilled_s[0], *(record.event_s[0] for record in streams))
     end_s = min(prefilled_s[-1], *(record.event_s[-1] for record in streams))
     shared = [[moment_s for moment_s in record.event_s if begin_s <= moment_s <= end_s] for record in streams]
-    prefilled_s = [moment_s for moment_s in prefilled_s if begin_s <= moment_s <= end_s]
-    if len(prefilled_s) <= load.num_packed or min(map(len, shared)) <= _FEWEST_STEPS:
+    num_prefilled = sum(begin_s <= moment_s <= end_s for moment_s in prefilled_s)
+    if num_prefilled <= load.num_packed or min(map(len, shared)) <= _FEWEST_STEPS:
         return []
-    decode_s = fmean((moments_s[-1] - moments_s[0]) / (len(moments_s) - 1) for moments_s in shared)
-    prefill_s = (prefilled_s[-1] - prefilled_s[0]) / (len(prefilled_s) - 1) * load.num_packed
-    num_before = [sum(moment_s < begin_s for moment_s in record.event_s) for record in streams]
-    contexts = [
-        load.stream_prompt_len + before + len(moments_s) // 2
-        for before, moments_s in zip(num_before, shared, strict=True)
-    ]
-    return [
-        ServedSample(
-            chunks=tuple((context, 1) for context in contexts),
-            time_s=decode_s,
-            neighbour=Activity.PREFILL,
-            neighbour_tokens=load.num_packed,
-            neighbour_step_s=prefill_s,
-        ),
-        ServedSample(
-            chunks=((0, load.prompt_len),) * load.num_packed,
-            time_s=prefill_s,
-            neighbour=Activity.DECODE,
-            neighbour_tokens=load.num_streams,
-            neighbour_step_s=decode_s,
-        ),
-    ]
+    step_s = fmean((moments_s[-1] - moments_s[0]) / (len(moments_s) - 1) for moments_s in shared)
+    cpu_s = readings.between(begin_s, end_s) * step_s / (end_s - begin_s)
+    return [ServedSample(num_streams=load.num_streams, step_s=step_s, cpu_s=cpu_s)]
 
 
-async def _send(server: Server, model: str, load: StreamLoad, vocab_size: int) -> tuple[RequestRecord, ...]:
+async def _send(
+    server: Server, model: str, load: StreamLoad, vocab_size: int, readings: CpuReadings
+) -> tuple[RequestRecord, ...]:
     """Send everything and wait for all answers."""
     address = Address.of(server.base_url)
     by_ids = Server(server.base_url, Endpoint.COMPLETION_TOKENS)
@@ -145,7 +157,12 @@ async def _send(server: Server, model: str, load: StreamLoad, vocab_size: int) -
     try:
         await pool.open()
         run = LoadRun(attempts, Limits(), pool, None)
-        await run.drive(chains, None)
+        reading = asyncio.create_task(readings.keep_reading(run.now))
+        try:
+            await run.drive(chains, None)
+        finally:
+            reading.cancel()
+        readings.read(run.now())
     finally:
         pool.close()
     records = run.records()

@@ -25,7 +25,7 @@ from disagg.simulator.measured_steps import (
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.served_steps import ServedSample, fit_serving
 
-PROFILE_VERSION: Final = 1
+PROFILE_VERSION: Final = 2
 _MIN_SAMPLES: Final = 10
 
 
@@ -59,7 +59,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     num_cores: Annotated[int, Meta(ge=1)] | None = None
     """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
     served: tuple[ServedSample, ...] = ()
-    """Steps of instances that a server streamed from, to clients of the same machine."""
+    """What serving cost while a server streamed to clients of the same machine."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class ProfiledPlatform:
 
     def _fit_serving(self) -> ServingCost | None:
         num_cores, num_threads = self.profile.num_cores, self.profile.num_threads
-        if self.interference is None or num_cores is None or num_threads is None:
+        if num_cores is None or num_threads is None:
             return None
-        return fit_serving(self.profile.served, self._latencies[1], self.interference, num_cores, num_threads)
+        return fit_serving(self.profile.served, num_cores, num_threads)
 
     def _check(self, tensor_parallel: int) -> None:
         if tensor_parallel not in self._latencies:

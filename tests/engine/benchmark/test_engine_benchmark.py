@@ -20,11 +20,22 @@ def test_the_floors_of_a_decode_step_are_weights_and_kv_over_bandwidth(default_m
     config = load_config(default_model)
     case = StepCase(Phase.DECODE, batch=4, new_tokens=1, context=1000)
     # SmolLM2-135M in bf16: 134.5 million weights in matrix products, 23,040 bytes of KV a token.
-    assert case.read_bytes(config, BF16) == config.num_linear_parameters * 2 + 4 * 1000 * 23_040
-    assert case.read_bytes(config, ElementSizes(1, 2)) == config.num_linear_parameters + 4 * 1000 * 23_040
+    assert case.products(config, BF16).read_bytes == config.num_linear_parameters * 2
+    assert case.products(config, ElementSizes(1, 2)).read_bytes == config.num_linear_parameters
+    assert case.attention(config, BF16).read_bytes == 4 * 1000 * 23_040
     step = with_floors(case, 0.1, config, PEAKS, BF16)
     assert step.limit is Limit.MEMORY
+    assert step.memory_floor_s == pytest.approx((config.num_linear_parameters * 2 + 4 * 1000 * 23_040) / 10e9)
     assert step.share == pytest.approx(step.memory_floor_s / 0.1)
+
+
+def test_products_and_attention_in_turn_cost_the_sum_of_their_own_floors(default_model: ModelFiles) -> None:
+    """Many sequences: the products are bound by arithmetic, attention by memory."""
+    config = load_config(default_model)
+    step = with_floors(StepCase(Phase.DECODE, batch=64, new_tokens=1, context=1000), 4.0, config, PEAKS, BF16)
+    products_s = 2 * 64 * config.num_linear_parameters / 100e9
+    attention_s = 64 * 1000 * 23_040 / 10e9
+    assert step.share_in_turn == pytest.approx((products_s + attention_s) / 4.0)
 
 
 def test_a_prefill_is_bound_by_its_operations(default_model: ModelFiles) -> None:

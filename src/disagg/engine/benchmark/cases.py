@@ -38,15 +38,30 @@ class StepCase:
     new_tokens: int
     context: int
 
-    def flops(self, config: ModelConfig) -> int:
-        """Return the floating-point operations of the step, attention counted, one logit row a sequence."""
-        attention = config.attention_flops(self.new_tokens, self.context)
-        return config.linear_flops(self.batch * self.new_tokens, self.batch) + self.batch * attention
+    def products(self, config: ModelConfig, sizes: ElementSizes) -> "StepCost":
+        """Return the products with weights: every weight read once, one logit row a sequence."""
+        flops = config.linear_flops(self.batch * self.new_tokens, self.batch)
+        return StepCost(flops, config.num_linear_parameters * sizes.weight)
 
-    def read_bytes(self, config: ModelConfig, sizes: ElementSizes) -> int:
-        """Return the bytes that must be read: every weight of the matrix products once, and the KV cache."""
-        cached = self.batch * self.context * config.kv_bytes_per_token(sizes.cache)
-        return config.num_linear_parameters * sizes.weight + cached
+    def attention(self, config: ModelConfig, sizes: ElementSizes) -> "StepCost":
+        """Return the attention: the whole KV cache of the sequences read once."""
+        flops = self.batch * config.attention_flops(self.new_tokens, self.context)
+        return StepCost(flops, self.batch * self.context * config.kv_bytes_per_token(sizes.cache))
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Floating-point operations, and the bytes that must be read for them."""
+
+    flops: int
+    read_bytes: int
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        return StepCost(self.flops + other.flops, self.read_bytes + other.read_bytes)
+
+    def floors_s(self, peaks: MachinePeaks) -> tuple[float, float]:
+        """Return the least time that the operations take, and the least that the bytes take."""
+        return self.flops / peaks.gemm_flops, self.read_bytes / peaks.read_bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,8 @@ class StepTime:
     time_s: float
     compute_floor_s: float
     memory_floor_s: float
+    in_turn_floor_s: float
+    """The same for products and attention one after the other, neither using what the other leaves of the machine."""
 
     @property
     def limit(self) -> Limit:
@@ -68,17 +85,20 @@ class StepTime:
         """The higher floor as a share of the measured time: 1 is the machine's limit."""
         return max(self.compute_floor_s, self.memory_floor_s) / self.time_s
 
+    @property
+    def share_in_turn(self) -> float:
+        """The floor of products and attention one after the other as a share of the measured time."""
+        return self.in_turn_floor_s / self.time_s
+
 
 def with_floors(
     case: StepCase, time_s: float, config: ModelConfig, peaks: MachinePeaks, sizes: ElementSizes
 ) -> StepTime:
     """Put a measured time beside what the machine could do at best."""
-    return StepTime(
-        case=case,
-        time_s=time_s,
-        compute_floor_s=case.flops(config) / peaks.gemm_flops,
-        memory_floor_s=case.read_bytes(config, sizes) / peaks.read_bandwidth,
-    )
+    products, attention = case.products(config, sizes), case.attention(config, sizes)
+    compute_s, memory_s = (products + attention).floors_s(peaks)
+    in_turn_s = max(products.floors_s(peaks)) + max(attention.floors_s(peaks))
+    return StepTime(case, time_s, compute_s, memory_s, in_turn_s)
 
 
 def standard_cases(max_model_len: int, quick: bool) -> list[StepCase]:

@@ -4,6 +4,8 @@ A token is drawn by the Gumbel-max rule, argmax(log p + noise), because the nois
 of the logits (another batch, another chunking, another kernel) seldom changes the choice. Only tokens above a
 probability floor get noise of their own; the tail below it competes as one token of its whole mass, and when it wins, a
 second draw picks within it. That is the same distribution exactly, and spares hashing the vocabulary.
+
+What is here is the definition, for any device. A backend that chooses tokens by itself follows the same rules and noise.
 """
 
 import math
@@ -95,7 +97,7 @@ def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int
     Raises InternalError when that is not finite in some row; a NaN counts as the largest.
     """
     if chooser is None:
-        return _most_likely_in_numpy(logits.float())
+        return _reference_most_likely(logits.float())
     token_ids: list[int] = chooser.most_likely(logits).tolist()
     if NOT_FINITE in token_ids:
         raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
@@ -105,12 +107,12 @@ def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
     """Draw one token for each row by its temperature and truncation."""
     if chooser is None:
-        return _draw_in_numpy(logits.float(), rows)
+        return _reference_draw(logits.float(), rows)
     token_ids: list[int] = chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR).tolist()
     if NOT_FINITE in token_ids:
         raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
     if undecided := [index for index, token_id in enumerate(token_ids) if token_id == UNDECIDED]:
-        rest = _draw_in_numpy(logits[undecided].float(), [rows[index] for index in undecided])
+        rest = _reference_draw(logits[undecided].float(), [rows[index] for index in undecided])
         for index, token_id in zip(undecided, rest, strict=True):
             token_ids[index] = token_id
     return token_ids
@@ -127,7 +129,7 @@ def _draw_settings(rows: Sequence[SamplingRow]) -> DrawSettings:
     )
 
 
-def _most_likely_in_numpy(logits: torch.Tensor) -> list[int]:
+def _reference_most_likely(logits: torch.Tensor) -> list[int]:
     """Return the first of the largest of each row of float32 ``logits``, on any device."""
     if logits.device.type == "cpu":
         values = logits.numpy()
@@ -147,7 +149,7 @@ def _broken(row: int, num_rows: int) -> InternalError:
     return InternalError(f"the logits of row {row} of {num_rows} hold NaN or infinity, or forbid every token")
 
 
-def _draw_in_numpy(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """Draw one token for each row of float32 ``logits``, on any device."""
     temperatures = [row.params.temperature for row in rows]
     if any(temperature != 1.0 for temperature in temperatures):
