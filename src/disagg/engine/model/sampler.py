@@ -5,7 +5,7 @@ of the logits (another batch, another chunking, another kernel) seldom changes t
 probability floor get noise of their own; the tail below it competes as one token of its whole mass, and when it wins, a
 second draw picks within it. That is the same distribution exactly, and spares hashing the vocabulary.
 
-What is here is the definition, for any device. A backend that chooses tokens by itself follows the same rules and noise.
+What is here is the definition, for any device. A backend that chooses tokens by itself follows the same rules.
 """
 
 import math
