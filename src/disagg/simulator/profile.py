@@ -55,7 +55,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     deliver_s: Annotated[float, Meta(ge=0)] = 0.0
     """From a token at the instance to its arrival at a client of this machine."""
     temperature: Annotated[float, Meta(ge=0)] = 0.0
-    """That of the sampled tokens: above 0, each costs noise for the whole vocabulary."""
+    """That of the sampled tokens: above 0, each costs two more passes over the vocabulary."""
     num_cores: Annotated[int, Meta(ge=1)] | None = None
     """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
     served: tuple[ServedSample, ...] = ()
