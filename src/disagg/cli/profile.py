@@ -56,7 +56,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Of sampling: above 0, each token costs noise for the whole vocabulary.",
+    help="Of sampling: above 0, each token costs two more passes over the vocabulary.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @flags_of(ModelSettings, without={"model"})

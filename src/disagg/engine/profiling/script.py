@@ -37,7 +37,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     num_decode_steps: int = 4
     is_endless: bool = False
     temperature: float = 0.0
-    """That of all its sequences: above 0 costs noise for the whole vocabulary."""
+    """That of all its sequences: above 0 costs two more passes over the vocabulary."""
 
 
 class RunScript(msgspec.Struct, frozen=True, kw_only=True, tag=True):
