@@ -5,20 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, num_threads, shapes, steps, windows
+from native_kernels import BACKENDS, backends, dtypes, native
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import quantize_int8
 from disagg.engine.kernels.torch_backend import TorchBackend
 
-native = pytest.importorskip("disagg.engine.kernels.native_backend")
-if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not None:
-    pytest.skip("the native kernels were not built", allow_module_level=True)
-
-BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
 REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
-backends = st.sampled_from(list(BACKENDS))
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,18 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import make_batch, num_threads, steps, windows
+from native_kernels import BACKENDS, FASTEST, backends, dtypes
 
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.composed_decoder import ComposedDecoder, decoder_stack
 from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, KernelBackend, LayerWeights, Linear
 from disagg.engine.kernels.torch_backend import TorchBackend
 
-native = pytest.importorskip("disagg.engine.kernels.native_backend")
-if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not None:
-    pytest.skip("the native kernels were not built", allow_module_level=True)
-
-BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
-FASTEST = next(iter(BACKENDS.values()))
 HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 96, 160, 4, 2, 64, 16
 VOCAB = 256
 
@@ -66,8 +61,8 @@ def make_pool(num_layers: int, num_blocks: int, dtype: torch.dtype) -> torch.Ten
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(list(BACKENDS)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    name=backends,
+    dtype=dtypes,
     lengths=steps,
     window=windows,
     qk_norm=st.booleans(),

@@ -3,24 +3,19 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_kernels import BACKENDS, backends, dtypes
 
 from disagg.base.errors import InternalError
 from disagg.base.sampling import SamplingParams
-from disagg.engine.kernels.interface import NOT_FINITE, DrawSettings
+from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, DrawSettings
 from disagg.engine.model.adjustments import SamplingRow
 from disagg.engine.model.sampler import most_likely, sample
 
-native = pytest.importorskip("disagg.engine.kernels.native_backend")
-if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not None:
-    pytest.skip("the native kernels were not built", allow_module_level=True)
-
-BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
-backends = st.sampled_from(list(BACKENDS))
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 any_params = st.fixed_dictionaries(
     {
         "seed": st.integers(-(2**63), 2**64 - 1),
@@ -82,21 +77,20 @@ def test_rows_of_a_model_are_decided_without_the_whole_row(name: str) -> None:
     """The fast path is one: nearly every row is drawn from its likely tokens."""
     logits = some_logits(500, 5000, 5.0, torch.bfloat16, 0)
     rows = [SamplingRow(SamplingParams(max_tokens=9, seed=seed), [1]) for seed in range(500)]
-    values = {name: [getattr(row.params, name) for row in rows] for name in ("temperature", "top_p", "min_p", "top_k")}
     drawing = DrawSettings(
-        temperature=torch.tensor(values["temperature"], dtype=torch.float64).numpy(),
-        top_p=torch.tensor(values["top_p"], dtype=torch.float64).numpy(),
-        min_p=torch.tensor(values["min_p"], dtype=torch.float64).numpy(),
-        top_k=torch.tensor(values["top_k"], dtype=torch.int32).numpy(),
-        seed=torch.arange(500).numpy().astype("uint64"),
-        position=torch.ones(500).numpy().astype("uint64"),
+        temperature=np.ones(500),
+        top_p=np.ones(500),
+        min_p=np.zeros(500),
+        top_k=np.zeros(500, dtype=np.int32),
+        seed=np.arange(500, dtype=np.uint64),
+        position=np.ones(500, dtype=np.uint64),
     )
 
     tokens = BACKENDS[name].draw(logits, drawing, -9.0)
 
     assert (tokens >= 0).mean() > 0.9
     expected = [token.token_id for token in sample(logits, rows)]
-    assert all(token in (wanted, -2) for token, wanted in zip(tokens.tolist(), expected, strict=True))
+    assert all(token in (wanted, UNDECIDED) for token, wanted in zip(tokens.tolist(), expected, strict=True))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -98,7 +98,12 @@ def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int
     """
     if chooser is None:
         return _reference_most_likely(logits.float())
-    token_ids: list[int] = chooser.most_likely(logits).tolist()
+    return _all_finite(chooser.most_likely(logits))
+
+
+def _all_finite(chosen: npt.NDArray[np.int64]) -> list[int]:
+    """Return a chooser's tokens; raise InternalError when it tells of a row without a finite maximum."""
+    token_ids: list[int] = chosen.tolist()
     if NOT_FINITE in token_ids:
         raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
     return token_ids
@@ -108,9 +113,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTok
     """Draw one token for each row by its temperature and truncation."""
     if chooser is None:
         return _reference_draw(logits.float(), rows)
-    token_ids: list[int] = chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR).tolist()
-    if NOT_FINITE in token_ids:
-        raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
+    token_ids = _all_finite(chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR))
     if undecided := [index for index, token_id in enumerate(token_ids) if token_id == UNDECIDED]:
         rest = _reference_draw(logits[undecided].float(), [rows[index] for index in undecided])
         for index, token_id in zip(undecided, rest, strict=True):
