@@ -1,7 +1,7 @@
 """How fast one instance pulls KV blocks from another one on the same host: ``python benchmarks/kv_pull.py``.
 
 Prints GB/s for the pool of SmolLM2-135M in bfloat16 (24 KB per block and layer, 30 layers), for blocks that lie beside
-each other and for scattered ones; the first pull of a block also maps its pages, later ones do not.
+each other and for scattered ones, and of the same copies where the pages of the peer's pool are not mapped yet.
 """
 
 import multiprocessing
@@ -14,9 +14,13 @@ import numpy as np
 from disagg.base.clock import MonotonicClock
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.transfer.address import decode_address
 from disagg.transfer.link import BlockPair, Link, Transfer
 from disagg.transfer.links import Links
+from disagg.transfer.page_toucher import wait_until_touched
+from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shm_link import runs
 
 LAYOUT = KvLayout(
     num_layers=30,
@@ -51,6 +55,15 @@ def pull(link: Link, blocks: list[BlockPair]) -> float:
     return transfer.num_bytes / (transfer.ended_s - transfer.started_s) / 1e9
 
 
+def copy(peer: PeerPool, pool: KvPool, blocks: list[BlockPair]) -> float:
+    """Return the GB/s of the copies that a pull makes, out of a mapping of our own."""
+    clock = MonotonicClock()
+    started_s = clock.now()
+    for source, target, count in runs(blocks, longest=len(blocks)):
+        np.copyto(pool.blocks[:, target : target + count], peer.blocks[:, source : source + count])
+    return len(blocks) * LAYOUT.block_bytes / (clock.now() - started_s) / 1e9
+
+
 def memory_copy() -> float:
     """Return the GB/s of a plain copy of as many bytes as a pull of 32 blocks has."""
     clock = MonotonicClock()
@@ -75,13 +88,20 @@ def main() -> None:
         pool.touch(layer, 0, LAYOUT.num_blocks)
     scattered = np.random.default_rng(0).permutation(LAYOUT.num_blocks // 2) + LAYOUT.num_blocks // 2
     print(f"plain copy of {32 * LAYOUT.block_bytes / 1e6:.1f} MB: {memory_copy():.1f} GB/s")
+    unmapped = PeerPool(decode_address(address))
     with ThreadPoolExecutor(max_workers=1) as thread:
         link = Links(pool, thread, MonotonicClock()).open(address)
+        wait_until_touched(timeout_s=60.0)
         for kind, ids in (("neighbours", np.arange(LAYOUT.num_blocks // 2)), ("scattered", scattered)):
-            groups = ids[: NUM_PULLS * 32].reshape(NUM_PULLS, 32).tolist()
-            for time in ("first", "later"):
-                speeds = [pull(link, [(BlockId(n), BlockId(n)) for n in group]) for group in groups]
-                print(f"32 blocks, {kind}, {time} time: {np.median(speeds):.1f} GB/s (worst {min(speeds):.1f})")
+            groups = [
+                [(BlockId(n), BlockId(n)) for n in group]
+                for group in ids[: NUM_PULLS * 32].reshape(NUM_PULLS, 32).tolist()
+            ]
+            for pages, speeds in (
+                ("mapped", [pull(link, blocks) for blocks in groups]),
+                ("not mapped", [copy(unmapped, pool, blocks) for blocks in groups]),
+            ):
+                print(f"32 blocks, {kind}, pages {pages}: {np.median(speeds):.1f} GB/s (worst {min(speeds):.1f})")
     pipe.send_bytes(b"end")
     owner.join()
     pool.close()

@@ -8,7 +8,7 @@ import torch
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.kv_store import DeviceKvStore, KvStore, SharedKvStore, make_kv_store, pool_tensor
-from disagg.engine.prefault import PoolToucher
+from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
 
 
@@ -66,7 +66,7 @@ def test_published_blocks_are_in_the_pool_and_received_ones_are_computed_on(
 
 def test_touching_the_pool_in_the_background_changes_nothing(pool: KvPool) -> None:
     pool.blocks[:] = 3
-    toucher = PoolToucher(pool)
+    toucher = PageToucher(pool)
     toucher.start()
     toucher.stop()
     assert (pool.blocks == 3).all()

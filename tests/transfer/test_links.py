@@ -20,6 +20,7 @@ from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat
 from disagg.transfer.link import Transfer, TransferState
 from disagg.transfer.links import Links
+from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import runs
 
@@ -154,6 +155,18 @@ class TestLinks:
         links.close_peer("aa")
         assert links.open(peer.address()) is not first
         peer.close()
+
+    def test_closing_a_link_ends_what_maps_the_peers_pages(self) -> None:
+        layout = small_layout(num_blocks=200_000)
+        pool = KvPool(layout, "cc")
+        peer = KvPool(layout, "aa")
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            others = Links(pool, thread, MonotonicClock())
+            others.open(peer.address())
+            others.close()
+            assert wait_until_touched(timeout_s=0.0)
+        peer.close()
+        pool.close()
 
     @pytest.mark.parametrize(
         ("name", "value"),

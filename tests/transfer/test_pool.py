@@ -38,6 +38,29 @@ def test_a_peer_sees_what_the_owner_writes_and_cannot_write_itself(pool: KvPool)
     assert not peer.blocks.flags.writeable
 
 
+def mapped_bytes(address: int) -> int:
+    """Return how much of the mapping at ``address`` this process has in its page tables."""
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            span = line.split()[0].split("-")
+            if len(span) == 2 and int(span[0], 16) <= address < int(span[1], 16):
+                return 1024 * int(next(line for line in smaps if line.startswith("Rss:")).split()[1])
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_touching_maps_pages_before_they_are_read() -> None:
+    layout = small_layout(num_blocks=4096)
+    pool = KvPool(layout, "0a")
+    pool.blocks[:] = 3
+    peer = open_peer(pool)
+    before = mapped_bytes(peer.blocks.ctypes.data)
+    peer.touch(layer=1, first_block=1024, num_blocks=2048)
+    wanted = 2048 * layout.layer_block_bytes
+    assert wanted <= mapped_bytes(peer.blocks.ctypes.data) - before < layout.total_bytes
+    assert (peer.blocks == 3).all()
+    pool.close()
+
+
 def test_bytes_and_blocks_are_one_memory(pool: KvPool) -> None:
     data = np.frombuffer(pool.data, dtype=np.uint8)
     assert data.nbytes == LAYOUT.total_bytes == pool.blocks.nbytes

@@ -26,13 +26,13 @@ from disagg.engine.loop import EngineLoop
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.engine.model_executor import ModelExecutor
-from disagg.engine.prefault import PoolToucher
 from disagg.engine.pulls import Pulls
 from disagg.models.config import ModelConfig
 from disagg.models.locate import load_config, locate_model
 from disagg.scheduling.replay import LogHeader
 from disagg.scheduling.step_scheduler import StepScheduler
 from disagg.transfer.links import Links
+from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
 
 
@@ -150,7 +150,7 @@ def _make_pool(capacity: Capacity, incarnation: str, device: torch.device, stack
     pool = KvPool(capacity.layout, incarnation)
     stack.callback(pool.close)
     if device.type == "cpu":
-        toucher = PoolToucher(pool)
+        toucher = PageToucher(pool)
         toucher.start()
         stack.callback(toucher.stop)
     return pool

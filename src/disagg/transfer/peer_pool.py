@@ -4,11 +4,14 @@ import fcntl
 import mmap
 import os
 import stat
+from typing import Final
 
 from disagg.base.errors import TransferError
 from disagg.cache.layout import KvLayout
 from disagg.transfer.address import ShmAddress
-from disagg.transfer.pool import FILE_NAME, SEALS, file_bytes, header, view_blocks
+from disagg.transfer.pool import FILE_NAME, SEALS, file_bytes, header, populate, view_blocks
+
+_MADV_POPULATE_READ: Final = 22
 
 
 def check_compatible(remote: KvLayout, local: KvLayout) -> None:
@@ -39,6 +42,12 @@ class PeerPool:
         """Raise TransferError unless the mapped file still is the pool of this incarnation."""
         if self._file[: len(self._header)] != self._header:
             raise TransferError(f"the peer's KV pool (incarnation {self.incarnation}) has ended")
+
+    def touch(self, layer: int, first_block: int, num_blocks: int) -> None:
+        """Map some blocks of one layer now; it may run beside a copy. Raises TransferError when there is no memory."""
+        failure = populate(self.blocks, self.layout, (layer, first_block, num_blocks), _MADV_POPULATE_READ)
+        if failure:
+            raise TransferError(f"no memory left to map the peer's KV pool ({failure}): lower --kv-memory")
 
 
 def _map(path: str, num_bytes: int) -> mmap.mmap:

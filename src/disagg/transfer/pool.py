@@ -55,6 +55,19 @@ def view_blocks(file: mmap.mmap, layout: KvLayout) -> Blocks:
     return flat.reshape(layout.num_layers, layout.num_blocks, -1)
 
 
+def populate(blocks: Blocks, layout: KvLayout, part: tuple[int, int, int], advice: int) -> str:
+    """Let the kernel map ``part`` (layer, first block, number of blocks) of a pool; return why it could not, or ""."""
+    layer, first_block, num_blocks = part
+    start = HEADER_BYTES + layout.offset(layer, first_block)
+    end = start + num_blocks * layout.layer_block_bytes
+    start -= start % mmap.PAGESIZE
+    base = blocks.ctypes.data - HEADER_BYTES
+    # EINVAL: a kernel before 5.14, where the first access to each page does the same, only later.
+    if _libc.madvise(base + start, end - start, advice) and ctypes.get_errno() != errno.EINVAL:
+        return os.strerror(ctypes.get_errno())
+    return ""
+
+
 class KvPool:
     """This instance's own pool. Views of it (``data``, ``blocks``) stay valid as long as they are held.
 
@@ -99,14 +112,9 @@ class KvPool:
 
         It may run beside a step. Raises ConfigurationError when the system has no memory left.
         """
-        start = HEADER_BYTES + self.layout.offset(layer, first_block)
-        end = start + num_blocks * self.layout.layer_block_bytes
-        start -= start % mmap.PAGESIZE
-        base = self.blocks.ctypes.data - HEADER_BYTES
-        # EINVAL: a kernel before 5.14, where the first write to each page does the same, only later.
-        if _libc.madvise(base + start, end - start, _MADV_POPULATE_WRITE) and ctypes.get_errno() != errno.EINVAL:
-            reason = os.strerror(ctypes.get_errno())
-            raise ConfigurationError(f"no memory left for the KV pool ({reason}): lower --kv-memory")
+        failure = populate(self.blocks, self.layout, (layer, first_block, num_blocks), _MADV_POPULATE_WRITE)
+        if failure:
+            raise ConfigurationError(f"no memory left for the KV pool ({failure}): lower --kv-memory")
 
     def close(self) -> None:
         """End the pool: a peer that still maps it sees that it is no longer valid. A second call does nothing."""

@@ -21,9 +21,9 @@ from disagg.base.ids import BlockId, InstanceId
 from disagg.base.messages import Message, Ready, Stop, ToEngine, decode_for_engine, encode
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import ChunkResult, Executor, Work
-from disagg.engine.prefault import wait_until_touched
 from disagg.engine.profiling.player import ScriptPlayer, Stage
 from disagg.engine.profiling.script import Command, InstanceReady, MeasuredStep, Report, RunScript, StopScript
+from disagg.transfer.page_toucher import wait_until_touched
 
 _TOUCH_DEADLINE_S: Final = 120.0
 

@@ -1,12 +1,12 @@
-"""Taking the KV pool's memory from the system before requests need it, in the background."""
+"""Mapping a pool's memory before requests need it, in the background."""
 
 import logging
 import os
 import threading
-from typing import Final
+from typing import Final, Protocol
 
-from disagg.base.errors import ConfigurationError
-from disagg.transfer.pool import KvPool
+from disagg.base.errors import DisaggError
+from disagg.cache.layout import KvLayout
 
 _BLOCKS_AT_ONCE: Final = 64
 
@@ -15,14 +15,24 @@ _THREAD_NAME: Final = "kv-touch"
 logger = logging.getLogger(__name__)
 
 
-class PoolToucher:
+class Touchable(Protocol):
+    """A pool, the own one or a peer's."""
+
+    layout: KvLayout
+
+    def touch(self, layer: int, first_block: int, num_blocks: int) -> None:
+        """Let the kernel map the memory of some blocks of one layer now; raise DisaggError when it has none left."""
+
+
+class PageToucher:
     """A thread of lowest priority that touches a pool's blocks in the order in which they are first handed out.
 
     A first write to 1 GiB takes 0.6 s (on a virtual machine whose host has to provide the memory too, up to 3 s):
-    too much for a start that should take few seconds, and for the first requests alike.
+    too much for a start that should take few seconds, and for the first requests alike. Mapping as much that a peer
+    has written takes 0.1 s, and a read that does so page by page has half the bandwidth.
     """
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: Touchable) -> None:
         self._pool = pool
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._touch_all, name=_THREAD_NAME, daemon=True)
@@ -45,7 +55,7 @@ class PoolToucher:
                     if self._is_stopping.is_set():
                         return
                     self._pool.touch(layer, first, min(_BLOCKS_AT_ONCE, layout.num_blocks - first))
-        except ConfigurationError as error:
+        except DisaggError as error:
             logger.error("%s", error)
 
 
