@@ -15,8 +15,9 @@ from disagg.cli import profile as command
 from disagg.cli.host_costs import HostMeasurement, LoneRequest, host_costs
 from disagg.cli.main import main
 from disagg.cli.profile import serve_arguments, to_profile, warn_if_busy
+from disagg.cli.served_requests import ServedPull
 from disagg.engine.profiling.campaign import Campaign, Measurement
-from disagg.engine.profiling.script import MeasuredPull, MeasuredStep
+from disagg.engine.profiling.script import MeasuredStep
 from disagg.simulator.contention import Activity
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import load_profile
@@ -43,6 +44,7 @@ def test_profile_then_simulate(
 
     profile = load_profile(path)
     assert (profile.dtype, profile.num_threads) == ("float32", 1)
+    assert all(15 < request.prompt_len < 30 for request in profile.served_requests)
     assert profile.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
     simulation = ["simulate", "--latency", str(path), "--prompt-len", "100", "--output-len", "10", "--rate", "5"]
     simulated = CliRunner().invoke(main, [*simulation, "--requests", "20", "--json"], catch_exceptions=False)
@@ -67,12 +69,15 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     campaign = Campaign(instance=msgspec.convert(SETTINGS, InstanceSettings), neighbour=None, temperature=0.5)
     alone = tuple(MeasuredStep(chunks=((0, 2 + number),), time_s=0.01 + number) for number in range(20))
     near = (MeasuredStep(chunks=((7, 1),), time_s=0.02),)
-    pulls = tuple(MeasuredPull(num_bytes=size, time_s=0.001 + size / 1e9) for size in (1000, 10**6, 10**7))
-    measured = Measurement(facts=facts, alone=alone, beside={"decode": near}, pulls=pulls)
-    profile = to_profile(campaign, measured, HostMeasurement(HostCosts(0.001, 0.002, 0.003)), "tiny")
+    # Whole blocks of 16 tokens are pulled, 100 bytes a token.
+    pulls = tuple(ServedPull(size - 3, 0.001 + size * 100 / 1e9) for size in (16, 1600, 16_000))
+    measured = Measurement(facts=facts, alone=alone, beside={"decode": near})
+    host = HostMeasurement(HostCosts(0.001, 0.002, 0.003), pulls=pulls)
+    profile = to_profile(campaign, measured, host, "tiny")
     assert profile.kv_bytes_per_token == 100
     assert (profile.accept_s, profile.message_s, profile.deliver_s) == (0.001, 0.002, 0.003)
     assert profile.link_latency_s == pytest.approx(0.001)
+    assert profile.link_bytes_per_s == pytest.approx(1e9)
     assert profile.temperature == 0.5
     samples = profile.steps[0].samples
     assert sorted(sample.time_s for sample in samples if sample.neighbour is None) == [step.time_s for step in alone]

@@ -9,33 +9,36 @@ from simulated import LinearLatency, cluster_spec, instance, pair, poisson, serv
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.simulator.contention import Activity, Host, ServingCost
+from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.latency import StepShape
 from disagg.simulator.measured_steps import FittedInterference
 
 INTERFERENCE = FittedInterference({Activity.DECODE: (0.0013, 0.0, 1.1e-7), Activity.PREFILL: (0.0004, 1.7e-6, 0.0)})
-SERVING = ServingCost(step_s=0.0006, token_s=0.0001, num_cores=2)
+SERVING = ServingCost(step_s=0.0006, token_s=0.0001, num_cores=2, request_s=0.004, prompt_token_s=3e-6)
+SPREAD_S = 0.3
+"""How long what serves stays on a core that was idle."""
 DECODE = StepShape(num_decodes=2, decode_context=300, num_samples=2)
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
 
 
 def test_a_step_takes_longer_by_what_its_neighbours_compute() -> None:
-    host = Host(INTERFERENCE)
+    host = Host(EventQueue(), INTERFERENCE)
     for name in (A, B, C):
         host.join(name, lambda: None)
     alone = LinearLatency()
     (alone_s,) = alone.stage_times_s(DECODE)
-    assert host.beside_neighbours(A, alone) is alone
+    assert host.latency_now(A, alone) is alone
     host.set_activity(B, Activity.DECODE)
-    (beside_s,) = host.beside_neighbours(A, alone).stage_times_s(DECODE)
+    (beside_s,) = host.latency_now(A, alone).stage_times_s(DECODE)
     assert beside_s == pytest.approx(alone_s + 0.0013 + 300 * 1.1e-7)
-    assert host.beside_neighbours(B, alone) is alone
+    assert host.latency_now(B, alone) is alone
     host.set_activity(C, Activity.PREFILL)
-    (both_s,) = host.beside_neighbours(A, alone).stage_times_s(DECODE)
+    (both_s,) = host.latency_now(A, alone).stage_times_s(DECODE)
     assert both_s == pytest.approx(beside_s + 0.0004 + 2 * 1.7e-6)
 
 
 def test_neighbours_hear_of_changes_alone() -> None:
-    host, heard = Host(INTERFERENCE), []
+    host, heard = Host(EventQueue(), INTERFERENCE), []
     for name in (A, B):
         host.join(name, lambda name=name: heard.append(name))  # type: ignore[misc]
     for activity in (Activity.DECODE, Activity.DECODE, Activity.PREFILL, None, None):
@@ -44,31 +47,87 @@ def test_neighbours_hear_of_changes_alone() -> None:
 
 
 def test_a_pipeline_shares_out_what_is_added() -> None:
-    host = Host(INTERFERENCE)
+    host = Host(EventQueue(), INTERFERENCE)
     host.join(A, lambda: None)
     host.set_activity(B, Activity.DECODE)
-    halves = host.beside_neighbours(A, LinearLatency(num_stages=2))
-    (whole_s,) = host.beside_neighbours(A, LinearLatency()).stage_times_s(DECODE)
+    halves = host.latency_now(A, LinearLatency(num_stages=2))
+    (whole_s,) = host.latency_now(A, LinearLatency()).stage_times_s(DECODE)
     assert halves.num_stages == 2
     assert sum(halves.stage_times_s(DECODE)) == pytest.approx(whole_s)
 
 
-def test_computing_instances_share_the_work_of_serving_where_no_core_is_left() -> None:
-    host = Host(serving=SERVING)
-    for name in (A, B):
-        host.join(name, lambda: None)
-    alone = LinearLatency()
-    (alone_s,) = alone.stage_times_s(DECODE)
-    assert host.beside_neighbours(A, alone) is alone  # the other core serves
-    host.set_activity(B, Activity.DECODE, num_tokens=4, step_s=0.01)
-    own_s = (0.0006 + 2 * 0.0001) / 2
-    neighbours_part = (0.0006 + 4 * 0.0001) / 0.01 / 2
-    (beside_s,) = host.beside_neighbours(A, alone).stage_times_s(DECODE)
-    assert beside_s == pytest.approx((alone_s + own_s) / (1 - neighbours_part))
-    # A step without a token, such as a prompt's first chunk, makes no work.
-    silent = StepShape(num_prefills=1, num_prefill_tokens=64, prefill_squares=64**2)
-    host.set_activity(B, Activity.PREFILL, num_tokens=0, step_s=0.01)
-    assert host.beside_neighbours(A, alone).stage_times_s(silent) == alone.stage_times_s(silent)
+class TestServing:
+    """Two instances on two cores: A and B, and what serves on either."""
+
+    def setup_method(self) -> None:
+        self.queue = EventQueue()
+        self.host = Host(self.queue, serving=SERVING)
+        self.heard: list[InstanceId] = []
+        for name in (A, B):
+            self.host.join(name, lambda name=name: self.heard.append(name))  # type: ignore[misc]
+        (self.alone_s,) = LinearLatency().stage_times_s(DECODE)
+
+    def compute(self, name: InstanceId, num_tokens: int) -> None:
+        self.host.set_activity(name, Activity.DECODE, num_tokens, step_s=0.01)
+
+    def wait(self, duration_s: float) -> None:
+        """Let time pass."""
+        end_s = self.queue.now() + duration_s
+        self.queue.push(end_s, lambda: None)
+        self.queue.run(until_s=end_s)
+
+    def step_s(self, name: InstanceId, shape: StepShape = DECODE) -> float:
+        (time_s,) = self.host.latency_now(name, LinearLatency()).stage_times_s(shape)
+        return time_s
+
+    def test_a_free_core_serves_unnoticed(self) -> None:
+        self.host.arrive(1000)
+        assert self.step_s(A) == self.alone_s
+
+    def test_computing_instances_share_the_work(self) -> None:
+        self.compute(A, 2)
+        self.compute(B, 4)
+        self.wait(SPREAD_S)
+        own_s, neighbours = (0.0006 + 2 * 0.0001) / 2, (0.0006 + 4 * 0.0001) / 0.01 / 2
+        assert self.step_s(A) == pytest.approx((self.alone_s + own_s) / (1 - neighbours))
+
+    def test_a_step_without_a_token_makes_no_work(self) -> None:
+        self.compute(A, 2)
+        self.compute(B, 0)
+        self.wait(SPREAD_S)
+        silent = StepShape(num_prefills=1, num_prefill_tokens=64, prefill_squares=64**2)
+        assert self.step_s(A, silent) == LinearLatency().stage_times_s(silent)[0]
+
+    def test_who_begins_on_an_idle_core_pays_all_until_the_work_is_spread(self) -> None:
+        self.compute(A, 2)
+        self.wait(1.0)
+        neighbours = (0.0006 + 2 * 0.0001) / 0.01
+        expected_s = (self.alone_s + 0.0006 + 2 * 0.0001) / (1 - neighbours)
+        assert self.step_s(B) == pytest.approx(expected_s)
+        self.compute(B, 2)
+        assert self.step_s(B) == pytest.approx(expected_s)
+        assert self.step_s(A) == self.alone_s
+        self.heard.clear()
+        self.wait(SPREAD_S)
+        assert self.heard == [A, B]
+        assert self.step_s(A) == self.step_s(B) < expected_s
+
+    def test_the_next_step_pays_for_a_request_that_arrived(self) -> None:
+        self.compute(A, 2)
+        self.compute(B, 2)
+        self.wait(SPREAD_S)
+        usual_s = self.step_s(A)
+        self.heard.clear()
+        self.host.arrive(1000)
+        assert self.heard == [A, B]
+        served = (0.0006 + 2 * 0.0001) / 0.01 / 2
+        assert self.step_s(A) == pytest.approx(usual_s + (0.004 + 1000 * 3e-6) / 2 / (1 - served))
+        assert self.step_s(A) == usual_s
+        self.host.set_activity(B, None)
+        self.compute(B, 2)
+        assert self.step_s(A) == self.alone_s  # all is B's, which began last,
+        served *= 2
+        assert self.step_s(B) == pytest.approx((self.alone_s + 0.0006 + 2 * 0.0001) / (1 - served))  # not what was owed
 
 
 def test_serving_costs_nothing_on_a_core_of_its_own() -> None:

@@ -12,6 +12,7 @@ from typing import Final
 import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
+from disagg.cli.served_requests import ServedPull, Tokenizer, measure_served_requests
 from disagg.cli.served_streams import StreamLimits, measure_served_steps
 from disagg.measure.client.inquiries import recent_requests, served_model
 from disagg.measure.client.plan import Server
@@ -19,7 +20,7 @@ from disagg.measure.client.prompts import english_text
 from disagg.measure.compare.server_process import ServerCommand, free_port, running
 from disagg.measure.timeline import Stage
 from disagg.simulator.platform import HostCosts
-from disagg.simulator.served_steps import ServedSample
+from disagg.simulator.serving_fit import ServedRequest, ServedSample
 
 _PROMPT_CHARACTERS: Final = 600
 _OUTPUT_LEN: Final = 3
@@ -53,16 +54,18 @@ def serve_command(name: str, arguments: Sequence[str], start_deadline_s: float =
 
 @dataclass(frozen=True)
 class HostMeasurement:
-    """What requests that had the server for themselves cost beside their steps, and what streaming costs."""
+    """What requests that had the server for themselves cost beside their steps, and what serving costs."""
 
     lone: HostCosts
     served: tuple[ServedSample, ...] = ()
+    requests: tuple[ServedRequest, ...] = ()
+    pulls: tuple[ServedPull, ...] = ()
 
 
 def measure_host_costs(
     model: str | None, arguments: Sequence[str], num_requests: int, num_rounds: int, limits: StreamLimits
 ) -> HostMeasurement:
-    """Start a prefill and a decode instance, send single requests, then rounds of streams.
+    """Start a prefill and a decode instance, send single requests, then rounds of prompts and of streams.
 
     Raises UnavailableError when the server cannot be started, DisaggError when it refuses a request.
     """
@@ -70,10 +73,23 @@ def measure_host_costs(
     with tempfile.TemporaryDirectory(prefix="disagg-profile-") as folder:
         with running(serve_command("disagg serve", (*named, *arguments)), Path(folder) / "log") as server:
             asked = Server(server.command.url)
+
+            def cpu_s() -> float:
+                return server.own_cpu_s() + time.process_time()
+
             lone = host_costs(_ask(asked, num_requests, limits.max_total_len))
+            requests = list(measure_served_requests(asked, _tokenizer(model), limits, num_rounds, cpu_s))
             streams = _NUM_STREAMS * num_rounds
-            served = measure_served_steps(asked, limits, streams, _NUM_PROMPTS, server.own_cpu_s)
-            return HostMeasurement(lone, tuple(served))
+            served = measure_served_steps(asked, limits, streams, _NUM_PROMPTS, cpu_s)
+            pulls = tuple(pull for one in requests for pull in one.pulls)
+            return HostMeasurement(lone, tuple(served), tuple(one.request for one in requests), pulls)
+
+
+def _tokenizer(model: str | None) -> Tokenizer:
+    from disagg.models.locate import locate_model
+    from disagg.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(locate_model(model))
 
 
 def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:

@@ -128,13 +128,15 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
         samples += [_sample(step, Activity(activity)) for step in steps]
     # What is held out is chosen by position: in random order, no kind of step is left out of either part.
     random.Random(campaign.seed).shuffle(samples)
-    link = fit_link([(pull.num_bytes, pull.time_s) for pull in measured.pulls])
+    kv_bytes_per_token = facts.kv_bytes // (facts.num_blocks * facts.block_size)
+    block_bytes = kv_bytes_per_token * facts.block_size
+    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
     return Profile(
         model=name,
         device=machine.processor if facts.device == "cpu" else facts.device,
         dtype=settings.model.dtype.value,
         num_threads=settings.num_threads,
-        kv_bytes_per_token=facts.kv_bytes // (facts.num_blocks * facts.block_size),
+        kv_bytes_per_token=kv_bytes_per_token,
         steps=(ParallelSamples(tensor_parallel=1, samples=tuple(samples)),),
         link_bytes_per_s=link.bytes_per_s,
         link_latency_s=link.latency_s,
@@ -144,6 +146,7 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
         temperature=campaign.temperature,
         num_cores=machine.num_cores,
         served=host.served,
+        served_requests=host.requests,
     )
 
 

@@ -129,10 +129,12 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
         f"accepting {summary.accept_s * 1e3:.2f} ms, a message {summary.message_s * 1e3:.2f} ms, "
         f"delivery {summary.deliver_s * 1e3:.2f} ms"
     )
-    if summary.serving is not None:
+    serving = summary.serving
+    if serving is not None:
         console.print(
-            f"serving takes {summary.serving.step_s * 1e3:.2f} ms a step and {summary.serving.token_s * 1e6:.0f} us a "
-            f"token from the instances, which use all {summary.serving.num_cores} cores"
+            f"serving takes {serving.step_s * 1e3:.2f} ms a step and {serving.token_s * 1e6:.0f} us a token, "
+            f"{serving.request_s * 1e3:.1f} ms a request and {serving.prompt_token_s * 1e6:.1f} us a token of its "
+            f"prompt from the instances, which use all {serving.num_cores} cores"
         )
     console.print(f"written to {summary.file}")
 

@@ -6,33 +6,27 @@ without pause. What serves, and the client, is read off their own clocks of CPU 
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Final
 
-import numpy as np
 import uvloop
 
-from disagg.base.errors import DisaggError
-from disagg.measure.client.attempt import Attempt
-from disagg.measure.client.calls import chains_of
-from disagg.measure.client.connection import Address, ConnectionPool
+from disagg.cli.measured_load import CpuReadings, send_all
+from disagg.measure.client.calls import Call
 from disagg.measure.client.inquiries import served_model
-from disagg.measure.client.messages import MessageBuilder
-from disagg.measure.client.plan import Asking, Endpoint, Limits, OpenLoad, Server
+from disagg.measure.client.plan import Endpoint, OpenLoad, Server
 from disagg.measure.client.prompts import Prompt
-from disagg.measure.client.running import LoadRun
-from disagg.measure.record import Ending, RequestRecord
+from disagg.measure.record import RequestRecord
 from disagg.measure.workload import RequestSpec
-from disagg.simulator.served_steps import ServedSample
+from disagg.simulator.serving_fit import ServedSample
 
 _STREAM_PROMPT_LEN: Final = 24
 _STREAM_OUTPUT_LEN: Final = 256
 _FEWEST_STEPS: Final = 8
 """Steps of the streams that both instances must have computed through, for their mean to count."""
-_READING_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -79,47 +73,24 @@ class StreamLoad:
 
 
 def measure_served_steps(
-    server: Server, limits: StreamLimits, streams: Sequence[int], num_prompts: int, server_cpu_s: Callable[[], float]
+    server: Server, limits: StreamLimits, streams: Sequence[int], num_prompts: int, cpu_s: Callable[[], float]
 ) -> list[ServedSample]:
     """Send a load for each number of streams; return what serving cost. A load that ended too soon brings nothing.
 
-    ``server_cpu_s`` tells the CPU seconds that the server has used, without those of its instances.
+    ``cpu_s`` tells the CPU seconds that the server, without its instances, and this process have used.
     Raises DisaggError when the server refuses a request.
     """
     model = served_model(server)
+    by_ids = Server(server.base_url, Endpoint.COMPLETION_TOKENS)
     samples = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for num_streams in streams:
             load = StreamLoad.within(limits, num_streams, num_prompts)
-            readings = CpuReadings(lambda: server_cpu_s() + time.process_time())
-            records = runner.run(_send(server, model, load, limits.vocab_size, readings))
+            readings = CpuReadings(cpu_s)
+            make_prompt = partial(_random_prompt, limits.vocab_size)
+            records = runner.run(send_all(by_ids, model, load.requests(), make_prompt, readings))
             samples += served_steps(load, records, readings)
     return samples
-
-
-class CpuReadings:
-    """What serving has cost so far, read at moments of a run."""
-
-    def __init__(self, cpu_s: Callable[[], float]) -> None:
-        self._cpu_s = cpu_s
-        self._moments_s: list[float] = []
-        self._readings_s: list[float] = []
-
-    def read(self, now_s: float) -> None:
-        """Take a reading; ``now_s`` never goes back."""
-        self._moments_s.append(now_s)
-        self._readings_s.append(self._cpu_s())
-
-    async def keep_reading(self, now: Callable[[], float]) -> None:
-        """Take readings until cancelled."""
-        while True:
-            self.read(now())
-            await asyncio.sleep(_READING_S)
-
-    def between(self, begin_s: float, end_s: float) -> float:
-        """Return the CPU seconds of a part of the run."""
-        begin, end = np.interp([begin_s, end_s], self._moments_s, self._readings_s)
-        return float(end - begin)
 
 
 def served_steps(load: StreamLoad, records: Sequence[RequestRecord], readings: CpuReadings) -> list[ServedSample]:
@@ -134,39 +105,11 @@ def served_steps(load: StreamLoad, records: Sequence[RequestRecord], readings: C
         return []
     step_s = fmean((moments_s[-1] - moments_s[0]) / (len(moments_s) - 1) for moments_s in shared)
     cpu_s = readings.between(begin_s, end_s) * step_s / (end_s - begin_s)
-    return [ServedSample(num_streams=load.num_streams, step_s=step_s, cpu_s=cpu_s)]
+    return [ServedSample(num_streams=load.num_streams, cpu_s=cpu_s)]
 
 
-async def _send(
-    server: Server, model: str, load: StreamLoad, vocab_size: int, readings: CpuReadings
-) -> tuple[RequestRecord, ...]:
-    """Send everything and wait for all answers."""
-    address = Address.of(server.base_url)
-    by_ids = Server(server.base_url, Endpoint.COMPLETION_TOKENS)
-    messages = MessageBuilder(by_ids, address, model, Asking(temperature=0.0))
-    chains = chains_of(load.requests())
-    attempts = []
-    for call in (call for chain in chains for call in chain.calls):
-        # Other tokens in every prompt: none finds a prefix in the cache.
-        first = secrets.randbelow(vocab_size)
-        token_ids = [(first + 7919 * index * (call.index + 1)) % vocab_size for index in range(call.prompt_len)]
-        request_id = f"profile-{secrets.token_hex(6)}"
-        message = messages.build(Prompt("", token_ids, call.prompt_len), call.output_len, request_id)
-        attempts.append(Attempt(call, request_id, message, call.prompt_len))
-    pool = ConnectionPool(address)
-    try:
-        await pool.open()
-        run = LoadRun(attempts, Limits(), pool, None)
-        reading = asyncio.create_task(readings.keep_reading(run.now))
-        try:
-            await run.drive(chains, None)
-        finally:
-            reading.cancel()
-        readings.read(run.now())
-    finally:
-        pool.close()
-    records = run.records()
-    failed = next((record for record in records if record.ending is not Ending.FINISHED or not record.event_s), None)
-    if failed is not None:
-        raise DisaggError(f"the server did not finish a request of {failed.prompt_len} tokens: {failed.detail}")
-    return records
+def _random_prompt(vocab_size: int, call: Call) -> Prompt:
+    """Return a prompt with other tokens than any before: none finds a prefix in the cache."""
+    first = secrets.randbelow(vocab_size)
+    token_ids = [(first + 7919 * index * (call.index + 1)) % vocab_size for index in range(call.prompt_len)]
+    return Prompt("", token_ids, call.prompt_len)

@@ -66,7 +66,7 @@ class SimulatedCluster:
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
         links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
-        host = Host(spec.interference, spec.serving)
+        self._host = Host(self.queue, spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(
                 instance,
@@ -76,7 +76,7 @@ class SimulatedCluster:
                 log.scheduler(instance.name, instance.log_header()) if log else None,
                 timeline=timeline,
                 gaps=gaps,
-                host=host,
+                host=self._host,
                 step_by_step=step_by_step,
             )
             for instance in spec.instances
@@ -121,4 +121,5 @@ class SimulatedCluster:
 
     def _submit(self, request: SimulatedRequest) -> None:
         request.deliver_s = self._spec.deliver_s
+        self._host.arrive(request.prompt_len)
         self._router.submit(request)

@@ -3,22 +3,27 @@
 What a neighbour computes is one of three things: nothing, a step with prefill in it, or a step of decodes alone. Each
 computing neighbour adds to a step what it did add in measurements, by what it computes when the step begins.
 
-The cores are shared with what serves: API, router, the kernel's sockets and the clients of this machine. Each step that
-brings out tokens makes them some work. A core on which no instance computes does it unnoticed; where there is none, the
-computing instances lose that time in equal parts.
+The cores are shared with what serves: API, router, the kernel's sockets and the clients of this machine. A request
+makes them some work when it arrives, and so does each step that brings out tokens. A core on which no instance computes
+does it unnoticed; where there is none, the computing instances lose that time in equal parts. But what served on an
+idle core stays there for a while when an instance begins to compute on it, and until then that instance pays all.
 """
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from disagg.base.ids import InstanceId
+from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.latency import LatencyModel, StepShape
 
 _MOST_SERVED: Final = 0.9
 """Of a core's time: beyond it, figures from a calm machine say nothing."""
+_SPREAD_S: Final = 0.3
+"""After which Linux has spread what serves over the cores again, measured beside a prefilling instance on two cores:
+a lone decode waited for its core 1.3, 1.0, 0.9, 0.5, 0.5 ms a step in the tenths of a second after it had begun."""
 
 
 class Activity(enum.Enum):
@@ -45,13 +50,16 @@ class Interference(Protocol):
 class ServingCost:
     """CPU time of serving, made by each step that brings out tokens: ``step_s``, and ``token_s`` for each of them.
 
-    ``num_cores`` are those that the server may use, ``cores_per_instance`` those on which an instance computes.
+    A request that arrives makes ``request_s``, and ``prompt_token_s`` for each token of its prompt. ``num_cores`` are
+    those that the server may use, ``cores_per_instance`` those on which an instance computes.
     """
 
     step_s: float
     token_s: float
     num_cores: int
     cores_per_instance: int = 1
+    request_s: float = 0.0
+    prompt_token_s: float = 0.0
 
     def is_felt(self, num_computing: int) -> bool:
         """Return whether so many computing instances leave no core for what serves."""
@@ -61,25 +69,42 @@ class ServingCost:
         """Return what a step that brings out so many tokens costs."""
         return self.step_s + self.token_s * num_tokens if num_tokens else 0.0
 
+    def request_work_s(self, prompt_len: int) -> float:
+        """Return what the arrival of a request costs."""
+        return self.request_s + self.prompt_token_s * prompt_len
+
+
+@dataclass(frozen=True)
+class ServingShare:
+    """What an instance pays of serving: a ``part`` of its own steps' work and of the neighbours'.
+
+    Theirs takes ``neighbours`` of one core's time; ``owed_s`` is this instance's part of what requests made.
+    """
+
+    cost: ServingCost
+    part: float
+    neighbours: float = 0.0
+    owed_s: float = 0.0
+
 
 @dataclass(frozen=True)
 class LatencyBeside:
-    """A latency model of an instance beside neighbours that compute. See ``LatencyModel``.
-
-    With ``serving``, this instance and its neighbours share the work of serving: its own steps', and that of theirs,
-    which takes the part ``served_neighbours`` of one core's time.
-    """
+    """A latency model of an instance beside neighbours that compute. See ``LatencyModel``."""
 
     alone: LatencyModel
     interference: Interference | None
     neighbours: tuple[Activity, ...]
-    serving: ServingCost | None = None
-    served_neighbours: float = 0.0
+    serving: ServingShare | None = None
 
     @property
     def num_stages(self) -> int:
         """See ``LatencyModel``."""
         return self.alone.num_stages
+
+    @property
+    def is_for_one_step(self) -> bool:
+        """True when the step after this one costs less: what requests made is paid."""
+        return self.serving is not None and self.serving.owed_s > 0
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``."""
@@ -87,19 +112,23 @@ class LatencyBeside:
         if self.interference is not None:
             added_s = sum(self.interference.added_s(neighbour, shape) for neighbour in self.neighbours)
         if self.serving is not None:
-            num_sharing = len(self.neighbours) + 1
-            added_s += self.serving.work_s(shape.num_samples) / num_sharing
-            own_part = 1 - min(self.served_neighbours, _MOST_SERVED) / num_sharing
+            part = self.serving.part
+            added_s += self.serving.cost.work_s(shape.num_samples) * part + self.serving.owed_s
+            own_part = 1 - min(self.serving.neighbours, _MOST_SERVED) * part
         return tuple((time_s + added_s / self.num_stages) / own_part for time_s in self.alone.stage_times_s(shape))
 
 
 @dataclass(frozen=True)
 class _Computing:
-    """What an instance computes, the tokens that each step brings out, and the part of a core that serves them."""
+    """What an instance computes, the tokens that each step brings out, and the part of a core that serves them.
+
+    It has computed without pause for so long that serving is spread evenly at ``spread_at_s``.
+    """
 
     activity: Activity
     num_tokens: int
     served: float
+    spread_at_s: float
 
 
 class Host:
@@ -108,14 +137,18 @@ class Host:
     Without ``interference`` and ``serving`` none minds another.
     """
 
-    def __init__(self, interference: Interference | None = None, serving: ServingCost | None = None) -> None:
+    def __init__(
+        self, queue: EventQueue, interference: Interference | None = None, serving: ServingCost | None = None
+    ) -> None:
+        self._queue = queue
         self._interference = interference
         self._serving = serving
         self._on_change: dict[InstanceId, Callable[[], None]] = {}
         self._computing: dict[InstanceId, _Computing] = {}
+        self._owed_s: dict[InstanceId, float] = {}
 
     def join(self, instance: InstanceId, on_change: Callable[[], None]) -> None:
-        """Add an instance; ``on_change`` is called when a neighbour takes up, changes or ends what it computes."""
+        """Add an instance; ``on_change`` is called when its steps from now on take longer or less time than before."""
         self._on_change[instance] = on_change
 
     def set_activity(
@@ -134,23 +167,67 @@ class Host:
             if before is None:
                 return
             del self._computing[instance]
+            self._owed_s.pop(instance, None)  # an idle core does it
         else:
             if before is not None and (before.activity, before.num_tokens) == (activity, num_tokens):
                 return
             served = 0.0 if self._serving is None else self._serving.work_s(num_tokens) / step_s
-            self._computing[instance] = _Computing(activity, num_tokens, served)
+            spread_at_s = self._begin() if before is None else before.spread_at_s
+            self._computing[instance] = _Computing(activity, num_tokens, served, spread_at_s)
+        self._tell_all_but(instance)
+
+    def arrive(self, prompt_len: int) -> None:
+        """Note that a request arrives: who pays for what that makes takes longer over a step."""
+        serving = self._serving
+        if serving is None or not serving.is_felt(len(self._computing)):
+            return
+        payers = self._payers()
+        part_s = serving.request_work_s(prompt_len) / len(payers)
+        for instance in payers:
+            self._owed_s[instance] = self._owed_s.get(instance, 0.0) + part_s
+            self._on_change[instance]()
+
+    def latency_now(self, instance: InstanceId, alone: LatencyModel) -> LatencyModel:
+        """Return the latency model of an instance for steps that begin now; the first of them pays what is owed."""
+        others = [computing for name, computing in self._computing.items() if name != instance]
+        serving = self._serving_share(instance, others)
+        if serving is None and not others:
+            return alone
+        return LatencyBeside(alone, self._interference, tuple(other.activity for other in others), serving)
+
+    def _serving_share(self, instance: InstanceId, others: Sequence[_Computing]) -> ServingShare | None:
+        cost = self._serving
+        if cost is None or not cost.is_felt(len(others) + 1):
+            return None
+        payers = self._payers(instance)
+        part = 1 / len(payers) if instance in payers else 0.0
+        return ServingShare(cost, part, sum(other.served for other in others), self._owed_s.pop(instance, 0.0))
+
+    def _payers(self, beginning: InstanceId | None = None) -> list[InstanceId]:
+        """Return the instances on whose cores serving is done: all that compute, or those that began lately.
+
+        ``beginning`` computes from now on, if it did not already.
+        """
+        now = self._queue.now()
+        new = [name for name, computing in self._computing.items() if now < computing.spread_at_s]
+        everyone = list(self._computing)
+        if beginning is not None and beginning not in self._computing:
+            new.append(beginning)
+            everyone.append(beginning)
+        return new or everyone
+
+    def _begin(self) -> float:
+        """An instance begins to compute: return when serving will be spread evenly, and tell all of them then."""
+        spread_at_s = self._queue.now() + _SPREAD_S
+        if self._serving is not None:
+            self._queue.push(spread_at_s, self._tell_all)
+        return spread_at_s
+
+    def _tell_all(self) -> None:
+        for on_change in self._on_change.values():
+            on_change()
+
+    def _tell_all_but(self, instance: InstanceId) -> None:
         for neighbour, on_change in self._on_change.items():
             if neighbour != instance:
                 on_change()
-
-    def beside_neighbours(self, instance: InstanceId, alone: LatencyModel) -> LatencyModel:
-        """Return the latency model of an instance for steps that begin now."""
-        others = [computing for name, computing in self._computing.items() if name != instance]
-        serving = self._serving
-        if serving is not None and not serving.is_felt(len(others) + 1):
-            serving = None
-        if serving is None and not others:
-            return alone
-        neighbours = tuple(computing.activity for computing in others)
-        served = 0.0 if serving is None else sum(computing.served for computing in others)
-        return LatencyBeside(alone, self._interference, neighbours, serving, served)

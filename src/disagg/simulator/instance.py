@@ -31,7 +31,7 @@ from disagg.scheduling.actions import (
 )
 from disagg.scheduling.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
 from disagg.scheduling.replay import LogHeader
-from disagg.simulator.contention import Activity, Host
+from disagg.simulator.contention import Activity, Host, LatencyBeside
 from disagg.simulator.decode_run import DecodeRun
 from disagg.simulator.event_log import SchedulerRecorder
 from disagg.simulator.event_queue import EventQueue, Priority
@@ -229,8 +229,8 @@ class SimulatedInstance:
             if not request.has_started_here:
                 request.start_step(now, self.spec.role)
         self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
-        latency = self._host.beside_neighbours(self.spec.name, self.spec.latency)
-        num_repeats = self._num_repeats(step, shape)
+        latency = self._host.latency_now(self.spec.name, self.spec.latency)
+        num_repeats = self._num_repeats(step, shape, latency)
         if num_repeats:
             self._run = DecodeRun(step, shape, latency, now, num_repeats)
             self._step_s = self._run.ends_s[0] - now
@@ -301,9 +301,11 @@ class SimulatedInstance:
 
     # Runs of equal decode steps -----------------------------------------------------------------------------
 
-    def _num_repeats(self, step: RunStep, shape: StepShape) -> int:
+    def _num_repeats(self, step: RunStep, shape: StepShape, latency: LatencyModel) -> int:
         """Return how often a decode step that is about to start can be repeated before the scheduler is asked."""
         if not self._may_repeat or shape.num_prefills:
+            return 0
+        if isinstance(latency, LatencyBeside) and latency.is_for_one_step:
             return 0
         num_repeats = min(self._scheduler.num_repeats(), MAX_RUN_LENGTH)
         for request in self._requests_of(step):

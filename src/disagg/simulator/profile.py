@@ -23,9 +23,9 @@ from disagg.simulator.measured_steps import (
     fit_latency,
 )
 from disagg.simulator.platform import HostCosts
-from disagg.simulator.served_steps import ServedSample, fit_serving
+from disagg.simulator.serving_fit import ServedRequest, ServedSample, fit_serving
 
-PROFILE_VERSION: Final = 2
+PROFILE_VERSION: Final = 3
 _MIN_SAMPLES: Final = 10
 
 
@@ -60,6 +60,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
     served: tuple[ServedSample, ...] = ()
     """What serving cost while a server streamed to clients of the same machine."""
+    served_requests: tuple[ServedRequest, ...] = ()
+    """What requests of several lengths cost that server and the client."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class ProfiledPlatform:
         num_cores, num_threads = self.profile.num_cores, self.profile.num_threads
         if num_cores is None or num_threads is None:
             return None
-        return fit_serving(self.profile.served, num_cores, num_threads)
+        return fit_serving(self.profile.served, self.profile.served_requests, num_cores, num_threads)
 
     def _check(self, tensor_parallel: int) -> None:
         if tensor_parallel not in self._latencies:

@@ -41,7 +41,7 @@ def test_the_scheduler_cuts_prompts_into_chunks(instance: ProfiledInstance) -> N
     result = instance.run(Script(prompt_lens=(150,)))
     assert [step.chunks for step in result.prefill_steps] == [((0, 64),), ((64, 64),), ((128, 22),)]
     assert all(step.time_s > 0 for step in result.prefill_steps)
-    assert result.decode_steps == result.pulls == ()
+    assert result.decode_steps == ()
 
 
 def test_short_prompts_share_a_step(instance: ProfiledInstance) -> None:
@@ -66,13 +66,6 @@ def test_a_chunk_runs_beside_decodes(instance: ProfiledInstance) -> None:
     assert sizes[:2] == [[1, 1, 62], [1, 1, 8]]
 
 
-def test_a_single_decode_measures_the_pull(instance: ProfiledInstance) -> None:
-    (pull,) = instance.run(Script(decode_contexts=(100,))).pulls
-    # 7 blocks of 16 tokens; 2 layers, keys and values, 2 heads of 16 floats.
-    assert pull.num_bytes == 7 * 16 * 2 * 2 * 2 * 16 * 4
-    assert pull.time_s > 0
-
-
 def test_an_endless_script_ends_when_told(instance: ProfiledInstance) -> None:
     for script in (Script(prompt_lens=(30,), is_endless=True), Script(decode_contexts=(500,) * 2, is_endless=True)):
         instance.run(script)
@@ -87,7 +80,6 @@ def test_a_campaign_measures_alone_and_beside(settings: InstanceSettings) -> Non
     measured = measure(campaign, lambda *progress: told.append(progress))
     assert len(measured.alone) > 20
     assert {activity: bool(steps) for activity, steps in measured.beside.items()} == {"prefill": True, "decode": True}
-    assert measured.pulls
     assert list(dict.fromkeys(what for what, _ in told)) == [
         "loading",
         "steps alone",

@@ -134,15 +134,6 @@ def test_decodes_are_adopted_measured_alone_then_beside_prompts_and_aborted() ->
     result = player.result()
     assert [step.time_s for step in result.decode_steps] == [0.3, 0.4]
     assert [step.time_s for step in result.prefill_steps] == [0.5, 0.6]
-    assert result.pulls == ()  # two pulls wait for one another
-
-
-def test_a_pull_counts_when_it_has_the_instance_for_itself() -> None:
-    player = ScriptPlayer(Script(decode_contexts=(33,)), READY, count())
-    (adopt,) = player.begin()
-    player.after_turn(turn(0.1), [pulled(adopt)])
-    (pull,) = player.result().pulls
-    assert (pull.num_bytes, pull.time_s) == (300, 0.001)
 
 
 def test_an_endless_script_begins_again_until_it_is_stopped() -> None:

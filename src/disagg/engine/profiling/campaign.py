@@ -15,7 +15,6 @@ from disagg.base.config import InstanceSettings
 from disagg.base.messages import InstanceFacts
 from disagg.engine.profiling.process import ProfiledInstance
 from disagg.engine.profiling.script import (
-    MeasuredPull,
     MeasuredStep,
     Script,
     ScriptLimits,
@@ -60,7 +59,6 @@ class Measurement:
     facts: InstanceFacts
     alone: tuple[MeasuredStep, ...]
     beside: dict[str, tuple[MeasuredStep, ...]]
-    pulls: tuple[MeasuredPull, ...]
 
 
 def measure(campaign: Campaign, on_progress: OnProgress) -> Measurement:
@@ -93,7 +91,6 @@ def measure(campaign: Campaign, on_progress: OnProgress) -> Measurement:
         facts=facts,
         alone=series[None].joined(),
         beside={activity: one.joined() for activity, one in series.items() if activity is not None},
-        pulls=series[None].pulls(),
     )
 
 
@@ -166,10 +163,6 @@ class Series:
     def joined(self) -> tuple[MeasuredStep, ...]:
         """Return the repetitions of each step as one."""
         return tuple(step for of_script in self._results for step in joined_steps(of_script))
-
-    def pulls(self) -> tuple[MeasuredPull, ...]:
-        """Return all that were measured."""
-        return tuple(pull for of_script in self._results for result in of_script for pull in result.pulls)
 
     def _play_next(self, instance: ProfiledInstance) -> None:
         if not self._order:

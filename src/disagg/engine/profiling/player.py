@@ -9,7 +9,7 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import Abort, Adopt, Generate, KvOffer, Message, Pulled, Ready, StepOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
-from disagg.engine.profiling.script import MeasuredPull, MeasuredStep, Script, ScriptResult, max_output
+from disagg.engine.profiling.script import MeasuredStep, Script, ScriptResult, max_output
 
 _EPOCH: Final = Epoch(1)
 _SOURCE: Final = InstanceId("source")
@@ -43,7 +43,6 @@ class ScriptPlayer:
         self._is_stopping = False
         self._decode_steps: list[MeasuredStep] = []
         self._prefill_steps: list[MeasuredStep] = []
-        self._pulls: list[MeasuredPull] = []
 
     def begin(self) -> list[Message]:
         """Return the first messages."""
@@ -60,9 +59,7 @@ class ScriptPlayer:
 
     def result(self) -> ScriptResult:
         """Return what was measured."""
-        return ScriptResult(
-            decode_steps=tuple(self._decode_steps), prefill_steps=tuple(self._prefill_steps), pulls=tuple(self._pulls)
-        )
+        return ScriptResult(decode_steps=tuple(self._decode_steps), prefill_steps=tuple(self._prefill_steps))
 
     def after_turn(self, turn: MeasuredStep, news: Sequence[Message]) -> list[Message]:
         """Account for a turn of the loop, without chunks when it ran no step; return what is next.
@@ -108,11 +105,9 @@ class ScriptPlayer:
         match message:
             case Pulled(failure=failure) if failure and self.stage in (Stage.CLEARING, Stage.DONE):
                 pass  # ended with the rest, on its way
-            case Pulled(num_bytes=num_bytes, duration_s=duration_s, failure=failure):
+            case Pulled(failure=failure):
                 assert not failure, f"the instance could not read its own pool: {failure}"
                 self._num_pulled += 1
-                if len(self._decodes) == 1:
-                    self._pulls.append(MeasuredPull(num_bytes=num_bytes, time_s=duration_s))
             case StepOutput(outputs=outputs):
                 for output in outputs:
                     if output.finish_reason is not None:

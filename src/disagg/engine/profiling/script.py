@@ -16,8 +16,6 @@ _LONGEST_CONTEXT: Final = 8192
 _LONGEST_PROMPT: Final = 4096
 _POOL_SHARE: Final = 0.8
 """How much of the KV pool a script may fill: with more, sequences would be preempted."""
-_NUM_PULLS: Final = 8
-"""Scripts of a single decode, whose pull has the instance for itself."""
 _DISTURBED: Final = 0.02
 """A repetition that had its core for less of the time than the best one, by this much, does not count."""
 _MAX_OUTPUT: Final = 512
@@ -70,19 +68,11 @@ class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
         return all(num_tokens == 1 for _, num_tokens in self.chunks)
 
 
-class MeasuredPull(msgspec.Struct, frozen=True, kw_only=True):
-    """One pull of KV blocks that had the instance for itself."""
-
-    num_bytes: int
-    time_s: float
-
-
 class ScriptResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a script brought: steps of the full decode batch alone, then those with prompts, each in order."""
 
     decode_steps: tuple[MeasuredStep, ...] = ()
     prefill_steps: tuple[MeasuredStep, ...] = ()
-    pulls: tuple[MeasuredPull, ...] = ()
 
 
 class InstanceReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -106,7 +96,7 @@ class ScriptLimits(msgspec.Struct, frozen=True, kw_only=True):
 def standard_scripts(
     limits: ScriptLimits, seed: int, quick: bool = False, temperature: float = 0.0
 ) -> tuple[Script, ...]:
-    """Draw scripts over batch size, contexts, prompts alone, chunks beside decodes, several prompts in a step, pulls.
+    """Draw scripts over batch size, contexts, prompts alone, chunks beside decodes, several prompts in a step.
 
     Lengths are drawn evenly over their logarithm, so that short and long are equally well known.
     """
