@@ -16,9 +16,10 @@ from disagg.cli.host_costs import HostMeasurement, LoneRequest, host_costs
 from disagg.cli.main import main
 from disagg.cli.profile import serve_arguments, to_profile, warn_if_busy
 from disagg.cli.served_requests import ServedPull
-from disagg.engine.profiling.campaign import Campaign, Measurement
+from disagg.engine.profiling.campaign import Campaign, Measurement, MemoryReading, PartBeside
 from disagg.engine.profiling.script import MeasuredStep
 from disagg.simulator.contention import Activity
+from disagg.simulator.memory import MemorySample
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import load_profile
 
@@ -44,7 +45,8 @@ def test_profile_then_simulate(
 
     profile = load_profile(path)
     assert (profile.dtype, profile.num_threads) == ("float32", 1)
-    assert all(15 < request.prompt_len < 30 for request in profile.served_requests)
+    lengths = [request.prompt_len for request in profile.served_requests]
+    assert (len(lengths), 15 < lengths[0] < 30 < lengths[1]) == (2, True)
     assert profile.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
     simulation = ["simulate", "--latency", str(path), "--prompt-len", "100", "--output-len", "10", "--rate", "5"]
     simulated = CliRunner().invoke(main, [*simulation, "--requests", "20", "--json"], catch_exceptions=False)
@@ -68,7 +70,12 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     )
     campaign = Campaign(instance=msgspec.convert(SETTINGS, InstanceSettings), neighbour=None, temperature=0.5)
     alone = tuple(MeasuredStep(chunks=((0, 2 + number),), time_s=0.01 + number) for number in range(20))
-    near = (MeasuredStep(chunks=((7, 1),), time_s=0.02),)
+    near = tuple(
+        PartBeside(
+            (MeasuredStep(chunks=((7, 1),), time_s=time_s),), (MemoryReading(4e10, 3e10), MemoryReading(3e10, 6e10))
+        )
+        for time_s in (0.02, 0.03)
+    )
     # Whole blocks of 16 tokens are pulled, 100 bytes a token.
     pulls = tuple(ServedPull(size - 3, 0.001 + size * 100 / 1e9) for size in (16, 1600, 16_000))
     measured = Measurement(facts=facts, alone=alone, beside={"decode": near})
@@ -82,7 +89,11 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     samples = profile.steps[0].samples
     assert sorted(sample.time_s for sample in samples if sample.neighbour is None) == [step.time_s for step in alone]
     assert [sample.time_s for sample in samples if sample.neighbour is None] != [step.time_s for step in alone]
-    assert [sample.chunks for sample in samples if sample.neighbour is Activity.DECODE] == [((7, 1),)]
+    beside = [sample for sample in samples if sample.neighbour is Activity.DECODE]
+    assert sorted((sample.chunks, sample.time_s) for sample in beside) == [(((7, 1),), 0.02), (((7, 1),), 0.03)]
+    # As much time for a byte as in the mean of the two readings.
+    assert [sample.memory_bytes_per_s for sample in beside] == pytest.approx([4e10, 4e10])
+    assert profile.memory == (MemorySample(alone=4e10, together=3e10), MemorySample(alone=3e10, together=6e10)) * 2
 
 
 def test_host_costs_are_what_is_neither_step_nor_pull() -> None:

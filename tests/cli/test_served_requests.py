@@ -13,7 +13,7 @@ from disagg.simulator.serving_fit import ServedRequest
 class WordTokenizer:
     """A token for each five characters."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(text[index]) for index in range(0, len(text), 5)]
 
 

@@ -13,6 +13,7 @@ from disagg.simulator.fit import fit_relative
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import fit_link
 from disagg.simulator.measured_steps import StepSample, fit_interference, fit_latency, hold_out
+from disagg.simulator.memory import MemorySample
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import ParallelSamples, Profile, ProfiledPlatform, load_profile, save_profile
 
@@ -133,6 +134,40 @@ def test_a_platform_is_what_the_profile_measured() -> None:
     assert sum(halves) == pytest.approx(whole[0])
     with pytest.raises(ConfigurationError, match="no steps at tensor parallelism 2, only at 1"):
         platform.latency(2, 1)
+
+
+def test_a_decoding_neighbour_costs_as_much_as_memory_is_scarce() -> None:
+    """A byte takes 1/40 ns alone, and 2/50 where two instances read 50 GB/s together; at 80 it takes no more."""
+    scarce, calm = MemorySample(alone=40e9, together=50e9), MemorySample(alone=40e9, together=80e9)
+    noisy = list(samples())
+    for reading, added in ((scarce, (0.005, 4e-6, 8e-8)), (calm, (0.001, 0.0, 0.0))):
+        noisy += [
+            msgspec.structs.replace(sample, memory_bytes_per_s=reading.together)
+            for sample in beside(Activity.DECODE, *added)
+        ]
+    measured = profile(
+        steps=(ParallelSamples(tensor_parallel=1, samples=tuple(noisy)),), memory=(scarce, calm, calm, calm)
+    )
+
+    def cost(*memory_bytes_per_s: float) -> tuple[float, float, float]:
+        platform = ProfiledPlatform(measured, 1, memory_bytes_per_s)
+        assert platform.interference is not None
+        return platform.interference.coefficients[Activity.DECODE]
+
+    # The profile met 50 GB/s in a quarter of its readings.
+    assert cost() == pytest.approx((0.002, 1e-6, 2e-8), rel=1e-3)
+    assert cost(50e9) == pytest.approx((0.005, 4e-6, 8e-8), rel=1e-3)
+    assert cost(80e9) == pytest.approx((0.001, 0.0, 0.0), abs=1e-9)
+    assert cost(50e9, 80e9) == pytest.approx((0.003, 2e-6, 4e-8), rel=1e-3)
+
+
+def test_without_readings_a_neighbour_costs_what_it_did_in_the_mean() -> None:
+    noisy = (*samples(), *beside(Activity.DECODE, 0.004, 0.0, 8e-8))
+    measured = profile(steps=(ParallelSamples(tensor_parallel=1, samples=noisy),))
+    for readings in ((), (50e9,)):
+        platform = ProfiledPlatform(measured, 1, readings)
+        assert platform.interference is not None
+        assert platform.interference.coefficients[Activity.DECODE] == pytest.approx((0.004, 0.0, 8e-8), abs=1e-9)
 
 
 @pytest.mark.parametrize(

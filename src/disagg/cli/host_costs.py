@@ -12,11 +12,11 @@ from typing import Final
 import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
-from disagg.cli.served_requests import ServedPull, Tokenizer, measure_served_requests
+from disagg.cli.served_requests import ServedPull, measure_served_requests
 from disagg.cli.served_streams import StreamLimits, measure_served_steps
 from disagg.measure.client.inquiries import recent_requests, served_model
 from disagg.measure.client.plan import Server
-from disagg.measure.client.prompts import english_text
+from disagg.measure.client.prompts import TextTokenizer, english_text
 from disagg.measure.compare.server_process import ServerCommand, free_port, running
 from disagg.measure.timeline import Stage
 from disagg.simulator.platform import HostCosts
@@ -85,7 +85,7 @@ def measure_host_costs(
             return HostMeasurement(lone, tuple(served), tuple(one.request for one in requests), pulls)
 
 
-def _tokenizer(model: str | None) -> Tokenizer:
+def _tokenizer(model: str | None) -> TextTokenizer:
     from disagg.models.locate import locate_model
     from disagg.models.tokenizer import load_tokenizer
 

@@ -22,6 +22,7 @@ from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instan
 from disagg.simulator.contention import Activity
 from disagg.simulator.links import fit_link
 from disagg.simulator.measured_steps import StepSample
+from disagg.simulator.memory import MemorySample
 from disagg.simulator.profile import ParallelSamples, Profile, save_profile
 
 if TYPE_CHECKING:
@@ -124,8 +125,13 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
     """Return the profile that a campaign's measurements make."""
     facts, settings, machine = measured.facts, campaign.instance, this_machine()
     samples = [_sample(step, None) for step in measured.alone]
-    for activity, steps in measured.beside.items():
-        samples += [_sample(step, Activity(activity)) for step in steps]
+    memory: list[MemorySample] = []
+    for activity, parts in measured.beside.items():
+        for part in parts:
+            read = [MemorySample(alone=one.alone, together=one.together) for one in part.memory]
+            together = statistics.harmonic_mean([one.together for one in read]) if read else None
+            samples += [_sample(step, Activity(activity), together) for step in part.steps]
+            memory += read
     # What is held out is chosen by position: in random order, no kind of step is left out of either part.
     random.Random(campaign.seed).shuffle(samples)
     kv_bytes_per_token = facts.kv_bytes // (facts.num_blocks * facts.block_size)
@@ -147,6 +153,7 @@ def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurem
         num_cores=machine.num_cores,
         served=host.served,
         served_requests=host.requests,
+        memory=tuple(memory),
     )
 
 
@@ -179,8 +186,10 @@ def warn_if_busy(steps: "Sequence[MeasuredStep]") -> None:
         )
 
 
-def _sample(step: "MeasuredStep", neighbour: Activity | None) -> StepSample:
-    return StepSample(chunks=step.chunks, time_s=step.time_s, neighbour=neighbour)
+def _sample(step: "MeasuredStep", neighbour: Activity | None, memory_bytes_per_s: float | None = None) -> StepSample:
+    return StepSample(
+        chunks=step.chunks, time_s=step.time_s, neighbour=neighbour, memory_bytes_per_s=memory_bytes_per_s
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What ``disagg profile`` prints: how well the fit predicts what it was not fitted to, and where it does not."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -10,6 +11,7 @@ import msgspec
 from disagg.simulator.contention import Activity, ServingCost
 from disagg.simulator.fit import FitError
 from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out
+from disagg.simulator.memory import MemorySample
 from disagg.simulator.profile import Profile, ProfiledPlatform
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ class NeighbourCost(msgspec.Struct, frozen=True, kw_only=True):
     """Mean time of the steps measured beside it over that predicted for the same steps alone, less 1."""
 
 
+class MemorySummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes per second that the cores of one instance read, and those of two at once: least, mean, most."""
+
+    alone: float
+    together: tuple[float, float, float]
+
+
 class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a profile holds and how far it can be believed."""
 
@@ -54,6 +63,8 @@ class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
     held_out: FitError
     worst: tuple[StepError, ...]
     neighbours: tuple[NeighbourCost, ...]
+    memory: MemorySummary | None
+    """What cores read from memory in the profile; None where that was not measured."""
     link_bytes_per_s: float
     link_latency_s: float
     accept_s: float
@@ -93,6 +104,7 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
         held_out=error,
         worst=tuple(_step_error(one) for one in worst),
         neighbours=tuple(neighbours),
+        memory=_memory_summary(profile.memory),
         link_bytes_per_s=profile.link_bytes_per_s,
         link_latency_s=profile.link_latency_s,
         accept_s=profile.accept_s,
@@ -124,6 +136,12 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
             f"{cost.token_s * 1e6:.1f} us a token, {cost.context_token_s * 1e9:.0f} ns a token of decode context: "
             f"{cost.lengthening:+.0%} over {cost.num_samples} steps"
         )
+    if summary.memory is not None:
+        least, mean, most = (one / 1e9 for one in summary.memory.together)
+        console.print(
+            f"the cores of one instance read {summary.memory.alone / 1e9:.0f} GB/s from memory, those of two together "
+            f"{mean:.0f} ({least:.0f} to {most:.0f})"
+        )
     console.print(
         f"KV pull {summary.link_bytes_per_s / 1e9:.1f} GB/s after {summary.link_latency_s * 1e3:.2f} ms; "
         f"accepting {summary.accept_s * 1e3:.2f} ms, a message {summary.message_s * 1e3:.2f} ms, "
@@ -137,6 +155,16 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
             f"prompt from the instances, which use all {serving.num_cores} cores"
         )
     console.print(f"written to {summary.file}")
+
+
+def _memory_summary(readings: Sequence[MemorySample]) -> MemorySummary | None:
+    if not readings:
+        return None
+    together = [reading.together for reading in readings]
+    return MemorySummary(
+        alone=statistics.median(reading.alone for reading in readings),
+        together=(min(together), statistics.fmean(together), max(together)),
+    )
 
 
 def _step_error(one: HeldOut) -> StepError:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Final, Protocol
+from typing import Final
 
 import uvloop
 
@@ -19,7 +19,7 @@ from disagg.cli.served_streams import StreamLimits
 from disagg.measure.client.calls import Call
 from disagg.measure.client.inquiries import recent_requests, served_model
 from disagg.measure.client.plan import OpenLoad, Server
-from disagg.measure.client.prompts import Prompt, english_text
+from disagg.measure.client.prompts import Prompt, TextTokenizer, english_text
 from disagg.measure.client.stages import merge_stages
 from disagg.measure.record import RequestRecord
 from disagg.measure.timeline import Stage
@@ -34,13 +34,6 @@ _SAMPLE_CHARACTERS: Final = 20_000
 """Of the text, to see how many make a token."""
 _UNIQUE_BYTES: Final = 6
 """At each prompt's start, so that none finds a prefix in the cache."""
-
-
-class Tokenizer(Protocol):
-    """What is needed of the model's tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt, as the server counts them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class RequestCosts:
 class TextPrompts:
     """Makes prompts of English text, of about as many tokens as asked and never more than ``longest``."""
 
-    def __init__(self, tokenizer: Tokenizer, longest: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, longest: int) -> None:
         self._tokenizer = tokenizer
         self._longest = longest
         self._text = english_text()
@@ -82,7 +75,7 @@ class TextPrompts:
 
 
 def measure_served_requests(
-    server: Server, tokenizer: Tokenizer, limits: StreamLimits, num_rounds: int, cpu_s: Callable[[], float]
+    server: Server, tokenizer: TextTokenizer, limits: StreamLimits, num_rounds: int, cpu_s: Callable[[], float]
 ) -> Iterator[RequestCosts]:
     """Yield what requests cost, ``num_rounds`` times for each length that the server takes.
 
@@ -92,15 +85,20 @@ def measure_served_requests(
     model = served_model(server)
     longest = limits.max_total_len - _OUTPUT_LEN
     prompts = TextPrompts(tokenizer, longest)
-    fitting = [load for load in _LOADS if load[0] <= longest] or [(longest, *_LOADS[0][1:])]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         idle = CpuReadings(cpu_s)
         runner.run(_read_for(idle, _IDLE_S))
-        for prompt_len, count, apart_s in fitting * num_rounds:
+        for prompt_len, count, apart_s in _fitting(longest) * num_rounds:
             specs = tuple(RequestSpec(prompt_len, _OUTPUT_LEN, arrival_s=number * apart_s) for number in range(count))
             readings = CpuReadings(cpu_s)
             records = runner.run(send_all(server, model, OpenLoad(specs), prompts.make, readings))
             yield request_costs(merge_stages(records, recent_requests(server)), readings, idle)
+
+
+def _fitting(longest: int) -> list[tuple[int, int, float]]:
+    """Return the loads that fit, and one of the longest prompts that do."""
+    fitting = [load for load in _LOADS if load[0] < longest]
+    return fitting + [(longest, *load[1:]) for load in _LOADS[len(fitting) :][:1]]
 
 
 def request_costs(records: Sequence[RequestRecord], readings: CpuReadings, idle: CpuReadings) -> RequestCosts:

@@ -6,6 +6,7 @@ read; the number of decodes; the sampled tokens. What a computing neighbour adds
 and one for each token of decode context, by what the neighbour computes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from disagg.simulator.contention import Activity
 from disagg.simulator.fit import FitError, fit_relative, relative_error
 from disagg.simulator.latency import StepShape
+from disagg.simulator.memory import Scarcity
 
 HOLD_OUT_EVERY: Final = 5
 """One sample in five is kept out of the fit whose error is reported."""
@@ -45,12 +47,14 @@ def shape_of(chunks: Chunks) -> StepShape:
 class StepSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One measured step and the seconds it took.
 
-    ``neighbour`` is what another instance of the host computed meanwhile, without end.
+    ``neighbour`` is what another instance of the host computed meanwhile, without end, and ``memory_bytes_per_s`` what
+    the cores of both could read from memory at that time.
     """
 
     chunks: Chunks
     time_s: Annotated[float, Meta(gt=0)]
     neighbour: Activity | None = None
+    memory_bytes_per_s: Annotated[float, Meta(gt=0)] | None = None
 
     def shape(self) -> StepShape:
         """Return what of the step counts."""
@@ -119,21 +123,51 @@ def hold_out(samples: Sequence[StepSample]) -> list[HeldOut]:
     return [HeldOut(sample, latency.stage_times_s(sample.shape())[0]) for sample in kept_out]
 
 
-def fit_interference(samples: Sequence[StepSample], alone: FittedLatency) -> FittedInterference:
-    """Return what neighbours add to the steps of the model ``alone``; never less than nothing."""
+def fit_interference(
+    samples: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity | None = None
+) -> FittedInterference:
+    """Return what neighbours add to the steps of the model ``alone``; never less than nothing.
+
+    With ``scarcity``, what a decoding neighbour adds grows with it, from sample to sample, and is told for the usual
+    one.
+    """
     coefficients = {}
     for activity in Activity:
         beside = [sample for sample in samples if sample.neighbour is activity]
         if len(beside) < _MIN_SAMPLES_BESIDE:
             continue
-        shapes = [sample.shape() for sample in beside]
-        features = np.array([[1.0, shape.num_tokens, shape.decode_context] for shape in shapes])
-        times = np.array([sample.time_s for sample in beside])
-        added = times - np.array([alone.stage_times_s(shape)[0] for shape in shapes])
-        # As parts of the whole step, so that a millisecond counts more in a short one.
-        step, token, context = fit_relative(features, added, times)
-        coefficients[activity] = (float(step), float(token), float(context))
+        if scarcity is not None and all(sample.memory_bytes_per_s is not None for sample in beside):
+            coefficients[activity] = _added_where_scarce(beside, alone, scarcity)
+        else:
+            coefficients[activity] = _as_triple(_fit_added(beside, alone, np.ones((len(beside), 1))))
     return FittedInterference(coefficients)
+
+
+def _added_where_scarce(
+    beside: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity
+) -> tuple[float, float, float]:
+    """Return what is added at the usual scarcity: one constant part, and the three that grow with scarcity."""
+    met = np.array([[scarcity.where(sample.memory_bytes_per_s or math.inf)] for sample in beside])
+    constant, *growing = _fit_added(beside, alone, met, np.ones((len(beside), 1)))
+    step, token, context = (scarcity.usual * one for one in growing)
+    return constant + step, token, context
+
+
+def _fit_added(
+    beside: Sequence[StepSample], alone: FittedLatency, weights: NDArray[np.float64], *others: NDArray[np.float64]
+) -> list[float]:
+    """Fit ``others``, and weighted: a step, a new token, a token of decode context."""
+    shapes = [sample.shape() for sample in beside]
+    features = weights * np.array([[1.0, shape.num_tokens, shape.decode_context] for shape in shapes])
+    times = np.array([sample.time_s for sample in beside])
+    added = times - np.array([alone.stage_times_s(shape)[0] for shape in shapes])
+    # As parts of the whole step, so that a millisecond counts more in a short one.
+    return [float(one) for one in fit_relative(np.hstack([*others, features]), added, times)]
+
+
+def _as_triple(values: Sequence[float]) -> tuple[float, float, float]:
+    step, token, context = values
+    return step, token, context
 
 
 def _fit(samples: Sequence[StepSample]) -> FittedLatency:

@@ -22,6 +22,7 @@ from disagg.simulator.measured_steps import (
     fit_interference,
     fit_latency,
 )
+from disagg.simulator.memory import MemorySample, Scarcity
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.serving_fit import ServedRequest, ServedSample, fit_serving
 
@@ -60,6 +61,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
     served: tuple[ServedSample, ...] = ()
     """What serving cost while a server streamed to clients of the same machine."""
+    memory: tuple[MemorySample, ...] = ()
+    """What the cores of two instances read from memory, time and again while neighbours were measured."""
     served_requests: tuple[ServedRequest, ...] = ()
     """What requests of several lengths cost that server and the client."""
 
@@ -68,11 +71,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ProfiledPlatform:
     """The model and machine of a profile, with KV pools of ``kv_memory_bytes`` for each device of an instance.
 
-    ``errors`` is the held-out error by tensor parallelism. ``interference`` is that of instances of one device each.
+    ``errors`` is the held-out error by tensor parallelism. ``interference`` is that of instances of one device each:
+    its mean over the profile, or, where ``memory_bytes_per_s`` says what the cores of two instances together read from
+    memory at other times, that of those times.
     """
 
     profile: Profile
     kv_memory_bytes: int
+    memory_bytes_per_s: tuple[float, ...] = ()
     link: LinkModel = field(init=False)
     errors: dict[int, FitError] = field(init=False)
     interference: FittedInterference | None = field(init=False)
@@ -85,7 +91,8 @@ class ProfiledPlatform:
         object.__setattr__(self, "errors", {tensor: error for tensor, (_, error) in fits.items()})
         object.__setattr__(self, "_latencies", {tensor: latency for tensor, (latency, _) in fits.items()})
         single = next((steps.samples for steps in self.profile.steps if steps.tensor_parallel == 1), None)
-        interference = None if single is None else fit_interference(single, self._latencies[1])
+        scarcity = Scarcity.of(self.profile.memory, self.memory_bytes_per_s)
+        interference = None if single is None else fit_interference(single, self._latencies[1], scarcity)
         object.__setattr__(self, "interference", interference)
         object.__setattr__(self, "serving", self._fit_serving())
 

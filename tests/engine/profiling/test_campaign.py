@@ -31,14 +31,15 @@ def test_every_script_is_played_and_the_neighbour_computes_beside_its_own_series
     series = {None: Series(scripts, 0.0, random.Random(0)), "decode": Series(scripts[:2], 0.0, random.Random(0))}
     told: list[tuple[str, float]] = []
     endless = Script(decode_contexts=(10,) * 9, is_endless=True)
-    play_in_turns(series, instance, neighbour, {"decode": endless}, lambda *progress: told.append(progress))
+    plays = {"decode": endless}
+    play_in_turns(series, instance, neighbour, plays, lambda *progress: told.append(progress), diary.append)
 
     played = [entry for entry in diary if entry.startswith("instance")]
     assert sorted(played) == ["instance 1", "instance 1", "instance 2", "instance 2", "instance 3"]
-    for beside in (1, 5):  # alone, beside the neighbour, alone again, ...
-        assert diary[beside] == "neighbour 9"
-        assert diary[beside + 1].startswith("instance")
-        assert diary[beside + 2] == "neighbour stops"
+    for beside in (1, 7):  # alone, beside the neighbour, alone again, ...
+        assert diary[beside : beside + 2] == ["decode", "neighbour 9"]
+        assert diary[beside + 2].startswith("instance")
+        assert diary[beside + 3 : beside + 5] == ["neighbour stops", "decode"]
     assert [len(one.joined()) for one in series.values()] == [3, 2]
     assert [fraction for what, fraction in told if what == "steps alone"] == [1 / 3, 2 / 3, 1.0]
     assert [fraction for what, fraction in told if what == "steps beside decode"] == [0.5, 1.0]

@@ -1,5 +1,6 @@
 """A real instance with a tiny model plays scripts: what is measured is what the script is about."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,12 +75,19 @@ def test_an_endless_script_ends_when_told(instance: ProfiledInstance) -> None:
 
 
 def test_a_campaign_measures_alone_and_beside(settings: InstanceSettings) -> None:
-    neighbour = structs.replace(settings, instance=InstanceId("neighbour"))
+    cores = sorted(os.sched_getaffinity(0))
+    settings = structs.replace(settings, cpus=(cores[0],))
+    neighbour = structs.replace(settings, instance=InstanceId("neighbour"), cpus=(cores[-1],))
     told: list[tuple[str, float]] = []
     campaign = Campaign(instance=settings, neighbour=neighbour, quick=True, alone_s=0.0, beside_s=0.0)
     measured = measure(campaign, lambda *progress: told.append(progress))
     assert len(measured.alone) > 20
-    assert {activity: bool(steps) for activity, steps in measured.beside.items()} == {"prefill": True, "decode": True}
+    assert measured.beside.keys() == {"prefill", "decode"}
+    for parts in measured.beside.values():
+        assert sum(len(part.steps) for part in parts) >= 2
+        for part in parts:  # read before, and after
+            assert len(part.memory) == 2
+            assert all(reading.alone > 0 and reading.together > 0 for reading in part.memory)
     assert list(dict.fromkeys(what for what, _ in told)) == [
         "loading",
         "steps alone",
