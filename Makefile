@@ -39,7 +39,7 @@ format: $(VENV)/.test   ## format the code
 bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arithmetic peak
 	$(BIN)/python benchmarks/kernels.py
 
-fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (half an hour)
+fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (an hour)
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 clean:           ## remove the virtual environment and build output

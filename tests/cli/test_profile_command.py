@@ -1,6 +1,7 @@
 """``disagg profile``: a real instance, neighbour and server with a tiny model, and a profile that can be simulated."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def test_profile_then_simulate(
     assert len(summary["worst"]) > 2
     assert summary["link_bytes_per_s"] > 0
     assert summary["message_s"] > 0
+    if len(os.sched_getaffinity(0)) > 1:  # else there is no neighbour
+        least, mean, most = summary["memory"]["together"]
+        assert 0 < least <= mean <= most
 
     profile = load_profile(path)
     assert (profile.dtype, profile.num_threads) == ("float32", 1)

@@ -123,11 +123,18 @@ class TestServing:
         served = (0.0006 + 2 * 0.0001) / 0.01 / 2
         assert self.step_s(A) == pytest.approx(usual_s + (0.004 + 1000 * 3e-6) / 2 / (1 - served))
         assert self.step_s(A) == usual_s
-        self.host.set_activity(B, None)
+
+    def test_what_is_owed_is_forgotten_when_a_core_is_free_to_do_it(self) -> None:
+        self.compute(A, 2)
         self.compute(B, 2)
-        assert self.step_s(A) == self.alone_s  # all is B's, which began last,
-        served *= 2
-        assert self.step_s(B) == pytest.approx((self.alone_s + 0.0006 + 2 * 0.0001) / (1 - served))  # not what was owed
+        self.wait(SPREAD_S)
+        usual_s = self.step_s(A)
+        self.host.arrive(1000)
+        self.host.set_activity(B, None)
+        assert self.step_s(A) == self.alone_s
+        self.compute(B, 2)
+        self.wait(SPREAD_S)
+        assert self.step_s(A) == self.step_s(B) == usual_s
 
 
 def test_serving_costs_nothing_on_a_core_of_its_own() -> None:

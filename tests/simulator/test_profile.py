@@ -12,8 +12,8 @@ from disagg.simulator.contention import Activity
 from disagg.simulator.fit import fit_relative
 from disagg.simulator.latency import StepShape
 from disagg.simulator.links import fit_link
-from disagg.simulator.measured_steps import StepSample, fit_interference, fit_latency, hold_out
-from disagg.simulator.memory import MemorySample
+from disagg.simulator.measured_steps import StepSample, fit_interference, fit_latency, hold_out, interference_errors
+from disagg.simulator.memory import MemorySample, Scarcity
 from disagg.simulator.platform import HostCosts
 from disagg.simulator.profile import ParallelSamples, Profile, ProfiledPlatform, load_profile, save_profile
 
@@ -159,6 +159,20 @@ def test_a_decoding_neighbour_costs_as_much_as_memory_is_scarce() -> None:
     assert cost(50e9) == pytest.approx((0.005, 4e-6, 8e-8), rel=1e-3)
     assert cost(80e9) == pytest.approx((0.001, 0.0, 0.0), abs=1e-9)
     assert cost(50e9, 80e9) == pytest.approx((0.003, 2e-6, 4e-8), rel=1e-3)
+
+
+def test_errors_beside_neighbours_are_those_at_each_samples_own_scarcity() -> None:
+    disturbed = [
+        msgspec.structs.replace(sample, memory_bytes_per_s=together)
+        for together, added_s in ((50e9, 0.005), (80e9, 0.0))
+        for sample in beside(Activity.DECODE, added_s, 0.0, 0.0)
+    ]
+    latency, _ = fit_latency(samples())
+    readings = [MemorySample(alone=40e9, together=together) for together in (50e9, 80e9)]
+    told = interference_errors([*samples(), *disturbed], latency, Scarcity.of(readings))
+    assert told.keys() == {Activity.DECODE}
+    assert told[Activity.DECODE].maximum < 1e-3
+    assert interference_errors([*samples(), *disturbed], latency)[Activity.DECODE].mean > 0.05
 
 
 def test_without_readings_a_neighbour_costs_what_it_did_in_the_mean() -> None:

@@ -10,14 +10,16 @@ import msgspec
 
 from disagg.simulator.contention import Activity, ServingCost
 from disagg.simulator.fit import FitError
-from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out
-from disagg.simulator.memory import MemorySample
+from disagg.simulator.latency import StepShape
+from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out, interference_errors
+from disagg.simulator.memory import Scarcity
 from disagg.simulator.profile import Profile, ProfiledPlatform
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NUM_WORST: Final = 5
+LONE_DECODE: Final = StepShape(num_decodes=1, decode_context=512, num_samples=1)
 
 
 class StepError(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +35,11 @@ class StepError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NeighbourCost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a neighbour's activity adds to a step, to each new token and to each token of decode context."""
+    """What a neighbour's activity adds to a step, to each new token and to each token of decode context.
+
+    ``error`` is that of the fit to the steps beside it, and ``error_in_the_mean`` that without regard to the memory
+    bandwidth that was read beside each.
+    """
 
     activity: Activity
     num_samples: int
@@ -42,13 +48,19 @@ class NeighbourCost(msgspec.Struct, frozen=True, kw_only=True):
     context_token_s: float
     lengthening: float
     """Mean time of the steps measured beside it over that predicted for the same steps alone, less 1."""
+    error: FitError
+    error_in_the_mean: FitError
 
 
 class MemorySummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes per second that the cores of one instance read, and those of two at once: least, mean, most."""
+    """Bytes per second that the cores of one instance read, and those of two at once: least, mean, most.
+
+    ``added_s`` is what a decoding neighbour adds to a step of one sequence (context 512) where it is least and most.
+    """
 
     alone: float
     together: tuple[float, float, float]
+    added_s: tuple[float, float]
 
 
 class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +92,9 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
     latency, error = fit_latency(samples)
     platform = ProfiledPlatform(profile, kv_memory_bytes=1)
     worst = sorted(hold_out(samples), key=lambda one: -abs(one.relative_error))[:NUM_WORST]
+    scarcity = Scarcity.of(profile.memory)
+    errors = interference_errors(samples, latency, scarcity)
+    in_the_mean = interference_errors(samples, latency)
     neighbours = []
     for activity, added in platform.interference.coefficients.items() if platform.interference else ():
         beside = [sample for sample in samples if sample.neighbour is activity]
@@ -92,6 +107,8 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
                 token_s=added[1],
                 context_token_s=added[2],
                 lengthening=sum(ratios) / len(ratios) - 1,
+                error=errors[activity],
+                error_in_the_mean=in_the_mean[activity],
             )
         )
     return ProfileSummary(
@@ -104,7 +121,7 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
         held_out=error,
         worst=tuple(_step_error(one) for one in worst),
         neighbours=tuple(neighbours),
-        memory=_memory_summary(profile.memory),
+        memory=_memory_summary(profile),
         link_bytes_per_s=profile.link_bytes_per_s,
         link_latency_s=profile.link_latency_s,
         accept_s=profile.accept_s,
@@ -134,13 +151,15 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
         console.print(
             f"a neighbour that computes {cost.activity.value} adds {cost.step_s * 1e3:.2f} ms a step, "
             f"{cost.token_s * 1e6:.1f} us a token, {cost.context_token_s * 1e9:.0f} ns a token of decode context: "
-            f"{cost.lengthening:+.0%} over {cost.num_samples} steps"
+            f"{cost.lengthening:+.0%} over {cost.num_samples} steps, mean error {cost.error.mean:.1%} "
+            f"({cost.error_in_the_mean.mean:.1%} without regard to memory bandwidth)"
         )
     if summary.memory is not None:
         least, mean, most = (one / 1e9 for one in summary.memory.together)
         console.print(
             f"the cores of one instance read {summary.memory.alone / 1e9:.0f} GB/s from memory, those of two together "
-            f"{mean:.0f} ({least:.0f} to {most:.0f})"
+            f"{mean:.0f}; at {least:.0f} a neighbour that decodes adds {summary.memory.added_s[0] * 1e3:.1f} ms to a "
+            f"lone decode, at {most:.0f} {summary.memory.added_s[1] * 1e3:.1f} ms"
         )
     console.print(
         f"KV pull {summary.link_bytes_per_s / 1e9:.1f} GB/s after {summary.link_latency_s * 1e3:.2f} ms; "
@@ -157,14 +176,20 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
     console.print(f"written to {summary.file}")
 
 
-def _memory_summary(readings: Sequence[MemorySample]) -> MemorySummary | None:
-    if not readings:
+def _memory_summary(profile: Profile) -> MemorySummary | None:
+    if not profile.memory:
         return None
-    together = [reading.together for reading in readings]
+    together = [reading.together for reading in profile.memory]
     return MemorySummary(
-        alone=statistics.median(reading.alone for reading in readings),
+        alone=statistics.median(reading.alone for reading in profile.memory),
         together=(min(together), statistics.fmean(together), max(together)),
+        added_s=(_added_s(profile, min(together)), _added_s(profile, max(together))),
     )
+
+
+def _added_s(profile: Profile, together: float) -> float:
+    interference = ProfiledPlatform(profile, kv_memory_bytes=1, memory_bytes_per_s=(together,)).interference
+    return 0.0 if interference is None else interference.added_s(Activity.DECODE, LONE_DECODE)
 
 
 def _step_error(one: HeldOut) -> StepError:

@@ -22,8 +22,8 @@ from disagg.simulator.latency import LatencyModel, StepShape
 _MOST_SERVED: Final = 0.9
 """Of a core's time: beyond it, figures from a calm machine say nothing."""
 _SPREAD_S: Final = 0.3
-"""After which Linux has spread what serves over the cores again, measured beside a prefilling instance on two cores:
-a lone decode waited for its core 1.3, 1.0, 0.9, 0.5, 0.5 ms a step in the tenths of a second after it had begun."""
+"""After which Linux has spread what serves over the cores again. ``benchmarks/core_wait.py`` shows it: beside a busy
+prefill instance on two cores, a lone decode waits 1.1 to 0.9 ms a step for its core at first, later 0.6."""
 
 
 class Activity(enum.Enum):
@@ -196,12 +196,12 @@ class Host:
         return LatencyBeside(alone, self._interference, tuple(other.activity for other in others), serving)
 
     def _serving_share(self, instance: InstanceId, others: Sequence[_Computing]) -> ServingShare | None:
-        cost = self._serving
+        cost, owed_s = self._serving, self._owed_s.pop(instance, 0.0)
         if cost is None or not cost.is_felt(len(others) + 1):
-            return None
+            return None  # what was owed, a free core has done
         payers = self._payers(instance)
         part = 1 / len(payers) if instance in payers else 0.0
-        return ServingShare(cost, part, sum(other.served for other in others), self._owed_s.pop(instance, 0.0))
+        return ServingShare(cost, part, sum(other.served for other in others), owed_s)
 
     def _payers(self, beginning: InstanceId | None = None) -> list[InstanceId]:
         """Return the instances on whose cores serving is done: all that compute, or those that began lately.

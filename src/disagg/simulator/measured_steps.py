@@ -3,11 +3,10 @@
 Features of a step: a constant; the new tokens, in straight pieces between the sizes below (small batches wait for the
 weights, large ones for arithmetic); the squares of prefill attention; the number of prefills; the context that decodes
 read; the number of decodes; the sampled tokens. What a computing neighbour adds: a constant, a part for each new token
-and one for each token of decode context, by what the neighbour computes.
+and one for each token of decode context, by what the neighbour computes and by how scarce memory bandwidth is.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -123,51 +122,72 @@ def hold_out(samples: Sequence[StepSample]) -> list[HeldOut]:
     return [HeldOut(sample, latency.stage_times_s(sample.shape())[0]) for sample in kept_out]
 
 
+@dataclass(frozen=True)
+class _Added:
+    """What a neighbour adds: a constant, and by scarcity a part for a step, a new token, a token of decode context."""
+
+    constant: float
+    step: float
+    token: float
+    context: float
+
+    def where(self, scarcity: float) -> tuple[float, float, float]:
+        """Return what is added to a step, a new token, a token of decode context."""
+        return self.constant + self.step * scarcity, self.token * scarcity, self.context * scarcity
+
+
 def fit_interference(
     samples: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity | None = None
 ) -> FittedInterference:
     """Return what neighbours add to the steps of the model ``alone``; never less than nothing.
 
-    With ``scarcity``, what a decoding neighbour adds grows with it, from sample to sample, and is told for the usual
-    one.
+    With ``scarcity``, what a neighbour adds grows with it, from sample to sample, and is told for the usual one.
     """
-    coefficients = {}
+    usual = 1.0 if scarcity is None else scarcity.usual
+    added = {activity: _fit_added(beside, alone, scarcity) for activity, beside in _by_activity(samples)}
+    return FittedInterference({activity: one.where(usual) for activity, one in added.items()})
+
+
+def interference_errors(
+    samples: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity | None = None
+) -> dict[Activity, FitError]:
+    """Return how far what was fitted is from the samples beside each kind of neighbour, at the scarcity of each."""
+    errors = {}
+    for activity, beside in _by_activity(samples):
+        added = _fit_added(beside, alone, scarcity)
+        predicted = [
+            FittedInterference({activity: added.where(_met(sample, scarcity))}).added_s(activity, sample.shape())
+            + alone.stage_times_s(sample.shape())[0]
+            for sample in beside
+        ]
+        errors[activity] = relative_error(np.array(predicted), np.array([sample.time_s for sample in beside]))
+    return errors
+
+
+def _by_activity(samples: Sequence[StepSample]) -> Iterator[tuple[Activity, list[StepSample]]]:
+    """Yield each kind of neighbour of which there are enough samples."""
     for activity in Activity:
         beside = [sample for sample in samples if sample.neighbour is activity]
-        if len(beside) < _MIN_SAMPLES_BESIDE:
-            continue
-        if scarcity is not None and all(sample.memory_bytes_per_s is not None for sample in beside):
-            coefficients[activity] = _added_where_scarce(beside, alone, scarcity)
-        else:
-            coefficients[activity] = _as_triple(_fit_added(beside, alone, np.ones((len(beside), 1))))
-    return FittedInterference(coefficients)
+        if len(beside) >= _MIN_SAMPLES_BESIDE:
+            yield activity, beside
 
 
-def _added_where_scarce(
-    beside: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity
-) -> tuple[float, float, float]:
-    """Return what is added at the usual scarcity: one constant part, and the three that grow with scarcity."""
-    met = np.array([[scarcity.where(sample.memory_bytes_per_s or math.inf)] for sample in beside])
-    constant, *growing = _fit_added(beside, alone, met, np.ones((len(beside), 1)))
-    step, token, context = (scarcity.usual * one for one in growing)
-    return constant + step, token, context
+def _met(sample: StepSample, scarcity: Scarcity | None) -> float:
+    """Return the scarcity that a sample met: the usual one where nothing was read beside it, 1 without any."""
+    if scarcity is None:
+        return 1.0
+    return scarcity.usual if sample.memory_bytes_per_s is None else scarcity.where(sample.memory_bytes_per_s)
 
 
-def _fit_added(
-    beside: Sequence[StepSample], alone: FittedLatency, weights: NDArray[np.float64], *others: NDArray[np.float64]
-) -> list[float]:
-    """Fit ``others``, and weighted: a step, a new token, a token of decode context."""
+def _fit_added(beside: Sequence[StepSample], alone: FittedLatency, scarcity: Scarcity | None) -> _Added:
     shapes = [sample.shape() for sample in beside]
-    features = weights * np.array([[1.0, shape.num_tokens, shape.decode_context] for shape in shapes])
+    met = np.array([[_met(sample, scarcity)] for sample in beside])
+    growing = met * np.array([[1.0, shape.num_tokens, shape.decode_context] for shape in shapes])
+    constant = np.full((len(beside), 1), 0.0 if scarcity is None else 1.0)
     times = np.array([sample.time_s for sample in beside])
     added = times - np.array([alone.stage_times_s(shape)[0] for shape in shapes])
     # As parts of the whole step, so that a millisecond counts more in a short one.
-    return [float(one) for one in fit_relative(np.hstack([*others, features]), added, times)]
-
-
-def _as_triple(values: Sequence[float]) -> tuple[float, float, float]:
-    step, token, context = values
-    return step, token, context
+    return _Added(*map(float, fit_relative(np.hstack([constant, growing]), added, times)))
 
 
 def _fit(samples: Sequence[StepSample]) -> FittedLatency:

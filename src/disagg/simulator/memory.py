@@ -2,8 +2,8 @@
 
 A decode step waits for its bytes: weights and KV. Two instances that read at once get half of what all their cores read
 together, so each byte takes 2 / together seconds where it took 1 / alone. What that is more is the scarcity: nothing,
-where the cores of two instances read twice what those of one do. On two cores of a shared host, where ``together`` was
-now 50 GB/s and now 70, the steps of four decodes took 4.9 ms longer beside a decoding neighbour, and 0.0.
+where the cores of two instances read twice what those of one do. On two cores of a shared host ``together`` is now 50
+GB/s and now 70, and a decoding neighbour costs a lone decode milliseconds or nothing (``disagg profile`` prints it).
 """
 
 from collections.abc import Sequence
