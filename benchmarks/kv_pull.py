@@ -90,7 +90,7 @@ def main() -> None:
     print(f"plain copy of {32 * LAYOUT.block_bytes / 1e6:.1f} MB: {memory_copy():.1f} GB/s")
     unmapped = PeerPool(decode_address(address))
     with ThreadPoolExecutor(max_workers=1) as thread:
-        link = Links(pool, thread, MonotonicClock()).open(address)
+        link = Links(pool, thread, MonotonicClock(), maps_ahead=True).open(address)
         wait_until_touched(timeout_s=60.0)
         for kind, ids in (("neighbours", np.arange(LAYOUT.num_blocks // 2)), ("scattered", scattered)):
             groups = [

@@ -74,7 +74,7 @@ def _ends(stack: ExitStack, address: bytes, close_peer: Callable[[], None]) -> E
     pool = KvPool(LOCAL_LAYOUT, "cc")
     stack.callback(pool.close)
     thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-    links = Links(pool, thread, MonotonicClock())
+    links = Links(pool, thread, MonotonicClock(), maps_ahead=True)
     stack.callback(links.close)
     return Ends(links.open(address), pool, PEER_LAYOUT, close_peer)
 
@@ -161,7 +161,7 @@ class TestLinks:
         pool = KvPool(layout, "cc")
         peer = KvPool(layout, "aa")
         with ThreadPoolExecutor(max_workers=1) as thread:
-            others = Links(pool, thread, MonotonicClock())
+            others = Links(pool, thread, MonotonicClock(), maps_ahead=True)
             others.open(peer.address())
             others.close()
             assert wait_until_touched(timeout_s=0.0)

@@ -84,7 +84,7 @@ def build_loop(
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = _make_executor(settings, decoder, pool, device)
-    pulls = _make_pulls(pool, channel, clock, stack)
+    pulls = _make_pulls(pool, device, channel, clock, stack)
     scheduler, log = _make_scheduler(settings, capacity, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
@@ -166,10 +166,12 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 
 
-def _make_pulls(pool: KvPool, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Pulls:
+def _make_pulls(pool: KvPool, device: torch.device, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Pulls:
     # Closed in reverse: cancel what runs, then wait for the thread, which still wakes the channel.
     thread = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-pull"))
-    pulls = Pulls(Links(pool, thread, clock), pool.layout.num_layers, channel.wake)
+    # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
+    links = Links(pool, thread, clock, maps_ahead=device.type == "cpu")
+    pulls = Pulls(links, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls
 

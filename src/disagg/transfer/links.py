@@ -10,19 +10,24 @@ from disagg.transfer.link import Link
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import ShmLink
 
-OPENERS: Final[dict[type[PoolAddress], Callable[[PoolAddress, KvPool, Executor, Clock], Link]]] = {
+OPENERS: Final[dict[type[PoolAddress], Callable[[PoolAddress, KvPool, Executor, Clock, bool], Link]]] = {
     ShmAddress: ShmLink,
 }
 """How each kind of address is opened."""
 
 
 class Links:
-    """Owns the links to all peers. Copies into ``pool`` run on ``thread``, an executor of one worker."""
+    """Owns the links to all peers. Copies into ``pool`` run on ``thread``, an executor of one worker.
 
-    def __init__(self, pool: KvPool, thread: Executor, clock: Clock) -> None:
+    With ``maps_ahead`` all of a peer's pool is mapped in the background once its link is open: right where the peer
+    takes all of that memory anyway.
+    """
+
+    def __init__(self, pool: KvPool, thread: Executor, clock: Clock, *, maps_ahead: bool = False) -> None:
         self._pool = pool
         self._thread = thread
         self._clock = clock
+        self._maps_ahead = maps_ahead
         self._links: dict[PoolAddress, Link] = {}
 
     def open(self, address: bytes) -> Link:
@@ -34,7 +39,7 @@ class Links:
         decoded = decode_address(address)
         link = self._links.get(decoded)
         if link is None:
-            link = OPENERS[type(decoded)](decoded, self._pool, self._thread, self._clock)
+            link = OPENERS[type(decoded)](decoded, self._pool, self._thread, self._clock, self._maps_ahead)
             self._links[decoded] = link
         return link
 

@@ -3,7 +3,7 @@
 The copy runs on a thread of its own, in NumPy calls that release the GIL, each over all layers of a run of
 neighbouring blocks. On one core of a Zen 5 server, for 32 blocks of 24 KB per layer, ``benchmarks/kv_pull.py`` prints
 20 GB/s for neighbours and 12 for scattered blocks, where a plain copy makes 20-25. Blocks whose pages are not
-mapped yet are read at 9 or 5 GB/s: so all of a peer's pool is mapped in the background when the link is opened.
+mapped yet are read at 9 or 5 GB/s: so a peer's pool can be mapped in the background when the link is opened.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,15 +43,16 @@ def runs(blocks: Sequence[BlockPair], longest: int) -> Iterator[tuple[int, int, 
 class ShmLink:
     """Reads one peer's pool through shared memory."""
 
-    def __init__(self, address: ShmAddress, pool: KvPool, thread: Executor, clock: Clock) -> None:
+    def __init__(self, address: ShmAddress, pool: KvPool, thread: Executor, clock: Clock, maps_ahead: bool) -> None:
         """Map the peer's pool; raise TransferError when it is gone or holds other blocks than ``pool``."""
         check_compatible(address.layout, pool.layout)
         self._peer = PeerPool(address)
         self._pool = pool
         self._thread = thread
         self._clock = clock
-        self._toucher = PageToucher(self._peer)
-        self._toucher.start()
+        self._toucher = PageToucher(self._peer) if maps_ahead else None
+        if self._toucher is not None:
+            self._toucher.start()
 
     def read(self, blocks: Sequence[BlockPair], layers: range, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
@@ -63,7 +64,8 @@ class ShmLink:
 
     def close(self) -> None:
         """See ``Link.close``: the mapping goes with the last transfer that uses it."""
-        self._toucher.stop()
+        if self._toucher is not None:
+            self._toucher.stop()
 
     def _copy(self, transfer: Transfer, blocks: Sequence[BlockPair], layers: range) -> TransferState:
         source = self._peer.blocks[layers.start : layers.stop]
