@@ -1,8 +1,8 @@
 """What requests cost beside their steps, and how long their pulls take, out of records and CPU clocks."""
 
 import pytest
+from cpu_readings import readings
 
-from disagg.cli.measured_load import CpuReadings
 from disagg.cli.served_requests import RequestCosts, ServedPull, TextPrompts, request_costs
 from disagg.measure.client.calls import Call
 from disagg.measure.record import RequestRecord
@@ -28,14 +28,6 @@ def record(prompt_len: int, **stages: float) -> RequestRecord:
         event_tokens=(),
         stages=stages,
     )
-
-
-def readings(*taken: tuple[float, float]) -> CpuReadings:
-    values = iter(cpu_s for _, cpu_s in taken)
-    found = CpuReadings(lambda: next(values))
-    for moment_s, _ in taken:
-        found.read(moment_s)
-    return found
 
 
 def test_what_is_spent_without_requests_is_no_cost_of_theirs() -> None:

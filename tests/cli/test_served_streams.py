@@ -1,8 +1,8 @@
 """Which load shows what streaming costs, and how its records and the CPU clocks tell."""
 
 import pytest
+from cpu_readings import readings
 
-from disagg.cli.measured_load import CpuReadings
 from disagg.cli.served_streams import StreamLimits, StreamLoad, served_steps
 from disagg.measure.record import RequestRecord
 
@@ -20,15 +20,6 @@ def record(*event_s: float) -> RequestRecord:
 def records(prompt_s: float, step_s: float, num_tokens: int = 100) -> list[RequestRecord]:
     streams = [record(*(0.05 + index * step_s for index in range(num_tokens))) for _ in range(2)]
     return streams + [record(0.1 + index * prompt_s) for index in range(4)]
-
-
-def readings(*taken: tuple[float, float]) -> CpuReadings:
-    """Return readings of (moment, CPU seconds)."""
-    values = iter(cpu_s for _, cpu_s in taken)
-    found = CpuReadings(lambda: next(values))
-    for moment_s, _ in taken:
-        found.read(moment_s)
-    return found
 
 
 def test_what_counts_is_the_time_in_which_both_instances_computed() -> None:
