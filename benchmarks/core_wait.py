@@ -7,7 +7,6 @@ the time since it began. What waits beside it is API server, router, and this sc
 
 import os
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from background import repeated
 from disagg.cli.bench_load import choose_prompts
 from disagg.cli.host_costs import serve_command
 from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
@@ -47,21 +47,14 @@ def load() -> OpenLoad:
 def waits(pid: int) -> Iterator[list[tuple[float, float]]]:
     """Read in the background (time, seconds that the main thread of ``pid`` has waited for a core so far)."""
     readings: list[tuple[float, float]] = []
-    is_over = threading.Event()
+    with Path(f"/proc/{pid}/task/{pid}/schedstat").open("rb", buffering=0) as counts:
 
-    def keep_reading() -> None:
-        with Path(f"/proc/{pid}/task/{pid}/schedstat").open("rb", buffering=0) as counts:
-            while not is_over.wait(READING_S):
-                counts.seek(0)
-                readings.append((time.time(), int(counts.read(100).split()[1]) / 1e9))
+        def read() -> None:
+            counts.seek(0)
+            readings.append((time.time(), int(counts.read(100).split()[1]) / 1e9))
 
-    thread = threading.Thread(target=keep_reading, name="schedstat")
-    thread.start()
-    try:
-        yield readings
-    finally:
-        is_over.set()
-        thread.join()
+        with repeated(read, READING_S):
+            yield readings
 
 
 def by_time(result: LoadResult, readings: list[tuple[float, float]]) -> dict[int, list[float]]:

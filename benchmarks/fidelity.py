@@ -23,7 +23,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from background import repeated
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
 from disagg.cli.bench_load import choose_prompts
@@ -132,13 +132,6 @@ class Case:
     profile: Profile
     runs: list[Run] = field(default_factory=list)
 
-    def cluster(self, memory_gb_s: Sequence[float] = ()) -> ClusterSpec:
-        """Return the placement to simulate, with the memory bandwidth of the profile or another."""
-        groups = tuple(InstanceGroup(role=role, count=count) for role, count in PLACEMENTS[self.placement].items())
-        readings = tuple(one * 1e9 for one in memory_gb_s)
-        platform = ProfiledPlatform(self.profile, CacheSettings().kv_memory_bytes, readings)
-        return build_cluster(Placement(groups=groups), platform, own_rules())
-
 
 @dataclass(frozen=True)
 class ScaledLatency:
@@ -155,6 +148,14 @@ class ScaledLatency:
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``."""
         return tuple(time_s * self.factor for time_s in self.latency.stage_times_s(shape))
+
+
+def cluster_of(placement: str, profile: Profile, memory_gb_s: Sequence[float] = ()) -> ClusterSpec:
+    """Return what to simulate, with the memory bandwidth that the profile met or another."""
+    groups = tuple(InstanceGroup(role=role, count=count) for role, count in PLACEMENTS[placement].items())
+    readings = tuple(one * 1e9 for one in memory_gb_s)
+    platform = ProfiledPlatform(profile, CacheSettings().kv_memory_bytes, readings)
+    return build_cluster(Placement(groups=groups), platform, own_rules())
 
 
 def scaled(cluster: ClusterSpec, factor: float) -> ClusterSpec:
@@ -194,20 +195,10 @@ def predict(clusters: Sequence[ClusterSpec], workloads: Sequence[OpenLoop], slo:
 @contextmanager
 def memory_readings() -> Iterator[list[float]]:
     """Read in the background what all cores together get from memory, in GB/s; yields where the readings go."""
-    reader, readings, is_over = MemoryReader(sorted(os.sched_getaffinity(0))), [], threading.Event()
-
-    def keep_reading() -> None:
-        while not is_over.is_set():
-            readings.append(reader.bytes_per_s() / 1e9)
-            is_over.wait(READING_S)
-
-    thread = threading.Thread(target=keep_reading, name="memory-readings")
-    thread.start()
-    try:
+    reader = MemoryReader(sorted(os.sched_getaffinity(0)))
+    readings: list[float] = []
+    with repeated(lambda: readings.append(reader.bytes_per_s() / 1e9), READING_S):
         yield readings
-    finally:
-        is_over.set()
-        thread.join()
 
 
 @contextmanager
@@ -249,6 +240,7 @@ def measure_once(url: str, workload: OpenLoop, slo: Slo, seed: int, num_repeated
 def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Case]:
     """Yield the cases of one placement, each workload from under to over its capacity."""
     loaded = load_profile(profile)
+    clusters = [cluster_of(name, loaded)] * options.runs
     for workload_name in options.workloads:
         slo = options.slo or SLOS[workload_name]
         slices = [
@@ -256,14 +248,7 @@ def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Cas
             for run in range(options.runs)
         ]
 
-        clusters = [Case(name, slices, "", slo, loaded).cluster()] * len(slices)
-
-        def attainment(
-            rate: float,
-            slices: Sequence[OpenLoop] = slices,
-            clusters: Sequence[ClusterSpec] = clusters,
-            slo: Slo = slo,
-        ) -> float:
+        def attainment(rate: float, slices: Sequence[OpenLoop] = slices, slo: Slo = slo) -> float:
             return predict(clusters, [one.at_rate(rate) for one in slices], slo).attainment
 
         capacity = find_goodput(attainment, 0.9, 1.0)
@@ -292,7 +277,7 @@ def compare(options: argparse.Namespace, profile: Path, console: Console) -> lis
 def pair_of(case: Case) -> Pair:
     """Return what was measured beside what is predicted."""
 
-    then = [case.cluster(run.memory_gb_s) for run in case.runs]
+    then = [cluster_of(case.placement, case.profile, run.memory_gb_s) for run in case.runs]
 
     def predicted(clusters: Sequence[ClusterSpec]) -> Outcome:
         return predict(clusters, case.workloads, case.slo)
@@ -303,7 +288,7 @@ def pair_of(case: Case) -> Pair:
         slo=case.slo,
         load=case.load,
         rate=case.workloads[0].rate,
-        before=predicted([case.cluster()] * len(then)),
+        before=predicted([cluster_of(case.placement, case.profile)] * len(then)),
         predicted=predicted(then),
         measured=mean([run.outcome for run in case.runs]),
         runs=tuple(case.runs),

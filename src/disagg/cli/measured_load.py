@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
 import numpy as np
@@ -33,8 +34,17 @@ class CpuReadings:
         self._moments_s.append(now_s)
         self._readings_s.append(self._cpu_s())
 
-    async def keep_reading(self, now: Callable[[], float]) -> None:
-        """Take readings until cancelled."""
+    @asynccontextmanager
+    async def going_on(self, now: Callable[[], float]) -> AsyncIterator[None]:
+        """Take readings in the background, and one at the end."""
+        reading = asyncio.create_task(self._keep_reading(now))
+        try:
+            yield
+        finally:
+            reading.cancel()
+        self.read(now())
+
+    async def _keep_reading(self, now: Callable[[], float]) -> None:
         while True:
             self.read(now())
             await asyncio.sleep(_READING_S)
@@ -74,12 +84,8 @@ async def send_all(
     try:
         await pool.open()
         run = LoadRun(attempts, Limits(), pool, None)
-        reading = asyncio.create_task(readings.keep_reading(run.now))
-        try:
+        async with readings.going_on(run.now):
             await run.drive(chains, None)
-        finally:
-            reading.cancel()
-        readings.read(run.now())
     finally:
         pool.close()
     records = run.records()

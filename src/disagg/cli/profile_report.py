@@ -1,8 +1,8 @@
 """What ``disagg profile`` prints: how well the fit predicts what it was not fitted to, and where it does not."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -11,7 +11,14 @@ import msgspec
 from disagg.simulator.contention import Activity, ServingCost
 from disagg.simulator.fit import FitError
 from disagg.simulator.latency import StepShape
-from disagg.simulator.measured_steps import HeldOut, fit_latency, hold_out, interference_errors
+from disagg.simulator.measured_steps import (
+    FittedLatency,
+    HeldOut,
+    fit_interference,
+    fit_latency,
+    hold_out,
+    interference_errors,
+)
 from disagg.simulator.memory import Scarcity
 from disagg.simulator.profile import Profile, ProfiledPlatform
 
@@ -121,7 +128,7 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
         held_out=error,
         worst=tuple(_step_error(one) for one in worst),
         neighbours=tuple(neighbours),
-        memory=_memory_summary(profile),
+        memory=_memory_summary(profile, latency),
         link_bytes_per_s=profile.link_bytes_per_s,
         link_latency_s=profile.link_latency_s,
         accept_s=profile.accept_s,
@@ -176,20 +183,21 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
     console.print(f"written to {summary.file}")
 
 
-def _memory_summary(profile: Profile) -> MemorySummary | None:
-    if not profile.memory:
+def _memory_summary(profile: Profile, latency: FittedLatency) -> MemorySummary | None:
+    scarcity = Scarcity.of(profile.memory)
+    if scarcity is None:
         return None
     together = [reading.together for reading in profile.memory]
+
+    def added_s(at: float) -> float:
+        interference = fit_interference(profile.steps[0].samples, latency, Scarcity.of(profile.memory, (at,)))
+        return interference.added_s(Activity.DECODE, LONE_DECODE)
+
     return MemorySummary(
-        alone=statistics.median(reading.alone for reading in profile.memory),
-        together=(min(together), statistics.fmean(together), max(together)),
-        added_s=(_added_s(profile, min(together)), _added_s(profile, max(together))),
+        alone=scarcity.alone,
+        together=(min(together), fmean(together), max(together)),
+        added_s=(added_s(min(together)), added_s(max(together))),
     )
-
-
-def _added_s(profile: Profile, together: float) -> float:
-    interference = ProfiledPlatform(profile, kv_memory_bytes=1, memory_bytes_per_s=(together,)).interference
-    return 0.0 if interference is None else interference.added_s(Activity.DECODE, LONE_DECODE)
 
 
 def _step_error(one: HeldOut) -> StepError:

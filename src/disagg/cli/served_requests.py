@@ -53,7 +53,10 @@ class RequestCosts:
 
 
 class TextPrompts:
-    """Makes prompts of English text, of about as many tokens as asked and never more than ``longest``."""
+    """Makes prompts of English text, of about as many tokens as asked and never more than ``longest``.
+
+    ``PromptMaker`` makes exact ones, but of words that are a single token each, which not every model has.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, longest: int) -> None:
         self._tokenizer = tokenizer
@@ -114,7 +117,5 @@ def request_costs(records: Sequence[RequestRecord], readings: CpuReadings, idle:
 
 
 async def _read_for(readings: CpuReadings, duration_s: float) -> None:
-    reading = asyncio.create_task(readings.keep_reading(time.perf_counter))
-    await asyncio.sleep(duration_s)
-    reading.cancel()
-    readings.read(time.perf_counter())
+    async with readings.going_on(time.perf_counter):
+        await asyncio.sleep(duration_s)

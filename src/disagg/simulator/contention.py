@@ -174,7 +174,7 @@ class Host:
             served = 0.0 if self._serving is None else self._serving.work_s(num_tokens) / step_s
             spread_at_s = self._begin() if before is None else before.spread_at_s
             self._computing[instance] = _Computing(activity, num_tokens, served, spread_at_s)
-        self._tell_all_but(instance)
+        self._tell_all(but=instance)
 
     def arrive(self, prompt_len: int) -> None:
         """Note that a request arrives: who pays for what that makes takes longer over a step."""
@@ -223,11 +223,7 @@ class Host:
             self._queue.push(spread_at_s, self._tell_all)
         return spread_at_s
 
-    def _tell_all(self) -> None:
-        for on_change in self._on_change.values():
-            on_change()
-
-    def _tell_all_but(self, instance: InstanceId) -> None:
-        for neighbour, on_change in self._on_change.items():
-            if neighbour != instance:
+    def _tell_all(self, but: InstanceId | None = None) -> None:
+        for instance, on_change in self._on_change.items():
+            if instance != but:
                 on_change()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from statistics import median
 from typing import Final
 
@@ -194,8 +194,7 @@ class Series:
         self._scripts = scripts
         self._at_least_s = at_least_s
         self._rng = rng
-        self._results: list[list[ScriptResult]] = [[] for _ in scripts]
-        self._parts: list[list[ScriptResult]] = []
+        self._parts: list[list[tuple[int, ScriptResult]]] = []
         self._order: list[int] = []
         self._num_played = 0
         self._played_s = 0.0
@@ -217,11 +216,14 @@ class Series:
 
     def joined(self) -> tuple[MeasuredStep, ...]:
         """Return the repetitions of each step as one."""
-        return tuple(step for of_script in self._results for step in joined_steps(of_script))
+        results: list[list[ScriptResult]] = [[] for _ in self._scripts]
+        for index, result in chain.from_iterable(self._parts):
+            results[index].append(result)
+        return tuple(step for of_script in results for step in joined_steps(of_script))
 
     def parts(self) -> list[tuple[MeasuredStep, ...]]:
         """Return the steps of each part, without those that had their core less than the others did."""
-        steps = [[step for result in part for step in joined_steps([result])] for part in self._parts]
+        steps = [[step for _, result in part for step in joined_steps([result])] for part in self._parts]
         usual = median(step.on_core for part in steps for step in part)
         return [tuple(step for step in part if step.on_core >= usual - _DISTURBED) for part in steps]
 
@@ -230,9 +232,7 @@ class Series:
             self._order = self._rng.sample(range(len(self._scripts)), len(self._scripts))
         index = self._order.pop()
         started_s = time.monotonic()
-        result = instance.run(self._scripts[index])
-        self._results[index].append(result)
-        self._parts[-1].append(result)
+        self._parts[-1].append((index, instance.run(self._scripts[index])))
         self._played_s += time.monotonic() - started_s
         self._num_played += 1
 
