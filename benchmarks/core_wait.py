@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from background import repeated
+from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.compare.server_process import running
+from disagg.calibration.host_costs import serve_command
 from disagg.cli.bench_load import choose_prompts
-from disagg.cli.host_costs import serve_command
-from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.measure.client.run import LoadResult, run_load
-from disagg.measure.compare.server_process import running
 from disagg.measure.workload import RequestSpec
 
 NUM_ANSWERS, APART_S = 16, 2.5

@@ -39,20 +39,20 @@ from rich.table import Table
 from background import repeated
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
+from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.run import run_load
+from disagg.bench.compare.server_process import running
+from disagg.calibration.host_costs import serve_command
 from disagg.cli.bench_load import choose_prompts
-from disagg.cli.host_costs import serve_command
+from disagg.costs.latency import LatencyModel, StepShape
+from disagg.costs.profile import Profile, ProfiledPlatform, load_profile
 from disagg.engine.benchmark.memory_reader import MemoryReader
-from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.measure.client.run import run_load
-from disagg.measure.compare.server_process import running
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import Slo, parse_slo
 from disagg.measure.standard import standard_workload
 from disagg.measure.summary import summarize
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_cluster, own_rules
-from disagg.simulator.latency import LatencyModel, StepShape
-from disagg.simulator.profile import Profile, ProfiledPlatform, load_profile
 from disagg.simulator.run import find_goodput, simulate
 from disagg.simulator.workload import simulated_requests
 

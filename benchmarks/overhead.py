@@ -22,16 +22,16 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.config import CacheSettings, InstanceSettings, ModelSettings, SchedulerSettings
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.run import run_load
+from disagg.bench.compare.server_process import RunningServer, running
+from disagg.calibration.host_costs import serve_command
+from disagg.calibration.steps.channel import ScriptedChannel
+from disagg.calibration.steps.script import Command, Report, RunScript, Script, ScriptResult
 from disagg.cli.bench_load import choose_prompts
-from disagg.cli.host_costs import serve_command
 from disagg.engine.instance import build_loop
 from disagg.engine.kernels.interface import StepBatch
 from disagg.engine.model.decoder import Decoder
-from disagg.engine.profiling.channel import ScriptedChannel
-from disagg.engine.profiling.script import Command, Report, RunScript, Script, ScriptResult
-from disagg.measure.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.measure.client.run import run_load
-from disagg.measure.compare.server_process import RunningServer, running
 from disagg.measure.workload import RequestSpec
 
 BATCH_SIZES = (1, 4, 16, 32)

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from disagg.bench.report.runs import Load, SystemRun
+from disagg.bench.report.saved import write_results
 from disagg.cli.main import main
 from disagg.measure.record import Ending, RequestRecord
-from disagg.measure.report.runs import Load, SystemRun
-from disagg.measure.report.saved import write_results
 from disagg.measure.slo import Slo
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from disagg.bench.client.progress import Progress
+from disagg.bench.report.saved import read_results
 from disagg.cli.bench_goodput import Factors
 from disagg.cli.bench_load import describe_progress
 from disagg.cli.main import main
-from disagg.measure.client.progress import Progress
 from disagg.measure.record import read_records
-from disagg.measure.report.saved import read_results
 from openai_server import Received, Reply, answer_at_once, fake_server
 
 LENGTHS = ("--prompt-len", "40", "--output-len", "3")

@@ -12,17 +12,17 @@ from click.testing import CliRunner
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ProtocolError
 from disagg.base.messages import InstanceFacts
+from disagg.calibration.host_costs import HostMeasurement, LoneRequest, host_costs
+from disagg.calibration.served_requests import ServedPull
+from disagg.calibration.steps.campaign import Campaign, Measurement, MemoryReading, PartBeside
+from disagg.calibration.steps.script import MeasuredStep
 from disagg.cli import profile as command
-from disagg.cli.host_costs import HostMeasurement, LoneRequest, host_costs
 from disagg.cli.main import main
 from disagg.cli.profile import serve_arguments, to_profile, warn_if_busy
-from disagg.cli.served_requests import ServedPull
-from disagg.engine.profiling.campaign import Campaign, Measurement, MemoryReading, PartBeside
-from disagg.engine.profiling.script import MeasuredStep
-from disagg.simulator.contention import Activity
-from disagg.simulator.memory import MemorySample
-from disagg.simulator.platform import HostCosts
-from disagg.simulator.profile import load_profile
+from disagg.costs.contention import Activity
+from disagg.costs.memory import MemorySample
+from disagg.costs.platform import HostCosts
+from disagg.costs.profile import load_profile
 
 SETTINGS = {"instance": "a", "role": "colocated", "control_endpoint": "", "model": {}, "cache": {}, "scheduler": {}}
 

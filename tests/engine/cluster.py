@@ -44,8 +44,8 @@ from disagg.engine.event_log import EventLog
 from disagg.engine.executor import Executor
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import Pulls
-from disagg.scheduling.replay import LogHeader
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.replay import LogHeader
+from disagg.scheduling.step.scheduler import StepScheduler
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
 

@@ -14,7 +14,7 @@ from disagg.base.sampling import SamplingParams
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.executor import Work
 from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.actions import Chunk
+from disagg.scheduling.step.actions import Chunk
 
 BLOCK = 4
 

@@ -33,7 +33,7 @@ from disagg.base.messages import (
 )
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.replay import parse_log, replay
+from disagg.scheduling.step.replay import parse_log, replay
 
 
 @pytest.fixture

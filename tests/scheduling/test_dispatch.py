@@ -9,9 +9,7 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
-from disagg.scheduling.actions import WakeAt
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_actions import (
+from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
     Drop,
@@ -26,7 +24,8 @@ from disagg.scheduling.dispatch_actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch_events import (
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
     InstanceDown,
     InstanceUp,
     OfferMade,
@@ -37,7 +36,8 @@ from disagg.scheduling.dispatch_events import (
     SequenceFailed,
     TokensEmitted,
 )
-from disagg.scheduling.events import Tick
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
 
 P0, P1 = InstanceId("prefill-0"), InstanceId("prefill-1")
 D0, D1 = InstanceId("decode-0"), InstanceId("decode-1")

@@ -12,9 +12,7 @@ from disagg.base.config import RouterSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
-from disagg.scheduling.actions import WakeAt
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_actions import (
+from disagg.scheduling.dispatch.actions import (
     Deliver,
     Drop,
     Fail,
@@ -26,7 +24,8 @@ from disagg.scheduling.dispatch_actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch_events import (
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
     InstanceDown,
     InstanceUp,
     OfferMade,
@@ -37,7 +36,8 @@ from disagg.scheduling.dispatch_events import (
     SequenceFailed,
     TokensEmitted,
 )
-from disagg.scheduling.events import Tick
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
 
 LIMITS = RouterSettings(max_queued_requests=6, request_timeout_s=50.0, instance_wait_s=10.0)
 INSTANCES = {

@@ -13,8 +13,8 @@ from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockState
-from disagg.scheduling.actions import AnyAction, Emit, Finish, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
-from disagg.scheduling.events import (
+from disagg.scheduling.step.actions import AnyAction, Emit, Finish, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
@@ -28,7 +28,7 @@ from disagg.scheduling.events import (
     TransferEnded,
     TransferFailed,
 )
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.scheduler import StepScheduler
 
 PREFILL, DECODE = InstanceId("prefill-0"), InstanceId("decode-0")
 EPOCH = Epoch(1)

@@ -7,10 +7,10 @@ from disagg.base.config import SchedulerSettings
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.actions import RunStep
-from disagg.scheduling.events import AnyEvent, Arrived, StepDone, StepResult
-from disagg.scheduling.replay import LogHeader, LogRecord, SchedulerLog, parse_log, replay
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.actions import RunStep
+from disagg.scheduling.step.events import AnyEvent, Arrived, StepDone, StepResult
+from disagg.scheduling.step.replay import LogHeader, LogRecord, SchedulerLog, parse_log, replay
+from disagg.scheduling.step.scheduler import StepScheduler
 
 A = RequestId("a")
 EVENTS: tuple[tuple[AnyEvent, ...], ...] = (

@@ -8,8 +8,8 @@ from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.actions import AnyAction, Emit, Finish, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
-from disagg.scheduling.events import (
+from disagg.scheduling.step.actions import AnyAction, Emit, Finish, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
@@ -23,7 +23,7 @@ from disagg.scheduling.events import (
     TransferEnded,
     TransferFailed,
 )
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.scheduler import StepScheduler
 
 BLOCK = 4
 P0 = InstanceId("prefill-0")

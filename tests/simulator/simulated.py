@@ -9,9 +9,9 @@ from typing import Any
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
+from disagg.costs.latency import StepShape
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.instance import InstanceSpec
-from disagg.simulator.latency import StepShape
 from disagg.simulator.request import SimulatedRequest
 
 

@@ -9,7 +9,7 @@ import pytest
 from simulated import cluster_spec, instance, poisson, serve
 
 from disagg.base.request import Role
-from disagg.simulator.latency import ConstantLatency
+from disagg.costs.latency import ConstantLatency
 
 D = 0.1
 PROMPT_LEN = 16

@@ -13,11 +13,11 @@ from disagg.base.config import SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.request import Role
+from disagg.costs.latency import ConstantLatency, StepShape
+from disagg.costs.links import Link
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
-from disagg.simulator.latency import ConstantLatency, StepShape
-from disagg.simulator.links import Link
 from disagg.simulator.request import Outcome, SimulatedRequest
 
 DEPLOYMENTS = {

@@ -8,10 +8,11 @@ from simulated import LinearLatency, cluster_spec, instance, pair, poisson, serv
 
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.simulator.contention import Activity, Host, ServingCost
+from disagg.costs.contention import Activity, ServingCost
+from disagg.costs.latency import StepShape
+from disagg.costs.measured_steps import FittedInterference
 from disagg.simulator.event_queue import EventQueue
-from disagg.simulator.latency import StepShape
-from disagg.simulator.measured_steps import FittedInterference
+from disagg.simulator.host import SimulatedHost
 
 INTERFERENCE = FittedInterference({Activity.DECODE: (0.0013, 0.0, 1.1e-7), Activity.PREFILL: (0.0004, 1.7e-6, 0.0)})
 SERVING = ServingCost(step_s=0.0006, token_s=0.0001, num_cores=2, request_s=0.004, prompt_token_s=3e-6)
@@ -22,7 +23,7 @@ A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
 
 
 def test_a_step_takes_longer_by_what_its_neighbours_compute() -> None:
-    host = Host(EventQueue(), INTERFERENCE)
+    host = SimulatedHost(EventQueue(), INTERFERENCE)
     for name in (A, B, C):
         host.join(name, lambda: None)
     alone = LinearLatency()
@@ -38,7 +39,7 @@ def test_a_step_takes_longer_by_what_its_neighbours_compute() -> None:
 
 
 def test_neighbours_hear_of_changes_alone() -> None:
-    host, heard = Host(EventQueue(), INTERFERENCE), []
+    host, heard = SimulatedHost(EventQueue(), INTERFERENCE), []
     for name in (A, B):
         host.join(name, lambda name=name: heard.append(name))  # type: ignore[misc]
     for activity in (Activity.DECODE, Activity.DECODE, Activity.PREFILL, None, None):
@@ -47,7 +48,7 @@ def test_neighbours_hear_of_changes_alone() -> None:
 
 
 def test_a_pipeline_shares_out_what_is_added() -> None:
-    host = Host(EventQueue(), INTERFERENCE)
+    host = SimulatedHost(EventQueue(), INTERFERENCE)
     host.join(A, lambda: None)
     host.set_activity(B, Activity.DECODE)
     halves = host.latency_now(A, LinearLatency(num_stages=2))
@@ -61,7 +62,7 @@ class TestServing:
 
     def setup_method(self) -> None:
         self.queue = EventQueue()
-        self.host = Host(self.queue, serving=SERVING)
+        self.host = SimulatedHost(self.queue, serving=SERVING)
         self.heard: list[InstanceId] = []
         for name in (A, B):
             self.host.join(name, lambda name=name: self.heard.append(name))  # type: ignore[misc]

@@ -12,11 +12,11 @@ from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import RequestId
 from disagg.base.request import Role
+from disagg.costs.latency import StepShape
+from disagg.costs.opt_a100_fits import CAPACITY_TOKENS, FITS, KV_BYTES_PER_TOKEN
+from disagg.costs.published import PublishedPlatform
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import DISTSERVE, VLLM_0_2_3, VLLM_PREFILL_FACTOR, build_cluster
-from disagg.simulator.latency import StepShape
-from disagg.simulator.opt_a100_fits import CAPACITY_TOKENS, FITS, KV_BYTES_PER_TOKEN
-from disagg.simulator.published import PublishedPlatform
 from disagg.simulator.request import SimulatedRequest
 
 OPT_13B = "facebook/opt-13b"

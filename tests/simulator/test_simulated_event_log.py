@@ -6,8 +6,8 @@ import pytest
 from simulated import pair, poisson, serve, stamps
 
 from disagg.base.errors import ConfigurationError
-from disagg.scheduling.dispatch_replay import parse_dispatch_log, replay_dispatch
-from disagg.scheduling.replay import parse_log, replay
+from disagg.scheduling.dispatch.replay import parse_dispatch_log, replay_dispatch
+from disagg.scheduling.step.replay import parse_log, replay
 from disagg.simulator.event_log import EventLog
 
 

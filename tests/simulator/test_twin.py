@@ -16,17 +16,17 @@ from disagg.base.ids import BlockId, InstanceId
 from disagg.base.messages import Adopt, Generate, InstanceFacts, Message, Offered, Ready, StepOutput, Stop, ToEngine
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
+from disagg.costs.latency import LatencyModel, StepShape
+from disagg.costs.links import Link, SerialLinks
 from disagg.engine.event_log import EventLog as EngineLog
 from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import PullResult
-from disagg.scheduling.actions import Pull, RunStep
-from disagg.scheduling.replay import LogRecord, parse_log
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.actions import Pull, RunStep
+from disagg.scheduling.step.replay import LogRecord, parse_log
+from disagg.scheduling.step.scheduler import StepScheduler
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.instance import InstanceSpec
-from disagg.simulator.latency import LatencyModel, StepShape
-from disagg.simulator.links import Link, SerialLinks
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 from disagg.transfer.link import TransferState
 

@@ -15,10 +15,10 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from disagg.measure.compare.comparison import ComparisonProgress
-    from disagg.measure.compare.ratios import LoadComparison, Ratio, Value
-    from disagg.measure.compare.spec import ComparisonSpec
-    from disagg.measure.report.runs import SystemRun
+    from disagg.bench.compare.comparison import ComparisonProgress
+    from disagg.bench.compare.ratios import LoadComparison, Ratio, Value
+    from disagg.bench.compare.spec import ComparisonSpec
+    from disagg.bench.report.runs import SystemRun
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _INTERRUPTED_STATUS = 130
@@ -51,7 +51,7 @@ def compare(
     SPEC.yaml names systems (ours with flags of disagg serve, any other by a start command) and loads. The order of the
     systems is reversed with every repeat. Ctrl-C ends the server that runs, and tells what was measured until then.
     """
-    from disagg.measure.compare.spec import choose_systems, read_spec
+    from disagg.bench.compare.spec import choose_systems, read_spec
 
     comparison = read_spec(spec)
     if names:
@@ -76,8 +76,8 @@ def compare(
 
 def _collect(spec: "ComparisonSpec", logs: Path, runs: "list[SystemRun]") -> None:
     """Run the comparison; ``runs`` gets what is measured as it comes, so that nothing is lost with an error."""
+    from disagg.bench.compare.comparison import Comparison
     from disagg.cli.bench_load import choose_prompts
-    from disagg.measure.compare.comparison import Comparison
 
     source = choose_prompts({"tokenizer": spec.model, "prompts": None})
     with _terminable(), _shown_progress() as watch, closing(Comparison(spec, source, logs, watch).runs()) as found:
@@ -96,9 +96,9 @@ def _tell(
     """Print and write all that was asked for; nothing when nothing was measured."""
     if not runs:
         return
-    from disagg.measure.compare.ratios import compare as compare_runs
-    from disagg.measure.report.report import ReportOptions, make_report
-    from disagg.measure.report.saved import write_results
+    from disagg.bench.compare.ratios import compare as compare_runs
+    from disagg.bench.report.report import ReportOptions, make_report
+    from disagg.bench.report.saved import write_results
 
     if save is not None:
         write_results(save / "results.json", runs)
@@ -170,8 +170,8 @@ def _print_tables(spec: "ComparisonSpec", comparisons: "list[LoadComparison]") -
 def _print_table(console: "Console", comparison: "LoadComparison") -> None:
     from rich.table import Table
 
-    from disagg.measure.compare.ratios import SLO_METRICS
-    from disagg.measure.report.words import objectives
+    from disagg.bench.compare.ratios import SLO_METRICS
+    from disagg.bench.report.words import objectives
     from disagg.measure.slo import Slo
 
     limits = {"ttft_s": comparison.ttft_slo_s, "tpot_s": comparison.tpot_slo_s}
@@ -202,7 +202,7 @@ def _print_remarks(runs: "list[SystemRun]") -> None:
 
 
 def _cell(value: "Value") -> str:
-    from disagg.measure.report.words import number, percent, seconds
+    from disagg.bench.report.words import number, percent, seconds
 
     if value.mean is None:
         return "–"
@@ -214,7 +214,7 @@ def _cell(value: "Value") -> str:
 
 
 def _ratio_words(ratio: "Ratio") -> str:
-    from disagg.measure.report.words import ratio as times
+    from disagg.bench.report.words import ratio as times
 
     if ratio.mean is None:
         return ""

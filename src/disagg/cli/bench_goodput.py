@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import click
 
+from disagg.bench.client.goodput import GoodputPlan, find_goodput
+from disagg.bench.client.inquiries import num_instances
+from disagg.bench.client.plan import Load, LoadPlan
+from disagg.bench.client.run import LoadResult, run_load
 from disagg.cli.bench_goodput_report import goodput_report, print_report, save_search
 from disagg.cli.bench_load import choose_plan, choose_prompts, choose_slo, load_of, load_options, shown_progress
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
-from disagg.measure.client.goodput import GoodputPlan, find_goodput
-from disagg.measure.client.inquiries import num_instances
-from disagg.measure.client.plan import Load, LoadPlan
-from disagg.measure.client.run import LoadResult, run_load
 from disagg.measure.sessions import SessionWorkload
 
 _COUNT = click.IntRange(min=1)

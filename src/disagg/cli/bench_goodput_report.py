@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from disagg.measure.client.goodput import GoodputFound, GoodputPlan, Trial
-from disagg.measure.client.run import LoadResult
+from disagg.bench.client.goodput import GoodputFound, GoodputPlan, Trial
+from disagg.bench.client.run import LoadResult
 from disagg.measure.record import Ending
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate, Percentiles, Share
@@ -191,9 +191,9 @@ def _verdict(report: GoodputReport) -> str:
 
 def save_search(path: Path, report: GoodputReport, found: GoodputFound, name: str) -> None:
     """Write all runs and the goodput for ``disagg bench report``; raise ConfigurationError when that fails."""
+    from disagg.bench.report.runs import GoodputResult, Load, SystemRun
+    from disagg.bench.report.saved import write_results
     from disagg.measure.machine import this_machine
-    from disagg.measure.report.runs import GoodputResult, Load, SystemRun
-    from disagg.measure.report.saved import write_results
 
     machine = this_machine()
 

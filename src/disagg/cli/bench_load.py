@@ -11,8 +11,7 @@ import click
 import msgspec
 
 from disagg.base.errors import ConfigurationError
-from disagg.cli.workload_flags import SloType
-from disagg.measure.client.plan import (
+from disagg.bench.client.plan import (
     Asking,
     ClosedLoad,
     Endpoint,
@@ -23,9 +22,10 @@ from disagg.measure.client.plan import (
     Server,
     SessionLoad,
 )
-from disagg.measure.client.progress import Progress
-from disagg.measure.client.prompts import PromptSource, Words, english_text, read_text
-from disagg.measure.client.running import Watch
+from disagg.bench.client.progress import Progress
+from disagg.bench.client.prompts import PromptSource, Words, english_text, read_text
+from disagg.bench.client.running import Watch
+from disagg.cli.workload_flags import SloType
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo, parse_slo

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from disagg.measure.report.window import Window
+from disagg.bench.report.window import Window
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -61,8 +61,8 @@ def report(
 
     Systems stand in the order in which they are first named; the first one is what the others are compared with.
     """
-    from disagg.measure.report.report import ReportOptions, make_report
-    from disagg.measure.report.saved import read_results
+    from disagg.bench.report.report import ReportOptions, make_report
+    from disagg.bench.report.saved import read_results
 
     found = [read_results(path) for path in results]
     page = make_report(

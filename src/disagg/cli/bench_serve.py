@@ -9,6 +9,11 @@ from typing import Any
 import click
 
 from disagg.base.errors import ConfigurationError
+from disagg.bench.client.inquiries import num_instances
+from disagg.bench.client.parquet import write_parquet
+from disagg.bench.client.plan import Load, LoadPlan
+from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.running import INTERRUPTED
 from disagg.cli.bench_load import (
     choose_plan,
     choose_prompts,
@@ -20,11 +25,6 @@ from disagg.cli.bench_load import (
 )
 from disagg.cli.bench_serve_report import ServeReport, print_report, serve_report, system_runs
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
-from disagg.measure.client.inquiries import num_instances
-from disagg.measure.client.parquet import write_parquet
-from disagg.measure.client.plan import Load, LoadPlan
-from disagg.measure.client.run import LoadResult, run_load
-from disagg.measure.client.running import INTERRUPTED
 from disagg.measure.record import write_records
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -80,7 +80,7 @@ def serve(
     print_report(report, as_json)
     _write_records(report, results, records)
     if save is not None:
-        from disagg.measure.report.saved import write_results
+        from disagg.bench.report.saved import write_results
 
         num_devices = num_instances(plan.server) or 1
         write_results(save, system_runs(report, results, rate=rate, num_devices=num_devices, name=values["name"]))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from disagg.measure.client.plan import ClosedLoad, OpenLoad, SessionLoad
-from disagg.measure.client.run import LoadResult
-from disagg.measure.report.runs import pool_shares
+from disagg.bench.client.plan import ClosedLoad, OpenLoad, SessionLoad
+from disagg.bench.client.run import LoadResult
+from disagg.bench.report.runs import pool_shares
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate, Percentiles
 from disagg.measure.summary import RunSummary, summarize
@@ -17,7 +17,7 @@ from disagg.measure.summary import RunSummary, summarize
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from disagg.measure.report.runs import SystemRun
+    from disagg.bench.report.runs import SystemRun
 
 
 class ClientCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +101,8 @@ def system_runs(
     report: ServeReport, results: Sequence[LoadResult], *, rate: float, num_devices: int, name: str = ""
 ) -> "list[SystemRun]":
     """Return the runs as ``disagg bench report`` takes them; ``rate`` is what was asked for, equal for all seeds."""
+    from disagg.bench.report.runs import Load, SystemRun
     from disagg.measure.machine import this_machine
-    from disagg.measure.report.runs import Load, SystemRun
 
     settings = {"URL": report.url, "Endpoint": report.endpoint, "Model": report.model}
     return [

@@ -13,21 +13,21 @@ import click
 from disagg.base.config import CacheSettings, Device, InstanceGroup, ModelSettings, Placement, SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.calibration.host_costs import HostMeasurement, measure_host_costs
+from disagg.calibration.served_streams import StreamLimits
 from disagg.cli.flags import build, flag_name, flags_of
-from disagg.cli.host_costs import HostMeasurement, measure_host_costs
 from disagg.cli.profile_report import print_summary, summarise
-from disagg.cli.served_streams import StreamLimits
+from disagg.costs.contention import Activity
+from disagg.costs.links import fit_link
+from disagg.costs.measured_steps import StepSample
+from disagg.costs.memory import MemorySample
+from disagg.costs.profile import ParallelSamples, Profile, save_profile
 from disagg.measure.machine import this_machine
 from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
-from disagg.simulator.contention import Activity
-from disagg.simulator.links import fit_link
-from disagg.simulator.measured_steps import StepSample
-from disagg.simulator.memory import MemorySample
-from disagg.simulator.profile import ParallelSamples, Profile, save_profile
 
 if TYPE_CHECKING:
-    from disagg.engine.profiling.campaign import Campaign, Measurement, OnProgress
-    from disagg.engine.profiling.script import MeasuredStep
+    from disagg.calibration.steps.campaign import Campaign, Measurement, OnProgress
+    from disagg.calibration.steps.script import MeasuredStep
 
 _PAIR: Final = Placement(groups=(InstanceGroup(role=Role.PREFILL, count=1), InstanceGroup(role=Role.DECODE, count=1)))
 _QUICK_ALONE_S: Final = 9.0
@@ -79,7 +79,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
         host=build(HostSettings, values | {"event_log": None}),
     )
     with _shown_progress() as on_progress:
-        from disagg.engine.profiling.campaign import measure
+        from disagg.calibration.steps.campaign import measure
 
         campaign = plan_campaign(deployment, values["seed"], values["quick"], values["temperature"])
         measured = measure(campaign, on_progress)
@@ -105,7 +105,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
 
 def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: float) -> "Campaign":
     """Return what to measure: an instance as ``disagg serve`` would start it, beside another if there is a core."""
-    from disagg.engine.profiling.campaign import Campaign
+    from disagg.calibration.steps.campaign import Campaign
 
     instance, neighbour = plan_instances(
         deployment, control_endpoint="", available_cores=sorted(os.sched_getaffinity(0)), parent_pid=0

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from disagg.simulator.contention import Activity, ServingCost
-from disagg.simulator.fit import FitError
-from disagg.simulator.latency import StepShape
-from disagg.simulator.measured_steps import (
+from disagg.costs.contention import Activity, ServingCost
+from disagg.costs.fit import FitError
+from disagg.costs.latency import StepShape
+from disagg.costs.measured_steps import (
     FittedLatency,
     HeldOut,
     fit_interference,
@@ -19,8 +19,8 @@ from disagg.simulator.measured_steps import (
     hold_out,
     interference_errors,
 )
-from disagg.simulator.memory import Scarcity
-from disagg.simulator.profile import Profile, ProfiledPlatform
+from disagg.costs.memory import Scarcity
+from disagg.costs.profile import Profile, ProfiledPlatform
 
 if TYPE_CHECKING:
     from rich.table import Table

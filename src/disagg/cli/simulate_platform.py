@@ -6,10 +6,10 @@ from typing import Final
 
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
+from disagg.costs.devices import DEVICES, find_device
+from disagg.costs.platform import Platform
 from disagg.models.config import ModelConfig
-from disagg.simulator.devices import DEVICES, find_device
 from disagg.simulator.engines import IMITATED, VLLM_PREFILL_FACTOR, EngineRules, own_rules
-from disagg.simulator.platform import Platform
 
 PUBLISHED: Final = "published"
 
@@ -51,7 +51,7 @@ def choose_platform(latency: str | None, model: str | None, engine: str, kv_memo
 
 
 def _published(model: str | None, engine: str) -> ChosenPlatform:
-    from disagg.simulator.published import PublishedPlatform
+    from disagg.costs.published import PublishedPlatform
 
     if engine not in IMITATED:
         raise ConfigurationError(
@@ -65,14 +65,14 @@ def _published(model: str | None, engine: str) -> ChosenPlatform:
 
 
 def _roofline(device: str, model: str | None) -> ChosenPlatform:
-    from disagg.simulator.roofline import RooflinePlatform
+    from disagg.costs.roofline import RooflinePlatform
 
     config, name = _model_config(model)
     return ChosenPlatform(RooflinePlatform(config, find_device(device), name), {})
 
 
 def _tables(path: Path, model: str | None) -> ChosenPlatform:
-    from disagg.simulator.tables import OperatorTables, TablePlatform
+    from disagg.costs.tables import OperatorTables, TablePlatform
 
     config, name = _model_config(model)
     tables = OperatorTables.read(path.parent, path.name, find_device(path.name.replace("_", "-")))
@@ -81,7 +81,7 @@ def _tables(path: Path, model: str | None) -> ChosenPlatform:
 
 
 def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
-    from disagg.simulator.profile import ProfiledPlatform, load_profile
+    from disagg.costs.profile import ProfiledPlatform, load_profile
 
     platform = ProfiledPlatform(load_profile(path), kv_memory_bytes)
     errors = {f"tensor parallelism {tensor}, held out": str(error) for tensor, error in platform.errors.items()}

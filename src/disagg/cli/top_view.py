@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from disagg.bench.report.words import number, objective, percent, seconds
 from disagg.cli.flags import format_bytes
 from disagg.cli.top_figures import Figures, LatencyFigures, keeps
-from disagg.measure.report.words import number, objective, percent, seconds
 from disagg.measure.timeline import Stage
 from disagg.serve.api.views import InstanceView, RequestView
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import msgspec
 
 from disagg.base.errors import ConfigurationError
-from disagg.scheduling.actions import AnyAction
-from disagg.scheduling.events import AnyEvent
-from disagg.scheduling.replay import LogHeader, LogRecord
+from disagg.scheduling.step.actions import AnyAction
+from disagg.scheduling.step.events import AnyEvent
+from disagg.scheduling.step.replay import LogHeader, LogRecord
 
 
 class EventLog:

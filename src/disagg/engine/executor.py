@@ -7,7 +7,7 @@ from typing import Protocol
 from disagg.base.ids import BlockId
 from disagg.base.sampling import PositionLogprobs
 from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.actions import Chunk
+from disagg.scheduling.step.actions import Chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.models.config import ModelConfig
 from disagg.models.locate import load_config, locate_model
-from disagg.scheduling.replay import LogHeader
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.replay import LogHeader
+from disagg.scheduling.step.scheduler import StepScheduler
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool

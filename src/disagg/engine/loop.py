@@ -30,7 +30,7 @@ from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.outbox import accept_results, pulled_message
 from disagg.engine.pulls import PullResult, Pulls
 from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.actions import (
+from disagg.scheduling.step.actions import (
     AnyAction,
     Emit,
     Finish,
@@ -41,8 +41,8 @@ from disagg.scheduling.actions import (
     RunStep,
     WakeAt,
 )
-from disagg.scheduling.events import AnyEvent, StepDone, StepResult, Tick
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.events import AnyEvent, StepDone, StepResult, Tick
+from disagg.scheduling.step.scheduler import StepScheduler
 from disagg.transfer.link import TransferState
 
 

@@ -6,7 +6,7 @@ from disagg.base.messages import Pulled, SequenceOutput
 from disagg.base.sampling import FinishReason
 from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.actions import ReleaseLease
+from disagg.scheduling.step.actions import ReleaseLease
 from disagg.transfer.link import TransferState
 
 

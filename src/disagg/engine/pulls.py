@@ -7,7 +7,7 @@ from functools import partial
 
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
-from disagg.scheduling.actions import Pull
+from disagg.scheduling.step.actions import Pull
 from disagg.transfer.link import Transfer, TransferState
 from disagg.transfer.links import Links
 

@@ -6,12 +6,13 @@ from functools import partial
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.costs.contention import Interference, ServingCost
+from disagg.costs.links import Link, LinkModel, SerialLinks
 from disagg.measure.statistics import LogHistogram
-from disagg.simulator.contention import Host, Interference, ServingCost
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
+from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
-from disagg.simulator.links import Link, LinkModel, SerialLinks
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter
 from disagg.simulator.timeline_page import TimelineRecorder
@@ -66,7 +67,7 @@ class SimulatedCluster:
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
         links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
-        self._host = Host(self.queue, spec.interference, spec.serving)
+        self._host = SimulatedHost(self.queue, spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(
                 instance,

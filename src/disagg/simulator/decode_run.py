@@ -2,8 +2,8 @@
 
 from bisect import bisect_left
 
-from disagg.scheduling.actions import RunStep
-from disagg.simulator.latency import LatencyModel, StepShape
+from disagg.costs.latency import LatencyModel, StepShape
+from disagg.scheduling.step.actions import RunStep
 
 
 class DecodeRun:

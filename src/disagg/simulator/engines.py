@@ -10,10 +10,10 @@ from disagg.base.config import CacheSettings, Placement, RouterSettings, Schedul
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.costs.links import Link, LinkModel
+from disagg.costs.platform import Platform
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.instance import InstanceSpec
-from disagg.simulator.links import Link, LinkModel
-from disagg.simulator.platform import Platform
 
 _NEVER_S: Final = 1e9
 _NO_LIMIT: Final = 10**9

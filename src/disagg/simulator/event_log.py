@@ -17,12 +17,12 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.actions import AnyAction
-from disagg.scheduling.dispatch_actions import AnyDispatchAction
-from disagg.scheduling.dispatch_events import AnyDispatchEvent
-from disagg.scheduling.dispatch_replay import DispatchHeader, DispatchRecord
-from disagg.scheduling.events import AnyEvent
-from disagg.scheduling.replay import LogHeader, LogRecord
+from disagg.scheduling.dispatch.actions import AnyDispatchAction
+from disagg.scheduling.dispatch.events import AnyDispatchEvent
+from disagg.scheduling.dispatch.replay import DispatchHeader, DispatchRecord
+from disagg.scheduling.step.actions import AnyAction
+from disagg.scheduling.step.events import AnyEvent
+from disagg.scheduling.step.replay import LogHeader, LogRecord
 
 
 class _LineFile:

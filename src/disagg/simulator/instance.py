@@ -17,8 +17,11 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.contention import Activity, LatencyBeside
+from disagg.costs.latency import LatencyModel, Pipeline, StepShape
+from disagg.costs.links import LinkModel, SerialLinks
 from disagg.measure.statistics import LogHistogram
-from disagg.scheduling.actions import (
+from disagg.scheduling.step.actions import (
     AnyAction,
     Emit,
     Finish,
@@ -29,14 +32,12 @@ from disagg.scheduling.actions import (
     RunStep,
     WakeAt,
 )
-from disagg.scheduling.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
-from disagg.scheduling.replay import LogHeader
-from disagg.simulator.contention import Activity, Host, LatencyBeside
+from disagg.scheduling.step.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
+from disagg.scheduling.step.replay import LogHeader
 from disagg.simulator.decode_run import DecodeRun
 from disagg.simulator.event_log import SchedulerRecorder
 from disagg.simulator.event_queue import EventQueue, Priority
-from disagg.simulator.latency import LatencyModel, Pipeline, StepShape
-from disagg.simulator.links import LinkModel, SerialLinks
+from disagg.simulator.host import SimulatedHost
 from disagg.simulator.repeating_scheduler import RepeatingScheduler
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.timeline_page import TimelineRecorder
@@ -104,7 +105,7 @@ class SimulatedInstance:
         listener: InstanceListener,
         recorder: SchedulerRecorder | None = None,
         *,
-        host: Host,
+        host: SimulatedHost,
         timeline: TimelineRecorder | None = None,
         gaps: LogHistogram | None = None,
         step_by_step: bool = False,

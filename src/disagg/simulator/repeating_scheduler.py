@@ -7,7 +7,7 @@ while there is none to take.
 """
 
 from disagg.base.errors import InternalError
-from disagg.scheduling.step_scheduler import StepScheduler
+from disagg.scheduling.step.scheduler import StepScheduler
 
 
 class RepeatingScheduler(StepScheduler):

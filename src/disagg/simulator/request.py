@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.request import Role
 from disagg.measure.timeline import RequestTimeline
-from disagg.scheduling.actions import OfferKv
+from disagg.scheduling.step.actions import OfferKv
 
 FIRST_EPOCH = Epoch(1)
 """No simulated request is ever resumed by the API, so each has one attempt."""

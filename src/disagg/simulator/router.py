@@ -9,9 +9,7 @@ from disagg.base.config import RouterSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
-from disagg.scheduling.actions import OfferKv, Reject, ReleaseLease, WakeAt
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_actions import (
+from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
     Drop,
@@ -24,7 +22,8 @@ from disagg.scheduling.dispatch_actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch_events import (
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     InstanceUp,
     OfferMade,
@@ -34,7 +33,8 @@ from disagg.scheduling.dispatch_events import (
     SequenceFailed,
     TokensEmitted,
 )
-from disagg.scheduling.events import Arrived, Cancelled, KvOffered, LeaseReleased, PeerLost, Tick
+from disagg.scheduling.step.actions import OfferKv, Reject, ReleaseLease, WakeAt
+from disagg.scheduling.step.events import Arrived, Cancelled, KvOffered, LeaseReleased, PeerLost, Tick
 from disagg.simulator.event_log import DispatchRecorder
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.instance import SimulatedInstance

@@ -8,7 +8,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
-from disagg.simulator.latency import StepShape
+from disagg.costs.latency import StepShape
 
 MAX_STEPS: Final = 20_000
 """Steps and hand-overs that a page shows; a browser draws as many without effort."""

@@ -9,9 +9,9 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError, ProtocolError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_events import InstanceUp, PullEnded, SequenceArrived
-from disagg.scheduling.dispatch_replay import DispatchLog, parse_dispatch_log, replay_dispatch
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import InstanceUp, PullEnded, SequenceArrived
+from disagg.scheduling.dispatch.replay import DispatchLog, parse_dispatch_log, replay_dispatch
 from disagg.serve.router.event_log import DispatchLogWriter
 
 INSTANCES = {InstanceId("prefill-0"): Role.PREFILL, InstanceId("decode-0"): Role.DECODE}

@@ -41,7 +41,7 @@ from disagg.base.messages import (
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import Stage
-from disagg.scheduling.dispatch_replay import parse_dispatch_log, replay_dispatch
+from disagg.scheduling.dispatch.replay import parse_dispatch_log, replay_dispatch
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.event_log import DispatchLogWriter
 from disagg.serve.router.instance_table import NullWatcher

@@ -10,10 +10,10 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_actions import AnyDispatchAction
-from disagg.scheduling.dispatch_events import AnyDispatchEvent
-from disagg.scheduling.dispatch_replay import DispatchHeader, DispatchRecord, handle_and_record
+from disagg.scheduling.dispatch.actions import AnyDispatchAction
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import AnyDispatchEvent
+from disagg.scheduling.dispatch.replay import DispatchHeader, DispatchRecord, handle_and_record
 
 
 class DispatchLogWriter:

@@ -25,8 +25,8 @@ from disagg.base.messages import (
     encode,
 )
 from disagg.base.request import GenerationRequest, Role
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_events import (
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
     InstanceDown,
     InstanceUp,
     OfferMade,

@@ -29,9 +29,7 @@ from disagg.base.messages import (
 )
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
-from disagg.scheduling.actions import WakeAt
-from disagg.scheduling.dispatch import Dispatcher
-from disagg.scheduling.dispatch_actions import (
+from disagg.scheduling.dispatch.actions import (
     Deliver,
     Drop,
     Fail,
@@ -45,14 +43,16 @@ from disagg.scheduling.dispatch_actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch_events import (
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     Progress,
     SequenceArrived,
     SequenceCancelled,
     TokensEmitted,
 )
-from disagg.scheduling.events import Tick
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.event_log import DispatchLogWriter
 from disagg.serve.router.instance_table import InstanceTable

@@ -1,0 +1,1 @@
+"""Load client, comparisons of systems, reports: measuring whatever speaks OpenAI's API."""

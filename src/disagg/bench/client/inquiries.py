@@ -1,0 +1,96 @@
+"""What one asks a server before and after a run: its model, its instances, the stages of recent requests."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import httpx
+import msgspec
+
+from disagg.base.errors import DisaggError, ProtocolError, UnavailableError
+from disagg.bench.client.plan import Server
+from disagg.bench.client.stream import read_error
+
+_TIMEOUT_S: Final = 30.0
+_PAGE: Final = 1000
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Instance(msgspec.Struct):
+    state: str = ""
+
+
+class _Status(msgspec.Struct):
+    instances: list[_Instance]
+
+
+class RequestView(msgspec.Struct):
+    """What our server tells of one of its recent requests: enough of it to add to a record."""
+
+    request_id: str
+    prefill_instance: str | None = None
+    decode_instance: str | None = None
+    stages: dict[str, float] = {}
+
+
+class _Page(msgspec.Struct):
+    next: int
+    requests: list[RequestView]
+
+
+def served_model(server: Server) -> str:
+    """Return the name of the server's first model.
+
+    Raises UnavailableError when no server answers, DisaggError with its words when it refuses, ProtocolError when it
+    does not speak this API.
+    """
+    response = _get(server, "/v1/models")
+    if response.is_error:
+        raise DisaggError(f"{response.request.url} answered {response.status_code}: {read_error(response.content)}")
+    try:
+        return msgspec.json.decode(response.content, type=_Models).data[0].id
+    except (msgspec.MsgspecError, IndexError) as error:
+        raise ProtocolError(
+            f"{server.base_url} does not speak OpenAI's API: no list of models at /v1/models; name one with --model"
+        ) from error
+
+
+def num_instances(server: Server) -> int | None:
+    """Return how many instances the server runs; None where it is not ours and does not tell."""
+    status = _ours(server, "/status", _Status)
+    return len(status.instances) if status is not None and status.instances else None
+
+
+def recent_requests(server: Server) -> Iterator[RequestView]:
+    """Yield what the server remembers of its latest requests; nothing where it is not ours."""
+    after = 0
+    while (page := _ours(server, f"/requests?after={after}&limit={_PAGE}", _Page)) is not None and page.requests:
+        yield from page.requests
+        if page.next <= after:
+            return
+        after = page.next
+
+
+def _ours(server: Server, path: str, kind: type[Any]) -> Any:
+    """Ask for something that only our server has; None when there is no such thing."""
+    try:
+        response = _get(server, path)
+        return None if response.is_error else msgspec.json.decode(response.content, type=kind)
+    except (UnavailableError, msgspec.MsgspecError):
+        return None
+
+
+def _get(server: Server, path: str) -> httpx.Response:
+    headers = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    try:
+        return httpx.get(f"{server.base_url}{path}", headers=headers, timeout=_TIMEOUT_S)
+    except (httpx.TransportError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise UnavailableError(
+            f"no answer from {server.base_url} ({error}); start a server with: disagg serve"
+        ) from error

@@ -1,0 +1,49 @@
+"""What the simulator must know of a model on a kind of device: step times, KV size and room, the link between."""
+
+from typing import NamedTuple, Protocol
+
+from disagg.costs.contention import Interference, ServingCost
+from disagg.costs.latency import LatencyModel
+from disagg.costs.links import LinkModel
+
+
+class HostCosts(NamedTuple):
+    """What the host adds to a request, times in seconds: the fields of these names of ``ClusterSpec``."""
+
+    accept_s: float = 0.0
+    message_s: float = 0.0
+    deliver_s: float = 0.0
+    serving: ServingCost | None = None
+
+
+class Platform(Protocol):
+    """A model on a kind of device, at any parallelism that there are figures for.
+
+    ``latency`` and ``capacity_tokens`` raise ConfigurationError where figures are missing, naming those there are.
+    """
+
+    @property
+    def name(self) -> str:
+        """Model, device and where the figures come from, for people."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, over all layers and devices of an instance."""
+
+    @property
+    def link(self) -> LinkModel:
+        """The link over which KV blocks travel from one device to another."""
+
+    @property
+    def interference(self) -> Interference | None:
+        """What computing instances cost their neighbours; None where each has devices of its own, or none was seen."""
+
+    @property
+    def host(self) -> HostCosts:
+        """What is neither step nor transfer."""
+
+    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> LatencyModel:
+        """Return the latency model of an instance."""
+
+    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
+        """Return how many tokens the KV pool of an instance holds."""

@@ -1,0 +1,135 @@
+"""Latency of OPT-13B and OPT-66B on A100 from DistServe's published fits.
+
+The fits cover one pipeline stage count only; as their authors do, pipeline parallelism divides them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from disagg.base.errors import ConfigurationError
+from disagg.costs.latency import StepShape
+from disagg.costs.links import Link, LinkModel
+from disagg.costs.opt_a100_fits import (
+    CAPACITY_TOKENS,
+    DECODE_FACTOR,
+    FITS,
+    KV_BYTES_PER_TOKEN,
+    LARGE_BATCH,
+    PREFILL_FACTOR,
+    StepFit,
+)
+from disagg.costs.platform import HostCosts
+
+ENGINE_STEP_MS: Final = 2.0
+"""Cost of an iteration on the first stage, whatever it computes (``simdistserve/base/worker.py``)."""
+ENGINE_TOKEN_MS: Final = 1e-4
+"""The same for each token of its context."""
+PREFILL_STAGE_MS: Final = 1.0
+"""Cost of a prefill on each stage, for each stage there is (``simdistserve/estimators/time_estimator.py``)."""
+
+MIGRATION_BYTES_PER_S: Final = 100e9
+"""Chosen on the two measured DistServe runs: a third of NVLink's peak, for copies of one block at a time. At the peak
+itself, 300 GB/s, their TPOT comes out 4% to 7% too low, and most so after a hand-over."""
+MIGRATION_S: Final = ENGINE_STEP_MS / 1e3
+"""A migration is one remote call to the decode workers: the fits' cost of such a call."""
+
+
+@dataclass(frozen=True)
+class PublishedLatency:
+    """One instance. The factors multiply the fits as published before scaling."""
+
+    fit: StepFit
+    num_stages: int
+    prefill_scale: float
+    decode_scale: float
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See ``LatencyModel``. A step of both phases pays the larger fixed part once: its weights are read once."""
+        work_ms = fixed_ms = stage_ms = 0.0
+        if shape.num_prefills:
+            fixed, per_token, per_square = self.fit.prefill
+            fixed_ms = self.prefill_scale * fixed
+            work_ms += self.prefill_scale * (per_token * shape.num_prefill_tokens + per_square * shape.prefill_squares)
+            stage_ms = PREFILL_STAGE_MS * self.num_stages
+        if shape.num_decodes:
+            line = self.fit.decode_small if shape.num_decodes < LARGE_BATCH else self.fit.decode_large
+            fixed, per_token, per_sequence = line
+            fixed_ms = max(fixed_ms, self.decode_scale * fixed)
+            work_ms += self.decode_scale * (per_token * shape.decode_context + per_sequence * shape.num_decodes)
+        stage_s = ((work_ms + fixed_ms) / self.num_stages + stage_ms) / 1e3
+        engine_ms = ENGINE_STEP_MS + ENGINE_TOKEN_MS * (shape.decode_context + shape.num_prefill_tokens)
+        return (stage_s + engine_ms / 1e3, *(stage_s,) * (self.num_stages - 1))
+
+
+@dataclass(frozen=True)
+class PublishedPlatform:
+    """An OPT model on A100-80GB SXM under one engine (``distserve`` or ``vllm-0.2.3``).
+
+    ``prefill_factor`` and ``decode_factor`` replace the factors by which the authors scaled their fits by hand.
+    """
+
+    engine: str
+    model: str
+    prefill_factor: float | None = None
+    decode_factor: float | None = None
+    link: LinkModel = field(default_factory=lambda: Link(MIGRATION_BYTES_PER_S, MIGRATION_S))
+
+    def __post_init__(self) -> None:
+        if (self.engine, self.model) not in FITS:
+            known = ", ".join(f"{model} under {engine}" for engine, model in FITS)
+            raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}, only {known}")
+
+    @property
+    def interference(self) -> None:
+        """See ``Platform``: every instance has devices of its own."""
+        return None
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``: the fits hold the engine's part, and nothing is known of the rest."""
+        return HostCosts()
+
+    @property
+    def name(self) -> str:
+        """See ``Platform``."""
+        return f"{self.model} on A100-80GB SXM, published fits of {self.engine}"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """See ``Platform``."""
+        return KV_BYTES_PER_TOKEN[self.model]
+
+    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> PublishedLatency:
+        """See ``Platform``."""
+        fits = FITS[self.engine, self.model]
+        if tensor_parallel not in fits:
+            raise ConfigurationError(
+                f"there is no published latency of {self.model} under {self.engine} at tensor parallelism "
+                f"{tensor_parallel}; there is for {_listing(fits)}"
+            )
+        return PublishedLatency(
+            fit=fits[tensor_parallel],
+            num_stages=pipeline_parallel,
+            prefill_scale=_scale(self.prefill_factor, PREFILL_FACTOR[self.engine]),
+            decode_scale=_scale(self.decode_factor, DECODE_FACTOR[self.engine]),
+        )
+
+    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
+        """See ``Platform``."""
+        capacities = CAPACITY_TOKENS[self.model]
+        if (tensor_parallel, pipeline_parallel) not in capacities:
+            raise ConfigurationError(
+                f"there is no published KV capacity of {self.model} at tensor x pipeline parallelism "
+                f"{tensor_parallel} x {pipeline_parallel}; there is for "
+                + ", ".join(f"{tensor} x {pipeline}" for tensor, pipeline in capacities)
+            )
+        return capacities[tensor_parallel, pipeline_parallel]
+
+
+def _scale(factor: float | None, published: float) -> float:
+    return 1.0 if factor is None else factor / published
+
+
+def _listing(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,163 @@
+"""Latency from measured operator times: a layer is the sum of its operators, a step the sum of its layers.
+
+Counted per layer: four matrix products, attention, two all-reduces under tensor parallelism, and the bytes that norms,
+rotation, activation and residuals move. Not counted: the host, and what overlaps. A step's prompts are taken as one
+kernel over the sum of their squared lengths, its decodes as a batch of equal contexts.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from disagg.base.errors import ConfigurationError
+from disagg.costs.devices import DeviceSheet
+from disagg.costs.fit import FitError
+from disagg.costs.latency import StepShape
+from disagg.costs.links import Link, LinkModel
+from disagg.costs.operator_tables import AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
+from disagg.costs.platform import HostCosts
+from disagg.costs.roofline import RooflinePlatform, split_layers
+from disagg.models.config import ModelConfig
+
+_ELEMENTWISE_KERNELS: Final = 5
+_ELEMENTWISE_PASSES: Final = 10
+"""Reads and writes of a token's hidden vector by these kernels."""
+
+
+class TableLatency:
+    """One instance; the curves it needs are made once."""
+
+    def __init__(self, tables: "OperatorTables", config: ModelConfig, tensor_parallel: int, num_stages: int) -> None:
+        self.num_stages = num_stages
+        self._config = config
+        self._device = tables.device
+        self._layers = split_layers(config.num_layers, num_stages)
+        heads, kv_heads = config.num_heads // tensor_parallel, max(1, config.num_kv_heads // tensor_parallel)
+        hidden, inner = config.hidden_size, config.intermediate_size // tensor_parallel
+        widths = (
+            ((heads + 2 * kv_heads) * config.head_dim, hidden),
+            (hidden, heads * config.head_dim),
+            (2 * inner, hidden),
+            (hidden, inner),
+        )
+        self._matmuls = [tables.matmul.curve(n, k) for n, k in widths]
+        self._logits = tables.matmul.curve(config.vocab_size // tensor_parallel, hidden)
+        self._prefill = tables.attention.prefill_curve(heads, kv_heads)
+        self._batches, self._decode, self._batch_factor = tables.attention.decode_curves(heads, kv_heads)
+        self._all_reduce: Curve | None = tables.all_reduce.curve(tensor_parallel) if tensor_parallel > 1 else None
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See ``LatencyModel``."""
+        layer_s = self._layer_s(shape)
+        send_s = self._send_s(shape.num_tokens) if self.num_stages > 1 else 0.0
+        times = [layer_s * num_layers + send_s for num_layers in self._layers]
+        times[-1] += self._logits(shape.num_samples) - send_s
+        return tuple(times)
+
+    def _layer_s(self, shape: StepShape) -> float:
+        num_tokens = shape.num_tokens
+        seconds = sum(curve(num_tokens) for curve in self._matmuls)
+        seconds += self._prefill(shape.prefill_squares)
+        if shape.num_decodes:
+            seconds += self._decode_s(shape.num_decodes * self._batch_factor, shape.decode_context / shape.num_decodes)
+        if self._all_reduce is not None:
+            seconds += 2 * self._all_reduce(num_tokens * self._config.hidden_size)
+        moved_bytes = _ELEMENTWISE_PASSES * num_tokens * self._config.hidden_size * 2
+        return (
+            seconds
+            + _ELEMENTWISE_KERNELS * self._device.kernel_s
+            + moved_bytes / (self._device.memory_bytes_per_s * self._device.weights_share)
+        )
+
+    def _decode_s(self, batch: float, context: float) -> float:
+        """Interpolate between the two measured batches round this one; beyond the largest, in proportion."""
+        above = bisect_right(self._batches, batch)
+        if above == 0:
+            return self._decode[0](context)
+        if above == len(self._batches):
+            return self._decode[-1](context) * batch / self._batches[-1]
+        low, high = self._batches[above - 1], self._batches[above]
+        share = (batch - low) / (high - low)
+        return (1 - share) * self._decode[above - 1](context) + share * self._decode[above](context)
+
+    def _send_s(self, num_tokens: int) -> float:
+        num_bytes = num_tokens * self._config.hidden_size * 2
+        return self._device.peer_latency_s + num_bytes / self._device.peer_bytes_per_s
+
+
+@dataclass(frozen=True)
+class OperatorTables:
+    """All tables of one GPU."""
+
+    device: DeviceSheet
+    matmul: MatmulTable
+    attention: AttentionTable
+    all_reduce: AllReduceTable
+
+    @classmethod
+    def read(cls, folder: Path, prefix: str, device: DeviceSheet) -> "OperatorTables":
+        """Read the files of ``folder`` whose names begin with ``prefix``, such as ``a100_sxm``."""
+        return cls(
+            device=device,
+            matmul=MatmulTable(read_rows(folder, f"{prefix}.*gemm_bf16*.csv")),
+            attention=AttentionTable(
+                read_rows(folder, f"{prefix}.*context_attention_bf16*.csv"),
+                read_rows(folder, f"{prefix}.*generation_attention_bf16*.csv"),
+            ),
+            all_reduce=AllReduceTable(read_rows(folder, f"{prefix}.*allreduce_bf16*.csv")),
+        )
+
+    def errors(self) -> dict[str, FitError]:
+        """Return, for each operator, how far neighbours are from predicting a measured point."""
+        return {"matmul": self.matmul.error(), "attention": self.attention.error()}
+
+
+@dataclass(frozen=True)
+class TablePlatform:
+    """A model on a GPU with operator tables, in bf16 with heads of 128; memory and link are the data sheet's."""
+
+    tables: OperatorTables
+    config: ModelConfig
+    model: str
+    link: LinkModel = field(init=False)
+    _sheet: RooflinePlatform = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.config.head_dim != 128:
+            raise ConfigurationError(
+                f"the attention tables are for heads of 128, those of {self.model} have {self.config.head_dim}: "
+                "use the roofline"
+            )
+        device = self.tables.device
+        object.__setattr__(self, "link", Link(device.peer_bytes_per_s, device.peer_latency_s))
+        object.__setattr__(self, "_sheet", RooflinePlatform(self.config, device, self.model))
+
+    @property
+    def interference(self) -> None:
+        """See ``Platform``: every instance has devices of its own."""
+        return None
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``: the tables hold kernels alone."""
+        return HostCosts()
+
+    @property
+    def name(self) -> str:
+        """See ``Platform``."""
+        return f"{self.model} on {self.tables.device.name}, measured operators"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """See ``Platform``."""
+        return self._sheet.kv_bytes_per_token
+
+    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> TableLatency:
+        """See ``Platform``."""
+        self._sheet.latency(tensor_parallel, pipeline_parallel)  # refuses what cannot be divided
+        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel)
+
+    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
+        """See ``Platform``."""
+        return self._sheet.capacity_tokens(tensor_parallel, pipeline_parallel)

@@ -1,4 +1,0 @@
-"""The load client: sends a workload to any server with OpenAI's API and records what came back, and when.
-
-It alone of this room uses asyncio and HTTP. ``run.run_load(LoadPlan, prompts)`` is the whole of it for a caller.
-"""

@@ -1,0 +1,116 @@
+"""What the dispatcher wants done. The shell (live router or simulator) carries actions out in order.
+
+Every sequence that arrived gets exactly one of ``Finish``, ``Fail`` and ``Refuse``, and nothing after it.
+"""
+
+import enum
+
+import msgspec
+
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.scheduling.step.actions import WakeAt
+
+
+class DispatchAction(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all actions: the tag is the class name."""
+
+
+class SendGenerate(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` compute the sequence; with ``hand_over`` up to its first token."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    hand_over: bool
+
+
+class SendAdopt(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` continue the sequence whose KV blocks were offered."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class SendAbort(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` forget the sequence that it computes."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class SendRelease(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` end the lease of the sequence's KV blocks."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class SendPeerLost(DispatchAction, frozen=True, kw_only=True):
+    """Tell ``instance`` that ``lost`` died."""
+
+    instance: InstanceId
+    lost: InstanceId
+
+
+class Deliver(DispatchAction, frozen=True, kw_only=True):
+    """The outputs of these sequences, in the event just handled, are current: pass them on."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+class Drop(DispatchAction, frozen=True, kw_only=True):
+    """What ``instance`` said about this sequence is out of date (it ended, or is held elsewhere): count it."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class Finish(DispatchAction, frozen=True, kw_only=True):
+    """The sequence ended well, or was cancelled: drop its record."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class FailReason(enum.Enum):
+    """Why a sequence ended without an answer, or with part of one."""
+
+    INSTANCE_LOST = "instance_lost"
+    UNAVAILABLE = "unavailable"
+    TIMEOUT = "timeout"
+    TOO_LONG = "too_long"
+    INTERNAL = "internal"
+
+
+class Fail(DispatchAction, frozen=True, kw_only=True):
+    """The sequence ended with an error: tell who waits for it and drop its record."""
+
+    request_id: RequestId
+    epoch: Epoch
+    reason: FailReason
+    detail: str
+
+
+class RefuseReason(enum.Enum):
+    """Why a sequence was not taken."""
+
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+
+
+class Refuse(DispatchAction, frozen=True, kw_only=True):
+    """The sequence was not taken; nothing of it is kept."""
+
+    request_id: RequestId
+    epoch: Epoch
+    reason: RefuseReason
+    detail: str
+
+
+AnyDispatchAction = (
+    SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost | Deliver | Drop | Finish | Fail | Refuse | WakeAt
+)

@@ -1,0 +1,406 @@
+"""Dispatch: which instance prefills a sequence, which one decodes it, and what happens when one of them dies.
+
+A pure state machine: ``Dispatcher.handle(event, now)`` returns actions; the live router and the simulator carry them
+out. Sequences are given to an instance at once and queue there; the dispatcher keeps only those that no live instance
+can take, in order of (priority, arrival), for ``instance_wait_s`` at most.
+
+When an instance dies, the sequences that it held fail with INSTANCE_LOST. Not so a sequence whose prefill instance
+dies while a decode instance pulls its KV blocks: if the pull fails, that instance computes them itself. Sequences that
+wait for a dead instance wait on while it is being restarted, and fail with UNAVAILABLE when it is given up.
+"""
+
+import math
+from collections.abc import Mapping
+
+from disagg.base.config import RouterSettings
+from disagg.base.errors import InternalError
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import FailureKind
+from disagg.base.request import Role
+from disagg.scheduling.dispatch.actions import (
+    AnyDispatchAction,
+    Deliver,
+    Drop,
+    Fail,
+    FailReason,
+    Finish,
+    Refuse,
+    RefuseReason,
+    SendAbort,
+    SendAdopt,
+    SendGenerate,
+    SendPeerLost,
+    SendRelease,
+)
+from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_decode, choose_start
+from disagg.scheduling.dispatch.events import (
+    AnyDispatchEvent,
+    InstanceDown,
+    InstanceUp,
+    OfferMade,
+    Progress,
+    PullEnded,
+    SequenceArrived,
+    SequenceCancelled,
+    SequenceFailed,
+    TokensEmitted,
+)
+from disagg.scheduling.dispatch.state import (
+    Availability,
+    Charge,
+    InstanceEntry,
+    SequenceEntry,
+    SequenceState,
+)
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
+
+_FAIL_REASON = {FailureKind.TOO_LONG: FailReason.TOO_LONG, FailureKind.INTERNAL: FailReason.INTERNAL}
+
+
+class Dispatcher:
+    """The state machine. It is changed through ``handle`` alone."""
+
+    def __init__(self, instances: Mapping[InstanceId, Role], settings: RouterSettings) -> None:
+        self._settings = settings
+        self._instances = {name: InstanceEntry(name, role) for name, role in instances.items()}
+        self._sequences: dict[RequestId, SequenceEntry] = {}
+        self._num_arrived = 0
+        self._wake_at_s = math.inf
+        self._actions: list[AnyDispatchAction] = []
+        self._now = 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences under way or waiting."""
+        return len(self._sequences)
+
+    @property
+    def instances(self) -> tuple[InstanceEntry, ...]:
+        """All configured instances with their loads, in the order of configuration. Not to be changed."""
+        return tuple(self._instances.values())
+
+    def handle(self, event: AnyDispatchEvent, now: float) -> list[AnyDispatchAction]:
+        """Take one event at time ``now`` (seconds) and return what is to be done, in order.
+
+        Raise InternalError, with the sequence's story, on an event that cannot happen in the sequence's state. The
+        dispatcher stays usable: nothing of that sequence was changed.
+        """
+        self._actions = []
+        self._now = now
+        match event:
+            case SequenceArrived():
+                self._arrive(event)
+            case TokensEmitted():
+                self._emit(event)
+            case OfferMade():
+                self._offer(event)
+            case PullEnded():
+                self._pull_ended(event)
+            case SequenceFailed():
+                self._failed(event)
+            case SequenceCancelled():
+                self._cancel(event)
+            case InstanceUp():
+                self._up(event)
+            case InstanceDown():
+                self._down(event)
+            case Tick():
+                self._tick()
+        return self._actions
+
+    # Sequences ------------------------------------------------------------------------------------------------
+
+    def _arrive(self, event: SequenceArrived) -> None:
+        if event.request_id in self._sequences:
+            raise InternalError(f"sequence {event.request_id} was submitted twice")
+        sequence = SequenceEntry(
+            request_id=event.request_id,
+            epoch=event.epoch,
+            num_tokens=event.num_tokens,
+            max_total_tokens=event.max_total_tokens,
+            priority=event.priority,
+            order=self._num_arrived,
+            deadline_s=self._now + self._settings.request_timeout_s,
+            story=[(self._now, "arrived")],
+        )
+        if refusal := self._refusal(sequence):
+            self._actions.append(refusal)
+            return
+        self._num_arrived += 1
+        self._sequences[event.request_id] = sequence
+        self._wake(sequence.deadline_s)
+        self._place(sequence)
+
+    def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
+        limit = self._settings.max_queued_requests
+        if len(self._sequences) >= limit:
+            detail = f"{limit} sequences are under way, which is the limit (--max-queued-requests)"
+            return Refuse(
+                request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
+            )
+        if not can_be_served(self.instances, sequence):
+            return Refuse(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                reason=RefuseReason.UNAVAILABLE,
+                detail=f"no instances are left that could serve a request ({self._describe_instances()})",
+            )
+        return None
+
+    def _place(self, sequence: SequenceEntry) -> None:
+        """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
+        if not can_be_served(self.instances, sequence):
+            detail = f"no instances are left that could serve the request ({self._describe_instances()})"
+            self._fail(sequence, FailReason.UNAVAILABLE, detail)
+        elif not can_be_held(self.instances, sequence):
+            detail = (
+                f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
+                f"can hold ({self._describe_instances()}); ask for fewer tokens or raise --kv-memory"
+            )
+            self._fail(sequence, FailReason.TOO_LONG, detail)
+        elif not (self._adopt(sequence) if sequence.lease else self._start(sequence)):
+            if math.isinf(sequence.wait_until_s):
+                sequence.wait_until_s = self._now + self._settings.instance_wait_s
+            self._wake(sequence.wait_until_s)
+
+    def _start(self, sequence: SequenceEntry) -> bool:
+        """Give a queued sequence to an instance; return False when none can take it now."""
+        instance = choose_start(self.instances, sequence)
+        if instance is None:
+            return False
+        hand_over = instance.role is Role.PREFILL
+        state = SequenceState.PREFILLING if hand_over else SequenceState.RUNNING
+        sequence.move(state, self._now, f"started on {instance.instance}")
+        sequence.holder = instance.instance
+        sequence.wait_until_s = math.inf
+        self._charge(sequence, instance.instance, prefill_tokens=sequence.num_tokens)
+        self._actions.append(
+            SendGenerate(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                instance=instance.instance,
+                hand_over=hand_over,
+            )
+        )
+        return True
+
+    def _adopt(self, sequence: SequenceEntry) -> bool:
+        """Give an offered sequence to a decode instance; return False when none can take it now."""
+        instance = choose_decode(self.instances, sequence)
+        if instance is None:
+            return False
+        sequence.move(SequenceState.PULLING, self._now, f"adopted by {instance.instance}")
+        sequence.holder = instance.instance
+        sequence.wait_until_s = math.inf
+        self._charge(sequence, instance.instance, kv_tokens=sequence.num_tokens)
+        self._actions.append(
+            SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
+        )
+        return True
+
+    def _emit(self, event: TokensEmitted) -> None:
+        current: list[RequestId] = []
+        ended: list[SequenceEntry] = []
+        for progress in event.progress:
+            sequence = self._held_by(event.instance, progress.request_id, progress.epoch)
+            if sequence is None:
+                continue
+            self._advance(sequence, event.instance, progress)
+            current.append(progress.request_id)
+            if progress.finished:
+                ended.append(sequence)
+        if current:
+            self._actions.append(Deliver(request_ids=tuple(current)))
+        for sequence in ended:
+            self._finish(sequence, "finished")
+
+    def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
+        if sequence.state is SequenceState.OFFERING:
+            sequence.refuse_event(f"more tokens from {instance}")
+        sequence.num_tokens += progress.num_tokens
+        if progress.num_tokens == 0:
+            return
+        if sequence.state is SequenceState.PREFILLING and not progress.finished:
+            sequence.move(SequenceState.OFFERING, self._now, f"first token from {instance}")
+        self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
+
+    def _offer(self, event: OfferMade) -> None:
+        sequence = self._held_by(event.instance, event.request_id, event.epoch)
+        if sequence is None:
+            # It was cancelled while the offer was on its way: nobody will read these blocks.
+            self._release(event.request_id, event.epoch, event.instance)
+            return
+        sequence.move(SequenceState.OFFERED, self._now, f"offered by {event.instance}")
+        sequence.holder = None
+        sequence.lease = event.instance
+        self._place(sequence)
+
+    def _pull_ended(self, event: PullEnded) -> None:
+        sequence = self._held_by(event.instance, event.request_id, event.epoch)
+        if sequence is None:
+            return
+        sequence.move(SequenceState.DECODING, self._now, f"pulled by {event.instance}")
+        self._end_lease(sequence)
+
+    def _failed(self, event: SequenceFailed) -> None:
+        sequence = self._held_by(event.instance, event.request_id, event.epoch)
+        if sequence is None:
+            return
+        sequence.holder = None
+        self._fail(sequence, _FAIL_REASON[event.kind], event.detail)
+
+    def _cancel(self, event: SequenceCancelled) -> None:
+        sequence = self._sequences.get(event.request_id)
+        if sequence is not None and sequence.epoch == event.epoch:
+            self._abort(sequence)
+            self._finish(sequence, "cancelled")
+
+    # Instances ------------------------------------------------------------------------------------------------
+
+    def _up(self, event: InstanceUp) -> None:
+        entry = self._entry(event.instance)
+        if entry.availability is Availability.LIVE:
+            raise InternalError(f"instance {event.instance} came up twice without going down")
+        entry.availability = Availability.LIVE
+        entry.capacity = event.max_total_tokens
+        for sequence in self._waiting():
+            self._place(sequence)
+
+    def _down(self, event: InstanceDown) -> None:
+        entry = self._entry(event.instance)
+        was_live = entry.availability is Availability.LIVE
+        entry.availability = Availability.COMING if event.returning else Availability.GONE
+        if was_live:
+            for other in self._instances.values():
+                if other.availability is Availability.LIVE:
+                    self._actions.append(SendPeerLost(instance=other.instance, lost=event.instance))
+            for sequence in list(self._sequences.values()):
+                self._lose(sequence, event)
+        for sequence in self._waiting():
+            self._place(sequence)
+
+    def _lose(self, sequence: SequenceEntry, event: InstanceDown) -> None:
+        """Settle what the death of an instance means for one sequence."""
+        lost = event.instance
+        if sequence.lease == lost:
+            sequence.lease = None
+            self._discharge(sequence, lost)
+            if sequence.holder is not None:
+                sequence.story.append((self._now, f"{lost} died while its blocks were being pulled"))
+                return
+        elif sequence.holder == lost:
+            sequence.holder = None
+        else:
+            return
+        detail = f"instance {lost} died while it held this request: {event.detail}"
+        self._fail(sequence, FailReason.INSTANCE_LOST, detail)
+
+    def _tick(self) -> None:
+        self._wake_at_s = math.inf
+        for sequence in list(self._sequences.values()):
+            if self._now >= sequence.deadline_s:
+                self._abort(sequence)
+                limit = self._settings.request_timeout_s
+                self._fail(
+                    sequence,
+                    FailReason.TIMEOUT,
+                    f"the request did not finish within {limit:g} s (--request-timeout-s)",
+                )
+            elif self._now >= sequence.wait_until_s:
+                waited = self._settings.instance_wait_s
+                detail = f"no instance could take the request for {waited:g} s ({self._describe_instances()})"
+                self._fail(sequence, FailReason.UNAVAILABLE, detail)
+            else:
+                self._wake(min(sequence.deadline_s, sequence.wait_until_s))
+
+    # Steps shared by several events ---------------------------------------------------------------------------
+
+    def _held_by(self, instance: InstanceId, request_id: RequestId, epoch: Epoch) -> SequenceEntry | None:
+        """Return the sequence if ``instance`` holds it in this epoch; else note that the event is out of date."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.epoch != epoch or sequence.holder != instance:
+            self._actions.append(Drop(request_id=request_id, epoch=epoch, instance=instance))
+            return None
+        return sequence
+
+    def _waiting(self) -> list[SequenceEntry]:
+        """Return the sequences that no instance holds, in the order in which they are served."""
+        waiting = [sequence for sequence in self._sequences.values() if sequence.holder is None]
+        return sorted(waiting, key=lambda sequence: (sequence.priority, sequence.order))
+
+    def _wake(self, time_s: float) -> None:
+        """Ask for a Tick at ``time_s`` unless an earlier one is asked for already."""
+        if time_s < self._wake_at_s:
+            self._wake_at_s = time_s
+            self._actions.append(WakeAt(time_s=time_s))
+
+    def _abort(self, sequence: SequenceEntry) -> None:
+        if sequence.holder is not None:
+            self._actions.append(
+                SendAbort(request_id=sequence.request_id, epoch=sequence.epoch, instance=sequence.holder)
+            )
+
+    def _fail(self, sequence: SequenceEntry, reason: FailReason, detail: str) -> None:
+        self._end(sequence, reason.value)
+        self._actions.append(Fail(request_id=sequence.request_id, epoch=sequence.epoch, reason=reason, detail=detail))
+
+    def _finish(self, sequence: SequenceEntry, why: str) -> None:
+        self._end(sequence, why)
+        self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch))
+
+    def _end(self, sequence: SequenceEntry, why: str) -> None:
+        sequence.move(SequenceState.ENDED, self._now, why)
+        self._end_lease(sequence)
+        sequence.holder = None
+        for instance in list(sequence.charges):
+            self._discharge(sequence, instance)
+        del self._sequences[sequence.request_id]
+
+    def _end_lease(self, sequence: SequenceEntry) -> None:
+        if sequence.lease is not None:
+            self._release(sequence.request_id, sequence.epoch, sequence.lease)
+            self._discharge(sequence, sequence.lease)
+            sequence.lease = None
+
+    def _release(self, request_id: RequestId, epoch: Epoch, instance: InstanceId) -> None:
+        if self._entry(instance).availability is Availability.LIVE:
+            self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
+
+    def _charge(
+        self, sequence: SequenceEntry, instance: InstanceId, *, prefill_tokens: int = 0, kv_tokens: int = 0
+    ) -> None:
+        """Set the sequence's part of an instance's load."""
+        charge = sequence.charges.setdefault(instance, Charge())
+        entry = self._instances[instance]
+        entry.prefill_tokens += prefill_tokens - charge.prefill_tokens
+        entry.kv_tokens += kv_tokens - charge.kv_tokens
+        charge.prefill_tokens, charge.kv_tokens = prefill_tokens, kv_tokens
+
+    def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
+        self._charge(sequence, instance)
+        del sequence.charges[instance]
+
+    def _describe_instances(self) -> str:
+        return ", ".join(entry.describe() for entry in self._instances.values())
+
+    def _entry(self, instance: InstanceId) -> InstanceEntry:
+        entry = self._instances.get(instance)
+        if entry is None:
+            raise InternalError(f"instance {instance!r} is not one of {', '.join(self._instances)}")
+        return entry
+
+    def validate(self) -> None:
+        """Raise InternalError unless every sequence is where its state says and the loads add up."""
+        totals = {name: Charge() for name in self._instances}
+        for sequence in self._sequences.values():
+            sequence.validate()
+            for name in (sequence.holder, sequence.lease):
+                if name is not None and self._instances[name].availability is not Availability.LIVE:
+                    sequence.refuse_event(f"being with {name}, which is not live")
+            for name, charge in sequence.charges.items():
+                totals[name].prefill_tokens += charge.prefill_tokens
+                totals[name].kv_tokens += charge.kv_tokens
+        for name, entry in self._instances.items():
+            if Charge(entry.prefill_tokens, entry.kv_tokens) != totals[name]:
+                raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")

@@ -1,0 +1,102 @@
+"""What happens to the dispatcher. Each event is data, so that a log of them can be saved and replayed.
+
+No event carries token values: dispatch decides on lengths, order and who is alive.
+"""
+
+import msgspec
+
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import FailureKind
+from disagg.scheduling.step.events import Tick
+
+
+class DispatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all events: the tag is the class name."""
+
+
+class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
+    """A sequence to serve: ``num_tokens`` are known, and it never grows past ``max_total_tokens``."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    max_total_tokens: int
+    priority: int = 0
+    """Lower is served earlier among those that wait."""
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one sequence."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    finished: bool
+
+
+class TokensEmitted(DispatchEvent, frozen=True, kw_only=True):
+    """A step of ``instance`` brought new tokens."""
+
+    instance: InstanceId
+    progress: tuple[Progress, ...]
+
+
+class OfferMade(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` has prefilled a sequence and leases its KV blocks to whoever continues it."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class PullEnded(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` has pulled the KV blocks of a sequence, or will never read them: the lease can end."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` gave a sequence back."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    kind: FailureKind
+    detail: str
+
+
+class SequenceCancelled(DispatchEvent, frozen=True, kw_only=True):
+    """Nobody wants this sequence any more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` takes sequences of up to ``max_total_tokens`` tokens."""
+
+    instance: InstanceId
+    max_total_tokens: int
+
+
+class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` died and forgot everything. ``returning`` when it is being restarted."""
+
+    instance: InstanceId
+    returning: bool
+    detail: str
+
+
+AnyDispatchEvent = (
+    SequenceArrived
+    | TokensEmitted
+    | OfferMade
+    | PullEnded
+    | SequenceFailed
+    | SequenceCancelled
+    | InstanceUp
+    | InstanceDown
+    | Tick
+)

@@ -1,0 +1,1 @@
+"""What one instance computes, pulls, offers and frees: the step scheduler."""

@@ -1,0 +1,107 @@
+"""One sequence as the step scheduler sees it: counts of tokens, blocks held, and a state with legal moves."""
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.scheduling.step.actions import BlockCopy
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is on one instance.
+
+    ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: its
+    KV blocks are elsewhere and there was no room yet. ``PULLING``: they are being copied here. ``LEASED``: computed
+    here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    OFFERED = "offered"
+    PULLING = "pulling"
+    LEASED = "leased"
+    ENDED = "ended"
+
+
+_State = SequenceState
+TRANSITIONS: Final = frozenset(
+    {
+        (_State.WAITING, _State.RUNNING),  # blocks found
+        (_State.RUNNING, _State.WAITING),  # preempted: will be computed again
+        (_State.RUNNING, _State.LEASED),  # first token sampled, hand-over begins
+        (_State.OFFERED, _State.PULLING),  # room found
+        (_State.OFFERED, _State.WAITING),  # the offer is gone: computed here instead
+        (_State.PULLING, _State.RUNNING),  # blocks arrived
+        (_State.PULLING, _State.WAITING),  # the pull failed: computed here instead
+        (_State.WAITING, _State.ENDED),
+        (_State.RUNNING, _State.ENDED),
+        (_State.OFFERED, _State.ENDED),
+        (_State.PULLING, _State.ENDED),
+        (_State.LEASED, _State.ENDED),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteKv:
+    """Where the KV blocks of an adopted sequence are."""
+
+    source: InstanceId
+    blocks: tuple[BlockId, ...]
+    num_tokens: int
+    expires_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable record of one sequence.
+
+    ::
+
+        [0 .......... num_computed .......... num_tokens ......... max_total_tokens]
+         KV in block_ids             known, to be computed         not sampled yet
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    max_total_tokens: int
+    order: tuple[int, float, int]
+    """(priority, arrival, number at this instance): lower is served earlier and preempted later."""
+    state: SequenceState
+    hand_over: bool = False
+    block_hashes: tuple[BlockHash, ...] = ()
+    reuse_prefix: bool = True
+    remote: RemoteKv | None = None
+    num_prefill_tokens: int = 0
+    """Tokens before this position count as prefill in the statistics, later ones as decode."""
+    num_computed: int = 0
+    block_ids: tuple[BlockId, ...] = ()
+    num_published: int = 0
+    """Leading blocks already findable by their prefix."""
+    copies: tuple[BlockCopy, ...] = ()
+    """What the running pull writes."""
+    num_in_flight: int = 0
+    """Tokens of this sequence in a step that has not ended."""
+    cancelled: bool = False
+    preempted: bool = False
+    story: deque[tuple[float, SequenceState]] = field(default_factory=lambda: deque(maxlen=16))
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed yet."""
+        return self.num_tokens - self.num_computed
+
+    def move(self, state: SequenceState, now: float) -> None:
+        """Change state; raise InternalError with the sequence's story when the move is not legal."""
+        if (self.state, state) not in TRANSITIONS:
+            told = ", ".join(f"{at:.6f} {past.value}" for at, past in self.story)
+            raise InternalError(
+                f"sequence {self.request_id} cannot go from {self.state.value} to {state.value} at {now:.6f} "
+                f"(story: {told})"
+            )
+        self.state = state
+        self.story.append((now, state))

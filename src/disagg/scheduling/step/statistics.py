@@ -1,0 +1,52 @@
+"""Counters of one step scheduler, and the load report made of them."""
+
+from dataclasses import dataclass
+
+from disagg.base.messages import InstanceLoad
+from disagg.scheduling.step.actions import Chunk
+from disagg.scheduling.step.kv_ledger import KvLedger
+from disagg.scheduling.step.sequence import Sequence
+
+
+@dataclass(slots=True)
+class SchedulerStatistics:
+    """Totals since the instance started."""
+
+    num_arrivals: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_leases_expired: int = 0
+
+    def count_tokens(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Book a chunk's tokens as prefill up to the prompt's end and as decode after it."""
+        if chunk.start >= sequence.num_prefill_tokens:
+            self.num_decode_tokens += chunk.num_tokens
+            return
+        num_prefill = min(chunk.num_tokens, sequence.num_prefill_tokens - chunk.start)
+        self.num_prefill_tokens += num_prefill
+        self.num_decode_tokens += chunk.num_tokens - num_prefill
+
+    def load(self, ledger: KvLedger, num_running: int, num_waiting: int) -> InstanceLoad:
+        """Return the report that the router and the metrics read."""
+        audit = ledger.pool.audit()
+        return InstanceLoad(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_leases=len(ledger.leases),
+            blocks_total=audit.total,
+            blocks_free=audit.free,
+            blocks_active=audit.active,
+            blocks_leased=audit.leased,
+            blocks_filling=audit.filling,
+            blocks_cached=audit.cached,
+            blocks_quarantined=audit.quarantined,
+            num_preemptions_total=self.num_preemptions,
+            num_steps_total=self.num_steps,
+            num_prefill_tokens_total=self.num_prefill_tokens,
+            num_decode_tokens_total=self.num_decode_tokens,
+            num_prefix_queries_total=ledger.num_prefix_queries,
+            num_prefix_hits_total=ledger.num_prefix_hits,
+            num_leases_expired_total=self.num_leases_expired,
+        )
