@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-FAKE = Path(__file__).parents[1] / "measure" / "compare" / "fake_openai_server.py"
+FAKE = Path(__file__).parents[1] / "bench" / "compare" / "fake_openai_server.py"
 LOOK_S = 0.05
 DEADLINE_S = 60.0
 
