@@ -15,9 +15,10 @@ from disagg.base.request import Role
 from disagg.cli.main import main
 from disagg.cli.serve_display import PlainDisplay, make_display
 from disagg.cli.serve_progress import ProgressDisplay
+from disagg.scheduling.dispatch.state import InstanceState
 from disagg.serve.launch import main as launch
 from disagg.serve.launch.deployment import Deployment
-from disagg.serve.router.interface import InstanceState, InstanceStatus
+from disagg.serve.router.interface import InstanceStatus
 
 P0 = InstanceId("prefill-0")
 FACTS = InstanceFacts(

@@ -16,8 +16,10 @@ from msgspec import structs
 
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import SchedulerSettings
+from disagg.base.event_log import EventLog
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import (
+    PROTOCOL_VERSION,
     Abort,
     Adopt,
     Failed,
@@ -40,12 +42,11 @@ from disagg.base.sampling import SamplingParams
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.control import ControlChannel
-from disagg.engine.event_log import EventLog
 from disagg.engine.executor import Executor
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import Pulls
-from disagg.scheduling.step.replay import LogHeader
-from disagg.scheduling.step.scheduler import StepScheduler
+from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
+from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
 
@@ -212,28 +213,37 @@ class Instance:
         stack.enter_context(self.pull_thread)
         pulls = Pulls(Links(self.pool, self.pull_thread, clock), self.pool.layout.num_layers, channel.wake)
         stack.callback(pulls.close)
-        self.scheduler = StepScheduler(self.settings, self.num_blocks, self.pool.layout.block_size, self.prefix_caching)
-        log = None
-        if self.log_path is not None:
-            header = LogHeader(
-                settings=self.settings,
-                num_blocks=self.num_blocks,
-                block_size=self.pool.layout.block_size,
-                prefix_caching=self.prefix_caching,
-            )
-            log = EventLog(str(self.log_path), header)
-            stack.callback(log.close)
         ready = Ready(
-            version=1,
+            version=PROTOCOL_VERSION,
             instance=InstanceId(self.name),
             incarnation=self.incarnation,
             role=Role.COLOCATED,
             facts=self._facts(),
         )
-        self.loop = EngineLoop(ready, self.scheduler, self.executor, pulls, channel, clock, log)
+        header = InstanceHeader(
+            instance=ready.instance,
+            incarnation=self.incarnation,
+            settings=self.settings,
+            num_blocks=self.num_blocks,
+            block_size=self.pool.layout.block_size,
+            prefix_caching=self.prefix_caching,
+            max_model_len=self.model.max_model_len,
+            pool=ready.facts.pool,
+        )
+        self.core = InstanceCore(header)
+        log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
+        steps = self._steps(channel, stack)
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log)
         self.loop.run()
-        self.scheduler.validate()
-        self.audit = self.scheduler.audit()
+        self.core.validate()
+        self.audit = self.core.audit()
+
+    def _steps(self, channel: ControlChannel, stack: ExitStack) -> Steps:
+        if self.settings.max_steps_in_flight == 1:
+            return InlineSteps(self.executor)
+        steps = ThreadedSteps(self.executor, channel.wake, lambda: None)
+        stack.callback(steps.close)
+        return steps
 
     def _facts(self) -> InstanceFacts:
         return InstanceFacts(

@@ -31,7 +31,7 @@ def work(prompt: list[int], start: int, num_tokens: int, outputs: tuple[int, ...
     end = start + num_tokens
     blocks = tuple(BlockId(prompt[0] + n) for n in range(-(-end // BLOCK)))
     chunk = Chunk(request.request_id, start, num_tokens, blocks, end == request.num_tokens)
-    return Work(LiveSequence(request, received_s=0.0), chunk)
+    return Work(LiveSequence(request), chunk)
 
 
 @pytest.fixture

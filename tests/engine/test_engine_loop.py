@@ -33,7 +33,7 @@ from disagg.base.messages import (
 )
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.step.replay import parse_log, replay
+from disagg.scheduling.event_log import parse_log, replay
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ class TestRefusal:
             engine.send(Generate(request=request("a", 10, max_tokens=7)))
             failed = router.expect(Failed)
             assert failed.kind is FailureKind.TOO_LONG
-            assert "need 5 KV blocks" in failed.message
+            assert "17 tokens, the instance's limit is 16" in failed.message
             engine.send(Generate(request=request("a", 10, max_tokens=6, epoch=2)))
             router.wait_for_end("a")
 

@@ -167,7 +167,7 @@ class TestWrongSettings:
             ({"model": ModelSettings(model="./no/such/folder")}, "no such model"),
             ({"cache": CacheSettings(kv_memory_bytes=1 << 60)}, "lower it"),
             ({"cpus": (100_000,)}, "cannot run on cores"),
-            ({"event_log": "/no/such/folder/log"}, "cannot write the event log"),
+            ({"event_log": "/dev/null/log"}, "cannot write the event log"),
         ],
     )
     def test_one_line_says_what_is_wrong(

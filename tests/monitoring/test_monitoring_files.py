@@ -15,10 +15,11 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.api.instance_metrics import BLOCK_STATES
 from disagg.serve.api.metrics import ServerMetrics
-from disagg.serve.router.interface import InstanceState, InstanceStatus, SequenceStream
-from disagg.serve.router.sink import DropReason
+from disagg.serve.router.interface import InstanceStatus, SequenceStream
 
 FOLDER = Path(__file__).parents[2] / "monitoring"
 DASHBOARD = FOLDER / "grafana-dashboard.json"

@@ -305,7 +305,7 @@ def test_waiting_for_an_instance_is_bounded():
     assert release == SendRelease(**ids("a"), instance=P0)
     assert failure.reason is FailReason.UNAVAILABLE
     assert "20 s" in failure.detail
-    assert "decode-0: coming" in failure.detail
+    assert "decode-0: lost" in failure.detail
 
 
 def test_nothing_waits_for_an_instance_that_was_given_up(pair):

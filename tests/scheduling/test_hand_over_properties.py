@@ -13,14 +13,14 @@ from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockState
-from disagg.scheduling.step.actions import AnyAction, Emit, Finish, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import AnyAction, Emit, Forget, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
     KvOffered,
     LeaseReleased,
-    PeerLost,
+    SourceLost,
     StepDone,
     StepResult,
     Tick,
@@ -88,7 +88,7 @@ class World:
         self.feed(target, event)
 
     def check_that_nobody_uses_what_is_being_written(self) -> None:
-        pool = self.instances[DECODE]._ledger.pool
+        pool = self.instances[DECODE]._books.ledger.pool
         for pull in self.writing.values():
             for copy in pull.copies:
                 assert pool.state_of(copy.target) in (BlockState.FILLING, BlockState.QUARANTINED)
@@ -123,7 +123,7 @@ class World:
                     source=PREFILL,
                     source_blocks=action.block_ids,
                     num_kv_tokens=action.num_tokens,
-                    expires_s=action.expires_s,
+                    expires_s=self.now + action.lease_s,
                     priority=client.priority,
                     block_hashes=self.hashes(client),
                 )
@@ -137,7 +137,7 @@ class World:
                 self.on_the_way.append((PREFILL, LeaseReleased(request_id=action.request_id, epoch=EPOCH)))
             case WakeAt():
                 self.alarms[name] = action.time_s
-            case Finish():
+            case Forget():
                 assert self.clients[action.request_id].cancelled or action.reason is FinishReason.LENGTH
             case _:
                 raise AssertionError(f"unexpected {action}")
@@ -168,7 +168,7 @@ class World:
         self.alarms.pop(PREFILL, None)
         lost = [event for target, event in self.on_the_way if target == PREFILL]
         self.on_the_way = [entry for entry in self.on_the_way if entry[0] != PREFILL]
-        self.on_the_way.append((DECODE, PeerLost(instance=PREFILL)))
+        self.on_the_way.append((DECODE, SourceLost(instance=PREFILL)))
         held = {event.request_id for event in lost if isinstance(event, Arrived)}
         for event in lost:
             if isinstance(event, StepDone):

@@ -7,16 +7,18 @@ import pytest
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.messages import FailureKind
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.step.actions import AnyAction, Emit, Finish, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import AnyAction, Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
     KvOffered,
     LeaseReleased,
-    PeerLost,
+    SourceLost,
     StepDone,
+    StepFailure,
     StepResult,
     Tick,
     TransferDone,
@@ -32,9 +34,17 @@ P0 = InstanceId("prefill-0")
 class Driver:
     """A scheduler, the time, and the step that runs. It validates the books after every event."""
 
-    def __init__(self, num_blocks: int = 64, prefix_caching: bool = False, **settings: object) -> None:
+    def __init__(
+        self, num_blocks: int = 64, prefix_caching: bool = False, num_stages: int = 1, **settings: object
+    ) -> None:
         chosen = {"max_batch_tokens": 16, "max_batch_size": 8, "lease_s": 100.0, **settings}
-        self.scheduler = StepScheduler(SchedulerSettings(**chosen), num_blocks, BLOCK, prefix_caching)  # type: ignore[arg-type]
+        self.scheduler = StepScheduler(
+            SchedulerSettings(**chosen),  # type: ignore[arg-type]
+            num_blocks,
+            BLOCK,
+            prefix_caching,
+            num_stages=num_stages,
+        )
         self.now = 0.0
         self.step: RunStep | None = None
 
@@ -52,8 +62,9 @@ class Driver:
             for chunk in self.step.chunks
             if chunk.samples and chunk.request_id not in failed
         )
+        failures = tuple(StepFailure(RequestId(name), FailureKind.INTERNAL, "bad") for name in failed)
         step_id, self.step = self.step.step_id, None
-        return self.feed(StepDone(step_id=step_id, results=results, failed=tuple(map(RequestId, failed))))
+        return self.feed(StepDone(step_id=step_id, results=results, failed=failures))
 
     @property
     def plan(self) -> dict[str, int]:
@@ -146,12 +157,57 @@ class TestOtherModes:
         driver.end_step(a=FinishReason.STOP)
         assert driver.plan == {"b": 3}
 
-    def test_two_steps_in_flight_hold_different_sequences(self) -> None:
-        driver = Driver(max_steps_in_flight=2)
+    def test_two_steps_in_flight_of_a_pipeline_hold_different_sequences(self) -> None:
+        driver = Driver(max_steps_in_flight=2, num_stages=2)
         driver.feed(arrived("a", 3))
         actions = driver.feed(arrived("b", 3))
         second = of_type(actions, RunStep)
         assert [chunk.request_id for step in second for chunk in step.chunks] == ["b"]  # type: ignore[attr-defined]
+
+
+class TestStepsInFlight:
+    """A second step is planned while the first runs, with tokens that nobody knows yet."""
+
+    def steps(self, actions: list[AnyAction]) -> list[tuple[int, list[tuple[str, int, int, bool]]]]:
+        return [
+            (step.step_id, [(c.request_id, c.start, c.num_tokens, c.samples) for c in step.chunks])
+            for step in actions
+            if isinstance(step, RunStep)
+        ]
+
+    def done(self, driver: Driver, step_id: int, *names: str, **finished: FinishReason) -> list[AnyAction]:
+        results = tuple(StepResult(RequestId(name), finished.get(name)) for name in names)
+        return driver.feed(StepDone(step_id=step_id, results=results))
+
+    def test_all_decodes_take_part_in_both(self) -> None:
+        driver = Driver(max_steps_in_flight=2)
+        first = driver.feed(arrived("a", 3), arrived("b", 2))
+        assert self.steps(first) == [
+            (1, [("a", 0, 3, True), ("b", 0, 2, True)]),
+            (2, [("a", 3, 1, True), ("b", 2, 1, True)]),
+        ]
+        assert self.steps(self.done(driver, 1, "a", "b")) == [(3, [("a", 4, 1, True), ("b", 3, 1, True)])]
+
+    def test_a_token_after_the_last_one_is_never_planned(self) -> None:
+        driver = Driver(max_steps_in_flight=2)
+        assert len(self.steps(driver.feed(arrived("a", 3, max_new=1)))) == 1
+        assert len(self.steps(driver.feed(arrived("b", 3, hand_over=True)))) == 1
+
+    def test_what_stops_early_is_thrown_away_and_its_blocks_come_back_when_the_step_has_ended(self) -> None:
+        driver = Driver(max_steps_in_flight=2)
+        driver.feed(arrived("a", 3))
+        actions = self.done(driver, 1, "a", a=FinishReason.STOP)
+        assert [type(action) for action in actions] == [Emit]
+        assert driver.scheduler.audit().active == 1, "step 2 still writes"
+        (forget,) = self.done(driver, 2, "a", a=FinishReason.STOP)
+        assert isinstance(forget, Forget)
+        assert forget.reason is FinishReason.STOP
+        assert driver.scheduler.audit().free == 64
+
+    def test_a_prompt_is_cut_over_both(self) -> None:
+        driver = Driver(max_steps_in_flight=2)
+        steps = self.steps(driver.feed(arrived("a", 20)))
+        assert steps == [(1, [("a", 0, 16, False)]), (2, [("a", 16, 4, True)])]
 
 
 class TestBlocks:
@@ -159,7 +215,7 @@ class TestBlocks:
         driver = Driver(num_blocks=4)
         (reject,) = driver.feed(arrived("a", 10, max_new=7))
         assert isinstance(reject, Reject)
-        assert reject.detail == "17 tokens need 5 KV blocks, but the instance has 4"
+        assert reject.detail == "the sequence can grow to 17 tokens, the instance's limit is 16"
 
     def test_the_latest_sequence_is_preempted_and_computed_again_with_what_it_generated(self) -> None:
         driver = Driver(num_blocks=4)
@@ -207,7 +263,7 @@ class TestPrefillSide:
         emit, offer, wake = driver.end_step()
         assert isinstance(emit, Emit)
         assert isinstance(offer, OfferKv)
-        assert (offer.num_tokens, len(offer.block_ids), offer.expires_s) == (6, 2, driver.now + 100.0)
+        assert (offer.num_tokens, len(offer.block_ids), offer.lease_s) == (6, 2, 100.0)
         assert isinstance(wake, WakeAt)
         assert driver.scheduler.audit().leased == 2
 
@@ -294,7 +350,7 @@ class TestDecodeSide:
     def test_what_a_lost_peer_offered_is_computed_here(self) -> None:
         driver = Driver(max_batch_size=1)
         driver.feed(offered("a", 6), offered("b", 6))
-        driver.feed(PeerLost(instance=P0))
+        driver.feed(SourceLost(instance=P0))
         driver.feed(done("a"))
         driver.end_step(a=FinishReason.STOP)
         assert driver.plan == {"b": 7}
@@ -328,7 +384,7 @@ class TestFailure:
         driver.feed(arrived("a", 3), arrived("b", 4), arrived("c", 5))
         emit, finish, _ = driver.end_step("b")
         assert emit == Emit(request_ids=(RequestId("a"), RequestId("c")))
-        assert finish == Finish(request_id=RequestId("b"), epoch=Epoch(1), reason=FinishReason.ERROR)
+        assert finish == Forget(request_id=RequestId("b"), epoch=Epoch(1), reason=FinishReason.ERROR)
         assert driver.plan == {"a": 1, "c": 1}
         driver.end_step(a=FinishReason.STOP, c=FinishReason.STOP)
         assert driver.scheduler.audit().free == 64
@@ -336,13 +392,13 @@ class TestFailure:
     def test_it_may_fail_before_it_samples(self) -> None:
         driver = Driver()
         driver.feed(arrived("a", 40))
-        assert of_type(driver.end_step("a"), Finish)
+        assert of_type(driver.end_step("a"), Forget)
         assert driver.plan == {}
 
     def test_a_handed_over_sequence_that_failed_is_not_offered(self) -> None:
         driver = Driver()
         driver.feed(arrived("a", 6, hand_over=True))
-        assert [type(action) for action in driver.end_step("a")] == [Finish]
+        assert [type(action) for action in driver.end_step("a")] == [Forget]
 
     def test_what_it_computed_is_reused_by_nobody(self) -> None:
         driver = Driver(prefix_caching=True)
@@ -358,8 +414,8 @@ class TestFailure:
         driver = Driver()
         driver.feed(arrived("a", 3))
         driver.feed(Cancelled(request_id=RequestId("a"), epoch=Epoch(1)))
-        (finish,) = of_type(driver.end_step("a"), Finish)
-        assert isinstance(finish, Finish)
+        (finish,) = of_type(driver.end_step("a"), Forget)
+        assert isinstance(finish, Forget)
         assert finish.reason is FinishReason.ABORT
 
 
@@ -375,18 +431,18 @@ class TestCancel:
     def test_waiting(self) -> None:
         driver = Driver()
         driver.feed(arrived("a", 16), arrived("b", 16))
-        (finish,) = of_type(driver.feed(self.cancel("b")), Finish)
-        assert isinstance(finish, Finish)
+        (finish,) = of_type(driver.feed(self.cancel("b")), Forget)
+        assert isinstance(finish, Forget)
         assert finish.reason is FinishReason.ABORT
 
     def test_in_a_step_that_runs_the_blocks_are_freed_when_it_ends(self) -> None:
         driver = Driver()
         driver.feed(arrived("a", 16))
-        assert of_type(driver.feed(self.cancel("a")), Finish) == []
+        assert of_type(driver.feed(self.cancel("a")), Forget) == []
         assert driver.scheduler.audit().active == 6 - 2
         actions = driver.end_step()
         assert of_type(actions, Emit) == []
-        assert len(of_type(actions, Finish)) == 1
+        assert len(of_type(actions, Forget)) == 1
         self.assert_empty(driver)
 
     def test_offered(self) -> None:

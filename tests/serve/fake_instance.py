@@ -168,7 +168,7 @@ class FakeInstance:
                 incarnation=self.incarnation,
                 num_tokens=len(request.prompt_token_ids),
                 block_ids=(),
-                expires_s=time.monotonic() + 60.0,
+                lease_s=60.0,
                 pool=b"",
             )
         )

@@ -12,6 +12,7 @@ from disagg.base.request import Role
 from disagg.costs.latency import StepShape
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.instance import InstanceSpec
+from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 
 
@@ -65,7 +66,7 @@ def poisson(
 def serve(spec: ClusterSpec, requests: Iterable[SimulatedRequest], **options: Any) -> list[SimulatedRequest]:
     """Run to the end and return the requests in the order in which they ended."""
     ended: list[SimulatedRequest] = []
-    SimulatedCluster(spec, ended.append, **options).run(requests)
+    SimulatedCluster(spec, ended.append, Recording(**options)).run(requests)
     return ended
 
 

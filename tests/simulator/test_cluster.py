@@ -18,6 +18,7 @@ from disagg.costs.links import Link
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
+from disagg.simulator.recording import Recording
 from disagg.simulator.request import Outcome, SimulatedRequest
 
 DEPLOYMENTS = {
@@ -73,7 +74,9 @@ def test_timing_runs_of_equal_steps_ahead_changes_nothing(name: str, rate: float
 
 def gaps(name: str, rate: float, *, step_by_step: bool) -> Percentiles:
     found = LogHistogram()
-    cluster = SimulatedCluster(DEPLOYMENTS[name], lambda request: None, step_by_step=step_by_step, gaps=found)
+    cluster = SimulatedCluster(
+        DEPLOYMENTS[name], lambda request: None, Recording(step_by_step=step_by_step, gaps=found)
+    )
     cluster.run(poisson(rate, count=100, seed=7))
     return found.percentiles()
 

@@ -9,11 +9,12 @@ from simulated import pair, poisson
 from disagg.base.ids import RequestId
 from disagg.scheduling import epoch_memory
 from disagg.simulator.cluster import SimulatedCluster
+from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 
 
 def num_calls(output_len: int, *, step_by_step: bool = False) -> int:
-    cluster = SimulatedCluster(pair(), lambda request: None, step_by_step=step_by_step)
+    cluster = SimulatedCluster(pair(), lambda request: None, Recording(step_by_step=step_by_step))
     cluster.run(poisson(rate=1, count=50, seed=8, output=(output_len, output_len)))
     return cluster.queue.num_run
 

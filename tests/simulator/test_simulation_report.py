@@ -55,7 +55,10 @@ def test_how_full_the_pools_were() -> None:
 
 
 def test_a_request_that_can_never_fit_is_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"request trace:7 \(9000 \+ 10 tokens\) never fits.*prefill 8192"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"request trace:7 \(9000 \+ 10 tokens\) never fits.*prefill-0: ready, holds 8192 tokens",
+    ):
         simulate(pair(), [SimulatedRequest(RequestId("trace:7"), 0.0, 9000, 10)], Slo())
 
 

@@ -17,7 +17,7 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -29,7 +29,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """KV blocks that a prefill instance holds, leased, for whoever continues the sequence.
 
     ``num_tokens`` tokens are in ``block_ids``, in order. ``pool`` is the source's pool address as the transfer room
-    encoded it: the router passes it on unread. The lease ends at ``expires_s`` (monotonic seconds of the source).
+    encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
+    duration, since another host's clock means nothing here.
     """
 
     request_id: RequestId
@@ -38,7 +39,7 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     incarnation: str
     num_tokens: int
     block_ids: tuple[BlockId, ...]
-    expires_s: float
+    lease_s: float
     pool: bytes
 
 

@@ -92,10 +92,15 @@ class BlockPool:
 
     def commit(self, blocks: Iterable[BlockId]) -> None:
         """Make FILLING blocks, now completely written, ACTIVE for the one sequence that reserved them."""
+        num_committed = 0
         for index in blocks:
             self._expect(index, BlockState.FILLING)
-            self._blocks[index].num_sequences = 1
-            self._move(index, BlockState.ACTIVE)
+            block = self._blocks[index]
+            block.num_sequences = 1
+            block.state = BlockState.ACTIVE
+            num_committed += 1
+        self._counts[BlockState.FILLING] -= num_committed
+        self._counts[BlockState.ACTIVE] += num_committed
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:
         """Put FILLING blocks aside: a remote writer may still write them."""
@@ -114,9 +119,12 @@ class BlockPool:
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Drop one sequence's hold. The last block is let go first, so that eviction eats prefixes from their end."""
         for index in reversed(blocks):
-            self._expect(index, BlockState.ACTIVE)
-            self._blocks[index].num_sequences -= 1
-            self._settle(index)
+            block = self._blocks[index]
+            if block.state is not BlockState.ACTIVE:
+                self._expect(index, BlockState.ACTIVE)
+            block.num_sequences -= 1
+            if not block.num_sequences:
+                self._settle(index, block)
 
     def lease(self, blocks: Iterable[BlockId]) -> None:
         """Turn one sequence's hold on its blocks into a lease."""
@@ -125,7 +133,8 @@ class BlockPool:
             block = self._blocks[index]
             block.num_sequences -= 1
             block.num_leases += 1
-            self._settle(index)
+            if not block.num_sequences:
+                self._settle(index, block)
 
     def end_lease(self, blocks: Sequence[BlockId]) -> None:
         """Drop one lease on each block."""
@@ -134,7 +143,8 @@ class BlockPool:
             if block.num_leases < 1:
                 raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
             block.num_leases -= 1
-            self._settle(index)
+            if not block.num_leases and not block.num_sequences:
+                self._settle(index, block)
 
     def publish(self, index: BlockId, block_hash: BlockHash) -> None:
         """Make the KV of a full ACTIVE block findable by its prefix, unless an equal block already is."""
@@ -199,13 +209,20 @@ class BlockPool:
     def _take(self, count: int, state: BlockState) -> tuple[BlockId, ...] | None:
         if count > self.num_available:
             return None
-        taken: list[BlockId] = []
-        for _ in range(count):
-            index = self._free.pop() if self._free else self._evict()
-            self._blocks[index].num_sequences = 1 if state is BlockState.ACTIVE else 0
-            self._move(index, state)
-            taken.append(BlockId(index))
-        return tuple(sorted(taken))  # neighbours stay neighbours: memory is read quickest in runs
+        num_free = min(count, len(self._free))
+        taken = self._free[len(self._free) - num_free :]
+        del self._free[len(self._free) - num_free :]
+        taken += [self._evict() for _ in range(count - num_free)]
+        num_sequences = 1 if state is BlockState.ACTIVE else 0
+        for index in taken:
+            block = self._blocks[index]
+            block.num_sequences = num_sequences
+            block.state = state
+        self._counts[BlockState.FREE] -= num_free
+        self._counts[BlockState.CACHED] -= count - num_free
+        self._counts[state] += count
+        taken.sort()  # neighbours stay neighbours: memory is read quickest in runs
+        return tuple(map(BlockId, taken))
 
     def _evict(self) -> int:
         index, _ = self._cached.popitem(last=False)
@@ -220,19 +237,19 @@ class BlockPool:
             del self._by_hash[block.hash]
             block.hash = None
 
-    def _settle(self, index: BlockId) -> None:
-        """Put a block that lost a holder into the state that its other holders give it."""
-        block = self._blocks[index]
-        if block.num_sequences:
-            self._move(index, BlockState.ACTIVE)
-        elif block.num_leases:
-            self._move(index, BlockState.LEASED)
+    def _settle(self, index: BlockId, block: _Block) -> None:
+        """Put a block that no sequence holds any more into the state that leases and prefix index give it."""
+        if block.num_leases:
+            state = BlockState.LEASED
         elif block.hash is not None:
-            self._move(index, BlockState.CACHED)
+            state = BlockState.CACHED
             self._cached[index] = None
         else:
-            self._move(index, BlockState.FREE)
+            state = BlockState.FREE
             self._free.append(index)
+        self._counts[block.state] -= 1
+        self._counts[state] += 1
+        block.state = state
 
     def _move(self, index: int, state: BlockState) -> None:
         block = self._blocks[index]

@@ -20,7 +20,7 @@ from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import IMITATED, build_cluster
-from disagg.simulator.event_log import EventLog
+from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.report import RunReport
 from disagg.simulator.run import find_goodput
 from disagg.simulator.run import simulate as run_simulation
@@ -122,7 +122,7 @@ def _run_seeds(
 
     block_size = spec.instances[0].block_size
 
-    def run(seed: int, log: EventLog | None = None, timeline: TimelineRecorder | None = None) -> RunReport:
+    def run(seed: int, log: EventLogFolder | None = None, timeline: TimelineRecorder | None = None) -> RunReport:
         if isinstance(workload, OpenLoop):
             requests = simulated_requests(workload.draw(seed), workload.name, block_size)
             return run_simulation(spec, requests, slo, log=log, timeline=timeline)
@@ -130,7 +130,7 @@ def _run_seeds(
         return run_simulation(spec, load.first_calls(), slo, log=log, timeline=timeline, next_call=load.next_call)
 
     with ExitStack() as stack:
-        log = None if events is None else stack.enter_context(EventLog(events))
+        log = None if events is None else stack.enter_context(EventLogFolder(events))
         runs = [run(0, log, timeline)]
     if timeline is not None and html is not None:
         timeline.write(html, f"{runs[0].num_requests} requests on {len(spec.instances)} instance(s)")

@@ -1,4 +1,4 @@
-"""What the loop asks of whoever computes: run one step, and bring KV blocks to and from the shared pool."""
+"""What is asked of whoever computes: run one step, and bring KV blocks to and from the shared pool."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,14 +33,18 @@ class ChunkResult:
     failure: SequenceFailure | None = None
 
 
-class Executor(Protocol):
-    """The model behind the loop. Called from the loop's thread alone."""
-
-    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
-        """Compute one step; one result for each chunk, in order."""
+class BlockMover(Protocol):
+    """Brings KV blocks to and from the pool that instances share. Called from the loop's thread alone."""
 
     def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Make computed blocks readable in the shared pool, before they are offered."""
 
     def receive_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Take over blocks that a pull wrote into the shared pool, before they are used."""
+
+
+class Executor(BlockMover, Protocol):
+    """The model behind the loop. ``engine.steps`` says in which thread it runs."""
+
+    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+        """Compute one step; one result for each chunk, in order."""

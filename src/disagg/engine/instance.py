@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,10 +16,10 @@ import torch
 from disagg.base.clock import Clock
 from disagg.base.config import Device, InstanceSettings, ModelSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.event_log import EventLog
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
-from disagg.engine.event_log import EventLog
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.kernels.select import select_backend
@@ -27,10 +29,10 @@ from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
+from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
 from disagg.models.locate import load_config, locate_model
-from disagg.scheduling.step.replay import LogHeader
-from disagg.scheduling.step.scheduler import StepScheduler
+from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
@@ -84,8 +86,7 @@ def build_loop(
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = _make_executor(settings, decoder, pool, device)
-    pulls = _make_pulls(pool, device, channel, clock, stack)
-    scheduler, log = _make_scheduler(settings, capacity, stack)
+    pulls = _make_pulls(settings, pool, device, channel, clock, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
         device=settings.device.value,
@@ -106,7 +107,35 @@ def build_loop(
         role=settings.role,
         facts=facts,
     )
-    return EngineLoop(ready, scheduler, watch(executor), pulls, channel, clock, log)
+    header = core_header(settings, ready)
+    watched = watch(executor)
+    steps = _make_steps(settings, watched, channel, stack)
+    log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log)
+
+
+def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
+    """Return what the core of an instance is made from, which an event log begins with."""
+    facts = ready.facts
+    return InstanceHeader(
+        instance=ready.instance,
+        incarnation=ready.incarnation,
+        settings=settings.scheduler,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+        prefix_caching=settings.cache.prefix_caching,
+        max_model_len=facts.max_model_len,
+        pool=facts.pool,
+    )
+
+
+def _make_steps(settings: InstanceSettings, executor: Executor, channel: ControlChannel, stack: ExitStack) -> Steps:
+    if settings.scheduler.max_steps_in_flight == 1:
+        return InlineSteps(executor)
+    # OpenMP counts threads for each thread that starts some.
+    steps = ThreadedSteps(executor, channel.wake, partial(torch.set_num_threads, settings.num_threads))
+    stack.callback(steps.close)
+    return steps
 
 
 def _weight_bytes(config: ModelConfig, model: ModelSettings, itemsize: int) -> int:
@@ -166,28 +195,19 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 
 
-def _make_pulls(pool: KvPool, device: torch.device, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Pulls:
-    # Closed in reverse: cancel what runs, then wait for the thread, which still wakes the channel.
-    thread = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-pull"))
+def _make_pulls(
+    settings: InstanceSettings,
+    pool: KvPool,
+    device: torch.device,
+    channel: ControlChannel,
+    clock: Clock,
+    stack: ExitStack,
+) -> Pulls:
+    # Closed in reverse: cancel what runs, then wait for the threads, which still wake the channel.
+    num_threads = settings.scheduler.max_pulls_in_flight
+    threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
-    links = Links(pool, thread, clock, maps_ahead=device.type == "cpu")
+    links = Links(pool, threads, clock, maps_ahead=device.type == "cpu")
     pulls = Pulls(links, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls
-
-
-def _make_scheduler(
-    settings: InstanceSettings, capacity: Capacity, stack: ExitStack
-) -> tuple[StepScheduler, EventLog | None]:
-    header = LogHeader(
-        settings=settings.scheduler,
-        num_blocks=capacity.layout.num_blocks,
-        block_size=capacity.layout.block_size,
-        prefix_caching=settings.cache.prefix_caching,
-    )
-    scheduler = StepScheduler(header.settings, header.num_blocks, header.block_size, header.prefix_caching)
-    if settings.event_log is None:
-        return scheduler, None
-    log = EventLog(settings.event_log, header)
-    stack.callback(log.close)
-    return scheduler, log

@@ -1,77 +1,55 @@
-"""The live shell of the step scheduler: messages and results in as events, actions carried out, one thread.
+"""The live shell of an instance's core: real messages, a real executor and real pulls, in one thread.
 
-Every turn takes what has arrived, lets the scheduler decide once, carries its actions out in order, and runs at most
-one step. Nothing is decided here but what needs token values: whether a sequence ends with the token just sampled.
+Every turn takes what has arrived, lets the core decide once, and carries out what it says, in order. Nothing is decided
+here but what needs token values: whether a sequence ends with the token just sampled.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import assert_never
 
 from disagg.base.clock import Clock
-from disagg.base.errors import InternalError
-from disagg.base.ids import RequestId
-from disagg.base.messages import (
-    Failed,
-    FailureKind,
-    KvOffer,
-    Offered,
-    Ready,
-    SequenceOutput,
-    StepOutput,
-    Stop,
-)
-from disagg.base.sampling import FinishReason
+from disagg.base.event_log import EventLog
+from disagg.base.messages import Adopt, Failed, Generate, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
 from disagg.engine.control import ControlChannel
-from disagg.engine.event_log import EventLog
-from disagg.engine.executor import Executor, Work
-from disagg.engine.inbox import Inbox
+from disagg.engine.executor import BlockMover, Work
 from disagg.engine.load_reporter import LoadReporter
-from disagg.engine.outbox import accept_results, failed_message, pulled_message
-from disagg.engine.pulls import PullResult, Pulls
-from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.step.actions import (
-    AnyAction,
-    Emit,
-    Finish,
-    OfferKv,
-    Pull,
-    Reject,
-    ReleaseLease,
-    RunStep,
-    WakeAt,
-)
-from disagg.scheduling.step.events import AnyEvent, StepDone, StepResult, Tick
-from disagg.scheduling.step.scheduler import StepScheduler
-from disagg.transfer.link import TransferState
+from disagg.engine.pulls import Pulls
+from disagg.engine.sequence_table import SequenceTable
+from disagg.engine.steps import CompletedStep, Steps
+from disagg.scheduling.event_log import InstanceRecord
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Start
+from disagg.scheduling.instance.outputs import AnyInstanceOutput, CancelCopy, Emitted, ForgetPeer, StartCopy
+from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
+from disagg.scheduling.step.events import Tick
 
 
 class EngineLoop:
-    """Drives one scheduler with real messages, a real executor and real pulls until it is told to stop."""
+    """Drives one core until it is told to stop."""
 
     def __init__(
         self,
         ready: Ready,
-        scheduler: StepScheduler,
-        executor: Executor,
+        core: InstanceCore,
+        steps: Steps,
+        blocks: BlockMover,
         pulls: Pulls,
         channel: ControlChannel,
         clock: Clock,
         log: EventLog | None = None,
     ) -> None:
         self._ready = ready
-        self._scheduler = scheduler
-        self._executor = executor
+        self._core = core
+        self._steps = steps
+        self._blocks = blocks
         self._pulls = pulls
         self._channel = channel
         self._clock = clock
         self._log = log
-        self._inbox = Inbox(ready.facts, pulls)
+        self._sequences = SequenceTable(ready.facts.vocab_size)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
-        self._steps: deque[tuple[int, tuple[Work, ...]]] = deque()
-        self._step_done: StepDone | None = None
-        self._outputs: dict[RequestId, SequenceOutput] = {}
+        self._completed: CompletedStep | None = None
         self._wake_s = math.inf
         self._is_stopping = False
 
@@ -87,122 +65,93 @@ class EngineLoop:
         self._channel.wake()
 
     def _turn(self) -> None:
-        events = self._collect()
+        inputs = self._collect()
         if self._is_stopping:
             return
-        if events:
-            self._advance(events)
-        if self._steps:
-            self._run_step()
-        self._reporter.update(self._scheduler.load, self._clock.now())
+        if inputs:
+            self._advance(inputs)
+        self._reporter.update(self._core.load, self._clock.now())
 
     # In -----------------------------------------------------------------------------------------------------
 
-    def _collect(self) -> list[AnyEvent]:
-        """Return everything that happened; wait for it when there is nothing to compute."""
-        events: list[AnyEvent] = []
-        if self._step_done is not None:
-            events.append(self._step_done)
-            self._step_done = None
-        is_busy = bool(events or self._steps)
+    def _collect(self) -> list[AnyInstanceInput]:
+        """Return everything that happened; wait for it when no step has ended."""
+        inputs: list[AnyInstanceInput] = []
+        self._completed = self._steps.poll()
+        if self._completed is not None:
+            inputs.append(self._completed.done)
         idle_s = min(self._wake_s, self._reporter.due_s) - self._clock.now()
-        for message in self._channel.receive(0.0 if is_busy else idle_s):
+        for message in self._channel.receive(0.0 if inputs else idle_s):
             if isinstance(message, Stop):
                 self._is_stopping = True
             else:
-                events += self._inbox.events(message, self._clock.now())
-        for reply in self._inbox.take_replies():
-            self._channel.send(reply)
-        for result in self._pulls.take_ended():
-            events.append(self._on_pull_ended(result))
+                inputs.append(self._input(message))
+        for ended in self._pulls.take_ended():
+            if not ended.result.failure:
+                self._blocks.receive_blocks(ended.targets)
+            inputs.append(ended.result)
         if self._clock.now() >= self._wake_s:
-            events.append(Tick())
-        return events
+            inputs.append(Tick())
+        return inputs
 
-    def _on_pull_ended(self, result: PullResult) -> AnyEvent:
-        if result.state is TransferState.DONE:
-            self._executor.receive_blocks(result.targets)
-        return self._inbox.pull_ended(result)
+    def _input(self, message: ToEngine) -> AnyInstanceInput:
+        match message:
+            case Generate(request=request, hand_over=hand_over):
+                return Start(sequence=self._sequences.add(request), hand_over=hand_over)
+            case Adopt(request=request, offer=offer):
+                return Continue(sequence=self._sequences.add(request), offer=offer)
+            case Stop():
+                raise AssertionError("the loop itself stops")
+            case _:
+                return message
 
     # Out ----------------------------------------------------------------------------------------------------
 
-    def _advance(self, events: Sequence[AnyEvent]) -> None:
-        """Let the scheduler decide once and do what it says."""
+    def _advance(self, inputs: Sequence[AnyInstanceInput]) -> None:
+        """Let the core decide once and do what it says."""
         now = self._clock.now()
         if now >= self._wake_s:
             self._wake_s = math.inf
-        actions = self._scheduler.handle(events, now)
+        outputs = self._core.handle(inputs, now)
         if self._log is not None:
-            self._log.record(now, events, actions)
-        for action in actions:
-            self._carry_out(action, now)
+            self._log.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
+        for output in outputs:
+            self._carry_out(output, now)
 
-    def _carry_out(self, action: AnyAction, now: float) -> None:
-        match action:
-            case Emit(request_ids=request_ids):
-                outputs = tuple(self._outputs[request_id] for request_id in request_ids)
-                self._channel.send(StepOutput(outputs=outputs))
+    def _carry_out(self, output: AnyInstanceOutput, now: float) -> None:
+        match output:
+            case Emitted():
+                self._emit(output)
             case RunStep(step_id=step_id, chunks=chunks):
-                work = tuple(Work(self._sequence(chunk.request_id), chunk) for chunk in chunks)
-                self._steps.append((step_id, work))
-            case OfferKv():
-                self._offer(action)
-            case Pull():
-                self._pull(action, now)
-            case ReleaseLease(request_id=request_id, epoch=epoch):
-                self._channel.send(pulled_message(action, self._inbox.find(request_id, epoch), now))
-            case Reject(request_id=request_id, epoch=epoch, detail=detail):
-                self._inbox.drop(request_id, epoch)
-                failed = Failed(request_id=request_id, epoch=epoch, kind=FailureKind.TOO_LONG, message=detail)
-                self._channel.send(failed)
-            case Finish(request_id=request_id, epoch=epoch, reason=reason):
-                if reason is FinishReason.ERROR:
-                    self._channel.send(failed_message(self._sequence(request_id)))
-                self._inbox.drop(request_id, epoch)
+                self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
+            case Offered(offer=offer):
+                self._blocks.publish_blocks(offer.block_ids)
+                self._channel.send(output)
+            case Pulled() | Failed():
+                self._channel.send(output)
+            case Forget(request_id=request_id, epoch=epoch):
+                self._sequences.drop(request_id, epoch)
+            case StartCopy():
+                self._pulls.start(output, now)
+            case CancelCopy(request_id=request_id, epoch=epoch):
+                self._pulls.cancel(request_id, epoch)
+            case ForgetPeer(incarnation=incarnation):
+                self._pulls.close_peer(incarnation)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
             case _:
-                assert_never(action)
+                assert_never(output)
 
-    def _offer(self, action: OfferKv) -> None:
-        """Make the blocks readable and say where they are; from here on the sequence is another instance's."""
-        self._executor.publish_blocks(action.block_ids)
-        offer = KvOffer(
-            request_id=action.request_id,
-            epoch=action.epoch,
-            source=self._ready.instance,
-            incarnation=self._ready.incarnation,
-            num_tokens=action.num_tokens,
-            block_ids=action.block_ids,
-            expires_s=action.expires_s,
-            pool=self._ready.facts.pool,
-        )
-        self._channel.send(Offered(offer=offer))
-        self._inbox.drop(action.request_id, action.epoch)
-
-    def _pull(self, action: Pull, now: float) -> None:
-        sequence = self._sequence(action.request_id)
-        if sequence.offer is None:
-            raise InternalError(f"the scheduler pulls {action.request_id}, which nobody offered")
-        sequence.pull_started_s = now
-        self._pulls.start(action, sequence.offer.pool, now)
-
-    def _run_step(self) -> None:
-        step_id, work = self._steps.popleft()
-        started_s = self._clock.now()
-        for item in work:
-            item.sequence.start_step(item.chunk.start, started_s)
-        results = self._executor.run(work)
-        outputs = accept_results(work, results, self._clock.now())
-        self._outputs = {output.request_id: output for output in outputs}
-        self._step_done = StepDone(
-            step_id=step_id,
-            results=tuple(StepResult(output.request_id, output.finish_reason) for output in outputs),
-            failed=tuple(item.sequence.request_id for item in work if item.sequence.failure is not None),
-        )
-
-    def _sequence(self, request_id: RequestId) -> LiveSequence:
-        sequence = self._inbox.find(request_id)
-        if sequence is None:
-            raise InternalError(f"the scheduler knows sequence {request_id}, the engine does not")
-        return sequence
+    def _emit(self, output: Emitted) -> None:
+        assert self._completed is not None, "tokens come from the step that was collected in this turn"
+        tokens = self._completed.tokens
+        firsts = {first.request_id: first for first in output.firsts}
+        outputs = []
+        for request_id in output.request_ids:
+            first = firsts.get(request_id) if firsts else None
+            token = tokens[request_id]
+            if first is None:
+                outputs.append(token.output())
+            else:
+                outputs.append(token.output(first.stamps, first.num_cached_tokens))
+        self._channel.send(StepOutput(outputs=tuple(outputs)))

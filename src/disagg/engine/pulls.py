@@ -7,23 +7,18 @@ from functools import partial
 
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
-from disagg.scheduling.step.actions import Pull
+from disagg.scheduling.instance.inputs import CopyEnded
+from disagg.scheduling.instance.outputs import StartCopy
 from disagg.transfer.link import Transfer, TransferState
 from disagg.transfer.links import Links
 
 
 @dataclass(frozen=True, slots=True)
-class PullResult:
-    """How one pull ended. Nothing is written to ``targets`` any more."""
+class EndedPull:
+    """A pull that ended: nothing is written to ``targets`` any more."""
 
-    request_id: RequestId
-    epoch: Epoch
+    result: CopyEnded
     targets: tuple[BlockId, ...]
-    state: TransferState
-    failure: str
-    num_bytes: int
-    started_s: float
-    ended_s: float
 
 
 class Pulls:
@@ -34,16 +29,16 @@ class Pulls:
         self._layers = range(num_layers)
         self._wake = wake
         self._running: dict[tuple[RequestId, Epoch], Transfer] = {}
-        self._ended: deque[PullResult] = deque()
+        self._ended: deque[EndedPull] = deque()
 
-    def start(self, pull: Pull, address: bytes, now: float) -> None:
-        """Start copying from the pool at ``address``. A pull that cannot start has ended, failed."""
+    def start(self, pull: StartCopy, now: float) -> None:
+        """Start copying. A pull that cannot start has ended, failed."""
         blocks = [(copy.source, copy.target) for copy in pull.copies]
         on_end = partial(self._on_end, pull)
         try:
-            transfer = self._links.open(address).read(blocks, self._layers, on_end)
+            transfer = self._links.open(pull.pool).read(blocks, self._layers, on_end)
         except (TransferError, ProtocolError) as error:
-            self._ended.append(_result(pull, TransferState.FAILED, str(error), 0, (now, now)))
+            self._ended.append(_ended(pull, 0, (now, now), str(error)))
             self._wake()
         else:
             self._running[pull.request_id, pull.epoch] = transfer
@@ -54,14 +49,14 @@ class Pulls:
         if transfer is not None:
             transfer.cancel()
 
-    def take_ended(self) -> list[PullResult]:
+    def take_ended(self) -> list[EndedPull]:
         """Return the pulls that ended since the last call, in the order of their ends."""
-        results = []
+        pulls = []
         while self._ended:
-            result = self._ended.popleft()
-            self._running.pop((result.request_id, result.epoch), None)
-            results.append(result)
-        return results
+            ended = self._ended.popleft()
+            self._running.pop((ended.result.request_id, ended.result.epoch), None)
+            pulls.append(ended)
+        return pulls
 
     def close_peer(self, incarnation: str) -> None:
         """Let go of an instance that died. What is already mapped is read to its end."""
@@ -73,20 +68,23 @@ class Pulls:
             transfer.cancel()
         self._links.close()
 
-    def _on_end(self, pull: Pull, transfer: Transfer) -> None:
+    def _on_end(self, pull: StartCopy, transfer: Transfer) -> None:
         times = (transfer.started_s, transfer.ended_s)
-        self._ended.append(_result(pull, transfer.state, transfer.failure, transfer.num_bytes, times))
+        is_done = transfer.state is TransferState.DONE
+        failure = "" if is_done else transfer.failure or f"the pull was {transfer.state.value}"
+        self._ended.append(_ended(pull, transfer.num_bytes if is_done else 0, times, failure))
         self._wake()
 
 
-def _result(pull: Pull, state: TransferState, failure: str, num_bytes: int, times: tuple[float, float]) -> PullResult:
-    return PullResult(
-        request_id=pull.request_id,
-        epoch=pull.epoch,
+def _ended(pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str) -> EndedPull:
+    return EndedPull(
+        result=CopyEnded(
+            request_id=pull.request_id,
+            epoch=pull.epoch,
+            num_bytes=num_bytes,
+            started_s=times[0],
+            ended_s=times[1],
+            failure=failure,
+        ),
         targets=tuple(copy.target for copy in pull.copies),
-        state=state,
-        failure=failure,
-        num_bytes=num_bytes if state is TransferState.DONE else 0,
-        started_s=times[0],
-        ended_s=times[1],
     )

@@ -1,4 +1,4 @@
-"""What one instance knows of a sequence beyond the scheduler's counts: token values, stamps, how it may end."""
+"""What an instance knows of a sequence that its core does not: the values of tokens, and how it may end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg.base.ids import BlockId, Epoch, RequestId
-from disagg.base.messages import FailureKind, KvOffer, StageStamps
+from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
-from disagg.engine.pulls import PullResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +26,17 @@ class LiveSequence:
     ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known.
     """
 
-    def __init__(self, request: GenerationRequest, received_s: float, offer: KvOffer | None = None) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self.offer = offer
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_tokens = request.num_tokens
         self.tokens = np.empty(request.num_tokens + 64, dtype=np.int64)
         self.tokens[: self.num_prompt_tokens] = request.prompt_token_ids
         self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_token_ids
-        self.received_s = received_s
-        self.pull_started_s = 0.0
-        self.pull: PullResult | None = None
-        """How the pull of its KV blocks ended, once it has."""
-        self.scheduled_s = 0.0
-        self.num_cached_tokens = 0
+        self.finished: FinishReason | None = None
+        """Why no further token is wanted."""
         self.failure: SequenceFailure | None = None
-        self.abandoned = ""
-        """Why its offered KV blocks will not be pulled, if that is known."""
         self._prompt_logprobs: list[PositionLogprobs] = []
-        self._has_emitted = False
         self._block_ids: tuple[BlockId, ...] = ()
         self._block_table = np.empty(0, dtype=np.int32)
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
@@ -78,18 +69,24 @@ class LiveSequence:
 
         A sequence that comes with output had them reported by the instance that sampled its first token.
         """
-        return self.sampling.prompt_logprobs is not None and not self.request.output_token_ids
+        return self.reports_prompt_logprobs(self.request)
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token; return why the sequence ends with it, or None."""
+    @staticmethod
+    def reports_prompt_logprobs(request: GenerationRequest) -> bool:
+        """See ``wants_prompt_logprobs``."""
+        return request.sampling.prompt_logprobs is not None and not request.output_token_ids
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token; ``finished`` says afterwards whether the sequence ends with it."""
         if self.num_tokens == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         may_stop = self.num_output_tokens >= self.sampling.min_tokens
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         if may_stop and token_id in self._stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_output_tokens >= self.sampling.max_tokens else None
+            self.finished = FinishReason.STOP
+        elif self.num_output_tokens >= self.sampling.max_tokens:
+            self.finished = FinishReason.LENGTH
 
     def block_table(self, block_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
         """Return ``block_ids`` as an array. The scheduler hands out the same tuple until the blocks change."""
@@ -98,29 +95,13 @@ class LiveSequence:
             self._block_table = np.array(block_ids, dtype=np.int32)
         return self._block_table
 
-    def start_step(self, start: int, now: float) -> None:
-        """Note the first step of the sequence here; what lies before its first chunk was not computed."""
-        if not self.scheduled_s:
-            self.scheduled_s = now
-            self.num_cached_tokens = start if self.offer is None else 0
-
     def add_prompt_logprobs(self, first_position: int, logprobs: Sequence[PositionLogprobs]) -> None:
         """Collect those of the prompt tokens from ``first_position`` on; a recomputed chunk brings nothing new."""
         num_known = len(self._prompt_logprobs) + 1  # the token at position 0 has none
         self._prompt_logprobs.extend(logprobs[max(0, num_known - first_position) :])
 
-    def first_output(self, now: float) -> tuple[StageStamps | None, tuple[PositionLogprobs, ...]]:
-        """Return what goes with the first output of this instance alone: stamps and prompt log-probabilities."""
-        if self._has_emitted:
-            return None, ()
-        self._has_emitted = True
+    def take_prompt_logprobs(self) -> tuple[PositionLogprobs, ...]:
+        """Return the prompt's log-probabilities, which go with the first output of this instance."""
         prompt_logprobs = tuple(self._prompt_logprobs)
         self._prompt_logprobs.clear()
-        stamps = StageStamps(
-            received_s=self.received_s,
-            pull_started_s=self.pull_started_s,
-            pulled_s=self.pull.ended_s if self.pull is not None else 0.0,
-            scheduled_s=self.scheduled_s,
-            first_step_done_s=now,
-        )
-        return stamps, prompt_logprobs
+        return prompt_logprobs

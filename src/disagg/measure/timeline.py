@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import msgspec
 
+from disagg.base.messages import StageStamps
+
 
 class Stage(enum.Enum):
     """What a request waits for or does, in order. A stage that a path does not have takes no time."""
@@ -47,6 +49,31 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
     last_token_s: float = math.nan
     finished_s: float = math.nan
 
+    def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> None:
+        """Note ``count`` new tokens, that came one after the other from ``first_s`` to ``last_s``.
+
+        ``stamps`` come with the first token that an instance brings.
+        """
+        if not count:
+            return
+        if math.isnan(self.first_token_s):
+            self.first_token_s = first_s
+            if stamps is not None:
+                self.prefill_started_s = _passed(stamps.scheduled_s)
+                self.first_token_s = stamps.first_step_done_s or first_s
+        elif math.isnan(self.second_token_s):
+            self._add_second(first_s, stamps)
+        self.last_token_s = last_s
+
+    def _add_second(self, now: float, stamps: StageStamps | None) -> None:
+        if stamps is None:  # it came from the instance that brought the first token
+            self.decode_started_s, self.second_token_s = self.first_token_s, now
+            return
+        self.pull_started_s = _passed(stamps.pull_started_s)
+        self.pulled_s = _passed(stamps.pulled_s)
+        self.decode_started_s = _passed(stamps.scheduled_s)
+        self.second_token_s = stamps.first_step_done_s or now
+
     def stages(self) -> dict[Stage, float]:
         """Return the seconds of each stage. A missing stamp takes the one before it, so the sum stays exact."""
         stamps = [
@@ -64,3 +91,8 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
             if math.isnan(stamp):
                 stamps[index] = stamps[index - 1]
         return {stage: after - before for stage, (before, after) in zip(Stage, pairwise(stamps), strict=True)}
+
+
+def _passed(stamp_s: float) -> float:
+    """Return the stamp, or NaN for a stage that was not passed."""
+    return stamp_s or math.nan

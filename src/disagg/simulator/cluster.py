@@ -8,14 +8,13 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.links import Link, LinkModel, SerialLinks
-from disagg.measure.statistics import LogHistogram
-from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
+from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance import InstanceSpec, SimulatedInstance
+from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter
-from disagg.simulator.timeline_page import TimelineRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +35,31 @@ class ClusterSpec:
     """What computing instances cost their neighbours, all on one host; None: nothing."""
     serving: ServingCost | None = None
     """What serving takes of the cores on which instances compute; None: nothing."""
+    faults: Faults = field(default_factory=Faults)
+    """What goes wrong."""
 
 
 class SimulatedCluster:
     """Router and instances on one virtual clock.
 
-    ``step_by_step`` asks the schedulers after every step, also where runs of equal decode steps can be timed ahead:
-    slower, with equal results. So do a ``log``, which receives every decision, and a ``timeline``. ``gaps`` receives
-    the inter-token latencies in seconds.
+    ``recording`` says who is told what happens.
     """
 
     def __init__(
         self,
         spec: ClusterSpec,
         on_ended: Callable[[SimulatedRequest], None],
-        *,
-        step_by_step: bool = False,
-        log: EventLog | None = None,
-        timeline: TimelineRecorder | None = None,
-        gaps: LogHistogram | None = None,
+        recording: Recording | None = None,
     ) -> None:
+        recording = recording or Recording()
         self.queue = EventQueue()
         self._spec = spec
-        roles = {instance.name: instance.role for instance in spec.instances}
         self._router = SimulatedRouter(
             spec.router,
             self.queue,
             on_ended,
             message_s=spec.message_s,
-            recorder=log.dispatcher(roles, spec.router) if log else None,
+            log=recording.log,
         )
         links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
         self._host = SimulatedHost(self.queue, spec.interference, spec.serving)
@@ -73,16 +68,16 @@ class SimulatedCluster:
                 instance,
                 self.queue,
                 links,
-                self._router,
-                log.scheduler(instance.name, instance.log_header()) if log else None,
-                timeline=timeline,
-                gaps=gaps,
+                self._router.hear,
                 host=self._host,
-                step_by_step=step_by_step,
+                faults=spec.faults,
+                recording=recording,
             )
             for instance in spec.instances
         )
         self._router.connect(self.instances)
+        for death in spec.faults.deaths:
+            self.queue.push(death.time_s, partial(self._router.kill, death))
 
     def run(self, requests: Iterable[SimulatedRequest]) -> None:
         """Serve requests, given in order of arrival, until the last one has ended.
@@ -94,6 +89,8 @@ class SimulatedCluster:
         if self._router.num_requests:
             raise InternalError(f"{self._router.num_requests} requests never ended and nothing is left to happen")
         for instance in self.instances:
+            if not instance.is_alive:
+                continue
             instance.validate()
             audit = instance.audit()
             if audit.free + audit.cached != audit.total:

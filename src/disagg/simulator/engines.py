@@ -60,7 +60,11 @@ DISTSERVE: Final = EngineRules(
             scheduling=SchedulingMode.PREFILL_FIRST, max_batch_tokens=8192, max_batch_size=128, lease_s=_NEVER_S
         ),
         Role.DECODE: SchedulerSettings(
-            max_batch_tokens=65_536, max_batch_size=1024, pull_before_step=True, lease_s=_NEVER_S
+            max_batch_tokens=65_536,
+            max_batch_size=1024,
+            max_pulls_in_flight=1024,
+            pull_before_step=True,
+            lease_s=_NEVER_S,
         ),
     },
     block_size=16,

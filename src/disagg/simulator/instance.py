@@ -1,50 +1,64 @@
-"""The simulated shell of one instance: the real step scheduler, a latency model for its steps, links for its pulls.
+"""The simulated shell of an instance's core: a latency model for its steps, links for its pulls, a heap for its time.
 
-Like the live engine's loop it hands the scheduler everything that happened since the last turn, in the same order, and
+Like the live engine's loop it hands the core everything that happened since the last turn, in the same order, and
 carries out what it says. A turn comes when a step ends, and at once while the instance has room for one more step in
 flight; what comes in between waits for the next turn.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Final, Protocol, assert_never
+from typing import Final, assert_never
+
+from msgspec import structs
 
 from disagg.base.config import SchedulerSettings
-from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import InstanceLoad
+from disagg.base.event_log import EventLog
+from disagg.base.ids import InstanceId, RequestId
+from disagg.base.messages import (
+    PROTOCOL_VERSION,
+    Failed,
+    InstanceFacts,
+    InstanceLoad,
+    Offered,
+    Pulled,
+    Ready,
+    StageStamps,
+)
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import LinkModel, SerialLinks
-from disagg.measure.statistics import LogHistogram
-from disagg.scheduling.step.actions import (
-    AnyAction,
-    Emit,
-    Finish,
-    OfferKv,
-    Pull,
-    Reject,
-    ReleaseLease,
-    RunStep,
-    WakeAt,
+from disagg.scheduling.event_log import InstanceRecord
+from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded
+from disagg.scheduling.instance.outputs import (
+    AnyInstanceOutput,
+    CancelCopy,
+    Emitted,
+    FirstOutput,
+    ForgetPeer,
+    StartCopy,
 )
-from disagg.scheduling.step.events import AnyEvent, StepDone, StepResult, Tick, TransferDone
-from disagg.scheduling.step.replay import LogHeader
+from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
+from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
+from disagg.scheduling.step.events import StepDone, StepResult, Tick
 from disagg.simulator.decode_run import DecodeRun
-from disagg.simulator.event_log import SchedulerRecorder
 from disagg.simulator.event_queue import EventQueue, Priority
+from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
-from disagg.simulator.repeating_scheduler import RepeatingScheduler
-from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.timeline_page import TimelineRecorder
+from disagg.simulator.recording import Recording
+from disagg.simulator.request import SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
 
 MAX_RUN_LENGTH: Final = 64
 """Steps that are timed ahead: what an interruption throws away."""
+FAILED_PULL: Final = "the pull was made to fail"
+LOST_PEER: Final = "the instance that was read from died"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,83 +82,140 @@ class InstanceSpec:
         """Longest sequence that the KV pool holds, in tokens."""
         return self.num_blocks * self.block_size
 
-    def log_header(self) -> LogHeader:
-        """Return what an event log needs to build the scheduler anew."""
-        return LogHeader(
+    def header(self, incarnation: str) -> InstanceHeader:
+        """Return what the core of one life of the instance is made from."""
+        return InstanceHeader(
+            instance=self.name,
+            incarnation=incarnation,
             settings=self.scheduler,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             prefix_caching=self.prefix_caching,
+            num_stages=self.latency.num_stages,
+        )
+
+    def ready(self, incarnation: str) -> Ready:
+        """Return what it says when it takes requests."""
+        return Ready(
+            version=PROTOCOL_VERSION,
+            instance=self.name,
+            incarnation=incarnation,
+            role=self.role,
+            facts=InstanceFacts(
+                pid=0,
+                device="simulated",
+                kernel_backend="",
+                num_blocks=self.num_blocks,
+                block_size=self.block_size,
+                max_model_len=self.capacity,
+                vocab_size=0,
+                weight_bytes=0,
+                kv_bytes=0,
+                load_s=0.0,
+                pool=b"",
+            ),
         )
 
 
-class InstanceListener(Protocol):
-    """Whom an instance tells what came of its sequences."""
-
-    def on_tokens(self, instance: InstanceId, requests: Sequence[SimulatedRequest]) -> None:
-        """These requests got their first token here, or their last."""
-
-    def on_offer(self, instance: InstanceId, offer: OfferKv) -> None:
-        """A prefill is done and its KV blocks are leased."""
-
-    def on_pull_ended(self, instance: InstanceId, release: ReleaseLease) -> None:
-        """Offered blocks were read, or never will be."""
-
-    def on_reject(self, instance: InstanceId, reject: Reject) -> None:
-        """A sequence was not taken."""
-
-
 class SimulatedInstance:
-    """Drives one scheduler in virtual time."""
+    """Drives the core of one instance in virtual time, over all its lives. ``tell`` takes messages to the router."""
 
     def __init__(
         self,
         spec: InstanceSpec,
         queue: EventQueue,
         links: SerialLinks,
-        listener: InstanceListener,
-        recorder: SchedulerRecorder | None = None,
+        tell: Callable[[AnyRouterInput], None],
         *,
         host: SimulatedHost,
-        timeline: TimelineRecorder | None = None,
-        gaps: LogHistogram | None = None,
-        step_by_step: bool = False,
+        faults: Faults | None = None,
+        recording: Recording,
     ) -> None:
         self.spec = spec
         self._queue = queue
         self._links = links
-        self._listener = listener
-        self._recorder = recorder
-        self._timeline = timeline
-        self._gaps = gaps
-        self._may_repeat = not step_by_step and recorder is None and timeline is None
-        self._scheduler = RepeatingScheduler(spec.scheduler, spec.num_blocks, spec.block_size, spec.prefix_caching)
-        self._pipeline = Pipeline(spec.latency.num_stages)
+        self._tell = tell
         self._host = host
+        faults = faults or Faults()
+        self._failing_pulls = set(faults.failing_pulls)
+        self._may_die = any(death.instance == spec.name for death in faults.deaths)
+        self._log = recording.log
+        self._timeline = recording.timeline
+        self._gaps = recording.gaps
+        self._may_repeat = recording.allows_repeats
+        self._life = -1
+        self._num_preemptions_before = 0
+        self.kv_use = UsageSeries()
+        """Blocks that sequences, leases and pulls hold, looked at whenever the core is asked or books a run."""
+        host.join(spec.name, self._end_equal_steps)
+        self._begin_life()
+
+    # Lives --------------------------------------------------------------------------------------------------
+
+    def _begin_life(self) -> None:
+        self._life += 1
+        spec = self.spec
+        header = spec.header(self.incarnation)
+        self._core = InstanceCore(header)
+        self._recorder: EventLog | None = None if self._log is None else self._log.instance(header, self._life)
+        self._pipeline = Pipeline(spec.latency.num_stages)
         self._activity: Activity | None = None
         self._step_tokens, self._step_s = 0, 0.0
-        host.join(spec.name, self._end_equal_steps)
         self._requests: dict[RequestId, SimulatedRequest] = {}
-        self._messages: list[AnyEvent] = []
-        self._steps_done: list[AnyEvent] = []
-        self._pulls_done: list[AnyEvent] = []
+        self._messages: list[AnyInstanceInput] = []
+        self._steps_done: list[AnyInstanceInput] = []
+        self._pulls_done: list[AnyInstanceInput] = []
         self._num_in_flight = 0
         self._is_turn_due = False
-        self._news: list[SimulatedRequest] = []
+        self._wake_s = math.inf
+        self._lost_peers: set[str] = set()
         self._run: DecodeRun | None = None
-        self.kv_use = UsageSeries()
-        """Blocks that sequences, leases and pulls hold, looked at whenever the scheduler is asked or books a run."""
+        self.is_alive = True
 
-    def take(self, request: SimulatedRequest, event: AnyEvent) -> None:
-        """Receive a sequence: ``event`` says whether it starts here or continues."""
-        request.has_started_here = False
-        self._requests[request.request_id] = request
-        self.deliver(event)
+    @property
+    def incarnation(self) -> str:
+        """Name of its present life."""
+        return f"{self.spec.name}.{self._life}"
 
-    def deliver(self, event: AnyEvent) -> None:
-        """Receive an event; it is looked at in the next turn."""
-        self._messages.append(event)
-        self._request_turn()
+    def start(self) -> None:
+        """Say that it takes requests; a dead instance begins a new life."""
+        if not self.is_alive:
+            self._begin_life()
+        self._tell(InstanceSaid(instance=self.spec.name, message=self.spec.ready(self.incarnation)))
+
+    def kill(self) -> None:
+        """End this life: what it computed, pulled and held is gone."""
+        self.sync()
+        self._run = None
+        self._num_preemptions_before += self._core.load().num_preemptions_total
+        self.is_alive = False
+        self._requests = {}
+        self.kv_use.record(self._queue.now(), 0)
+        self._host.set_activity(self.spec.name, None)
+
+    def _later(self, time_s: float, call: Callable[[], None], priority: int = Priority.HAPPENING) -> None:
+        """Make a call at ``time_s``, unless this life has ended by then."""
+        if self._may_die:
+            call = partial(self._call_in_life, self._life, call)
+        self._queue.push(time_s, call, priority)
+
+    def _call_in_life(self, life: int, call: Callable[[], None]) -> None:
+        if self.is_alive and self._life == life:
+            call()
+
+    # Messages -----------------------------------------------------------------------------------------------
+
+    def take(self, request: SimulatedRequest, message: AnyInstanceInput) -> None:
+        """Receive a sequence: the message says whether it starts here or continues."""
+        if self.is_alive:
+            self._requests[request.request_id] = request
+            self.deliver(message)
+
+    def deliver(self, message: AnyInstanceInput) -> None:
+        """Receive a message; it is looked at in the next turn."""
+        if self.is_alive:
+            self._messages.append(message)
+            self._request_turn()
 
     def unreported(self) -> list[SimulatedRequest]:
         """Return the requests with tokens, neither first nor last, that the dispatcher was not told of."""
@@ -161,85 +232,106 @@ class SimulatedInstance:
             self._book(self._run, self._run.num_ended(self._queue.now()))
 
     def load(self) -> InstanceLoad:
-        """Return how busy the instance is, and its counters."""
-        return self._scheduler.load()
+        """Return how busy the instance is, and the counters of its present life."""
+        return self._core.load()
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions over all its lives."""
+        return self._num_preemptions_before + (self._core.load().num_preemptions_total if self.is_alive else 0)
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
-        return self._scheduler.audit()
+        return self._core.audit()
 
     def validate(self) -> None:
-        """Raise InternalError unless the scheduler's books agree."""
-        self._scheduler.validate()
+        """Raise InternalError unless the core's books agree."""
+        self._core.validate()
 
     # Turns --------------------------------------------------------------------------------------------------
 
     def _request_turn(self) -> None:
         self._end_equal_steps()
         if not self._is_turn_due and self._num_in_flight < self.spec.scheduler.max_steps_in_flight:
-            self._is_turn_due = True
-            self._queue.push(self._queue.now(), self._turn, Priority.TURN)
+            self._plan_turn()
+
+    def _wake(self) -> None:
+        if self._queue.now() >= self._wake_s:
+            self._request_turn()
+
+    def _plan_turn(self) -> None:
+        self._is_turn_due = True
+        self._later(self._queue.now(), self._turn, Priority.TURN)
 
     def _turn(self) -> None:
-        """Let the scheduler decide once and do what it says."""
+        """Let the core decide once and do what it says."""
         self._is_turn_due = False
         now = self._queue.now()
-        events = self._steps_done + self._messages + self._pulls_done
+        inputs = self._steps_done + self._messages + self._pulls_done
+        if now >= self._wake_s:
+            self._wake_s = math.inf
+            inputs.append(Tick())
         self._steps_done, self._messages, self._pulls_done = [], [], []
-        actions = self._scheduler.handle(events, now)
-        self.kv_use.record(now, self._scheduler.num_held_blocks)
+        outputs = self._core.handle(inputs, now)
+        self.kv_use.record(now, self._core.num_held_blocks)
         if self._recorder is not None:
-            self._recorder.record(now, events, actions)
-        for action in actions:
-            self._carry_out(action, now)
+            self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
+        for output in outputs:
+            self._carry_out(output, now)
         activity = self._activity if self._num_in_flight else None
         self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
 
-    def _carry_out(self, action: AnyAction, now: float) -> None:
-        match action:
+    def _carry_out(self, output: AnyInstanceOutput, now: float) -> None:
+        match output:
             case RunStep():
-                self._run_step(action, now)
-            case Emit():
-                if self._news:
-                    self._listener.on_tokens(self.spec.name, self._news)
-                    self._news = []
-            case OfferKv(request_id=request_id):
-                del self._requests[request_id]
-                self._listener.on_offer(self.spec.name, action)
-            case Pull():
-                self._pull(action, now)
-            case ReleaseLease():
-                self._listener.on_pull_ended(self.spec.name, action)
-            case Reject(request_id=request_id):
-                del self._requests[request_id]
-                self._listener.on_reject(self.spec.name, action)
-            case Finish(request_id=request_id):
+                self._run_step(output, now)
+            case Emitted():
+                self._emit(output, now)
+            case Offered() | Pulled() | Failed():
+                self._tell(InstanceSaid(instance=self.spec.name, message=output))
+            case StartCopy():
+                self._copy(output, now)
+            case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
+            case CancelCopy():
+                pass  # a copy under way takes its time all the same
+            case ForgetPeer(incarnation=incarnation):
+                self._lost_peers.add(incarnation)
             case WakeAt(time_s=time_s):
-                self._queue.push(time_s, partial(self.deliver, Tick()))
+                self._wake_s = time_s
+                self._later(time_s, self._wake)
             case _:
-                assert_never(action)
+                assert_never(output)
+
+    def _emit(self, output: Emitted, now: float) -> None:
+        """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances."""
+        stamps = _stamps_of(output.firsts)
+        news = []
+        for request_id in output.request_ids:
+            request = self._requests[request_id]
+            gap_s = request.add_tokens(1, now, now, stamps.get(request_id) if stamps else None)
+            self._note_gap(gap_s)
+            if request.is_complete or request.num_output_tokens == 1:
+                news.append(request)
+        if news:
+            self._tell(tokens_emitted(self.spec.name, news))
 
     # Steps and pulls ----------------------------------------------------------------------------------------
 
     def _run_step(self, step: RunStep, now: float) -> None:
         self._num_in_flight += 1
         shape, swap_s = self._price(step)
-        for chunk in step.chunks:
-            request = self._requests[chunk.request_id]
-            if not request.has_started_here:
-                request.start_step(now, self.spec.role)
         self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
         latency = self._host.latency_now(self.spec.name, self.spec.latency)
         num_repeats = self._num_repeats(step, shape, latency)
         if num_repeats:
             self._run = DecodeRun(step, shape, latency, now, num_repeats)
             self._step_s = self._run.ends_s[0] - now
-            self._queue.push(self._run.ends_s[-1], partial(self._end_run, self._run))
+            self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
         else:
             end_s = self._pipeline.enter(now + swap_s, latency.stage_times_s(shape))
             self._step_s = end_s - now
-            self._queue.push(end_s, partial(self._end_step, step))
+            self._later(end_s, partial(self._end_step, step))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)
 
@@ -264,40 +356,42 @@ class SimulatedInstance:
 
     def _end_step(self, step: RunStep) -> None:
         self._num_in_flight -= 1
-        now = self._queue.now()
         results = []
         for chunk in step.chunks:
             if chunk.samples:
                 request = self._requests[chunk.request_id]
-                self._note_gap(request.add_tokens(1, now, now))
-                reason = None
-                if request.is_complete:
-                    reason = FinishReason.LENGTH
-                    self._news.append(request)
-                elif request.num_output_tokens == 1:
-                    self._news.append(request)
-                results.append(StepResult(chunk.request_id, reason))
+                request.num_output_tokens += 1
+                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if request.is_complete else None))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results)))
         if not self._is_turn_due:
-            self._is_turn_due = True
-            self._queue.push(now, self._turn, Priority.TURN)
+            self._plan_turn()
 
     def _note_gap(self, gap_s: float) -> None:
         # A first token has no gap before it, and a sampled one none after itself.
         if self._gaps is not None and gap_s > 0:
             self._gaps.add(gap_s)
 
-    def _pull(self, action: Pull, now: float) -> None:
-        num_bytes = len(action.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
-        end_s = self._links.start(action.source, self.spec.name, num_bytes, now)
-        self._requests[action.request_id].timeline.pull_started_s = now
+    def _copy(self, copy: StartCopy, now: float) -> None:
+        num_bytes = len(copy.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
+        end_s = self._links.start(copy.source, self.spec.name, num_bytes, now)
         if self._timeline is not None:
-            self._timeline.pull(action.request_id, action.source, self.spec.name, now, end_s)
-        self._queue.push(end_s, partial(self._end_pull, action.request_id, action.epoch))
+            self._timeline.pull(copy.request_id, copy.source, self.spec.name, now, end_s)
+        failure = FAILED_PULL if copy.request_id in self._failing_pulls else ""
+        self._failing_pulls.discard(copy.request_id)
+        ended = CopyEnded(
+            request_id=copy.request_id,
+            epoch=copy.epoch,
+            num_bytes=0 if failure else num_bytes,
+            started_s=now,
+            ended_s=end_s,
+            failure=failure,
+        )
+        self._later(end_s, partial(self._end_copy, copy, ended))
 
-    def _end_pull(self, request_id: RequestId, epoch: Epoch) -> None:
-        self._requests[request_id].timeline.pulled_s = self._queue.now()
-        self._pulls_done.append(TransferDone(request_id=request_id, epoch=epoch))
+    def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
+        if copy.incarnation in self._lost_peers:
+            ended = structs.replace(ended, num_bytes=0, failure=ended.failure or LOST_PEER)
+        self._pulls_done.append(ended)
         self._request_turn()
 
     # Runs of equal decode steps -----------------------------------------------------------------------------
@@ -308,7 +402,7 @@ class SimulatedInstance:
             return 0
         if isinstance(latency, LatencyBeside) and latency.is_for_one_step:
             return 0
-        num_repeats = min(self._scheduler.num_repeats(), MAX_RUN_LENGTH)
+        num_repeats = min(self._core.num_repeats(), MAX_RUN_LENGTH)
         for request in self._requests_of(step):
             # A first and a last token are news, and only the end of a single step tells them.
             num_left = request.output_len - request.num_output_tokens - 1
@@ -320,12 +414,16 @@ class SimulatedInstance:
 
     def _book(self, run: DecodeRun, count: int) -> None:
         if count:
-            step_id = self._scheduler.repeat(count)
-            self.kv_use.record(self._queue.now(), self._scheduler.num_held_blocks)
-            run.step = RunStep(step_id=step_id, chunks=run.step.chunks)
+            run.step, firsts = self._core.repeat(count, run.ends_s[0])
+            self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
             ends_s = run.take(count)
+            stamps = _stamps_of(firsts)
             for request in self._requests_of(run.step):
-                self._note_gap(request.add_tokens(count, ends_s[0], ends_s[-1]))
+                request.num_output_tokens += count
+                gap_s = request.add_tokens(
+                    count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None
+                )
+                self._note_gap(gap_s)
             if self._gaps is not None:
                 for before_s, after_s in pairwise(ends_s):
                     self._gaps.add(after_s - before_s, len(run.step.chunks))
@@ -336,10 +434,14 @@ class SimulatedInstance:
         if run is not None:
             self.sync()
             self._run = None
-            self._queue.push(run.ends_s[0], partial(self._end_step, run.step))
+            self._later(run.ends_s[0], partial(self._end_step, run.step))
 
     def _end_run(self, run: DecodeRun) -> None:
         if self._run is run:
             self._book(run, len(run.ends_s) - 1)
             self._run = None
             self._end_step(run.step)
+
+
+def _stamps_of(firsts: Sequence[FirstOutput]) -> dict[RequestId, StageStamps]:
+    return {first.request_id: first.stamps for first in firsts}

@@ -2,12 +2,15 @@
 
 import enum
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.request import Role
+from disagg.base.messages import StageStamps
 from disagg.measure.timeline import RequestTimeline
-from disagg.scheduling.step.actions import OfferKv
+from disagg.scheduling.dispatch.actions import FailReason
+from disagg.scheduling.dispatch.events import Progress, TokensEmitted
+from disagg.scheduling.instance.inputs import SequenceFacts
 
 FIRST_EPOCH = Epoch(1)
 """No simulated request is ever resumed by the API, so each has one attempt."""
@@ -19,6 +22,7 @@ class Outcome(enum.Enum):
     FINISHED = "finished"
     REFUSED = "refused"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 @dataclass(slots=True, eq=False)
@@ -37,14 +41,12 @@ class SimulatedRequest:
     num_output_tokens: int = 0
     num_reported_tokens: int = 0
     """Output tokens that the dispatcher was told of."""
-    has_started_here: bool = False
-    """A step of the instance that holds it has begun with it."""
     deliver_s: float = 0.0
     """How long its tokens travel from the instance to the client."""
-    offer: OfferKv | None = None
-    source: InstanceId | None = None
-    """Who made the offer."""
+    cancel_s: float = math.inf
+    """When its client goes away."""
     outcome: Outcome | None = None
+    fail_reason: FailReason | None = None
     detail: str = ""
     timeline: RequestTimeline = field(init=False)
 
@@ -73,27 +75,33 @@ class SimulatedRequest:
             return math.nan
         return (self.timeline.last_token_s - self.timeline.first_token_s) / (self.num_output_tokens - 1)
 
-    def start_step(self, now: float, role: Role) -> None:
-        """Note that its first step on an instance of this role begins."""
-        self.has_started_here = True
-        if role is Role.DECODE:
-            self.timeline.decode_started_s = now
-        else:
-            self.timeline.prefill_started_s = now
+    def facts(self) -> SequenceFacts:
+        """Return what policy knows of it now."""
+        return SequenceFacts(
+            request_id=self.request_id,
+            epoch=FIRST_EPOCH,
+            num_tokens=self.prompt_len + self.num_output_tokens,
+            max_total_tokens=self.max_total_tokens,
+            priority=self.priority,
+            arrival_s=self.arrival_s,
+            block_hashes=self.block_hashes,
+        )
 
-    def add_tokens(self, count: int, first_s: float, last_s: float) -> float:
-        """Note ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``.
+    def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> float:
+        """Stamp ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``.
 
         Return the gap before the first of them; NaN where none came before.
         """
-        timeline = self.timeline
-        gap_s = first_s - timeline.last_token_s
-        if self.num_output_tokens == 0:
-            timeline.first_token_s = first_s
-        elif self.num_output_tokens == 1:
-            timeline.second_token_s = first_s
-            if math.isnan(timeline.decode_started_s):
-                timeline.decode_started_s = timeline.first_token_s
-        timeline.last_token_s = last_s
-        self.num_output_tokens += count
+        gap_s = first_s - self.timeline.last_token_s
+        self.timeline.add_tokens(count, first_s, last_s, stamps)
         return gap_s
+
+
+def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -> TokensEmitted:
+    """Report all tokens of these requests that were not reported yet."""
+    progress = []
+    for request in requests:
+        num_new = request.num_output_tokens - request.num_reported_tokens
+        request.num_reported_tokens = request.num_output_tokens
+        progress.append(Progress(request.request_id, FIRST_EPOCH, num_new, request.is_complete))
+    return TokensEmitted(instance=instance, progress=tuple(progress))

@@ -1,48 +1,38 @@
-"""The simulated shell of the dispatcher: the real decisions, delivered over a control plane with a constant delay."""
+"""The simulated shell of the router's core: real decisions, delivered over a control plane with a constant delay."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import assert_never
+from typing import Final
 
 from disagg.base.config import RouterSettings
+from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import FailureKind
+from disagg.base.messages import Abort, Offered, PeerLost, Release
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.actions import (
-    AnyDispatchAction,
-    Deliver,
-    Drop,
-    Fail,
-    Finish,
-    Refuse,
-    SendAbort,
-    SendAdopt,
-    SendGenerate,
-    SendPeerLost,
-    SendRelease,
-)
-from disagg.scheduling.dispatch.dispatcher import Dispatcher
-from disagg.scheduling.dispatch.events import (
-    AnyDispatchEvent,
-    InstanceUp,
-    OfferMade,
-    Progress,
-    PullEnded,
-    SequenceArrived,
-    SequenceFailed,
-    TokensEmitted,
-)
-from disagg.scheduling.step.actions import OfferKv, Reject, ReleaseLease, WakeAt
-from disagg.scheduling.step.events import Arrived, Cancelled, KvOffered, LeaseReleased, PeerLost, Tick
-from disagg.simulator.event_log import DispatchRecorder
+from disagg.scheduling.dispatch.actions import Fail, FailReason, Finish, Refuse, SendAbort, SendGenerate, SendRelease
+from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled
+from disagg.scheduling.event_log import RouterRecord
+from disagg.scheduling.instance.inputs import Continue, Start
+from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited, ProcessStarting
+from disagg.scheduling.router.outputs import AnyRouterOutput, RestartInstance, SendOffer, TellPeerLost
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
+from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.event_queue import EventQueue
+from disagg.simulator.faults import InstanceDeath
 from disagg.simulator.instance import SimulatedInstance
-from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
+from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest, tokens_emitted
+
+_DEATH: Final = "killed by the simulation"
+
+_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
 
 
 class SimulatedRouter:
-    """Drives one dispatcher in virtual time. It listens to all instances."""
+    """Drives the router's core in virtual time."""
 
     def __init__(
         self,
@@ -51,27 +41,34 @@ class SimulatedRouter:
         on_ended: Callable[[SimulatedRequest], None],
         *,
         message_s: float = 0.0,
-        recorder: DispatchRecorder | None = None,
+        log: EventLogFolder | None = None,
     ) -> None:
         self._settings = settings
         self._queue = queue
         self._on_ended = on_ended
         self._message_s = message_s
-        self._recorder = recorder
+        self._log = log
+        self._recorder: EventLog | None = None
         self._instances: Mapping[InstanceId, SimulatedInstance] = {}
         self._compared: list[SimulatedInstance] = []
         self._requests: dict[RequestId, SimulatedRequest] = {}
-        self._events: deque[AnyDispatchEvent] = deque()
+        self._start_s: dict[InstanceId, float] = {}
+        self._waiting: deque[AnyRouterInput] = deque()
         self._is_handling = False
+        self._wake_s = math.inf
 
     def connect(self, instances: Sequence[SimulatedInstance]) -> None:
         """Let all instances come up."""
         self._instances = {instance.spec.name: instance for instance in instances}
         self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
         roles = {name: instance.spec.role for name, instance in self._instances.items()}
-        self._dispatcher = Dispatcher(roles, self._settings)
+        # Simulated instances give no signs of life: their deaths are known at once.
+        header = RouterHeader(instances=roles, settings=self._settings, watches_silence=False)
+        self._core = RouterCore(header)
+        if self._log is not None:
+            self._recorder = self._log.router(header)
         for name, instance in self._instances.items():
-            self._feed(InstanceUp(instance=name, max_total_tokens=instance.spec.capacity))
+            self._feed(InstanceSaid(instance=name, message=instance.spec.ready(instance.incarnation)))
 
     @property
     def num_requests(self) -> int:
@@ -82,6 +79,8 @@ class SimulatedRouter:
         """Take a request that arrives now."""
         self._report_loads()
         self._requests[request.request_id] = request
+        if request.cancel_s < math.inf:
+            self._queue.push(max(request.cancel_s, self._queue.now()), partial(self._cancel, request))
         self._feed(
             SequenceArrived(
                 request_id=request.request_id,
@@ -92,37 +91,28 @@ class SimulatedRouter:
             )
         )
 
-    # What instances say -------------------------------------------------------------------------------------
+    def hear(self, said: AnyRouterInput) -> None:
+        """Take what an instance says; it arrives after the control plane's delay."""
+        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered):
+            self._report_loads()
+        if self._message_s:
+            self._queue.push(self._queue.now() + self._message_s, partial(self._feed, said))
+        else:
+            self._feed(said)
 
-    def on_tokens(self, instance: InstanceId, requests: Sequence[SimulatedRequest]) -> None:
-        """See ``InstanceListener``."""
-        self._receive(_tokens_emitted(instance, requests))
+    def kill(self, death: InstanceDeath) -> None:
+        """Let an instance die, now."""
+        self._start_s[death.instance] = death.start_s
+        self._instances[death.instance].kill()
+        self._feed(ProcessExited(instance=death.instance, detail=_DEATH))
 
-    def on_offer(self, instance: InstanceId, offer: OfferKv) -> None:
-        """See ``InstanceListener``."""
-        request = self._requests[offer.request_id]
-        request.offer, request.source = offer, instance
-        self._report_loads()
-        self._receive(OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance))
-
-    def on_pull_ended(self, instance: InstanceId, release: ReleaseLease) -> None:
-        """See ``InstanceListener``."""
-        self._receive(PullEnded(request_id=release.request_id, epoch=release.epoch, instance=instance))
-
-    def on_reject(self, instance: InstanceId, reject: Reject) -> None:
-        """See ``InstanceListener``."""
-        self._receive(
-            SequenceFailed(
-                request_id=reject.request_id,
-                epoch=reject.epoch,
-                instance=instance,
-                kind=FailureKind.TOO_LONG,
-                detail=reject.detail,
-            )
-        )
+    def _cancel(self, request: SimulatedRequest) -> None:
+        if request.outcome is None:
+            request.outcome = Outcome.CANCELLED
+            self._feed(SequenceCancelled(request_id=request.request_id, epoch=FIRST_EPOCH))
 
     def _report_loads(self) -> None:
-        """Tell the dispatcher how far the running answers are, before it compares instances.
+        """Tell the core how far the running answers are, before it compares instances.
 
         First and last tokens are reported at once; those between only change the load of an instance, so they are
         reported together when that load is about to be looked at: never, where there is no choice.
@@ -132,118 +122,81 @@ class SimulatedRouter:
         for instance in self._compared:
             unreported = instance.unreported()
             if unreported:
-                self._feed(_tokens_emitted(instance.spec.name, unreported))
+                self._feed(tokens_emitted(instance.spec.name, unreported))
 
     # Deciding and telling -----------------------------------------------------------------------------------
 
-    def _receive(self, event: AnyDispatchEvent) -> None:
-        if self._message_s:
-            self._queue.push(self._queue.now() + self._message_s, partial(self._feed, event))
-        else:
-            self._feed(event)
-
-    def _feed(self, event: AnyDispatchEvent) -> None:
-        """Handle one event, and then those that its actions caused."""
-        self._events.append(event)
+    def _feed(self, one: AnyRouterInput) -> None:
+        """Let the core handle one input, and then those that its outputs caused."""
+        self._waiting.append(one)
         if self._is_handling:
             return
         self._is_handling = True
-        while self._events:
+        while self._waiting:
             now = self._queue.now()
-            current = self._events.popleft()
-            actions = self._dispatcher.handle(current, now)
+            current = self._waiting.popleft()
+            outputs = self._core.handle(current, now)
             if self._recorder is not None:
-                self._recorder.record(now, current, actions)
-            for action in actions:
-                self._carry_out(action, now)
+                self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
+            for output in outputs:
+                self._carry_out(output, now)
         self._is_handling = False
 
-    def _carry_out(self, action: AnyDispatchAction, now: float) -> None:
-        match action:
-            case Deliver() | Drop():
-                pass
+    def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
+        match output:
             case Finish(request_id=request_id):
-                self._end(request_id, Outcome.FINISHED, "", now)
-            case Fail(request_id=request_id, detail=detail):
-                self._end(request_id, Outcome.FAILED, detail, now)
+                self._end(request_id, Outcome.FINISHED, now)
+            case Fail(request_id=request_id, reason=reason, detail=detail):
+                self._end(request_id, Outcome.FAILED, now, detail, reason)
             case Refuse(request_id=request_id, detail=detail):
-                self._end(request_id, Outcome.REFUSED, detail, now)
+                self._end(request_id, Outcome.REFUSED, now, detail)
             case WakeAt(time_s=time_s):
-                self._queue.push(time_s, partial(self._feed, Tick()))
-            case SendGenerate() | SendAdopt() | SendAbort() | SendRelease() | SendPeerLost():
-                self._send(action)
+                self._wake_s = time_s
+                self._queue.push(time_s, self._wake)
+            case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
+                self._send(output)
+            case RestartInstance(instance=instance, delay_s=delay_s):
+                self._queue.push(now + delay_s, partial(self._restart, instance))
             case _:
-                assert_never(action)
+                pass  # the rest is for who counts and shows
 
-    def _send(self, action: SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost) -> None:
+    def _wake(self) -> None:
+        if self._queue.now() >= self._wake_s:
+            self._wake_s = math.inf
+            self._feed(Tick())
+
+    def _restart(self, instance: InstanceId) -> None:
+        self._feed(ProcessStarting(instance=instance))
+        self._queue.push(self._queue.now() + self._start_s[instance], self._instances[instance].start)
+
+    def _send(self, output: _AnySend) -> None:
         if self._message_s:
-            self._queue.push(self._queue.now() + self._message_s, partial(self._deliver, action))
+            self._queue.push(self._queue.now() + self._message_s, partial(self._deliver, output))
         else:
-            self._deliver(action)
+            self._deliver(output)
 
-    def _deliver(self, action: SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost) -> None:
-        instance = self._instances[action.instance]
-        match action:
+    def _deliver(self, output: _AnySend) -> None:
+        instance = self._instances[output.instance]
+        match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
-                request = self._requests[request_id]
-                instance.take(request, _arrived(request, hand_over))
-            case SendAdopt(request_id=request_id):
-                request = self._requests[request_id]
-                instance.take(request, _kv_offered(request))
+                if (request := self._requests.get(request_id)) is not None:
+                    instance.take(request, Start(sequence=request.facts(), hand_over=hand_over))
+            case SendOffer(request_id=request_id, offer=offer):
+                if (request := self._requests.get(request_id)) is not None:
+                    instance.take(request, Continue(sequence=request.facts(), offer=offer))
             case SendAbort(request_id=request_id, epoch=epoch):
-                instance.deliver(Cancelled(request_id=request_id, epoch=epoch))
+                instance.deliver(Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
-                instance.deliver(LeaseReleased(request_id=request_id, epoch=epoch))
-            case SendPeerLost(lost=lost):
-                instance.deliver(PeerLost(instance=lost))
-            case _:
-                assert_never(action)
+                instance.deliver(Release(request_id=request_id, epoch=epoch))
+            case TellPeerLost(lost=lost, incarnation=incarnation):
+                instance.deliver(PeerLost(instance=lost, incarnation=incarnation))
 
-    def _end(self, request_id: RequestId, outcome: Outcome, detail: str, now: float) -> None:
+    def _end(
+        self, request_id: RequestId, outcome: Outcome, now: float, detail: str = "", reason: FailReason | None = None
+    ) -> None:
         request = self._requests.pop(request_id)
-        request.outcome = outcome
+        request.outcome = request.outcome or outcome
         request.detail = detail
+        request.fail_reason = reason
         request.timeline.finished_s = now
         self._on_ended(request)
-
-
-def _tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -> TokensEmitted:
-    """Report all tokens of these requests that were not reported yet."""
-    progress = []
-    for request in requests:
-        num_new = request.num_output_tokens - request.num_reported_tokens
-        request.num_reported_tokens = request.num_output_tokens
-        progress.append(Progress(request.request_id, FIRST_EPOCH, num_new, request.is_complete))
-    return TokensEmitted(instance=instance, progress=tuple(progress))
-
-
-def _arrived(request: SimulatedRequest, hand_over: bool) -> Arrived:
-    return Arrived(
-        request_id=request.request_id,
-        epoch=FIRST_EPOCH,
-        num_tokens=request.prompt_len,
-        max_total_tokens=request.max_total_tokens,
-        priority=request.priority,
-        arrival_s=request.arrival_s,
-        hand_over=hand_over,
-        block_hashes=request.block_hashes,
-    )
-
-
-def _kv_offered(request: SimulatedRequest) -> KvOffered:
-    offer = request.offer
-    assert offer is not None, "a sequence is adopted after its offer"
-    assert request.source is not None, "an offer has a source"
-    return KvOffered(
-        request_id=request.request_id,
-        epoch=FIRST_EPOCH,
-        num_tokens=request.prompt_len + request.num_output_tokens,
-        max_total_tokens=request.max_total_tokens,
-        source=request.source,
-        source_blocks=offer.block_ids,
-        num_kv_tokens=offer.num_tokens,
-        expires_s=offer.expires_s,
-        priority=request.priority,
-        arrival_s=request.arrival_s,
-        block_hashes=request.block_hashes,
-    )

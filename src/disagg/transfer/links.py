@@ -17,15 +17,15 @@ OPENERS: Final[dict[type[PoolAddress], Callable[[PoolAddress, KvPool, Executor, 
 
 
 class Links:
-    """Owns the links to all peers. Copies into ``pool`` run on ``thread``, an executor of one worker.
+    """Owns the links to all peers. Copies into ``pool`` run on ``threads``, as many at once as it has.
 
     With ``maps_ahead`` all of a peer's pool is mapped in the background once its link is open: right where the peer
     takes all of that memory anyway.
     """
 
-    def __init__(self, pool: KvPool, thread: Executor, clock: Clock, *, maps_ahead: bool = False) -> None:
+    def __init__(self, pool: KvPool, threads: Executor, clock: Clock, *, maps_ahead: bool = False) -> None:
         self._pool = pool
-        self._thread = thread
+        self._threads = threads
         self._clock = clock
         self._maps_ahead = maps_ahead
         self._links: dict[PoolAddress, Link] = {}
@@ -39,7 +39,7 @@ class Links:
         decoded = decode_address(address)
         link = self._links.get(decoded)
         if link is None:
-            link = OPENERS[type(decoded)](decoded, self._pool, self._thread, self._clock, self._maps_ahead)
+            link = OPENERS[type(decoded)](decoded, self._pool, self._threads, self._clock, self._maps_ahead)
             self._links[decoded] = link
         return link
 

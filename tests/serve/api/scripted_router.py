@@ -11,7 +11,8 @@ from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
-from disagg.serve.router.interface import InstanceState, InstanceStatus, ServedBy
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.serve.router.interface import InstanceStatus, ServedBy
 from disagg.serve.router.stream import LiveStream
 
 MAX_MODEL_LEN = 256

@@ -11,8 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from disagg.base.errors import UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.measure.timeline import RequestTimeline
+from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.api.metrics import ServerMetrics
-from disagg.serve.router.sink import DropReason, RouterSink
+from disagg.serve.router.sink import RouterSink
 
 BODY = {"prompt": "x", "max_tokens": 3}
 

@@ -17,12 +17,12 @@ from disagg.base.errors import ConfigurationError, InstanceLostError, Unavailabl
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.launch.deployment import plan_instances
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint
-from disagg.serve.launch.restart import RestartPolicy
 from disagg.serve.router.control_socket import ZmqControlSocket
-from disagg.serve.router.interface import InstanceState
 from disagg.serve.router.live import LiveRouter
 
 P0, D0 = InstanceId("prefill-0"), InstanceId("decode-0")
@@ -34,7 +34,12 @@ class Cluster:
     def __init__(self, endpoint: str, placement: Placement, command: tuple[str, ...], **router: float) -> None:
         deployment = make_deployment(placement, **router)
         self.memory = Memory()
-        self.router = LiveRouter(deployment.roles(), deployment.router, ZmqControlSocket(endpoint))
+        self.router = LiveRouter(
+            deployment.roles(),
+            deployment.router,
+            ZmqControlSocket(endpoint),
+            restarts=RestartSettings(max_quick_deaths=3, first_delay_s=0.01),
+        )
         settings = plan_instances(
             deployment, control_endpoint=endpoint, available_cores=os.sched_getaffinity(0), parent_pid=os.getpid()
         )
@@ -43,7 +48,6 @@ class Cluster:
             self.router,
             self.memory,
             command=command,
-            make_policy=lambda: RestartPolicy(max_quick_deaths=3, first_delay_s=0.01),
         )
         self.router.start(self.launcher)
         self.launcher.start()

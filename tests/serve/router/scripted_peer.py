@@ -103,7 +103,7 @@ class ScriptedPeer:
             incarnation=incarnation or self.incarnation,
             num_tokens=len(request.prompt_token_ids),
             block_ids=(),
-            expires_s=0.0,
+            lease_s=60.0,
             pool=b"where the blocks are",
         )
         await self.say(Offered(offer=offer))

@@ -42,13 +42,13 @@ from disagg.base.messages import (
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import Stage
-from disagg.scheduling.dispatch.replay import parse_dispatch_log, replay_dispatch
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.event_log import parse_log, replay
+from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.router.control_socket import ZmqControlSocket
-from disagg.serve.router.event_log import DispatchLogWriter
-from disagg.serve.router.instance_table import NullWatcher
-from disagg.serve.router.interface import InstanceState, Router, ServedBy
+from disagg.serve.router.interface import Router, ServedBy
 from disagg.serve.router.live import LiveRouter
-from disagg.serve.router.sink import DropReason
+from disagg.serve.router.watcher import NullWatcher
 
 PAIR = {InstanceId("prefill-0"): Role.PREFILL, InstanceId("decode-0"): Role.DECODE}
 
@@ -110,9 +110,8 @@ class Scene:
         self.endpoint = f"ipc://{folder}/control"
         self.log_path = folder / "router.jsonl"
         self.tally = Tally()
-        self.log = DispatchLogWriter(self.log_path, instances, settings)
         self.router = LiveRouter(
-            instances, settings, ZmqControlSocket(self.endpoint), sink=self.tally, event_log=self.log, clock=clock
+            instances, settings, ZmqControlSocket(self.endpoint), sink=self.tally, event_log=self.log_path, clock=clock
         )
         self.context = zmq.asyncio.Context()
         self.peers: list[ScriptedPeer] = []
@@ -135,12 +134,11 @@ class Scene:
 
     def close(self) -> None:
         self.router.close()
-        self.log.close()
         for peer in self.peers:
             peer.close()
         self.context.term()
         with self.log_path.open("rb") as lines:
-            difference = replay_dispatch(parse_dispatch_log(lines))
+            difference = replay(parse_log(lines))
         assert difference is None, "whatever happened, the log of it gives the same actions again"
 
 
@@ -286,7 +284,7 @@ async def test_a_failed_pull_is_reported_and_does_no_harm(scene):
 async def test_an_instance_that_exits_fails_what_it_held_and_the_others_are_told(scene):
     prefill, decode = await scene.ready_peer("prefill-0"), await scene.ready_peer("decode-0")
     _, stream = await adopted(scene, prefill, decode)
-    scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL", returning=True)
+    scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL")
     with pytest.raises(InstanceLostError, match="decode-0 died while it held this request: killed by SIGKILL"):
         await anext(outputs(stream))
     assert await prefill.expect(PeerLost) == PeerLost(instance=InstanceId("decode-0"), incarnation="1")
@@ -298,7 +296,7 @@ async def test_an_instance_that_exits_fails_what_it_held_and_the_others_are_told
 
 async def test_a_restarted_instance_serves_what_waited_for_it(scene):
     prefill, decode = await scene.ready_peer("prefill-0"), await scene.ready_peer("decode-0")
-    scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL", returning=True)
+    scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL")
     await prefill.expect(PeerLost)
     decode.close()
     request, stream = await prefilled(scene, prefill)
@@ -338,11 +336,11 @@ async def test_instances_are_not_blamed_when_the_router_itself_stood_still(make_
     scene = make_scene(clock=clock, instance_timeout_s=30.0)
     await scene.ready_peer("prefill-0")
     clock.now_s += 1000.0  # a suspended laptop, a stopped process
-    scene.router.check_instances()
+    scene.router.tick()
     assert not scene.tally.faulty
     for _ in range(32):  # looked for in time, and heard of nothing
         clock.now_s += 1.0
-        scene.router.check_instances()
+        scene.router.tick()
     assert "prefill-0" in scene.tally.faulty
 
 
@@ -454,7 +452,7 @@ async def test_the_deadline_of_a_request(make_scene):
 
 async def test_waiting_for_an_instance_ends_in_503(make_scene):
     scene = make_scene(instance_wait_s=0.05)
-    with pytest.raises(UnavailableError, match=r"prefill-0: coming"):
+    with pytest.raises(UnavailableError, match=r"prefill-0: starting"):
         await anext(outputs(scene.router.submit(make_request("a"))))
 
 
@@ -470,7 +468,7 @@ async def test_the_bound_is_429(make_scene):
 
 
 async def test_when_everybody_is_given_up_requests_are_refused_at_once(scene):
-    scene.router.instance_exited(InstanceId("prefill-0"), "died too often", returning=False)
+    scene.router.instance_exited(InstanceId("prefill-0"), "it could not start")
     with pytest.raises(UnavailableError, match="prefill-0: gone"):
         scene.router.submit(make_request("a"))
 

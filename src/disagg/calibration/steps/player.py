@@ -155,6 +155,6 @@ class ScriptPlayer:
             incarnation=self._instance.incarnation,
             num_tokens=num_tokens,
             block_ids=tuple(BlockId(index) for index in range(num_blocks)),
-            expires_s=_NEVER_S,
+            lease_s=_NEVER_S,
             pool=facts.pool,
         )

@@ -76,6 +76,12 @@ class Finish(DispatchAction, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class Drained(DispatchAction, frozen=True, kw_only=True):
+    """``instance``, which was draining, holds nothing any more: it can leave, or change its role."""
+
+    instance: InstanceId
+
+
 class FailReason(enum.Enum):
     """Why a sequence ended without an answer, or with part of one."""
 
@@ -113,5 +119,16 @@ class Refuse(DispatchAction, frozen=True, kw_only=True):
 
 
 AnyDispatchAction = (
-    SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost | Deliver | Drop | Finish | Fail | Refuse | WakeAt
+    SendGenerate
+    | SendAdopt
+    | SendAbort
+    | SendRelease
+    | SendPeerLost
+    | Deliver
+    | Drop
+    | Drained
+    | Finish
+    | Fail
+    | Refuse
+    | WakeAt
 )

@@ -8,7 +8,8 @@ compared between paths as sums of tokens. Ties go to the instance configured fir
 from collections.abc import Iterable, Sequence
 
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.state import Availability, InstanceEntry, SequenceEntry
+from disagg.scheduling.capacity import most_tokens, serves_requests
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
 def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
@@ -18,7 +19,7 @@ def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) ->
     restarting counts, unless a live colocated instance offers a path without waiting.
     """
     pair = _best_pair(instances, sequence)
-    colocated = _least_loaded(_fitting(instances, Role.COLOCATED, sequence.max_total_tokens))
+    colocated = _least_loaded(_fitting(instances, Role.COLOCATED, sequence))
     if pair is None or colocated is None:
         return colocated if pair is None else pair[0]
     prefill, decode_load = pair
@@ -29,27 +30,25 @@ def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) ->
 
 def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
     """Return the live decode instance that adopts the sequence, or None when it has to wait."""
-    return _least_loaded(_fitting(instances, Role.DECODE, sequence.max_total_tokens))
+    return _least_loaded(_fitting(instances, Role.DECODE, sequence))
 
 
 def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
-    """True when instances that are live or will come back could serve the sequence in its state.
+    """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
     """
-    present = {entry.role for entry in instances if entry.availability is not Availability.GONE}
+    present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
         return Role.DECODE in present
-    return Role.COLOCATED in present or {Role.PREFILL, Role.DECODE} <= present
+    return serves_requests(present)
 
 
 def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
     """True unless all instances that could serve the sequence in its state are known to be too small for it."""
     holds = {
         role: any(
-            entry.can_hold(sequence.num_tokens + 1 if role is Role.PREFILL else sequence.max_total_tokens)
-            for entry in instances
-            if entry.role is role and entry.availability is not Availability.GONE
+            entry.can_hold(_needed(role, sequence)) for entry in instances if entry.role is role and entry.will_take
         )
         for role in Role
     }
@@ -61,7 +60,7 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
 
 def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:
     """Return the best prefill instance and the load of the decode side, None where that is still to come up."""
-    prefill = _least_loaded(_fitting(instances, Role.PREFILL, sequence.num_tokens + 1))
+    prefill = _least_loaded(_fitting(instances, Role.PREFILL, sequence))
     if prefill is None:
         return None
     if sequence.ends_at_first_token:
@@ -70,20 +69,23 @@ def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> t
     if decode is not None:
         return prefill, _load(decode)
     coming = any(
-        entry.role is Role.DECODE
-        and entry.availability is Availability.COMING
-        and entry.can_hold(sequence.max_total_tokens)
+        entry.role is Role.DECODE and entry.is_coming and entry.can_hold(_needed(Role.DECODE, sequence))
         for entry in instances
     )
     return (prefill, None) if coming else None
 
 
-def _fitting(instances: Iterable[InstanceEntry], role: Role, num_tokens: int) -> list[InstanceEntry]:
+def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceEntry) -> list[InstanceEntry]:
+    needed = _needed(role, sequence)
     return [
         entry
         for entry in instances
-        if entry.role is role and entry.availability is Availability.LIVE and entry.can_hold(num_tokens)
+        if entry.role is role and entry.state is InstanceState.READY and entry.can_hold(needed)
     ]
+
+
+def _needed(role: Role, sequence: SequenceEntry) -> int:
+    return most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=role is Role.PREFILL)
 
 
 def _least_loaded(entries: list[InstanceEntry]) -> InstanceEntry | None:

@@ -11,6 +11,7 @@ wait for a dead instance wait on while it is being restarted, and fail with UNAV
 
 import math
 from collections.abc import Mapping
+from typing import assert_never
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import InternalError
@@ -20,6 +21,7 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
+    Drained,
     Drop,
     Fail,
     FailReason,
@@ -35,22 +37,28 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_decode, choose_start
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
+    AnyMemberEvent,
     InstanceDown,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceStarting,
     InstanceUp,
     OfferMade,
     Progress,
     PullEnded,
+    RoleChanged,
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.state import (
-    Availability,
     Charge,
     InstanceEntry,
+    InstanceState,
     SequenceEntry,
-    SequenceState,
+    Whereabouts,
 )
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
@@ -79,6 +87,11 @@ class Dispatcher:
         """Sequences under way or waiting."""
         return len(self._sequences)
 
+    def epoch_of(self, request_id: RequestId) -> Epoch | None:
+        """Return the attempt in which a sequence is under way; None when it is not."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.epoch
+
     @property
     def instances(self) -> tuple[InstanceEntry, ...]:
         """All configured instances with their loads, in the order of configuration. Not to be changed."""
@@ -105,13 +118,34 @@ class Dispatcher:
                 self._failed(event)
             case SequenceCancelled():
                 self._cancel(event)
-            case InstanceUp():
-                self._up(event)
-            case InstanceDown():
-                self._down(event)
             case Tick():
                 self._tick()
+            case _:
+                self._member_changed(event)
         return self._actions
+
+    def _member_changed(self, event: AnyMemberEvent) -> None:
+        match event:
+            case InstanceUp():
+                self._up(event)
+            case InstanceDown(instance=instance, returning=returning, detail=detail):
+                self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
+            case InstanceStarting(instance=instance):
+                entry = self._entry(instance)
+                if not entry.is_alive:
+                    entry.state = InstanceState.STARTING
+            case InstanceJoined(instance=instance, role=role):
+                self._join(instance, role)
+            case InstanceDraining(instance=instance):
+                self._drain(instance)
+            case InstanceLeft(instance=instance):
+                self._down(instance, InstanceState.GONE, "it was removed")
+                del self._instances[instance]
+            case RoleChanged(instance=instance, role=role):
+                self._entry(instance).role = role
+                self._place_waiting()
+            case _:
+                assert_never(event)
 
     # Sequences ------------------------------------------------------------------------------------------------
 
@@ -174,7 +208,7 @@ class Dispatcher:
         if instance is None:
             return False
         hand_over = instance.role is Role.PREFILL
-        state = SequenceState.PREFILLING if hand_over else SequenceState.RUNNING
+        state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
         sequence.move(state, self._now, f"started on {instance.instance}")
         sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
@@ -194,7 +228,7 @@ class Dispatcher:
         instance = choose_decode(self.instances, sequence)
         if instance is None:
             return False
-        sequence.move(SequenceState.PULLING, self._now, f"adopted by {instance.instance}")
+        sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
         sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
         self._charge(sequence, instance.instance, kv_tokens=sequence.num_tokens)
@@ -220,13 +254,13 @@ class Dispatcher:
             self._finish(sequence, "finished")
 
     def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
-        if sequence.state is SequenceState.OFFERING:
+        if sequence.state is Whereabouts.OFFERING:
             sequence.refuse_event(f"more tokens from {instance}")
         sequence.num_tokens += progress.num_tokens
         if progress.num_tokens == 0:
             return
-        if sequence.state is SequenceState.PREFILLING and not progress.finished:
-            sequence.move(SequenceState.OFFERING, self._now, f"first token from {instance}")
+        if sequence.state is Whereabouts.PREFILLING and not progress.finished:
+            sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
         self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
 
     def _offer(self, event: OfferMade) -> None:
@@ -235,7 +269,7 @@ class Dispatcher:
             # It was cancelled while the offer was on its way: nobody will read these blocks.
             self._release(event.request_id, event.epoch, event.instance)
             return
-        sequence.move(SequenceState.OFFERED, self._now, f"offered by {event.instance}")
+        sequence.move(Whereabouts.OFFERED, self._now, f"offered by {event.instance}")
         sequence.holder = None
         sequence.lease = event.instance
         self._place(sequence)
@@ -244,7 +278,7 @@ class Dispatcher:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
-        sequence.move(SequenceState.DECODING, self._now, f"pulled by {event.instance}")
+        sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
         self._end_lease(sequence)
 
     def _failed(self, event: SequenceFailed) -> None:
@@ -264,29 +298,44 @@ class Dispatcher:
 
     def _up(self, event: InstanceUp) -> None:
         entry = self._entry(event.instance)
-        if entry.availability is Availability.LIVE:
+        if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.availability = Availability.LIVE
+        entry.state = InstanceState.READY
         entry.capacity = event.max_total_tokens
-        for sequence in self._waiting():
-            self._place(sequence)
+        self._place_waiting()
 
-    def _down(self, event: InstanceDown) -> None:
-        entry = self._entry(event.instance)
-        was_live = entry.availability is Availability.LIVE
-        entry.availability = Availability.COMING if event.returning else Availability.GONE
-        if was_live:
+    def _join(self, instance: InstanceId, role: Role) -> None:
+        if instance in self._instances:
+            raise InternalError(f"instance {instance} joined twice")
+        self._instances[instance] = InstanceEntry(instance, role)
+
+    def _drain(self, instance: InstanceId) -> None:
+        entry = self._entry(instance)
+        if entry.state is not InstanceState.READY:
+            raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
+        entry.state = InstanceState.DRAINING
+        if not entry.num_sequences:
+            self._actions.append(Drained(instance=instance))
+        self._place_waiting()
+
+    def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
+        entry = self._entry(instance)
+        was_alive = entry.is_alive
+        entry.state = state
+        if was_alive:
             for other in self._instances.values():
-                if other.availability is Availability.LIVE:
-                    self._actions.append(SendPeerLost(instance=other.instance, lost=event.instance))
+                if other.is_alive:
+                    self._actions.append(SendPeerLost(instance=other.instance, lost=instance))
             for sequence in list(self._sequences.values()):
-                self._lose(sequence, event)
+                self._lose(sequence, instance, detail)
+        self._place_waiting()
+
+    def _place_waiting(self) -> None:
         for sequence in self._waiting():
             self._place(sequence)
 
-    def _lose(self, sequence: SequenceEntry, event: InstanceDown) -> None:
+    def _lose(self, sequence: SequenceEntry, lost: InstanceId, why: str) -> None:
         """Settle what the death of an instance means for one sequence."""
-        lost = event.instance
         if sequence.lease == lost:
             sequence.lease = None
             self._discharge(sequence, lost)
@@ -297,7 +346,7 @@ class Dispatcher:
             sequence.holder = None
         else:
             return
-        detail = f"instance {lost} died while it held this request: {event.detail}"
+        detail = f"instance {lost} died while it held this request: {why}"
         self._fail(sequence, FailReason.INSTANCE_LOST, detail)
 
     def _tick(self) -> None:
@@ -354,7 +403,7 @@ class Dispatcher:
         self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch))
 
     def _end(self, sequence: SequenceEntry, why: str) -> None:
-        sequence.move(SequenceState.ENDED, self._now, why)
+        sequence.move(Whereabouts.ENDED, self._now, why)
         self._end_lease(sequence)
         sequence.holder = None
         for instance in list(sequence.charges):
@@ -368,15 +417,18 @@ class Dispatcher:
             sequence.lease = None
 
     def _release(self, request_id: RequestId, epoch: Epoch, instance: InstanceId) -> None:
-        if self._entry(instance).availability is Availability.LIVE:
+        if self._entry(instance).is_alive:
             self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
 
     def _charge(
         self, sequence: SequenceEntry, instance: InstanceId, *, prefill_tokens: int = 0, kv_tokens: int = 0
     ) -> None:
         """Set the sequence's part of an instance's load."""
-        charge = sequence.charges.setdefault(instance, Charge())
         entry = self._instances[instance]
+        charge = sequence.charges.get(instance)
+        if charge is None:
+            charge = sequence.charges[instance] = Charge()
+            entry.num_sequences += 1
         entry.prefill_tokens += prefill_tokens - charge.prefill_tokens
         entry.kv_tokens += kv_tokens - charge.kv_tokens
         charge.prefill_tokens, charge.kv_tokens = prefill_tokens, kv_tokens
@@ -384,6 +436,10 @@ class Dispatcher:
     def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
         self._charge(sequence, instance)
         del sequence.charges[instance]
+        entry = self._instances[instance]
+        entry.num_sequences -= 1
+        if entry.state is InstanceState.DRAINING and not entry.num_sequences:
+            self._actions.append(Drained(instance=instance))
 
     def _describe_instances(self) -> str:
         return ", ".join(entry.describe() for entry in self._instances.values())
@@ -400,7 +456,7 @@ class Dispatcher:
         for sequence in self._sequences.values():
             sequence.validate()
             for name in (sequence.holder, sequence.lease):
-                if name is not None and self._instances[name].availability is not Availability.LIVE:
+                if name is not None and not self._instances[name].is_alive:
                     sequence.refuse_event(f"being with {name}, which is not live")
             for name, charge in sequence.charges.items():
                 totals[name].prefill_tokens += charge.prefill_tokens

@@ -7,6 +7,7 @@ import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
+from disagg.base.request import Role
 from disagg.scheduling.step.events import Tick
 
 
@@ -74,6 +75,38 @@ class SequenceCancelled(DispatchEvent, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class InstanceJoined(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` belongs to the deployment from now on; it is starting."""
+
+    instance: InstanceId
+    role: Role
+
+
+class InstanceDraining(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` is to get no new sequences; what it holds it finishes."""
+
+    instance: InstanceId
+
+
+class InstanceLeft(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` does not belong to the deployment any more; what it still held is lost."""
+
+    instance: InstanceId
+
+
+class RoleChanged(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` is given sequences of another role from now on; those that it holds go on as they began."""
+
+    instance: InstanceId
+    role: Role
+
+
+class InstanceStarting(DispatchEvent, frozen=True, kw_only=True):
+    """A new process of ``instance`` is about to start."""
+
+    instance: InstanceId
+
+
 class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` takes sequences of up to ``max_total_tokens`` tokens."""
 
@@ -89,14 +122,9 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
+AnyMemberEvent = (
+    InstanceJoined | InstanceDraining | InstanceLeft | RoleChanged | InstanceStarting | InstanceUp | InstanceDown
+)
 AnyDispatchEvent = (
-    SequenceArrived
-    | TokensEmitted
-    | OfferMade
-    | PullEnded
-    | SequenceFailed
-    | SequenceCancelled
-    | InstanceUp
-    | InstanceDown
-    | Tick
+    SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
 )

@@ -10,7 +10,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import Role
 
 
-class SequenceState(enum.Enum):
+class Whereabouts(enum.Enum):
     """Where a sequence is. ``holder`` computes it, ``lease`` names who keeps KV blocks for somebody else.
 
     ========== ================= ======== ===================================================
@@ -37,28 +37,39 @@ class SequenceState(enum.Enum):
     RUNNING = "running"
     ENDED = "ended"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
 
-TRANSITIONS: Final[dict[SequenceState, frozenset[SequenceState]]] = {
-    SequenceState.QUEUED: frozenset({SequenceState.PREFILLING, SequenceState.RUNNING, SequenceState.ENDED}),
-    SequenceState.PREFILLING: frozenset({SequenceState.OFFERING, SequenceState.ENDED}),
-    SequenceState.OFFERING: frozenset({SequenceState.OFFERED, SequenceState.ENDED}),
-    SequenceState.OFFERED: frozenset({SequenceState.PULLING, SequenceState.ENDED}),
-    SequenceState.PULLING: frozenset({SequenceState.DECODING, SequenceState.ENDED}),
-    SequenceState.DECODING: frozenset({SequenceState.ENDED}),
-    SequenceState.RUNNING: frozenset({SequenceState.ENDED}),
-    SequenceState.ENDED: frozenset(),
+
+TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
+    Whereabouts.QUEUED: frozenset({Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}),
+    Whereabouts.PREFILLING: frozenset({Whereabouts.OFFERING, Whereabouts.ENDED}),
+    Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.ENDED}),
+    Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.ENDED}),
+    Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.ENDED}),
+    Whereabouts.DECODING: frozenset({Whereabouts.ENDED}),
+    Whereabouts.RUNNING: frozenset({Whereabouts.ENDED}),
+    Whereabouts.ENDED: frozenset(),
 }
 """Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story."""
 
 
-class Availability(enum.Enum):
-    """Whether an instance can be given work."""
+class InstanceState(enum.Enum):
+    """Life of an instance as the router sees it."""
 
-    COMING = "coming"
-    """Starting or restarting."""
-    LIVE = "live"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    """It goes on with what it holds, and is given nothing new."""
+    LOST = "lost"
+    """It died and will be started again."""
     GONE = "gone"
-    """Given up: it will not come back."""
+    """Given up, or it left: it will not come back."""
+
+
+ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
+"""States in which an instance takes messages."""
+COMING: Final = frozenset({InstanceState.STARTING, InstanceState.LOST})
+"""States from which an instance will be ready."""
 
 
 @dataclass(slots=True)
@@ -67,22 +78,39 @@ class InstanceEntry:
 
     instance: InstanceId
     role: Role
-    availability: Availability = Availability.COMING
+    state: InstanceState = InstanceState.STARTING
     capacity: int | None = None
     """Longest sequence it can hold; unknown until it was up once."""
     prefill_tokens: int = 0
     """Tokens given to it that wait to be prefilled or are being so."""
     kv_tokens: int = 0
     """Tokens of the sequences whose KV blocks it holds or is about to."""
+    num_sequences: int = 0
+    """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+
+    @property
+    def is_alive(self) -> bool:
+        """True while it takes messages."""
+        return self.state is InstanceState.READY or self.state is InstanceState.DRAINING
+
+    @property
+    def is_coming(self) -> bool:
+        """True while it is starting, or will be started again."""
+        return self.state is InstanceState.STARTING or self.state is InstanceState.LOST
+
+    @property
+    def will_take(self) -> bool:
+        """True when it takes new sequences, now or once it is up."""
+        return self.state is InstanceState.READY or self.is_coming
 
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""
         return self.capacity is None or num_tokens <= self.capacity
 
     def describe(self) -> str:
-        """Return name, availability, capacity and load in words."""
+        """Return name, state and capacity in words."""
         capacity = "" if self.capacity is None else f", holds {self.capacity} tokens"
-        return f"{self.instance}: {self.availability.value}{capacity}"
+        return f"{self.instance}: {self.state.value}{capacity}"
 
 
 @dataclass(slots=True)
@@ -106,7 +134,7 @@ class SequenceEntry:
     order: int
     """Position in the order of arrival."""
     deadline_s: float
-    state: SequenceState = SequenceState.QUEUED
+    state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
     wait_until_s: float = math.inf
@@ -120,7 +148,7 @@ class SequenceEntry:
         """True when nothing is left to decode after the prefill."""
         return self.max_total_tokens <= self.num_tokens + 1
 
-    def move(self, state: SequenceState, now: float, why: str) -> None:
+    def move(self, state: Whereabouts, now: float, why: str) -> None:
         """Change the state; raise InternalError with the story when ``TRANSITIONS`` does not allow it."""
         if state not in TRANSITIONS[self.state]:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
@@ -129,10 +157,10 @@ class SequenceEntry:
 
     def validate(self) -> None:
         """Raise InternalError unless holder, lease and charges are what the state says."""
-        held = self.state not in (SequenceState.QUEUED, SequenceState.OFFERED)
+        held = self.state not in (Whereabouts.QUEUED, Whereabouts.OFFERED)
         leased = self.lease is not None
-        may_be_leased = self.state in (SequenceState.OFFERED, SequenceState.PULLING)
-        must_be_leased = self.state is SequenceState.OFFERED
+        may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING)
+        must_be_leased = self.state is Whereabouts.OFFERED
         present = {name for name in (self.holder, self.lease) if name is not None}
         if (self.holder is not None) != held or not must_be_leased <= leased <= may_be_leased:
             self.refuse_event(f"holder {self.holder} and lease {self.lease} in state {self.state.value}")

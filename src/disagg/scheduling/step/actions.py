@@ -45,13 +45,13 @@ class Emit(Action, frozen=True, kw_only=True):
 
 
 class OfferKv(Action, frozen=True, kw_only=True):
-    """Tell the world that ``num_tokens`` tokens of a sequence wait in ``block_ids`` until ``expires_s``."""
+    """Tell the world that ``num_tokens`` tokens of a sequence wait in ``block_ids``, for ``lease_s`` from now."""
 
     request_id: RequestId
     epoch: Epoch
     num_tokens: int
     block_ids: tuple[BlockId, ...]
-    expires_s: float
+    lease_s: float
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
@@ -95,7 +95,7 @@ class Reject(Action, frozen=True, kw_only=True):
     detail: str
 
 
-class Finish(Action, frozen=True, kw_only=True):
+class Forget(Action, frozen=True, kw_only=True):
     """The sequence ended here (complete, cancelled or failed): drop its state."""
 
     request_id: RequestId
@@ -109,4 +109,4 @@ class WakeAt(Action, frozen=True, kw_only=True):
     time_s: float
 
 
-AnyAction = RunStep | Emit | OfferKv | Pull | ReleaseLease | Reject | Finish | WakeAt
+AnyAction = RunStep | Emit | OfferKv | Pull | ReleaseLease | Reject | Forget | WakeAt

@@ -51,13 +51,15 @@ class StepBuilder:
         """Return the plan and mark its tokens as in flight."""
         step = []
         for sequence, num_tokens in self._planned.values():
-            sequence.num_in_flight = num_tokens
+            samples = num_tokens == sequence.num_remaining
             chunk = Chunk(
                 request_id=sequence.request_id,
-                start=sequence.num_computed,
+                start=sequence.num_planned,
                 num_tokens=num_tokens,
                 block_ids=sequence.block_ids,
-                samples=num_tokens == sequence.num_remaining,
+                samples=samples,
             )
+            sequence.num_in_flight += num_tokens
+            sequence.num_coming += samples
             step.append((sequence, chunk))
         return tuple(step)

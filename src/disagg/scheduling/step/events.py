@@ -3,6 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.messages import FailureKind
 from disagg.base.sampling import FinishReason
 
 
@@ -51,6 +52,14 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     finished: FinishReason | None = None
 
 
+class StepFailure(msgspec.Struct, frozen=True, array_like=True):
+    """Why one sequence of a step could not be computed: a fault of its own, which is no other sequence's."""
+
+    request_id: RequestId
+    kind: FailureKind
+    message: str
+
+
 class StepDone(Event, frozen=True, kw_only=True):
     """A step ended; ``results`` has one entry for each chunk of it that samples.
 
@@ -59,7 +68,7 @@ class StepDone(Event, frozen=True, kw_only=True):
 
     step_id: int
     results: tuple[StepResult, ...]
-    failed: tuple[RequestId, ...] = ()
+    failed: tuple[StepFailure, ...] = ()
 
 
 class TransferDone(Event, frozen=True, kw_only=True):
@@ -91,7 +100,7 @@ class LeaseReleased(Event, frozen=True, kw_only=True):
     epoch: Epoch
 
 
-class PeerLost(Event, frozen=True, kw_only=True):
+class SourceLost(Event, frozen=True, kw_only=True):
     """An instance died: offers from it that are not being pulled yet can no longer be."""
 
     instance: InstanceId
@@ -116,7 +125,7 @@ AnyEvent = (
     | TransferFailed
     | TransferEnded
     | LeaseReleased
-    | PeerLost
+    | SourceLost
     | Cancelled
     | Tick
 )

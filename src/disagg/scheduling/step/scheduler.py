@@ -9,120 +9,109 @@ takes it from the latest one of lowest priority, which is computed again later; 
 by release or by expiry. No sequence waits for one that is served after it.
 """
 
-import bisect
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from disagg.base.config import SchedulerSettings, SchedulingMode
+from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
-from disagg.scheduling.epoch_memory import EpochMemory
-from disagg.scheduling.step.actions import (
-    AnyAction,
-    Chunk,
-    Emit,
-    Finish,
-    OfferKv,
-    Pull,
-    Reject,
-    RejectReason,
-    ReleaseLease,
-    RunStep,
-    WakeAt,
-)
-from disagg.scheduling.step.builder import StepBuilder
+from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.hand_over.hand_over import HandOver
+from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
+from disagg.scheduling.step.batching import Batching
+from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
     KvOffered,
     LeaseReleased,
-    PeerLost,
+    SourceLost,
     StepDone,
     Tick,
     TransferDone,
     TransferEnded,
     TransferFailed,
 )
-from disagg.scheduling.step.kv_ledger import KvLedger
-from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
-from disagg.scheduling.step.statistics import SchedulerStatistics
+from disagg.scheduling.step.sequence import Sequence, SequenceState
 
-
-def _order(sequence: Sequence) -> tuple[int, float, int]:
-    return sequence.order
+PlannedStep = tuple[tuple[tuple[Sequence, Chunk], ...], tuple[Chunk, ...]]
+"""What each sequence computes in a step, and the chunks alone."""
 
 
 class StepScheduler:
-    """Decides what one instance computes, pulls, offers and frees. Not thread-safe; deterministic."""
+    """Decides what one instance computes, pulls, offers and frees. Not thread-safe; deterministic.
+
+    ``max_model_len`` bounds sequences beside what the pool holds. ``num_stages`` are those of the executor's pipeline.
+    """
 
     def __init__(
-        self, settings: SchedulerSettings, num_blocks: int, block_size: int, prefix_caching: bool = True
+        self,
+        settings: SchedulerSettings,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool = True,
+        *,
+        max_model_len: int | None = None,
+        num_stages: int = 1,
     ) -> None:
-        self._settings = settings
-        self._ledger = KvLedger(num_blocks, block_size, prefix_caching)
-        self._sequences: dict[RequestId, Sequence] = {}
-        # Each list is sorted by order and holds exactly the sequences of that state.
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._offered: list[Sequence] = []
-        self._num_pulling = 0
-        self._steps: dict[int, tuple[tuple[Sequence, Chunk], ...]] = {}
-        self._now = -math.inf
-        self._alarm = math.inf
-        self._actions: list[AnyAction] = []
-        self._statistics = SchedulerStatistics()
-        self._ended = EpochMemory()
-        self._fill: Callable[[StepBuilder], None] = {
-            SchedulingMode.CHUNKED: self._fill_chunked,
-            SchedulingMode.PREFILL_FIRST: self._fill_prefill_first,
-            SchedulingMode.DECODE_FIRST: self._fill_decode_first,
-        }[settings.scheduling]
+        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
+        self._batching = Batching(self._books, num_stages)
+        self._hand_over = HandOver(self._books)
+        self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
         """Apply events that happened up to ``now`` (seconds, never going back), then decide once.
 
         Returns the actions to carry out, in order. Events about unknown sequences or old epochs change nothing.
         """
-        if now < self._now:
-            raise InternalError(f"time went back from {self._now:.9f} to {now:.9f}")
-        self._now = now
-        self._actions = []
+        books = self._books
+        if now < books.now:
+            raise InternalError(f"time went back from {books.now:.9f} to {now:.9f}")
+        books.now = now
+        books.actions = []
         for event in events:
             self._apply(event)
-        if now >= self._alarm:
-            self._expire()
-        self._start_pulls()
+        if now >= books.alarm:
+            self._hand_over.expire()
+        self._hand_over.start_pulls()
         self._start_steps()
-        return self._actions
+        return books.actions
+
+    @property
+    def capacity(self) -> int:
+        """Longest sequence that is taken, in tokens."""
+        return self._books.capacity
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that are neither free nor merely cached."""
+        pool = self._books.ledger.pool
+        return pool.num_blocks - pool.num_available
+
+    def is_news(self, request_id: RequestId, epoch: Epoch) -> bool:
+        """Return False for an attempt that will be ignored: a repeated, ended or old one."""
+        return self._books.is_news(request_id, epoch)
 
     def load(self) -> InstanceLoad:
         """Return how busy the instance is."""
-        num_waiting = len(self._waiting) + len(self._offered) + self._num_pulling
-        return self._statistics.load(self._ledger, len(self._running), num_waiting)
+        books = self._books
+        num_waiting = len(books.waiting) + self._hand_over.num_waiting
+        return books.statistics.load(books.ledger, len(books.running), num_waiting)
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
-        return self._ledger.pool.audit()
+        return self._books.ledger.pool.audit()
 
     def validate(self) -> None:
         """Raise InternalError unless every list holds exactly the sequences of its state, and the blocks add up."""
-        for queue, state in (
-            (self._waiting, SequenceState.WAITING),
-            (self._running, SequenceState.RUNNING),
-            (self._offered, SequenceState.OFFERED),
-        ):
-            expected = {id(sequence) for sequence in self._sequences.values() if sequence.state is state}
-            if {id(sequence) for sequence in queue} != expected or queue != sorted(queue, key=_order):
-                raise InternalError(f"the {state.value} queue does not hold the {state.value} sequences in order")
-        pulling = sum(sequence.state is SequenceState.PULLING for sequence in self._sequences.values())
-        leased = sum(sequence.state is SequenceState.LEASED for sequence in self._sequences.values())
-        if pulling != self._num_pulling or leased != len(self._ledger.leases):
-            raise InternalError(f"{pulling} pulling and {leased} leased sequences contradict the books")
-        self._ledger.pool.validate()
+        books = self._books
+        books.validate_queue(books.waiting, SequenceState.WAITING)
+        books.validate_queue(books.running, SequenceState.RUNNING)
+        self._hand_over.validate()
+        books.ledger.pool.validate()
 
     # Events -------------------------------------------------------------------------------------------------
 
@@ -130,77 +119,74 @@ class StepScheduler:
         match event:
             case StepDone():
                 self._on_step_done(event)
-            case Arrived():
-                self._on_arrived(event)
-            case KvOffered():
-                self._on_kv_offered(event)
+            case Arrived() | KvOffered():
+                self._on_new(event)
             case TransferDone(request_id=request_id, epoch=epoch):
-                self._on_transfer_done(request_id, epoch)
+                self._hand_over.on_transfer_done(request_id, epoch)
             case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
-                self._on_transfer_failed(request_id, epoch, ended)
+                self._hand_over.on_transfer_failed(request_id, epoch, ended)
             case TransferEnded(request_id=request_id, epoch=epoch):
-                self._ledger.end_quarantine(request_id, epoch)
+                self._hand_over.on_transfer_ended(request_id, epoch)
             case LeaseReleased(request_id=request_id, epoch=epoch):
-                self._on_lease_released(request_id, epoch)
-            case PeerLost(instance=instance):
-                for sequence in [s for s in self._offered if s.remote is not None and s.remote.source == instance]:
-                    self._compute_here(sequence)
+                self._hand_over.on_lease_released(request_id, epoch)
+            case SourceLost(instance=instance):
+                self._hand_over.on_source_lost(instance)
             case Cancelled(request_id=request_id, epoch=epoch):
-                self._on_cancelled(request_id, epoch)
+                sequence = self._books.sequences.get(request_id)
+                if sequence is not None and sequence.epoch == epoch:
+                    self._cancel(sequence)
             case Tick():
                 pass  # handle() looks at the alarm after every batch of events
 
-    def _on_arrived(self, event: Arrived) -> None:
-        # A handed-over sequence never grows here: its next token is written by another instance.
-        most_tokens = event.num_tokens if event.hand_over else event.max_total_tokens
-        if not self._is_news(event) or not self._fits(event, most_tokens):
+    def _on_new(self, event: Arrived | KvOffered) -> None:
+        """Take a sequence unless it is old news; a newer attempt first replaces the older one."""
+        if not self._books.is_news(event.request_id, event.epoch):
             return
-        sequence = self._new_sequence(event, SequenceState.WAITING)
+        known = self._books.sequences.get(event.request_id)
+        if known is not None:
+            self._cancel(known)
+        if isinstance(event, KvOffered):
+            self._hand_over.on_kv_offered(event)
+        else:
+            self._on_arrived(event)
+
+    def _on_arrived(self, event: Arrived) -> None:
+        needed = most_tokens(event.num_tokens, event.max_total_tokens, hand_over=event.hand_over)
+        if self._books.rejects(event, needed):
+            return
+        sequence = self._books.enter(event, SequenceState.WAITING)
         sequence.hand_over = event.hand_over
         sequence.reuse_prefix = event.reuse_prefix
         sequence.num_prefill_tokens = event.num_tokens
-        bisect.insort(self._waiting, sequence, key=_order)
-
-    def _on_kv_offered(self, event: KvOffered) -> None:
-        if not self._is_news(event):
-            return
-        if not self._fits(event, event.max_total_tokens):
-            self._actions.append(ReleaseLease(request_id=event.request_id, epoch=event.epoch, source=event.source))
-            return
-        sequence = self._new_sequence(event, SequenceState.OFFERED)
-        sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
-        sequence.num_prefill_tokens = event.num_kv_tokens
-        bisect.insort(self._offered, sequence, key=_order)
-        if len(event.source_blocks) == self._ledger.num_blocks_for(event.num_kv_tokens):
-            self._wake_at(event.expires_s)
-        else:
-            self._compute_here(sequence)
+        self._books.wait(sequence)
 
     def _on_step_done(self, event: StepDone) -> None:
-        step = self._steps.pop(event.step_id, None)
-        if step is None:
+        books = self._books
+        planned = self._steps.pop(event.step_id, None)
+        if planned is None:
             raise InternalError(f"step {event.step_id} ended but was not running")
+        failed = {failure.request_id for failure in event.failed}
         results = iter(event.results)
         emitted: list[RequestId] = []
         ended: list[tuple[Sequence, FinishReason]] = []
         handed_over: list[Sequence] = []
-        for sequence, chunk in step:
-            sequence.num_in_flight = 0
-            samples = chunk.samples and sequence.request_id not in event.failed
+        for sequence, chunk in planned[0]:
+            sequence.num_in_flight -= chunk.num_tokens
+            sequence.num_coming -= chunk.samples
+            samples = chunk.samples and sequence.request_id not in failed
             result = next(results, None) if samples else None
             if samples and (result is None or result.request_id != sequence.request_id):
                 raise InternalError(f"step {event.step_id} has no result for sequence {sequence.request_id}")
-            if sequence.cancelled:
-                self._ledger.free(sequence)
-                self._end(sequence, FinishReason.ABORT)
+            if sequence.discarded is not None:
+                self._let_go(sequence)
                 continue
-            if sequence.request_id in event.failed:
-                self._ledger.retract(sequence)
+            if sequence.request_id in failed:
+                books.ledger.retract(sequence)
                 ended.append((sequence, FinishReason.ERROR))
                 continue
-            self._statistics.count_tokens(sequence, chunk)
+            books.statistics.count_tokens(sequence, chunk)
             sequence.num_computed += chunk.num_tokens
-            self._ledger.publish(sequence)
+            books.ledger.publish(sequence)
             if result is not None:
                 sequence.num_tokens += 1
                 emitted.append(sequence.request_id)
@@ -209,289 +195,92 @@ class StepScheduler:
                 elif sequence.hand_over:
                     handed_over.append(sequence)
         if emitted:
-            self._actions.append(Emit(request_ids=tuple(emitted)))
+            books.actions.append(Emit(request_ids=tuple(emitted)))
         for sequence, reason in ended:
-            self._running.remove(sequence)
-            self._ledger.free(sequence)
-            self._end(sequence, reason)
+            self._end_running(sequence, reason)
         for sequence in handed_over:
-            self._running.remove(sequence)
-            self._offer(sequence)
-
-    def _on_transfer_done(self, request_id: RequestId, epoch: Epoch) -> None:
-        if self._ledger.end_quarantine(request_id, epoch):
-            return
-        sequence = self._find(request_id, epoch, SequenceState.PULLING)
-        if sequence is None or sequence.remote is None:
-            return
-        if self._now >= sequence.remote.expires_s:
-            # The source may have reused the blocks while they were read.
-            self._on_transfer_failed(request_id, epoch, ended=True)
-            return
-        self._ledger.commit_pull(sequence)
-        sequence.num_computed = sequence.remote.num_tokens
-        self._ledger.publish(sequence)
-        self._release_remote(sequence)
-        self._num_pulling -= 1
-        self._run(sequence)
-
-    def _on_transfer_failed(self, request_id: RequestId, epoch: Epoch, ended: bool) -> None:
-        sequence = self._find(request_id, epoch, SequenceState.PULLING)
-        if sequence is not None:
-            self._ledger.abandon_pull(sequence, ended)
-            self._num_pulling -= 1
-            self._compute_here(sequence)
-        elif ended:
-            self._ledger.end_quarantine(request_id, epoch)
-
-    def _on_lease_released(self, request_id: RequestId, epoch: Epoch) -> None:
-        sequence = self._find(request_id, epoch, SequenceState.LEASED)
-        if sequence is not None and self._ledger.end_lease(request_id, epoch):
-            self._forget(sequence)
-
-    def _on_cancelled(self, request_id: RequestId, epoch: Epoch) -> None:
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.epoch == epoch:
-            self._cancel(sequence)
+            books.running.remove(sequence)
+            self._hand_over.offer(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
         """Let go of a sequence in any state, as soon as nothing reads or writes its blocks."""
         match sequence.state:
             case SequenceState.WAITING:
-                self._waiting.remove(sequence)
-            case SequenceState.OFFERED:
-                self._offered.remove(sequence)
-                self._release_remote(sequence)
-            case SequenceState.PULLING:
-                self._num_pulling -= 1
-                self._ledger.abandon_pull(sequence, ended=False)
-                self._release_remote(sequence)
+                self._books.waiting.remove(sequence)
+            case SequenceState.OFFERED | SequenceState.PULLING:
+                self._hand_over.cancel(sequence)
             case SequenceState.LEASED:
-                self._ledger.end_lease(sequence.request_id, sequence.epoch)
-                self._forget(sequence)
+                self._hand_over.end_lease(sequence)
                 return
             case SequenceState.RUNNING:
-                self._running.remove(sequence)
-                if sequence.num_in_flight:
-                    sequence.cancelled = True
-                    self._ended.remember(sequence.request_id, sequence.epoch)
-                    del self._sequences[sequence.request_id]
-                    return
-                self._ledger.free(sequence)
+                self._end_running(sequence, FinishReason.ABORT)
+                return
             case SequenceState.ENDED:
                 raise InternalError(f"sequence {sequence.request_id} ended but is still known")
-        self._end(sequence, FinishReason.ABORT)
+        self._books.end(sequence, FinishReason.ABORT)
 
-    def _expire(self) -> None:
-        """End leases whose time is over, and compute here what was offered here until now."""
-        for lease in self._ledger.end_expired_leases(self._now):
-            self._statistics.num_leases_expired += 1
-            self._forget(self._sequences[lease.request_id])
-        for sequence in [s for s in self._offered if s.remote is not None and s.remote.expires_s <= self._now]:
-            self._compute_here(sequence)
-        self._alarm = math.inf
-        next_lease = self._ledger.leases.next_expiry()
-        if next_lease is not None:
-            self._wake_at(next_lease)
-        for sequence in self._offered:
-            if sequence.remote is not None:
-                self._wake_at(sequence.remote.expires_s)
+    def _end_running(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a running sequence: now, or when the last step in flight no longer writes to its blocks."""
+        self._books.running.remove(sequence)
+        sequence.discarded = reason
+        self._books.drop(sequence)
+        self._let_go(sequence)
 
-    # Pulls and steps ----------------------------------------------------------------------------------------
-
-    def _start_pulls(self) -> None:
-        """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
-        while self._offered and self._has_room():
-            sequence = self._offered[0]
-            remote = sequence.remote
-            served_before = bool(self._waiting) and self._waiting[0].order < sequence.order
-            if served_before or remote is None or not self._ledger.begin_pull(sequence, remote, self._is_busy()):
-                return
-            del self._offered[0]
-            sequence.move(SequenceState.PULLING, self._now)
-            self._num_pulling += 1
-            if sequence.copies:
-                self._actions.append(
-                    Pull(
-                        request_id=sequence.request_id,
-                        epoch=sequence.epoch,
-                        source=remote.source,
-                        copies=sequence.copies,
-                        expires_s=remote.expires_s,
-                    )
-                )
-            else:
-                self._on_transfer_done(sequence.request_id, sequence.epoch)
+    def _let_go(self, sequence: Sequence) -> None:
+        if not sequence.num_in_flight and sequence.discarded is not None:
+            self._books.ledger.free(sequence)
+            self._books.end(sequence, sequence.discarded)
 
     def _start_steps(self) -> None:
-        if self._num_pulling and self._settings.pull_before_step:
+        books = self._books
+        if books.num_pulling and books.settings.pull_before_step:
             return
-        while len(self._steps) < self._settings.max_steps_in_flight:
-            builder = StepBuilder(self._settings.max_batch_tokens, self._settings.max_batch_size)
-            self._fill(builder)
-            step = builder.build()
+        while len(self._steps) < books.settings.max_steps_in_flight:
+            step = self._batching.plan()
             if not step:
                 return
-            self._statistics.num_steps += 1
-            step_id = self._statistics.num_steps
-            self._steps[step_id] = step
-            self._actions.append(RunStep(step_id=step_id, chunks=tuple(chunk for _, chunk in step)))
+            books.statistics.num_steps += 1
+            step_id = books.statistics.num_steps
+            planned = RunStep(step_id=step_id, chunks=tuple([chunk for _, chunk in step]))
+            self._steps[step_id] = (step, planned.chunks)
+            books.actions.append(planned)
 
-    def _fill_chunked(self, builder: StepBuilder) -> None:
-        self._plan_decodes(builder)
-        for sequence in self._prefilling():
-            self._plan(builder, sequence, builder.chunk_size(sequence))
-        self._admit(builder, builder.chunk_size)
+    # Equal steps in one go ------------------------------------------------------------------------------------
 
-    def _fill_prefill_first(self, builder: StepBuilder) -> None:
-        for sequence in self._prefilling():
-            self._plan(builder, sequence, builder.whole_size(sequence))
-        self._admit(builder, builder.whole_size)
-        if not len(builder):
-            self._plan_decodes(builder)
+    def num_repeats(self) -> int:
+        """Return how often at least the step in flight would come again if nothing happened but its end; 0 if never.
 
-    def _fill_decode_first(self, builder: StepBuilder) -> None:
-        self._plan_decodes(builder)
-        if not self._running:
-            self._admit(builder, builder.whole_size)
+        That holds when the step is the only one and decodes every running sequence, and while blocks last, so that
+        none is preempted. What waits then goes on waiting: it was left out of this step for want of a place or of
+        blocks, and neither becomes more by decoding.
+        """
+        books = self._books
+        if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
+            return 0
+        ((step, _),) = self._steps.values()
+        if len(step) != len(books.running):
+            return 0
+        if any(chunk.num_tokens != 1 or sequence.hand_over or sequence.is_discarded for sequence, chunk in step):
+            return 0
+        # Each sequence takes a block for every block_size tokens, and one more at most.
+        num_blocks_each = books.ledger.pool.num_available // len(step)
+        return max(0, num_blocks_each - 1) * books.ledger.block_size
 
-    def _plan_decodes(self, builder: StepBuilder) -> None:
-        # With several steps in flight each takes its share, or one would hold all decodes and leave stages idle.
-        share = -(-len(self._running) // self._settings.max_steps_in_flight)
-        for sequence in [s for s in self._running if s.num_remaining == 1 and not s.num_in_flight][:share]:
-            self._plan(builder, sequence, builder.chunk_size(sequence))
+    def repeat(self, count: int) -> RunStep:
+        """Do what ``count`` ends of the step in flight, none of which ends a sequence, would have done.
 
-    def _prefilling(self) -> list[Sequence]:
-        return [s for s in self._running if s.num_remaining > 1 and not s.num_in_flight]
-
-    def _plan(self, builder: StepBuilder, sequence: Sequence, num_tokens: int) -> None:
-        """Plan a running sequence's next tokens, preempting later ones when blocks are short."""
-        if not num_tokens or sequence.state is not SequenceState.RUNNING:
-            return
-        while not self._ledger.grow(sequence, sequence.num_computed + num_tokens):
-            victim = next((s for s in reversed(self._running) if not s.num_in_flight), sequence)
-            if victim.order <= sequence.order:
-                return  # leases and steps in flight hold the rest; their end will wake this sequence
-            builder.drop(victim)
-            self._preempt(victim)
-        builder.add(sequence, num_tokens)
-
-    def _admit(self, builder: StepBuilder, size: Callable[[Sequence], int]) -> None:
-        """Let waiting sequences in, in order and without skipping, while places, tokens and blocks last."""
-        while self._waiting and self._has_room() and builder.has_place:
-            sequence = self._waiting[0]
-            # A handed-over sequence does not grow, so it needs no headroom.
-            if not size(sequence) or not self._ledger.admit(sequence, self._is_busy() and not sequence.hand_over):
-                return
-            del self._waiting[0]
-            self._run(sequence)
-            builder.add(sequence, size(sequence))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._statistics.num_preemptions += 1
-        self._running.remove(sequence)
-        self._ledger.free(sequence)
-        sequence.move(SequenceState.WAITING, self._now)
-        bisect.insort(self._waiting, sequence, key=_order)
-
-    def _has_room(self) -> bool:
-        return len(self._running) + self._num_pulling < self._settings.max_batch_size
-
-    def _is_busy(self) -> bool:
-        return bool(self._running) or self._num_pulling > 0
-
-    # Bookkeeping --------------------------------------------------------------------------------------------
-
-    def _is_news(self, event: Arrived | KvOffered) -> bool:
-        """False for a repeated, ended or old epoch; a newer epoch first replaces the older one."""
-        known = self._sequences.get(event.request_id)
-        if known is not None and known.epoch >= event.epoch:
-            return False
-        if self._ended.has_ended(event.request_id, event.epoch):
-            return False
-        if known is not None:
-            self._cancel(known)
-        return True
-
-    def _fits(self, event: Arrived | KvOffered, most_tokens: int) -> bool:
-        """Reject a sequence that could outgrow the whole pool."""
-        if self._ledger.fits_at_all(most_tokens):
-            return True
-        detail = (
-            f"{most_tokens} tokens need {self._ledger.num_blocks_for(most_tokens)} KV blocks, "
-            f"but the instance has {self._ledger.pool.num_blocks}"
-        )
-        self._actions.append(
-            Reject(request_id=event.request_id, epoch=event.epoch, reason=RejectReason.TOO_LONG, detail=detail)
-        )
-        return False
-
-    def _new_sequence(self, event: Arrived | KvOffered, state: SequenceState) -> Sequence:
-        self._statistics.num_arrivals += 1
-        sequence = Sequence(
-            request_id=event.request_id,
-            epoch=event.epoch,
-            num_tokens=event.num_tokens,
-            max_total_tokens=event.max_total_tokens,
-            order=(event.priority, event.arrival_s, self._statistics.num_arrivals),
-            state=state,
-            block_hashes=event.block_hashes,
-        )
-        sequence.story.append((self._now, state))
-        self._sequences[event.request_id] = sequence
-        return sequence
-
-    def _find(self, request_id: RequestId, epoch: Epoch, state: SequenceState) -> Sequence | None:
-        sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.epoch != epoch or sequence.state is not state:
-            return None
-        return sequence
-
-    def _run(self, sequence: Sequence) -> None:
-        sequence.move(SequenceState.RUNNING, self._now)
-        bisect.insort(self._running, sequence, key=_order)
-
-    def _compute_here(self, sequence: Sequence) -> None:
-        """The remote KV blocks cannot be had: compute them here, so that the sequence is late but not lost."""
-        if sequence.state is SequenceState.OFFERED:
-            self._offered.remove(sequence)
-        self._release_remote(sequence)
-        sequence.move(SequenceState.WAITING, self._now)
-        bisect.insort(self._waiting, sequence, key=_order)
-
-    def _offer(self, sequence: Sequence) -> None:
-        expires_s = self._now + self._settings.lease_s
-        self._ledger.lease(sequence, expires_s)
-        sequence.move(SequenceState.LEASED, self._now)
-        self._actions.append(
-            OfferKv(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                num_tokens=sequence.num_computed,
-                block_ids=sequence.block_ids,
-                expires_s=expires_s,
-            )
-        )
-        self._wake_at(expires_s)
-
-    def _release_remote(self, sequence: Sequence) -> None:
-        if sequence.remote is not None:
-            self._actions.append(
-                ReleaseLease(request_id=sequence.request_id, epoch=sequence.epoch, source=sequence.remote.source)
-            )
-            sequence.remote = None
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch, reason=reason))
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        sequence.move(SequenceState.ENDED, self._now)
-        self._ended.remember(sequence.request_id, sequence.epoch)
-        if self._sequences.get(sequence.request_id) is sequence:
-            del self._sequences[sequence.request_id]
-
-    def _wake_at(self, time_s: float) -> None:
-        if time_s < self._alarm:
-            self._alarm = time_s
-            self._actions.append(WakeAt(time_s=time_s))
+        Between two changes of a decode batch every call would do the same: book one token for each sequence, take a
+        block here and there, and order the same step again. So a simulation costs by changes, not by tokens. Returns
+        the step in flight, which is now the last repetition; its chunks name the positions of the first.
+        """
+        books = self._books
+        ((step_id, (step, chunks)),) = self._steps.items()
+        for sequence, _ in step:
+            sequence.num_tokens += count
+            sequence.num_computed += count
+            if not books.ledger.grow(sequence, sequence.num_tokens):
+                raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
+        books.statistics.num_steps += count
+        books.statistics.num_decode_tokens += count * len(step)
+        self._steps = {step_id + count: (step, chunks)}
+        return RunStep(step_id=step_id + count, chunks=chunks)

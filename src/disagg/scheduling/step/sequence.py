@@ -7,6 +7,7 @@ from typing import Final
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.sampling import FinishReason
 from disagg.scheduling.step.actions import BlockCopy
 
 
@@ -24,6 +25,8 @@ class SequenceState(enum.Enum):
     PULLING = "pulling"
     LEASED = "leased"
     ENDED = "ended"
+
+    __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
 
 
 _State = SequenceState
@@ -85,15 +88,32 @@ class Sequence:
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
     num_in_flight: int = 0
-    """Tokens of this sequence in a step that has not ended."""
-    cancelled: bool = False
-    preempted: bool = False
+    """Tokens of this sequence in steps that have not ended."""
+    num_coming: int = 0
+    """Tokens that those steps will sample."""
+    discarded: FinishReason | None = None
+    """Why nobody wants what its steps in flight bring."""
     story: deque[tuple[float, SequenceState]] = field(default_factory=lambda: deque(maxlen=16))
 
     @property
+    def num_planned(self) -> int:
+        """Tokens that are computed, or will be when the steps in flight have ended."""
+        return self.num_computed + self.num_in_flight
+
+    @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet."""
-        return self.num_tokens - self.num_computed
+        """Tokens that are known, or will be when the steps in flight have ended, and that no step computes yet."""
+        return self.num_tokens + self.num_coming - self.num_computed - self.num_in_flight
+
+    @property
+    def ends_with_step_in_flight(self) -> bool:
+        """True when nothing is left to compute here after the steps in flight."""
+        return bool(self.num_coming) and (self.hand_over or self.num_tokens + self.num_coming >= self.max_total_tokens)
+
+    @property
+    def is_discarded(self) -> bool:
+        """True when the sequence ended while a step in flight still computes it."""
+        return self.discarded is not None
 
     def move(self, state: SequenceState, now: float) -> None:
         """Change state; raise InternalError with the sequence's story when the move is not legal."""

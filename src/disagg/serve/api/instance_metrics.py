@@ -7,7 +7,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from disagg.base.messages import InstanceLoad
-from disagg.serve.router.interface import InstanceState, InstanceStatus, Router
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.serve.router.interface import InstanceStatus, Router
 
 _Read = Callable[[InstanceStatus], float]
 _OfLoad = Callable[[InstanceLoad], float]

@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
+from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
-from disagg.serve.router.sink import DropReason
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,11 @@ import time
 from collections.abc import Sequence
 
 from disagg.base.request import Role
+from disagg.scheduling.dispatch.state import InstanceState
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
 from disagg.serve.api.observer import Accounts
 from disagg.serve.api.views import InstanceView, Readiness, ServerView
-from disagg.serve.router.interface import InstanceState, InstanceStatus, Router
+from disagg.serve.router.interface import InstanceStatus, Router
 
 
 def server_view(router: Router, model: str, version: str, accounts: Accounts) -> ServerView:

@@ -3,20 +3,17 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from msgspec import structs
 
-from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError, DisaggError, InternalError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
-from disagg.base.request import Role
 from disagg.serve.launch.observer import ServerObserver
 from disagg.serve.launch.process import ENGINE_COMMAND, Exit, InstanceProcess
-from disagg.serve.launch.restart import RestartPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +26,29 @@ CONFIGURATION_STATUS: Final = 2
 
 
 class ProcessListener(Protocol):
-    """The router's side: it is told what becomes of the processes."""
+    """The router's side: it is told what becomes of the processes, and answers as an ``InstanceWatcher`` is told."""
 
     def instance_starting(self, instance: InstanceId) -> None:
         """A process of the instance is about to be started."""
 
-    def instance_exited(self, instance: InstanceId, detail: str, *, returning: bool) -> None:
-        """The instance's process is gone; ``returning`` when another one will be started."""
+    def instance_exited(self, instance: InstanceId, detail: str) -> None:
+        """The instance's process is gone. Whether it is started again, the watcher is told before this returns."""
 
 
 class _Child:
     """One instance over all its lives."""
 
-    def __init__(self, settings: InstanceSettings, policy: RestartPolicy) -> None:
+    def __init__(self, settings: InstanceSettings) -> None:
         self.settings = settings
-        self.policy = policy
         self.process: InstanceProcess | None = None
-        self.ready_since_s: float | None = None
+        self.is_ready = False
         self.was_ready = False
+        self.restart_delay_s: float | None = None
+        """When to start it again, as the router said at its last death."""
         self.given_up = False
         self.fault = ""
         """Why the router had it ended."""
+        self.last_end = ""
 
 
 class Launcher:
@@ -66,14 +65,11 @@ class Launcher:
         observer: ServerObserver,
         *,
         command: Sequence[str] = ENGINE_COMMAND,
-        make_policy: Callable[[], RestartPolicy] = RestartPolicy,
-        clock: Clock | None = None,
     ) -> None:
-        self._children = {settings.instance: _Child(settings, make_policy()) for settings in instances}
+        self._children = {settings.instance: _Child(settings) for settings in instances}
         self._listener = listener
         self._observer = observer
         self._command = command
-        self._clock = clock or MonotonicClock()
         self._stopping = asyncio.Event()
         self._all_ready = asyncio.Event()
         self._supervisors: list[asyncio.Task[None]] = []
@@ -99,7 +95,7 @@ class Launcher:
         """End all instances: wait for those that were asked to stop, then terminate, then kill. May be called twice."""
         self._stopping.set()
         for child in self._children.values():
-            if child.process is not None and child.ready_since_s is None:
+            if child.process is not None and not child.is_ready:
                 child.process.send_signal(signal.SIGTERM)  # it still loads, and reads no message
         for number, patience_s in ((None, STOP_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, None)):
             if number is not None:
@@ -124,8 +120,7 @@ class Launcher:
     def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
         """See InstanceWatcher."""
         child = self._children[instance]
-        child.was_ready = True
-        child.ready_since_s = self._clock.now()
+        child.is_ready = child.was_ready = True
         self._observer.instance_ready(instance, facts)
         if all(other.was_ready for other in self._children.values()):
             self._all_ready.set()
@@ -137,13 +132,28 @@ class Launcher:
             child.fault = why
             child.process.send_signal(signal.SIGKILL)
 
+    def restart_instance(self, instance: InstanceId, delay_s: float) -> None:
+        """See InstanceWatcher."""
+        self._children[instance].restart_delay_s = delay_s
+
+    def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
+        """See InstanceWatcher."""
+        child = self._children[instance]
+        child.given_up = True
+        child.restart_delay_s = None
+        if child.was_ready and nothing_left:
+            lost = ", ".join(name for name, other in self._children.items() if other.given_up)
+            self._fail(
+                UnavailableError(f"{lost} died too often, and nothing can be served without; last: {child.last_end}")
+            )
+
     # Lives and deaths -----------------------------------------------------------------------------------------
 
     async def _supervise(self, child: _Child) -> None:
         name = child.settings.instance
         while not self._stopping.is_set():
             child.fault = ""
-            child.ready_since_s = None
+            child.is_ready = False
             ended = await self._live(child)
             if self._stopping.is_set():
                 return
@@ -170,27 +180,15 @@ class Launcher:
 
     def _after_death(self, child: _Child, ended: Exit) -> float | None:
         """Tell everybody and return the seconds until the next start, or None when there is none."""
-        name, how = child.settings.instance, ended.describe()
-        if not child.was_ready:
-            self._listener.instance_exited(name, how, returning=False)
-            if ended.status == CONFIGURATION_STATUS:
-                self._fail(ConfigurationError(f"{name} could not start: {ended.error() or how}"))
-            else:
-                self._fail(UnavailableError(f"{name} could not start: {how}"))
-            return None
-        ready_for_s = None if child.ready_since_s is None else self._clock.now() - child.ready_since_s
-        delay_s = child.policy.delay_s(ready_for_s)
-        child.given_up = delay_s is None
-        self._listener.instance_exited(name, how, returning=delay_s is not None)
-        self._observer.instance_lost(name, how, delay_s)
-        if not self._can_serve():
-            lost = ", ".join(name for name, other in self._children.items() if other.given_up)
-            self._fail(UnavailableError(f"{lost} died too often, and nothing can be served without; last: {how}"))
-        return delay_s
-
-    def _can_serve(self) -> bool:
-        roles = {child.settings.role for child in self._children.values() if not child.given_up}
-        return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+        name, child.last_end = child.settings.instance, ended.describe()
+        self._listener.instance_exited(name, child.last_end)
+        if child.was_ready:
+            self._observer.instance_lost(name, child.last_end, child.restart_delay_s)
+        elif ended.status == CONFIGURATION_STATUS:
+            self._fail(ConfigurationError(f"{name} could not start: {ended.error() or child.last_end}"))
+        else:
+            self._fail(UnavailableError(f"{name} could not start: {child.last_end}"))
+        return child.restart_delay_s
 
     def _note_end(self, supervisor: asyncio.Task[None]) -> None:
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:

@@ -24,7 +24,6 @@ from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.observer import ServerObserver
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.router.control_socket import ZmqControlSocket
-from disagg.serve.router.event_log import DispatchLogWriter
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
 
@@ -83,12 +82,13 @@ class Server:
                 available_cores=sorted(os.sched_getaffinity(0)),
                 parent_pid=os.getpid(),
             )
+            folder = self._deployment.host.event_log
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
                 ZmqControlSocket(endpoint),
                 sink=self._sink,
-                event_log=self._open_event_log(resources),
+                event_log=None if folder is None else Path(folder) / "router.jsonl",
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
@@ -174,12 +174,3 @@ class Server:
     def _take_signal(self, number: signal.Signals) -> None:
         if not self._signals.full():
             self._signals.put_nowait(number)
-
-    def _open_event_log(self, resources: ExitStack) -> DispatchLogWriter | None:
-        folder = self._deployment.host.event_log
-        if folder is None:
-            return None
-        path = Path(folder) / "router.jsonl"
-        log = DispatchLogWriter(path, self._deployment.roles(), self._deployment.router)
-        resources.callback(log.close)
-        return log

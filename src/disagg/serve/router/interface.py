@@ -1,6 +1,5 @@
 """What the API sees of the router: submit a sequence, read its tokens, abort it, look at the instances."""
 
-import enum
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,14 +9,7 @@ from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
-
-
-class InstanceState(enum.Enum):
-    """Life of an instance as the router sees it."""
-
-    STARTING = "starting"
-    READY = "ready"
-    LOST = "lost"
+from disagg.scheduling.dispatch.state import InstanceState
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,9 @@
-"""The dispatcher's shell: feeds it events under the real clock and carries its actions out over a real socket."""
+"""The live shell of the router's core: feeds it under the real clock, carries out what it says over a real socket."""
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final, assert_never
 
 from disagg.base.clock import Clock
@@ -16,50 +17,48 @@ from disagg.base.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import (
-    Abort,
-    Adopt,
-    Generate,
-    KvOffer,
-    Message,
-    PeerLost,
-    Release,
-    SequenceOutput,
-    encode,
-)
+from disagg.base.messages import Abort, Adopt, Generate, Message, PeerLost, Release, SequenceOutput, encode
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
     Deliver,
-    Drop,
+    Drained,
     Fail,
     FailReason,
     Finish,
     Refuse,
     RefuseReason,
     SendAbort,
-    SendAdopt,
     SendGenerate,
-    SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.dispatcher import Dispatcher
-from disagg.scheduling.dispatch.events import (
-    AnyDispatchEvent,
-    Progress,
-    SequenceArrived,
-    SequenceCancelled,
-    TokensEmitted,
+from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
+from disagg.scheduling.event_log import RouterRecord
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
+from disagg.scheduling.router.outputs import (
+    AnyRouterOutput,
+    EndInstance,
+    GiveUpInstance,
+    HandOverEnded,
+    InstanceLost,
+    InstanceWelcomed,
+    MessageDropped,
+    RestartInstance,
+    SendOffer,
+    TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.serve.router.control_socket import ControlSocket
-from disagg.serve.router.event_log import DispatchLogWriter
-from disagg.serve.router.instance_table import InstanceTable
 from disagg.serve.router.record import SequenceRecord
-from disagg.serve.router.sink import DropReason, RouterSink
+from disagg.serve.router.sink import RouterSink
 from disagg.serve.router.stream import LiveStream
+from disagg.serve.router.watcher import InstanceWatcher, NullWatcher
+
+logger = logging.getLogger(__name__)
 
 _ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
     FailReason.INSTANCE_LOST: InstanceLostError,
@@ -72,41 +71,30 @@ _ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
     RefuseReason.UNAVAILABLE: UnavailableError,
 }
 
+_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
 
-class DispatchShell:
-    """One dispatcher and the records of the sequences that it decides on. Nothing here waits.
 
-    ``unreachable`` is called with an instance that a message could not be sent to and the reason; it answers by
-    feeding InstanceDown, which is handled after the event at hand.
-    """
+class RouterShell:
+    """One core and the records of the sequences that it decides on. Nothing here waits."""
 
     def __init__(
-        self,
-        dispatcher: Dispatcher,
-        table: InstanceTable,
-        socket: ControlSocket,
-        unreachable: Callable[[InstanceId, str], None],
-        *,
-        clock: Clock,
-        sink: RouterSink,
-        event_log: DispatchLogWriter | None,
+        self, core: RouterCore, socket: ControlSocket, *, clock: Clock, sink: RouterSink, event_log: EventLog | None
     ) -> None:
-        self._dispatcher = dispatcher
-        self._table = table
+        self.watcher: InstanceWatcher = NullWatcher()
+        self._core = core
         self._socket = socket
-        self._unreachable = unreachable
         self._clock = clock
         self._sink = sink
         self._event_log = event_log
         self._records: dict[RequestId, SequenceRecord] = {}
-        self._events: deque[tuple[AnyDispatchEvent, Mapping[RequestId, SequenceOutput]]] = deque()
+        self._waiting: deque[tuple[AnyRouterInput, Mapping[RequestId, SequenceOutput]]] = deque()
         self._handling = False
         self._wake_up: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
     def submit(self, request: GenerationRequest) -> LiveStream:
-        """Take a sequence; raise OverloadedError or UnavailableError when the dispatcher refuses it."""
+        """Take a sequence; raise OverloadedError or UnavailableError when the core refuses it."""
         if request.request_id in self._records:
             raise InternalError(f"sequence {request.request_id} was submitted twice")
         timeline = RequestTimeline(arrival_s=request.arrival_s or self._clock.now())
@@ -145,93 +133,112 @@ class DispatchShell:
         await self._idle.wait()
 
     def emit(self, instance: InstanceId, outputs: tuple[SequenceOutput, ...]) -> None:
-        """Take what a step of ``instance`` brought; raise InternalError on outputs that cannot be."""
-        by_id = {output.request_id: output for output in outputs}
-        if len(by_id) != len(outputs):
-            raise InternalError("two outputs of one step are for the same sequence")
+        """Take what a step of ``instance`` brought."""
         progress = tuple(
             Progress(output.request_id, output.epoch, len(output.token_ids), output.finish_reason is not None)
             for output in outputs
         )
+        by_id = {output.request_id: output for output in outputs}
         self.feed(TokensEmitted(instance=instance, progress=progress), by_id)
 
-    def keep_offer(self, offer: KvOffer) -> None:
-        """Remember the first offer of a sequence, for the instance that will adopt it."""
-        record = self._records.get(offer.request_id)
-        if record is not None and record.request.epoch == offer.epoch and record.offer is None:
-            record.offer = offer
-
-    def feed(self, event: AnyDispatchEvent, outputs: Mapping[RequestId, SequenceOutput] | None = None) -> None:
-        """Handle one event, and those that its actions cause; raise InternalError when it cannot be."""
-        self._events.append((event, outputs or {}))
+    def feed(self, one: AnyRouterInput, outputs: Mapping[RequestId, SequenceOutput] | None = None) -> None:
+        """Let the core handle this, and what carrying out its outputs causes; raise what the core raises."""
+        self._waiting.append((one, outputs or {}))
         if self._handling:
             return
         self._handling = True
         try:
-            while self._events:
-                self._handle(*self._events.popleft())
+            while self._waiting:
+                self._handle(*self._waiting.popleft())
         finally:
             self._handling = False
         if not self._records:
             self._idle.set()
 
+    def tick(self) -> None:
+        """Let the core see what time it is. A timer calls this; it is public for tests of time."""
+        self._wake_up = None
+        self.feed(Tick())
+
     def close(self) -> None:
-        """Forget the wake-up. Call ``cancel_all`` before."""
+        """Forget the wake-up and end the log. Call ``cancel_all`` before."""
         if self._wake_up is not None:
             self._wake_up.cancel()
+        if self._event_log is not None:
+            self._event_log.close()
 
-    def _handle(self, event: AnyDispatchEvent, outputs: Mapping[RequestId, SequenceOutput]) -> None:
+    def _handle(self, one: AnyRouterInput, values: Mapping[RequestId, SequenceOutput]) -> None:
         now = self._clock.now()
-        log = self._event_log
-        for action in log.handle(self._dispatcher, event, now) if log else self._dispatcher.handle(event, now):
-            match action:
-                case Deliver():
-                    assert isinstance(event, TokensEmitted), "only a step's outputs are delivered"
-                    role = self._table[event.instance].role
-                    for request_id in action.request_ids:
-                        self._records[request_id].accept(outputs[request_id], event.instance, role, now)
-                case Drop():
-                    self._sink.message_dropped(action.instance, DropReason.STALE)
-                case Finish():
-                    self._records.pop(action.request_id).stream.end()
-                case Fail():
-                    self._records.pop(action.request_id).stream.end(_ERRORS[action.reason](action.detail))
-                case Refuse():
-                    self._records.pop(action.request_id).stream.refuse(_ERRORS[action.reason](action.detail))
-                case WakeAt():
-                    self._wake_at(action.time_s, now)
+        outputs = self._core.handle(one, now)
+        if self._event_log is not None:
+            self._event_log.record(RouterRecord(now, (one,), tuple(outputs)))
+        for output in outputs:
+            match output:
+                case Deliver(request_ids=request_ids):
+                    assert isinstance(one, TokensEmitted), "only a step's outputs are delivered"
+                    role = self._core.members[one.instance].role
+                    for request_id in request_ids:
+                        self._records[request_id].accept(values[request_id], one.instance, role, now)
+                case Finish(request_id=request_id):
+                    self._records.pop(request_id).stream.end()
+                case Fail(request_id=request_id, reason=reason, detail=detail):
+                    self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
+                case Refuse(request_id=request_id, reason=refusal, detail=detail):
+                    self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
+                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
+                    self._send(output)
+                case WakeAt(time_s=time_s):
+                    self._wake_at(time_s, now)
                 case _:
-                    self._send(action)
+                    self._report(output)
 
-    def _send(self, action: SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost) -> None:
+    def _report(self, output: AnyRouterOutput) -> None:
+        """Tell whoever counts, shows and runs the instances."""
+        match output:
+            case MessageDropped(instance=instance, reason=reason):
+                self._sink.message_dropped(instance, reason)
+            case HandOverEnded():
+                self._sink.hand_over_ended(
+                    output.source, output.target, output.num_bytes, output.duration_s, output.failure
+                )
+            case InstanceWelcomed(instance=instance):
+                facts = self._core.members[instance].facts
+                assert facts is not None, "a welcomed instance has said what it is"
+                self.watcher.instance_ready(instance, facts)
+            case InstanceLost(instance=instance):
+                self._sink.instance_lost(instance)
+            case EndInstance(instance=instance, why=why):
+                logger.error("instance %s is treated as dead: %s", instance, why)
+                self.watcher.instance_faulty(instance, why)
+            case RestartInstance(instance=instance, delay_s=delay_s):
+                self.watcher.restart_instance(instance, delay_s)
+            case GiveUpInstance(instance=instance, nothing_left=nothing_left):
+                self.watcher.give_up_instance(instance, nothing_left)
+            case Drained(instance=instance):
+                logger.info("instance %s has drained", instance)
+
+    def _send(self, output: _AnySend) -> None:
         try:
-            self._socket.send(action.instance, encode(self._message(action)))
+            self._socket.send(output.instance, encode(self._message(output)))
         except UnavailableError as error:
-            self._unreachable(action.instance, str(error))
+            self._waiting.append((Unreachable(instance=output.instance, why=str(error)), {}))
 
-    def _message(self, action: SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost) -> Message:
-        match action:
-            case SendGenerate():
-                request = self._records[action.request_id].request_now()
-                return Generate(request=request, hand_over=action.hand_over)
-            case SendAdopt():
-                record = self._records[action.request_id]
-                assert record.offer is not None, "a sequence is adopted after its offer"
-                return Adopt(request=record.request_now(), offer=record.offer)
-            case SendAbort():
-                return Abort(request_id=action.request_id, epoch=action.epoch)
-            case SendRelease():
-                return Release(request_id=action.request_id, epoch=action.epoch)
-            case SendPeerLost():
-                return PeerLost(instance=action.lost, incarnation=self._table[action.lost].incarnation)
+    def _message(self, output: _AnySend) -> Message:
+        match output:
+            case SendGenerate(request_id=request_id, hand_over=hand_over):
+                return Generate(request=self._records[request_id].request_now(), hand_over=hand_over)
+            case SendOffer(request_id=request_id, offer=offer):
+                return Adopt(request=self._records[request_id].request_now(), offer=offer)
+            case SendAbort(request_id=request_id, epoch=epoch):
+                return Abort(request_id=request_id, epoch=epoch)
+            case SendRelease(request_id=request_id, epoch=epoch):
+                return Release(request_id=request_id, epoch=epoch)
+            case TellPeerLost(lost=lost, incarnation=incarnation):
+                return PeerLost(instance=lost, incarnation=incarnation)
             case _:
-                assert_never(action)
+                assert_never(output)
 
     def _wake_at(self, time_s: float, now: float) -> None:
         if self._wake_up is not None:
             self._wake_up.cancel()
-        self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self._tick)
-
-    def _tick(self) -> None:
-        self._wake_up = None
-        self.feed(Tick())
+        self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self.tick)

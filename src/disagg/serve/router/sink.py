@@ -1,18 +1,9 @@
 """What the router tells to whoever counts: metrics, logs, tests."""
 
-import enum
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
-
-
-class DropReason(enum.Enum):
-    """Why a message of an instance was not used."""
-
-    STALE = "stale"
-    """About a sequence that ended, is held elsewhere, or is in a later attempt; or from an instance declared lost."""
-    MALFORMED = "malformed"
-    """Not a message of this protocol, or one that cannot be."""
+from disagg.scheduling.router.outputs import DropReason
 
 
 class RouterSink(Protocol):

@@ -1,0 +1,63 @@
+"""The token values of the sequences that an instance's core knows, and what the core may know of them."""
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import Epoch, RequestId
+from disagg.base.request import GenerationRequest
+from disagg.engine.sequences import LiveSequence
+from disagg.scheduling.instance.inputs import SequenceFacts
+
+
+class SequenceTable:
+    """Live sequences by name; a newer attempt takes the place of an older one."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._sequences: dict[RequestId, LiveSequence] = {}
+
+    def __getitem__(self, request_id: RequestId) -> LiveSequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise InternalError(f"the core knows sequence {request_id}, the engine does not")
+        return sequence
+
+    def add(self, request: GenerationRequest) -> SequenceFacts:
+        """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""
+        known = self._sequences.get(request.request_id)
+        if known is None or known.epoch < request.epoch:
+            self._sequences[request.request_id] = LiveSequence(request)
+        return SequenceFacts(
+            request_id=request.request_id,
+            epoch=request.epoch,
+            num_tokens=request.num_tokens,
+            max_total_tokens=request.max_total_tokens,
+            priority=request.priority,
+            arrival_s=request.arrival_s,
+            block_hashes=request.block_hashes,
+            reuse_prefix=not LiveSequence.reports_prompt_logprobs(request),
+            fault=self._fault(request),
+        )
+
+    def drop(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Forget an attempt, unless a newer one has taken its place."""
+        known = self._sequences.get(request_id)
+        if known is not None and known.epoch == epoch:
+            del self._sequences[request_id]
+
+    def _fault(self, request: GenerationRequest) -> str:
+        """Return why a request cannot be computed, if so; a wrong token id would otherwise end the whole instance."""
+        if not request.prompt_token_ids:
+            return "the prompt has no tokens"
+        if len(request.output_token_ids) >= request.sampling.max_tokens:
+            return f"all of max_tokens ({request.sampling.max_tokens}) are already generated"
+        if bad := _outside(request, self._vocab_size):
+            return f"token id {bad[0]} is outside the vocabulary of {self._vocab_size}"
+        return ""
+
+
+def _outside(request: GenerationRequest, vocab_size: int) -> list[int]:
+    """Return ids, of tokens or in sampling parameters, that the model has no logit for."""
+    sampling = request.sampling
+    biased = [token_id for token_id, _ in sampling.logit_bias]
+    ids = (*request.output_token_ids, *request.eos_token_ids, *sampling.stop_token_ids, *biased)
+    extremes = (min(request.prompt_token_ids), max(request.prompt_token_ids))
+    return [token_id for token_id in (*extremes, *ids) if not 0 <= token_id < vocab_size]

@@ -1,0 +1,162 @@
+"""Steps launched and collected: in the loop's own thread, or in one beside it that computes while the loop plans.
+
+``InlineSteps`` computes a step when it is asked for: the way of a CPU instance, whose cores compute anyway.
+``ThreadedSteps`` keeps a device busy: step n + 1 is planned and launched while step n runs (asynchronous scheduling).
+A sequence's token of step n is appended before step n + 1 begins, in whatever thread, and a sequence that ended with it
+takes no part any more.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from disagg.base.ids import RequestId
+from disagg.base.messages import SequenceOutput, StageStamps
+from disagg.base.sampling import FinishReason, PositionLogprobs
+from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.engine.sequences import LiveSequence
+from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token that a step brought for a sequence, and why it is the last, if it is."""
+
+    sequence: LiveSequence
+    token_id: int
+    logprobs: PositionLogprobs | None
+    finished: FinishReason | None
+
+    def output(self, stamps: StageStamps | None = None, num_cached_tokens: int = 0) -> SequenceOutput:
+        """Return what the router is told; ``stamps`` come with the first token of this instance."""
+        sequence, finished = self.sequence, self.finished
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            epoch=sequence.epoch,
+            token_ids=(self.token_id,),
+            finish_reason=finished,
+            stop_token_id=self.token_id if finished is FinishReason.STOP else None,
+            logprobs=(self.logprobs,) if self.logprobs is not None else (),
+            prompt_logprobs=sequence.take_prompt_logprobs() if stamps is not None else (),
+            num_cached_tokens=num_cached_tokens,
+            stamps=stamps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """What a step brought: the core's event, and the values that it is about."""
+
+    done: StepDone
+    tokens: dict[RequestId, SampledToken]
+
+
+class Steps(Protocol):
+    """Runs steps, in the order in which they were launched. Its methods belong to the loop's thread."""
+
+    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+        """Queue a step."""
+
+    def poll(self) -> CompletedStep | None:
+        """Return the next step that has ended; None when none has. Raises what the executor raised."""
+
+    def close(self) -> None:
+        """Let what runs end, and drop what waits."""
+
+
+class InlineSteps:
+    """Computes in the loop's thread. See ``Steps``."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._launched: deque[tuple[int, Sequence[Work]]] = deque()
+
+    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+        """See ``Steps``."""
+        self._launched.append((step_id, step))
+
+    def poll(self) -> CompletedStep | None:
+        """Compute the next step launched."""
+        return run_step(self._executor, *self._launched.popleft()) if self._launched else None
+
+    def close(self) -> None:
+        """See ``Steps``."""
+        self._launched.clear()
+
+
+class ThreadedSteps:
+    """Computes in a thread of its own, which calls ``wake`` when a step has ended. See ``Steps``."""
+
+    def __init__(self, executor: Executor, wake: Callable[[], None], prepare: Callable[[], None]) -> None:
+        """Start the thread; it calls ``prepare`` first."""
+        self._executor = executor
+        self._wake = wake
+        self._launched: queue.SimpleQueue[tuple[int, Sequence[Work]] | None] = queue.SimpleQueue()
+        self._ended: deque[CompletedStep | Exception] = deque()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, args=(prepare,), name="steps", daemon=True)
+        self._thread.start()
+
+    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+        """See ``Steps``."""
+        self._launched.put((step_id, step))
+
+    def poll(self) -> CompletedStep | None:
+        """See ``Steps``."""
+        if not self._ended:
+            return None
+        ended = self._ended.popleft()
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
+
+    def close(self) -> None:
+        """See ``Steps``."""
+        self._is_closing = True
+        self._launched.put(None)
+        self._thread.join()
+
+    def _run(self, prepare: Callable[[], None]) -> None:
+        prepare()
+        while (launched := self._launched.get()) is not None and not self._is_closing:
+            try:
+                self._ended.append(run_step(self._executor, *launched))
+            except Exception as error:
+                self._ended.append(error)
+            self._wake()
+
+
+def run_step(executor: Executor, step_id: int, step: Sequence[Work]) -> CompletedStep:
+    """Compute a step and append its tokens. Sequences that ended in an earlier step are left out."""
+    wanted = [work for work in step if work.sequence.finished is None and work.sequence.failure is None]
+    results = iter(executor.run(wanted) if wanted else ())
+    tokens: dict[RequestId, SampledToken] = {}
+    sampled: list[StepResult] = []
+    failed: list[StepFailure] = []
+    for work in step:
+        sequence = work.sequence
+        is_wanted = sequence.finished is None and sequence.failure is None
+        token = _accept(work, next(results)) if is_wanted else None
+        if sequence.failure is not None:
+            failed.append(StepFailure(work.chunk.request_id, sequence.failure.kind, sequence.failure.message))
+        elif work.chunk.samples:
+            sampled.append(StepResult(work.chunk.request_id, sequence.finished))
+        if token is not None:
+            tokens[work.chunk.request_id] = token
+    return CompletedStep(StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed)), tokens)
+
+
+def _accept(work: Work, result: ChunkResult) -> SampledToken | None:
+    sequence = work.sequence
+    if result.failure is not None:
+        sequence.failure = result.failure
+        return None
+    if result.prompt_logprobs:
+        sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
+    if result.token_id is None:
+        return None
+    sequence.append(result.token_id)
+    return SampledToken(sequence, result.token_id, result.logprobs, sequence.finished)

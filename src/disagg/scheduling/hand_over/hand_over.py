@@ -1,0 +1,193 @@
+"""The hand-over of one instance, both sides: blocks leased to others, and blocks pulled from others.
+
+A pull starts when there is room for the sequence (blocks and a place in the batch), so that the source's pool is the
+buffer and this instance is never flooded. What cannot be pulled is computed here: late, but not lost.
+"""
+
+import bisect
+import math
+from typing import Final
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.step.actions import OfferKv, Pull, ReleaseLease
+from disagg.scheduling.step.books import Books, order_of
+from disagg.scheduling.step.events import KvOffered
+from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
+
+LEASE_GRACE_S: Final = 1.0
+"""Blocks are kept for longer than was promised: the promise is a duration, and its message takes time to arrive."""
+
+
+class HandOver:
+    """Offers and leases of this instance's blocks; adoption and pulls of other instances' blocks."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._offered: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Adopted sequences whose blocks are not here yet."""
+        return len(self._offered) + self._books.num_pulling
+
+    # This instance's blocks -----------------------------------------------------------------------------------
+
+    def offer(self, sequence: Sequence) -> None:
+        """Lease the blocks of a sequence that was running to whoever continues it."""
+        books = self._books
+        lease_s = books.settings.lease_s
+        expires_s = books.now + lease_s + LEASE_GRACE_S
+        books.ledger.lease(sequence, expires_s)
+        sequence.move(SequenceState.LEASED, books.now)
+        books.actions.append(
+            OfferKv(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                num_tokens=sequence.num_computed,
+                block_ids=sequence.block_ids,
+                lease_s=lease_s,
+            )
+        )
+        books.wake_at(expires_s)
+
+    def on_lease_released(self, request_id: RequestId, epoch: Epoch) -> None:
+        """The blocks were read, or never will be."""
+        sequence = self._books.find(request_id, epoch, SequenceState.LEASED)
+        if sequence is not None:
+            self.end_lease(sequence)
+
+    def end_lease(self, sequence: Sequence) -> None:
+        """Take the blocks of a leased sequence back."""
+        if self._books.ledger.end_lease(sequence.request_id, sequence.epoch):
+            self._books.forget(sequence)
+
+    # Other instances' blocks ----------------------------------------------------------------------------------
+
+    def on_kv_offered(self, event: KvOffered) -> None:
+        """Adopt a sequence whose blocks are elsewhere."""
+        books = self._books
+        if books.rejects(event, most_tokens(event.num_tokens, event.max_total_tokens, hand_over=False)):
+            books.actions.append(ReleaseLease(request_id=event.request_id, epoch=event.epoch, source=event.source))
+            return
+        sequence = books.enter(event, SequenceState.OFFERED)
+        sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
+        sequence.num_prefill_tokens = event.num_kv_tokens
+        bisect.insort(self._offered, sequence, key=order_of)
+        if len(event.source_blocks) == books.ledger.num_blocks_for(event.num_kv_tokens):
+            books.wake_at(event.expires_s)
+        else:
+            self._compute_here(sequence)
+
+    def start_pulls(self) -> None:
+        """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
+        books = self._books
+        while self._offered and books.has_room:
+            sequence = self._offered[0]
+            remote = sequence.remote
+            served_before = bool(books.waiting) and books.waiting[0].order < sequence.order
+            if served_before or remote is None or not books.ledger.begin_pull(sequence, remote, books.is_busy):
+                return
+            del self._offered[0]
+            sequence.move(SequenceState.PULLING, books.now)
+            books.num_pulling += 1
+            if sequence.copies:
+                books.actions.append(
+                    Pull(
+                        request_id=sequence.request_id,
+                        epoch=sequence.epoch,
+                        source=remote.source,
+                        copies=sequence.copies,
+                        expires_s=remote.expires_s,
+                    )
+                )
+            else:
+                self.on_transfer_done(sequence.request_id, sequence.epoch)
+
+    def on_transfer_done(self, request_id: RequestId, epoch: Epoch) -> None:
+        """The blocks have arrived: the sequence runs."""
+        books = self._books
+        if books.ledger.end_quarantine(request_id, epoch):
+            return
+        sequence = books.find(request_id, epoch, SequenceState.PULLING)
+        if sequence is None or sequence.remote is None:
+            return
+        if books.now >= sequence.remote.expires_s:
+            # The source may have reused the blocks while they were read.
+            self.on_transfer_failed(request_id, epoch, ended=True)
+            return
+        books.ledger.commit_pull(sequence)
+        sequence.num_computed = sequence.remote.num_tokens
+        books.ledger.publish(sequence)
+        self._release_remote(sequence)
+        books.num_pulling -= 1
+        books.run(sequence)
+
+    def on_transfer_failed(self, request_id: RequestId, epoch: Epoch, ended: bool) -> None:
+        """The blocks will not all arrive; unless ``ended``, some still may."""
+        books = self._books
+        sequence = books.find(request_id, epoch, SequenceState.PULLING)
+        if sequence is not None:
+            books.ledger.abandon_pull(sequence, ended)
+            books.num_pulling -= 1
+            self._compute_here(sequence)
+        elif ended:
+            books.ledger.end_quarantine(request_id, epoch)
+
+    def on_transfer_ended(self, request_id: RequestId, epoch: Epoch) -> None:
+        """A failed or cancelled pull writes no more."""
+        self._books.ledger.end_quarantine(request_id, epoch)
+
+    def on_source_lost(self, source: InstanceId) -> None:
+        """An instance died: what it offered, and nobody began to pull, is computed here."""
+        for sequence in [s for s in self._offered if s.remote is not None and s.remote.source == source]:
+            self._compute_here(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let go of an offered or pulling sequence; its record stays open."""
+        if sequence.state is SequenceState.OFFERED:
+            self._offered.remove(sequence)
+        else:
+            self._books.num_pulling -= 1
+            self._books.ledger.abandon_pull(sequence, ended=False)
+        self._release_remote(sequence)
+
+    def expire(self) -> None:
+        """End leases whose time is over, and compute here what was offered here until now."""
+        books = self._books
+        for lease in books.ledger.end_expired_leases(books.now):
+            books.statistics.num_leases_expired += 1
+            books.forget(books.sequences[lease.request_id])
+        for sequence in [s for s in self._offered if s.remote is not None and s.remote.expires_s <= books.now]:
+            self._compute_here(sequence)
+        books.alarm = math.inf
+        next_lease = books.ledger.leases.next_expiry()
+        if next_lease is not None:
+            books.wake_at(next_lease)
+        for sequence in self._offered:
+            if sequence.remote is not None:
+                books.wake_at(sequence.remote.expires_s)
+
+    def validate(self) -> None:
+        """Raise InternalError unless offers, pulls and leases are those that the sequences' states say."""
+        books = self._books
+        books.validate_queue(self._offered, SequenceState.OFFERED)
+        pulling = sum(sequence.state is SequenceState.PULLING for sequence in books.sequences.values())
+        leased = sum(sequence.state is SequenceState.LEASED for sequence in books.sequences.values())
+        if pulling != books.num_pulling or leased != len(books.ledger.leases):
+            raise InternalError(f"{pulling} pulling and {leased} leased sequences contradict the books")
+
+    def _compute_here(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.OFFERED:
+            self._offered.remove(sequence)
+        self._release_remote(sequence)
+        sequence.move(SequenceState.WAITING, self._books.now)
+        self._books.wait(sequence)
+
+    def _release_remote(self, sequence: Sequence) -> None:
+        if sequence.remote is not None:
+            self._books.actions.append(
+                ReleaseLease(request_id=sequence.request_id, epoch=sequence.epoch, source=sequence.remote.source)
+            )
+            sequence.remote = None

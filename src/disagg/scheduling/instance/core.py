@@ -1,0 +1,389 @@
+"""The core of one instance: messages and results in, messages and effects out. Two shells drive it, live and simulated.
+
+It owns everything between a message and its consequences: which attempt of a sequence is current, what is refused and
+why, what is computed, pulled and offered when, which pulls run at once, what the router is told, and the stamps of
+each stage. A shell owns what a core may not touch: clock, sockets, devices, token values. (dask's ``BaseWorker`` is the
+model: one state machine, handed instructions to by several kinds of worker.)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import assert_never
+
+import msgspec
+
+from disagg.base.config import SchedulerSettings
+from disagg.base.errors import InternalError
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import Abort, Failed, FailureKind, InstanceLoad, KvOffer, Offered, PeerLost, Pulled, Release
+from disagg.base.sampling import FinishReason
+from disagg.cache.block_pool import BlockAudit
+from disagg.scheduling.instance.copy_queue import CopyQueue
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, SequenceFacts, Start
+from disagg.scheduling.instance.outputs import (
+    AnyInstanceOutput,
+    CancelCopy,
+    Emitted,
+    FirstOutput,
+    ForgetPeer,
+    StartCopy,
+)
+from disagg.scheduling.instance.tracked import Tracked, pulled_message
+from disagg.scheduling.step.actions import AnyAction, Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.events import (
+    AnyEvent,
+    Arrived,
+    Cancelled,
+    KvOffered,
+    LeaseReleased,
+    SourceLost,
+    StepDone,
+    Tick,
+    TransferDone,
+    TransferEnded,
+    TransferFailed,
+)
+from disagg.scheduling.step.scheduler import StepScheduler
+
+
+class InstanceHeader(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True
+):
+    """Everything that the core of an instance is made from.
+
+    ``pool`` is the address at which others read its KV blocks; ``num_stages`` are those of the executor's pipeline.
+    """
+
+    instance: InstanceId
+    settings: SchedulerSettings
+    num_blocks: int
+    block_size: int
+    prefix_caching: bool = True
+    max_model_len: int | None = None
+    num_stages: int = 1
+    incarnation: str = ""
+    pool: bytes = b""
+
+
+class InstanceCore:
+    """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
+
+    def __init__(self, header: InstanceHeader) -> None:
+        self._header = header
+        self._scheduler = StepScheduler(
+            header.settings,
+            header.num_blocks,
+            header.block_size,
+            header.prefix_caching,
+            max_model_len=header.max_model_len,
+            num_stages=header.num_stages,
+        )
+        self._sequences: dict[RequestId, Tracked] = {}
+        self._copies = CopyQueue(header.settings.max_pulls_in_flight)
+        self._not_scheduled: set[RequestId] = set()
+        """No step of theirs has begun here."""
+        self._silent: set[RequestId] = set()
+        """No token of theirs has come from here."""
+        self._outputs: list[AnyInstanceOutput] = []
+        self._now = -math.inf
+
+    def handle(self, inputs: Sequence[AnyInstanceInput], now: float) -> list[AnyInstanceOutput]:
+        """Take what happened up to ``now`` (seconds, never going back), in order, then decide once.
+
+        Returns what to do, in order. Messages about unknown sequences or old attempts change nothing.
+        """
+        self._outputs = []
+        self._now = now
+        events: list[AnyEvent] = []
+        for one in inputs:
+            self._translate(one, events)
+        for action in self._scheduler.handle(events, now):
+            self._carry_out(action)
+        while (copy := self._copies.start()) is not None:
+            self._sequences[copy.request_id].pull_started_s = now
+            self._outputs.append(copy)
+        return self._outputs
+
+    @property
+    def capacity(self) -> int:
+        """Longest sequence that is taken, in tokens."""
+        return self._scheduler.capacity
+
+    @property
+    def num_held_blocks(self) -> int:
+        """KV blocks that are neither free nor merely cached."""
+        return self._scheduler.num_held_blocks
+
+    def load(self) -> InstanceLoad:
+        """Return how busy the instance is, and its counters."""
+        return self._scheduler.load()
+
+    def audit(self) -> BlockAudit:
+        """Count the KV blocks of each state."""
+        return self._scheduler.audit()
+
+    def validate(self) -> None:
+        """Raise InternalError unless all books agree."""
+        self._scheduler.validate()
+
+    def num_repeats(self) -> int:
+        """See ``StepScheduler.num_repeats``."""
+        return self._scheduler.num_repeats()
+
+    def repeat(self, count: int, first_end_s: float) -> tuple[RunStep, tuple[FirstOutput, ...]]:
+        """See ``StepScheduler.repeat``; the first of these steps ended at ``first_end_s``.
+
+        Returns the step in flight, which is now the last repetition, and what goes with first tokens.
+        """
+        step = self._scheduler.repeat(count)
+        if not self._silent:
+            return step, ()
+        return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
+
+    # In: from messages and results to the scheduler's events --------------------------------------------------
+
+    def _translate(self, one: AnyInstanceInput, events: list[AnyEvent]) -> None:
+        match one:
+            case StepDone():
+                for failure in one.failed:
+                    if (failing := self._sequences.get(failure.request_id)) is not None:
+                        failing.failure = failure
+                events.append(one)
+            case Start():
+                self._on_start(one, events)
+            case Continue():
+                self._on_continue(one, events)
+            case CopyEnded():
+                self._on_copy_ended(one, events)
+            case Release(request_id=request_id, epoch=epoch):
+                events.append(LeaseReleased(request_id=request_id, epoch=epoch))
+            case Abort(request_id=request_id, epoch=epoch):
+                self._abandon(request_id, epoch, events)
+            case PeerLost():
+                self._on_peer_lost(one, events)
+            case Tick():
+                events.append(one)
+            case _:
+                assert_never(one)
+
+    def _on_start(self, message: Start, events: list[AnyEvent]) -> None:
+        facts = message.sequence
+        if not self._admit(facts, None, events):
+            return
+        events.append(
+            Arrived(
+                request_id=facts.request_id,
+                epoch=facts.epoch,
+                num_tokens=facts.num_tokens,
+                max_total_tokens=facts.max_total_tokens,
+                priority=facts.priority,
+                arrival_s=facts.arrival_s,
+                hand_over=message.hand_over,
+                block_hashes=facts.block_hashes,
+                reuse_prefix=facts.reuse_prefix,
+            )
+        )
+
+    def _on_continue(self, message: Continue, events: list[AnyEvent]) -> None:
+        facts, offer = message.sequence, message.offer
+        if not self._admit(facts, offer, events):
+            return
+        expires_s = self._now + offer.lease_s
+        self._sequences[facts.request_id].expires_s = expires_s
+        events.append(
+            KvOffered(
+                request_id=facts.request_id,
+                epoch=facts.epoch,
+                num_tokens=facts.num_tokens,
+                max_total_tokens=facts.max_total_tokens,
+                source=offer.source,
+                source_blocks=offer.block_ids,
+                num_kv_tokens=offer.num_tokens,
+                expires_s=expires_s,
+                priority=facts.priority,
+                arrival_s=facts.arrival_s,
+                block_hashes=facts.block_hashes,
+            )
+        )
+
+    def _admit(self, facts: SequenceFacts, offer: KvOffer | None, events: list[AnyEvent]) -> bool:
+        """Open a record unless this is old news or cannot be computed; a newer attempt replaces an older one."""
+        known = self._sequences.get(facts.request_id)
+        if not self._scheduler.is_news(facts.request_id, facts.epoch) or (
+            known is not None and known.epoch >= facts.epoch
+        ):
+            if known is None or known.epoch != facts.epoch:
+                self._forget(facts.request_id, facts.epoch)
+            return False
+        if known is not None:
+            self._abandon(known.request_id, known.epoch, events)
+        fault = facts.fault or ("" if offer is None else _mismatch(offer, facts))
+        if fault:
+            self._refuse(facts, FailureKind.INTERNAL, fault)
+            if offer is not None:
+                self._outputs.append(_unread(offer, "the sequence was refused"))
+            return False
+        self._sequences[facts.request_id] = Tracked(facts.request_id, facts.epoch, self._now, offer)
+        self._not_scheduled.add(facts.request_id)
+        self._silent.add(facts.request_id)
+        return True
+
+    def _abandon(self, request_id: RequestId, epoch: Epoch, events: list[AnyEvent]) -> None:
+        """Nobody wants this attempt any more: let the scheduler and the copier stop."""
+        sequence = self._find(request_id, epoch)
+        if sequence is not None:
+            sequence.abandoned = "aborted"
+        events.append(Cancelled(request_id=request_id, epoch=epoch))
+        key = (request_id, epoch)
+        if self._copies.withdraw(key):
+            events.append(TransferEnded(request_id=request_id, epoch=epoch))
+        elif self._copies.is_running(key):
+            self._outputs.append(CancelCopy(request_id=request_id, epoch=epoch))
+
+    def _on_copy_ended(self, result: CopyEnded, events: list[AnyEvent]) -> None:
+        request_id, epoch = result.request_id, result.epoch
+        if not self._copies.end((request_id, epoch)):
+            raise InternalError(f"a copy for {request_id} (epoch {epoch}) ended but was not running")
+        sequence = self._find(request_id, epoch)
+        if sequence is not None:
+            sequence.copy = result
+        failed = bool(result.failure)
+        make = TransferFailed if failed else TransferDone
+        events.append(make(request_id=request_id, epoch=epoch))
+
+    def _on_peer_lost(self, message: PeerLost, events: list[AnyEvent]) -> None:
+        self._outputs.append(ForgetPeer(incarnation=message.incarnation))
+        for sequence in self._sequences.values():
+            if sequence.offer is None or sequence.offer.incarnation != message.incarnation:
+                continue
+            sequence.abandoned = "its source has died"
+            if self._copies.withdraw((sequence.request_id, sequence.epoch)):
+                events.append(TransferFailed(request_id=sequence.request_id, epoch=sequence.epoch))
+        events.append(SourceLost(instance=message.instance))
+
+    # Out: from the scheduler's actions to messages and effects ------------------------------------------------
+
+    def _carry_out(self, action: AnyAction) -> None:
+        match action:
+            case RunStep():
+                if self._not_scheduled:
+                    self._note_first_steps(action)
+                self._outputs.append(action)
+            case Emit():
+                self._emit(action)
+            case OfferKv():
+                self._offer(action)
+            case Pull():
+                self._pull(action)
+            case ReleaseLease(request_id=request_id, epoch=epoch):
+                self._outputs.append(pulled_message(action, self._find(request_id, epoch), self._now))
+            case Reject(request_id=request_id, epoch=epoch, detail=detail):
+                self._fail(request_id, epoch, FailureKind.TOO_LONG, detail)
+            case Forget(request_id=request_id, epoch=epoch, reason=reason):
+                failed = self._find(request_id, epoch)
+                if reason is FinishReason.ERROR and failed is not None and failed.failure is not None:
+                    self._tell_failure(request_id, epoch, failed.failure.kind, failed.failure.message)
+                self._drop(request_id, epoch)
+                self._outputs.append(action)
+            case WakeAt():
+                self._outputs.append(action)
+            case _:
+                assert_never(action)
+
+    def _note_first_steps(self, step: RunStep) -> None:
+        for chunk in step.chunks:
+            if chunk.request_id in self._not_scheduled:
+                self._not_scheduled.remove(chunk.request_id)
+                self._sequences[chunk.request_id].start_step(chunk.start, self._now)
+
+    def _emit(self, action: Emit) -> None:
+        firsts = self._first_outputs(action.request_ids, self._now) if self._silent else ()
+        self._outputs.append(Emitted(request_ids=action.request_ids, firsts=firsts))
+
+    def _first_outputs(self, request_ids: Sequence[RequestId], now: float) -> tuple[FirstOutput, ...]:
+        """Return what goes with those tokens, there ``now``, that are the first of their sequence here."""
+        silent = self._silent
+        firsts = [request_id for request_id in request_ids if request_id in silent]
+        if not firsts:
+            return ()
+        silent.difference_update(firsts)
+        return tuple(self._sequences[request_id].first_output(now) for request_id in firsts)
+
+    def _offer(self, action: OfferKv) -> None:
+        """Say where the blocks are; from here on the sequence is another instance's."""
+        offer = KvOffer(
+            request_id=action.request_id,
+            epoch=action.epoch,
+            source=self._header.instance,
+            incarnation=self._header.incarnation,
+            num_tokens=action.num_tokens,
+            block_ids=action.block_ids,
+            lease_s=action.lease_s,
+            pool=self._header.pool,
+        )
+        self._outputs.append(Offered(offer=offer))
+        self._drop(action.request_id, action.epoch)
+        self._forget(action.request_id, action.epoch)
+
+    def _pull(self, action: Pull) -> None:
+        offer = self._sequences[action.request_id].offer
+        if offer is None:
+            raise InternalError(f"the scheduler pulls {action.request_id}, which nobody offered")
+        self._copies.add(
+            StartCopy(
+                request_id=action.request_id,
+                epoch=action.epoch,
+                source=action.source,
+                incarnation=offer.incarnation,
+                pool=offer.pool,
+                copies=action.copies,
+            )
+        )
+
+    def _refuse(self, facts: SequenceFacts, kind: FailureKind, why: str) -> None:
+        self._tell_failure(facts.request_id, facts.epoch, kind, why)
+        self._forget(facts.request_id, facts.epoch)
+
+    def _fail(self, request_id: RequestId, epoch: Epoch, kind: FailureKind, why: str) -> None:
+        self._tell_failure(request_id, epoch, kind, why)
+        self._drop(request_id, epoch)
+        self._forget(request_id, epoch)
+
+    def _tell_failure(self, request_id: RequestId, epoch: Epoch, kind: FailureKind, why: str) -> None:
+        self._outputs.append(Failed(request_id=request_id, epoch=epoch, kind=kind, message=why))
+
+    def _forget(self, request_id: RequestId, epoch: Epoch) -> None:
+        self._outputs.append(Forget(request_id=request_id, epoch=epoch, reason=FinishReason.ABORT))
+
+    def _find(self, request_id: RequestId, epoch: Epoch) -> Tracked | None:
+        sequence = self._sequences.get(request_id)
+        return sequence if sequence is not None and sequence.epoch == epoch else None
+
+    def _drop(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Close the record of an attempt, unless a newer one has taken its place."""
+        if self._find(request_id, epoch) is not None:
+            del self._sequences[request_id]
+            self._not_scheduled.discard(request_id)
+            self._silent.discard(request_id)
+
+
+def _mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
+    """Return why an offer cannot be this sequence's; an empty string where it can."""
+    same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
+    if same and 0 < offer.num_tokens < facts.num_tokens:
+        return ""
+    return (
+        f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
+        f"to a sequence of {facts.num_tokens} tokens (epoch {facts.epoch})"
+    )
+
+
+def _unread(offer: KvOffer, why: str) -> Pulled:
+    return Pulled(
+        request_id=offer.request_id,
+        epoch=offer.epoch,
+        source=offer.source,
+        num_bytes=0,
+        duration_s=0.0,
+        failure=why,
+    )

@@ -1,0 +1,58 @@
+"""What an instance's core is told: messages of the router, without token values, and how its effects ended."""
+
+import msgspec
+
+from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.messages import Abort, KvOffer, PeerLost, Release
+from disagg.scheduling.step.events import StepDone, Tick
+
+
+class SequenceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What policy knows of a sequence to compute: no token, only how many and which KV blocks they would fill.
+
+    ``fault`` says why whoever sees the tokens cannot compute them; empty where it can.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    """Known: prompt, and earlier output."""
+    max_total_tokens: int
+    priority: int = 0
+    arrival_s: float = 0.0
+    block_hashes: tuple[BlockHash, ...] = ()
+    reuse_prefix: bool = True
+    """False when every prompt position must be computed."""
+    fault: str = ""
+
+
+class InstanceInput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of the core's own inputs: the tag is the class name."""
+
+
+class Start(InstanceInput, frozen=True, kw_only=True):
+    """Compute a sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+
+    sequence: SequenceFacts
+    hand_over: bool = False
+
+
+class Continue(InstanceInput, frozen=True, kw_only=True):
+    """Go on with a sequence whose KV blocks another instance offers."""
+
+    sequence: SequenceFacts
+    offer: KvOffer
+
+
+class CopyEnded(InstanceInput, frozen=True, kw_only=True):
+    """The copying of KV blocks ended: nothing is written any more. ``failure`` is empty when all are there."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_bytes: int
+    started_s: float
+    ended_s: float
+    failure: str = ""
+
+
+AnyInstanceInput = Start | Continue | Abort | Release | PeerLost | StepDone | CopyEnded | Tick

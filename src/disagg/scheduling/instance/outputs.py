@@ -1,0 +1,56 @@
+"""What an instance's core wants: messages to the router, and effects that its shell carries out, in order."""
+
+import msgspec
+
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import Failed, Offered, Pulled, StageStamps
+from disagg.scheduling.step.actions import BlockCopy, Forget, RunStep, WakeAt
+
+
+class InstanceOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of the core's own outputs: the tag is the class name."""
+
+
+class FirstOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What goes with the first token of a sequence on this instance."""
+
+    request_id: RequestId
+    stamps: StageStamps
+    num_cached_tokens: int
+
+
+class Emitted(InstanceOutput, frozen=True, kw_only=True):
+    """Tell the router the tokens that the step just ended sampled for these sequences."""
+
+    request_ids: tuple[RequestId, ...]
+    firsts: tuple[FirstOutput, ...] = ()
+
+
+class StartCopy(InstanceOutput, frozen=True, kw_only=True):
+    """Copy blocks out of the pool at address ``pool`` into this instance's, then report CopyEnded."""
+
+    request_id: RequestId
+    epoch: Epoch
+    source: InstanceId
+    incarnation: str
+    """The life of the source in which the blocks are there."""
+    pool: bytes
+    copies: tuple[BlockCopy, ...]
+
+
+class CancelCopy(InstanceOutput, frozen=True, kw_only=True):
+    """Stop a copy as soon as possible; its end is reported like any other."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class ForgetPeer(InstanceOutput, frozen=True, kw_only=True):
+    """An instance died: let go of what belongs to this life of it."""
+
+    incarnation: str
+
+
+AnyInstanceOutput = (
+    RunStep | Emitted | Offered | Pulled | Failed | Forget | StartCopy | CancelCopy | ForgetPeer | WakeAt
+)

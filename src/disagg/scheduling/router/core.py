@@ -1,0 +1,359 @@
+"""The core of the router: messages and happenings in, messages and effects out. A live and a simulated shell drive it.
+
+It owns dispatch, the members of the deployment (silence, nonsense, restarts, joins, drains, roles), and what is offered
+to whom. A shell owns the clock, the sockets, the processes, the clients, and the values of tokens.
+"""
+
+import math
+from typing import assert_never
+
+import msgspec
+from msgspec import structs
+
+from disagg.base.config import RouterSettings
+from disagg.base.errors import ConfigurationError, InternalError
+from disagg.base.ids import InstanceId, RequestId
+from disagg.base.messages import Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.request import Role
+from disagg.scheduling.capacity import capacity_tokens, serves_requests
+from disagg.scheduling.dispatch.actions import (
+    AnyDispatchAction,
+    Drop,
+    Fail,
+    Finish,
+    SendAdopt,
+    SendPeerLost,
+)
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
+from disagg.scheduling.dispatch.events import (
+    AnyDispatchEvent,
+    InstanceDown,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceStarting,
+    InstanceUp,
+    OfferMade,
+    PullEnded,
+    RoleChanged,
+    SequenceArrived,
+    SequenceCancelled,
+    SequenceFailed,
+    TokensEmitted,
+)
+from disagg.scheduling.dispatch.state import COMING, InstanceState
+from disagg.scheduling.router.inputs import (
+    AnyRouterInput,
+    ChangeRole,
+    Drain,
+    InstanceSaid,
+    Join,
+    Leave,
+    MalformedMessage,
+    ProcessExited,
+    ProcessStarting,
+    Unreachable,
+)
+from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
+from disagg.scheduling.router.outputs import (
+    AnyRouterOutput,
+    DropReason,
+    EndInstance,
+    GiveUpInstance,
+    HandOverEnded,
+    InstanceLost,
+    InstanceWelcomed,
+    MessageDropped,
+    RestartInstance,
+    SendOffer,
+    TellPeerLost,
+)
+from disagg.scheduling.router.restart import RestartSettings
+from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.step.events import Tick
+
+
+class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Everything that the core of the router is made from, at ``started_s``.
+
+    ``watches_silence`` treats instances without a sign of life as dead: where they give signs.
+    """
+
+    instances: dict[InstanceId, Role]
+    settings: RouterSettings
+    started_s: float = 0.0
+    restarts: RestartSettings = RestartSettings()
+    watches_silence: bool = True
+
+
+class RouterCore:
+    """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
+
+    def __init__(self, header: RouterHeader) -> None:
+        self._watches_silence = header.watches_silence
+        self._dispatcher = Dispatcher(header.instances, header.settings)
+        self._members = Membership(header.settings, header.restarts)
+        for entry in self._dispatcher.instances:
+            self._members.add(entry, header.started_s)
+        self._offers: dict[RequestId, tuple[KvOffer, float]] = {}
+        self._dispatch_wake_s = math.inf
+        self._check_s = math.inf
+        self._asked_s = math.inf
+        self._now = header.started_s
+        self._outputs: list[AnyRouterOutput] = []
+
+    @property
+    def members(self) -> Membership:
+        """The instances of the deployment. Not to be changed."""
+        return self._members
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences under way or waiting."""
+        return self._dispatcher.num_sequences
+
+    def can_serve(self) -> bool:
+        """True when ready instances can serve a request from prompt to last token."""
+        return serves_requests(self._members.roles({InstanceState.READY}))
+
+    def validate(self) -> None:
+        """Raise InternalError unless all books agree."""
+        self._dispatcher.validate()
+
+    def handle(self, one: AnyRouterInput, now: float) -> list[AnyRouterOutput]:
+        """Take what happened at ``now`` (seconds) and return what is to be done, in order.
+
+        Raises InternalError on what no instance and no client can cause: a fault of the shell; ConfigurationError on a
+        command of an operator that cannot be carried out, with the reason.
+        """
+        self._outputs = []
+        self._now = now
+        if self._watches_silence and math.isinf(self._check_s):
+            self._check_s = self._members.next_check_s(now)
+        match one:
+            case TokensEmitted():
+                self._on_tokens(one)
+            case SequenceArrived() | SequenceCancelled():
+                self._dispatch(one)
+            case InstanceSaid(instance=instance, message=message):
+                self._on_message(self._members[instance], message)
+            case MalformedMessage():
+                self._on_malformed(one)
+            case Tick():
+                self._on_tick()
+            case Unreachable(instance=instance, why=why):
+                self._declare_lost(self._members[instance], why)
+            case ProcessStarting(instance=instance):
+                self._members[instance].set_starting(now)
+                self._dispatch(InstanceStarting(instance=instance))
+            case ProcessExited():
+                self._on_exit(one)
+            case _:
+                self._on_command(one)
+        self._ask_to_be_woken()
+        return self._outputs
+
+    # Instances' messages --------------------------------------------------------------------------------------
+
+    def _on_tokens(self, event: TokensEmitted) -> None:
+        member = self._members[event.instance]
+        member.last_seen_s = self._now
+        if not member.is_alive:
+            self._drop(member, DropReason.STALE)
+            return
+        if len({progress.request_id for progress in event.progress}) != len(event.progress):
+            self._broke_protocol(member, "two outputs of one step are for the same sequence")
+            return
+        self._dispatch_from(member, event)
+
+    def _on_message(self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport) -> None:
+        member.last_seen_s = self._now
+        if isinstance(message, Loading):
+            member.detail = message.stage
+        elif isinstance(message, Ready):
+            self._welcome(member, message)
+        elif not member.is_alive:
+            self._drop(member, DropReason.STALE)
+        else:
+            self._take(member, message)
+
+    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport) -> None:
+        """Handle what only an instance that takes requests says."""
+        instance = member.instance
+        match message:
+            case Offered(offer=offer):
+                if (offer.source, offer.incarnation) != (instance, member.incarnation):
+                    self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
+                    return
+                self._keep(offer)
+                self._dispatch_from(
+                    member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
+                )
+            case Pulled(request_id=request_id, epoch=epoch):
+                self._outputs.append(
+                    HandOverEnded(
+                        source=message.source,
+                        target=instance,
+                        num_bytes=message.num_bytes,
+                        duration_s=message.duration_s,
+                        failure=message.failure,
+                    )
+                )
+                self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
+            case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
+                failed = SequenceFailed(request_id=request_id, epoch=epoch, instance=instance, kind=kind, detail=detail)
+                self._dispatch_from(member, failed)
+            case LoadReport():
+                if message.incarnation == member.incarnation:
+                    member.load = message.load
+                else:
+                    self._drop(member, DropReason.STALE)
+            case _:
+                assert_never(message)
+
+    def _on_malformed(self, event: MalformedMessage) -> None:
+        member = self._members[event.instance]
+        member.num_malformed += 1
+        self._drop(member, DropReason.MALFORMED)
+        if member.num_malformed == MAX_MALFORMED_MESSAGES:
+            why = f"{member.num_malformed} malformed messages, the last: {event.error}"
+            self._declare_lost(member, why)
+
+    def _welcome(self, member: Member, message: Ready) -> None:
+        if why := member.why_unfit(message):
+            self._declare_lost(member, why)
+            return
+        if member.is_alive:
+            if message.incarnation == member.incarnation:
+                return
+            self._lose(member, "it was started anew", returning=True)
+        member.set_ready(message, self._now)
+        facts = message.facts
+        capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
+        self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
+        self._outputs.append(InstanceWelcomed(instance=member.instance))
+
+    # Lives and deaths -----------------------------------------------------------------------------------------
+
+    def _on_exit(self, event: ProcessExited) -> None:
+        """Decide whether a dead process is started again, and say what its death means."""
+        member = self._members[event.instance]
+        member.num_restarts += 1
+        ready_for_s = None if member.ready_since_s is None else self._now - member.ready_since_s
+        delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready else None
+        self._lose(member, event.detail, returning=delay_s is not None)
+        if delay_s is not None:
+            self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
+            return
+        left = self._members.roles({InstanceState.READY, InstanceState.DRAINING, *COMING})
+        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not serves_requests(left)))
+
+    def _broke_protocol(self, member: Member, how: str) -> None:
+        self._declare_lost(member, f"it broke the protocol: {how}")
+
+    def _declare_lost(self, member: Member, why: str) -> None:
+        """Treat a faulty instance as dead, and have it ended."""
+        self._lose(member, why, returning=True)
+        self._outputs.append(EndInstance(instance=member.instance, why=why))
+
+    def _lose(self, member: Member, detail: str, *, returning: bool) -> None:
+        if member.is_alive:
+            self._outputs.append(InstanceLost(instance=member.instance))
+        member.set_lost(detail)
+        self._dispatch(InstanceDown(instance=member.instance, returning=returning, detail=detail))
+
+    # Commands -------------------------------------------------------------------------------------------------
+
+    def _on_command(self, command: Join | Drain | Leave | ChangeRole) -> None:
+        known = self._members.get(command.instance)
+        if isinstance(command, Join):
+            self._join(command, known)
+            return
+        if known is None:
+            raise ConfigurationError(f"there is no instance {command.instance}, only {', '.join(self._members.names)}")
+        match command:
+            case Drain(instance=instance):
+                if known.state is not InstanceState.READY:
+                    raise ConfigurationError(f"{instance} cannot drain: it is {known.state.value}")
+                self._dispatch(InstanceDraining(instance=instance))
+            case Leave(instance=instance):
+                if known.is_alive:
+                    self._outputs.append(InstanceLost(instance=instance))
+                self._dispatch(InstanceLeft(instance=instance))
+                self._members.remove(instance)
+            case ChangeRole(instance=instance, role=role):
+                self._dispatch(RoleChanged(instance=instance, role=role))
+            case _:
+                assert_never(command)
+
+    def _join(self, command: Join, known: Member | None) -> None:
+        if known is not None:
+            raise ConfigurationError(f"there is an instance {command.instance} already: choose another name")
+        self._dispatch(InstanceJoined(instance=command.instance, role=command.role))
+        self._members.add(self._dispatcher.instances[-1], self._now)
+
+    # Dispatch -------------------------------------------------------------------------------------------------
+
+    def _dispatch_from(self, member: Member, event: AnyDispatchEvent) -> None:
+        """Let the dispatcher handle what an instance said; one that cannot be true is the instance's fault."""
+        try:
+            self._dispatch(event)
+        except InternalError as error:
+            self._broke_protocol(member, str(error))
+
+    def _dispatch(self, event: AnyDispatchEvent) -> None:
+        for action in self._dispatcher.handle(event, self._now):
+            self._carry_out(action)
+
+    def _carry_out(self, action: AnyDispatchAction) -> None:
+        match action:
+            case WakeAt(time_s=time_s):
+                self._dispatch_wake_s = time_s
+            case Drop(instance=instance):
+                self._drop(self._members[instance], DropReason.STALE)
+            case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
+                offer, since_s = self._offers[request_id]
+                left_s = max(0.0, offer.lease_s - (self._now - since_s))
+                self._outputs.append(
+                    SendOffer(
+                        request_id=request_id,
+                        epoch=epoch,
+                        instance=instance,
+                        offer=structs.replace(offer, lease_s=left_s),
+                    )
+                )
+            case SendPeerLost(instance=instance, lost=lost):
+                incarnation = self._members[lost].incarnation
+                self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
+            case Finish(request_id=request_id) | Fail(request_id=request_id):
+                self._offers.pop(request_id, None)
+                self._outputs.append(action)
+            case _:
+                self._outputs.append(action)
+
+    def _keep(self, offer: KvOffer) -> None:
+        """Remember the first offer of a sequence, for the instance that will adopt it."""
+        if self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
+            self._offers.setdefault(offer.request_id, (offer, self._now))
+
+    def _drop(self, member: Member, reason: DropReason) -> None:
+        self._outputs.append(MessageDropped(instance=member.instance, reason=reason))
+
+    # Time -----------------------------------------------------------------------------------------------------
+
+    def _on_tick(self) -> None:
+        self._asked_s = math.inf
+        if self._now >= self._dispatch_wake_s:
+            self._dispatch_wake_s = math.inf
+            self._dispatch(Tick())
+        if self._watches_silence and self._now >= self._check_s:
+            for member, why in self._members.silent(self._now):
+                self._declare_lost(member, why)
+            self._check_s = self._members.next_check_s(self._now)
+
+    def _ask_to_be_woken(self) -> None:
+        """Ask for a Tick at the earliest time at which something may be due, unless it is asked for already."""
+        due_s = min(self._dispatch_wake_s, self._check_s)
+        if due_s < self._asked_s:
+            self._asked_s = due_s
+            self._outputs.append(WakeAt(time_s=due_s))

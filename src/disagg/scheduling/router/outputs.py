@@ -1,0 +1,121 @@
+"""What the router's core wants: messages to instances, ends of sequences, and effects on instances, in order."""
+
+import enum
+
+import msgspec
+
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import KvOffer
+from disagg.scheduling.dispatch.actions import (
+    Deliver,
+    Drained,
+    Fail,
+    Finish,
+    Refuse,
+    SendAbort,
+    SendGenerate,
+    SendRelease,
+)
+from disagg.scheduling.step.actions import WakeAt
+
+
+class RouterOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of the core's own outputs: the tag is the class name."""
+
+
+class SendOffer(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` continue the sequence whose KV blocks are offered."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    offer: KvOffer
+
+
+class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
+    """Tell ``instance`` that this life of ``lost`` has ended."""
+
+    instance: InstanceId
+    lost: InstanceId
+    incarnation: str
+
+
+class DropReason(enum.Enum):
+    """Why a message of an instance was not used."""
+
+    STALE = "stale"
+    """About a sequence that ended, is held elsewhere, or is in a later attempt; or from an instance declared lost."""
+    MALFORMED = "malformed"
+    """Not a message of this protocol, or one that cannot be."""
+
+
+class MessageDropped(RouterOutput, frozen=True, kw_only=True):
+    """Count a message of an instance that was not used."""
+
+    instance: InstanceId
+    reason: DropReason
+
+
+class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
+    """Count a hand-over: ``target`` pulled KV blocks from ``source``, or did not; then ``failure`` says why."""
+
+    source: InstanceId
+    target: InstanceId
+    num_bytes: int
+    duration_s: float
+    failure: str
+
+
+class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):
+    """The instance takes requests from now on."""
+
+    instance: InstanceId
+
+
+class InstanceLost(RouterOutput, frozen=True, kw_only=True):
+    """An instance that took requests died, or is treated as if it had."""
+
+    instance: InstanceId
+
+
+class EndInstance(RouterOutput, frozen=True, kw_only=True):
+    """The instance is silent, unreachable or talks nonsense: end its process."""
+
+    instance: InstanceId
+    why: str
+
+
+class RestartInstance(RouterOutput, frozen=True, kw_only=True):
+    """Start a new process of the instance after ``delay_s``."""
+
+    instance: InstanceId
+    delay_s: float
+
+
+class GiveUpInstance(RouterOutput, frozen=True, kw_only=True):
+    """Do not start the instance again. ``nothing_left`` when no request can be served without it."""
+
+    instance: InstanceId
+    nothing_left: bool = False
+
+
+AnyRouterOutput = (
+    Deliver
+    | Finish
+    | Fail
+    | Refuse
+    | SendGenerate
+    | SendOffer
+    | SendAbort
+    | SendRelease
+    | TellPeerLost
+    | MessageDropped
+    | HandOverEnded
+    | InstanceWelcomed
+    | InstanceLost
+    | EndInstance
+    | RestartInstance
+    | GiveUpInstance
+    | Drained
+    | WakeAt
+)

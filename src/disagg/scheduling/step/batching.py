@@ -1,0 +1,102 @@
+"""Which sequences a step computes, and how many tokens of each: the three modes of ``SchedulingMode``.
+
+With several steps in flight, a sequence whose next token is not known yet may take part in the next step all the same:
+the executor runs steps in order and knows the token by then (asynchronous scheduling). Not so in a pipeline, where a
+token is known when it leaves the last stage: there each step in flight takes its share of the decodes, or one would
+hold all of them and leave stages idle.
+"""
+
+from collections.abc import Callable
+
+from disagg.base.config import SchedulingMode
+from disagg.scheduling.step.actions import Chunk
+from disagg.scheduling.step.books import Books
+from disagg.scheduling.step.builder import StepBuilder
+from disagg.scheduling.step.sequence import Sequence, SequenceState
+
+
+class Batching:
+    """Plans steps from the waiting and running sequences of the books."""
+
+    def __init__(self, books: Books, num_stages: int) -> None:
+        self._books = books
+        self._num_stages = num_stages
+        self._fill: Callable[[StepBuilder], None] = {
+            SchedulingMode.CHUNKED: self._fill_chunked,
+            SchedulingMode.PREFILL_FIRST: self._fill_prefill_first,
+            SchedulingMode.DECODE_FIRST: self._fill_decode_first,
+        }[books.settings.scheduling]
+
+    def plan(self) -> tuple[tuple[Sequence, Chunk], ...]:
+        """Return the next step, empty when there is nothing to compute; its tokens are in flight from now on."""
+        settings = self._books.settings
+        builder = StepBuilder(settings.max_batch_tokens, settings.max_batch_size)
+        self._fill(builder)
+        return builder.build()
+
+    def _fill_chunked(self, builder: StepBuilder) -> None:
+        self._plan_decodes(builder)
+        for sequence in self._prefilling():
+            self._plan(builder, sequence, builder.chunk_size(sequence))
+        self._admit(builder, builder.chunk_size)
+
+    def _fill_prefill_first(self, builder: StepBuilder) -> None:
+        for sequence in self._prefilling():
+            self._plan(builder, sequence, builder.whole_size(sequence))
+        self._admit(builder, builder.whole_size)
+        if not len(builder):
+            self._plan_decodes(builder)
+
+    def _fill_decode_first(self, builder: StepBuilder) -> None:
+        self._plan_decodes(builder)
+        if not self._books.running:
+            self._admit(builder, builder.whole_size)
+
+    def _plan_decodes(self, builder: StepBuilder) -> None:
+        decoding = [s for s in self._books.running if s.num_remaining == 1 and self._may_run(s)]
+        if self._num_stages > 1:
+            decoding = decoding[: -(-len(self._books.running) // self._books.settings.max_steps_in_flight)]
+        for sequence in decoding:
+            self._plan(builder, sequence, builder.chunk_size(sequence))
+
+    def _prefilling(self) -> list[Sequence]:
+        return [s for s in self._books.running if s.num_remaining > 1 and self._may_run(s)]
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        """True unless the sequence has to wait for a step in flight: see the module's words."""
+        if not sequence.num_in_flight:
+            return True
+        return self._num_stages == 1 and not sequence.ends_with_step_in_flight
+
+    def _plan(self, builder: StepBuilder, sequence: Sequence, num_tokens: int) -> None:
+        """Plan a running sequence's next tokens, preempting later ones when blocks are short."""
+        if not num_tokens or sequence.state is not SequenceState.RUNNING:
+            return
+        books = self._books
+        while not books.ledger.grow(sequence, sequence.num_planned + num_tokens):
+            victim = next((s for s in reversed(books.running) if not s.num_in_flight), sequence)
+            if victim.order <= sequence.order:
+                return  # leases and steps in flight hold the rest; their end will wake this sequence
+            builder.drop(victim)
+            self._preempt(victim)
+        builder.add(sequence, num_tokens)
+
+    def _admit(self, builder: StepBuilder, size: Callable[[Sequence], int]) -> None:
+        """Let waiting sequences in, in order and without skipping, while places, tokens and blocks last."""
+        books = self._books
+        while books.waiting and books.has_room and builder.has_place:
+            sequence = books.waiting[0]
+            # A handed-over sequence does not grow, so it needs no headroom.
+            if not size(sequence) or not books.ledger.admit(sequence, books.is_busy and not sequence.hand_over):
+                return
+            del books.waiting[0]
+            books.run(sequence)
+            builder.add(sequence, size(sequence))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        books = self._books
+        books.statistics.num_preemptions += 1
+        books.running.remove(sequence)
+        books.ledger.free(sequence)
+        sequence.move(SequenceState.WAITING, books.now)
+        books.wait(sequence)

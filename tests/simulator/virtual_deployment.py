@@ -1,0 +1,315 @@
+"""A live deployment in virtual time: the real router's shell and the real engine loops, with everything that takes time
+(clock, sockets, model, copying threads, processes) replaced by what knows the time."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from msgspec import structs
+
+from disagg.base.event_log import EventLog
+from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.messages import (
+    LoadReport,
+    Message,
+    StepOutput,
+    ToEngine,
+    decode_for_engine,
+    decode_for_router,
+    encode,
+)
+from disagg.base.request import GenerationRequest
+from disagg.base.sampling import SamplingParams
+from disagg.costs.latency import StepShape
+from disagg.costs.links import SerialLinks
+from disagg.engine.executor import ChunkResult, Work
+from disagg.engine.loop import EngineLoop
+from disagg.engine.pulls import EndedPull
+from disagg.engine.steps import CompletedStep, run_step
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.inputs import CopyEnded
+from disagg.scheduling.instance.outputs import StartCopy
+from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited, ProcessStarting
+from disagg.serve.router.shell import RouterShell
+from disagg.serve.router.sink import NullSink
+from disagg.serve.router.stream import LiveStream
+from disagg.serve.router.watcher import NullWatcher
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.event_queue import EventQueue, Priority
+from disagg.simulator.faults import InstanceDeath
+from disagg.simulator.instance import FAILED_PULL, LOST_PEER, InstanceSpec
+from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
+
+TOKEN = 1
+
+
+class OneTokenModel:
+    """Samples the same token for every sequence."""
+
+    def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+        return [ChunkResult(token_id=TOKEN if work.chunk.samples else None) for work in step]
+
+    def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """There are none."""
+
+    def receive_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """There are none."""
+
+
+class VirtualEngine:
+    """One life of an engine: its loop is turned when its thread would wake up. Also its channel, steps and pulls."""
+
+    def __init__(self, deployment: "VirtualDeployment", spec: InstanceSpec, life: int, log_path: Path) -> None:
+        self._deployment = deployment
+        self._queue = deployment.queue
+        self._spec = spec
+        self._model = OneTokenModel()
+        self._inbox: list[ToEngine] = []
+        self._launched: list[tuple[float, int, Sequence[Work]]] = []
+        self._free_at_s = 0.0
+        self._copies: list[tuple[StartCopy, EndedPull]] = []
+        self._lost_peers: set[str] = set()
+        self._is_turn_due = False
+        self.is_alive = True
+        ready = spec.ready(f"{spec.name}.{life}")
+        self.ready = structs.replace(ready, facts=structs.replace(ready.facts, vocab_size=TOKEN + 1))
+        header = spec.header(self.ready.incarnation)
+        self._log = EventLog(log_path, header)
+        self._loop = EngineLoop(
+            self.ready,
+            InstanceCore(header),
+            self,
+            self._model,
+            self,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
+            deployment.queue,
+            self._log,
+        )
+
+    def kill(self) -> None:
+        self.is_alive = False
+        self._log.close()
+
+    def wake_thread(self) -> None:
+        """Something came: the thread turns, unless it computes a step."""
+        if self.is_alive and not self._launched and not self._is_turn_due:
+            self._plan_turn()
+
+    def _plan_turn(self) -> None:
+        self._is_turn_due = True
+        self._queue.push(self._queue.now(), self._turn, Priority.TURN)
+
+    def _turn(self) -> None:
+        if not self.is_alive:
+            return
+        self._is_turn_due = False
+        self._loop._turn()
+        if self._loop._wake_s < float("inf"):
+            self._queue.push(max(self._loop._wake_s, self._queue.now()), self.wake_thread)
+
+    # The control channel
+
+    def send(self, message: Message) -> None:
+        if not isinstance(message, LoadReport):  # simulated instances send none
+            self._deployment.to_router(self._spec.name, encode(message))
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        messages, self._inbox = self._inbox, []
+        return messages
+
+    def deliver(self, data: bytes) -> None:
+        if self.is_alive:
+            self._inbox.append(decode_for_engine(data))
+            self.wake_thread()
+
+    # Steps
+
+    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+        start_s = max(self._queue.now(), self._free_at_s)
+        for duration_s in self._spec.latency.stage_times_s(StepShape.of(work.chunk for work in step)):
+            start_s += duration_s
+        self._free_at_s = start_s
+        self._launched.append((start_s, step_id, step))
+        self._queue.push(start_s, self._end_step)
+
+    def _end_step(self) -> None:
+        if self.is_alive and not self._is_turn_due:
+            self._plan_turn()
+
+    def poll(self) -> CompletedStep | None:
+        if not self._launched or self._launched[0][0] > self._queue.now():
+            return None
+        _, step_id, step = self._launched.pop(0)
+        return run_step(self._model, step_id, step)
+
+    # Pulls
+
+    def start(self, copy: StartCopy, now: float) -> None:
+        num_bytes = len(copy.copies) * self._spec.block_size * self._spec.kv_bytes_per_token
+        end_s = self._deployment.links.start(copy.source, self._spec.name, num_bytes, now)
+        failure = FAILED_PULL if copy.request_id in self._deployment.failing_pulls else ""
+        self._deployment.failing_pulls.discard(copy.request_id)
+        result = CopyEnded(
+            request_id=copy.request_id,
+            epoch=copy.epoch,
+            num_bytes=0 if failure else num_bytes,
+            started_s=now,
+            ended_s=end_s,
+            failure=failure,
+        )
+        self._copies.append((copy, EndedPull(result, tuple(one.target for one in copy.copies))))
+        self._queue.push(end_s, self.wake_thread)
+
+    def take_ended(self) -> list[EndedPull]:
+        ended = [one for one in self._copies if one[1].result.ended_s <= self._queue.now()]
+        self._copies = [one for one in self._copies if one not in ended]
+        return [self._outcome(copy, pull) for copy, pull in ended]
+
+    def _outcome(self, copy: StartCopy, pull: EndedPull) -> EndedPull:
+        if copy.incarnation not in self._lost_peers:
+            return pull
+        result = pull.result
+        lost = CopyEnded(
+            request_id=result.request_id,
+            epoch=result.epoch,
+            num_bytes=0,
+            started_s=result.started_s,
+            ended_s=result.ended_s,
+            failure=result.failure or LOST_PEER,
+        )
+        return EndedPull(lost, pull.targets)
+
+    def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
+        """A copy under way takes its time all the same."""
+
+    def close_peer(self, incarnation: str) -> None:
+        self._lost_peers.add(incarnation)
+
+
+class _Timer:
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class VirtualLoop:
+    """What the router's shell asks of asyncio."""
+
+    def __init__(self, queue: EventQueue) -> None:
+        self._queue = queue
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> _Timer:
+        timer = _Timer()
+        # Never early for want of the last bit of a difference.
+        self._queue.push(self._queue.now() + delay_s + 1e-9, lambda: None if timer.is_cancelled else call())
+        return timer
+
+
+class VirtualDeployment(NullWatcher):
+    """The router's shell, its socket, and the launcher."""
+
+    def __init__(self, spec: ClusterSpec, folder: Path) -> None:
+        self.queue = EventQueue()
+        self.links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
+        self.failing_pulls = set(spec.faults.failing_pulls)
+        self.streams: dict[RequestId, LiveStream] = {}
+        self.token_times: dict[RequestId, list[float]] = {}
+        self._spec = spec
+        self._folder = folder
+        self._lives = {instance.name: 0 for instance in spec.instances}
+        self._deaths: dict[InstanceId, InstanceDeath] = {}
+        self._by_name = {instance.name: instance for instance in spec.instances}
+        header = RouterHeader(
+            instances={instance.name: instance.role for instance in spec.instances},
+            settings=spec.router,
+            watches_silence=False,
+        )
+        self.shell = RouterShell(
+            RouterCore(header),
+            self,
+            clock=self.queue,
+            sink=NullSink(),
+            event_log=EventLog(folder / "router.jsonl", header),
+        )
+        self.shell.watcher = self
+        self.engines = {name: self._new_engine(name) for name in self._by_name}
+        for death in spec.faults.deaths:
+            self.queue.push(death.time_s, partial(self._kill, death))
+
+    def run(self, requests: Sequence[SimulatedRequest]) -> None:
+        for name, engine in self.engines.items():
+            self.shell.feed(InstanceSaid(instance=name, message=engine.ready))
+        for request in requests:
+            self.queue.push(request.arrival_s, partial(self._submit, request))
+            if request.cancel_s < float("inf"):
+                self.queue.push(request.cancel_s, partial(self.shell.cancel, request.request_id))
+        self.queue.run()
+        for engine in self.engines.values():
+            engine.kill()
+        self.shell.close()
+
+    def _submit(self, request: SimulatedRequest) -> None:
+        generation = GenerationRequest(
+            request_id=request.request_id,
+            epoch=FIRST_EPOCH,
+            prompt_token_ids=(0,) * request.prompt_len,
+            sampling=SamplingParams(max_tokens=request.output_len, seed=0),
+            arrival_s=request.arrival_s,
+        )
+        self.streams[request.request_id] = self.shell.submit(generation)
+
+    # Processes
+
+    def _new_engine(self, name: InstanceId) -> VirtualEngine:
+        life = self._lives[name]
+        number = f".{life}" if life else ""
+        return VirtualEngine(self, self._by_name[name], life, self._folder / f"{name}{number}.jsonl")
+
+    def _kill(self, death: InstanceDeath) -> None:
+        self._deaths[death.instance] = death
+        self.engines[death.instance].kill()
+        self.shell.feed(ProcessExited(instance=death.instance, detail="killed by the simulation"))
+
+    def restart_instance(self, instance: InstanceId, delay_s: float) -> None:
+        self.queue.push(self.queue.now() + delay_s, partial(self._start, instance))
+
+    def _start(self, instance: InstanceId) -> None:
+        self.shell.feed(ProcessStarting(instance=instance))
+        self.queue.push(self.queue.now() + self._deaths[instance].start_s, partial(self._come_up, instance))
+
+    def _come_up(self, instance: InstanceId) -> None:
+        self._lives[instance] += 1
+        self.engines[instance] = engine = self._new_engine(instance)
+        self.to_router(instance, encode(engine.ready))
+
+    # The control socket
+
+    def open(self, receive: object) -> None:
+        """It is open."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def send(self, instance: InstanceId, data: bytes) -> None:
+        self._later(lambda: self.engines[instance].deliver(data))
+
+    def to_router(self, instance: InstanceId, data: bytes) -> None:
+        self._later(partial(self._hear, instance, data))
+
+    def _hear(self, instance: InstanceId, data: bytes) -> None:
+        message = decode_for_router(data)
+        if isinstance(message, StepOutput):
+            for output in message.outputs:
+                self.token_times.setdefault(output.request_id, []).append(self.queue.now())
+            self.shell.emit(instance, message.outputs)
+        else:
+            self.shell.feed(InstanceSaid(instance=instance, message=message))
+
+    def _later(self, call: Callable[[], None]) -> None:
+        if self._spec.message_s:
+            self.queue.push(self.queue.now() + self._spec.message_s, call)
+        else:
+            call()
