@@ -10,8 +10,8 @@ from disagg.measure.slo import Slo
 from disagg.measure.workload import PrefixBlocks, Session, SessionCall
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.run import simulate
 from disagg.simulator.session_load import SessionLoad
+from disagg.simulator.simulation import simulate
 
 
 def session(name: str, start_s: float, num_calls: int, think_s: float = 2.0) -> Session:
