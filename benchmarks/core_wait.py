@@ -22,8 +22,7 @@ from rich.table import Table
 from background import repeated
 from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.run import LoadResult, run_load
-from disagg.bench.compare.server_process import running
-from disagg.calibration.host_costs import serve_command
+from disagg.bench.compare.server_process import running, serve_command
 from disagg.cli.bench_load import choose_prompts
 from disagg.measure.workload import RequestSpec
 

@@ -41,8 +41,7 @@ from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
 from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.run import run_load
-from disagg.bench.compare.server_process import running
-from disagg.calibration.host_costs import serve_command
+from disagg.bench.compare.server_process import running, serve_command
 from disagg.cli.bench_load import choose_prompts
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.profile import Profile, ProfiledPlatform, load_profile

@@ -24,8 +24,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.run import run_load
-from disagg.bench.compare.server_process import RunningServer, running
-from disagg.calibration.host_costs import serve_command
+from disagg.bench.compare.server_process import RunningServer, running, serve_command
 from disagg.calibration.steps.channel import ScriptedChannel
 from disagg.calibration.steps.script import Command, Report, RunScript, Script, ScriptResult
 from disagg.cli.bench_load import choose_prompts

@@ -3,11 +3,9 @@
 import dataclasses
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Final
 
 import psutil
 
@@ -25,14 +23,19 @@ from disagg.bench.compare.plan import (
     plan_runs,
     unloaded_run,
 )
-from disagg.bench.compare.server_process import RunningServer, ServerCommand, free_port, running
+from disagg.bench.compare.server_process import (
+    OUR_READY,
+    RunningServer,
+    ServerCommand,
+    free_port,
+    our_arguments,
+    running,
+)
 from disagg.bench.compare.spec import ComparisonSpec, SystemSpec, fill_in, split_command
 from disagg.bench.report.runs import SystemRun
 from disagg.measure.machine import this_machine
 from disagg.measure.slo import Slo
 from disagg.measure.summary import summarize
-
-OUR_READY: Final = "/ready"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,16 +172,16 @@ class Comparison:
 def make_command(system: SystemSpec, spec: ComparisonSpec, port: int) -> ServerCommand:
     """Return how to start a system on ``port``. Raises ConfigurationError for a variable that is not set."""
     if system.command is not None:
-        arguments = split_command(system.command, port)
+        arguments = tuple(split_command(system.command, port))
         ready = system.ready
     else:
         flags = split_command(system.serve or "", port)
         model = [spec.model] if spec.model else []
-        arguments = [sys.executable, "-m", "disagg.cli.main", "serve", *model, *flags, "--port", str(port)]
+        arguments = our_arguments([*model, *flags], port)
         ready = OUR_READY
     return ServerCommand(
         name=system.name,
-        arguments=tuple(arguments),
+        arguments=arguments,
         environment={name: fill_in(value, port) for name, value in system.environment.items()},
         url=fill_in(system.url, port),
         ready=ready,
