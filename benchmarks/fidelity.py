@@ -40,9 +40,9 @@ from background import repeated
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
 from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run import run_load
 from disagg.bench.compare.server_process import running, serve_command
-from disagg.cli.bench_load import choose_prompts
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.profile import Profile, ProfiledPlatform, load_profile
 from disagg.engine.benchmark.memory_reader import MemoryReader
@@ -229,7 +229,7 @@ def measure_once(url: str, workload: OpenLoop, slo: Slo, seed: int, num_repeated
         num_warmup=2,
     )
     with memory_readings() as memory, counted_steal() as stolen:
-        result = run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
+        result = run_load(plan, load_prompt_source())
     summary = summarize(result.records, slo)
     outcome = Outcome(summary.attainment.share, summary.ttft.p90, summary.tpot.p90)
     return Run(outcome, result.client_cores, tuple(memory), stolen[0], num_repeated)

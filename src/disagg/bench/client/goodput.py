@@ -153,11 +153,9 @@ class _Search:
         deadline_s = math.inf
         if isinstance(load, OpenLoad):
             deadline_s = load.requests[-1].arrival_s + self.asked.drain_s
-        prompt_seed = None if plan.prompt_seed is None else plan.prompt_seed + self.num_runs
+        limits = replace(plan.limits, target=target, deadline_s=deadline_s)
         self.num_runs += 1
-        return replace(
-            plan, load=load, prompt_seed=prompt_seed, limits=replace(plan.limits, target=target, deadline_s=deadline_s)
-        )
+        return replace(plan.numbered(self.num_runs - 1), load=load, limits=limits)
 
 
 def find_goodput(asked: GoodputPlan, run: RunLoad) -> GoodputFound:
