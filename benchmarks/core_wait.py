@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from background import repeated
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.compare.server_process import running, serve_command
 from disagg.measure.workload import RequestSpec
 

@@ -39,9 +39,9 @@ from rich.table import Table
 from background import repeated
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.run import run_load
+from disagg.bench.client.run_load import run_load
 from disagg.bench.compare.server_process import running, serve_command
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.profile import Profile, ProfiledPlatform, load_profile

@@ -22,9 +22,9 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.config import CacheSettings, InstanceSettings, ModelSettings, SchedulerSettings
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.run import run_load
+from disagg.bench.client.run_load import run_load
 from disagg.bench.compare.server_process import RunningServer, running, serve_command
 from disagg.calibration.steps.channel import ScriptedChannel
 from disagg.calibration.steps.script import Command, Report, RunScript, Script, ScriptResult

@@ -1,13 +1,21 @@
-"""Rules of the whole tree that no linter knows: no import cycles, nothing heavy where it is not wanted."""
+"""Rules of the whole tree that no linter knows: no import cycles, one name for one thing, no PyTorch where none belongs."""
 
+import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import grimp
 import pytest
 
+import disagg
+
 GRAPH = grimp.build_graph("disagg")
+SOURCES = Path(disagg.__file__).parent
+SHARED_NAMES = {"EventLog", "Finish", "Link", "PeerLost", "SequenceState"}
+"""Classes of which there are still two, of events and actions in a step and in dispatch above all. Add none."""
 
 
 def cycles(imports: dict[str, set[str]]) -> Iterator[list[str]]:
@@ -49,6 +57,16 @@ def test_cycles_are_found() -> None:
 def test_no_modules_import_one_another() -> None:
     imports = {module: GRAPH.find_modules_directly_imported_by(module) for module in GRAPH.modules}
     assert list(cycles(imports)) == []
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sorted(SOURCES.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(str(path.relative_to(SOURCES)))
+    shared = {name: paths for name, paths in found.items() if len(paths) > 1 and name not in SHARED_NAMES}
+    assert shared == {}
 
 
 @pytest.mark.parametrize("room", ["cache", "costs", "scheduling", "simulator", "measure", "models", "serve"])

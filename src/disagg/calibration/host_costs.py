@@ -12,8 +12,8 @@ import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
 from disagg.bench.client.inquiries import recent_requests, served_model
-from disagg.bench.client.plan import Server
-from disagg.bench.client.prompts import TextTokenizer, english_text
+from disagg.bench.client.load_plan import Server
+from disagg.bench.client.prompt_texts import TextTokenizer, english_text
 from disagg.bench.compare.server_process import running, serve_command
 from disagg.calibration.served_requests import ServedPull, measure_served_requests
 from disagg.calibration.served_streams import StreamLimits, measure_served_steps

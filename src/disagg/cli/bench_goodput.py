@@ -10,9 +10,9 @@ import click
 from disagg.bench.client.goodput import GoodputPlan, find_goodput
 from disagg.bench.client.goodput_report import goodput_report, save_search
 from disagg.bench.client.inquiries import num_instances
-from disagg.bench.client.plan import Load, LoadPlan, load_of
+from disagg.bench.client.load_plan import Load, LoadPlan, load_of
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.cli.bench_goodput_report import print_report
 from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options

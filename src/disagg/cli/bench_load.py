@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from disagg.base.errors import ConfigurationError
-from disagg.bench.client.plan import (
+from disagg.bench.client.load_plan import (
     Asking,
     Endpoint,
     Limits,
@@ -17,7 +17,7 @@ from disagg.bench.client.plan import (
     OpenLoad,
     Server,
 )
-from disagg.bench.client.progress import Progress
+from disagg.bench.client.progress import LoadProgress
 from disagg.bench.client.running import Watch
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo, parse_slo
@@ -148,7 +148,7 @@ def shown_progress(what: str) -> Iterator[Watch]:
         task = bar.add_task(what, total=None, state="preparing")
         bar.refresh()
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: LoadProgress) -> None:
             done = progress.num_finished + progress.num_failed
             bar.update(task, total=progress.num_requests, completed=done, state=describe_progress(progress))
             bar.refresh()
@@ -156,7 +156,7 @@ def shown_progress(what: str) -> Iterator[Watch]:
         yield watch
 
 
-def describe_progress(progress: Progress) -> str:
+def describe_progress(progress: LoadProgress) -> str:
     """Return a line for people."""
     failed = f", {progress.num_failed} failed" if progress.num_failed else ""
     return (

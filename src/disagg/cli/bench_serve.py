@@ -10,11 +10,11 @@ import click
 
 from disagg.base.errors import ConfigurationError
 from disagg.bench.client.inquiries import num_instances
+from disagg.bench.client.load_plan import Load, LoadPlan, load_of
 from disagg.bench.client.load_report import ServeReport, serve_report, system_runs
 from disagg.bench.client.parquet import write_parquet
-from disagg.bench.client.plan import Load, LoadPlan, load_of
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
 from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
 from disagg.cli.bench_serve_report import print_report

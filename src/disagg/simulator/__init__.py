@@ -4,5 +4,5 @@
   real dispatcher, as ``engine/loop`` and ``serve/router`` are in real time. ``decode_run`` and ``repeating_scheduler``
   time runs of equal decode steps ahead.
 - ``engines``: whose rules to serve by, as settings. ``simulation``: from a specification to a
-  ``report``. ``evaluate``: over seeds, and the search for the goodput.
+  ``run_report``. ``evaluate``: over seeds, and the search for the goodput.
 """

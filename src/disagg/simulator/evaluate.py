@@ -14,11 +14,11 @@ from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLog
-from disagg.simulator.report import RunReport
-from disagg.simulator.session_load import SessionLoad
+from disagg.simulator.run_report import RunReport
+from disagg.simulator.session_load import SimulatedSessions
+from disagg.simulator.simulated_requests import simulated_requests
 from disagg.simulator.simulation import simulate
 from disagg.simulator.timeline_page import TimelineRecorder
-from disagg.simulator.workload import simulated_requests
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +71,7 @@ def run_workload(
     if isinstance(workload, OpenLoop):
         requests = simulated_requests(workload.draw(seed), workload.name, block_size)
         return simulate(spec, requests, slo, log=log, timeline=timeline)
-    load = SessionLoad(workload.draw(seed), block_size)
+    load = SimulatedSessions(workload.draw(seed), block_size)
     return simulate(spec, load.first_calls(), slo, log=log, timeline=timeline, next_call=load.next_call)
 
 

@@ -7,8 +7,8 @@ from disagg.base.request import Role
 from disagg.measure.slo import Slo
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.event_log import EventLog
-from disagg.simulator.report import Collector, KvUse, RunReport
 from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.run_report import Collector, KvUse, RunReport
 from disagg.simulator.timeline_page import TimelineRecorder
 
 

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from disagg.base.errors import ConfigurationError
 from disagg.bench.client.prompt_source import load_prompt_source
-from disagg.bench.client.prompts import PromptMaker, Words, english_text, read_text
+from disagg.bench.client.prompt_texts import PromptMaker, Words, english_text, read_text
 from disagg.measure.workload import PrefixBlocks
 from disagg.models.tokenizer import Tokenizer
 from openai_server import WordTokenizer

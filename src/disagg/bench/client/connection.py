@@ -30,7 +30,7 @@ class ConnectTimeoutError(OSError):
 
 
 @dataclass(slots=True)
-class Answer:
+class HttpAnswer:
     """An HTTP answer as it comes. ``pieces`` are its body's, each with its moment (of ``time.perf_counter``)."""
 
     status: int = 0
@@ -81,12 +81,12 @@ class Connection(asyncio.Protocol):
         self.is_reusable = True
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._answer = Answer()
+        self._answer = HttpAnswer()
         self._now_s = 0.0
         self._has_length = False
         self._ended: asyncio.Future[None] | None = None
 
-    async def exchange(self, request: bytes, answer: Answer) -> None:
+    async def exchange(self, request: bytes, answer: HttpAnswer) -> None:
         """Send a whole request and fill ``answer``. Raises LostConnectionError; cancelling closes the connection."""
         assert self._transport is not None, "a connection that is not made"
         if self._transport.is_closing():
@@ -195,7 +195,7 @@ class ConnectionPool:
             f"no answer from {address.host}:{address.port} ({error}); start a server with: disagg serve"
         )
 
-    async def exchange(self, request: bytes, answer: Answer) -> None:
+    async def exchange(self, request: bytes, answer: HttpAnswer) -> None:
         """Send a request and fill ``answer``; raise OSError when there is no connection or it is lost."""
         connection = self._take()
         if connection is not None:
@@ -225,7 +225,7 @@ class ConnectionPool:
                 return connection
         return None
 
-    async def _use(self, connection: Connection, request: bytes, answer: Answer) -> None:
+    async def _use(self, connection: Connection, request: bytes, answer: HttpAnswer) -> None:
         await connection.exchange(request, answer)
         if connection.is_reusable:
             self._idle.append((time.perf_counter(), connection))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from disagg.bench.client.plan import ClosedLoad, Load, LoadPlan, OpenLoad, SessionLoad
-from disagg.bench.client.run import LoadResult
+from disagg.bench.client.load_plan import ClosedLoad, Load, LoadPlan, OpenLoad, SessionLoad
+from disagg.bench.client.run_load import LoadResult
 from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.client.stopping import most_misses
 from disagg.measure.goodput_search import RateBracket, bracket_goodput

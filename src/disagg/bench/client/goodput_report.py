@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from disagg.bench.client.goodput import GoodputFound, GoodputPlan, Trial
-from disagg.bench.client.run import LoadResult
+from disagg.bench.client.run_load import LoadResult
 from disagg.bench.report.runs import GoodputResult, Load, SystemRun
 from disagg.bench.report.saved import write_results
 from disagg.measure.machine import this_machine

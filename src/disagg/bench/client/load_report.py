@@ -5,8 +5,8 @@ from statistics import fmean
 
 import msgspec
 
-from disagg.bench.client.plan import ClosedLoad, OpenLoad, SessionLoad
-from disagg.bench.client.run import LoadResult
+from disagg.bench.client.load_plan import ClosedLoad, OpenLoad, SessionLoad
+from disagg.bench.client.run_load import LoadResult
 from disagg.bench.report.runs import Load, SystemRun
 from disagg.measure.machine import this_machine
 from disagg.measure.slo import Slo

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from disagg.bench.client.prompts import PromptSource, Words, english_text, read_text
+from disagg.bench.client.prompt_texts import PromptSource, Words, english_text, read_text
 from disagg.models.chat_template import load_chat_template
 from disagg.models.locate import ModelFiles, ModelKind, locate_model
 from disagg.models.tokenizer import load_tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 
 from disagg.base.errors import DisaggError
-from disagg.bench.client.plan import Server
-from disagg.bench.client.progress import Progress
-from disagg.bench.client.prompts import PromptSource
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.load_plan import Server
+from disagg.bench.client.progress import LoadProgress
+from disagg.bench.client.prompt_texts import PromptSource
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.compare.plan import (
     PlannedRun,
@@ -45,7 +45,7 @@ class ComparisonProgress:
     num_done: int
     num_runs: int
     words: str
-    run: Progress | None = None
+    run: LoadProgress | None = None
     """Of the run under way."""
 
 
@@ -165,7 +165,7 @@ class Comparison:
     def _server_cpus(self) -> list[int]:
         return sorted(self._spec.cpus.servers or self._cores)
 
-    def _tell(self, words: str, progress: Progress | None = None) -> None:
+    def _tell(self, words: str, progress: LoadProgress | None = None) -> None:
         self._watch(ComparisonProgress(self._num_done, self._num_runs, words, progress))
 
 

@@ -14,9 +14,9 @@ from disagg.base.errors import ConfigurationError, DisaggError, InternalError, U
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
 from disagg.base.request import Role
-from disagg.serve.launch.observer import ServerObserver
 from disagg.serve.launch.process import ENGINE_COMMAND, Exit, InstanceProcess
 from disagg.serve.launch.restart import RestartPolicy
+from disagg.serve.launch.server_observer import ServerObserver
 
 logger = logging.getLogger(__name__)
 

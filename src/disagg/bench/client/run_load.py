@@ -19,9 +19,9 @@ import uvloop
 from disagg.bench.client.calls import Chain, chains_of, num_users_of
 from disagg.bench.client.connection import Address, ConnectionPool
 from disagg.bench.client.inquiries import recent_requests, served_model
-from disagg.bench.client.plan import LoadPlan
+from disagg.bench.client.load_plan import LoadPlan
 from disagg.bench.client.preparing import Preparation
-from disagg.bench.client.prompts import PromptSource
+from disagg.bench.client.prompt_texts import PromptSource
 from disagg.bench.client.running import LoadRun, Watch
 from disagg.bench.client.stages import merge_stages
 from disagg.measure.record import RequestRecord
