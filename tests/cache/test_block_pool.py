@@ -63,6 +63,18 @@ def test_a_match_ends_at_the_first_unknown_block() -> None:
     assert pool.match_prefix([A, B, C]) == blocks[:1]
 
 
+def test_a_retracted_block_is_found_no_more_and_free_when_let_go() -> None:
+    pool = BlockPool(2)
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    pool.publish(blocks[0], A)
+    pool.retract(blocks)
+    assert pool.match_prefix([A]) == ()
+    pool.release(blocks)
+    assert pool.audit().free == 2
+    pool.validate()
+
+
 def test_a_block_shared_by_a_sequence_and_a_lease_is_freed_by_the_last_of_them() -> None:
     pool = BlockPool(1)
     blocks = pool.allocate(1)
@@ -120,6 +132,11 @@ class PoolMachine(RuleBasedStateMachine):
         for block, block_hash in zip(fresh, hashes[len(reusable) :], strict=True):
             self.pool.publish(block, block_hash)
         return reusable + fresh
+
+    @rule(blocks=consumes(held))
+    def fail(self, blocks: tuple[BlockId, ...]) -> None:
+        self.pool.retract(blocks)
+        self.pool.release(blocks)
 
     @rule(blocks=consumes(held))
     def release(self, blocks: tuple[BlockId, ...]) -> None:

@@ -1,14 +1,17 @@
 """A model without weights for the engine loop, and a gate that holds any executor's steps."""
 
 import hashlib
+import sys
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from disagg.base.ids import BlockId
+from disagg.base.messages import FailureKind
 from disagg.base.sampling import PositionLogprobs, TokenLogprob
 from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.engine.sequences import SequenceFailure
 from disagg.transfer.pool import KvPool
 
 DEADLINE_S = 30.0
@@ -49,7 +52,10 @@ class Gate:
 
 
 class HeldExecutor:
-    """Another executor behind a gate. ``steps`` records each step as {request: (start, number of tokens)}."""
+    """Another executor behind a gate. ``steps`` records each step as {request: (start, number of tokens)}.
+
+    Chunks that start at or after the position in ``failures`` fail.
+    """
 
     def __init__(self, inner: Executor) -> None:
         self.gate = Gate()
@@ -57,6 +63,7 @@ class HeldExecutor:
         self.published: list[tuple[BlockId, ...]] = []
         self.received: list[tuple[BlockId, ...]] = []
         self.error: Exception | None = None
+        self.failures: dict[str, int] = {}
         self._inner = inner
 
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
@@ -64,7 +71,12 @@ class HeldExecutor:
         if self.error is not None:
             raise self.error
         self.steps.append({w.sequence.request_id: (w.chunk.start, w.chunk.num_tokens) for w in step})
-        return self._inner.run(step)
+        results = self._inner.run(step)
+        failed = ChunkResult(failure=SequenceFailure(FailureKind.INTERNAL, "its logits are broken"))
+        return [
+            failed if work.chunk.start >= self.failures.get(work.sequence.request_id, sys.maxsize) else result
+            for work, result in zip(step, results, strict=True)
+        ]
 
     def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
         self.published.append(tuple(blocks))

@@ -230,6 +230,35 @@ class TestRefusal:
         assert len(router.tokens("a")) == 6
 
 
+class TestFailure:
+    @pytest.mark.parametrize("position", [0, 1, 18])  # in the first chunk of the prompt, the second, and a decode
+    def test_a_sequence_that_fails_in_a_step_is_given_back_alone(
+        self, router: RouterEnd, engine: Instance, position: int
+    ) -> None:
+        sequences = [request(name, 18, seed=n) for n, name in enumerate(("a", "bad", "c"))]
+        engine.executor.failures["bad"] = position
+        engine.send(*(Generate(request=sequence) for sequence in sequences))
+        failed = router.expect(Failed)
+        assert (failed.request_id, failed.kind, failed.message) == (
+            "bad",
+            FailureKind.INTERNAL,
+            "its logits are broken",
+        )
+        router.wait_for_end("a", "c")
+        assert [router.tokens(name) for name in ("a", "c")] == [answer(sequences[0]), answer(sequences[2])]
+        assert len(router.tokens("bad")) == (position == 18)
+        engine.wait_until_idle()
+
+    def test_the_same_request_may_come_again(self, router: RouterEnd, engine: Instance) -> None:
+        engine.executor.failures["bad"] = 0
+        engine.send(Generate(request=request("bad", 5)))
+        router.expect(Failed)
+        engine.executor.failures.clear()
+        engine.send(Generate(request=request("bad", 5, epoch=2)))
+        router.wait_for_end("bad")
+        assert router.tokens("bad") == answer(request("bad", 5))
+
+
 class TestAbort:
     def test_while_waiting(self, router: RouterEnd) -> None:
         one_at_a_time = SchedulerSettings(max_batch_size=1)

@@ -45,13 +45,15 @@ class Driver:
         self.step = next((action for action in actions if isinstance(action, RunStep)), self.step)
         return actions
 
-    def end_step(self, **finished: FinishReason) -> list[AnyAction]:
+    def end_step(self, *failed: str, **finished: FinishReason) -> list[AnyAction]:
         assert self.step is not None, "no step is running"
         results = tuple(
-            StepResult(chunk.request_id, finished.get(chunk.request_id)) for chunk in self.step.chunks if chunk.samples
+            StepResult(chunk.request_id, finished.get(chunk.request_id))
+            for chunk in self.step.chunks
+            if chunk.samples and chunk.request_id not in failed
         )
         step_id, self.step = self.step.step_id, None
-        return self.feed(StepDone(step_id=step_id, results=results))
+        return self.feed(StepDone(step_id=step_id, results=results, failed=tuple(map(RequestId, failed))))
 
     @property
     def plan(self) -> dict[str, int]:
@@ -318,6 +320,47 @@ class TestDecodeSide:
             )
         )
         assert driver.plan == {"a": 7}
+
+
+class TestFailure:
+    def test_a_sequence_that_failed_ends_alone(self) -> None:
+        driver = Driver()
+        driver.feed(arrived("a", 3), arrived("b", 4), arrived("c", 5))
+        emit, finish, _ = driver.end_step("b")
+        assert emit == Emit(request_ids=(RequestId("a"), RequestId("c")))
+        assert finish == Finish(request_id=RequestId("b"), epoch=Epoch(1), reason=FinishReason.ERROR)
+        assert driver.plan == {"a": 1, "c": 1}
+        driver.end_step(a=FinishReason.STOP, c=FinishReason.STOP)
+        assert driver.scheduler.audit().free == 64
+
+    def test_it_may_fail_before_it_samples(self) -> None:
+        driver = Driver()
+        driver.feed(arrived("a", 40))
+        assert of_type(driver.end_step("a"), Finish)
+        assert driver.plan == {}
+
+    def test_a_handed_over_sequence_that_failed_is_not_offered(self) -> None:
+        driver = Driver()
+        driver.feed(arrived("a", 6, hand_over=True))
+        assert [type(action) for action in driver.end_step("a")] == [Finish]
+
+    def test_what_it_computed_is_reused_by_nobody(self) -> None:
+        driver = Driver(prefix_caching=True)
+        hashes = tuple(BlockHash(bytes([n])) for n in range(6))
+        driver.feed(arrived("a", 24, block_hashes=hashes))
+        driver.end_step()  # publishes four blocks of the first 16 tokens
+        driver.end_step("a")
+        driver.feed(arrived("b", 24, block_hashes=hashes))
+        assert driver.plan == {"b": 16}
+        assert driver.scheduler.audit().cached == 0
+
+    def test_one_that_was_cancelled_meanwhile_ends_as_cancelled(self) -> None:
+        driver = Driver()
+        driver.feed(arrived("a", 3))
+        driver.feed(Cancelled(request_id=RequestId("a"), epoch=Epoch(1)))
+        (finish,) = of_type(driver.end_step("a"), Finish)
+        assert isinstance(finish, Finish)
+        assert finish.reason is FinishReason.ABORT
 
 
 class TestCancel:

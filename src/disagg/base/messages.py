@@ -180,6 +180,8 @@ class FailureKind(enum.Enum):
     """Why an instance gave a sequence back."""
 
     TOO_LONG = "too_long"
+    INVALID = "invalid"
+    """Its own parameters make it impossible."""
     INTERNAL = "internal"
 
 

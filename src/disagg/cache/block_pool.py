@@ -143,6 +143,12 @@ class BlockPool:
             self._blocks[index].hash = block_hash
             self._by_hash[block_hash] = index
 
+    def retract(self, blocks: Iterable[BlockId]) -> None:
+        """Make ACTIVE blocks that may have been published findable no more. Who holds them keeps them."""
+        for index in blocks:
+            self._expect(index, BlockState.ACTIVE)
+            self._unpublish(self._blocks[index])
+
     def match_prefix(self, hashes: Sequence[BlockHash]) -> tuple[BlockId, ...]:
         """Return the blocks of the longest published prefix of ``hashes``. They are not held yet: see ``acquire``."""
         found: list[BlockId] = []
@@ -206,9 +212,13 @@ class BlockPool:
         block = self._blocks[index]
         if block.hash is None:
             raise InternalError(f"cached block {index} has no hash")
-        del self._by_hash[block.hash]
-        block.hash = None
+        self._unpublish(block)
         return index
+
+    def _unpublish(self, block: _Block) -> None:
+        if block.hash is not None:
+            del self._by_hash[block.hash]
+            block.hash = None
 
     def _settle(self, index: BlockId) -> None:
         """Put a block that lost a holder into the state that its other holders give it."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from disagg.base.ids import BlockId
 from disagg.base.sampling import PositionLogprobs
-from disagg.engine.sequences import LiveSequence
+from disagg.engine.sequences import LiveSequence, SequenceFailure
 from disagg.scheduling.step.actions import Chunk
 
 
@@ -22,13 +22,15 @@ class Work:
 class ChunkResult:
     """What one chunk brought forth.
 
-    ``token_id`` is set when the chunk samples. ``prompt_logprobs``, where the sequence wants them, are those of the
+    ``token_id`` is set when the chunk samples. A chunk with a ``failure`` has nothing else: its sequence ends, and the
+    others of the step go on. ``prompt_logprobs``, where the sequence wants them, are those of the
     tokens at positions ``chunk.start + 1`` to ``chunk.start + chunk.num_tokens``, as far as the prompt reaches.
     """
 
     token_id: int | None = None
     logprobs: PositionLogprobs | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    failure: SequenceFailure | None = None
 
 
 class Executor(Protocol):

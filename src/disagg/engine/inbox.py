@@ -19,8 +19,8 @@ from disagg.base.messages import (
 from disagg.base.request import GenerationRequest
 from disagg.engine.pulls import PullResult, Pulls
 from disagg.engine.sequences import LiveSequence
-from disagg.scheduling.step import events
 from disagg.scheduling.epoch_memory import EpochMemory
+from disagg.scheduling.step import events
 from disagg.scheduling.step.events import AnyEvent
 from disagg.transfer.link import TransferState
 

@@ -22,12 +22,13 @@ from disagg.base.messages import (
     StepOutput,
     Stop,
 )
+from disagg.base.sampling import FinishReason
 from disagg.engine.control import ControlChannel
 from disagg.engine.event_log import EventLog
 from disagg.engine.executor import Executor, Work
 from disagg.engine.inbox import Inbox
 from disagg.engine.load_reporter import LoadReporter
-from disagg.engine.outbox import accept_results, pulled_message
+from disagg.engine.outbox import accept_results, failed_message, pulled_message
 from disagg.engine.pulls import PullResult, Pulls
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.step.actions import (
@@ -154,7 +155,9 @@ class EngineLoop:
                 self._inbox.drop(request_id, epoch)
                 failed = Failed(request_id=request_id, epoch=epoch, kind=FailureKind.TOO_LONG, message=detail)
                 self._channel.send(failed)
-            case Finish(request_id=request_id, epoch=epoch):
+            case Finish(request_id=request_id, epoch=epoch, reason=reason):
+                if reason is FinishReason.ERROR:
+                    self._channel.send(failed_message(self._sequence(request_id)))
                 self._inbox.drop(request_id, epoch)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
@@ -195,6 +198,7 @@ class EngineLoop:
         self._step_done = StepDone(
             step_id=step_id,
             results=tuple(StepResult(output.request_id, output.finish_reason) for output in outputs),
+            failed=tuple(item.sequence.request_id for item in work if item.sequence.failure is not None),
         )
 
     def _sequence(self, request_id: RequestId) -> LiveSequence:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from disagg.base.messages import Pulled, SequenceOutput
+from disagg.base.errors import InternalError
+from disagg.base.messages import Failed, Pulled, SequenceOutput
 from disagg.base.sampling import FinishReason
 from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.sequences import LiveSequence
@@ -11,14 +12,28 @@ from disagg.transfer.link import TransferState
 
 
 def accept_results(step: Sequence[Work], results: Sequence[ChunkResult], now: float) -> list[SequenceOutput]:
-    """Add a step's tokens to their sequences; return the output of each chunk that samples, in order."""
+    """Add a step's tokens to their sequences; return the output of each chunk that sampled, in order.
+
+    A sequence whose chunk failed has its ``failure`` set and no output.
+    """
     outputs = []
     for work, result in zip(step, results, strict=True):
+        if result.failure is not None:
+            work.sequence.failure = result.failure
+            continue
         if result.prompt_logprobs:
             work.sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
         if result.token_id is not None:
             outputs.append(_accept(work.sequence, result, result.token_id, now))
     return outputs
+
+
+def failed_message(sequence: LiveSequence) -> Failed:
+    """Return what tells the router of a sequence that ended with its failure."""
+    failure = sequence.failure
+    if failure is None:
+        raise InternalError(f"sequence {sequence.request_id} failed without a reason")
+    return Failed(request_id=sequence.request_id, epoch=sequence.epoch, kind=failure.kind, message=failure.message)
 
 
 def pulled_message(action: ReleaseLease, sequence: LiveSequence | None, now: float) -> Pulled:

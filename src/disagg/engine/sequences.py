@@ -1,15 +1,24 @@
 """What one instance knows of a sequence beyond the scheduler's counts: token values, stamps, how it may end."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from disagg.base.ids import BlockId, Epoch, RequestId
-from disagg.base.messages import KvOffer, StageStamps
+from disagg.base.messages import FailureKind, KvOffer, StageStamps
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
 from disagg.engine.pulls import PullResult
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailure:
+    """Why a sequence cannot go on: a fault of its own, which is no other sequence's."""
+
+    kind: FailureKind
+    message: str
 
 
 class LiveSequence:
@@ -32,6 +41,7 @@ class LiveSequence:
         """How the pull of its KV blocks ended, once it has."""
         self.scheduled_s = 0.0
         self.num_cached_tokens = 0
+        self.failure: SequenceFailure | None = None
         self.abandoned = ""
         """Why its offered KV blocks will not be pulled, if that is known."""
         self._prompt_logprobs: list[PositionLogprobs] = []

@@ -18,6 +18,7 @@ from disagg.base.errors import (
     ContextLengthError,
     InstanceLostError,
     InternalError,
+    InvalidRequestError,
     OverloadedError,
     RequestTimeoutError,
     UnavailableError,
@@ -425,6 +426,7 @@ async def test_a_sequence_given_back_raises_what_went_wrong(scene):
     for name, kind, error in (
         ("a", FailureKind.TOO_LONG, ContextLengthError),
         ("b", FailureKind.INTERNAL, InternalError),
+        ("c", FailureKind.INVALID, InvalidRequestError),
     ):
         request = make_request(name)
         stream = scene.router.submit(request)

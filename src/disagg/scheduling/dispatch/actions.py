@@ -83,6 +83,7 @@ class FailReason(enum.Enum):
     UNAVAILABLE = "unavailable"
     TIMEOUT = "timeout"
     TOO_LONG = "too_long"
+    INVALID = "invalid"
     INTERNAL = "internal"
 
 

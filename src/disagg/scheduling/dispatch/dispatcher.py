@@ -55,7 +55,11 @@ from disagg.scheduling.dispatch.state import (
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-_FAIL_REASON = {FailureKind.TOO_LONG: FailReason.TOO_LONG, FailureKind.INTERNAL: FailReason.INTERNAL}
+_FAIL_REASON = {
+    FailureKind.TOO_LONG: FailReason.TOO_LONG,
+    FailureKind.INVALID: FailReason.INVALID,
+    FailureKind.INTERNAL: FailReason.INTERNAL,
+}
 
 
 class Dispatcher:

@@ -96,7 +96,7 @@ class Reject(Action, frozen=True, kw_only=True):
 
 
 class Finish(Action, frozen=True, kw_only=True):
-    """The sequence ended here (complete, or cancelled): drop its state."""
+    """The sequence ended here (complete, cancelled or failed): drop its state."""
 
     request_id: RequestId
     epoch: Epoch

@@ -52,10 +52,14 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepDone(Event, frozen=True, kw_only=True):
-    """A step ended; ``results`` has one entry for each chunk of it that samples."""
+    """A step ended; ``results`` has one entry for each chunk of it that samples.
+
+    Sequences in ``failed`` could not be computed: they have no result and end here, and their KV is not to be trusted.
+    """
 
     step_id: int
     results: tuple[StepResult, ...]
+    failed: tuple[RequestId, ...] = ()
 
 
 class TransferDone(Event, frozen=True, kw_only=True):

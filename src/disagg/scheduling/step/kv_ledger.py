@@ -71,6 +71,10 @@ class KvLedger:
             self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
         sequence.num_published = max(sequence.num_published, num_full)
 
+    def retract(self, sequence: Sequence) -> None:
+        """Let no other sequence find the blocks of one that failed: what they hold may be why."""
+        self.pool.retract(sequence.block_ids)
+
     def free(self, sequence: Sequence) -> None:
         """Take back a running sequence's blocks."""
         self.pool.release(sequence.block_ids)

@@ -186,12 +186,17 @@ class StepScheduler:
         handed_over: list[Sequence] = []
         for sequence, chunk in step:
             sequence.num_in_flight = 0
-            result = next(results, None) if chunk.samples else None
-            if chunk.samples and (result is None or result.request_id != sequence.request_id):
+            samples = chunk.samples and sequence.request_id not in event.failed
+            result = next(results, None) if samples else None
+            if samples and (result is None or result.request_id != sequence.request_id):
                 raise InternalError(f"step {event.step_id} has no result for sequence {sequence.request_id}")
             if sequence.cancelled:
                 self._ledger.free(sequence)
                 self._end(sequence, FinishReason.ABORT)
+                continue
+            if sequence.request_id in event.failed:
+                self._ledger.retract(sequence)
+                ended.append((sequence, FinishReason.ERROR))
                 continue
             self._statistics.count_tokens(sequence, chunk)
             sequence.num_computed += chunk.num_tokens
