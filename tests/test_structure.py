@@ -1,4 +1,4 @@
-"""Rules of the whole tree that no linter knows: no import cycles, one name for one thing, no PyTorch where none belongs."""
+"""Rules of the whole tree that no linter knows: no import cycles, one name for one thing, PyTorch in few rooms."""
 
 import ast
 import subprocess
