@@ -19,7 +19,7 @@ from disagg.measure.record import Ending, RequestRecord
 _BAD_REQUEST: Final = ("HTTP 400", "HTTP 422")
 
 
-class Preparation:
+class LoadPreparation:
     """Makes attempts for one plan; ``try_server`` adapts to the server first. ``notes`` say how."""
 
     def __init__(self, plan: LoadPlan, model: str, source: PromptSource) -> None:
