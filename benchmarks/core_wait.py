@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from background import repeated
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.bench.client.run import LoadResult, run_load
-from disagg.bench.compare.server_process import running
-from disagg.calibration.host_costs import serve_command
-from disagg.cli.bench_load import choose_prompts
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import LoadResult, run_load
+from disagg.bench.compare.server_process import running, serve_command
 from disagg.measure.workload import RequestSpec
 
 NUM_ANSWERS, APART_S = 16, 2.5
@@ -82,7 +81,7 @@ def main() -> None:
             pid = next(one["pid"] for one in instances if one["role"] == "decode")
             plan = LoadPlan(server=Server(url), load=load(), asking=Asking(temperature=0.0), limits=Limits())
             with waits(pid) as readings:
-                result = run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
+                result = run_load(plan, load_prompt_source())
     drawn = Table(title="a lone decode beside a busy prefill instance")
     for heading in ("s since it began", "steps", "ms a step it waits for its core"):
         drawn.add_column(heading, justify="right")

@@ -39,11 +39,10 @@ from rich.table import Table
 from background import repeated
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.request import Role
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.bench.client.run import run_load
-from disagg.bench.compare.server_process import running
-from disagg.calibration.host_costs import serve_command
-from disagg.cli.bench_load import choose_prompts
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import run_load
+from disagg.bench.compare.server_process import running, serve_command
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.profile import Profile, ProfiledPlatform, load_profile
 from disagg.engine.benchmark.memory_reader import MemoryReader
@@ -53,8 +52,7 @@ from disagg.measure.standard import standard_workload
 from disagg.measure.summary import summarize
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_cluster, own_rules
-from disagg.simulator.run import find_goodput, simulate
-from disagg.simulator.workload import simulated_requests
+from disagg.simulator.evaluate import highest_rate, run_workload
 
 PLACEMENTS = {"1 prefill + 1 decode": {Role.PREFILL: 1, Role.DECODE: 1}, "2 colocated": {Role.COLOCATED: 2}}
 SLOS = {"chat": parse_slo("ttft=2s,tpot=50ms"), "code": parse_slo("ttft=10s,tpot=400ms")}
@@ -185,10 +183,10 @@ def is_within(predicted: Outcome, measured: Outcome) -> bool:
 
 def predict(clusters: Sequence[ClusterSpec], workloads: Sequence[OpenLoop], slo: Slo) -> Outcome:
     """Simulate what is sent in each run, on the cluster of that run; return the means."""
-    reports = []
-    for seed, (cluster, workload) in enumerate(zip(clusters, workloads, strict=True)):
-        requests = simulated_requests(workload.draw(seed), workload.name, cluster.instances[0].block_size)
-        reports.append(simulate(cluster, requests, slo))
+    reports = [
+        run_workload(cluster, workload, slo, seed)
+        for seed, (cluster, workload) in enumerate(zip(clusters, workloads, strict=True))
+    ]
     return mean([Outcome(report.attainment, report.ttft.p90, report.tpot.p90) for report in reports])
 
 
@@ -231,7 +229,7 @@ def measure_once(url: str, workload: OpenLoop, slo: Slo, seed: int, num_repeated
         num_warmup=2,
     )
     with memory_readings() as memory, counted_steal() as stolen:
-        result = run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
+        result = run_load(plan, load_prompt_source())
     summary = summarize(result.records, slo)
     outcome = Outcome(summary.attainment.share, summary.ttft.p90, summary.tpot.p90)
     return Run(outcome, result.client_cores, tuple(memory), stolen[0], num_repeated)
@@ -251,7 +249,7 @@ def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Cas
         def attainment(rate: float, slices: Sequence[OpenLoop] = slices, slo: Slo = slo) -> float:
             return predict(clusters, [one.at_rate(rate) for one in slices], slo).attainment
 
-        capacity = find_goodput(attainment, 0.9, 1.0)
+        capacity = highest_rate(attainment, 0.9, 1.0)
         for load in options.loads:
             yield Case(name, [one.at_rate(capacity * LOADS[load]) for one in slices], load, slo, loaded)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from disagg.cache.layout import KvDtype, KvLayout
-from disagg.engine.benchmark.machine import best_time_s, measure_peaks
+from disagg.engine.benchmark.peaks import best_time_s, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import BACKENDS, select_backend
 

@@ -22,13 +22,12 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.config import CacheSettings, InstanceSettings, ModelSettings, SchedulerSettings
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.bench.client.plan import Asking, Limits, LoadPlan, OpenLoad, Server
-from disagg.bench.client.run import run_load
-from disagg.bench.compare.server_process import RunningServer, running
-from disagg.calibration.host_costs import serve_command
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import run_load
+from disagg.bench.compare.server_process import RunningServer, running, serve_command
 from disagg.calibration.steps.channel import ScriptedChannel
 from disagg.calibration.steps.script import Command, Report, RunScript, Script, ScriptResult
-from disagg.cli.bench_load import choose_prompts
 from disagg.engine.instance import build_loop
 from disagg.engine.kernels.interface import StepBatch
 from disagg.engine.model.decoder import Decoder
@@ -48,7 +47,7 @@ def serving_s(num_streams: int, output_len: int, server: RunningServer) -> float
         server=Server(server.command.url), load=OpenLoad(requests), asking=Asking(temperature=0.0), limits=Limits()
     )
     before_s = server.own_cpu_s()
-    run_load(plan, choose_prompts({"tokenizer": None, "prompts": None}))
+    run_load(plan, load_prompt_source())
     return server.own_cpu_s() - before_s
 
 

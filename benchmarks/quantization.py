@@ -15,7 +15,7 @@ import torch
 
 from disagg.base.config import DType, Quantization
 from disagg.engine.benchmark.cases import Phase, StepCase
-from disagg.engine.benchmark.run import EngineBenchmark, make_batch, prepare
+from disagg.engine.benchmark.engine_benchmark import EngineBenchmark, make_batch, prepare
 from disagg.models.locate import locate_model
 from disagg.models.tokenizer import load_tokenizer
 

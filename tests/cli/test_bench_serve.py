@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from disagg.bench.client.progress import Progress
+from disagg.bench.client.progress import LoadProgress
 from disagg.bench.report.saved import read_results
 from disagg.cli.bench_goodput import Factors
 from disagg.cli.bench_load import describe_progress
@@ -183,7 +183,7 @@ def test_factors_of_a_grid() -> None:
 
 
 def test_progress_in_a_line() -> None:
-    progress = Progress(
+    progress = LoadProgress(
         elapsed_s=3.0,
         num_requests=10,
         num_sent=7,

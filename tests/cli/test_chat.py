@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from disagg.cli.chat import Conversation
-from disagg.cli.chat_client import Answer, ChatClient
+from disagg.cli.chat_client import ChatAnswer, ChatClient
 from disagg.cli.main import main
 
 Event = dict[str, Any]
@@ -180,7 +180,7 @@ def test_the_speed_is_shown_and_unknown_commands_are_explained(server, converse,
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_came():
     class Interrupted:
-        def stream(self, messages: list[dict[str, str]], answer: Answer) -> Iterator[str]:
+        def stream(self, messages: list[dict[str, str]], answer: ChatAnswer) -> Iterator[str]:
             answer.add("Hel")
             yield "Hel"
             raise KeyboardInterrupt
@@ -194,12 +194,12 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came():
     ("answer", "words"),
     [
         (
-            Answer(asked_s=1.0, first_s=1.5, last_s=2.5, num_tokens=11),
+            ChatAnswer(asked_s=1.0, first_s=1.5, last_s=2.5, num_tokens=11),
             "[11 tokens, 10.0 tokens/s, first token after 500 ms]",
         ),
-        (Answer(asked_s=1.0, first_s=1.5, last_s=1.5, num_tokens=1), "[first token after 500 ms]"),
-        (Answer(asked_s=1.0), "[no answer]"),
-        (Answer(asked_s=1.0, stopped=True), "[stopped]"),
+        (ChatAnswer(asked_s=1.0, first_s=1.5, last_s=1.5, num_tokens=1), "[first token after 500 ms]"),
+        (ChatAnswer(asked_s=1.0), "[no answer]"),
+        (ChatAnswer(asked_s=1.0, stopped=True), "[stopped]"),
     ],
 )
 def test_the_speed_in_words(answer, words):

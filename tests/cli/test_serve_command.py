@@ -13,7 +13,8 @@ from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
 from disagg.base.request import Role
 from disagg.cli.main import main
-from disagg.cli.serve_display import PlainDisplay, make_display
+from disagg.cli.serve_display import PlainDisplay
+from disagg.cli.serve_output import make_display
 from disagg.cli.serve_progress import ProgressDisplay
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.serve.launch import main as launch

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from disagg.base.errors import ConfigurationError
 from disagg.cli.simulate import simulate
 from disagg.measure.trace import Trace
-from disagg.simulator.workload import simulated_requests
+from disagg.simulator.simulated_requests import simulated_requests
 
 PUBLISHED = ["--engine", "distserve", "--model", "opt-13b"]
 

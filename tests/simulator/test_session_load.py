@@ -10,8 +10,8 @@ from disagg.measure.slo import Slo
 from disagg.measure.workload import PrefixBlocks, Session, SessionCall
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.run import simulate
-from disagg.simulator.session_load import SessionLoad
+from disagg.simulator.session_load import SimulatedSessions
+from disagg.simulator.simulation import simulate
 
 
 def session(name: str, start_s: float, num_calls: int, think_s: float = 2.0) -> Session:
@@ -22,7 +22,7 @@ def session(name: str, start_s: float, num_calls: int, think_s: float = 2.0) -> 
 
 
 def serve(spec: ClusterSpec, sessions: list[Session]) -> list[SimulatedRequest]:
-    load = SessionLoad(sessions, block_size=16)
+    load = SimulatedSessions(sessions, block_size=16)
     ended: list[SimulatedRequest] = []
 
     def end(request: SimulatedRequest) -> None:
@@ -52,7 +52,7 @@ def test_what_a_session_said_before_is_not_computed_again() -> None:
 
 
 def test_a_report_counts_every_call() -> None:
-    load = SessionLoad([session("a", 0.0, 3), session("b", 0.5, 2)], block_size=16)
+    load = SimulatedSessions([session("a", 0.0, 3), session("b", 0.5, 2)], block_size=16)
     spec = cluster_spec(instance(Role.PREFILL), instance(Role.DECODE))
     report = simulate(spec, load.first_calls(), Slo(), next_call=load.next_call)
     assert report.num_requests == report.num_finished == 5

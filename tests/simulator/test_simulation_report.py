@@ -1,4 +1,4 @@
-"""What a simulation reports: attainment, estimates over seeds, the course of a KV pool, goodput."""
+"""What a simulation reports: attainment, estimates over seeds, the course of a KV pool."""
 
 import math
 import random
@@ -16,7 +16,7 @@ from disagg.base.request import Role
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate
 from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.run import find_goodput, simulate
+from disagg.simulator.simulation import simulate
 from disagg.simulator.usage import MAX_POINTS, UsageSeries
 
 
@@ -72,30 +72,6 @@ def test_an_estimate_is_a_mean_with_students_interval() -> None:
         estimate = Estimate.of([rng.gauss(3, 1) for _ in range(5)])
         covered += abs(estimate.mean - 3) <= estimate.half_width
     assert covered / 400 == pytest.approx(0.95, abs=0.03)
-
-
-@pytest.mark.parametrize("start", [0.1, 1.0, 7.3, 400.0])
-def test_the_goodput_is_found_from_anywhere(start: float) -> None:
-    found = find_goodput(lambda rate: 1 / (1 + math.exp(rate - 12)), 0.9, start)
-    assert found == pytest.approx(12 - math.log(9), rel=0.03)
-
-
-def test_no_goodput_is_said_so() -> None:
-    with pytest.raises(ConfigurationError, match="missed at any rate"):
-        find_goodput(lambda rate: 0.1, 0.9, 1.0)
-    with pytest.raises(ConfigurationError, match="met at any rate"):
-        find_goodput(lambda rate: 1.0, 0.9, 1.0)
-
-
-def test_the_goodput_of_a_pair_is_where_its_attainment_falls() -> None:
-    slo = Slo(ttft_s=0.015, tpot_s=0.005)
-
-    def attainment(rate: float) -> float:
-        return simulate(pair(), poisson(rate, 150, seed=3), slo).attainment
-
-    goodput = find_goodput(attainment, 0.9, start_rate=5)
-    assert attainment(goodput) >= 0.9
-    assert attainment(1.1 * goodput) < 0.9
 
 
 @given(st.lists(st.tuples(st.floats(0, 500), st.integers(0, 50)), max_size=60))

@@ -1,7 +1,6 @@
 """What serving adds: HTTP, tokenising and messages to a request, streaming to steps. Asked of a real server."""
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
 from disagg.bench.client.inquiries import recent_requests, served_model
-from disagg.bench.client.plan import Server
-from disagg.bench.client.prompts import TextTokenizer, english_text
-from disagg.bench.compare.server_process import ServerCommand, free_port, running
+from disagg.bench.client.load_plan import Server
+from disagg.bench.client.prompt_texts import TextTokenizer, english_text
+from disagg.bench.compare.server_process import running, serve_command
 from disagg.calibration.served_requests import ServedPull, measure_served_requests
 from disagg.calibration.served_streams import StreamLimits, measure_served_steps
 from disagg.costs.platform import HostCosts
@@ -25,7 +24,6 @@ from disagg.measure.timeline import Stage
 _PROMPT_CHARACTERS: Final = 600
 _OUTPUT_LEN: Final = 3
 _NUM_WARMUP: Final = 3
-_START_DEADLINE_S: Final = 300.0
 _REQUEST_DEADLINE_S: Final = 60.0
 _NUM_STREAMS: Final = (1, 4, 16)
 _NUM_PROMPTS: Final = 8
@@ -37,19 +35,6 @@ class LoneRequest:
 
     ttft_s: float
     stages: Mapping[str, float]
-
-
-def serve_command(name: str, arguments: Sequence[str], start_deadline_s: float = _START_DEADLINE_S) -> ServerCommand:
-    """Return how to start ``disagg serve`` with these arguments on a free port."""
-    port = free_port()
-    return ServerCommand(
-        name=name,
-        arguments=(sys.executable, "-m", "disagg.cli.main", "serve", *arguments, "--port", str(port)),
-        environment={},
-        url=f"http://127.0.0.1:{port}",
-        ready="/ready",
-        start_deadline_s=start_deadline_s,
-    )
 
 
 @dataclass(frozen=True)

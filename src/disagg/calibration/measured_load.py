@@ -12,9 +12,9 @@ from disagg.base.errors import DisaggError
 from disagg.bench.client.attempt import Attempt
 from disagg.bench.client.calls import Call, chains_of
 from disagg.bench.client.connection import Address, ConnectionPool
-from disagg.bench.client.messages import MessageBuilder
-from disagg.bench.client.plan import Asking, Limits, OpenLoad, Server
-from disagg.bench.client.prompts import Prompt
+from disagg.bench.client.http_messages import MessageBuilder
+from disagg.bench.client.load_plan import Asking, Limits, OpenLoad, Server
+from disagg.bench.client.prompt_texts import PromptText
 from disagg.bench.client.running import LoadRun
 from disagg.measure.record import Ending, RequestRecord
 
@@ -66,7 +66,7 @@ class CpuReadings:
 
 
 async def send_all(
-    server: Server, model: str, load: OpenLoad, make_prompt: Callable[[Call], Prompt], readings: CpuReadings
+    server: Server, model: str, load: OpenLoad, make_prompt: Callable[[Call], PromptText], readings: CpuReadings
 ) -> tuple[RequestRecord, ...]:
     """Send everything and wait for all answers; ``readings`` go on meanwhile.
 

@@ -16,8 +16,8 @@ import uvloop
 
 from disagg.bench.client.calls import Call
 from disagg.bench.client.inquiries import recent_requests, served_model
-from disagg.bench.client.plan import OpenLoad, Server
-from disagg.bench.client.prompts import Prompt, TextTokenizer, english_text
+from disagg.bench.client.load_plan import OpenLoad, Server
+from disagg.bench.client.prompt_texts import PromptText, TextTokenizer, english_text
 from disagg.bench.client.stages import merge_stages
 from disagg.calibration.measured_load import CpuReadings, send_all
 from disagg.calibration.served_streams import StreamLimits
@@ -65,7 +65,7 @@ class TextPrompts:
         sample = self._text[:_SAMPLE_CHARACTERS]
         self._characters_per_token = len(sample) / len(tokenizer.encode(sample))
 
-    def make(self, call: Call) -> Prompt:
+    def make(self, call: Call) -> PromptText:
         """Return the prompt of a call."""
         unique = secrets.token_hex(_UNIQUE_BYTES)
         num_characters = int(call.prompt_len * self._characters_per_token)
@@ -73,7 +73,7 @@ class TextPrompts:
             text = f"{unique} {self._text}"[: max(1, num_characters)]
             token_ids = self._tokenizer.encode(text)
             if len(token_ids) <= self._longest or num_characters <= 1:
-                return Prompt(text, token_ids, len(token_ids))
+                return PromptText(text, token_ids, len(token_ids))
             num_characters = num_characters * 9 // 10
 
 

@@ -16,8 +16,8 @@ import uvloop
 
 from disagg.bench.client.calls import Call
 from disagg.bench.client.inquiries import served_model
-from disagg.bench.client.plan import Endpoint, OpenLoad, Server
-from disagg.bench.client.prompts import Prompt
+from disagg.bench.client.load_plan import Endpoint, OpenLoad, Server
+from disagg.bench.client.prompt_texts import PromptText
 from disagg.calibration.measured_load import CpuReadings, send_all
 from disagg.costs.serving_fit import ServedSample
 from disagg.measure.record import RequestRecord
@@ -108,8 +108,8 @@ def served_steps(load: StreamLoad, records: Sequence[RequestRecord], readings: C
     return [ServedSample(num_streams=load.num_streams, cpu_s=cpu_s)]
 
 
-def _random_prompt(vocab_size: int, call: Call) -> Prompt:
+def _random_prompt(vocab_size: int, call: Call) -> PromptText:
     """Return a prompt with other tokens than any before: none finds a prefix in the cache."""
     first = secrets.randbelow(vocab_size)
     token_ids = [(first + 7919 * index * (call.index + 1)) % vocab_size for index in range(call.prompt_len)]
-    return Prompt("", token_ids, call.prompt_len)
+    return PromptText("", token_ids, call.prompt_len)

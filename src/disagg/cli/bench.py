@@ -10,7 +10,7 @@ from disagg.base.config import DType, Quantization
 
 if TYPE_CHECKING:
     from disagg.engine.benchmark.cases import StepTime
-    from disagg.engine.benchmark.run import EngineBenchmark
+    from disagg.engine.benchmark.engine_benchmark import EngineBenchmark
 
 
 COMMANDS: Final = {
@@ -85,7 +85,7 @@ def _measure(
     from rich.progress import Progress
 
     from disagg.engine.benchmark.cases import standard_cases
-    from disagg.engine.benchmark.run import prepare
+    from disagg.engine.benchmark.engine_benchmark import prepare
     from disagg.models.locate import locate_model
 
     files = locate_model(model)

@@ -76,10 +76,10 @@ def compare(
 
 def _collect(spec: "ComparisonSpec", logs: Path, runs: "list[SystemRun]") -> None:
     """Run the comparison; ``runs`` gets what is measured as it comes, so that nothing is lost with an error."""
+    from disagg.bench.client.prompt_source import load_prompt_source
     from disagg.bench.compare.comparison import Comparison
-    from disagg.cli.bench_load import choose_prompts
 
-    source = choose_prompts({"tokenizer": spec.model, "prompts": None})
+    source = load_prompt_source(spec.model)
     with _terminable(), _shown_progress() as watch, closing(Comparison(spec, source, logs, watch).runs()) as found:
         for run in found:
             runs.append(run)

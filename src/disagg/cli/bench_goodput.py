@@ -8,11 +8,13 @@ from typing import Any, Final
 import click
 
 from disagg.bench.client.goodput import GoodputPlan, find_goodput
+from disagg.bench.client.goodput_report import goodput_report, save_search
 from disagg.bench.client.inquiries import num_instances
-from disagg.bench.client.plan import Load, LoadPlan
-from disagg.bench.client.run import LoadResult, run_load
-from disagg.cli.bench_goodput_report import goodput_report, print_report, save_search
-from disagg.cli.bench_load import choose_plan, choose_prompts, choose_slo, load_of, load_options, shown_progress
+from disagg.bench.client.load_plan import Load, LoadPlan, load_of
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import LoadResult, run_load
+from disagg.cli.bench_goodput_report import print_report
+from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
 from disagg.measure.sessions import SessionWorkload
 
@@ -95,7 +97,7 @@ def goodput(num_devices: int | None, save: Path | None, as_json: bool, **values:
     """
     plan = choose_plan(values, choose_slo(values))
     name, load_at = _loads(values)
-    source = choose_prompts(values)
+    source = load_prompt_source(values["tokenizer"], values["prompts"])
     asked = GoodputPlan(
         plan=plan,
         load_at=load_at,

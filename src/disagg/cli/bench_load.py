@@ -1,9 +1,7 @@
 """Flags and words that the benchmarks with a load client share: whom to ask, with what, and how it goes."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -11,23 +9,17 @@ import click
 import msgspec
 
 from disagg.base.errors import ConfigurationError
-from disagg.bench.client.plan import (
+from disagg.bench.client.load_plan import (
     Asking,
-    ClosedLoad,
     Endpoint,
     Limits,
-    Load,
     LoadPlan,
     OpenLoad,
     Server,
-    SessionLoad,
 )
-from disagg.bench.client.progress import Progress
-from disagg.bench.client.prompts import PromptSource, Words, english_text, read_text
+from disagg.bench.client.progress import LoadProgress
 from disagg.bench.client.running import Watch
 from disagg.cli.workload_flags import SloType
-from disagg.measure.open_loop import OpenLoop
-from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo, parse_slo
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -135,53 +127,11 @@ def choose_plan(values: Mapping[str, Any], slo: Slo) -> LoadPlan:
     )
 
 
-def load_of(
-    workload: OpenLoop | SessionWorkload,
-    seed: int,
-    num_users: int | None = None,
-    think_s: float = 0.0,
-    count: int | None = None,
-) -> Load:
-    """Return what is sent for a seed, at its times or by ``num_users``: all, or ``count`` requests or sessions."""
-    if isinstance(workload, SessionWorkload):
-        return SessionLoad(tuple(islice(workload.draw(seed), count)), num_users)
-    requests = tuple(islice(workload.draw(seed), count))
-    return OpenLoad(requests) if num_users is None else ClosedLoad(requests, num_users, think_s)
-
-
 def _extra_body(text: str | None) -> dict[str, object]:
     try:
         return {} if text is None else msgspec.json.decode(text, type=dict[str, object])
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"--extra-body {text!r} is not a JSON object: {error}") from error
-
-
-def choose_prompts(values: Mapping[str, Any]) -> PromptSource:
-    """Return the words and the tokenizer of ``--prompts`` and ``--tokenizer``."""
-    from disagg.models.chat_template import load_chat_template
-    from disagg.models.tokenizer import load_tokenizer
-
-    files = _tokenizer_files(values["tokenizer"])
-    tokenizer = load_tokenizer(files)
-    text = english_text() if values["prompts"] is None else read_text(values["prompts"])
-    template = load_chat_template(files, tokenizer.special_tokens)
-
-    def encode_chat(content: str) -> list[int]:
-        rendered = template.render([{"role": "user", "content": content}])
-        return tokenizer.encode(rendered, add_special_tokens=False)
-
-    return PromptSource(Words(text, tokenizer), tokenizer.encode, encode_chat if template.available else None)
-
-
-def _tokenizer_files(name: str | None) -> Any:
-    """Find a model, or a tokenizer without one: a ``tokenizer.json``, or a folder that holds it."""
-    from disagg.models.locate import ModelFiles, ModelKind, locate_model
-
-    path = None if name is None else Path(name).expanduser()
-    folder = path.parent if path is not None and path.name == "tokenizer.json" else path
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        return ModelFiles(name=folder.name, kind=ModelKind.HF_FOLDER, path=folder)
-    return locate_model(name)
 
 
 @contextmanager
@@ -198,7 +148,7 @@ def shown_progress(what: str) -> Iterator[Watch]:
         task = bar.add_task(what, total=None, state="preparing")
         bar.refresh()
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: LoadProgress) -> None:
             done = progress.num_finished + progress.num_failed
             bar.update(task, total=progress.num_requests, completed=done, state=describe_progress(progress))
             bar.refresh()
@@ -206,7 +156,7 @@ def shown_progress(what: str) -> Iterator[Watch]:
         yield watch
 
 
-def describe_progress(progress: Progress) -> str:
+def describe_progress(progress: LoadProgress) -> str:
     """Return a line for people."""
     failed = f", {progress.num_failed} failed" if progress.num_failed else ""
     return (
@@ -214,10 +164,3 @@ def describe_progress(progress: Progress) -> str:
         f"{progress.request_rate:.2f} requests/s, {progress.output_tokens_per_s:.0f} tokens/s, "
         f"TTFT {progress.ttft_s * 1e3:.0f} ms, TPOT {progress.tpot_s * 1e3:.1f} ms"
     )
-
-
-def with_prompt_seed(plan: LoadPlan, number: int) -> LoadPlan:
-    """Return the plan for the run of this number: with other texts than the runs before it."""
-    if plan.prompt_seed is None:
-        return plan
-    return dataclasses.replace(plan, prompt_seed=plan.prompt_seed + number)

@@ -10,20 +10,14 @@ import click
 
 from disagg.base.errors import ConfigurationError
 from disagg.bench.client.inquiries import num_instances
+from disagg.bench.client.load_plan import Load, LoadPlan, load_of
+from disagg.bench.client.load_report import ServeReport, serve_report, system_runs
 from disagg.bench.client.parquet import write_parquet
-from disagg.bench.client.plan import Load, LoadPlan
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
-from disagg.cli.bench_load import (
-    choose_plan,
-    choose_prompts,
-    choose_slo,
-    load_of,
-    load_options,
-    shown_progress,
-    with_prompt_seed,
-)
-from disagg.cli.bench_serve_report import ServeReport, print_report, serve_report, system_runs
+from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
+from disagg.cli.bench_serve_report import print_report
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
 from disagg.measure.record import write_records
 
@@ -69,11 +63,11 @@ def serve(
     slo = choose_slo(values)
     plan = _with_deadline(choose_plan(values, slo), values["max_run_s"])
     name, rate, loads = choose_loads(values, range(seed, seed + seeds))
-    source = choose_prompts(values)
+    source = load_prompt_source(values["tokenizer"], values["prompts"])
     results: list[LoadResult] = []
     for number, load in enumerate(loads):
         with shown_progress(f"run {number + 1} of {seeds}") as watch:
-            results.append(run_load(dataclasses.replace(with_prompt_seed(plan, number), load=load), source, watch))
+            results.append(run_load(dataclasses.replace(plan.numbered(number), load=load), source, watch))
         if results[-1].stopped == INTERRUPTED:
             break
     report = serve_report(name, seed, results)

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import click
 
-from disagg.cli.chat_client import Answer, ChatClient
+from disagg.cli.chat_client import ChatAnswer, ChatClient
 
 _HELP = "/exit or Ctrl-D ends, /clear forgets the conversation, Ctrl-C stops an answer"
 
@@ -70,10 +70,10 @@ class Conversation:
                 answer = self.ask(line)
                 click.echo(answer.describe(), err=True)
 
-    def ask(self, question: str) -> Answer:
+    def ask(self, question: str) -> ChatAnswer:
         """Send a question and show its answer; Ctrl-C keeps what has come."""
         self._messages.append({"role": "user", "content": question})
-        answer = Answer()
+        answer = ChatAnswer()
         try:
             for text in self._client.stream(self._messages, answer):
                 click.echo(text, nl=False)

@@ -15,7 +15,7 @@ READ_TIMEOUT_S = 600.0
 
 
 @dataclass
-class Answer:
+class ChatAnswer:
     """One answer as it comes, and when."""
 
     asked_s: float = field(default_factory=time.monotonic)
@@ -70,7 +70,7 @@ class ChatClient:
     ) -> None:
         self._http.close()
 
-    def stream(self, messages: Sequence[Mapping[str, str]], answer: Answer) -> Iterator[str]:
+    def stream(self, messages: Sequence[Mapping[str, str]], answer: ChatAnswer) -> Iterator[str]:
         """Yield the pieces of an answer and keep them in ``answer``. Leaving early aborts it on the server."""
         body = {
             "model": self.model,
@@ -125,7 +125,7 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, object]]:
             yield event
 
 
-def _take(event: Mapping[str, object], answer: Answer) -> str:
+def _take(event: Mapping[str, object], answer: ChatAnswer) -> str:
     """Return the text of an event, and note its usage. Raises DisaggError for an error."""
     match event:
         case {"error": {"message": message}}:

@@ -1,8 +1,5 @@
 """``disagg profile``: measure what steps, pulls and messages take on this machine, for ``disagg simulate``."""
 
-import os
-import random
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,33 +7,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from disagg.base.config import CacheSettings, Device, InstanceGroup, ModelSettings, Placement, SchedulerSettings
+from disagg.base.config import CacheSettings, InstanceGroup, ModelSettings, Placement, SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.calibration.host_costs import HostMeasurement, measure_host_costs
-from disagg.calibration.served_streams import StreamLimits
 from disagg.cli.flags import build, flag_name, flags_of
-from disagg.cli.profile_report import print_summary, summarise
-from disagg.costs.contention import Activity
-from disagg.costs.links import fit_link
-from disagg.costs.measured_steps import StepSample
-from disagg.costs.memory import MemorySample
-from disagg.costs.profile import ParallelSamples, Profile, save_profile
-from disagg.measure.machine import this_machine
-from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
+from disagg.serve.launch.deployment import Deployment, HostSettings
 
 if TYPE_CHECKING:
-    from disagg.calibration.steps.campaign import Campaign, Measurement, OnProgress
-    from disagg.calibration.steps.script import MeasuredStep
+    from disagg.calibration.steps.campaign import OnProgress
 
 _PAIR: Final = Placement(groups=(InstanceGroup(role=Role.PREFILL, count=1), InstanceGroup(role=Role.DECODE, count=1)))
-_QUICK_ALONE_S: Final = 9.0
-_QUICK_BESIDE_S: Final = 3.0
-_HOST: Final = (24, 3)
-_QUICK_HOST: Final = (12, 1)
-"""Requests that have a server for themselves, and rounds of streams."""
-_MOST_LOST: Final = 0.05
-"""Part of the time that the core may belong to others before a profile is called into question."""
 _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, HostSettings)
 
 
@@ -79,82 +59,24 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
         host=build(HostSettings, values | {"event_log": None}),
     )
     with _shown_progress() as on_progress:
-        from disagg.calibration.steps.campaign import measure
+        from disagg.calibration.profiling import make_profile
 
-        campaign = plan_campaign(deployment, values["seed"], values["quick"], values["temperature"])
-        measured = measure(campaign, on_progress)
-        on_progress("server", 0.0)
-        host = measure_host_costs(
-            model,
+        made = make_profile(
+            deployment,
             serve_arguments(values),
-            *(_QUICK_HOST if values["quick"] else _HOST),
-            StreamLimits(
-                max_total_len=measured.facts.max_model_len,
-                max_batch_tokens=deployment.scheduler.max_batch_tokens,
-                max_batch_size=deployment.scheduler.max_batch_size,
-                vocab_size=measured.facts.vocab_size,
-            ),
+            on_progress,
+            seed=values["seed"],
+            quick=values["quick"],
+            temperature=values["temperature"],
         )
-        on_progress("server", 1.0)
-    measured_profile = to_profile(campaign, measured, host, model_name(model))
-    save_profile(measured_profile, output)
-    if deployment.host.device is Device.CPU:
-        warn_if_busy(measured.alone)
-    print_summary(summarise(measured_profile, output), as_json)
+    from disagg.calibration.profile_summary import summarise
+    from disagg.cli.profile_report import print_summary
+    from disagg.costs.profile import save_profile
 
-
-def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: float) -> "Campaign":
-    """Return what to measure: an instance as ``disagg serve`` would start it, beside another if there is a core."""
-    from disagg.calibration.steps.campaign import Campaign
-
-    instance, neighbour = plan_instances(
-        deployment, control_endpoint="", available_cores=sorted(os.sched_getaffinity(0)), parent_pid=0
-    )
-    durations = {"alone_s": _QUICK_ALONE_S, "beside_s": _QUICK_BESIDE_S} if quick else {}
-    return Campaign(
-        instance=instance,
-        neighbour=None if set(instance.cpus) & set(neighbour.cpus) else neighbour,
-        seed=seed,
-        quick=quick,
-        temperature=temperature,
-        **durations,
-    )
-
-
-def to_profile(campaign: "Campaign", measured: "Measurement", host: HostMeasurement, name: str) -> Profile:
-    """Return the profile that a campaign's measurements make."""
-    facts, settings, machine = measured.facts, campaign.instance, this_machine()
-    samples = [_sample(step, None) for step in measured.alone]
-    memory: list[MemorySample] = []
-    for activity, parts in measured.beside.items():
-        for part in parts:
-            read = [MemorySample(alone=one.alone, together=one.together) for one in part.memory]
-            together = statistics.harmonic_mean([one.together for one in read]) if read else None
-            samples += [_sample(step, Activity(activity), together) for step in part.steps]
-            memory += read
-    # What is held out is chosen by position: in random order, no kind of step is left out of either part.
-    random.Random(campaign.seed).shuffle(samples)
-    kv_bytes_per_token = facts.kv_bytes // (facts.num_blocks * facts.block_size)
-    block_bytes = kv_bytes_per_token * facts.block_size
-    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
-    return Profile(
-        model=name,
-        device=machine.processor if facts.device == "cpu" else facts.device,
-        dtype=settings.model.dtype.value,
-        num_threads=settings.num_threads,
-        kv_bytes_per_token=kv_bytes_per_token,
-        steps=(ParallelSamples(tensor_parallel=1, samples=tuple(samples)),),
-        link_bytes_per_s=link.bytes_per_s,
-        link_latency_s=link.latency_s,
-        accept_s=host.lone.accept_s,
-        message_s=host.lone.message_s,
-        deliver_s=host.lone.deliver_s,
-        temperature=campaign.temperature,
-        num_cores=machine.num_cores,
-        served=host.served,
-        served_requests=host.requests,
-        memory=tuple(memory),
-    )
+    save_profile(made.profile, output)
+    for warning in made.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    print_summary(summarise(made.profile, output), as_json)
 
 
 def serve_arguments(values: dict[str, Any]) -> Sequence[str]:
@@ -167,29 +89,6 @@ def serve_arguments(values: dict[str, Any]) -> Sequence[str]:
         elif value is not None and value != ():
             arguments += [flag_name(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return arguments
-
-
-def model_name(model: str | None) -> str:
-    """Return what the model is called."""
-    from disagg.models.locate import locate_model
-
-    return locate_model(model).name
-
-
-def warn_if_busy(steps: "Sequence[MeasuredStep]") -> None:
-    """Say on stderr when other processes took much of the measured instance's core."""
-    lost = 1 - statistics.median(step.on_core for step in steps)
-    if lost > _MOST_LOST:
-        click.echo(
-            f"warning: the instance's core was taken from it for {lost:.0%} of the time; measure on an idle machine",
-            err=True,
-        )
-
-
-def _sample(step: "MeasuredStep", neighbour: Activity | None, memory_bytes_per_s: float | None = None) -> StepSample:
-    return StepSample(
-        chunks=step.chunks, time_s=step.time_s, neighbour=neighbour, memory_bytes_per_s=memory_bytes_per_s
-    )
 
 
 @contextmanager

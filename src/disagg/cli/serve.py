@@ -47,7 +47,7 @@ def serve(ctx: click.Context, /, as_json: bool, log_level: str, placement: Path 
         serve=build(ServeSettings, values),
         host=build(HostSettings, values),
     )
-    from disagg.cli.serve_display import make_display
+    from disagg.cli.serve_output import make_display
 
     level = "debug" if ctx.find_root().params.get("debug") else log_level
     with make_display(as_json, logging.getLevelNamesMapping()[level.upper()]) as display:

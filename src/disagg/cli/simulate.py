@@ -1,13 +1,12 @@
 """``disagg simulate``: what a placement would do under a workload, by running the real policies in virtual time."""
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from disagg.base.config import CacheSettings, Placement, RouterSettings, SchedulerSettings
+from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
@@ -17,16 +16,11 @@ from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workl
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
-from disagg.measure.statistics import Estimate
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import IMITATED, build_cluster
+from disagg.simulator.evaluate import Evaluation, evaluate, search_goodput
 from disagg.simulator.event_log import EventLogFolder
-from disagg.simulator.report import RunReport
-from disagg.simulator.run import find_goodput
-from disagg.simulator.run import simulate as run_simulation
-from disagg.simulator.session_load import SessionLoad
 from disagg.simulator.timeline_page import TimelineRecorder
-from disagg.simulator.workload import simulated_requests
 
 _COUNT: Final = click.IntRange(min=0)
 _FILE: Final = click.Path(path_type=Path)
@@ -89,64 +83,40 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
     chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
     spec = build_cluster(chosen, chosen_platform.platform, rules)
     workload = choose_load(values)
-    runs = _run_seeds(spec, workload, slo, values["seeds"], values["events"], values["html"])
-    goodput = _goodput(spec, workload, slo, values) if values["find_goodput"] else None
-    num_devices = _num_devices(chosen)
+    evaluation = _evaluate(spec, workload, slo, values["seeds"], values["events"], values["html"])
+    goodput = None
+    if values["find_goodput"]:
+        goodput = search_goodput(spec, workload, slo, target=values["attainment"], num_seeds=values["seeds"])
     report = SimulationReport(
         platform=chosen_platform.platform.name,
         latency_errors=chosen_platform.errors,
         engine=rules.name,
         notes=rules.notes,
-        num_devices=num_devices,
-        rate=workload.rate,
+        num_devices=evaluation.num_devices,
+        rate=evaluation.rate,
         slo=slo,
-        attainment=Estimate.of([run.attainment for run in runs]),
+        attainment=evaluation.attainment,
         attainment_target=values["attainment"],
         goodput=goodput,
-        goodput_per_device=None if goodput is None else goodput / num_devices,
-        runs=runs,
+        goodput_per_device=None if goodput is None else goodput / evaluation.num_devices,
+        runs=evaluation.runs,
     )
     print_report(report, as_json)
 
 
-def _run_seeds(
+def _evaluate(
     spec: ClusterSpec,
     workload: OpenLoop | SessionWorkload,
     slo: Slo,
     num_seeds: int,
-    events: Path | None = None,
-    html: Path | None = None,
-) -> tuple[RunReport, ...]:
-    """Run once for each seed; a workload that replays its own times is the same for all, so it runs once."""
+    events: Path | None,
+    html: Path | None,
+) -> Evaluation:
+    """Evaluate, and write the decisions and the course of the first run where they are asked for."""
     timeline = None if html is None else TimelineRecorder(tuple(instance.name for instance in spec.instances))
-
-    block_size = spec.instances[0].block_size
-
-    def run(seed: int, log: EventLogFolder | None = None, timeline: TimelineRecorder | None = None) -> RunReport:
-        if isinstance(workload, OpenLoop):
-            requests = simulated_requests(workload.draw(seed), workload.name, block_size)
-            return run_simulation(spec, requests, slo, log=log, timeline=timeline)
-        load = SessionLoad(workload.draw(seed), block_size)
-        return run_simulation(spec, load.first_calls(), slo, log=log, timeline=timeline, next_call=load.next_call)
-
     with ExitStack() as stack:
         log = None if events is None else stack.enter_context(EventLogFolder(events))
-        runs = [run(0, log, timeline)]
+        evaluation = evaluate(spec, workload, slo, num_seeds=num_seeds, log=log, timeline=timeline)
     if timeline is not None and html is not None:
-        timeline.write(html, f"{runs[0].num_requests} requests on {len(spec.instances)} instance(s)")
-    if workload.is_drawn:
-        runs += [run(seed) for seed in range(1, num_seeds)]
-    return tuple(runs)
-
-
-def _goodput(spec: ClusterSpec, workload: OpenLoop | SessionWorkload, slo: Slo, values: dict[str, Any]) -> float:
-    def attainment(rate: float) -> float:
-        runs = _run_seeds(spec, workload.at_rate(rate), slo, values["seeds"])
-        return sum(run.attainment for run in runs) / len(runs)
-
-    start = workload.rate if math.isfinite(workload.rate) else 1.0
-    return find_goodput(attainment, values["attainment"], start)
-
-
-def _num_devices(placement: Placement) -> int:
-    return sum(group.count * group.tensor_parallel * group.pipeline_parallel for group in placement.groups)
+        timeline.write(html, f"{evaluation.runs[0].num_requests} requests on {len(spec.instances)} instance(s)")
+    return evaluation

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate, Percentiles
-from disagg.simulator.report import RunReport
+from disagg.simulator.run_report import RunReport
 
 
 class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
+class NewToken:
     """A token that a step brought for a sequence, and why it is the last, if it is."""
 
     sequence: LiveSequence
@@ -51,7 +51,7 @@ class CompletedStep:
     """What a step brought: the core's event, and the values that it is about."""
 
     done: StepDone
-    tokens: dict[RequestId, SampledToken]
+    tokens: dict[RequestId, NewToken]
 
 
 class Steps(Protocol):
@@ -133,7 +133,7 @@ def run_step(executor: Executor, step_id: int, step: Sequence[Work]) -> Complete
     """Compute a step and append its tokens. Sequences that ended in an earlier step are left out."""
     wanted = [work for work in step if work.sequence.finished is None and work.sequence.failure is None]
     results = iter(executor.run(wanted) if wanted else ())
-    tokens: dict[RequestId, SampledToken] = {}
+    tokens: dict[RequestId, NewToken] = {}
     sampled: list[StepResult] = []
     failed: list[StepFailure] = []
     for work in step:
@@ -149,7 +149,7 @@ def run_step(executor: Executor, step_id: int, step: Sequence[Work]) -> Complete
     return CompletedStep(StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed)), tokens)
 
 
-def _accept(work: Work, result: ChunkResult) -> SampledToken | None:
+def _accept(work: Work, result: ChunkResult) -> NewToken | None:
     sequence = work.sequence
     if result.failure is not None:
         sequence.failure = result.failure
@@ -159,4 +159,4 @@ def _accept(work: Work, result: ChunkResult) -> SampledToken | None:
     if result.token_id is None:
         return None
     sequence.append(result.token_id)
-    return SampledToken(sequence, result.token_id, result.logprobs, sequence.finished)
+    return NewToken(sequence, result.token_id, result.logprobs, sequence.finished)

@@ -1,6 +1,7 @@
 """Models of the Hugging Face hub: downloading, and what its cache on this host holds."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,6 @@ from huggingface_hub.errors import (
 )
 
 from disagg.base.errors import ConfigurationError
-from disagg.models.locate import read_folder_config
 
 _logger = logging.getLogger(__name__)
 
@@ -25,14 +25,15 @@ _METADATA: Final = ["*.json", "*.jinja"]
 _WEIGHTS: Final = ["*.safetensors"]
 
 
-def download(model: str) -> Path:
+def download(model: str, check: Callable[[Path], object]) -> Path:
     """Return the folder of a hub model, downloading what the cache lacks.
 
-    The configuration comes first and is checked, so that an unsupported model costs no download.
+    The configuration comes first, and ``check`` gets its folder, so that an unsupported model costs no download.
 
-    Raises ConfigurationError when the hub cannot be reached, has no such model, or does not grant access.
+    Raises ConfigurationError when the hub cannot be reached, has no such model, or does not grant access, and what
+    ``check`` raises.
     """
-    read_folder_config(_snapshot(model, _METADATA))
+    check(_snapshot(model, _METADATA))
     return _snapshot(model, _METADATA + _WEIGHTS)
 
 

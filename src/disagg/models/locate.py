@@ -82,7 +82,7 @@ def locate_model(model: str | None) -> ModelFiles:
         raise ConfigurationError(f"no such model: {model!r}{_near_misses(path)}")
     from disagg.models.hub import download
 
-    return ModelFiles(name=model, kind=ModelKind.HF_FOLDER, path=download(model))
+    return ModelFiles(name=model, kind=ModelKind.HF_FOLDER, path=download(model, check=read_folder_config))
 
 
 def load_config(files: ModelFiles) -> ModelConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from disagg.base.ids import RequestId
 from disagg.measure.workload import Session
 from disagg.simulator.request import Outcome, SimulatedRequest
-from disagg.simulator.workload import block_hashes
+from disagg.simulator.simulated_requests import block_hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class _Turn:
     index: int
 
 
-class SessionLoad:
+class SimulatedSessions:
     """Gives the first call of each session, and after a call the next. A session ends with a call that fails."""
 
     def __init__(self, sessions: Iterable[Session], block_size: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from disagg.base.errors import ConfigurationError
 from disagg.bench.client.calls import Call, chains_of, drive, num_users_of
-from disagg.bench.client.plan import ClosedLoad, Load, OpenLoad, SessionLoad
+from disagg.bench.client.load_plan import ClosedLoad, Load, OpenLoad, SessionLoad
 from disagg.measure.workload import RequestSpec, Session, SessionCall
 
 

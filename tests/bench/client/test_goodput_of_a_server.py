@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from disagg.bench.client.goodput import GoodputPlan, find_goodput
-from disagg.bench.client.plan import ClosedLoad, Limits, LoadPlan, OpenLoad, Server
-from disagg.bench.client.run import LoadResult
+from disagg.bench.client.load_plan import ClosedLoad, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.run_load import LoadResult
 from disagg.bench.client.running import INTERRUPTED
 from disagg.measure.goodput_search import RateBracket
 from disagg.measure.record import Ending, RequestRecord

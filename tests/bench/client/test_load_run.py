@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from disagg.base.errors import ConfigurationError, DisaggError, ProtocolError, UnavailableError
-from disagg.bench.client.plan import (
+from disagg.bench.client.load_plan import (
     Asking,
     ClosedLoad,
     Endpoint,
@@ -22,8 +22,8 @@ from disagg.bench.client.plan import (
     Server,
     SessionLoad,
 )
-from disagg.bench.client.prompts import PromptSource, Words, english_text
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.prompt_texts import PromptSource, Words, english_text
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.client.stopping import most_misses, reason_to_stop
 from disagg.measure.record import Ending, RequestRecord, read_records, write_records

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from disagg.base.errors import ConfigurationError
-from disagg.bench.client.prompts import PromptMaker, Words, english_text, read_text
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.prompt_texts import PromptMaker, Words, english_text, read_text
 from disagg.measure.workload import PrefixBlocks
 from disagg.models.tokenizer import Tokenizer
 from openai_server import WordTokenizer
@@ -114,9 +115,7 @@ def test_a_chat_template_that_only_the_server_knows_counts() -> None:
 
 
 def test_the_default_model_s_tokenizer_and_template_are_met_exactly(default_model: Path) -> None:
-    from disagg.cli.bench_load import choose_prompts
-
-    source = choose_prompts({"tokenizer": None, "prompts": None})
+    source = load_prompt_source()
     assert source.encode_chat is not None
     for encode in (source.encode, source.encode_chat):
         prompts = PromptMaker(source.words, encode)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from disagg.base.errors import DisaggError
-from disagg.bench.client.prompts import PromptSource, Words, english_text
+from disagg.bench.client.prompt_texts import PromptSource, Words, english_text
 from disagg.bench.compare.comparison import Comparison, ComparisonProgress
 from disagg.bench.compare.spec import ClosedLoopCase, ComparisonSpec, OpenLoopCase, Pinning, SystemSpec
 from disagg.bench.report.runs import SystemRun

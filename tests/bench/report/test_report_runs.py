@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 from simulated_runs import SLO, all_runs, run
 
-from disagg.bench.report.curves import Curve, rate_curves, scale_curves
+from disagg.bench.report.curves import AttainmentCurve, rate_curves, scale_curves
 from disagg.bench.report.distributions import cumulative_shares, tail_shares
 from disagg.bench.report.report import focus_groups
+from disagg.bench.report.report_tables import client_rows, headline, settings_blocks
 from disagg.bench.report.runs import Interval, Load, RunGroup, group_runs, pool_shares
-from disagg.bench.report.tables import client_rows, headline, settings_blocks
 from disagg.measure.record import Ending
 from disagg.measure.statistics import Share
 
@@ -53,8 +53,8 @@ def test_the_interval_takes_in_how_runs_differ() -> None:
 
 
 def test_a_curve_tells_where_it_falls_below_the_target() -> None:
-    def at(*shares: float) -> Curve:
-        return Curve("a", (1.0, 2.0, 3.0), tuple(Interval(share, share, share) for share in shares))
+    def at(*shares: float) -> AttainmentCurve:
+        return AttainmentCurve("a", (1.0, 2.0, 3.0), tuple(Interval(share, share, share) for share in shares))
 
     assert at(1.0, 0.95, 0.85).last_above(0.9) == pytest.approx(2.5)
     assert at(1.0, 1.0, 1.0).last_above(0.9) is None

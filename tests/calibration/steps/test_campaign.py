@@ -4,7 +4,7 @@ import random
 from typing import cast
 
 from disagg.calibration.steps.campaign import Series, play_in_turns
-from disagg.calibration.steps.process import ProfiledInstance
+from disagg.calibration.steps.profiled_instance import ProfiledInstance
 from disagg.calibration.steps.script import MeasuredStep, Script, ScriptResult
 
 

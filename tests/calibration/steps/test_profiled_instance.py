@@ -12,7 +12,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.calibration.steps.campaign import Campaign, measure
-from disagg.calibration.steps.process import ProfiledInstance
+from disagg.calibration.steps.profiled_instance import ProfiledInstance
 from disagg.calibration.steps.script import Script
 
 DEADLINE_S = 60.0

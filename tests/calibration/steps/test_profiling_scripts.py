@@ -21,7 +21,7 @@ from disagg.base.messages import (
 )
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
-from disagg.calibration.steps.player import ScriptPlayer, Stage
+from disagg.calibration.steps.player import ScriptPlayer, ScriptStage
 from disagg.calibration.steps.script import (
     MeasuredStep,
     Script,
@@ -129,7 +129,7 @@ def test_decodes_are_adopted_measured_alone_then_beside_prompts_and_aborted() ->
     aborts = player.after_turn(turn(0.6, (35, 1), (44, 1)), [finished(prompt.request.request_id)])
     assert [type(message) for message in aborts] == [Abort, Abort]
     player.after_turn(turn(0.7), [])
-    assert player.stage is Stage.DONE
+    assert player.stage is ScriptStage.DONE
 
     result = player.result()
     assert [step.time_s for step in result.decode_steps] == [0.3, 0.4]
@@ -145,7 +145,7 @@ def test_an_endless_script_begins_again_until_it_is_stopped() -> None:
     assert isinstance(again, Generate)
     prompts.stop()
     assert prompts.after_turn(turn(0.1, (0, 5)), [finished(again.request.request_id)]) == []
-    assert prompts.stage is Stage.CLEARING
+    assert prompts.stage is ScriptStage.CLEARING
     assert prompts.result() == ScriptResult()
 
     decodes = ScriptPlayer(Script(decode_contexts=(5,), is_endless=True), READY, count())
@@ -168,7 +168,7 @@ def test_a_pull_that_ends_with_its_script_is_no_fault() -> None:
     (abort,) = player.after_turn(turn(0.1), [])  # while the KV is on its way
     assert isinstance(abort, Abort)
     player.after_turn(turn(0.1), [msgspec.structs.replace(pulled(adopt_again), failure="aborted")])
-    assert player.stage is Stage.DONE
+    assert player.stage is ScriptStage.DONE
 
 
 def test_a_pull_that_fails_while_its_script_runs_is_a_fault() -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from disagg.cli.main import main
 from disagg.engine.benchmark.cases import ElementSizes, Limit, Phase, StepCase, standard_cases, with_floors
-from disagg.engine.benchmark.machine import MachinePeaks
+from disagg.engine.benchmark.peaks import MachinePeaks
 from disagg.models.locate import ModelFiles, load_config
 
 PEAKS = MachinePeaks(read_bandwidth=10e9, gemm_flops=100e9)

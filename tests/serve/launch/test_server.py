@@ -28,7 +28,7 @@ from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.listening import listen, url_of
-from disagg.serve.launch.server import Server
+from disagg.serve.launch.server import LiveServer
 from disagg.serve.router.live import LiveRouter
 
 
@@ -65,7 +65,7 @@ class RunningServer:
         self.memory = Memory()
         self.url = url_of(bound)
         self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
-        server = Server(
+        server = LiveServer(
             deployment, bound, make_app, self.memory, model_name="sums", engine_command=(*FAKE_ENGINE, *options)
         )
         self.task = asyncio.create_task(server.run())
@@ -176,7 +176,7 @@ async def test_what_cannot_be_planned_is_said_before_anything_starts(tmp_path: P
         logs = tmp_path / "file"
         logs.touch()
         host = {"event_log": str(logs)}
-        server = Server(
+        server = LiveServer(
             Deployment(placement=deployment.placement, host=type(deployment.host)(**host)),
             bound,
             make_app,

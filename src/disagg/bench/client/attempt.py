@@ -5,9 +5,9 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from disagg.bench.client.answer_stream import StreamReader, read_error
 from disagg.bench.client.calls import Call
-from disagg.bench.client.connection import Answer, ConnectionPool, ConnectTimeoutError, LostConnectionError
-from disagg.bench.client.stream import StreamReader, read_error
+from disagg.bench.client.connection import ConnectionPool, ConnectTimeoutError, HttpAnswer, LostConnectionError
 from disagg.measure.record import Ending, RequestRecord
 
 
@@ -22,7 +22,7 @@ class Attempt:
     due_s: float = math.nan
     """When it was to be sent, in seconds since the start of the run."""
     sent_s: float = math.nan
-    answer: Answer = field(default_factory=Answer)
+    answer: HttpAnswer = field(default_factory=HttpAnswer)
     ending: Ending = Ending.UNFINISHED
     error: str = ""
     detail: str = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from disagg.base.errors import ConfigurationError
-from disagg.bench.client.plan import ClosedLoad, Load, OpenLoad, SessionLoad
+from disagg.bench.client.load_plan import ClosedLoad, Load, OpenLoad, SessionLoad
 from disagg.measure.workload import PrefixBlocks
 
 

@@ -30,7 +30,7 @@ class ConnectTimeoutError(OSError):
 
 
 @dataclass(slots=True)
-class Answer:
+class HttpAnswer:
     """An HTTP answer as it comes. ``pieces`` are its body's, each with its moment (of ``time.perf_counter``)."""
 
     status: int = 0
@@ -74,19 +74,19 @@ class Address:
         return f"{host}:{self.port}"
 
 
-class Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """One connection. ``exchange`` may be called again once it has returned and ``is_reusable``."""
 
     def __init__(self) -> None:
         self.is_reusable = True
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._answer = Answer()
+        self._answer = HttpAnswer()
         self._now_s = 0.0
         self._has_length = False
         self._ended: asyncio.Future[None] | None = None
 
-    async def exchange(self, request: bytes, answer: Answer) -> None:
+    async def exchange(self, request: bytes, answer: HttpAnswer) -> None:
         """Send a whole request and fill ``answer``. Raises LostConnectionError; cancelling closes the connection."""
         assert self._transport is not None, "a connection that is not made"
         if self._transport.is_closing():
@@ -172,7 +172,7 @@ class ConnectionPool:
         self._address = address
         self._ip = address.host
         self._tls = ssl.create_default_context() if address.is_secure else None
-        self._idle: deque[tuple[float, Connection]] = deque()
+        self._idle: deque[tuple[float, HttpConnection]] = deque()
 
     async def open(self) -> None:
         """Connect once, and keep to that address of the host's. Raises UnavailableError when none answers."""
@@ -195,7 +195,7 @@ class ConnectionPool:
             f"no answer from {address.host}:{address.port} ({error}); start a server with: disagg serve"
         )
 
-    async def exchange(self, request: bytes, answer: Answer) -> None:
+    async def exchange(self, request: bytes, answer: HttpAnswer) -> None:
         """Send a request and fill ``answer``; raise OSError when there is no connection or it is lost."""
         connection = self._take()
         if connection is not None:
@@ -214,7 +214,7 @@ class ConnectionPool:
         while self._idle:
             self._idle.pop()[1].close()
 
-    def _take(self) -> Connection | None:
+    def _take(self) -> HttpConnection | None:
         """Return the connection used last; close those that have been idle for too long."""
         oldest_s = time.perf_counter() - _MAX_IDLE_S
         while self._idle and self._idle[0][0] < oldest_s:
@@ -225,20 +225,20 @@ class ConnectionPool:
                 return connection
         return None
 
-    async def _use(self, connection: Connection, request: bytes, answer: Answer) -> None:
+    async def _use(self, connection: HttpConnection, request: bytes, answer: HttpAnswer) -> None:
         await connection.exchange(request, answer)
         if connection.is_reusable:
             self._idle.append((time.perf_counter(), connection))
         else:
             connection.close()
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> HttpConnection:
         loop = asyncio.get_running_loop()
         hostname = self._address.host if self._tls is not None else None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(
-                    Connection, self._ip, self._address.port, ssl=self._tls, server_hostname=hostname
+                    HttpConnection, self._ip, self._address.port, ssl=self._tls, server_hostname=hostname
                 )
         except TimeoutError as error:  # ours, or the kernel's
             raise ConnectTimeoutError(f"no connection to {self._ip} after {CONNECT_TIMEOUT_S:g} s") from error

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from disagg.bench.client.plan import ClosedLoad, Load, LoadPlan, OpenLoad, SessionLoad
-from disagg.bench.client.run import LoadResult
+from disagg.bench.client.load_plan import ClosedLoad, Load, LoadPlan, OpenLoad, SessionLoad
+from disagg.bench.client.run_load import LoadResult
 from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.client.stopping import most_misses
 from disagg.measure.goodput_search import RateBracket, bracket_goodput
@@ -153,11 +153,9 @@ class _Search:
         deadline_s = math.inf
         if isinstance(load, OpenLoad):
             deadline_s = load.requests[-1].arrival_s + self.asked.drain_s
-        prompt_seed = None if plan.prompt_seed is None else plan.prompt_seed + self.num_runs
+        limits = replace(plan.limits, target=target, deadline_s=deadline_s)
         self.num_runs += 1
-        return replace(
-            plan, load=load, prompt_seed=prompt_seed, limits=replace(plan.limits, target=target, deadline_s=deadline_s)
-        )
+        return replace(plan.numbered(self.num_runs - 1), load=load, limits=limits)
 
 
 def find_goodput(asked: GoodputPlan, run: RunLoad) -> GoodputFound:

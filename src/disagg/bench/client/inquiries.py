@@ -7,8 +7,8 @@ import httpx
 import msgspec
 
 from disagg.base.errors import DisaggError, ProtocolError, UnavailableError
-from disagg.bench.client.plan import Server
-from disagg.bench.client.stream import read_error
+from disagg.bench.client.answer_stream import read_error
+from disagg.bench.client.load_plan import Server
 
 _TIMEOUT_S: Final = 30.0
 _PAGE: Final = 1000
@@ -30,7 +30,7 @@ class _Status(msgspec.Struct):
     instances: list[_Instance]
 
 
-class RequestView(msgspec.Struct):
+class RecentRequest(msgspec.Struct):
     """What our server tells of one of its recent requests: enough of it to add to a record."""
 
     request_id: str
@@ -41,7 +41,7 @@ class RequestView(msgspec.Struct):
 
 class _Page(msgspec.Struct):
     next: int
-    requests: list[RequestView]
+    requests: list[RecentRequest]
 
 
 def served_model(server: Server) -> str:
@@ -67,7 +67,7 @@ def num_instances(server: Server) -> int | None:
     return len(status.instances) if status is not None and status.instances else None
 
 
-def recent_requests(server: Server) -> Iterator[RequestView]:
+def recent_requests(server: Server) -> Iterator[RecentRequest]:
     """Yield what the server remembers of its latest requests; nothing where it is not ours."""
     after = 0
     while (page := _ours(server, f"/requests?after={after}&limit={_PAGE}", _Page)) is not None and page.requests:

@@ -7,19 +7,19 @@ from collections.abc import Iterable
 from typing import Final
 
 from disagg.base.errors import DisaggError, UnavailableError
+from disagg.bench.client.answer_stream import StreamReader
 from disagg.bench.client.attempt import Attempt
 from disagg.bench.client.calls import Call
 from disagg.bench.client.connection import Address, ConnectionPool
-from disagg.bench.client.messages import MessageBuilder
-from disagg.bench.client.plan import Endpoint, LoadPlan
-from disagg.bench.client.prompts import PromptMaker, PromptSource
-from disagg.bench.client.stream import StreamReader
+from disagg.bench.client.http_messages import MessageBuilder
+from disagg.bench.client.load_plan import Endpoint, LoadPlan
+from disagg.bench.client.prompt_texts import PromptMaker, PromptSource
 from disagg.measure.record import Ending, RequestRecord
 
 _BAD_REQUEST: Final = ("HTTP 400", "HTTP 422")
 
 
-class Preparation:
+class LoadPreparation:
     """Makes attempts for one plan; ``try_server`` adapts to the server first. ``notes`` say how."""
 
     def __init__(self, plan: LoadPlan, model: str, source: PromptSource) -> None:

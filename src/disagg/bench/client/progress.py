@@ -14,7 +14,7 @@ _ROLLING: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class LoadProgress:
     """A look at a run under way. The medians are of the latest requests that finished; NaN before any did."""
 
     elapsed_s: float
@@ -60,12 +60,12 @@ class Tally:
             self._num_failed += 1
         self.num_missed += not record.meets(self._slo)
 
-    def look(self, elapsed_s: float) -> Progress:
+    def look(self, elapsed_s: float) -> LoadProgress:
         """Return how far the run is."""
         latest = self._latest
         since_s = latest[0].finished_s if len(latest) == _ROLLING else 0.0
         span_s = elapsed_s - since_s
-        return Progress(
+        return LoadProgress(
             elapsed_s=elapsed_s,
             num_requests=self.num_requests,
             num_sent=self.num_sent,

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+from disagg.bench.client.answer_stream import StreamReader
 from disagg.bench.client.attempt import Attempt
 from disagg.bench.client.calls import Call, Chain, drive
 from disagg.bench.client.connection import ConnectionPool
-from disagg.bench.client.plan import Limits
-from disagg.bench.client.progress import Progress, Tally
+from disagg.bench.client.load_plan import Limits
+from disagg.bench.client.progress import LoadProgress, Tally
 from disagg.bench.client.stopping import reason_to_stop
-from disagg.bench.client.stream import StreamReader
 from disagg.measure.record import Ending, RequestRecord
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[LoadProgress], None]
 """Called about twice a second while a run goes on."""
 
 INTERRUPTED: Final = "interrupted"

@@ -4,17 +4,17 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from disagg.bench.client.inquiries import RequestView
+from disagg.bench.client.inquiries import RecentRequest
 from disagg.measure.record import RequestRecord
 
 
-def merge_stages(records: Sequence[RequestRecord], views: Iterable[RequestView]) -> list[RequestRecord]:
+def merge_stages(records: Sequence[RequestRecord], views: Iterable[RecentRequest]) -> list[RequestRecord]:
     """Return the records with instances and stages of the views of equal request id."""
     known = {view.request_id: view for view in views}
     return [_merge(record, known.get(record.request_id)) for record in records]
 
 
-def _merge(record: RequestRecord, view: RequestView | None) -> RequestRecord:
+def _merge(record: RequestRecord, view: RecentRequest | None) -> RequestRecord:
     if view is None:
         return record
     instances = tuple(name for name in (view.prefill_instance, view.decode_instance) if name)

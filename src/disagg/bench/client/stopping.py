@@ -2,7 +2,7 @@
 
 import math
 
-from disagg.bench.client.plan import Limits
+from disagg.bench.client.load_plan import Limits
 
 
 def reason_to_stop(

@@ -3,19 +3,17 @@
 import dataclasses
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Final
 
 import psutil
 
 from disagg.base.errors import DisaggError
-from disagg.bench.client.plan import Server
-from disagg.bench.client.progress import Progress
-from disagg.bench.client.prompts import PromptSource
-from disagg.bench.client.run import LoadResult, run_load
+from disagg.bench.client.load_plan import Server
+from disagg.bench.client.progress import LoadProgress
+from disagg.bench.client.prompt_texts import PromptSource
+from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.compare.plan import (
     PlannedRun,
@@ -25,14 +23,19 @@ from disagg.bench.compare.plan import (
     plan_runs,
     unloaded_run,
 )
-from disagg.bench.compare.server_process import RunningServer, ServerCommand, free_port, running
+from disagg.bench.compare.server_process import (
+    OUR_READY,
+    RunningServer,
+    ServerCommand,
+    free_port,
+    our_arguments,
+    running,
+)
 from disagg.bench.compare.spec import ComparisonSpec, SystemSpec, fill_in, split_command
 from disagg.bench.report.runs import SystemRun
 from disagg.measure.machine import this_machine
 from disagg.measure.slo import Slo
 from disagg.measure.summary import summarize
-
-OUR_READY: Final = "/ready"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class ComparisonProgress:
     num_done: int
     num_runs: int
     words: str
-    run: Progress | None = None
+    run: LoadProgress | None = None
     """Of the run under way."""
 
 
@@ -162,23 +165,23 @@ class Comparison:
     def _server_cpus(self) -> list[int]:
         return sorted(self._spec.cpus.servers or self._cores)
 
-    def _tell(self, words: str, progress: Progress | None = None) -> None:
+    def _tell(self, words: str, progress: LoadProgress | None = None) -> None:
         self._watch(ComparisonProgress(self._num_done, self._num_runs, words, progress))
 
 
 def make_command(system: SystemSpec, spec: ComparisonSpec, port: int) -> ServerCommand:
     """Return how to start a system on ``port``. Raises ConfigurationError for a variable that is not set."""
     if system.command is not None:
-        arguments = split_command(system.command, port)
+        arguments = tuple(split_command(system.command, port))
         ready = system.ready
     else:
         flags = split_command(system.serve or "", port)
         model = [spec.model] if spec.model else []
-        arguments = [sys.executable, "-m", "disagg.cli.main", "serve", *model, *flags, "--port", str(port)]
+        arguments = our_arguments([*model, *flags], port)
         ready = OUR_READY
     return ServerCommand(
         name=system.name,
-        arguments=tuple(arguments),
+        arguments=arguments,
         environment={name: fill_in(value, port) for name, value in system.environment.items()},
         url=fill_in(system.url, port),
         ready=ready,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
-from disagg.bench.client.plan import ClosedLoad, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import ClosedLoad, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.compare.spec import (
     DERIVED_SLOS,
     Case,

@@ -3,8 +3,9 @@
 import os
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ _LOOK_S: Final = 0.05
 _CPUCLOCK_SCHED: Final = 2
 """What Linux's clock_getcpuclockid joins to a process id."""
 _TAIL_LINES: Final = 25
+_START_DEADLINE_S: Final = 300.0
+OUR_READY: Final = "/ready"
+"""Path on which ``disagg serve`` says that it is ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def our_arguments(arguments: Sequence[str], port: int) -> tuple[str, ...]:
+    """Return what starts ``disagg serve`` of this installation."""
+    return (sys.executable, "-m", "disagg.cli.main", "serve", *arguments, "--port", str(port))
+
+
+def serve_command(name: str, arguments: Sequence[str]) -> ServerCommand:
+    """Return how to start ``disagg serve`` with these arguments on a free port."""
+    port = free_port()
+    return ServerCommand(
+        name=name,
+        arguments=our_arguments(arguments, port),
+        environment={},
+        url=f"http://127.0.0.1:{port}",
+        ready=OUR_READY,
+        start_deadline_s=_START_DEADLINE_S,
+    )
 
 
 @contextmanager

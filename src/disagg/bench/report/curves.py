@@ -20,7 +20,7 @@ _SIZE: Final = (4.6, 3.1)
 
 
 @dataclass(frozen=True)
-class Curve:
+class AttainmentCurve:
     """Attainment of one system at rising values of ``x``."""
 
     system: str
@@ -48,7 +48,7 @@ class Curve:
         return next(reached, None)
 
 
-def rate_curves(groups: Sequence[RunGroup], *, per_device: bool) -> list[Curve]:
+def rate_curves(groups: Sequence[RunGroup], *, per_device: bool) -> list[AttainmentCurve]:
     """Return attainment against the arrival rate, for each system driven by an open loop at two rates or more."""
     by_system: dict[str, list[RunGroup]] = {}
     for group in groups:
@@ -59,21 +59,21 @@ def rate_curves(groups: Sequence[RunGroup], *, per_device: bool) -> list[Curve]:
         members.sort(key=lambda group: group.load.rate)
         if len(members) > 1:
             x = tuple(group.load.rate / (group.num_devices if per_device else 1) for group in members)
-            curves.append(Curve(system, x, tuple(group.attainment() for group in members)))
+            curves.append(AttainmentCurve(system, x, tuple(group.attainment() for group in members)))
     return curves
 
 
-def scale_curves(groups: Sequence[RunGroup]) -> list[Curve]:
+def scale_curves(groups: Sequence[RunGroup]) -> list[AttainmentCurve]:
     """Return attainment against the scale of the objectives, of systems under one load."""
     return [
-        Curve(group.system, SCALES, tuple(group.attainment(scale) for scale in SCALES))
+        AttainmentCurve(group.system, SCALES, tuple(group.attainment(scale) for scale in SCALES))
         for group in groups
         if group.finished
     ]
 
 
 def draw_rate_curves(
-    curves: Sequence[Curve], styles: dict[str, SeriesStyle], target: float, *, per_device: bool, name: str
+    curves: Sequence[AttainmentCurve], styles: dict[str, SeriesStyle], target: float, *, per_device: bool, name: str
 ) -> Picture:
     """Draw attainment against rate."""
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def draw_rate_curves(
 
 
 def draw_scale_curves(
-    curves: Sequence[Curve], styles: dict[str, SeriesStyle], target: float, *, load: str, name: str
+    curves: Sequence[AttainmentCurve], styles: dict[str, SeriesStyle], target: float, *, load: str, name: str
 ) -> Picture:
     """Draw attainment against SLO scale."""
     from matplotlib.figure import Figure
@@ -129,7 +129,7 @@ def draw_scale_curves(
 
 
 def _draw(
-    axes: "Axes", curves: Sequence[Curve], styles: dict[str, SeriesStyle], target: float, *, markers: bool
+    axes: "Axes", curves: Sequence[AttainmentCurve], styles: dict[str, SeriesStyle], target: float, *, markers: bool
 ) -> None:
     for index, curve in enumerate(curves):
         style = styles[curve.system]
@@ -155,7 +155,7 @@ def _draw(
     axes.margins(x=0.02)
 
 
-def _rate_title(curves: Sequence[Curve], target: float) -> str:
+def _rate_title(curves: Sequence[AttainmentCurve], target: float) -> str:
     limits: dict[str, float] = {}
     beyond: set[float] = set()
     for curve in curves:
@@ -172,7 +172,7 @@ def _rate_title(curves: Sequence[Curve], target: float) -> str:
     return f"{percent(target)} of requests keep their objectives, in requests/s: {by_system(limits, words)}"
 
 
-def _scale_title(curves: Sequence[Curve], target: float, load: str) -> str:
+def _scale_title(curves: Sequence[AttainmentCurve], target: float, load: str) -> str:
     tightest = {curve.system: curve.first_above(target) or np.inf for curve in curves}
     told = by_system(tightest, lambda scale: "none of these" if np.isinf(scale) else f"×{scale:.2g}")
     return f"At {load} {percent(target)} keep objectives as tight as: {told}"

@@ -11,10 +11,7 @@ from disagg.bench.report.curves import draw_rate_curves, draw_scale_curves, rate
 from disagg.bench.report.distributions import draw_distributions
 from disagg.bench.report.load_curves import draw_load_curves
 from disagg.bench.report.picture import Picture
-from disagg.bench.report.runs import GoodputResult, Load, RunGroup, SystemRun, group_runs, systems_of
-from disagg.bench.report.stage_bars import draw_stages
-from disagg.bench.report.swimlanes import draw_lanes
-from disagg.bench.report.tables import (
+from disagg.bench.report.report_tables import (
     HEADLINE_COLUMNS,
     ClientRow,
     HeadlineRow,
@@ -24,6 +21,9 @@ from disagg.bench.report.tables import (
     machine_facts,
     settings_blocks,
 )
+from disagg.bench.report.runs import GoodputResult, Load, RunGroup, SystemRun, group_runs, systems_of
+from disagg.bench.report.stage_bars import draw_stages
+from disagg.bench.report.swimlanes import draw_lanes
 from disagg.bench.report.theme import styles_of
 from disagg.bench.report.window import Window, choose_window, stall_threshold_s, stalled_share, window_length_s
 from disagg.bench.report.words import objectives, percent

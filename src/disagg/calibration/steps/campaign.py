@@ -16,7 +16,7 @@ import msgspec
 
 from disagg.base.config import Device, InstanceSettings
 from disagg.base.messages import InstanceFacts
-from disagg.calibration.steps.process import ProfiledInstance
+from disagg.calibration.steps.profiled_instance import ProfiledInstance
 from disagg.calibration.steps.script import (
     MeasuredStep,
     Script,

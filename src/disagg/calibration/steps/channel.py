@@ -19,7 +19,7 @@ from disagg.base.clock import Clock
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import BlockId, InstanceId
 from disagg.base.messages import Message, Ready, Stop, ToEngine, decode_for_engine, encode
-from disagg.calibration.steps.player import ScriptPlayer, Stage
+from disagg.calibration.steps.player import ScriptPlayer, ScriptStage
 from disagg.calibration.steps.script import Command, InstanceReady, MeasuredStep, Report, RunScript, StopScript
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import ChunkResult, Executor, Work
@@ -114,7 +114,7 @@ class ScriptedChannel(ControlChannel):
                 self._answer(self._player.result())
             if _is_readable():
                 self._obey_stop(self._player)
-        if self._player.stage is Stage.DONE:
+        if self._player.stage is ScriptStage.DONE:
             self._answer(self._player.result())
             self._player = None
             return self._wait_for_command()

@@ -16,7 +16,7 @@ _SOURCE: Final = InstanceId("source")
 _NEVER_S: Final = 1e12
 
 
-class Stage(enum.Enum):
+class ScriptStage(enum.Enum):
     """How far a script has come."""
 
     ADOPTING = "adopting"
@@ -34,7 +34,7 @@ class ScriptPlayer:
 
     def __init__(self, script: Script, instance: Ready, numbers: "count[int]") -> None:
         self.script = script
-        self.stage = Stage.ADOPTING
+        self.stage = ScriptStage.ADOPTING
         self._instance = instance
         self._numbers = numbers
         self._decodes: list[GenerationRequest] = []
@@ -55,7 +55,7 @@ class ScriptPlayer:
     @property
     def has_begun(self) -> bool:
         """True when the instance computes what the script is about."""
-        return self.stage is not Stage.ADOPTING
+        return self.stage is not ScriptStage.ADOPTING
 
     def result(self) -> ScriptResult:
         """Return what was measured."""
@@ -69,17 +69,17 @@ class ScriptPlayer:
         for message in news:
             self._hear(message)
         match self.stage:
-            case Stage.ADOPTING:
+            case ScriptStage.ADOPTING:
                 if self._num_pulled == len(self._decodes) and len(turn.chunks) == len(self._decodes):
-                    self.stage = Stage.DECODING
-            case Stage.DECODING:
+                    self.stage = ScriptStage.DECODING
+            case ScriptStage.DECODING:
                 return self._after_decode(turn)
-            case Stage.PREFILLING:
+            case ScriptStage.PREFILLING:
                 return self._after_prefill(turn)
-            case Stage.CLEARING:
+            case ScriptStage.CLEARING:
                 if not turn.chunks:
-                    self.stage = Stage.DONE
-            case Stage.DONE:
+                    self.stage = ScriptStage.DONE
+            case ScriptStage.DONE:
                 pass
         return []
 
@@ -103,7 +103,7 @@ class ScriptPlayer:
 
     def _hear(self, message: Message) -> None:
         match message:
-            case Pulled(failure=failure) if failure and self.stage in (Stage.CLEARING, Stage.DONE):
+            case Pulled(failure=failure) if failure and self.stage in (ScriptStage.CLEARING, ScriptStage.DONE):
                 pass  # ended with the rest, on its way
             case Pulled(failure=failure):
                 assert not failure, f"the instance could not read its own pool: {failure}"
@@ -119,13 +119,13 @@ class ScriptPlayer:
         return [Adopt(request=request, offer=self._offer(request)) for request in self._decodes]
 
     def _send_prompts(self) -> list[Message]:
-        self.stage = Stage.PREFILLING
+        self.stage = ScriptStage.PREFILLING
         prompts = [self._request(length, max_tokens=1) for length in self.script.prompt_lens]
         self._unfinished = {request.request_id for request in prompts}
         return [Generate(request=request) for request in prompts]
 
     def _clear(self) -> list[Message]:
-        self.stage = Stage.CLEARING
+        self.stage = ScriptStage.CLEARING
         return [Abort(request_id=request.request_id, epoch=_EPOCH) for request in self._decodes]
 
     def _decode(self, context: int) -> GenerationRequest:

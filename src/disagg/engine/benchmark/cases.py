@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass
 
-from disagg.engine.benchmark.machine import MachinePeaks
+from disagg.engine.benchmark.peaks import MachinePeaks
 from disagg.models.config import ModelConfig
 
 

@@ -18,7 +18,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.hand_over.hand_over import HandOver
+from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
 from disagg.scheduling.step.books import Books
@@ -59,7 +59,7 @@ class StepScheduler:
     ) -> None:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
         self._batching = Batching(self._books, num_stages)
-        self._hand_over = HandOver(self._books)
+        self._hand_over = HandOvers(self._books)
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:

@@ -12,8 +12,8 @@ from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError, DisaggError, InternalError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
-from disagg.serve.launch.observer import ServerObserver
 from disagg.serve.launch.process import ENGINE_COMMAND, Exit, InstanceProcess
+from disagg.serve.launch.server_observer import ServerObserver
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.listening import listen
-from disagg.serve.launch.observer import ServerObserver
-from disagg.serve.launch.server import Server
+from disagg.serve.launch.server import LiveServer
+from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.live import LiveRouter
 
 
@@ -31,7 +31,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
         def make_app(router: LiveRouter) -> ASGIApp:
             return create_app(router, model, metrics, api_key=deployment.serve.api_key)
 
-        server = Server(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
+        server = LiveServer(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.run())
 

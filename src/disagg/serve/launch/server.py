@@ -21,8 +21,8 @@ from disagg.base.errors import InternalError
 from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
-from disagg.serve.launch.observer import ServerObserver
 from disagg.serve.launch.process import ENGINE_COMMAND
+from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
@@ -41,11 +41,11 @@ class ApiServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Do nothing: ``Server`` handles the signals of the process."""
+        """Do nothing: ``LiveServer`` handles the signals of the process."""
         yield
 
 
-class Server:
+class LiveServer:
     """A server whose socket listens already. ``run`` it once."""
 
     def __init__(

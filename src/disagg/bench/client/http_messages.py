@@ -6,8 +6,8 @@ import msgspec
 
 import disagg
 from disagg.bench.client.connection import Address
-from disagg.bench.client.plan import Asking, Endpoint, Server
-from disagg.bench.client.prompts import Prompt
+from disagg.bench.client.load_plan import Asking, Endpoint, Server
+from disagg.bench.client.prompt_texts import PromptText
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class MessageBuilder:
     model: str
     asking: Asking
 
-    def build(self, prompt: Prompt, output_len: int, request_id: str) -> bytes:
+    def build(self, prompt: PromptText, output_len: int, request_id: str) -> bytes:
         """Return a request for ``output_len`` tokens, with its headers."""
         return self._with_headers(msgspec.json.encode(self._body(prompt, output_len)), request_id)
 
-    def _body(self, prompt: Prompt, output_len: int) -> dict[str, object]:
+    def _body(self, prompt: PromptText, output_len: int) -> dict[str, object]:
         asking = self.asking
         body: dict[str, object] = {"model": self.model}
         match self.server.endpoint:

@@ -1,8 +1,6 @@
-"""One simulation from specification to report, several over seeds, and the search for the goodput."""
+"""One simulation from specification to report."""
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.measure.slo import Slo
@@ -10,12 +8,9 @@ from disagg.scheduling.dispatch.actions import FailReason
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.recording import Recording
-from disagg.simulator.report import Collector, KvUse, RunReport
 from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.run_report import Collector, KvUse, RunReport
 from disagg.simulator.timeline_page import TimelineRecorder
-
-RATE_TOLERANCE: Final = 0.02
-_MAX_DOUBLINGS: Final = 20
 
 
 def simulate(
@@ -62,34 +57,3 @@ def simulate(
         )
     num_preemptions = sum(instance.num_preemptions for instance in cluster.instances)
     return collector.report(num_preemptions, kv)
-
-
-def find_goodput(attainment: Callable[[float], float], target: float, start_rate: float) -> float:
-    """Return the highest rate at which ``attainment(rate)`` is at least ``target``, to 2%.
-
-    ``attainment`` is taken to fall with the rate. The search doubles or halves from ``start_rate`` until it has
-    bracketed the goodput, then halves the bracket. Raises ConfigurationError when no rate is low or high enough:
-    then the objectives, not the load, decide.
-    """
-    low, high = 0.0, math.inf
-    rate = start_rate
-    for _ in range(_MAX_DOUBLINGS):
-        if attainment(rate) >= target:
-            low, rate = rate, rate * 2
-        else:
-            high, rate = rate, rate / 2
-        if low > 0 and high < math.inf:
-            break
-    else:
-        side = "met at any rate" if low > 0 else "missed at any rate"
-        raise ConfigurationError(
-            f"an attainment of {target:.0%} is {side} that was tried ({start_rate / 2**_MAX_DOUBLINGS:.2g} to "
-            f"{start_rate * 2**_MAX_DOUBLINGS:.2g} requests/s): change the objectives or the placement"
-        )
-    while high - low > RATE_TOLERANCE * low:
-        middle = (low + high) / 2
-        if attainment(middle) >= target:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -11,7 +11,7 @@ import torch
 from disagg.base.config import DType, Quantization
 from disagg.cache.layout import KvDtype, KvLayout
 from disagg.engine.benchmark.cases import ElementSizes, StepCase, StepTime, with_floors
-from disagg.engine.benchmark.machine import MachinePeaks, measure_peaks
+from disagg.engine.benchmark.peaks import MachinePeaks, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.model.decoder import Decoder

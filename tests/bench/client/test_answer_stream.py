@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.bench.client.stream import Stream, StreamReader, read_error
+from disagg.bench.client.answer_stream import Stream, StreamReader, read_error
 
 
 def event(**fields: Any) -> bytes:

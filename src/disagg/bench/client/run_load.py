@@ -19,9 +19,9 @@ import uvloop
 from disagg.bench.client.calls import Chain, chains_of, num_users_of
 from disagg.bench.client.connection import Address, ConnectionPool
 from disagg.bench.client.inquiries import recent_requests, served_model
-from disagg.bench.client.plan import LoadPlan
-from disagg.bench.client.preparing import Preparation
-from disagg.bench.client.prompts import PromptSource
+from disagg.bench.client.load_plan import LoadPlan
+from disagg.bench.client.preparing import LoadPreparation
+from disagg.bench.client.prompt_texts import PromptSource
 from disagg.bench.client.running import LoadRun, Watch
 from disagg.bench.client.stages import merge_stages
 from disagg.measure.record import RequestRecord
@@ -99,7 +99,7 @@ async def _prepare_and_run(
     pool = ConnectionPool(Address.of(plan.server.base_url))
     try:
         await pool.open()
-        preparation = Preparation(plan, model, source)
+        preparation = LoadPreparation(plan, model, source)
         await preparation.try_server(pool, islice(calls, max(1, plan.num_warmup)))
         run = LoadRun(preparation.attempts(calls), plan.limits, pool, watch)
         with _steady_heap():

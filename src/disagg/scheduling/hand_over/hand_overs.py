@@ -20,7 +20,7 @@ LEASE_GRACE_S: Final = 1.0
 """Blocks are kept for longer than was promised: the promise is a duration, and its message takes time to arrive."""
 
 
-class HandOver:
+class HandOvers:
     """Offers and leases of this instance's blocks; adoption and pulls of other instances' blocks."""
 
     def __init__(self, books: Books) -> None:

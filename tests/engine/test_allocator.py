@@ -2,7 +2,7 @@ import platform
 
 import pytest
 
-from disagg.engine.memory import keep_freed_memory
+from disagg.engine.allocator import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

@@ -3,9 +3,12 @@
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from disagg.base.errors import ConfigurationError
+from disagg.measure.open_loop import OpenLoop
+from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
 from disagg.measure.workload import RequestSpec, Session
 
@@ -90,6 +93,20 @@ class SessionLoad:
 Load = OpenLoad | ClosedLoad | SessionLoad
 
 
+def load_of(
+    workload: OpenLoop | SessionWorkload,
+    seed: int,
+    num_users: int | None = None,
+    think_s: float = 0.0,
+    count: int | None = None,
+) -> Load:
+    """Return what is sent for a seed, at its times or by ``num_users``: all, or ``count`` requests or sessions."""
+    if isinstance(workload, SessionWorkload):
+        return SessionLoad(tuple(islice(workload.draw(seed), count)), num_users)
+    requests = tuple(islice(workload.draw(seed), count))
+    return OpenLoad(requests) if num_users is None else ClosedLoad(requests, num_users, think_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """When a request or a whole run is given up. What is then under way, or never sent, counts as a miss."""
@@ -124,3 +141,9 @@ class LoadPlan:
     def is_open_loop(self) -> bool:
         """True when the load has times of its own."""
         return isinstance(self.load, OpenLoad)
+
+    def numbered(self, number: int) -> "LoadPlan":
+        """Return the plan for the run of this number: with other texts than the runs before it."""
+        if self.prompt_seed is None:
+            return self
+        return replace(self, prompt_seed=self.prompt_seed + number)

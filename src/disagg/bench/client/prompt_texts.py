@@ -36,7 +36,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptText:
     """A prompt as text and as token ids. ``num_tokens`` is what the server will count."""
 
     text: str
@@ -165,7 +165,7 @@ class PromptMaker:
         """Tokens of the shortest prompt: what the server adds, and one."""
         return self._overhead + 1
 
-    def make(self, key: str, prompt_len: int, prefix: PrefixBlocks = NO_PREFIX) -> Prompt:
+    def make(self, key: str, prompt_len: int, prefix: PrefixBlocks = NO_PREFIX) -> PromptText:
         """Return a prompt of ``prompt_len`` tokens in all, or of ``least_len`` where that is more.
 
         Prompts whose prefixes begin with equal ids begin with equal tokens, block after block. What follows the prefix
@@ -184,7 +184,7 @@ class PromptMaker:
             parts.append(self._words.passage(f"{self._seed} own {key}", missing))
         return self._corrected("".join(parts).lstrip(), wanted)
 
-    def _corrected(self, text: str, wanted: int) -> Prompt:
+    def _corrected(self, text: str, wanted: int) -> PromptText:
         """Lengthen or shorten the end of ``text``, should its tokens not add up after all."""
         for _ in range(_MAX_CORRECTIONS):
             token_ids = self._encode(text)
@@ -197,4 +197,4 @@ class PromptMaker:
                 text = " ".join(text.split(" ")[:-excess]) or self._words.fill(1).lstrip()
         else:
             token_ids = self._encode(text)
-        return Prompt(text, token_ids, len(token_ids) + self._extra)
+        return PromptText(text, token_ids, len(token_ids) + self._extra)

@@ -1,0 +1,138 @@
+"""From a deployment to the profile of its model on this machine: what is measured, and what comes of it."""
+
+import os
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from disagg.base.config import Device
+from disagg.calibration.host_costs import HostMeasurement, measure_host_costs
+from disagg.calibration.served_streams import StreamLimits
+from disagg.calibration.steps.campaign import Campaign, Measurement, OnProgress, measure
+from disagg.calibration.steps.script import MeasuredStep
+from disagg.costs.contention import Activity
+from disagg.costs.links import fit_link
+from disagg.costs.measured_steps import StepSample
+from disagg.costs.memory import MemorySample
+from disagg.costs.profile import ParallelSamples, Profile
+from disagg.measure.machine import this_machine
+from disagg.models.locate import locate_model
+from disagg.serve.launch.deployment import Deployment, plan_instances
+
+_QUICK_ALONE_S: Final = 9.0
+_QUICK_BESIDE_S: Final = 3.0
+_HOST: Final = (24, 3)
+_QUICK_HOST: Final = (12, 1)
+"""Requests that have a server for themselves, and rounds of streams."""
+_MOST_LOST: Final = 0.05
+"""Part of the time that the core may belong to others before a profile is called into question."""
+
+
+@dataclass(frozen=True)
+class MadeProfile:
+    """A profile, and what speaks against it; empty on a calm machine."""
+
+    profile: Profile
+    warnings: tuple[str, ...]
+
+
+def make_profile(
+    deployment: Deployment,
+    serve_arguments: Sequence[str],
+    on_progress: OnProgress,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    temperature: float = 0.0,
+) -> MadeProfile:
+    """Measure steps of the deployment's first instance, then a whole server; takes minutes.
+
+    ``deployment`` is a pair; ``serve_arguments`` are the flags of ``disagg serve`` that say the same, but for the
+    model. Raises ConfigurationError when the model or a setting cannot be used, UnavailableError when no server starts.
+    """
+    campaign = plan_campaign(deployment, seed, quick, temperature)
+    measured = measure(campaign, on_progress)
+    on_progress("server", 0.0)
+    host = measure_host_costs(
+        deployment.model.model,
+        serve_arguments,
+        *(_QUICK_HOST if quick else _HOST),
+        StreamLimits(
+            max_total_len=measured.facts.max_model_len,
+            max_batch_tokens=deployment.scheduler.max_batch_tokens,
+            max_batch_size=deployment.scheduler.max_batch_size,
+            vocab_size=measured.facts.vocab_size,
+        ),
+    )
+    on_progress("server", 1.0)
+    profile = to_profile(campaign, measured, host, locate_model(deployment.model.model).name)
+    is_on_cores = deployment.host.device is Device.CPU
+    return MadeProfile(profile, busy_warnings(measured.alone) if is_on_cores else ())
+
+
+def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: float) -> Campaign:
+    """Return what to measure: an instance as ``disagg serve`` would start it, beside another if there is a core."""
+    instance, neighbour = plan_instances(
+        deployment, control_endpoint="", available_cores=sorted(os.sched_getaffinity(0)), parent_pid=0
+    )
+    durations = {"alone_s": _QUICK_ALONE_S, "beside_s": _QUICK_BESIDE_S} if quick else {}
+    return Campaign(
+        instance=instance,
+        neighbour=None if set(instance.cpus) & set(neighbour.cpus) else neighbour,
+        seed=seed,
+        quick=quick,
+        temperature=temperature,
+        **durations,
+    )
+
+
+def to_profile(campaign: Campaign, measured: Measurement, host: HostMeasurement, name: str) -> Profile:
+    """Return the profile that a campaign's measurements make."""
+    facts, settings, machine = measured.facts, campaign.instance, this_machine()
+    samples = [_sample(step, None) for step in measured.alone]
+    memory: list[MemorySample] = []
+    for activity, parts in measured.beside.items():
+        for part in parts:
+            read = [MemorySample(alone=one.alone, together=one.together) for one in part.memory]
+            together = statistics.harmonic_mean([one.together for one in read]) if read else None
+            samples += [_sample(step, Activity(activity), together) for step in part.steps]
+            memory += read
+    # What is held out is chosen by position: in random order, no kind of step is left out of either part.
+    random.Random(campaign.seed).shuffle(samples)
+    kv_bytes_per_token = facts.kv_bytes // (facts.num_blocks * facts.block_size)
+    block_bytes = kv_bytes_per_token * facts.block_size
+    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
+    return Profile(
+        model=name,
+        device=machine.processor if facts.device == "cpu" else facts.device,
+        dtype=settings.model.dtype.value,
+        num_threads=settings.num_threads,
+        kv_bytes_per_token=kv_bytes_per_token,
+        steps=(ParallelSamples(tensor_parallel=1, samples=tuple(samples)),),
+        link_bytes_per_s=link.bytes_per_s,
+        link_latency_s=link.latency_s,
+        accept_s=host.lone.accept_s,
+        message_s=host.lone.message_s,
+        deliver_s=host.lone.deliver_s,
+        temperature=campaign.temperature,
+        num_cores=machine.num_cores,
+        served=host.served,
+        served_requests=host.requests,
+        memory=tuple(memory),
+    )
+
+
+def busy_warnings(steps: Sequence[MeasuredStep]) -> tuple[str, ...]:
+    """Return a sentence when other processes took much of the measured instance's core, else nothing."""
+    lost = 1 - statistics.median(step.on_core for step in steps)
+    if lost <= _MOST_LOST:
+        return ()
+    return (f"the instance's core was taken from it for {lost:.0%} of the time; measure on an idle machine",)
+
+
+def _sample(step: MeasuredStep, neighbour: Activity | None, memory_bytes_per_s: float | None = None) -> StepSample:
+    return StepSample(
+        chunks=step.chunks, time_s=step.time_s, neighbour=neighbour, memory_bytes_per_s=memory_bytes_per_s
+    )
