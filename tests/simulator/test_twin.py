@@ -12,12 +12,12 @@ import pytest
 from simulated import LinearLatency, cluster_spec, instance, poisson, serve
 
 from disagg.base.config import SchedulingMode
-from disagg.base.ids import BlockId, InstanceId
+from disagg.base.ids import BlockId
 from disagg.base.messages import Adopt, Generate, InstanceFacts, Message, Offered, Ready, StepOutput, Stop, ToEngine
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
 from disagg.costs.latency import LatencyModel, StepShape
-from disagg.costs.links import Link, SerialLinks
+from disagg.costs.links import LinkModel, Route, SerialLinks
 from disagg.engine.event_log import EventLog as EngineLog
 from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.loop import EngineLoop
@@ -30,7 +30,7 @@ from disagg.simulator.instance import InstanceSpec
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 from disagg.transfer.link import TransferState
 
-LINK = Link(bytes_per_s=2e8, latency_s=0.0007)
+LINK = LinkModel(bytes_per_s=2e8, latency_s=0.0007)
 TOKEN = 1
 
 
@@ -48,7 +48,7 @@ class VirtualPulls:
     def __init__(self, clock: VirtualClock, spec: InstanceSpec) -> None:
         self._clock = clock
         self._spec = spec
-        self._links = SerialLinks(LINK, {spec.name: 1, InstanceId("prefill-0"): 1})
+        self._links = SerialLinks(lambda source, target: Route.over(LINK))
         self.running: list[PullResult] = []
 
     def start(self, pull: Pull, address: bytes, now: float) -> None:

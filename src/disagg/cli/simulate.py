@@ -14,6 +14,7 @@ from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
+from disagg.costs.devices import DEVICES
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
@@ -41,7 +42,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option(
     "--latency",
     metavar="FILE|NAME",
-    help="Step times: a profile, a device (a100-sxm, h100-sxm, h200-sxm) for the roofline, a path FOLDER/a100_sxm of "
+    help=f"Step times: a profile, a device ({', '.join(DEVICES)}) for the roofline, a path FOLDER/a100_sxm of "
     "operator tables, or 'published' (OPT on A100).  [default: published where --engine is imitated]",
 )
 @click.option(

@@ -7,7 +7,7 @@ from functools import partial
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.costs.contention import Interference, ServingCost
-from disagg.costs.links import Link, LinkModel, SerialLinks
+from disagg.costs.links import LinkModel, Route, SerialLinks
 from disagg.measure.statistics import LogHistogram
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
@@ -28,7 +28,7 @@ class ClusterSpec:
 
     instances: tuple[InstanceSpec, ...]
     router: RouterSettings = field(default_factory=RouterSettings)
-    link: LinkModel = field(default_factory=Link)
+    link: LinkModel = field(default_factory=LinkModel)
     accept_s: float = 0.0
     message_s: float = 0.0
     deliver_s: float = 0.0
@@ -66,7 +66,8 @@ class SimulatedCluster:
             message_s=spec.message_s,
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
-        links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
+        num_devices = {instance.name: instance.num_devices for instance in spec.instances}
+        links = SerialLinks(lambda a, b: Route.over(spec.link, min(num_devices[a], num_devices[b])))
         self._host = SimulatedHost(self.queue, spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(

@@ -10,7 +10,7 @@ from disagg.base.config import CacheSettings, Placement, RouterSettings, Schedul
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import LinkModel
 from disagg.costs.platform import Platform
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.instance import InstanceSpec
@@ -64,7 +64,7 @@ DISTSERVE: Final = EngineRules(
         ),
     },
     block_size=16,
-    swap=Link(25e9),
+    swap=LinkModel(25e9),
     notes=(
         "settings of evaluation/2-benchmark-serving/2-start-api-server.py",
         "a decode instance pulls when the prompt's blocks fit and one block in a hundred stays free; DistServe: when "
