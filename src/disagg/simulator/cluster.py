@@ -6,8 +6,10 @@ from functools import partial
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.base.ids import InstanceId
 from disagg.costs.contention import Interference, ServingCost
-from disagg.costs.links import LinkModel, Route, SerialLinks
+from disagg.costs.links import SerialLinks
+from disagg.costs.topology import DeviceRef, Place, Topology
 from disagg.measure.statistics import LogHistogram
 from disagg.simulator.event_log import EventLog
 from disagg.simulator.event_queue import EventQueue
@@ -28,14 +30,29 @@ class ClusterSpec:
 
     instances: tuple[InstanceSpec, ...]
     router: RouterSettings = field(default_factory=RouterSettings)
-    link: LinkModel = field(default_factory=LinkModel)
+    topology: Topology = field(default_factory=Topology.one_node)
+    """The router and what serves are on its first node."""
     accept_s: float = 0.0
     message_s: float = 0.0
     deliver_s: float = 0.0
     interference: Interference | None = None
-    """What computing instances cost their neighbours, all on one host; None: nothing."""
+    """What computing instances cost their neighbours on the same node; None: nothing."""
     serving: ServingCost | None = None
-    """What serving takes of the cores on which instances compute; None: nothing."""
+    """What serving takes of the cores of the router's node on which instances compute; None: nothing."""
+
+    def places(self) -> dict[InstanceId, Place]:
+        """Return where each instance is: one that has no place has devices of its own on the first node.
+
+        Raises ConfigurationError when two are on the same device, or one on none that there is.
+        """
+        self.topology.check_places([instance.place for instance in self.instances])
+        places: dict[InstanceId, Place] = {}
+        first, num_taken = self.topology.nodes[0].name, 0
+        for instance in self.instances:
+            indices = range(num_taken, num_taken + instance.num_devices)
+            places[instance.name] = instance.place or tuple(DeviceRef(first, index) for index in indices)
+            num_taken += 0 if instance.place else instance.num_devices
+        return places
 
 
 class SimulatedCluster:
@@ -66,9 +83,11 @@ class SimulatedCluster:
             message_s=spec.message_s,
             recorder=log.dispatcher(roles, spec.router) if log else None,
         )
-        num_devices = {instance.name: instance.num_devices for instance in spec.instances}
-        links = SerialLinks(lambda a, b: Route.over(spec.link, min(num_devices[a], num_devices[b])))
-        self._host = SimulatedHost(self.queue, spec.interference, spec.serving)
+        places = spec.places()
+        links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
+        hosts = {node.name: SimulatedHost(self.queue, spec.interference) for node in spec.topology.nodes}
+        first = spec.topology.nodes[0].name
+        self._router_host = hosts[first] = SimulatedHost(self.queue, spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(
                 instance,
@@ -78,7 +97,7 @@ class SimulatedCluster:
                 log.scheduler(instance.name, instance.log_header()) if log else None,
                 timeline=timeline,
                 gaps=gaps,
-                host=self._host,
+                host=hosts[places[instance.name][0].node],
                 step_by_step=step_by_step,
             )
             for instance in spec.instances
@@ -123,5 +142,5 @@ class SimulatedCluster:
 
     def _submit(self, request: SimulatedRequest) -> None:
         request.deliver_s = self._spec.deliver_s
-        self._host.arrive(request.prompt_len)
+        self._router_host.arrive(request.prompt_len)
         self._router.submit(request)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Final, Protocol, assert_never
 
 from disagg.base.config import SchedulerSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import InstanceLoad
 from disagg.base.request import Role
@@ -20,6 +21,7 @@ from disagg.cache.block_pool import BlockAudit
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import LinkModel, SerialLinks
+from disagg.costs.topology import Place
 from disagg.measure.statistics import LogHistogram
 from disagg.scheduling.step.actions import (
     AnyAction,
@@ -59,9 +61,18 @@ class InstanceSpec:
     latency: LatencyModel
     kv_bytes_per_token: int = 0
     num_devices: int = 1
+    place: Place = ()
+    """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
+    of its first stage, where hosts matter."""
     prefix_caching: bool = True
     swap: LinkModel | None = None
     """Where the KV of preempted sequences waits; None computes it again."""
+
+    def __post_init__(self) -> None:
+        if self.place and len(self.place) != self.num_devices:
+            raise ConfigurationError(
+                f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
+            )
 
     @property
     def capacity(self) -> int:
