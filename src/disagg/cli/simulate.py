@@ -11,7 +11,7 @@ from disagg.base.config import CacheSettings, Placement, RouterSettings, Schedul
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
-from disagg.cli.simulate_platform import choose_platform, choose_rules
+from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
 from disagg.costs.devices import DEVICES
@@ -38,6 +38,13 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both.  [default: 0]")
 @click.option("--placement", type=_FILE, metavar="FILE", help="Instances, with their parallelism, from a YAML file.")
+@click.option(
+    "--cluster",
+    type=_FILE,
+    metavar="FILE",
+    help="Nodes, devices and links from a YAML file. Instances go, in order, to the first node with room.  "
+    "[default: one node]",
+)
 @click.option("--model", metavar="NAME|config.json", help="Model, unless the latency file names it.")
 @click.option(
     "--latency",
@@ -87,17 +94,19 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
         build(CacheSettings, values),
         build(RouterSettings, values),
     )
-    chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
-    spec = build_cluster(chosen, chosen_platform.platform, rules)
+    source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
+    on = choose_platform(*source) if values["cluster"] is None else choose_cluster(values["cluster"], *source)
+    spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     workload = choose_load(values)
     runs = _run_seeds(spec, workload, slo, values["seeds"], values["events"], values["html"])
     goodput = _goodput(spec, workload, slo, values) if values["find_goodput"] else None
     num_devices = _num_devices(chosen)
     report = SimulationReport(
-        platform=chosen_platform.platform.name,
-        latency_errors=chosen_platform.errors,
+        platform=on.name,
+        latency_errors=on.errors,
         engine=rules.name,
         notes=rules.notes,
+        places={instance.name: tuple(map(str, instance.place)) for instance in spec.instances if instance.place},
         num_devices=num_devices,
         rate=workload.rate,
         slo=slo,

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
-from disagg.costs.devices import DEVICES, find_device
+from disagg.costs.devices import DEVICES
 from disagg.costs.links import LinkKind, LinkModel
 from disagg.costs.topology import SHARED_MEMORY, Network, Node, NodeLink, NodeName, Topology
 
@@ -20,6 +20,9 @@ _BANDWIDTH_UNITS: Final = {"": 1.0} | {
 }
 _TIME_UNITS: Final = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _QUANTITY: Final = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
+
+PROFILED: Final = "profiled"
+"""The kind of devices of which a profile knows everything and no data sheet anything."""
 
 Bandwidth = Annotated[float | str, Meta(description="bytes/s, or a number with a unit: 25 Gbit/s, 300 GB/s")]
 Duration = Annotated[float | str, Meta(description="seconds, or a number with a unit: 10 us, 0.5 ms")]
@@ -65,7 +68,7 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     name: Annotated[str, Meta(min_length=1)] = "node"
     count: Annotated[int, Meta(ge=1)] | None = None
     device: str
-    """Name of a data sheet."""
+    """Name of a data sheet, or ``profiled``."""
     devices: Annotated[int, Meta(ge=1)]
     """On each node."""
     link: LinkEntry | None = None
@@ -93,8 +96,9 @@ class ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         for kind in self.devices:
-            find_device(kind)
-        self.topology()
+            if kind not in self.kinds:
+                raise ConfigurationError(f"devices: the cluster has no device {kind!r}, only {', '.join(self.kinds)}")
+        self.topology(LinkModel())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -102,27 +106,37 @@ class ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return tuple(dict.fromkeys(node.device for node in self.nodes))
 
     def topology(self, within: LinkModel | None = None) -> Topology:
-        """Return the nodes and links; ``within`` joins devices of a node that names no link, else the data sheet's."""
+        """Return the nodes and links; ``within`` joins the devices of nodes that name no link.
+
+        None takes the data sheets' links; raises ConfigurationError where there is none.
+        """
         nodes = [node for entry in self.nodes for node in self._nodes(entry, within)]
         links = [NodeLink(_pair(entry.between), entry.network()) for entry in self.links]
         return Topology(nodes, None if self.network is None else self.network.network(), links)
 
     def _nodes(self, entry: NodeEntry, within: LinkModel | None) -> list[Node]:
         names = [entry.name] if entry.count is None else [f"{entry.name}-{number}" for number in range(entry.count)]
-        if entry.device not in DEVICES:
+        sheet, costs = DEVICES.get(entry.device), self.devices.get(entry.device, DeviceEntry())
+        if sheet is None and entry.device != PROFILED:
             raise ConfigurationError(
-                f"node {names[0]}: no data sheet of a device {entry.device!r}; there are {', '.join(DEVICES)}"
+                f"node {names[0]}: no data sheet of a device {entry.device!r}; there are {', '.join(DEVICES)}, and "
+                f"{PROFILED} for what a profile describes"
             )
-        sheet, costs = DEVICES[entry.device], self.devices.get(entry.device, DeviceEntry())
+        link = within if entry.link is None else entry.link.model()
+        if link is None and sheet is not None:
+            link = sheet.peer
+        if link is None:
+            raise ConfigurationError(f"node {names[0]}: {PROFILED} devices have no data sheet: give their link")
+        watts = sheet.watts if sheet and costs.watts is None else costs.watts
         return [
             Node(
                 name=NodeName(name),
-                device=sheet.name,
+                device=entry.device,
                 num_devices=entry.devices,
-                link=within or sheet.peer if entry.link is None else entry.link.model(),
+                link=link,
                 host_link=SHARED_MEMORY if entry.host_link is None else entry.host_link.model(),
                 price_per_hour=costs.price_per_hour,
-                watts=sheet.watts if costs.watts is None else costs.watts,
+                watts=watts,
             )
             for name in names
         ]

@@ -201,7 +201,8 @@ def first_fit(topology: Topology, instances: Sequence[InstanceSize]) -> list[Pla
                     left = ", ".join(f"{len(indices)} on {name}" for name, indices in free.items())
                     raise ConfigurationError(
                         f"{instance.name} needs {instance.tensor_parallel} free device(s) of one node for each of "
-                        f"{instance.pipeline_parallel} stage(s); free are {left}: use less or more nodes"
+                        f"{instance.pipeline_parallel} stage(s), and there are {left}: place fewer instances, or give "
+                        "the cluster more devices"
                     )
                 place += stage
         places.append(place)

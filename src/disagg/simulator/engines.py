@@ -17,7 +17,7 @@ from disagg.base.config import (
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.costs.links import LinkModel
+from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
 from disagg.costs.topology import InstanceSize, Place, Topology, first_fit
 from disagg.simulator.cluster import ClusterSpec
@@ -106,12 +106,17 @@ fit. The published 1.4 puts that run's TTFT 18% too high at P50 and 16% at P90; 
 
 
 def build_cluster(
-    placement: Placement, platform: Platform, rules: EngineRules, topology: Topology | None = None
+    placement: Placement,
+    platform: Platform,
+    rules: EngineRules,
+    topology: Topology | None = None,
+    by_kind: Mapping[str, Platform] = {},
 ) -> ClusterSpec:
     """Return the cluster in which ``rules`` serve ``placement`` on ``platform``.
 
     Instances are placed on the nodes of ``topology`` in the order of the placement: see ``first_fit``. None puts all on
-    one node whose devices the platform's link joins.
+    one node whose devices the platform's link joins. ``by_kind`` names platforms of other kinds of devices, the same
+    model on each; ``platform`` is that of the kinds that are not in it.
     Raises ConfigurationError when the engine has no such role, the platform no figures for a parallelism, or the
     cluster no room.
     """
@@ -124,10 +129,13 @@ def build_cluster(
             for name, group in zip(names, groups, strict=True)
         ]
         places = first_fit(topology, sizes)
-    instances = [
-        _instance(name, group, place, platform, rules, topology)
-        for name, group, place in zip(names, groups, places, strict=True)
-    ]
+    instances = []
+    for name, group, place in zip(names, groups, places, strict=True):
+        its_platform, links = platform, None
+        if topology is not None:
+            its_platform = by_kind.get(topology.node(place[0].node).device, platform)
+            links = topology.instance_links(place, group.tensor_parallel)
+        instances.append(_instance(name, group, place, its_platform, rules, links))
     num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
@@ -156,7 +164,7 @@ def _instance(
     place: Place,
     platform: Platform,
     rules: EngineRules,
-    topology: Topology | None,
+    links: InstanceLinks | None,
 ) -> InstanceSpec:
     scheduler = rules.schedulers.get(group.role)
     if scheduler is None:
@@ -166,7 +174,6 @@ def _instance(
         )
     tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
     num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
-    links = None if topology is None else topology.instance_links(place, tensor)
     return InstanceSpec(
         name=name,
         role=group.role,
