@@ -123,5 +123,7 @@ def test_places_are_checked() -> None:
     topology = Topology(nodes("a", "b"), Network(GIGABIT))
     with pytest.raises(ConfigurationError, match="two instances are on device a:0"):
         serve(pair_on(on("a", 0), on("a", 0), topology), [])
+    with pytest.raises(ConfigurationError, match="prefill-0 has no place, others have"):
+        serve(cluster_spec(instance(Role.PREFILL), instance(Role.DECODE, place=on("a", 0)), topology=topology), [])
     with pytest.raises(ConfigurationError, match=r"prefill-0 has 1 device.* and a place of 2"):
         instance(Role.PREFILL, place=on("a", 0, 1))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
@@ -41,18 +42,19 @@ class ClusterSpec:
     """What serving takes of the cores of the router's node on which instances compute; None: nothing."""
 
     def places(self) -> dict[InstanceId, Place]:
-        """Return where each instance is: one that has no place has devices of its own on the first node.
+        """Return where each instance is: where none has a place, all have devices of their own on the first node.
 
-        Raises ConfigurationError when two are on the same device, or one on none that there is.
+        Raises ConfigurationError when some have a place and others none, when two are on the same device, or one on
+        none that there is.
         """
+        without = [instance.name for instance in self.instances if not instance.place]
+        if without and len(without) < len(self.instances):
+            raise ConfigurationError(f"{', '.join(without)} has no place, others have: give each one, or none")
         self.topology.check_places([instance.place for instance in self.instances])
-        places: dict[InstanceId, Place] = {}
-        first, num_taken = self.topology.nodes[0].name, 0
-        for instance in self.instances:
-            indices = range(num_taken, num_taken + instance.num_devices)
-            places[instance.name] = instance.place or tuple(DeviceRef(first, index) for index in indices)
-            num_taken += 0 if instance.place else instance.num_devices
-        return places
+        if not without:
+            return {instance.name: instance.place for instance in self.instances}
+        devices = (DeviceRef(self.topology.nodes[0].name, index) for index in count())
+        return {instance.name: tuple(islice(devices, instance.num_devices)) for instance in self.instances}
 
 
 class SimulatedCluster:
