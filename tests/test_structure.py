@@ -14,8 +14,6 @@ import disagg
 
 GRAPH = grimp.build_graph("disagg")
 SOURCES = Path(disagg.__file__).parent
-SHARED_NAMES = {"Link"}
-"""Classes of which there are still two, of events and actions in a step and in dispatch above all. Add none."""
 
 
 def cycles(imports: dict[str, set[str]]) -> Iterator[list[str]]:
@@ -65,7 +63,7 @@ def test_no_two_public_classes_have_one_name() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(str(path.relative_to(SOURCES)))
-    shared = {name: paths for name, paths in found.items() if len(paths) > 1 and name not in SHARED_NAMES}
+    shared = {name: paths for name, paths in found.items() if len(paths) > 1}
     assert shared == {}
 
 

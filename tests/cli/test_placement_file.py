@@ -68,8 +68,11 @@ def test_a_file_and_flags_contradict_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("groups: [{role: prefill, count: 1, colour: red}]", r"unknown field `colour`.*groups\[0\]"),
-        ("groups: [{role: prefil, count: 1}]", "Invalid enum value 'prefil'"),
+        (
+            "groups: [{role: prefill, count: 1, colour: red}]",
+            r"unknown field `colour`.*groups\[0\]`; there are role, count, ",
+        ),
+        ("groups: [{role: prefil, count: 1}]", "Invalid enum value 'prefil'.*; there are prefill, decode, colocated"),
         ("groups: [{role: prefill, count: 0}]", "`int` >= 1"),
         ("groups: [{role: prefill, count: 1}]", "1 prefill, 0 decode"),
         ("groups: [", "is not a placement"),

@@ -10,6 +10,8 @@ from click.testing import CliRunner, Result
 
 from disagg.base.errors import ConfigurationError
 from disagg.cli.simulate import simulate
+from disagg.costs.measured_steps import StepSample
+from disagg.costs.profile import ParallelSamples, Profile, save_profile
 from disagg.measure.trace import Trace
 from disagg.simulator.simulated_requests import simulated_requests
 
@@ -90,6 +92,110 @@ def test_operator_tables(trace: Path, model: Path, reference_data: Path) -> None
     found = report("--workload", trace, "--latency", tables, "--model", model)
     assert found["platform"] == "seven on h100-sxm, measured operators"
     assert "median" in found["latency_errors"]["matmul, from its neighbours"]
+
+
+def write_cluster(folder: Path, nodes: str, network: str = "network: {kind: tcp, bandwidth: 1 Gbit/s}") -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(f"nodes: [{nodes}]\n{network}\n")
+    return path
+
+
+def test_a_cluster_file_says_over_which_links_instances_hand_over(trace: Path, model: Path, tmp_path: Path) -> None:
+    """Of two prefill and two decode instances on nodes of two devices, every hand-over crosses the network."""
+    flags = ["--workload", trace, "--model", model, "--prefill", 2, "--decode", 2]
+    near_file = write_cluster(tmp_path, "{name: big, device: a100-sxm, devices: 4}")
+    near = report(*flags, "--cluster", near_file)
+    far = report(*flags, "--cluster", write_cluster(tmp_path, "{name: n, count: 2, device: a100-sxm, devices: 2}"))
+    assert near["places"] == {
+        f"{role}-{n}": [f"big:{i + n}"] for i, role in ((0, "prefill"), (2, "decode")) for n in (0, 1)
+    }
+    assert far["places"] == {
+        f"{role}-{n}": [f"n-{i}:{n}"] for i, role in ((0, "prefill"), (1, "decode")) for n in (0, 1)
+    }
+    assert far["platform"] == near["platform"] == "seven on a100-sxm, roofline"
+    assert near["runs"][0]["stage_shares"]["hand_over"] < 0.01 < 0.3 < far["runs"][0]["stage_shares"]["hand_over"]
+    plain = report(*flags, "--latency", "a100-sxm")
+    assert near["runs"] == plain["runs"]
+    assert plain["places"] == {}
+
+
+def test_each_kind_of_device_of_a_cluster_has_its_own_step_times(trace: Path, model: Path, tmp_path: Path) -> None:
+    both = "{name: p, device: h200-sxm, devices: 1}, {name: d, device: l40s, devices: 1}"
+    found = report("--workload", trace, "--model", model, "--cluster", write_cluster(tmp_path, both))
+    assert found["platform"] == "seven on h200-sxm, roofline; seven on l40s, roofline"
+    h200, l40s = (report("--workload", trace, "--model", model, "--latency", name) for name in ("h200-sxm", "l40s"))
+    assert found["runs"][0]["ttft"]["p50"] == pytest.approx(h200["runs"][0]["ttft"]["p50"], rel=0.01)
+    assert found["runs"][0]["itl"]["p50"] == pytest.approx(l40s["runs"][0]["itl"]["p50"], rel=0.05)
+
+
+def test_published_step_times_keep_their_own_link_within_a_node(trace: Path, tmp_path: Path) -> None:
+    cluster = write_cluster(tmp_path, "{name: n, device: a100-sxm, devices: 8}")
+    found, plain = (report("--workload", trace, *PUBLISHED, *flags) for flags in (["--cluster", cluster], []))
+    assert found["runs"] == plain["runs"]
+    assert "prefill-0 on n:0" in run("--workload", trace, *PUBLISHED, "--cluster", cluster).stdout
+
+
+def test_a_profile_describes_the_devices_of_its_cluster(trace: Path, tmp_path: Path) -> None:
+    lengths = (1, 16, 100, 512)
+    steps = [StepSample(chunks=((start, n),), time_s=0.01 + n * 1e-4) for n in lengths for start in (0, 200, 900)]
+    profile = Profile(
+        model="m",
+        device="this",
+        dtype="bfloat16",
+        kv_bytes_per_token=20_000,
+        steps=(ParallelSamples(tensor_parallel=1, samples=tuple(steps)),),
+        link_bytes_per_s=1e10,
+    )
+    save_profile(profile, tmp_path / "profile.json")
+    flags = ["--workload", trace, "--latency", tmp_path / "profile.json"]
+    near = report(*flags, "--cluster", write_cluster(tmp_path, "{device: profiled, devices: 2}"))
+    far = report(*flags, "--cluster", write_cluster(tmp_path, "{count: 2, device: profiled, devices: 1}"))
+    assert near["runs"] == report(*flags)["runs"]
+    assert near["places"] == {"prefill-0": ["node:0"], "decode-0": ["node:1"]}
+    assert far["runs"][0]["stage_shares"]["hand_over"] > 10 * near["runs"][0]["stage_shares"]["hand_over"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "network", "arguments", "words"),
+    [
+        (
+            "{device: a100, devices: 1}",
+            "",
+            [],
+            "cluster.yaml: node node: no data sheet of a device 'a100'; there are a1",
+        ),
+        ("{device: a100-sxm, device_count: 1}", "", [], "there are name, count, device, devices, link, host_link"),
+        ("{count: 2, device: l40s, devices: 1}", "", [], "cluster.yaml: nothing joins the nodes node-0 and node-1"),
+        ("{device: l40s, devices: 2}", "network: {kind: tin, bandwidth: 1}", [], "'tin'"),
+        (
+            "{device: l40s, devices: 2}",
+            "network: {kind: tin, bandwidth: 1}",
+            [],
+            "there are in-process, shm, pcie, nvl",
+        ),
+        ("{device: l40s, devices: 1}", "", [], "decode-0 needs 1 free device(s) of one node"),
+        ("{device: l40s, devices: 2}", "", ["--latency", "h100-sxm"], "says nothing of l40s"),
+        ("{device: profiled, devices: 2}", "", [], "has profiled devices: give their profile as --latency"),
+        ("", "", [], "is not a cluster"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(
+    nodes: str, network: str, arguments: list[str], words: str, trace: Path, model: Path, tmp_path: Path
+) -> None:
+    cluster = write_cluster(tmp_path, nodes, network)
+    result = run("--workload", trace, "--model", model, "--cluster", cluster, *arguments)
+    assert isinstance(result.exception, ConfigurationError), result.output
+    assert words in str(result.exception)
+
+
+def test_the_cluster_of_the_documentation_can_be_simulated(trace: Path, model: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding="utf-8")
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(text.split("```yaml\n")[1].split("```")[0])
+    places = report("--workload", trace, "--model", model, "--cluster", cluster, "--prefill", 10, "--decode", 1)[
+        "places"
+    ]
+    assert [places["prefill-0"], places["prefill-9"], places["decode-0"]] == [["gpu-0:0"], ["gpu-1:1"], ["gpu-1:2"]]
 
 
 def test_scale_and_rate_stretch_the_times(trace: Path) -> None:

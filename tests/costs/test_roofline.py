@@ -1,10 +1,14 @@
 """Predictions from shapes and data sheets: what must grow with what, and how far they are from measured fits."""
 
+from dataclasses import replace
+
+import msgspec
 import pytest
 
 from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import find_device
 from disagg.costs.latency import StepShape
+from disagg.costs.links import InstanceLinks
 from disagg.costs.published import PublishedPlatform
 from disagg.costs.roofline import RooflinePlatform
 from disagg.models.config import Architecture, ModelConfig
@@ -77,6 +81,50 @@ def test_work_grows_with_every_part_of_a_step() -> None:
         larger = StepShape(**{**{field: getattr(small, field) for field in StepShape.__slots__}, name: 0})
         setattr(larger, name, getattr(small, name) + more)
         assert latency.stage_times_s(larger)[0] > base
+
+
+def test_slower_links_make_steps_longer_by_what_they_carry() -> None:
+    """Two all-reduces a layer of a half of the tokens' vectors each way, and a send from stage to stage."""
+    fast = find_device("a100-sxm").peer
+    slow = replace(fast, bytes_per_s=fast.bytes_per_s / 10)
+    added_s = PREFILL.num_tokens * 5120 * 2 * (1 / slow.bytes_per_s - 1 / fast.bytes_per_s)
+    (near,) = platform().latency(2, 1).stage_times_s(PREFILL)
+    (far,) = platform().latency(2, 1, InstanceLinks.alike(slow, 1)).stage_times_s(PREFILL)
+    assert far - near == pytest.approx(2 * 40 * added_s)
+    near_stages = platform().latency(1, 3).stage_times_s(PREFILL)
+    far_stages = platform().latency(1, 3, InstanceLinks(fast, (fast, slow))).stage_times_s(PREFILL)
+    added = [far - near for far, near in zip(far_stages, near_stages, strict=True)]
+    assert added == pytest.approx([0, added_s, 0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "measured_ms"),
+    [(1, 256, 7.6), (1, 4096, 11.0), (4, 1024, 11.8), (16, 1024, 26.9), (32, 1024, 54.5), (64, 4096, 310.4)],
+)
+def test_a_core_decodes_as_it_was_measured_to(batch: int, context: int, measured_ms: float) -> None:
+    shape = StepShape(num_decodes=batch, decode_context=batch * context, num_samples=batch)
+    assert core_step_s(shape) == pytest.approx(measured_ms / 1e3, rel=0.15)
+
+
+@pytest.mark.parametrize(("length", "measured_ms"), [(128, 67.0), (512, 276.6), (1024, 605.7), (2048, 1422.8)])
+def test_a_core_prefills_as_it_was_measured_to(length: int, measured_ms: float) -> None:
+    shape = StepShape(num_prefills=1, num_prefill_tokens=length, prefill_squares=length**2, num_samples=1)
+    assert core_step_s(shape) == pytest.approx(measured_ms / 1e3, rel=0.05)
+
+
+def core_step_s(shape: StepShape) -> float:
+    """SmolLM2-135M on one thread, of which docs/engine.md has the measurements."""
+    model = msgspec.structs.replace(
+        config(num_layers=30),
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+    )
+    (time_s,) = RooflinePlatform(model, find_device("zen5-core"), "smollm2").latency(1, 1).stage_times_s(shape)
+    return time_s
 
 
 def test_what_cannot_be_placed_is_refused() -> None:

@@ -10,6 +10,8 @@ from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
 from disagg.costs.latency import StepShape
+from disagg.costs.links import LinkModel
+from disagg.costs.topology import Topology
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.instance import InstanceSpec
 from disagg.simulator.recording import Recording
@@ -43,9 +45,10 @@ def instance(role: Role, number: int = 0, **changes: Any) -> InstanceSpec:
     )
 
 
-def cluster_spec(*instances: InstanceSpec, **changes: Any) -> ClusterSpec:
+def cluster_spec(*instances: InstanceSpec, link: LinkModel | None = None, **changes: Any) -> ClusterSpec:
+    """``link`` joins the instances, all on one node."""
     router = RouterSettings(max_queued_requests=10**6, request_timeout_s=1e6)
-    return ClusterSpec(**{"instances": instances, "router": router, **changes})
+    return ClusterSpec(**{"instances": instances, "router": router, "topology": Topology.one_node(link), **changes})
 
 
 def pair(**changes: Any) -> ClusterSpec:

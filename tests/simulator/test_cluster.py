@@ -14,7 +14,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.request import Role
 from disagg.costs.latency import ConstantLatency, StepShape
-from disagg.costs.links import Link
+from disagg.costs.links import LinkModel
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
@@ -23,22 +23,22 @@ from disagg.simulator.request import Outcome, SimulatedRequest
 
 DEPLOYMENTS = {
     "pair": pair(),
-    "slow link": pair(link=Link(bytes_per_s=2e6, latency_s=0.003), accept_s=0.001, message_s=0.0004),
+    "slow link": pair(link=LinkModel(bytes_per_s=2e6, latency_s=0.003), accept_s=0.001, message_s=0.0004),
     "two pairs": cluster_spec(*(instance(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (0, 1))),
     "colocated": cluster_spec(instance(Role.COLOCATED), instance(Role.COLOCATED, 1)),
     "pair and colocated": cluster_spec(instance(Role.PREFILL), instance(Role.DECODE), instance(Role.COLOCATED)),
     "tight decode": cluster_spec(instance(Role.PREFILL, num_blocks=60), instance(Role.DECODE, num_blocks=48)),
     "tight decode that swaps": cluster_spec(
-        instance(Role.PREFILL, num_blocks=60), instance(Role.DECODE, num_blocks=48, swap=Link(1e7))
+        instance(Role.PREFILL, num_blocks=60), instance(Role.DECODE, num_blocks=48, swap=LinkModel(1e7))
     ),
     "tight colocated": cluster_spec(instance(Role.COLOCATED, num_blocks=48)),
     "prefill first": cluster_spec(instance(Role.COLOCATED, scheduling=SchedulingMode.PREFILL_FIRST)),
     "decode first": cluster_spec(instance(Role.COLOCATED, scheduling=SchedulingMode.DECODE_FIRST)),
     "pulls before steps": cluster_spec(
-        instance(Role.PREFILL), instance(Role.DECODE, pull_before_step=True), link=Link(bytes_per_s=5e7)
+        instance(Role.PREFILL), instance(Role.DECODE, pull_before_step=True), link=LinkModel(bytes_per_s=5e7)
     ),
     "short leases": cluster_spec(
-        instance(Role.PREFILL, lease_s=0.02), instance(Role.DECODE, num_blocks=60), link=Link(bytes_per_s=5e6)
+        instance(Role.PREFILL, lease_s=0.02), instance(Role.DECODE, num_blocks=60), link=LinkModel(bytes_per_s=5e6)
     ),
 }
 
@@ -191,7 +191,7 @@ def test_steps_wait_for_pulls_only_when_told_to() -> None:
         spec = cluster_spec(
             instance(Role.PREFILL),
             instance(Role.DECODE, pull_before_step=pull_before_step),
-            link=Link(bytes_per_s=4e6),
+            link=LinkModel(bytes_per_s=4e6),
         )
         requests = [SimulatedRequest(RequestId("long"), 0.0, 16, 200), SimulatedRequest(RequestId("b"), 0.1, 200, 2)]
         serve(spec, requests)

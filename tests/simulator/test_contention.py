@@ -15,9 +15,11 @@ from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.host import SimulatedHost
 
 INTERFERENCE = FittedInterference({Activity.DECODE: (0.0013, 0.0, 1.1e-7), Activity.PREFILL: (0.0004, 1.7e-6, 0.0)})
-SERVING = ServingCost(step_s=0.0006, token_s=0.0001, num_cores=2, request_s=0.004, prompt_token_s=3e-6)
 SPREAD_S = 0.3
 """How long what serves stays on a core that was idle."""
+SERVING = ServingCost(
+    step_s=0.0006, token_s=0.0001, num_cores=2, request_s=0.004, prompt_token_s=3e-6, spread_s=SPREAD_S
+)
 DECODE = StepShape(num_decodes=2, decode_context=300, num_samples=2)
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
 

@@ -15,7 +15,7 @@ from virtual_deployment import VirtualDeployment, VirtualLoop
 from disagg.base.config import SchedulingMode
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.costs.links import Link
+from disagg.costs.links import LinkModel
 from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.actions import Deliver
 from disagg.scheduling.event_log import AnyRecord, parse_log, replay
@@ -26,7 +26,7 @@ from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.faults import Faults, InstanceDeath
 from disagg.simulator.request import Outcome, SimulatedRequest
 
-LINK = Link(bytes_per_s=2e8, latency_s=0.0007)
+LINK = LinkModel(bytes_per_s=2e8, latency_s=0.0007)
 TWO_AND_ONE = cluster_spec(
     instance(Role.PREFILL),
     instance(Role.PREFILL, number=1),

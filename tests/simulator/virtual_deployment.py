@@ -213,7 +213,8 @@ class VirtualDeployment(NullWatcher):
 
     def __init__(self, spec: ClusterSpec, folder: Path) -> None:
         self.queue = EventQueue()
-        self.links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
+        places = spec.places()
+        self.links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
         self.failing_pulls = set(spec.faults.failing_pulls)
         self.streams: dict[RequestId, LiveStream] = {}
         self.token_times: dict[RequestId, list[float]] = {}

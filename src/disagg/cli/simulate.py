@@ -10,9 +10,10 @@ from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
-from disagg.cli.simulate_platform import choose_platform, choose_rules
+from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
+from disagg.costs.devices import DEVICES
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
@@ -31,11 +32,18 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both.  [default: 0]")
 @click.option("--placement", type=_FILE, metavar="FILE", help="Instances, with their parallelism, from a YAML file.")
+@click.option(
+    "--cluster",
+    type=_FILE,
+    metavar="FILE",
+    help="Nodes, devices and links from a YAML file. Instances go, in order, to the first node with room.  "
+    "[default: one node]",
+)
 @click.option("--model", metavar="NAME|config.json", help="Model, unless the latency file names it.")
 @click.option(
     "--latency",
     metavar="FILE|NAME",
-    help="Step times: a profile, a device (a100-sxm, h100-sxm, h200-sxm) for the roofline, a path FOLDER/a100_sxm of "
+    help=f"Step times: a profile, a device ({', '.join(DEVICES)}) for the roofline, a path FOLDER/a100_sxm of "
     "operator tables, or 'published' (OPT on A100).  [default: published where --engine is imitated]",
 )
 @click.option(
@@ -80,20 +88,22 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
         build(CacheSettings, values),
         build(RouterSettings, values),
     )
-    chosen_platform = choose_platform(values["latency"], values["model"], values["engine"], values["kv_memory_bytes"])
-    spec = build_cluster(chosen, chosen_platform.platform, rules)
+    source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
+    on = choose_platform(*source) if values["cluster"] is None else choose_cluster(values["cluster"], *source)
+    spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     workload = choose_load(values)
     evaluation = _evaluate(spec, workload, slo, values["seeds"], values["events"], values["html"])
     goodput = None
     if values["find_goodput"]:
         goodput = search_goodput(spec, workload, slo, target=values["attainment"], num_seeds=values["seeds"])
     report = SimulationReport(
-        platform=chosen_platform.platform.name,
-        latency_errors=chosen_platform.errors,
+        platform=on.name,
+        latency_errors=on.errors,
         engine=rules.name,
         notes=rules.notes,
         num_devices=evaluation.num_devices,
         rate=evaluation.rate,
+        places={instance.name: tuple(map(str, instance.place)) for instance in spec.instances if instance.place},
         slo=slo,
         attainment=evaluation.attainment,
         attainment_target=values["attainment"],

@@ -1,13 +1,17 @@
 """From the flags ``--latency``, ``--model`` and ``--engine`` to a platform and an engine's rules."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
+from disagg.cli.yaml_file import read_yaml
+from disagg.costs.cluster_file import PROFILED, ClusterFile
 from disagg.costs.devices import DEVICES, find_device
 from disagg.costs.platform import Platform
+from disagg.costs.topology import Topology
 from disagg.models.config import ModelConfig
 from disagg.simulator.engines import IMITATED, VLLM_PREFILL_FACTOR, EngineRules, own_rules
 
@@ -16,10 +20,22 @@ PUBLISHED: Final = "published"
 
 @dataclass(frozen=True)
 class ChosenPlatform:
-    """A platform, and what is known of its error against its own source."""
+    """A platform, and what is known of its error against its own source.
+
+    ``device`` is the kind that it was measured or computed for, as cluster files call it. On the nodes of
+    ``topology``, ``by_kind`` names the platforms of kinds of devices.
+    """
 
     platform: Platform
     errors: dict[str, str]
+    device: str
+    topology: Topology | None = None
+    by_kind: Mapping[str, Platform] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Model, devices and where the figures come from, for people."""
+        return "; ".join(platform.name for platform in self.by_kind.values()) or self.platform.name
 
 
 def choose_rules(
@@ -50,6 +66,30 @@ def choose_platform(latency: str | None, model: str | None, engine: str, kv_memo
     )
 
 
+def choose_cluster(
+    file: Path, latency: str | None, model: str | None, engine: str, kv_memory_bytes: int
+) -> ChosenPlatform:
+    """Return what ``choose_platform`` does, on the nodes of a cluster file.
+
+    Without ``--latency``, each kind of device takes the roofline of its data sheet. Raises ConfigurationError where the
+    step times are those of another kind.
+    """
+    cluster = read_yaml(file, ClusterFile, "cluster")
+    if latency is None and PROFILED in cluster.kinds:
+        raise ConfigurationError(f"{file} has {PROFILED} devices: give their profile as --latency")
+    if latency is None and engine not in IMITATED:
+        by_kind = {kind: _roofline(kind, model).platform for kind in cluster.kinds}
+        return replace(_roofline(cluster.kinds[0], model), topology=cluster.topology(), by_kind=by_kind)
+    chosen = choose_platform(latency, model, engine, kv_memory_bytes)
+    others = [kind for kind in cluster.kinds if kind != chosen.device]
+    if others:
+        raise ConfigurationError(
+            f"{chosen.name} says nothing of {', '.join(others)} in {file}: write device: {chosen.device}, or leave out "
+            "--latency for the rooflines of the devices"
+        )
+    return replace(chosen, topology=cluster.topology(chosen.platform.link))
+
+
 def _published(model: str | None, engine: str) -> ChosenPlatform:
     from disagg.costs.published import PublishedPlatform
 
@@ -61,14 +101,14 @@ def _published(model: str | None, engine: str) -> ChosenPlatform:
         raise ConfigurationError("give --model: facebook/opt-13b or facebook/opt-66b")
     name = model if "/" in model else f"facebook/{model}"
     factor = VLLM_PREFILL_FACTOR if engine == "vllm-0.2.3" else None
-    return ChosenPlatform(PublishedPlatform(engine, name, prefill_factor=factor), {})
+    return ChosenPlatform(PublishedPlatform(engine, name, prefill_factor=factor), {}, "a100-sxm")
 
 
 def _roofline(device: str, model: str | None) -> ChosenPlatform:
     from disagg.costs.roofline import RooflinePlatform
 
     config, name = _model_config(model)
-    return ChosenPlatform(RooflinePlatform(config, find_device(device), name), {})
+    return ChosenPlatform(RooflinePlatform(config, find_device(device), name), {}, device)
 
 
 def _tables(path: Path, model: str | None) -> ChosenPlatform:
@@ -77,7 +117,7 @@ def _tables(path: Path, model: str | None) -> ChosenPlatform:
     config, name = _model_config(model)
     tables = OperatorTables.read(path.parent, path.name, find_device(path.name.replace("_", "-")))
     errors = {f"{operator}, from its neighbours": str(error) for operator, error in tables.errors().items()}
-    return ChosenPlatform(TablePlatform(tables, config, name), errors)
+    return ChosenPlatform(TablePlatform(tables, config, name), errors, tables.device.name)
 
 
 def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
@@ -85,7 +125,7 @@ def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
 
     platform = ProfiledPlatform(load_profile(path), kv_memory_bytes)
     errors = {f"tensor parallelism {tensor}, held out": str(error) for tensor, error in platform.errors.items()}
-    return ChosenPlatform(platform, errors)
+    return ChosenPlatform(platform, errors, PROFILED)
 
 
 def _model_config(model: str | None) -> tuple[ModelConfig, str]:

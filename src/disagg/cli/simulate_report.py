@@ -20,6 +20,8 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     latency_errors: dict[str, str]
     engine: str
     notes: tuple[str, ...]
+    places: dict[str, tuple[str, ...]]
+    """The devices of each instance as ``node:index``; nothing without a cluster file."""
     num_devices: int
     rate: float
     slo: Slo
@@ -38,6 +40,8 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     console = Console(highlight=False)
     first = report.runs[0]
     console.print(f"[bold]{report.platform}[/], rules of {report.engine}, {report.num_devices} device(s)")
+    for instance, devices in report.places.items():
+        console.print(f"  {instance} on {', '.join(devices)}")
     for what, error in report.latency_errors.items():
         console.print(f"  step times, {what}: {error}")
     seeds = f", {len(report.runs)} seeds" if len(report.runs) > 1 else ""

@@ -20,9 +20,6 @@ from disagg.costs.latency import LatencyModel, StepShape
 
 _MOST_SERVED: Final = 0.9
 """Of a core's time: beyond it, figures from a calm machine say nothing."""
-_LINUX_SPREAD_S: Final = 0.3
-"""What Linux takes to spread what serves over the cores again. ``benchmarks/core_wait.py`` shows it: beside a busy
-prefill instance on two cores, a lone decode waits 1.1 to 0.9 ms a step for its core at first, later 0.6."""
 
 
 class Activity(enum.Enum):
@@ -60,7 +57,7 @@ class ServingCost:
     cores_per_instance: int = 1
     request_s: float = 0.0
     prompt_token_s: float = 0.0
-    spread_s: float = _LINUX_SPREAD_S
+    spread_s: float = 0.0
 
     def is_felt(self, num_computing: int) -> bool:
         """Return whether so many computing instances leave no core for what serves."""

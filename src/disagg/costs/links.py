@@ -1,9 +1,9 @@
-"""How long KV blocks travel, and in which order transfers share a link."""
+"""How long KV blocks and activations travel: links as data, the way between two instances, the order of transfers."""
 
+import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -12,57 +12,157 @@ from disagg.base.ids import InstanceId
 from disagg.costs.fit import fit_relative
 
 
-class LinkModel(Protocol):
-    """Predicts the duration of one transfer that has a link for itself."""
+class LinkKind(enum.Enum):
+    """What carries the bytes."""
 
-    def transfer_time_s(self, num_bytes: int) -> float:
-        """Return the seconds from the start of a transfer to its end."""
+    IN_PROCESS = "in-process"
+    """The memory of one process."""
+    SHM = "shm"
+    """Memory that processes of one host share."""
+    PCIE = "pcie"
+    """Devices of one node without a link of their own."""
+    NVLINK = "nvlink"
+    RDMA = "rdma"
+    TCP = "tcp"
 
 
 @dataclass(frozen=True)
-class Link:
-    """A latency and a bandwidth."""
+class LinkModel:
+    """What a transfer that has the link for itself takes: ``overhead_s`` + ``latency_s`` + bytes / ``bytes_per_s``.
+
+    ``latency_s`` is the link's, from the request for bytes to the first of them; ``overhead_s`` is what the two ends
+    do for each transfer, such as a remote call. The default moves anything in no time.
+    """
 
     bytes_per_s: float = math.inf
+    """In one direction."""
     latency_s: float = 0.0
+    overhead_s: float = 0.0
+    kind: LinkKind = LinkKind.IN_PROCESS
 
     def __post_init__(self) -> None:
         if not self.bytes_per_s > 0:
             raise ConfigurationError(f"a link of {self.bytes_per_s} bytes/s moves nothing: give a positive bandwidth")
-        if not 0 <= self.latency_s < math.inf:
-            raise ConfigurationError(f"a link latency of {self.latency_s} s cannot be: give 0 or more seconds")
+        for what, time_s in (("latency", self.latency_s), ("overhead", self.overhead_s)):
+            if not 0 <= time_s < math.inf:
+                raise ConfigurationError(f"a link's {what} of {time_s} s cannot be: give 0 or more seconds")
 
-    def transfer_time_s(self, num_bytes: int) -> float:
-        """Return latency plus bytes over bandwidth."""
-        return self.latency_s + num_bytes / self.bytes_per_s
+    def transfer_time_s(self, num_bytes: float) -> float:
+        """Return the seconds from the start of a transfer to its end."""
+        return self.latency_s + self.overhead_s + num_bytes / self.bytes_per_s
 
 
-def fit_link(transfers: Sequence[tuple[int, float]]) -> Link:
-    """Return the link that explains measured transfers, given as (bytes, seconds), best."""
+def fit_link(transfers: Sequence[tuple[int, float]], kind: LinkKind = LinkKind.SHM) -> LinkModel:
+    """Return the link that explains measured transfers, given as (bytes, seconds), best.
+
+    What each takes beside its bytes counts as latency: one end alone cannot tell it from overhead.
+    """
     sizes = np.array([num_bytes for num_bytes, _ in transfers], dtype=np.float64)
     times = np.array([time_s for _, time_s in transfers])
     latency_s, byte_s = fit_relative(np.stack([np.ones_like(sizes), sizes], axis=1), times)
+    if byte_s > 0:
+        return LinkModel(1 / float(byte_s), float(latency_s), kind=kind)
     # Sizes too much alike tell no slope: then all of the time counts as bandwidth.
-    return Link(1 / float(byte_s), float(latency_s)) if byte_s > 0 else Link(float(sizes.sum() / times.sum()))
+    return LinkModel(float(sizes.sum() / times.sum()), kind=kind)
+
+
+@dataclass(frozen=True)
+class InstanceLinks:
+    """The links inside an instance: ``tensor`` joins the devices of a stage, ``stages`` each stage to the next."""
+
+    tensor: LinkModel
+    stages: tuple[LinkModel, ...]
+
+    @classmethod
+    def alike(cls, link: LinkModel, num_stages: int) -> "InstanceLinks":
+        """Return those of an instance all of whose devices are joined by equal links."""
+        return cls(link, (link,) * (num_stages - 1))
+
+
+class Direction(enum.Enum):
+    """Of the bytes, seen from a node."""
+
+    OUT = "out"
+    IN = "in"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What all transfers of a node share on their way out of it or into it: ``count`` ports of one network."""
+
+    node: str
+    direction: Direction
+    link: LinkModel
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A link that ``num_parts`` of a transfer's equal parts must pass, ``num_lanes`` of them at a time.
+
+    ``ports`` are those that other transfers pass too; None where the two instances have the link for themselves.
+    """
+
+    link: LinkModel
+    num_parts: int = 1
+    num_lanes: int = 1
+    ports: Ports | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """How KV gets from one instance to another: in ``num_parts`` equal parts, which pass all ``passages`` at once.
+
+    Instances of several devices hold a part of the KV on each and send the parts side by side.
+    """
+
+    passages: tuple[Passage, ...]
+    num_parts: int = 1
+
+    @classmethod
+    def over(cls, link: LinkModel, num_parts: int = 1) -> "Route":
+        """Return a route of which each part has such a link for itself."""
+        return cls((Passage(link, num_parts, num_parts),), num_parts)
+
+    def passage_time_s(self, passage: Passage, num_bytes: int) -> float:
+        """Return how long a transfer that waits for nobody keeps one of the passages busy."""
+        return passage.link.transfer_time_s(-(-num_bytes * passage.num_parts // (self.num_parts * passage.num_lanes)))
+
+    def transfer_time_s(self, num_bytes: int) -> float:
+        """Return the seconds from the start of a transfer that waits for nobody to its end."""
+        return max(self.passage_time_s(passage, num_bytes) for passage in self.passages)
 
 
 class SerialLinks:
-    """The links between instances. Transfers of the same pair run one after the other, first come first.
+    """Transfers between instances. Those of the same pair run one after the other, first come first.
 
-    ``model`` is that of one device to one other. Instances of several devices hold a part of the KV on each and send
-    the parts side by side, over as many links as the smaller one of the two has devices.
+    So do those of any pairs on the same ports of a network. ``route`` says how to get from one instance to another.
     """
 
-    def __init__(self, model: LinkModel, num_devices: Mapping[InstanceId, int]) -> None:
-        self._model = model
-        self._num_devices = num_devices
+    def __init__(self, route: Callable[[InstanceId, InstanceId], Route]) -> None:
+        self._route = route
+        self._routes: dict[tuple[InstanceId, InstanceId], Route] = {}
         self._free_at_s: dict[tuple[InstanceId, InstanceId], float] = {}
+        self._ports_free_at_s: dict[Ports, list[float]] = {}
 
     def start(self, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
         """Queue a transfer at ``now`` and return when it ends."""
         pair = (source, target)
-        num_links = min(self._num_devices[source], self._num_devices[target])
-        time_s = self._model.transfer_time_s(-(-num_bytes // num_links))
-        end_s = max(now, self._free_at_s.get(pair, 0.0)) + time_s
+        route = self._routes.get(pair)
+        if route is None:
+            route = self._routes[pair] = self._route(source, target)
+        begin_s = max(now, self._free_at_s.get(pair, 0.0))
+        for passage in route.passages:
+            if passage.ports is not None:
+                free_at_s = self._ports_free_at_s.setdefault(passage.ports, [0.0] * passage.ports.count)
+                begin_s = max(begin_s, free_at_s[passage.num_lanes - 1])
+        for passage in route.passages:
+            if passage.ports is not None:
+                free_at_s = self._ports_free_at_s[passage.ports]
+                free_at_s[: passage.num_lanes] = [
+                    begin_s + route.passage_time_s(passage, num_bytes)
+                ] * passage.num_lanes
+                free_at_s.sort()
+        end_s = begin_s + route.transfer_time_s(num_bytes)
         self._free_at_s[pair] = end_s
         return end_s

@@ -4,7 +4,7 @@ from typing import NamedTuple, Protocol
 
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.latency import LatencyModel
-from disagg.costs.links import LinkModel
+from disagg.costs.links import InstanceLinks, LinkModel
 
 
 class HostCosts(NamedTuple):
@@ -42,8 +42,11 @@ class Platform(Protocol):
     def host(self) -> HostCosts:
         """What is neither step nor transfer."""
 
-    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> LatencyModel:
-        """Return the latency model of an instance."""
+    def latency(self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None) -> LatencyModel:
+        """Return the latency model of an instance, whose devices ``links`` join; None: those of the figures.
+
+        Measured step times hold for the links that they were measured on, whatever is named.
+        """
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """Return how many tokens the KV pool of an instance holds."""

@@ -4,7 +4,7 @@ The file holds measurements and facts alone; the fit is made when it is read, so
 measurement.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -14,7 +14,7 @@ from msgspec import Meta
 from disagg.base.errors import ConfigurationError
 from disagg.costs.contention import ServingCost
 from disagg.costs.fit import FitError
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import InstanceLinks, LinkKind, LinkModel
 from disagg.costs.measured_steps import (
     FittedInterference,
     FittedLatency,
@@ -28,6 +28,9 @@ from disagg.costs.serving_fit import ServedRequest, ServedSample, fit_serving
 
 PROFILE_VERSION: Final = 3
 _MIN_SAMPLES: Final = 10
+LINUX_SPREAD_S: Final = 0.3
+"""What Linux takes to spread what serves over the cores again. ``benchmarks/core_wait.py`` shows it: beside a busy
+prefill instance on two cores, a lone decode waits 1.1 to 0.9 ms a step for its core at first, later 0.6."""
 
 
 class ParallelSamples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +68,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What the cores of two instances read from memory, time and again while neighbours were measured."""
     served_requests: tuple[ServedRequest, ...] = ()
     """What requests of several lengths cost that server and the client."""
+    spread_s: Annotated[float, Meta(ge=0)] = LINUX_SPREAD_S
+    """From an instance's begin to compute until the operating system has moved what served on its core."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class ProfiledPlatform:
 
     def __post_init__(self) -> None:
         fits = {steps.tensor_parallel: fit_latency(steps.samples) for steps in self.profile.steps}
-        object.__setattr__(self, "link", Link(self.profile.link_bytes_per_s, self.profile.link_latency_s))
+        link = LinkModel(self.profile.link_bytes_per_s, self.profile.link_latency_s, kind=LinkKind.SHM)
+        object.__setattr__(self, "link", link)
         object.__setattr__(self, "errors", {tensor: error for tensor, (_, error) in fits.items()})
         object.__setattr__(self, "_latencies", {tensor: latency for tensor, (latency, _) in fits.items()})
         single = next((steps.samples for steps in self.profile.steps if steps.tensor_parallel == 1), None)
@@ -111,7 +117,9 @@ class ProfiledPlatform:
         """See ``Platform``."""
         return self.profile.kv_bytes_per_token
 
-    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> FittedLatency:
+    def latency(
+        self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
+    ) -> FittedLatency:
         """See ``Platform``."""
         self._check(tensor_parallel)
         fitted = self._latencies[tensor_parallel]
@@ -126,7 +134,8 @@ class ProfiledPlatform:
         num_cores, num_threads = self.profile.num_cores, self.profile.num_threads
         if num_cores is None or num_threads is None:
             return None
-        return fit_serving(self.profile.served, self.profile.served_requests, num_cores, num_threads)
+        serving = fit_serving(self.profile.served, self.profile.served_requests, num_cores, num_threads)
+        return None if serving is None else replace(serving, spread_s=self.profile.spread_s)
 
     def _check(self, tensor_parallel: int) -> None:
         if tensor_parallel not in self._latencies:

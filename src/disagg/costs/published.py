@@ -4,12 +4,12 @@ The fits cover one pipeline stage count only; as their authors do, pipeline para
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.costs.latency import StepShape
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import InstanceLinks, LinkKind, LinkModel
 from disagg.costs.opt_a100_fits import (
     CAPACITY_TOKENS,
     DECODE_FACTOR,
@@ -33,6 +33,7 @@ MIGRATION_BYTES_PER_S: Final = 100e9
 itself, 300 GB/s, their TPOT comes out 4% to 7% too low, and most so after a hand-over."""
 MIGRATION_S: Final = ENGINE_STEP_MS / 1e3
 """A migration is one remote call to the decode workers: the fits' cost of such a call."""
+_MIGRATION: Final = LinkModel(MIGRATION_BYTES_PER_S, overhead_s=MIGRATION_S, kind=LinkKind.NVLINK)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PublishedPlatform:
     model: str
     prefill_factor: float | None = None
     decode_factor: float | None = None
-    link: LinkModel = field(default_factory=lambda: Link(MIGRATION_BYTES_PER_S, MIGRATION_S))
+    link: LinkModel = _MIGRATION
 
     def __post_init__(self) -> None:
         if (self.engine, self.model) not in FITS:
@@ -100,7 +101,9 @@ class PublishedPlatform:
         """See ``Platform``."""
         return KV_BYTES_PER_TOKEN[self.model]
 
-    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> PublishedLatency:
+    def latency(
+        self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
+    ) -> PublishedLatency:
         """See ``Platform``."""
         fits = FITS[self.engine, self.model]
         if tensor_parallel not in fits:

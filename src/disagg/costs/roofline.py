@@ -6,13 +6,13 @@ of the layers and sends its activations on; the last one computes the logits. Sl
 is taken to see the whole context.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import DeviceSheet
 from disagg.costs.latency import StepShape
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import HostCosts
 from disagg.models.config import ModelConfig
 
@@ -38,13 +38,15 @@ class RooflineLatency:
     tensor_parallel: int
     num_stages: int
     itemsize: int
+    links: InstanceLinks
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``."""
         layer_s = self._layer_s(shape)
-        send_s = self._message_s(shape.num_tokens) if self.num_stages > 1 else 0.0
-        times = [layer_s * layers + send_s for layers in split_layers(self.config.num_layers, self.num_stages)]
-        times[-1] += self._logits_s(shape.num_samples) - send_s
+        times = [layer_s * layers for layers in split_layers(self.config.num_layers, self.num_stages)]
+        for stage, link in enumerate(self.links.stages):
+            times[stage] += link.transfer_time_s(shape.num_tokens * self.config.hidden_size * self.itemsize)
+        times[-1] += self._logits_s(shape.num_samples)
         return tuple(times)
 
     def _layer_s(self, shape: StepShape) -> float:
@@ -72,25 +74,22 @@ class RooflineLatency:
         """Return the time of a ring: each device sends its part once to reduce and once to gather."""
         num_bytes = num_tokens * self.config.hidden_size * self.itemsize
         num_hops = 2 * (self.tensor_parallel - 1)
-        return self.device.peer_latency_s + num_hops / self.tensor_parallel * num_bytes / self.device.peer_bytes_per_s
-
-    def _message_s(self, num_tokens: int) -> float:
-        num_bytes = num_tokens * self.config.hidden_size * self.itemsize
-        return self.device.peer_latency_s + num_bytes / self.device.peer_bytes_per_s
+        return self.links.tensor.transfer_time_s(num_hops / self.tensor_parallel * num_bytes)
 
 
 @dataclass(frozen=True)
 class RooflinePlatform:
-    """Any model on a device with a data sheet. ``link`` None takes the device's link to its peers."""
+    """Any model on a device with a data sheet, and the links of that between devices unless others are named."""
 
     config: ModelConfig
     device: DeviceSheet
     model: str
     itemsize: int = 2
-    link: LinkModel = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "link", Link(self.device.peer_bytes_per_s, self.device.peer_latency_s))
+    @property
+    def link(self) -> LinkModel:
+        """See ``Platform``."""
+        return self.device.peer
 
     @property
     def interference(self) -> None:
@@ -112,7 +111,9 @@ class RooflinePlatform:
         """See ``Platform``."""
         return self.config.kv_bytes_per_token(self.itemsize)
 
-    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> RooflineLatency:
+    def latency(
+        self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
+    ) -> RooflineLatency:
         """See ``Platform``. Raise ConfigurationError when heads or layers cannot be divided."""
         if self.config.num_heads % tensor_parallel:
             raise ConfigurationError(
@@ -124,7 +125,8 @@ class RooflinePlatform:
                 f"{self.model} has {self.config.num_layers} layers, too few for pipeline parallelism "
                 f"{pipeline_parallel}"
             )
-        return RooflineLatency(self.config, self.device, tensor_parallel, pipeline_parallel, self.itemsize)
+        links = links or InstanceLinks.alike(self.link, pipeline_parallel)
+        return RooflineLatency(self.config, self.device, tensor_parallel, pipeline_parallel, self.itemsize, links)
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """See ``Platform``: what the weights and a reserve leave of the devices' memory."""

@@ -14,7 +14,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import DeviceSheet
 from disagg.costs.fit import FitError
 from disagg.costs.latency import StepShape
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.operator_tables import AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
 from disagg.costs.platform import HostCosts
 from disagg.costs.roofline import RooflinePlatform, split_layers
@@ -28,10 +28,18 @@ _ELEMENTWISE_PASSES: Final = 10
 class TableLatency:
     """One instance; the curves it needs are made once."""
 
-    def __init__(self, tables: "OperatorTables", config: ModelConfig, tensor_parallel: int, num_stages: int) -> None:
+    def __init__(
+        self,
+        tables: "OperatorTables",
+        config: ModelConfig,
+        tensor_parallel: int,
+        num_stages: int,
+        stage_links: tuple[LinkModel, ...],
+    ) -> None:
         self.num_stages = num_stages
         self._config = config
         self._device = tables.device
+        self._stage_links = stage_links
         self._layers = split_layers(config.num_layers, num_stages)
         heads, kv_heads = config.num_heads // tensor_parallel, max(1, config.num_kv_heads // tensor_parallel)
         hidden, inner = config.hidden_size, config.intermediate_size // tensor_parallel
@@ -50,9 +58,10 @@ class TableLatency:
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``."""
         layer_s = self._layer_s(shape)
-        send_s = self._send_s(shape.num_tokens) if self.num_stages > 1 else 0.0
-        times = [layer_s * num_layers + send_s for num_layers in self._layers]
-        times[-1] += self._logits(shape.num_samples) - send_s
+        times = [layer_s * num_layers for num_layers in self._layers]
+        for stage, link in enumerate(self._stage_links):
+            times[stage] += link.transfer_time_s(shape.num_tokens * self._config.hidden_size * 2)
+        times[-1] += self._logits(shape.num_samples)
         return tuple(times)
 
     def _layer_s(self, shape: StepShape) -> float:
@@ -80,10 +89,6 @@ class TableLatency:
         low, high = self._batches[above - 1], self._batches[above]
         share = (batch - low) / (high - low)
         return (1 - share) * self._decode[above - 1](context) + share * self._decode[above](context)
-
-    def _send_s(self, num_tokens: int) -> float:
-        num_bytes = num_tokens * self._config.hidden_size * 2
-        return self._device.peer_latency_s + num_bytes / self._device.peer_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,6 @@ class TablePlatform:
     tables: OperatorTables
     config: ModelConfig
     model: str
-    link: LinkModel = field(init=False)
     _sheet: RooflinePlatform = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,9 +133,12 @@ class TablePlatform:
                 f"the attention tables are for heads of 128, those of {self.model} have {self.config.head_dim}: "
                 "use the roofline"
             )
-        device = self.tables.device
-        object.__setattr__(self, "link", Link(device.peer_bytes_per_s, device.peer_latency_s))
-        object.__setattr__(self, "_sheet", RooflinePlatform(self.config, device, self.model))
+        object.__setattr__(self, "_sheet", RooflinePlatform(self.config, self.tables.device, self.model))
+
+    @property
+    def link(self) -> LinkModel:
+        """See ``Platform``."""
+        return self._sheet.link
 
     @property
     def interference(self) -> None:
@@ -153,10 +160,11 @@ class TablePlatform:
         """See ``Platform``."""
         return self._sheet.kv_bytes_per_token
 
-    def latency(self, tensor_parallel: int, pipeline_parallel: int) -> TableLatency:
-        """See ``Platform``."""
-        self._sheet.latency(tensor_parallel, pipeline_parallel)  # refuses what cannot be divided
-        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel)
+    def latency(self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None) -> TableLatency:
+        """See ``Platform``; all-reduces are as measured, over the links of the tables."""
+        # The roofline refuses what cannot be divided.
+        stage_links = self._sheet.latency(tensor_parallel, pipeline_parallel, links).links.stages
+        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel, stage_links)
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """See ``Platform``."""

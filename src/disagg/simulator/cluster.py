@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.base.ids import InstanceId
 from disagg.costs.contention import Interference, ServingCost
-from disagg.costs.links import Link, LinkModel, SerialLinks
+from disagg.costs.links import SerialLinks
+from disagg.costs.topology import DeviceRef, Place, Topology
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
@@ -27,16 +30,32 @@ class ClusterSpec:
 
     instances: tuple[InstanceSpec, ...]
     router: RouterSettings = field(default_factory=RouterSettings)
-    link: LinkModel = field(default_factory=Link)
+    topology: Topology = field(default_factory=Topology.one_node)
+    """The router and what serves are on its first node."""
     accept_s: float = 0.0
     message_s: float = 0.0
     deliver_s: float = 0.0
     interference: Interference | None = None
-    """What computing instances cost their neighbours, all on one host; None: nothing."""
+    """What computing instances cost their neighbours on the same node; None: nothing."""
     serving: ServingCost | None = None
-    """What serving takes of the cores on which instances compute; None: nothing."""
+    """What serving takes of the cores of the router's node on which instances compute; None: nothing."""
     faults: Faults = field(default_factory=Faults)
     """What goes wrong."""
+
+    def places(self) -> dict[InstanceId, Place]:
+        """Return where each instance is: where none has a place, all have devices of their own on the first node.
+
+        Raises ConfigurationError when some have a place and others none, when two are on the same device, or one on
+        none that there is.
+        """
+        without = [instance.name for instance in self.instances if not instance.place]
+        if without and len(without) < len(self.instances):
+            raise ConfigurationError(f"{', '.join(without)} has no place, others have: give each one, or none")
+        self.topology.check_places([instance.place for instance in self.instances])
+        if not without:
+            return {instance.name: instance.place for instance in self.instances}
+        devices = (DeviceRef(self.topology.nodes[0].name, index) for index in count())
+        return {instance.name: tuple(islice(devices, instance.num_devices)) for instance in self.instances}
 
 
 class SimulatedCluster:
@@ -61,15 +80,18 @@ class SimulatedCluster:
             message_s=spec.message_s,
             log=recording.log,
         )
-        links = SerialLinks(spec.link, {instance.name: instance.num_devices for instance in spec.instances})
-        self._host = SimulatedHost(self.queue, spec.interference, spec.serving)
+        places = spec.places()
+        links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
+        hosts = {node.name: SimulatedHost(self.queue, spec.interference) for node in spec.topology.nodes}
+        first = spec.topology.nodes[0].name
+        self._router_host = hosts[first] = SimulatedHost(self.queue, spec.interference, spec.serving)
         self.instances = tuple(
             SimulatedInstance(
                 instance,
                 self.queue,
                 links,
                 self._router.hear,
-                host=self._host,
+                host=hosts[places[instance.name][0].node],
                 faults=spec.faults,
                 recording=recording,
             )
@@ -119,5 +141,5 @@ class SimulatedCluster:
 
     def _submit(self, request: SimulatedRequest) -> None:
         request.deliver_s = self._spec.deliver_s
-        self._host.arrive(request.prompt_len)
+        self._router_host.arrive(request.prompt_len)
         self._router.submit(request)

@@ -1,17 +1,25 @@
 """Engines that can be imitated: each is a choice of settings for the same policies, not a policy of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
-from disagg.base.config import CacheSettings, Placement, RouterSettings, SchedulerSettings, SchedulingMode
+from disagg.base.config import (
+    CacheSettings,
+    InstanceGroup,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+    SchedulingMode,
+)
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.costs.links import Link, LinkModel
+from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
+from disagg.costs.topology import InstanceSize, Place, Topology, first_fit
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.instance import InstanceSpec
 
@@ -68,7 +76,7 @@ DISTSERVE: Final = EngineRules(
         ),
     },
     block_size=16,
-    swap=Link(25e9),
+    swap=LinkModel(25e9),
     notes=(
         "settings of evaluation/2-benchmark-serving/2-start-api-server.py",
         "a decode instance pulls when the prompt's blocks fit and one block in a hundred stays free; DistServe: when "
@@ -101,47 +109,85 @@ fit. The published 1.4 puts that run's TTFT 18% too high at P50 and 16% at P90; 
 1.2, it is within 3%."""
 
 
-def build_cluster(placement: Placement, platform: Platform, rules: EngineRules) -> ClusterSpec:
+def build_cluster(
+    placement: Placement,
+    platform: Platform,
+    rules: EngineRules,
+    topology: Topology | None = None,
+    by_kind: Mapping[str, Platform] = {},
+) -> ClusterSpec:
     """Return the cluster in which ``rules`` serve ``placement`` on ``platform``.
 
-    Raises ConfigurationError when the engine has no such role or the platform no figures for a parallelism.
+    Instances are placed on the nodes of ``topology`` in the order of the placement: see ``first_fit``. None puts all on
+    one node whose devices the platform's link joins. ``by_kind`` names platforms of other kinds of devices, the same
+    model on each; ``platform`` is that of the kinds that are not in it.
+    Raises ConfigurationError when the engine has no such role, the platform no figures for a parallelism, or the
+    cluster no room.
     """
-    instances: list[InstanceSpec] = []
-    counts = dict.fromkeys(Role, 0)
-    for group in placement.groups:
-        scheduler = rules.schedulers.get(group.role)
-        if scheduler is None:
-            can_be = ", ".join(role.value for role in rules.schedulers)
-            raise ConfigurationError(
-                f"engine {rules.name} has no {group.role.value} instances, only {can_be}: "
-                "change the placement or --engine"
-            )
-        tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
-        num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
-        capacity = platform.capacity_tokens(tensor, pipeline)
-        for _ in range(group.count):
-            instances.append(
-                InstanceSpec(
-                    name=InstanceId(f"{group.role.value}-{counts[group.role]}"),
-                    role=group.role,
-                    scheduler=msgspec.structs.replace(scheduler, max_steps_in_flight=num_in_flight),
-                    num_blocks=capacity // rules.block_size,
-                    block_size=rules.block_size,
-                    latency=platform.latency(tensor, pipeline),
-                    kv_bytes_per_token=platform.kv_bytes_per_token,
-                    num_devices=tensor * pipeline,
-                    prefix_caching=rules.prefix_caching,
-                    swap=rules.swap,
-                )
-            )
-            counts[group.role] += 1
+    groups = [group for group in placement.groups for _ in range(group.count)]
+    names = _names(groups)
+    places: list[Place] = [()] * len(groups)
+    if topology is not None:
+        sizes = [
+            InstanceSize(name, group.tensor_parallel, group.pipeline_parallel)
+            for name, group in zip(names, groups, strict=True)
+        ]
+        places = first_fit(topology, sizes)
+    instances = []
+    for name, group, place in zip(names, groups, places, strict=True):
+        its_platform, links = platform, None
+        if topology is not None:
+            its_platform = by_kind.get(topology.node(place[0].node).device, platform)
+            links = topology.instance_links(place, group.tensor_parallel)
+        instances.append(_instance(name, group, place, its_platform, rules, links))
+    num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
         router=rules.router,
-        link=platform.link,
+        topology=topology or Topology.one_node(platform.link, num_devices),
         accept_s=platform.host.accept_s,
         message_s=platform.host.message_s,
         deliver_s=platform.host.deliver_s,
         interference=platform.interference,
         serving=platform.host.serving,
+    )
+
+
+def _names(groups: Sequence[InstanceGroup]) -> list[InstanceId]:
+    """Return a name for each: its role and its number among those of that role."""
+    names, counts = [], dict.fromkeys(Role, 0)
+    for group in groups:
+        names.append(InstanceId(f"{group.role.value}-{counts[group.role]}"))
+        counts[group.role] += 1
+    return names
+
+
+def _instance(
+    name: InstanceId,
+    group: InstanceGroup,
+    place: Place,
+    platform: Platform,
+    rules: EngineRules,
+    links: InstanceLinks | None,
+) -> InstanceSpec:
+    scheduler = rules.schedulers.get(group.role)
+    if scheduler is None:
+        can_be = ", ".join(role.value for role in rules.schedulers)
+        raise ConfigurationError(
+            f"engine {rules.name} has no {group.role.value} instances, only {can_be}: change the placement or --engine"
+        )
+    tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
+    num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
+    return InstanceSpec(
+        name=name,
+        role=group.role,
+        scheduler=msgspec.structs.replace(scheduler, max_steps_in_flight=num_in_flight),
+        num_blocks=platform.capacity_tokens(tensor, pipeline) // rules.block_size,
+        block_size=rules.block_size,
+        latency=platform.latency(tensor, pipeline, links),
+        kv_bytes_per_token=platform.kv_bytes_per_token,
+        num_devices=tensor * pipeline,
+        place=place,
+        prefix_caching=rules.prefix_caching,
+        swap=rules.swap,
     )

@@ -15,6 +15,7 @@ from typing import Final, assert_never
 from msgspec import structs
 
 from disagg.base.config import SchedulerSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import (
@@ -33,6 +34,7 @@ from disagg.cache.block_pool import BlockAudit
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import LinkModel, SerialLinks
+from disagg.costs.topology import Place
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded
@@ -73,9 +75,18 @@ class InstanceSpec:
     latency: LatencyModel
     kv_bytes_per_token: int = 0
     num_devices: int = 1
+    place: Place = ()
+    """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
+    of its first stage, where hosts matter."""
     prefix_caching: bool = True
     swap: LinkModel | None = None
     """Where the KV of preempted sequences waits; None computes it again."""
+
+    def __post_init__(self) -> None:
+        if self.place and len(self.place) != self.num_devices:
+            raise ConfigurationError(
+                f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
+            )
 
     @property
     def capacity(self) -> int:
