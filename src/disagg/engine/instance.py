@@ -20,6 +20,7 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.event_log import EventLog
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.loop import EngineLoop
@@ -83,7 +84,7 @@ def build_loop(
         progress=lambda fraction: progress.report("weights", fraction),
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
-    executor = _make_executor(settings, decoder, pool, device)
+    executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
     pulls = _make_pulls(pool, device, channel, clock, stack)
     scheduler, log = _make_scheduler(settings, capacity, stack)
     facts = InstanceFacts(

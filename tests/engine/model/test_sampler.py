@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.base.errors import InternalError
 from disagg.base.sampling import SamplingParams
 from disagg.engine.kernels.interface import ChoosesTokens
 from disagg.engine.kernels.select import BACKENDS, select_backend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.sampler import chooser_of, sample
+from disagg.engine.model.sampler import SampledToken, chooser_of, sample
 
 VOCAB = 1000
 
@@ -39,10 +38,17 @@ def logits_like_a_model(num_rows: int, seed: int = 0, vocab_size: int = VOCAB) -
     return logits
 
 
+def chosen(logits: torch.Tensor, rows: list[SamplingRow], chooser: ChoosesTokens | None = None) -> list[SampledToken]:
+    """Sample from sound rows."""
+    tokens = [token for token in sample(logits, rows, chooser) if token is not None]
+    assert len(tokens) == len(rows)
+    return tokens
+
+
 def draw(chooser: ChoosesTokens | None, logits: torch.Tensor, num_draws: int, **params: Any) -> np.ndarray:
     """Return how often each token is drawn, over as many positions."""
     rows = [row(tuple(range(position)), **params) for position in range(num_draws)]
-    tokens = [token.token_id for token in sample(logits.repeat(num_draws, 1), rows, chooser)]
+    tokens = [token.token_id for token in chosen(logits.repeat(num_draws, 1), rows, chooser)]
     return np.bincount(tokens, minlength=logits.shape[-1])
 
 
@@ -117,7 +123,7 @@ class TestDistribution:
         rows = [row(seed=seed) for seed in range(2000)]
 
         counts = np.bincount(
-            [token.token_id for token in sample(logits.repeat(2000, 1), rows, chooser)], minlength=VOCAB
+            [token.token_id for token in chosen(logits.repeat(2000, 1), rows, chooser)], minlength=VOCAB
         )
 
         assert chi_square_fits(counts, logits[0].softmax(-1).double().numpy())
@@ -189,14 +195,14 @@ class TestGreedy:
     def test_the_likeliest_token(self, chooser: ChoosesTokens | None, temperature: float) -> None:
         logits = logits_like_a_model(5)
 
-        tokens = sample(logits.clone(), [row(temperature=temperature) for _ in range(5)], chooser)
+        tokens = chosen(logits.clone(), [row(temperature=temperature) for _ in range(5)], chooser)
 
         assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
     def test_top_k_of_one_is_greedy(self, chooser: ChoosesTokens | None) -> None:
         logits = logits_like_a_model(5)
 
-        tokens = sample(logits.clone(), [row(top_k=1, seed=seed) for seed in range(5)], chooser)
+        tokens = chosen(logits.clone(), [row(top_k=1, seed=seed) for seed in range(5)], chooser)
 
         assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
@@ -235,8 +241,8 @@ class TestAdjustments:
         logits = torch.zeros(1, VOCAB)
         logits[0, 0] = 50.0
 
-        assert sample(logits.clone(), [row(output=(5,), min_tokens=2)], chooser)[0].token_id != 0
-        assert sample(logits.clone(), [row(output=(5, 5), min_tokens=2)], chooser)[0].token_id == 0
+        assert chosen(logits.clone(), [row(output=(5,), min_tokens=2)], chooser)[0].token_id != 0
+        assert chosen(logits.clone(), [row(output=(5, 5), min_tokens=2)], chooser)[0].token_id == 0
 
 
 class TestLogprobs:
@@ -244,7 +250,7 @@ class TestLogprobs:
         logits = logits_like_a_model(3)
         expected = logits.log_softmax(-1)
 
-        tokens = sample(
+        tokens = chosen(
             logits.clone(), [row(logprobs=4, temperature=0.3, logit_bias=((7, 100.0),)) for _ in range(3)], chooser
         )
 
@@ -261,7 +267,7 @@ class TestLogprobs:
     def test_each_row_gets_what_it_asks_for(self, chooser: ChoosesTokens | None) -> None:
         wanted = [None, 0, 2, None]
 
-        tokens = sample(logits_like_a_model(4), [row(logprobs=number) for number in wanted], chooser)
+        tokens = chosen(logits_like_a_model(4), [row(logprobs=number) for number in wanted], chooser)
 
         numbers = [None if token.logprobs is None else len(token.logprobs.top) for token in tokens]
         assert numbers == wanted
@@ -273,14 +279,49 @@ class TestLogprobs:
         positions = position_logprobs(logits, next_tokens, [2] * 6)
 
         expected = logits.log_softmax(-1)[range(6), next_tokens].tolist()
-        assert [position.chosen.logprob for position in positions] == pytest.approx(expected, abs=1e-5)
+        assert [position.chosen.logprob for position in positions if position is not None] == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_broken_logits_are_not_hidden(chooser: ChoosesTokens | None, temperature: float, fault: float) -> None:
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_broken_row_has_no_token_and_the_others_have_theirs(
+    chooser: ChoosesTokens | None, temperature: float, fault: float, logprobs: int | None
+) -> None:
+    rows = [row(temperature=temperature, top_p=0.9, logprobs=logprobs) for _ in range(3)]
+    sound = sample(logits_like_a_model(3), rows, chooser)
     logits = logits_like_a_model(3)
     logits[1, 7] = fault
 
-    with pytest.raises(InternalError, match="row 1 of 3"):
-        sample(logits, [row(temperature=temperature, top_p=0.9) for _ in range(3)], chooser)
+    assert sample(logits, rows, chooser) == [sound[0], None, sound[2]]
+
+
+class TestBlame:
+    """Whose fault it is that a row has no token."""
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"repetition_penalty": 1e-300},
+            {"logit_bias": ((7, math.inf),)},
+            {"min_tokens": 3, "stop_token_ids": tuple(range(VOCAB))},
+        ],
+        ids=str,
+    )
+    def test_of_the_parameters(self, chooser: ChoosesTokens | None, params: dict[str, Any]) -> None:
+        logits = logits_like_a_model(1)
+        spoilt = row(output=(5,), **params)
+
+        assert sample(logits, [spoilt], chooser) == [None]
+        assert spoilt.is_to_blame(logits[0])
+
+    @pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.5, "logit_bias": ((3, 1.0),)}], ids=str)
+    def test_of_the_model(self, chooser: ChoosesTokens | None, params: dict[str, Any]) -> None:
+        logits = logits_like_a_model(1)
+        logits[0, 7] = math.nan
+        innocent = row(**params)
+
+        assert sample(logits, [innocent], chooser) == [None]
+        assert not innocent.is_to_blame(logits[0])

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disagg.base.errors import InternalError
 from disagg.base.sampling import PositionLogprobs, SamplingParams
 from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, ChoosesTokens, DrawSettings, KernelBackend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
@@ -54,11 +53,11 @@ def chooser_of(backend: KernelBackend) -> ChoosesTokens | None:
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None = None
-) -> list[SampledToken]:
+) -> list[SampledToken | None]:
     """Choose one token for each row of ``logits`` [B, vocab], which may be overwritten; by ``chooser`` where it can.
 
     The choice depends on the row's logits, parameters, tokens and position alone, not on the other rows.
-    Raises InternalError when a row has no finite maximum: a fault of the model, not to be hidden.
+    None for a row without a finite maximum, from which nothing can be chosen.
     """
     if not rows:
         return []
@@ -71,12 +70,14 @@ def sample(
         adjust_logits(logits, rows)
     token_ids = _choose(logits, rows, chooser)
     if not reported:
-        return [SampledToken(token_id) for token_id in token_ids]
-    logprobs = position_logprobs(
-        raw, [token_ids[index] for index in reported], [rows[index].params.logprobs or 0 for index in reported]
-    )
+        return [SampledToken(token_id) if token_id != NOT_FINITE else None for token_id in token_ids]
+    reported_ids = [max(token_ids[index], 0) for index in reported]
+    logprobs = position_logprobs(raw, reported_ids, [rows[index].params.logprobs or 0 for index in reported])
     of_row = dict(zip(reported, logprobs, strict=True))
-    return [SampledToken(token_id, of_row.get(index)) for index, token_id in enumerate(token_ids)]
+    return [
+        SampledToken(token_id, of_row.get(index)) if token_id != NOT_FINITE else None
+        for index, token_id in enumerate(token_ids)
+    ]
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
@@ -94,18 +95,11 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesT
 def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int]:
     """Return the first of the largest of each row of ``logits`` [B, vocab].
 
-    Raises InternalError when that is not finite in some row; a NaN counts as the largest.
+    NOT_FINITE stands for a row where that is not finite; a NaN counts as the largest.
     """
     if chooser is None:
         return _reference_most_likely(logits.float())
-    return _all_finite(chooser.most_likely(logits))
-
-
-def _all_finite(chosen: npt.NDArray[np.int64]) -> list[int]:
-    """Return a chooser's tokens; raise InternalError when it tells of a row without a finite maximum."""
-    token_ids: list[int] = chosen.tolist()
-    if NOT_FINITE in token_ids:
-        raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
+    token_ids: list[int] = chooser.most_likely(logits).tolist()
     return token_ids
 
 
@@ -113,7 +107,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTok
     """Draw one token for each row by its temperature and truncation."""
     if chooser is None:
         return _reference_draw(logits.float(), rows)
-    token_ids = _all_finite(chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR))
+    token_ids: list[int] = chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR).tolist()
     if undecided := [index for index, token_id in enumerate(token_ids) if token_id == UNDECIDED]:
         rest = _reference_draw(logits[undecided].float(), [rows[index] for index in undecided])
         for index, token_id in zip(undecided, rest, strict=True):
@@ -142,14 +136,8 @@ def _reference_most_likely(logits: torch.Tensor) -> list[int]:
         found = logits.argmax(dim=-1)
         is_finite = logits.gather(1, found.unsqueeze(1)).squeeze(1).isfinite().cpu().numpy()
         best = found.cpu().numpy()
-    if not is_finite.all():
-        raise _broken(int(is_finite.argmin()), len(best))
-    token_ids: list[int] = best.tolist()
+    token_ids: list[int] = np.where(is_finite, best, NOT_FINITE).tolist()
     return token_ids
-
-
-def _broken(row: int, num_rows: int) -> InternalError:
-    return InternalError(f"the logits of row {row} of {num_rows} hold NaN or infinity, or forbid every token")
 
 
 def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -169,9 +157,7 @@ def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[i
         head = _Head(tokens[start:end], values[start:end], scores[start:end])
         noise, key = float(tail_noise[index]), keys[index : index + 1]
         token_id = _draw_row(head, rows[index].params, logprobs[index], noise, key)
-        if token_id is None:
-            raise _broken(index, len(rows))
-        token_ids.append(token_id)
+        token_ids.append(NOT_FINITE if token_id is None else token_id)
     return token_ids
 
 
