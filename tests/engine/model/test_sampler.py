@@ -69,7 +69,7 @@ def truncated(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
     probabilities = (logits.double() / temperature).softmax(-1)
     probabilities[probabilities < min_p * probabilities.max()] = 0
     if top_k:
-        probabilities[probabilities < probabilities.topk(top_k).values[-1]] = 0
+        probabilities[probabilities < probabilities.topk(min(top_k, len(probabilities))).values[-1]] = 0
     probabilities /= probabilities.sum()
     ordered, ids = probabilities.sort(descending=True)
     before = ordered.cumsum(0) - ordered
@@ -89,6 +89,7 @@ class TestDistribution:
             {"top_p": 0.999, "temperature": 2.0},
             {"min_p": 0.2},
             {"top_k": 300, "top_p": 0.99, "min_p": 1e-5},
+            {"top_k": 5000},
         ],
         ids=str,
     )
@@ -104,11 +105,19 @@ class TestDistribution:
         assert counts[expected == 0].sum() == 0
         assert chi_square_fits(counts, expected)
 
-    def test_a_flat_distribution_is_all_tail(self, chooser: ChoosesTokens | None) -> None:
-        """Every token is below the floor at which tokens get noise of their own."""
-        counts = draw(chooser, torch.zeros(1, 20_000), 2000)
+    @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 30_000}], ids=str)
+    @pytest.mark.parametrize("spread", [0.01, 0.5, 2.0])
+    def test_unlikely_tokens_come_as_often_as_they_should(
+        self, chooser: ChoosesTokens | None, params: dict[str, Any], spread: float
+    ) -> None:
+        """Most or all tokens are; cells are put together by likelihood, and by place."""
+        logits = spread * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(3))
+        expected = truncated(logits[0], 1.0, params.get("top_k", 0), params.get("top_p", 1.0), 0.0).numpy()
+        counts = sum(draw(chooser, logits, 500, seed=seed, **params) for seed in range(12))
 
-        assert chi_square_fits(counts.reshape(20, -1).sum(1), np.full(20, 1 / 20))
+        order = np.argsort(expected, kind="stable")
+        assert chi_square_fits(counts[order].reshape(50, -1).sum(1), expected[order].reshape(50, -1).sum(1))
+        assert chi_square_fits(counts.reshape(50, -1).sum(1), expected.reshape(50, -1).sum(1))
 
     def test_impossible_tokens_are_never_drawn(self, chooser: ChoosesTokens | None) -> None:
         logits = torch.full((1, 20_000), -math.inf)
@@ -188,6 +197,24 @@ class TestBatchIndependence:
         )
 
         assert sum(x != y for x, y in zip(before, after, strict=True)) <= 2
+
+    @pytest.mark.parametrize("params", [{}, {"top_p": 0.99}, {"top_k": 15_000}], ids=str)
+    def test_nor_does_it_among_unlikely_tokens(self, chooser: ChoosesTokens | None, params: dict[str, Any]) -> None:
+        """As much noise as two placements differ by in float32, in one direction over half the vocabulary."""
+        generator = torch.Generator().manual_seed(2)
+        changed = 0
+        for first in range(0, 4000, 250):
+            logits = torch.randn(1, 20_000, generator=generator) * 0.3
+            noise = 2e-5 * torch.randn(1, 20_000, generator=generator)
+            noise += torch.where(torch.arange(20_000) < 10_000, 1e-5, -1e-5)
+            rows = [row(seed=seed, **params) for seed in range(first, first + 250)]
+            before = chosen(logits.repeat(250, 1), rows, chooser)
+            after = chosen((logits + noise).repeat(250, 1), rows, chooser)
+            unlikely = logits.log_softmax(-1)[0] < -9
+            assert sum(bool(unlikely[token.token_id]) for token in before) > 200
+            changed += sum(x != y for x, y in zip(before, after, strict=True))
+
+        assert changed <= 2
 
 
 class TestGreedy:

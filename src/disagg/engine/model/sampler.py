@@ -1,9 +1,10 @@
 """Choosing the next token of every sequence in a step.
 
 A token is drawn by the Gumbel-max rule, argmax(log p + noise), because the noise belongs to the token: a small change
-of the logits (another batch, another chunking, another kernel) seldom changes the choice. Only tokens above a
-probability floor get noise of their own; the tail below it competes as one token of its whole mass, and when it wins, a
-second draw picks within it. That is the same distribution exactly, and spares hashing the vocabulary.
+of the logits (another batch, another chunking, another kernel) seldom changes the choice. It is drawn as a race: with
+E exponential, -log E is Gumbel noise, and the token with the least time E / p wins. Likely tokens, and all that a
+truncation keeps, draw E by a hash. The unlikely ones of a whole row, which are many and seldom win, have the equivalent
+in arrivals (``noise.arrivals``): a handful of them come before the winner, so that no vocabulary is hashed or summed.
 
 What is here is the definition, for any device. A backend that chooses tokens by itself follows the same rules.
 """
@@ -22,20 +23,13 @@ from disagg.base.sampling import PositionLogprobs, SamplingParams
 from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, ChoosesTokens, DrawSettings, KernelBackend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.noise import SEED_MASK, gumbel, noise_key, uniform
+from disagg.engine.model.noise import SEED_MASK, arrivals, noise_key, num_arrivals, race_times
 
 _LOWEST_TEMPERATURE: Final = 1e-5
 """Below it the most likely token is taken, as in vLLM: the division would overflow."""
 
 _HEAD_FLOOR: Final = -9.0
-"""Log-probability above which a token has noise of its own: at most e^9 = 8103 tokens of any row."""
-
-_MASS_ERROR: Final = 1e-5
-"""More than the rounding of a row's probabilities, summed."""
-
-_TAIL: Final = -1
-_WITHIN_TAIL: Final = -2
-"""Counters of the tail's noise; tokens use their ids."""
+"""Log-probability above which a token is likely: at most e^9 = 8103 tokens of any row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +144,13 @@ def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[i
     row_of, tokens = np.divmod(places, logits.shape[1])
     starts = np.searchsorted(row_of, np.arange(len(rows) + 1)).tolist()
     keys = np.array([noise_key(row.params.seed, row.position) for row in rows], dtype=np.uint64)
-    scores = values + gumbel(keys[row_of], tokens)
-    tail_noise = gumbel(keys, np.full(len(rows), _TAIL))
-    token_ids = []
+    times = race_times(keys[row_of], tokens, values)
+    winners = []
     for index, (start, end) in enumerate(pairwise(starts)):
-        head = _Head(tokens[start:end], values[start:end], scores[start:end])
-        noise, key = float(tail_noise[index]), keys[index : index + 1]
-        token_id = _draw_row(head, rows[index].params, logprobs[index], noise, key)
-        token_ids.append(NOT_FINITE if token_id is None else token_id)
-    return token_ids
+        head = _Head(tokens[start:end], values[start:end], times[start:end])
+        winners.append(_draw_row(head, rows[index].params, logprobs[index], keys[index : index + 1]))
+    _race_unlikely(winners, [index for index, row in enumerate(rows) if not row.params.truncates], logprobs, keys)
+    return [winner.token_id for winner in winners]
 
 
 def _above_floor(logprobs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -173,42 +165,61 @@ def _above_floor(logprobs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """One row's tokens above ``_HEAD_FLOOR`` with their log-probabilities, and these with noise added."""
+    """One row's tokens above ``_HEAD_FLOOR`` with their log-probabilities and the times of their race."""
 
     tokens: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
-    scores: npt.NDArray[np.float64]
+    times: npt.NDArray[np.float64]
 
 
-def _draw_row(
-    head: _Head, params: SamplingParams, logprobs: torch.Tensor, tail_noise: float, key: npt.NDArray[np.uint64]
-) -> int | None:
-    """Return the token with the best score, or None when no token is possible."""
+@dataclass(frozen=True, slots=True)
+class _Winner:
+    """Who is first, and when."""
+
+    token_id: int = NOT_FINITE
+    time: float = math.inf
+
+
+def _draw_row(head: _Head, params: SamplingParams, logprobs: torch.Tensor, key: npt.NDArray[np.uint64]) -> _Winner:
+    """Return the first of the tokens that truncation keeps; of a row that it leaves whole, the first likely one."""
     floor = _floor(params, head.values, logprobs)
-    scores = head.scores if floor == -math.inf else np.where(head.values >= floor, head.scores, -math.inf)
-    best = int(scores.argmax()) if scores.size else -1
-    best_score = float(scores[best]) if scores.size else -math.inf
-    if floor <= _HEAD_FLOOR:
-        # An upper bound first, since the tail's own mass costs a pass over the row: it seldom wins.
-        bound = max(1.0 - float(np.exp(head.values).sum()), 0.0) + _MASS_ERROR
-        if math.log(bound) + tail_noise > best_score:
-            token_id = _draw_from_tail(logprobs, floor, best_score - tail_noise, key)
-            if token_id is not None:
-                return token_id
-    return int(head.tokens[best]) if scores.size else None
-
-
-def _draw_from_tail(
-    logprobs: torch.Tensor, floor: float, log_mass_to_beat: float, key: npt.NDArray[np.uint64]
-) -> int | None:
-    """Return a token of the row's tail, or None when the tail's mass does not beat the head."""
+    times = head.times if floor == -math.inf else np.where(head.values >= floor, head.times, math.inf)
+    winner = _first(head.tokens, times)
+    if not params.truncates or floor > _HEAD_FLOOR:
+        return winner
     values = logprobs.cpu().numpy()
-    members = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor) & (values > -math.inf))
-    masses = np.exp(values[members]).cumsum(dtype=np.float64)
-    if not masses.size or math.log(masses[-1]) <= log_mass_to_beat:
-        return None
-    point = uniform(key, np.array([_WITHIN_TAIL]))[0] * masses[-1]
-    return int(members[min(int(np.searchsorted(masses, point, side="right")), members.size - 1)])
+    kept = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor))
+    rest = _first(kept, race_times(key, kept, values[kept].astype(np.float64)))
+    return winner if winner.time <= rest.time else rest
+
+
+def _first(tokens: npt.NDArray[np.int64], times: npt.NDArray[np.float64]) -> _Winner:
+    best = int(times.argmin()) if times.size else -1
+    return _Winner(int(tokens[best]), float(times[best])) if best >= 0 and times[best] < math.inf else _Winner()
+
+
+def _race_unlikely(
+    winners: list[_Winner], open_rows: list[int], logprobs: torch.Tensor, keys: npt.NDArray[np.uint64]
+) -> None:
+    """Replace the winners of ``open_rows``, which truncation leaves whole, where an unlikely token is before them."""
+    sound = logprobs[:, 0].isnan().logical_not().tolist()  # a row that is no distribution is NaN throughout
+    undecided = np.array([row for row in open_rows if sound[row]], dtype=np.int64)
+    vocab_size = logprobs.shape[1]
+    bound = math.exp(_HEAD_FLOOR)
+    count = num_arrivals(vocab_size, bound)
+    since = np.zeros(len(undecided))
+    first = 0
+    while undecided.size:
+        found = arrivals(keys[undecided], vocab_size, bound, since, first, count)
+        ends = np.array([winners[row].time for row in undecided])
+        values = logprobs[torch.from_numpy(undecided)[:, None], torch.from_numpy(found.tokens)].cpu().numpy()
+        accepted = (values <= _HEAD_FLOOR) & (found.marks * bound < np.exp(values.astype(np.float64)))
+        accepted &= found.times < ends[:, None]
+        for row in np.flatnonzero(accepted.any(axis=1)):
+            place = accepted[row].argmax()
+            winners[undecided[row]] = _Winner(int(found.tokens[row, place]), float(found.times[row, place]))
+        late = ~accepted.any(axis=1) & (found.times[:, -1] < ends)
+        undecided, since, first = undecided[late], found.times[late, -1], first + count
 
 
 def _floor(params: SamplingParams, head: npt.NDArray[np.float64], logprobs: torch.Tensor) -> float:
@@ -217,7 +228,7 @@ def _floor(params: SamplingParams, head: npt.NDArray[np.float64], logprobs: torc
     ``head`` holds the row's log-probabilities above ``_HEAD_FLOOR``; the whole row is sorted only when the cut is
     below it. Tokens as likely as the last one kept are kept.
     """
-    if params.top_p >= 1.0 and params.top_k == 0 and params.min_p == 0.0:
+    if not params.truncates:
         return -math.inf
     floor = _floor_among(params, -np.sort(-head), complete=False)
     if floor is None:
