@@ -38,12 +38,13 @@ def _bits(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]) -> npt.
     return bits
 
 
-def race_times(
-    keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """Return E / p with E exponential: a token is the first with its probability p, and never comes where that is 0."""
+def race_times(numbers: npt.NDArray[np.float64], logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return E / p, where uniform ``numbers`` make E exponential: a token is the first with its probability p.
+
+    Infinite where p is 0.
+    """
     with np.errstate(divide="ignore"):
-        times: npt.NDArray[np.float64] = -np.log(uniform(keys, counters)) / np.exp(logprobs)
+        times: npt.NDArray[np.float64] = -np.log(numbers) / np.exp(logprobs)
     return times
 
 

@@ -23,7 +23,7 @@ from disagg.base.sampling import PositionLogprobs, SamplingParams
 from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, ChoosesTokens, DrawSettings, KernelBackend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.noise import SEED_MASK, arrivals, noise_key, num_arrivals, race_times
+from disagg.engine.model.noise import SEED_MASK, arrivals, noise_key, num_arrivals, race_times, uniform
 
 _LOWEST_TEMPERATURE: Final = 1e-5
 """Below it the most likely token is taken, as in vLLM: the division would overflow."""
@@ -144,7 +144,7 @@ def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[i
     row_of, tokens = np.divmod(places, logits.shape[1])
     starts = np.searchsorted(row_of, np.arange(len(rows) + 1)).tolist()
     keys = np.array([noise_key(row.params.seed, row.position) for row in rows], dtype=np.uint64)
-    times = race_times(keys[row_of], tokens, values)
+    times = race_times(uniform(keys[row_of], tokens), values)
     winners = []
     for index, (start, end) in enumerate(pairwise(starts)):
         head = _Head(tokens[start:end], values[start:end], times[start:end])
@@ -189,7 +189,10 @@ def _draw_row(head: _Head, params: SamplingParams, logprobs: torch.Tensor, key: 
         return winner
     values = logprobs.cpu().numpy()
     kept = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor))
-    rest = _first(kept, race_times(key, kept, values[kept].astype(np.float64)))
+    numbers = uniform(key, kept)
+    hopeful = 1.0 - numbers < winner.time * math.exp(_HEAD_FLOOR)  # since -log(u) >= 1 - u, the others are later
+    kept = kept[hopeful]
+    rest = _first(kept, race_times(numbers[hopeful], values[kept].astype(np.float64)))
     return winner if winner.time <= rest.time else rest
 
 
