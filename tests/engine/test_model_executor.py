@@ -1,5 +1,6 @@
 """Engine loops with a real (tiny, random) model in float32: two instances answer as one does, token for token."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cluster import BLOCK_SIZE, Instance, RouterEnd, ServedModel, hand_over, request
+from msgspec import structs
 
 from disagg.base.config import CacheSettings, DType, ModelSettings, SchedulerSettings
-from disagg.base.messages import Generate, SequenceOutput
+from disagg.base.messages import Failed, FailureKind, Generate, SequenceOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import PositionLogprobs
 from disagg.cache.layout import KvFormat
@@ -170,3 +172,73 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(router: RouterEnd, load_dec
     assert tuple(position.chosen.token_id for position in chunked.prompt_logprobs) == sequence.prompt_token_ids[1:]
     assert ids(chunked.prompt_logprobs) == ids(at_once.prompt_logprobs)
     assert numbers(chunked.prompt_logprobs) == pytest.approx(numbers(at_once.prompt_logprobs), abs=1e-4)
+
+
+BAD = 991
+"""A token whose embedding is broken in ``poisoned``."""
+
+
+@pytest.fixture
+def poisoned(load_decoder: LoadDecoder) -> LoadDecoder:
+    def load() -> Decoder:
+        decoder = load_decoder()
+        decoder._weights.embeddings[BAD] = torch.nan
+        return decoder
+
+    return load
+
+
+def bad_request(name: str, length: int, **changes: Any) -> GenerationRequest:
+    good = request(name, length, **changes)
+    return structs.replace(good, prompt_token_ids=(*good.prompt_token_ids[: length // 2], BAD, 5))
+
+
+HOPELESS: dict[str, dict[str, Any]] = {
+    "infinite penalty": {"repetition_penalty": 1e-300},
+    "infinite bias": {"logit_bias": ((7, math.inf),)},
+    "no token left": {"min_tokens": 2, "stop_token_ids": tuple(range(VOCAB_SIZE))},
+}
+
+
+class TestOneSequenceFails:
+    """Beside others, whose answers do not change."""
+
+    def others(self) -> list[GenerationRequest]:
+        sequences = [request(f"good-{length}", length, max_tokens=12, seed=length) for length in LENGTHS]
+        assert all(BAD not in sequence.prompt_token_ids for sequence in sequences)
+        return sequences
+
+    @pytest.mark.parametrize("sampling", HOPELESS.values(), ids=HOPELESS)
+    def test_for_its_parameters(self, router: RouterEnd, load_decoder: LoadDecoder, sampling: dict[str, Any]) -> None:
+        expected = tokens(by_one_instance(router, load_decoder, *self.others()))
+        hopeless = [request(f"hopeless-{n}", 5 + n, max_tokens=4, **sampling) for n in range(5)]
+        with Instance(router, "colocated-0", model=served(load_decoder)) as engine:
+            engine.send(*(Generate(request=s) for pair in zip(self.others(), hopeless, strict=False) for s in pair))
+            engine.send(*(Generate(request=sequence) for sequence in self.others()[len(hopeless) :]))
+            for _ in hopeless:
+                failed = router.expect(Failed)
+                assert (failed.request_id[:8], failed.kind) == ("hopeless", FailureKind.INVALID)
+                assert "leave no token to choose" in failed.message
+            router.wait_for_end(*(sequence.request_id for sequence in self.others()))
+            engine.wait_until_idle()
+        assert tokens([router.outputs(sequence.request_id) for sequence in self.others()]) == expected
+
+    @pytest.mark.parametrize("logprobs", [None, 1])
+    def test_for_broken_weights(
+        self, router: RouterEnd, load_decoder: LoadDecoder, poisoned: LoadDecoder, logprobs: int | None
+    ) -> None:
+        """The others get its blocks, when it has left them."""
+        expected = tokens(by_one_instance(router, load_decoder, *self.others()))
+        assert all(BAD not in answer for answer in expected)
+        bad = [bad_request(f"bad-{n}", 30 + n, max_tokens=4, prompt_logprobs=logprobs) for n in range(5)]
+        with Instance(router, "colocated-0", model=served(poisoned), num_blocks=20, prefix_caching=True) as engine:
+            for sequence in bad:
+                engine.send(Generate(request=sequence))
+            engine.send(*(Generate(request=sequence) for sequence in self.others()))
+            for _ in bad:
+                failed = router.expect(Failed)
+                assert (failed.request_id[:3], failed.kind) == ("bad", FailureKind.INTERNAL)
+                assert "NaN or infinity" in failed.message
+            router.wait_for_end(*(sequence.request_id for sequence in self.others()))
+            engine.wait_until_idle()
+        assert tokens([router.outputs(sequence.request_id) for sequence in self.others()]) == expected

@@ -47,6 +47,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
 
     @property
+    def truncates(self) -> bool:
+        """True when unlikely tokens are cut off before one is drawn."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
     def greedy(self) -> bool:
         """True when the most likely token is taken and no noise is drawn."""
         return self.temperature == 0.0

@@ -22,6 +22,7 @@ from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.loop import EngineLoop
@@ -85,7 +86,7 @@ def build_loop(
         progress=lambda fraction: progress.report("weights", fraction),
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
-    executor = _make_executor(settings, decoder, pool, device)
+    executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
     pulls = _make_pulls(settings, pool, device, channel, clock, stack)
     facts = InstanceFacts(
         pid=os.getpid(),

@@ -1,12 +1,13 @@
 """The executor with a real model: decoder, sampler and KV store."""
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import islice
 from weakref import WeakKeyDictionary
 
 import torch
 
 from disagg.base.ids import BlockId
+from disagg.base.messages import FailureKind
 from disagg.base.sampling import PositionLogprobs
 from disagg.engine.batch_builder import BatchBuilder, num_prompt_rows
 from disagg.engine.executor import ChunkResult, Work
@@ -15,7 +16,7 @@ from disagg.engine.model.adjustments import SamplingRow
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.logprobs import position_logprobs
 from disagg.engine.model.sampler import chooser_of, sample
-from disagg.engine.sequences import LiveSequence
+from disagg.engine.sequences import LiveSequence, SequenceFailure
 
 
 class ModelExecutor:
@@ -37,17 +38,18 @@ class ModelExecutor:
         prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
         # Even a view that changes nothing costs microseconds.
         sampled = logits if logits.shape[0] == len(rows) else logits[: len(rows)]
-        tokens = iter(sample(sampled, rows, self._chooser))
+        tokens = iter(zip(sample(sampled, rows, self._chooser), rows, sampled, strict=True))
         results = []
         for work, of_prompt in zip(step, prompt_logprobs, strict=True):
-            token = next(tokens) if work.chunk.samples else None
-            results.append(
-                ChunkResult(
-                    token_id=token.token_id if token is not None else None,
-                    logprobs=token.logprobs if token is not None else None,
-                    prompt_logprobs=of_prompt,
-                )
-            )
+            token, row, row_logits = next(tokens) if work.chunk.samples else (None, None, None)
+            if isinstance(of_prompt, SequenceFailure):
+                results.append(ChunkResult(failure=of_prompt))
+            elif row is None or row_logits is None:
+                results.append(ChunkResult(prompt_logprobs=of_prompt))
+            elif token is None:
+                results.append(ChunkResult(failure=_why_unsampled(row, row_logits)))
+            else:
+                results.append(ChunkResult(token.token_id, token.logprobs, of_prompt))
         return results
 
     def publish_blocks(self, blocks: Sequence[BlockId]) -> None:
@@ -72,7 +74,9 @@ class ModelExecutor:
         return row
 
 
-def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor, first_row: int) -> list[tuple[PositionLogprobs, ...]]:
+def _prompt_logprobs(
+    step: Sequence[Work], logits: torch.Tensor, first_row: int
+) -> list[tuple[PositionLogprobs, ...] | SequenceFailure]:
     """Return each chunk's prompt log-probabilities; rows of ``logits`` from the first on predict them, in order."""
     counts = [num_prompt_rows(work) for work in step]
     if not any(counts):
@@ -83,6 +87,28 @@ def _prompt_logprobs(step: Sequence[Work], logits: torch.Tensor, first_row: int)
         first = work.chunk.start + 1
         token_ids += work.sequence.tokens[first : first + count].tolist()
         nums_top += [work.sequence.sampling.prompt_logprobs or 0] * count
-    logprobs = position_logprobs(logits[first_row:].float(), token_ids, nums_top)
-    bounds = list(accumulate(counts, initial=0))
-    return [tuple(logprobs[start:end]) for start, end in pairwise(bounds)]
+    logprobs = iter(position_logprobs(logits[first_row:].float(), token_ids, nums_top))
+    found: list[tuple[PositionLogprobs, ...] | SequenceFailure] = []
+    for work, count in zip(step, counts, strict=True):
+        of_chunk = list(islice(logprobs, count))
+        sound = tuple(position for position in of_chunk if position is not None)
+        found.append(sound if len(sound) == count else _broken_model(work.chunk.start + 1 + of_chunk.index(None)))
+    return found
+
+
+def _why_unsampled(row: SamplingRow, logits: torch.Tensor) -> SequenceFailure:
+    if not row.is_to_blame(logits):
+        return _broken_model(row.position)
+    return SequenceFailure(
+        FailureKind.INVALID,
+        f"the sampling parameters leave no token to choose for position {row.position}: "
+        "ease the penalties, 'logit_bias', or 'stop_token_ids' with 'min_tokens'",
+    )
+
+
+def _broken_model(position: int) -> SequenceFailure:
+    return SequenceFailure(
+        FailureKind.INTERNAL,
+        f"the model's logits for the token at position {position} hold NaN or infinity: its weights do not go with "
+        "this text, or are broken",
+    )

@@ -48,6 +48,12 @@ def test_a_malformed_body_is_refused(body: bytes, words: str) -> None:
         ({"temperature": -1}, "'temperature': expected float >= 0.*got -1", "temperature"),
         ({"temperature": 2.5}, "'temperature': expected float <= 2.*got 2.5", "temperature"),
         ({"top_p": 0}, "'top_p': expected float > 0.*got 0", "top_p"),
+        (
+            {"repetition_penalty": 1e-300},
+            "'repetition_penalty': expected float >= 0.01.*got 1e-300",
+            "repetition_penalty",
+        ),
+        ({"repetition_penalty": 101}, "'repetition_penalty': expected float <= 100.*got 101", "repetition_penalty"),
         ({"n": 65}, "'n': expected int <= 64, got 65", "n"),
         ({"max_tokens": "many"}, "'max_tokens': expected int.*got \"many\"", "max_tokens"),
         ({"seed": 2**63}, "'seed': .*got 9223372036854775808", "seed"),

@@ -188,5 +188,5 @@ class ChoosesTokens(Protocol):
     def draw(self, logits: torch.Tensor, settings: DrawSettings, head_floor: float) -> npt.NDArray[np.int64]:
         """Draw a token of each row, or return NOT_FINITE or UNDECIDED for it.
 
-        Tokens with log-probabilities above ``head_floor`` have noise of their own, see the sampler.
+        Tokens with log-probabilities above ``head_floor`` are likely, see the sampler.
         """

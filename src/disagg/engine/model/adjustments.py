@@ -52,6 +52,20 @@ class SamplingRow:
         """Whether the tokens that would end the sequence are forbidden now."""
         return self.num_output_tokens < self.params.min_tokens and self.end_token_ids.size > 0
 
+    def is_to_blame(self, logits: torch.Tensor) -> bool:
+        """Whether it is the parameters that leave no token to choose in these ``logits`` [vocab], adjusted or not.
+
+        Then all logits that they do not touch are sound, if there are any.
+        """
+        if not self.adjusts:
+            return False
+        touched = [token_id for token_id, _ in self.params.logit_bias]
+        touched += self.end_token_ids.tolist() if self.must_go_on else []
+        touched += self.seen.ids.tolist() if self.seen is not None else []
+        others = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+        others[touched] = False
+        return not bool(others.any()) or bool(logits[others].max().isfinite())
+
 
 class _SeenTokens:
     """The distinct tokens of a sequence and how often each is in its output, in arrays that grow by doubling."""

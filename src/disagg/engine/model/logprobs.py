@@ -9,13 +9,15 @@ from disagg.base.sampling import PositionLogprobs, TokenLogprob
 
 def position_logprobs(
     logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]
-) -> list[PositionLogprobs]:
+) -> list[PositionLogprobs | None]:
     """Return, for each row of ``logits`` [N, vocab], the given token and the ``nums_top`` most likely ones.
 
-    Ranks count the tokens that are strictly more likely, plus one.
+    Ranks count the tokens that are strictly more likely, plus one. None for a row that is no distribution, since it
+    holds NaN or infinity or forbids every token.
     """
     chosen_ids = torch.as_tensor(token_ids, device=logits.device).unsqueeze(1)
     normalizers = logits.logsumexp(dim=-1, keepdim=True)
+    is_finite = normalizers.squeeze(1).isfinite().tolist()
     chosen_logits = logits.gather(1, chosen_ids)
     ranks = ((logits > chosen_logits).sum(dim=-1) + 1).tolist()
     chosen = (chosen_logits - normalizers).squeeze(1).tolist()
@@ -30,5 +32,7 @@ def position_logprobs(
                 for place in range(min(num_top, widest))
             ),
         )
+        if is_finite[row]
+        else None
         for row, (token_id, num_top) in enumerate(zip(token_ids, nums_top, strict=True))
     ]

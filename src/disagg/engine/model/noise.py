@@ -4,6 +4,8 @@ SplitMix64 (Steele, Lea and Flood 2014): the generator's state after n steps is 
 of any token is found without drawing that of the others.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,19 +24,61 @@ def noise_key(seed: int, position: int) -> int:
 
 def uniform(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return uniform numbers strictly between 0 and 1, one for each (key, counter)."""
-    bits = keys + counters.astype(np.uint64) * _GAMMA_ARRAY
+    return ((_bits(keys, counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _bits(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's outputs."""
+    bits: npt.NDArray[np.uint64] = keys + counters.astype(np.uint64) * _GAMMA_ARRAY
     bits ^= bits >> np.uint64(30)
     bits *= np.uint64(0xBF58476D1CE4E5B9)
     bits ^= bits >> np.uint64(27)
     bits *= np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return bits
 
 
-def gumbel(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return standard Gumbel noise: argmax(log p + noise) is distributed as p."""
-    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform(keys, counters)))
-    return noise
+def race_times(numbers: npt.NDArray[np.float64], logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return E / p, where uniform ``numbers`` make E exponential: a token is the first with its probability p.
+
+    Infinite where p is 0.
+    """
+    with np.errstate(divide="ignore"):
+        times: npt.NDArray[np.float64] = -np.log(numbers) / np.exp(logprobs)
+    return times
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Some arrivals of each of B keys, see ``arrivals``: float64 [B, n] times, int64 tokens, float64 marks."""
+
+    times: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    marks: npt.NDArray[np.float64]
+
+
+def arrivals(
+    keys: npt.NDArray[np.uint64], vocab_size: int, bound: float, since: npt.NDArray[np.float64], first: int, count: int
+) -> Arrivals:
+    """Return arrivals ``first`` to ``first + count`` of each key; ``since`` [B] is when the one before came, or 0.
+
+    Each token has a Poisson process of rate ``bound``. Of a token with probability p <= bound, arrivals with
+    mark * bound < p are accepted, so that the first of these comes after an exponential time of rate p: the thinning
+    of Lewis and Shedler (1979). All tokens together have few arrivals before the winner's time, and only they are
+    looked at.
+    """
+    numbers = -1 - 2 * np.arange(first, first + count)
+    gaps = -np.log(uniform(keys[:, None], numbers)) / (bound * vocab_size)
+    gaps[:, 0] += since
+    bits = _bits(keys[:, None], numbers - 1)
+    tokens = ((bits >> np.uint64(32)) * np.uint64(vocab_size)) >> np.uint64(32)
+    marks = ((bits & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * 2.0**-32
+    return Arrivals(gaps.cumsum(axis=1), tokens.astype(np.int64), marks)
+
+
+def num_arrivals(vocab_size: int, bound: float) -> int:
+    """Return how many arrivals nearly always reach past the winner's time, which is about 1."""
+    return 8 + math.ceil(4 * bound * vocab_size)
 
 
 def _mix(value: int) -> int:

@@ -1,9 +1,10 @@
 """Choosing the next token of every sequence in a step.
 
 A token is drawn by the Gumbel-max rule, argmax(log p + noise), because the noise belongs to the token: a small change
-of the logits (another batch, another chunking, another kernel) seldom changes the choice. Only tokens above a
-probability floor get noise of their own; the tail below it competes as one token of its whole mass, and when it wins, a
-second draw picks within it. That is the same distribution exactly, and spares hashing the vocabulary.
+of the logits (another batch, another chunking, another kernel) seldom changes the choice. It is drawn as a race: with
+E exponential, -log E is Gumbel noise, and the token with the least time E / p wins. Likely tokens, and all that a
+truncation keeps, draw E by a hash. The unlikely ones of a whole row, which are many and seldom win, have the equivalent
+in arrivals (``noise.arrivals``): a handful of them come before the winner, so that no vocabulary is hashed or summed.
 
 What is here is the definition, for any device. A backend that chooses tokens by itself follows the same rules.
 """
@@ -18,25 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disagg.base.errors import InternalError
 from disagg.base.sampling import PositionLogprobs, SamplingParams
 from disagg.engine.kernels.interface import NOT_FINITE, UNDECIDED, ChoosesTokens, DrawSettings, KernelBackend
 from disagg.engine.model.adjustments import SamplingRow, adjust_logits
 from disagg.engine.model.logprobs import position_logprobs
-from disagg.engine.model.noise import SEED_MASK, gumbel, noise_key, uniform
+from disagg.engine.model.noise import SEED_MASK, arrivals, noise_key, num_arrivals, race_times, uniform
 
 _LOWEST_TEMPERATURE: Final = 1e-5
 """Below it the most likely token is taken, as in vLLM: the division would overflow."""
 
 _HEAD_FLOOR: Final = -9.0
-"""Log-probability above which a token has noise of its own: at most e^9 = 8103 tokens of any row."""
-
-_MASS_ERROR: Final = 1e-5
-"""More than the rounding of a row's probabilities, summed."""
-
-_TAIL: Final = -1
-_WITHIN_TAIL: Final = -2
-"""Counters of the tail's noise; tokens use their ids."""
+"""Log-probability above which a token is likely: at most e^9 = 8103 tokens of any row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +47,11 @@ def chooser_of(backend: KernelBackend) -> ChoosesTokens | None:
 
 def sample(
     logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None = None
-) -> list[SampledToken]:
+) -> list[SampledToken | None]:
     """Choose one token for each row of ``logits`` [B, vocab], which may be overwritten; by ``chooser`` where it can.
 
     The choice depends on the row's logits, parameters, tokens and position alone, not on the other rows.
-    Raises InternalError when a row has no finite maximum: a fault of the model, not to be hidden.
+    None for a row without a finite maximum, from which nothing can be chosen.
     """
     if not rows:
         return []
@@ -71,12 +64,14 @@ def sample(
         adjust_logits(logits, rows)
     token_ids = _choose(logits, rows, chooser)
     if not reported:
-        return [SampledToken(token_id) for token_id in token_ids]
-    logprobs = position_logprobs(
-        raw, [token_ids[index] for index in reported], [rows[index].params.logprobs or 0 for index in reported]
-    )
+        return [SampledToken(token_id) if token_id != NOT_FINITE else None for token_id in token_ids]
+    reported_ids = [max(token_ids[index], 0) for index in reported]
+    logprobs = position_logprobs(raw, reported_ids, [rows[index].params.logprobs or 0 for index in reported])
     of_row = dict(zip(reported, logprobs, strict=True))
-    return [SampledToken(token_id, of_row.get(index)) for index, token_id in enumerate(token_ids)]
+    return [
+        SampledToken(token_id, of_row.get(index)) if token_id != NOT_FINITE else None
+        for index, token_id in enumerate(token_ids)
+    ]
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
@@ -94,18 +89,11 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesT
 def most_likely(logits: torch.Tensor, chooser: ChoosesTokens | None) -> list[int]:
     """Return the first of the largest of each row of ``logits`` [B, vocab].
 
-    Raises InternalError when that is not finite in some row; a NaN counts as the largest.
+    NOT_FINITE stands for a row where that is not finite; a NaN counts as the largest.
     """
     if chooser is None:
         return _reference_most_likely(logits.float())
-    return _all_finite(chooser.most_likely(logits))
-
-
-def _all_finite(chosen: npt.NDArray[np.int64]) -> list[int]:
-    """Return a chooser's tokens; raise InternalError when it tells of a row without a finite maximum."""
-    token_ids: list[int] = chosen.tolist()
-    if NOT_FINITE in token_ids:
-        raise _broken(token_ids.index(NOT_FINITE), len(token_ids))
+    token_ids: list[int] = chooser.most_likely(logits).tolist()
     return token_ids
 
 
@@ -113,7 +101,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTok
     """Draw one token for each row by its temperature and truncation."""
     if chooser is None:
         return _reference_draw(logits.float(), rows)
-    token_ids = _all_finite(chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR))
+    token_ids: list[int] = chooser.draw(logits, _draw_settings(rows), _HEAD_FLOOR).tolist()
     if undecided := [index for index, token_id in enumerate(token_ids) if token_id == UNDECIDED]:
         rest = _reference_draw(logits[undecided].float(), [rows[index] for index in undecided])
         for index, token_id in zip(undecided, rest, strict=True):
@@ -142,14 +130,8 @@ def _reference_most_likely(logits: torch.Tensor) -> list[int]:
         found = logits.argmax(dim=-1)
         is_finite = logits.gather(1, found.unsqueeze(1)).squeeze(1).isfinite().cpu().numpy()
         best = found.cpu().numpy()
-    if not is_finite.all():
-        raise _broken(int(is_finite.argmin()), len(best))
-    token_ids: list[int] = best.tolist()
+    token_ids: list[int] = np.where(is_finite, best, NOT_FINITE).tolist()
     return token_ids
-
-
-def _broken(row: int, num_rows: int) -> InternalError:
-    return InternalError(f"the logits of row {row} of {num_rows} hold NaN or infinity, or forbid every token")
 
 
 def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -162,17 +144,13 @@ def _reference_draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[i
     row_of, tokens = np.divmod(places, logits.shape[1])
     starts = np.searchsorted(row_of, np.arange(len(rows) + 1)).tolist()
     keys = np.array([noise_key(row.params.seed, row.position) for row in rows], dtype=np.uint64)
-    scores = values + gumbel(keys[row_of], tokens)
-    tail_noise = gumbel(keys, np.full(len(rows), _TAIL))
-    token_ids = []
+    times = race_times(uniform(keys[row_of], tokens), values)
+    winners = []
     for index, (start, end) in enumerate(pairwise(starts)):
-        head = _Head(tokens[start:end], values[start:end], scores[start:end])
-        noise, key = float(tail_noise[index]), keys[index : index + 1]
-        token_id = _draw_row(head, rows[index].params, logprobs[index], noise, key)
-        if token_id is None:
-            raise _broken(index, len(rows))
-        token_ids.append(token_id)
-    return token_ids
+        head = _Head(tokens[start:end], values[start:end], times[start:end])
+        winners.append(_draw_row(head, rows[index].params, logprobs[index], keys[index : index + 1]))
+    _race_unlikely(winners, [index for index, row in enumerate(rows) if not row.params.truncates], logprobs, keys)
+    return [winner.token_id for winner in winners]
 
 
 def _above_floor(logprobs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -187,42 +165,64 @@ def _above_floor(logprobs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """One row's tokens above ``_HEAD_FLOOR`` with their log-probabilities, and these with noise added."""
+    """One row's tokens above ``_HEAD_FLOOR`` with their log-probabilities and the times of their race."""
 
     tokens: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
-    scores: npt.NDArray[np.float64]
+    times: npt.NDArray[np.float64]
 
 
-def _draw_row(
-    head: _Head, params: SamplingParams, logprobs: torch.Tensor, tail_noise: float, key: npt.NDArray[np.uint64]
-) -> int | None:
-    """Return the token with the best score, or None when no token is possible."""
+@dataclass(frozen=True, slots=True)
+class _Winner:
+    """Who is first, and when."""
+
+    token_id: int = NOT_FINITE
+    time: float = math.inf
+
+
+def _draw_row(head: _Head, params: SamplingParams, logprobs: torch.Tensor, key: npt.NDArray[np.uint64]) -> _Winner:
+    """Return the first of the tokens that truncation keeps; of a row that it leaves whole, the first likely one."""
     floor = _floor(params, head.values, logprobs)
-    scores = head.scores if floor == -math.inf else np.where(head.values >= floor, head.scores, -math.inf)
-    best = int(scores.argmax()) if scores.size else -1
-    best_score = float(scores[best]) if scores.size else -math.inf
-    if floor <= _HEAD_FLOOR:
-        # An upper bound first, since the tail's own mass costs a pass over the row: it seldom wins.
-        bound = max(1.0 - float(np.exp(head.values).sum()), 0.0) + _MASS_ERROR
-        if math.log(bound) + tail_noise > best_score:
-            token_id = _draw_from_tail(logprobs, floor, best_score - tail_noise, key)
-            if token_id is not None:
-                return token_id
-    return int(head.tokens[best]) if scores.size else None
-
-
-def _draw_from_tail(
-    logprobs: torch.Tensor, floor: float, log_mass_to_beat: float, key: npt.NDArray[np.uint64]
-) -> int | None:
-    """Return a token of the row's tail, or None when the tail's mass does not beat the head."""
+    times = head.times if floor == -math.inf else np.where(head.values >= floor, head.times, math.inf)
+    winner = _first(head.tokens, times)
+    if not params.truncates or floor > _HEAD_FLOOR:
+        return winner
     values = logprobs.cpu().numpy()
-    members = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor) & (values > -math.inf))
-    masses = np.exp(values[members]).cumsum(dtype=np.float64)
-    if not masses.size or math.log(masses[-1]) <= log_mass_to_beat:
-        return None
-    point = uniform(key, np.array([_WITHIN_TAIL]))[0] * masses[-1]
-    return int(members[min(int(np.searchsorted(masses, point, side="right")), members.size - 1)])
+    kept = np.flatnonzero((values <= _HEAD_FLOOR) & (values >= floor))
+    numbers = uniform(key, kept)
+    hopeful = 1.0 - numbers < winner.time * math.exp(_HEAD_FLOOR)  # since -log(u) >= 1 - u, the others are later
+    kept = kept[hopeful]
+    rest = _first(kept, race_times(numbers[hopeful], values[kept].astype(np.float64)))
+    return winner if winner.time <= rest.time else rest
+
+
+def _first(tokens: npt.NDArray[np.int64], times: npt.NDArray[np.float64]) -> _Winner:
+    best = int(times.argmin()) if times.size else -1
+    return _Winner(int(tokens[best]), float(times[best])) if best >= 0 and times[best] < math.inf else _Winner()
+
+
+def _race_unlikely(
+    winners: list[_Winner], open_rows: list[int], logprobs: torch.Tensor, keys: npt.NDArray[np.uint64]
+) -> None:
+    """Replace the winners of ``open_rows``, which truncation leaves whole, where an unlikely token is before them."""
+    sound = logprobs[:, 0].isnan().logical_not().tolist()  # a row that is no distribution is NaN throughout
+    undecided = np.array([row for row in open_rows if sound[row]], dtype=np.int64)
+    vocab_size = logprobs.shape[1]
+    bound = math.exp(_HEAD_FLOOR)
+    count = num_arrivals(vocab_size, bound)
+    since = np.zeros(len(undecided))
+    first = 0
+    while undecided.size:
+        found = arrivals(keys[undecided], vocab_size, bound, since, first, count)
+        ends = np.array([winners[row].time for row in undecided])
+        values = logprobs[torch.from_numpy(undecided)[:, None], torch.from_numpy(found.tokens)].cpu().numpy()
+        accepted = (values <= _HEAD_FLOOR) & (found.marks * bound < np.exp(values.astype(np.float64)))
+        accepted &= found.times < ends[:, None]
+        for row in np.flatnonzero(accepted.any(axis=1)):
+            place = accepted[row].argmax()
+            winners[undecided[row]] = _Winner(int(found.tokens[row, place]), float(found.times[row, place]))
+        late = ~accepted.any(axis=1) & (found.times[:, -1] < ends)
+        undecided, since, first = undecided[late], found.times[late, -1], first + count
 
 
 def _floor(params: SamplingParams, head: npt.NDArray[np.float64], logprobs: torch.Tensor) -> float:
@@ -231,7 +231,7 @@ def _floor(params: SamplingParams, head: npt.NDArray[np.float64], logprobs: torc
     ``head`` holds the row's log-probabilities above ``_HEAD_FLOOR``; the whole row is sorted only when the cut is
     below it. Tokens as likely as the last one kept are kept.
     """
-    if params.top_p >= 1.0 and params.top_k == 0 and params.min_p == 0.0:
+    if not params.truncates:
         return -math.inf
     floor = _floor_among(params, -np.sort(-head), complete=False)
     if floor is None:

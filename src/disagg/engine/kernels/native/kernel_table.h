@@ -76,11 +76,14 @@ struct LinearArgs {
   int64_t out_features;
 };
 
-// Where the likely tokens of a row go: room for all that there may be, and for a vector more.
+// Where the likely tokens of a row go: room for all that there may be, and for a vector more. Besides, what makes a
+// log-probability of any other logit.
 struct LikelyTokens {
   int32_t* tokens;
   float* logprobs;
   float* probabilities;
+  float highest;
+  float log_sum;
 };
 constexpr int kMostLanes = 16;
 
@@ -108,8 +111,8 @@ struct Kernels {
   void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
   // Of one row of logits; see logits.h.
   int64_t (*find_largest)(const void* logits, int64_t width);
-  int64_t (*find_likely)(const void* logits, int64_t width, float sharpness, float floor, const LikelyTokens& out);
-  void (*find_unlikely)(const void* logits, int64_t width, float sharpness, float floor, float* probabilities);
+  int64_t (*find_likely)(const void* logits, int64_t width, float sharpness, float floor, LikelyTokens& out);
+  float (*logprob_of)(const void* logits, int64_t token, float sharpness, const LikelyTokens& likely);
 };
 
 struct InstructionSet {

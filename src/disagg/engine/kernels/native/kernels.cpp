@@ -32,7 +32,7 @@ template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
           pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
-          find_largest<E>, find_likely<E>, find_unlikely<E>};
+          find_largest<E>, find_likely<E>, logprob_of<E>};
 }
 
 extern const Kernels kKernels[kNumElementTypes];

@@ -93,9 +93,11 @@ struct RowProbabilities {
 // with it and their probability. Returns how many, at most e^-floor but for rounding; -1 when the largest logit is not
 // finite. Whole vectors of probabilities are written.
 template <class E>
-int64_t find_likely(const void* logits, int64_t width, float sharpness, float floor, const LikelyTokens& out) {
+int64_t find_likely(const void* logits, int64_t width, float sharpness, float floor, LikelyTokens& out) {
   RowProbabilities<E> row{static_cast<const typename E::Storage*>(logits), width, sharpness, 0.0f, 0.0f};
   if (!row.measure()) return -1;
+  out.highest = row.highest;
+  out.log_sum = row.log_sum;
   int64_t found = 0;
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
@@ -116,18 +118,11 @@ int64_t find_likely(const void* logits, int64_t width, float sharpness, float fl
   return found;
 }
 
-// The probability of every token of a row whose largest logit is finite; 0 for those that ``find_likely`` finds.
+// The log-probability of one token of a row that ``find_likely`` was given.
 template <class E>
-void find_unlikely(const void* logits, int64_t width, float sharpness, float floor, float* probabilities) {
-  RowProbabilities<E> row{static_cast<const typename E::Storage*>(logits), width, sharpness, 0.0f, 0.0f};
-  row.measure();
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const Floats of_lanes = row.logprobs(i);
-    store(probabilities + i, of_lanes > floor ? Floats{} : exp2<5>(of_lanes * kLog2E));
-  }
-  for (; i < width; ++i)
-    probabilities[i] = row.logprob(i) > floor ? 0.0f : exp2<5>(broadcast(row.logprob(i) * kLog2E))[0];
+float logprob_of(const void* logits, int64_t token, float sharpness, const LikelyTokens& likely) {
+  const auto* row = static_cast<const typename E::Storage*>(logits);
+  return RowProbabilities<E>{row, 0, sharpness, likely.highest, likely.log_sum}.logprob(token);
 }
 
 }  // namespace DISAGG_ISA

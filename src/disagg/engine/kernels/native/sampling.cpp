@@ -12,11 +12,8 @@ namespace disagg {
 namespace {
 
 constexpr uint64_t kGamma = 0x9E3779B97F4A7C15u;
-// Counters of the noise that the tail of a row shares, and of the draw within it; tokens use their ids.
-constexpr uint64_t kTail = ~uint64_t{0};
-constexpr uint64_t kWithinTail = kTail - 1;
-// More than the rounding of a row's probabilities, summed.
-constexpr double kMassError = 1e-5;
+// The first counter of the arrivals, which count down from it; tokens use their ids.
+constexpr uint64_t kArrivals = ~uint64_t{0};
 
 uint64_t mix(uint64_t bits) {
   bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9u;
@@ -43,16 +40,6 @@ struct Likely {
     logprobs.resize(size);
     probabilities.resize(size);
   }
-};
-
-// A row, and what stands between it and a token.
-struct Row {
-  const Kernels& kernels;
-  const void* logits;
-  int64_t width;
-  const Drawing& drawing;
-
-  float sharpness() const { return static_cast<float>(1.0 / drawing.temperature); }
 };
 
 // The log-probability below which truncation drops a token; none when the likely ones alone do not tell.
@@ -97,14 +84,12 @@ std::optional<float> truncate(Likely& likely, const Drawing& drawing) {
 struct Winner {
   int64_t token = kUndecided;
   double time = std::numeric_limits<double>::infinity();
-  double likely_mass = 0.0;
 };
 
 Winner race(const Likely& likely, float floor, uint64_t key) {
   Winner winner;
   for (size_t i = 0; i < likely.count; ++i) {
     const double probability = likely.probabilities[i];
-    winner.likely_mass += probability;
     if (likely.logprobs[i] < floor) continue;
     const double number = uniform(key, static_cast<uint64_t>(likely.tokens[i]));
     // -log(u) >= 1 - u: most tokens lose without a logarithm.
@@ -118,23 +103,23 @@ Winner race(const Likely& likely, float floor, uint64_t key) {
   return winner;
 }
 
-// A token of the row's tail if that, as a whole, wins against the likely tokens' winner; else the winner.
-int64_t draw_from_tail(const Row& row, const Winner& winner, double tail_time) {
-  thread_local std::vector<float> probabilities;
-  probabilities.resize(row.width);
-  row.kernels.find_unlikely(row.logits, row.width, row.sharpness(), row.drawing.floor, probabilities.data());
-  double mass = 0.0;
-  for (const float probability : probabilities) mass += probability;
-  if (mass == 0.0 || tail_time >= winner.time * mass) return winner.token;
-  const double point = uniform(row.drawing.key, kWithinTail) * mass;
-  double before = 0.0;
-  int64_t last = kUndecided;
-  for (int64_t token = 0; token < row.width; ++token) {
-    if (probabilities[token] == 0.0f) continue;
-    last = token;
-    if ((before += probabilities[token]) > point) break;
+// The unlikely token whose first accepted arrival is before ``winner``'s time, or else that winner's token; see
+// noise.py. ``logprob_of`` is that of a token.
+template <class LogprobOf>
+int64_t race_unlikely(const Winner& winner, int64_t width, const Drawing& drawing, const LogprobOf& logprob_of) {
+  const double bound = std::exp(static_cast<double>(drawing.floor));
+  const double rate = bound * static_cast<double>(width);
+  double time = 0.0;
+  // It ends: probabilities sum to 1, so that somebody wins, and soon.
+  for (uint64_t counter = kArrivals;; counter -= 2) {
+    time -= std::log(uniform(drawing.key, counter)) / rate;
+    if (time >= winner.time) return winner.token;
+    const uint64_t bits = mix(drawing.key + (counter - 1) * kGamma);
+    const auto token = static_cast<int64_t>((bits >> 32) * static_cast<uint64_t>(width) >> 32);
+    const double mark = (static_cast<double>(bits & 0xFFFFFFFFu) + 0.5) * 0x1p-32;
+    const float logprob = logprob_of(token);
+    if (logprob <= drawing.floor && mark * bound < std::exp(static_cast<double>(logprob))) return token;
   }
-  return last;
 }
 
 }  // namespace
@@ -143,22 +128,19 @@ uint64_t noise_key(uint64_t seed, uint64_t position) { return mix(mix(seed + kGa
 
 int64_t draw_token(const Kernels& kernels, const void* logits, int64_t width, const Drawing& drawing) {
   thread_local Likely likely;
-  const Row row{kernels, logits, width, drawing};
   // Probabilities sum to 1 but for rounding, so that there are at most e^-floor of them above the floor.
   likely.reserve(kMostLanes + static_cast<size_t>(std::min<double>(width, std::ceil(1.001 * std::exp(-drawing.floor)))));
-  const int64_t found =
-      kernels.find_likely(logits, width, row.sharpness(), drawing.floor,
-                          {likely.tokens.data(), likely.logprobs.data(), likely.probabilities.data()});
+  const auto sharpness = static_cast<float>(1.0 / drawing.temperature);
+  LikelyTokens out{likely.tokens.data(), likely.logprobs.data(), likely.probabilities.data(), 0.0f, 0.0f};
+  const int64_t found = kernels.find_likely(logits, width, sharpness, drawing.floor, out);
   if (found < 0) return kNotFinite;
   likely.count = static_cast<size_t>(found);
   const std::optional<float> floor = truncate(likely, drawing);
   if (!floor) return kUndecided;
   const Winner winner = race(likely, *floor, drawing.key);
-  if (*floor > drawing.floor) return winner.token;
-  // Nothing is cut off. An upper bound of the tail's mass first: to weigh it costs a pass over the row.
-  const double tail_time = -std::log(uniform(drawing.key, kTail));
-  const double most = std::max(1.0 - winner.likely_mass, 0.0) + kMassError;
-  return tail_time >= winner.time * most ? winner.token : draw_from_tail(row, winner, tail_time);
+  if (*floor > -std::numeric_limits<float>::infinity()) return winner.token;  // the unlikely ones are cut off
+  return race_unlikely(winner, width, drawing,
+                       [&](int64_t token) { return kernels.logprob_of(logits, token, sharpness, out); });
 }
 
 }  // namespace disagg

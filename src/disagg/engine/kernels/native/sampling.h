@@ -7,7 +7,7 @@
 
 namespace disagg {
 
-// How one row is sampled. ``floor`` is the log-probability above which a token has noise of its own.
+// How one row is sampled. ``floor`` is the log-probability above which a token is likely.
 struct Drawing {
   double temperature;
   double top_p;
