@@ -7,7 +7,8 @@ import numpy as np
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
 from disagg.models.config import Architecture, FactorsRope, LinearRope, ModelConfig, RopeScaling, YarnRope
 from disagg.models.gguf_file import GgufFile
-from disagg.models.hf_config import check_shape, yarn_magnitude
+from disagg.models.hf_config import check_shape
+from disagg.models.hf_rope import yarn_magnitude
 
 T = TypeVar("T", int, float, str)
 
