@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from disagg.base.errors import ConfigurationError
 from disagg.models.config import Architecture, ModelConfig
-from disagg.models.gguf_file import GgufFile, hf_tensor_name, undo_rope_permutation
+from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
 
 _ELEMENT_TYPES: Final = ("F64", "F32", "F16", "BF16")
@@ -86,7 +86,8 @@ class _GgufSource:
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
-        self._names = {hf_name: name for name in file.tensors if (hf_name := hf_tensor_name(name)) is not None}
+        # A tensor without a counterpart keeps its name, so that it is refused as left over.
+        self._names = {hf_tensor_name(name) or name: name for name in file.tensors if not is_rope_table(name)}
         permuted = config.architecture is Architecture.LLAMA
         self._permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
 
