@@ -151,9 +151,7 @@ class TestWhereItIsFound:
     def test_one_that_is_no_text_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
 
-        with pytest.raises(
-            ConfigurationError, match=r"config\.json: 'chat_template' should be a text, got int"
-        ):
+        with pytest.raises(ConfigurationError, match=r"config\.json: 'chat_template' should be a text, got int"):
             self.load(tmp_path)
 
     def test_one_that_is_no_utf_8_is_named(self, tmp_path: Path) -> None:

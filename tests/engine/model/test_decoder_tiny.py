@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import load_decoder, reference_logits
 from step_runner import StepRunner
+from transformers_logits import load_decoder, reference_logits
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

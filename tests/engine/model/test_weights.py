@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import load_decoder, reference_logits
 from safetensors.torch import load_file, save_file
 from step_runner import StepRunner
+from transformers_logits import load_decoder, reference_logits
 
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import load_decoder, reference_logits
 from step_runner import StepRunner
+from transformers_logits import load_decoder, reference_logits
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
