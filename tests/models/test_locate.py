@@ -145,8 +145,9 @@ class TestWeightFiles:
             self.files(tmp_path).weight_files()
 
 
-def test_a_config_that_is_no_json_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": ' * 100_000, '{"a": "\\ud8"}'])
+def test_a_config_that_is_no_json_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
 
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         load_config(locate_model(str(tmp_path)))

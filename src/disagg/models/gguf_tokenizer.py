@@ -68,7 +68,7 @@ def special_tokens_from_gguf(file: GgufFile) -> dict[str, str]:
     """Return the texts of the special tokens, under the names that chat templates know.
 
     Raises ConfigurationError for a begin-of-sequence or unknown token outside the vocabulary. One of the others is
-    left out: a padding token is never used, and of an end of sequence ``generation.end_token_ids`` tells.
+    left out: a padding token is never used, and of an end of sequence ``generation_config.end_token_ids`` tells.
     """
     tokens = _strings(file, "tokens")
     for role in ("bos", "unknown"):

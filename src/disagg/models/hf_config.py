@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
-from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig
+from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig, YarnRope
 from disagg.models.config_fields import check_fields, unsupported
 from disagg.models.hf_rope import read_rope
 from disagg.models.json_fields import JsonFields
@@ -88,6 +88,8 @@ def check_shape(config: ModelConfig, source: str) -> None:
             raise ConfigurationError(f"{source}: {name} must be at least 1, got {getattr(config, name)}")
     if config.rms_norm_eps < 0:
         raise ConfigurationError(f"{source}: rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
+    if isinstance(config.rope_scaling, YarnRope) and config.rope_theta <= 1:
+        raise ConfigurationError(f"{source}: YaRN needs a rope_theta above 1, got {config.rope_theta}")
     if config.num_heads % config.num_kv_heads:
         raise ConfigurationError(
             f"{source}: {config.num_heads} query heads are not a multiple of {config.num_kv_heads} KV heads"

@@ -128,11 +128,15 @@ def _yarn(section: JsonFields, factor: float, original_length: int) -> YarnRope:
         factor=factor,
         original_max_position_embeddings=original_length,
         attention_factor=section.positive("attention_factor", attention_factor),
-        # Zero means the default here, as in transformers.
-        beta_fast=section.get("beta_fast", float, 0.0) or 32.0,
-        beta_slow=section.get("beta_slow", float, 0.0) or 1.0,
+        beta_fast=_beta(section, "beta_fast", 32.0),
+        beta_slow=_beta(section, "beta_slow", 1.0),
         truncate=section.get("truncate", bool, True),
     )
+
+
+def _beta(section: JsonFields, name: str, default: float) -> float:
+    """Zero means the default, as in transformers."""
+    return section.positive(name, default) if section.raw(name) != 0 else default
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from disagg.base.errors import ConfigurationError
 
 T = TypeVar("T", int, float, bool, str)
+
+
+_MOST: Final = 1 << 1000
+"""Integers beyond it are no numbers that a float can hold."""
 
 
 class JsonFields:
@@ -39,7 +43,7 @@ class JsonFields:
                 raise ConfigurationError(f"{self.source} has no {name!r}: is it a causal language model's?")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return kind(value)
+            value = float(value) if abs(value) < _MOST else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigurationError(f"{self.source}: {name!r} should be {kind.__name__}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):

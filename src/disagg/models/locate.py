@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, object]:
     """Return the object in a JSON file. Raises ConfigurationError when it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} should hold a JSON object, got {type(value).__name__}")

@@ -10,7 +10,7 @@ import pytest
 from disagg.base.config import InstanceGroup, ModelSettings, Placement, ServeSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.models.generation import GenerationDefaults
+from disagg.models.generation_config import GenerationDefaults
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.main import load_served_model
 

@@ -7,7 +7,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from disagg.base.sampling import SamplingParams
-from disagg.models.generation import GenerationDefaults
+from disagg.models.generation_config import GenerationDefaults
 from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, GenerationFields
 
 DEFAULT_COMPLETION_TOKENS: Final = 16

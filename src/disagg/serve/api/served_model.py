@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from disagg.models.chat_template import ChatTemplate
-from disagg.models.generation import GenerationDefaults
+from disagg.models.generation_config import GenerationDefaults
 from disagg.models.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from disagg.models.chat_template import load_chat_template
-from disagg.models.generation import end_token_ids, load_generation_config
+from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.locate import load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 from disagg.serve.api.app import create_app

@@ -10,7 +10,7 @@ import pytest
 from gguf_writing import LLAMA_METADATA, write_gguf
 
 from disagg.base.errors import ConfigurationError
-from disagg.models.generation import GenerationDefaults, end_token_ids, load_generation_config
+from disagg.models.generation_config import GenerationDefaults, end_token_ids, load_generation_config
 from disagg.models.locate import ModelFiles, ModelKind, load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 
