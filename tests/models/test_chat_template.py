@@ -128,6 +128,38 @@ class TestWhereItIsFound:
 
         assert self.load(tmp_path) == "from file"
 
+    def test_several_as_an_object(self, tmp_path: Path) -> None:
+        named = {"chat_template": {"default": "plain", "tool_use": "tools"}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+
+        assert self.load(tmp_path) == "plain"
+
+    def test_several_without_a_default(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        named = [{"name": "tool_use", "template": "tools"}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+        with pytest.raises(InvalidRequestError, match="no chat template"):
+            self.load(tmp_path)
+        assert "'tool_use'" in caplog.text
+
+    def test_a_processors_file_where_no_other_is(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": None}))
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "from processor"}))
+
+        assert self.load(tmp_path) == "from processor"
+
+    def test_one_that_is_no_text_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
+
+        with pytest.raises(ConfigurationError, match=r"config\.json: 'chat_template' should be a text, got int"):
+            self.load(tmp_path)
+
+    def test_one_that_is_no_utf_8_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+
+        with pytest.raises(ConfigurationError, match=r"cannot read .*chat_template\.jinja"):
+            self.load(tmp_path)
+
     def test_nowhere(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="no chat template"):
             self.load(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from gguf_writing import LLAMA_METADATA, write_gguf
 
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
-from disagg.models.config import Architecture, FactorsRope, LinearRope
+from disagg.models.config import Architecture, FactorsRope, LinearRope, YarnRope
 from disagg.models.gguf_config import config_from_gguf
 from disagg.models.gguf_file import GgufFile, hf_tensor_name, undo_rope_permutation
 from disagg.models.locate import ModelFiles
@@ -128,6 +128,13 @@ def test_a_block_format_that_nobody_dequantises_is_named(tmp_path: Path) -> None
         file.read("w")
 
 
+YARN = {
+    "rope__scaling__type": "yarn",
+    "rope__scaling__factor": 4.0,
+    "rope__scaling__original_context_length": 128,
+}
+
+
 class TestConfiguration:
     def config(self, tmp_path: Path, architecture: str = "llama", **changes: Any) -> Any:
         metadata = {key.replace("llama", architecture, 1): value for key, value in LLAMA_METADATA.items()}
@@ -155,6 +162,54 @@ class TestConfiguration:
 
         assert config.rope_scaling == FactorsRope(divisors=tuple(factors.tolist()))
 
+    def test_yarns_own_bounds(self, tmp_path: Path) -> None:
+        bounds = {"rope__scaling__yarn_beta_fast": 8.0, "rope__scaling__yarn_beta_slow": 2.0}
+        neutral = {"rope__scaling__attn_factor": 1.0, "rope__scaling__yarn_ext_factor": -1.0, "logit_scale": 0.0}
+
+        scaling = self.config(tmp_path, "qwen2", **YARN, **bounds, **neutral).rope_scaling
+
+        assert scaling == YarnRope(
+            factor=4.0,
+            original_max_position_embeddings=128,
+            attention_factor=pytest.approx(1.1386294),
+            beta_fast=8.0,
+            beta_slow=2.0,
+        )
+
+    @pytest.mark.parametrize("key", ["rope__scaling__factor", "rope__scale_linear"])
+    def test_a_factor_without_a_type_is_linear(self, tmp_path: Path, key: str) -> None:
+        assert self.config(tmp_path, **{key: 4.0}).rope_scaling == LinearRope(factor=4.0)
+        assert self.config(tmp_path, **{key: 4.0, "rope__scaling__type": "none"}).rope_scaling is None
+
+    def test_a_scaling_beside_the_tensor_is_refused(self, tmp_path: Path) -> None:
+        metadata = LLAMA_METADATA | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+        factors = np.ones(8, np.float32)
+        path = write_gguf(tmp_path / "m.gguf", "llama", metadata, {"rope_freqs.weight": factors})
+
+        with GgufFile(path) as file, pytest.raises(UnsupportedModelError, match=r"'linear'.*rope_freqs\.weight"):
+            config_from_gguf(file)
+
+    @pytest.mark.parametrize("factors", [np.ones(7, np.float32), np.zeros(8, np.float32)])
+    def test_a_scaling_tensor_that_does_not_fit_is_named(self, tmp_path: Path, factors: Any) -> None:
+        path = write_gguf(tmp_path / "m.gguf", "llama", LLAMA_METADATA, {"rope_freqs.weight": factors})
+
+        with GgufFile(path) as file, pytest.raises(ConfigurationError, match=r"rope_freqs\.weight.*8 numbers above 0"):
+            config_from_gguf(file)
+
+    def test_a_key_that_nothing_knows_is_named_in_a_warning(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.config(tmp_path, novel_gain=3.0)
+
+        assert "'llama.novel_gain'" in caplog.text
+        assert "embedding_length" not in caplog.text
+
+    def test_part_of_a_split_model_is_refused(self, tmp_path: Path) -> None:
+        path = write_gguf(tmp_path / "m.gguf", "llama", LLAMA_METADATA | {"split.count": 3}, {"w": MATRIX})
+
+        with GgufFile(path) as file, pytest.raises(UnsupportedModelError, match=r"split\.count = 3.*one file"):
+            config_from_gguf(file)
+
     @pytest.mark.parametrize(
         ("architecture", "changes", "words"),
         [
@@ -163,6 +218,14 @@ class TestConfiguration:
             ("qwen2", {"rope__scaling__type": "longrope"}, ["qwen2.rope.scaling.type", "'longrope'", "'yarn'"]),
             ("llama", {"attention__sliding_window": 4096}, ["sliding_window", "4096", "Hugging Face folder"]),
             ("llama", {"rope__dimension_count": 8}, ["rope.dimension_count", "8", "16"]),
+            ("llama", {"attention__value_length": 8}, ["attention.value_length", "8", "16"]),
+            ("qwen2", YARN | {"rope__scaling__attn_factor": 0.7}, ["qwen2.rope.scaling.attn_factor", "0.69"]),
+            ("qwen3", YARN | {"rope__scaling__yarn_log_multiplier": 0.1}, ["yarn_log_multiplier", "0.1", "folder"]),
+            ("llama", YARN | {"rope__scaling__yarn_ext_factor": 0.5}, ["yarn_ext_factor", "0.5"]),
+            ("llama", YARN | {"rope__scaling__yarn_attn_factor": 2.0}, ["yarn_attn_factor", "2.0"]),
+            ("llama", {"final_logit_softcapping": 30.0}, ["llama.final_logit_softcapping", "30.0"]),
+            ("llama", {"logit_scale": 8.0}, ["llama.logit_scale", "8.0"]),
+            ("llama", {"attention__causal": False}, ["llama.attention.causal", "False"]),
         ],
     )
     def test_refusals(self, tmp_path: Path, architecture: str, changes: dict[str, Any], words: list[str]) -> None:

@@ -74,10 +74,19 @@ class TestReading:
 
         assert (config.num_kv_heads, config.head_dim) == (32, 64)
 
-    def test_generation_config_decides_the_end_of_sequence(self) -> None:
-        config = config_from_hf(LLAMA, {"eos_token_id": 7})
+    def test_both_files_end_sequences(self) -> None:
+        config = config_from_hf(LLAMA, {"eos_token_id": [7, 128_001]})
 
-        assert config.eos_token_ids == (7,)
+        assert config.eos_token_ids == (7, 128_001, 128_008, 128_009)
+
+    def test_dynamic_scaling_changes_nothing_within_the_limit(self) -> None:
+        assert config_of(rope_scaling={"type": "dynamic", "factor": 2.0}).rope_scaling is None
+
+    def test_a_rope_section_of_old_replaces_the_new_one(self) -> None:
+        """As in transformers 5: what a user adds to a file that transformers wrote."""
+        config = config_of(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 2.0})
+
+        assert (config.rope_theta, config.rope_scaling) == (500_000.0, LinearRope(factor=2.0))
 
     def test_qwen2_has_qkv_biases_and_no_other(self) -> None:
         config = config_of(architectures=["Qwen2ForCausalLM"])
@@ -106,6 +115,16 @@ class TestSlidingWindows:
         config = config_of(architectures=["MistralForCausalLM"], sliding_window=None)
 
         assert config.sliding_windows == (None,) * 16
+
+    def test_mistral_that_says_nothing_slides(self) -> None:
+        """transformers' default for the family: a window of 4096."""
+        assert config_of(architectures=["MistralForCausalLM"]).sliding_windows == (4096,) * 16
+
+    def test_mistral_follows_layer_types(self) -> None:
+        kinds = ["full_attention", "sliding_attention"] * 8
+        config = config_of(architectures=["MistralForCausalLM"], sliding_window=64, layer_types=kinds)
+
+        assert config.sliding_windows == (None, 64) * 8
 
     def test_qwen_slides_only_when_told_to(self) -> None:
         config = config_of(architectures=["Qwen2ForCausalLM"], sliding_window=4096, use_sliding_window=False)
@@ -145,7 +164,14 @@ class TestRefusals:
                 {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
                 ["rope_type", "'longrope'", "'linear'", "'llama3'", "'yarn'"],
             ),
-            ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type", "'dynamic'"]),
+            ({"rope_scaling": {"type": None}}, ["rope_type", "None", "'default'"]),
+            ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, ["rope_type", "None", "'yarn'"]),
+            ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, ["rope_type", "'su'"]),
+            ({"rope_scaling": {"factor": 2.0}}, ["'factor'", "'default'", "2.0"]),
+            ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1000.0}}, ["'alpha'", "'linear'", "1000.0"]),
+            ({"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 2.0}}, ["'attention_factor'"]),
+            ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["'full_attention'", "'default'"]),
+            ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
             ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
             ({"num_local_experts": 8}, ["num_local_experts", "8", "dense"]),
             ({"is_encoder_decoder": True}, ["is_encoder_decoder", "decoder-only"]),
@@ -169,6 +195,44 @@ class TestRefusals:
             ({"num_hidden_layers": 0}, ["num_layers", "at least 1"]),
             ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "'low_freq_factor'"]),
             ({"rope_scaling": 3}, ["'rope_scaling'", "3"]),
+            ({"rope_scaling": {"type": "linear", "factor": 0}}, ["'factor'", "above 0", "'rope_scaling'"]),
+            ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, ["'factor'", "finite"]),
+            (
+                {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}},
+                ["'rope_type'", "'yarn'", "'linear'"],
+            ),
+            (
+                {"rope_scaling": {"type": "llama3", **LLAMA3_SCALING, "low_freq_factor": 4.0}},
+                ["low_freq_factor 4.0", "high_freq_factor 4.0"],
+            ),
+            (
+                {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "linear", "factor": 2}},
+                ["rope_theta 1000000.0", "lost", "500000.0"],
+            ),
+            ({"rope_theta": 10**400}, ["'rope_theta'", "finite"]),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -8}}, ["'beta_fast'", "above 0"]),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1}, ["rope_theta above 1", "1.0"]),
+            ({"rope_theta": -1.0}, ["'rope_theta'", "-1.0"]),
+            ({"rms_norm_eps": -1e-5}, ["rms_norm_eps"]),
+            ({"model_type": "mistral"}, ["'LlamaForCausalLM'", "'mistral'", "must agree"]),
+            (
+                {
+                    "architectures": ["MistralForCausalLM"],
+                    "sliding_window": None,
+                    "layer_types": ["sliding_attention"] * 16,
+                },
+                ["'layer_types'", "'sliding_window'"],
+            ),
+            (
+                {
+                    "architectures": ["Qwen2ForCausalLM"],
+                    "layer_types": ["sliding_attention"] * 16,
+                    "sliding_window": 64,
+                },
+                ["'layer_types'", "'use_sliding_window'"],
+            ),
+            ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["'sliding_window'", "0"]),
+            ({"layer_types": ["full_attention"] * 3}, ["'layer_types'", "16 names"]),
             ({"eos_token_id": "</s>"}, ["'eos_token_id'", "</s>"]),
         ],
     )

@@ -112,6 +112,25 @@ class TestWeightFiles:
 
         assert [path.name for path in self.files(tmp_path).weight_files()] == ["one.safetensors", "two.safetensors"]
 
+    @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "", 3, None])
+    def test_a_shard_outside_the_folder_is_refused(self, tmp_path: Path, name: Any) -> None:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (tmp_path / "x.safetensors").touch()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+
+        with pytest.raises(ConfigurationError, match=r"tensor 'a' into .*must be a file in the model's folder"):
+            self.files(folder).weight_files()
+
+    def test_two_sets_of_weights_are_refused(self, tmp_path: Path) -> None:
+        index = {"weight_map": {"a": "one.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        (tmp_path / "one.safetensors").touch()
+        (tmp_path / "model.safetensors").touch()
+
+        with pytest.raises(ConfigurationError, match=r"Remove model\.safetensors or model\.safetensors\.index\.json"):
+            self.files(tmp_path).weight_files()
+
     def test_a_missing_shard_is_named(self, tmp_path: Path) -> None:
         index = {"weight_map": {"a": "one.safetensors"}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -126,8 +145,9 @@ class TestWeightFiles:
             self.files(tmp_path).weight_files()
 
 
-def test_a_config_that_is_no_json_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": ' * 100_000, '{"a": "\\ud8"}'])
+def test_a_config_that_is_no_json_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
 
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         load_config(locate_model(str(tmp_path)))

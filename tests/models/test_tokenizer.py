@@ -249,6 +249,28 @@ class TestGgufKinds:
 
         assert [tokenizer.token_text(token_id) for token_id in tokenizer.encode("1234")] == pieces
 
+    @pytest.mark.parametrize("merge", ["12", "1 \u00e9", "1 9", "", " 1", "1 2 3"])
+    def test_a_merge_that_joins_no_tokens_is_named(self, tmp_path: Path, merge: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"m\.gguf: 'tokenizer\.ggml\.merges' holds '{merge}'"):
+            self.byte_level(tmp_path, "gpt-2", merges=["1 2", merge])
+
+    @pytest.mark.parametrize("role", ["unknown", "bos"])
+    def test_a_special_id_outside_the_vocabulary_is_named(self, tmp_path: Path, role: str) -> None:
+        for build in (self.sentencepiece, lambda path, **ids: self.byte_level(path, "gpt-2", **ids)):
+            with pytest.raises(ConfigurationError, match=rf"'tokenizer\.ggml\.{role}_token_id' should be below .* 320"):
+                build(tmp_path, **{f"{role}_token_id": 320})
+
+    def test_tokens_that_are_spelled_alike_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"tokens' holds 'hi' twice, as 0 and as 2"):
+            self.byte_level(tmp_path, "gpt-2", tokens=["hi", "a", "hi"], token_type=[1, 1, 1])
+
+    @pytest.mark.parametrize(
+        "changes", [{"scores": [1.0]}, {"scores": "none"}, {"token_type": [1]}, {"tokens": 3}, {"tokens": []}]
+    )
+    def test_what_is_broken_is_a_fault_of_the_configuration(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        with pytest.raises(ConfigurationError, match=r"m\.gguf"):
+            self.sentencepiece(tmp_path, **changes)
+
     def test_an_unknown_pre_tokenizer_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModelError, match=r"'made-up'.*'llama-bpe'"):
             self.byte_level(tmp_path, "made-up")

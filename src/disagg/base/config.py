@@ -151,6 +151,12 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         str | None,
         Meta(description="name of the model in the API [default: from the model's folder or file]"),
     ] = None
+    generation_config: Annotated[
+        str,
+        Meta(
+            description="sampling defaults: auto (the model's generation_config.json), vllm (none), a folder with one"
+        ),
+    ] = "auto"
     trust_request_chat_template: Annotated[
         bool, Meta(description="run chat templates that requests bring: sandboxed programs, not bounded in time")
     ] = False

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
 
@@ -14,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from disagg.base.errors import ConfigurationError, InvalidRequestError
 from disagg.models.gguf_file import GgufFile
 from disagg.models.locate import ModelFiles, ModelKind, read_json
+
+_logger = logging.getLogger(__name__)
 
 _TEMPLATE_FAULTS: Final = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template raises when messages are not shaped as it expects."""
@@ -68,7 +71,12 @@ class ChatTemplate:
 
 
 def load_chat_template(files: ModelFiles, special_tokens: Mapping[str, str]) -> ChatTemplate:
-    """Read the template: ``chat_template.jinja`` before ``tokenizer_config.json``, or the GGUF file's metadata."""
+    """Read the template, of a GGUF file from its metadata.
+
+    ``chat_template.jinja`` comes before ``tokenizer_config.json``, and that before a processor's
+    ``chat_template.json``. Of several templates the one called ``default`` is taken.
+    Raises ConfigurationError for a template that cannot be read or does not compile.
+    """
     return ChatTemplate(_source(files), special_tokens)
 
 
@@ -78,13 +86,32 @@ def _source(files: ModelFiles) -> str | None:
             stored = file.metadata.get("tokenizer.chat_template")
             return stored if isinstance(stored, str) else None
     if (path := files.file("chat_template.jinja")) is not None:
-        return path.read_text(encoding="utf-8")
-    path = files.file("tokenizer_config.json")
-    template = read_json(path).get("chat_template") if path else None
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"cannot read {path}: {error}") from error
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = files.file(name)
+        template = read_json(path).get("chat_template") if path else None
+        if template is not None:
+            return _default_of(template, str(path))
+    return None
+
+
+def _default_of(template: object, source: str) -> str | None:
+    """Return the one template, or the default of several: a list of names and texts, or an object. None without it."""
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        if "default" not in template:
+            _logger.warning(
+                "%s: 'chat_template' holds %s and none called 'default': chats are refused", source, sorted(template)
+            )
+            return None
+        template = template["default"]
+    if not isinstance(template, str):
+        raise ConfigurationError(f"{source}: 'chat_template' should be a text, got {type(template).__name__}")
+    return template
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -143,6 +143,11 @@ def hf_tensor_name(name: str) -> str | None:
     return f"{prefix}{part}.{match['kind']}"
 
 
+def is_rope_table(name: str) -> bool:
+    """Return whether a tensor holds or scales the rotary embedding's frequencies, and is no weight."""
+    return name == "rope_freqs.weight" or name.endswith(".attn_rot_embd.weight")
+
+
 def undo_rope_permutation(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
     """Return a query or key projection (or its bias) in Hugging Face's order of rows.
 

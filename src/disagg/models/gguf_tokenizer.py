@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from disagg.base.errors import ConfigurationError, UnsupportedModelError
+from disagg.base.errors import ConfigurationError, DisaggError, UnsupportedModelError
 from disagg.models.gguf_file import GgufFile
 
 _PREFIX: Final = "tokenizer.ggml."
@@ -38,8 +38,17 @@ _SUPPORTED: Final = ("smollm", "tekken", *_LLAMA3_NAMES, *_QWEN2_NAMES, *_GPT2_N
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     """Build the tokenizer of a GGUF file.
 
-    Raises UnsupportedModelError, naming the kind, for one that is not known here.
+    Raises UnsupportedModelError, naming the kind, for one that is not known here, ConfigurationError for a broken one.
     """
+    try:
+        return _build(file)
+    except DisaggError:
+        raise
+    except Exception as error:  # the library raises bare Exception for every fault
+        raise ConfigurationError(f"{file.path}: the tokenizer in its metadata is broken: {error}") from error
+
+
+def _build(file: GgufFile) -> Tokenizer:
     kind = file.metadata.get(f"{_PREFIX}model")
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(file)
@@ -56,11 +65,20 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
 
 
 def special_tokens_from_gguf(file: GgufFile) -> dict[str, str]:
-    """Return the texts of the special tokens, under the names that chat templates know."""
+    """Return the texts of the special tokens, under the names that chat templates know.
+
+    Raises ConfigurationError for a begin-of-sequence or unknown token outside the vocabulary. One of the others is
+    left out: a padding token is never used, and of an end of sequence ``generation_config.end_token_ids`` tells.
+    """
     tokens = _strings(file, "tokens")
+    for role in ("bos", "unknown"):
+        key = f"{_PREFIX}{role}_token_id"
+        token_id = file.metadata.get(key, 0)
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            raise ConfigurationError(f"{file.path}: '{key}' should be below {len(tokens)}, got {token_id!r}")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: file.metadata.get(f"{_PREFIX}{role}_token_id") for name, role in roles.items()}
-    return {name: tokens[index] for name, index in ids.items() if isinstance(index, int) and index < len(tokens)}
+    return {name: tokens[index] for name, index in ids.items() if isinstance(index, int) and 0 <= index < len(tokens)}
 
 
 def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
@@ -71,10 +89,8 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
             f"{file.path}: pre-tokenizer {name!r} (key '{_PREFIX}pre') is not supported; supported: "
             + ", ".join(repr(known) for known in _SUPPORTED)
         )
-    merges = [_split_merge(merge) for merge in _strings(file, "merges")]
-    vocabulary = {token: index for index, token in enumerate(_strings(file, "tokens"))}
     llama3 = name in _LLAMA3_NAMES
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3 or name == "tekken"))
+    tokenizer = Tokenizer(_byte_level_model(file, ignore_merges=llama3 or name == "tekken"))
     tokenizer.decoder = decoders.ByteLevel()
     if name in _GPT2_NAMES:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,6 +108,32 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
     return tokenizer, llama3
 
 
+def _byte_level_model(file: GgufFile, ignore_merges: bool) -> models.BPE:
+    vocabulary, stored = _vocabulary(file), _strings(file, "merges")
+    merges = [_split_merge(merge) for merge in stored]
+    try:
+        return models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
+    except Exception as error:  # the library's own message does not say which merge
+        for merge, (left, right) in zip(stored, merges, strict=True):
+            if not {left, right, left + right} <= vocabulary.keys():
+                raise ConfigurationError(
+                    f"{file.path}: '{_PREFIX}merges' holds {merge!r}, which does not join two tokens into a third"
+                ) from error
+        raise
+
+
+def _vocabulary(file: GgufFile) -> dict[str, int]:
+    """Return the id of each token. Raises ConfigurationError where two are spelled alike."""
+    tokens = _strings(file, "tokens")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        first, token = next((index, token) for index, token in enumerate(tokens) if vocabulary[token] != index)
+        raise ConfigurationError(
+            f"{file.path}: '{_PREFIX}tokens' holds {token!r} twice, as {first} and as {vocabulary[token]}"
+        )
+    return vocabulary
+
+
 def _split_then_bytes(expression: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
@@ -107,13 +149,12 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
     scores = file.metadata.get(f"{_PREFIX}scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         raise ConfigurationError(f"{file.path}: '{_PREFIX}scores' should hold a score for each of {len(tokens)} tokens")
-    unknown = file.metadata.get(f"{_PREFIX}unknown_token_id", 0)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = _vocabulary(file)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=_merges_by_score(vocabulary, scores.tolist()),
-            unk_token=tokens[unknown] if isinstance(unknown, int) else None,
+            unk_token=special_tokens_from_gguf(file).get("unk_token", tokens[0]),
             fuse_unk=True,
             byte_fallback=True,
         )

@@ -8,7 +8,7 @@ import difflib
 import enum
 import importlib.metadata
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 import msgspec
@@ -49,21 +49,39 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     def weight_files(self) -> tuple[Path, ...]:
         """Return the files that hold tensors, in the order in which the index first names them.
 
-        Raises ConfigurationError when one is missing or only pickled weights are there.
+        Raises ConfigurationError when one is missing or outside the folder, or only pickled weights are there.
         """
         if self.kind is ModelKind.GGUF:
             return (self.path,)
-        if (index := self.file(_WEIGHTS_INDEX)) is not None:
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConfigurationError(f"{index} has no 'weight_map'; download it again")
-            files = tuple(self.path / str(name) for name in dict.fromkeys(weight_map.values()))
-        else:
-            files = (self.path / _WEIGHTS,)
+        files = tuple(dict.fromkeys(self.weight_map().values())) or (self.path / _WEIGHTS,)
         for path in files:
             if not path.is_file():
                 raise ConfigurationError(_missing_weights(self.path, path.name))
         return files
+
+    def weight_map(self) -> dict[str, Path]:
+        """Return which file the index names for each tensor; empty where there is no index.
+
+        Raises ConfigurationError for an index that is broken, names files outside the folder, or stands beside whole
+        weights in one file that it does not name.
+        """
+        index = self.file(_WEIGHTS_INDEX)
+        if index is None:
+            return {}
+        entries = read_json(index).get("weight_map")
+        if not isinstance(entries, dict) or not entries:
+            raise ConfigurationError(f"{index} has no 'weight_map'; download it again")
+        for tensor, name in entries.items():
+            if not _is_inside(name):
+                raise ConfigurationError(
+                    f"{index} puts tensor {tensor!r} into {name!r}; it must be a file in the model's folder"
+                )
+        if self.file(_WEIGHTS) is not None and _WEIGHTS not in entries.values():
+            raise ConfigurationError(
+                f"{self.path} holds {_WEIGHTS} and an index that does not name it: which of them are the model's "
+                f"weights? Remove {_WEIGHTS} or {_WEIGHTS_INDEX}"
+            )
+        return {tensor: self.path / name for tensor, name in entries.items()}
 
 
 def locate_model(model: str | None) -> ModelFiles:
@@ -106,7 +124,7 @@ def read_json(path: Path) -> dict[str, object]:
     """Return the object in a JSON file. Raises ConfigurationError when it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} should hold a JSON object, got {type(value).__name__}")
@@ -124,6 +142,14 @@ def _folder(path: Path) -> ModelFiles:
         names = ", ".join(candidate.name for candidate in candidates)
         raise ConfigurationError(f"{path} holds several GGUF files, name one of them: {names}")
     raise ConfigurationError(f"{path} holds neither a config.json nor a GGUF file: it is not a model's folder")
+
+
+def _is_inside(name: object) -> bool:
+    """Whether an index's entry stays in the folder; links, as the hub's cache has them, are the user's own."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePath(name)
+    return not path.is_absolute() and bool(path.parts) and ".." not in path.parts
 
 
 def _single_file(path: Path) -> ModelFiles:

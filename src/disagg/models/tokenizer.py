@@ -70,6 +70,10 @@ class Tokenizer:
         """Return whether the token is control, not text."""
         return token_id in self._special_ids
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that is spelled ``text``, None where there is none."""
+        return self._backend.token_to_id(text)
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to the text; none for an id that the vocabulary does not have."""
         known = self._bytes_of.get(token_id)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from step_runner import StepRunner
 
 from disagg.base.config import DType
+from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.model.decoder import Decoder
@@ -61,8 +62,8 @@ def permuted(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     return values.reshape(num_heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def convert(folder: Path, path: Path, architecture: str) -> Path:
-    """What llama.cpp's ``convert_hf_to_gguf.py`` writes, in float32."""
+def convert(folder: Path, path: Path, architecture: str, surplus: str | None = None) -> Path:
+    """What llama.cpp's ``convert_hf_to_gguf.py`` writes, in float32, and a tensor called ``surplus``."""
     config = load_config(locate_model(str(folder)))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
@@ -77,6 +78,8 @@ def convert(folder: Path, path: Path, architecture: str) -> Path:
     writer.add_vocab_size(config.vocab_size)
     if isinstance(config.rope_scaling, Llama3Rope):
         writer.add_tensor("rope_freqs.weight", rope_divisors(config))
+    if surplus is not None:
+        writer.add_tensor(surplus, np.ones(4, np.float32))
     for name, values in load_file(folder / "model.safetensors").items():
         if architecture == "llama" and ".q_proj." in name:
             values = permuted(values, config.num_heads)
@@ -121,3 +124,16 @@ def test_same_logits(tiny_model: Any, tmp_path: Path, architecture: str, setting
     converted = convert(folder, tmp_path / "model.gguf", architecture)
 
     torch.testing.assert_close(logits_of(converted, token_ids), logits_of(folder, token_ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_tensor_that_the_decoder_has_no_use_for_is_named(tiny_model: Any, tmp_path: Path) -> None:
+    converted = convert(tiny_model("llama"), tmp_path / "model.gguf", "llama", surplus="blk.0.attn_sinks.weight")
+
+    with pytest.raises(ConfigurationError, match=r"'blk\.0\.attn_sinks\.weight'.*does not use"):
+        logits_of(converted, [1, 2, 3])
+
+
+def test_tables_of_the_rotary_embedding_are_no_weights(tiny_model: Any, tmp_path: Path) -> None:
+    converted = convert(tiny_model("llama"), tmp_path / "model.gguf", "llama", surplus="blk.0.attn_rot_embd.weight")
+
+    assert logits_of(converted, [1, 2, 3]).shape == (3, 320)

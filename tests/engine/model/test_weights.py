@@ -1,5 +1,6 @@
 """Loading: what must be in the files, and what is said when it is not."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from step_runner import StepRunner
+from transformers_logits import load_decoder, reference_logits
 
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
@@ -76,13 +79,70 @@ def test_parameters_are_counted_right(tiny_model: Any) -> None:
         assert config.num_parameters == counted
 
 
-def test_a_tied_head_in_the_file_is_ignored(tiny_model: Any, tmp_path: Path) -> None:
+def test_a_tied_head_in_the_file_changes_nothing(tiny_model: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model("llama", tie_word_embeddings=True), tmp_path / "model"))
-    change(folder, lm_head__weight=torch.zeros(320, 64))
+    change(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone())
 
     weights = load(folder)
 
     assert torch.equal(weights.head(torch.eye(64)), weights.embeddings.T)
+
+
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(
+    tiny_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers 5 does."""
+    folder = Path(shutil.copytree(tiny_model("llama", tie_word_embeddings=True), tmp_path / "model"))
+    change(folder, lm_head__weight=torch.randn(320, 64))
+    token_ids = list(range(40))
+
+    logits = StepRunner(load_decoder(folder)).step({0: token_ids}, all_rows=True)
+
+    torch.testing.assert_close(logits, reference_logits(folder, token_ids), atol=1e-4, rtol=1e-4)
+    assert "tie_word_embeddings is true" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_element_type_of_floats_is_read(folder: Path, dtype: torch.dtype) -> None:
+    norm = torch.rand(64).to(dtype)
+    change(folder, model__norm__weight=norm)
+
+    assert torch.equal(load(folder).norm, norm.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+def test_quantised_tensors_are_never_taken_for_weights(folder: Path, dtype: torch.dtype) -> None:
+    change(folder, model__norm__weight=torch.ones(64).to(dtype))
+
+    with pytest.raises(ConfigurationError, match=r"'model\.norm\.weight' is stored as .*F32"):
+        load(folder)
+
+
+class TestIndex:
+    """``model.safetensors.index.json`` decides where a tensor is read."""
+
+    @pytest.fixture
+    def folder(self, tiny_model: Any, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(tiny_model("llama", max_shard_size="100KB"), tmp_path / "model"))
+
+    def test_a_tensor_in_two_shards_comes_from_the_one_that_is_named(self, folder: Path) -> None:
+        shards = sorted(folder.glob("*.safetensors"))
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        other = next(path for path in shards if path.name != index["model.norm.weight"])
+        expected = load(folder).norm
+        save_file(load_file(other) | {"model.norm.weight": torch.zeros(64)}, other)
+
+        assert torch.equal(load(folder).norm, expected)
+
+    def test_a_tensor_that_is_not_where_the_index_says_is_named(self, folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        wrong = next(n for n in index["weight_map"].values() if n != index["weight_map"]["model.norm.weight"])
+        index["weight_map"]["model.norm.weight"] = wrong
+        path.write_text(json.dumps(index))
+
+        with pytest.raises(ConfigurationError, match=r"'model\.norm\.weight' into .*, which lacks it"):
+            load(folder)
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:

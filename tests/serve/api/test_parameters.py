@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.base.errors import ContextLengthError, InvalidRequestError
+from disagg.models.generation_config import GenerationDefaults
 from disagg.serve.api.decoding import decode_body
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
 from disagg.serve.api.schema import IGNORED, NEUTRAL, ChatCompletionRequest, CompletionRequest
@@ -125,6 +126,26 @@ def test_defaults_are_openais() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
     assert sampling.logprobs is None
+
+
+def test_the_models_defaults_hold_where_a_client_says_nothing() -> None:
+    defaults = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+
+    (silent,) = sampling_params(completion(temperature=None), 16, VOCAB_SIZE, defaults)
+    (said,) = sampling_params(completion(temperature=0, top_p=1, top_k=0, min_p=0), 16, VOCAB_SIZE, defaults)
+
+    assert (silent.temperature, silent.top_p, silent.top_k, silent.min_p) == (0.6, 0.9, 20, 0.1)
+    assert (said.temperature, said.top_p, said.top_k, said.min_p) == (0.0, 1.0, 0, 0.0)
+    assert said.repetition_penalty == 1.1
+
+
+def test_the_models_length_holds_where_a_client_says_none() -> None:
+    defaults = GenerationDefaults(max_tokens=12)
+
+    assert chat_length(chat(), 10, 100, defaults) == 12
+    assert chat_length(chat(max_tokens=50), 10, 100, defaults) == 50
+    assert completion_length(completion(), 10, 100, defaults) == 12
+    assert completion_length(completion(), 10, 100, GenerationDefaults(max_tokens=99)) == 16
 
 
 def test_an_explicit_null_means_the_default() -> None:

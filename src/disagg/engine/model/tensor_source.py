@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from disagg.base.errors import ConfigurationError
 from disagg.models.config import Architecture, ModelConfig
-from disagg.models.gguf_file import GgufFile, hf_tensor_name, undo_rope_permutation
+from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
+
+_ELEMENT_TYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
 class TensorSource(Protocol):
@@ -32,23 +34,35 @@ def open_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[TensorSourc
             yield _GgufSource(file, config)
         return
     with ExitStack() as stack:
-        yield _SafetensorsSource(files.weight_files(), stack)
+        yield _SafetensorsSource(files, stack)
 
 
 class _SafetensorsSource:
-    """One file, or the shards of an index. Tensors are mapped, so that only what is read becomes resident."""
+    """One file, or the shards of an index. Tensors are mapped, so that only what is read becomes resident.
 
-    def __init__(self, paths: tuple[Path, ...], stack: ExitStack) -> None:
+    The index decides which of several shards a tensor comes from.
+    """
+
+    def __init__(self, files: ModelFiles, stack: ExitStack) -> None:
         self._files: dict[str, safe_open] = {}
-        for path in paths:
+        weight_map = files.weight_map()
+        for path in files.weight_files():
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
                 raise ConfigurationError(f"cannot read {path}: {error}; download it again") from error
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if weight_map.get(name, path) != path:
+                    continue
                 if name in self._files:
                     raise ConfigurationError(f"tensor {name!r} is in two files, the second is {path}")
+                _check_element_type(file, name, path)
                 self._files[name] = file
+        for name, path in weight_map.items():
+            if name not in self._files:
+                raise ConfigurationError(
+                    f"the index puts tensor {name!r} into {path}, which lacks it; download it again"
+                )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}  # type: ignore[no-untyped-call]
@@ -58,12 +72,22 @@ class _SafetensorsSource:
         return tensor
 
 
+def _check_element_type(file: safe_open, name: str, path: Path) -> None:
+    stored: str = file.get_slice(name).get_dtype()  # type: ignore[no-untyped-call]
+    if stored not in _ELEMENT_TYPES:
+        raise ConfigurationError(
+            f"{path}: tensor {name!r} is stored as {stored}; supported: {', '.join(_ELEMENT_TYPES)} (unquantised), or "
+            "any GGUF file"
+        )
+
+
 class _GgufSource:
     """A GGUF file, dequantised tensor by tensor; Llama's query and key rows are put back in order."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
-        self._names = {hf_name: name for name in file.tensors if (hf_name := hf_tensor_name(name)) is not None}
+        # A tensor without a counterpart keeps its name, so that it is refused as left over.
+        self._names = {hf_tensor_name(name) or name: name for name in file.tensors if not is_rope_table(name)}
         permuted = config.architecture is Architecture.LLAMA
         self._permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
 

@@ -3,10 +3,12 @@
 Memory peaks at the packed weights plus the tensors of one merged matrix.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 import torch
 
 from disagg.base.config import DType, Quantization
@@ -18,6 +20,11 @@ from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
 
 TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+
+_logger = logging.getLogger(__name__)
+
+_EMBEDDINGS: Final = "model.embed_tokens.weight"
+_HEAD: Final = "lm_head.weight"
 
 Progress = Callable[[float], None]
 """Called with the fraction of the weights that is loaded, 0 to 1, rising."""
@@ -35,14 +42,29 @@ def load_weights(
 ) -> DecoderWeights:
     """Read the model's tensors and pack them for ``backend``.
 
+    A head of its own that differs from the embeddings is used even where the configuration ties them, as in
+    transformers 5.
+
     Raises ConfigurationError naming the first tensor that is missing, left over or of the wrong shape; all of them are
     looked at before any is read.
     """
-    expected = expected_shapes(config)
     with open_tensors(files, config) as source:
+        config = _with_own_head(config, source)
+        expected = expected_shapes(config)
         check_shapes(expected, source.shapes(), config)
         loader = _Loader(source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress, quantization)
         return loader.load(config)
+
+
+def _with_own_head(config: ModelConfig, source: TensorSource) -> ModelConfig:
+    """Return ``config`` as it is, or with its head untied where the file's is another matrix than the embeddings."""
+    shapes = source.shapes()
+    if not config.tie_word_embeddings or _HEAD not in shapes or _EMBEDDINGS not in shapes:
+        return config
+    if shapes[_HEAD] == shapes[_EMBEDDINGS] and torch.equal(source.read(_HEAD), source.read(_EMBEDDINGS)):
+        return config
+    _logger.warning("tie_word_embeddings is true, but the weights hold another %s: it is used", _HEAD)
+    return msgspec.structs.replace(config, tie_word_embeddings=False)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -57,7 +79,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDINGS: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
@@ -71,7 +93,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[_HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
@@ -97,7 +119,7 @@ def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[in
 
 def _redundant(name: str, config: ModelConfig) -> bool:
     """Tensors that repeat what is known: rotary tables of old checkpoints, and a head tied to the embeddings."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == _HEAD)
 
 
 class _Loader:
@@ -124,7 +146,7 @@ class _Loader:
         self._num_read = 0
 
     def load(self, config: ModelConfig) -> DecoderWeights:
-        embeddings = self._tensor("model.embed_tokens.weight")
+        embeddings = self._tensor(_EMBEDDINGS)
         layers = tuple(self._layer(f"model.layers.{layer}", config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
         head = self._pack(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")

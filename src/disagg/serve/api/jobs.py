@@ -52,8 +52,8 @@ class JobFactory:
         response_id = f"cmpl-{uuid.uuid4().hex}"
         answers: list[Answer] = []
         for prompt in prompts:
-            length = completion_length(request, len(prompt.token_ids), max_model_len)
-            params = sampling_params(request, length, self._model.vocab_size)
+            length = completion_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
+            params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
             answers += self._answers(request, prompt, params, response_id, len(answers), arrival_s)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
@@ -71,8 +71,8 @@ class JobFactory:
         request = decode_body(body, ChatCompletionRequest)
         check_model(request.model, self._model)
         prompt = chat_prompt(request.messages, request, self._model)
-        length = chat_length(request, len(prompt.token_ids), max_model_len)
-        params = sampling_params(request, length, self._model.vocab_size)
+        length = chat_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
+        params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         return Job(
             response_id=response_id,

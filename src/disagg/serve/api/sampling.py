@@ -3,18 +3,37 @@
 import secrets
 from typing import Final
 
-from disagg.base.errors import ContextLengthError, InvalidRequestError
+import msgspec
+
+from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from disagg.base.sampling import SamplingParams
+from disagg.models.generation_config import GenerationDefaults
 from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, GenerationFields
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 _SEED_BITS: Final = 64
+_NO_DEFAULTS: Final = GenerationDefaults()
+
+
+def check_defaults(defaults: GenerationDefaults, source: str) -> None:
+    """Raise ConfigurationError for a default that a client could not have sent either."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(defaults), GenerationFields)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(
+            f"{source}: {error}: {defaults}; correct it, or ignore the file with --generation-config vllm"
+        ) from error
 
 
 def sampling_params(
-    request: CompletionRequest | ChatCompletionRequest, max_tokens: int, vocab_size: int
+    request: CompletionRequest | ChatCompletionRequest,
+    max_tokens: int,
+    vocab_size: int,
+    defaults: GenerationDefaults = _NO_DEFAULTS,
 ) -> tuple[SamplingParams, ...]:
     """Return one set of parameters for each of the ``n`` choices; the choice k samples with seed + k.
+
+    ``defaults`` are the model's, for fields that the client did not send.
 
     Here, where no seed was given, randomness enters the system. Raises InvalidRequestError on contradictions.
     """
@@ -31,11 +50,11 @@ def sampling_params(
         SamplingParams(
             max_tokens=max(max_tokens, 1),
             seed=(seed + choice) % (1 << _SEED_BITS),
-            temperature=_or(request.temperature, 1.0),
-            top_p=_or(request.top_p, 1.0),
-            top_k=max(request.top_k or 0, 0),
-            min_p=_or(request.min_p, 0.0),
-            repetition_penalty=_or(request.repetition_penalty, 1.0),
+            temperature=_or(request.temperature, defaults.temperature, 1.0),
+            top_p=_or(request.top_p, defaults.top_p, 1.0),
+            top_k=max(int(_or(request.top_k, defaults.top_k, 0)), 0),
+            min_p=_or(request.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
             logit_bias=logit_bias,
@@ -49,7 +68,9 @@ def sampling_params(
     )
 
 
-def completion_length(request: CompletionRequest, num_prompt_tokens: int, limit: int) -> int:
+def completion_length(
+    request: CompletionRequest, num_prompt_tokens: int, limit: int, defaults: GenerationDefaults = _NO_DEFAULTS
+) -> int:
     """Return how many tokens a completion may have; 0 when an echoed prompt alone is asked about.
 
     Raises ContextLengthError when prompt and answer do not fit ``limit`` tokens.
@@ -59,15 +80,17 @@ def completion_length(request: CompletionRequest, num_prompt_tokens: int, limit:
         raise InvalidRequestError(
             "'max_tokens' is 0: ask for at least one token, or for the prompt itself with 'echo': true", "max_tokens"
         )
-    return _fitting(num_prompt_tokens, asked, DEFAULT_COMPLETION_TOKENS, limit)
+    return _fitting(num_prompt_tokens, asked, min(DEFAULT_COMPLETION_TOKENS, defaults.max_tokens or limit), limit)
 
 
-def chat_length(request: ChatCompletionRequest, num_prompt_tokens: int, limit: int) -> int:
-    """Return how many tokens an answer may have: all that fit, unless the client says less. Raises as above."""
+def chat_length(
+    request: ChatCompletionRequest, num_prompt_tokens: int, limit: int, defaults: GenerationDefaults = _NO_DEFAULTS
+) -> int:
+    """Return how many tokens an answer may have: all that fit, unless client or model say less. Raises as above."""
     asked = request.most_tokens
     if asked == 0:
         raise InvalidRequestError("'max_tokens' is 0: ask for at least one token", "max_tokens")
-    return _fitting(num_prompt_tokens, asked, limit, limit)
+    return _fitting(num_prompt_tokens, asked, defaults.max_tokens or limit, limit)
 
 
 def stop_strings(request: GenerationFields) -> tuple[str, ...]:
@@ -118,5 +141,6 @@ def _check_token(token_id: int, vocab_size: int, param: str) -> None:
         raise InvalidRequestError(f"'{param}': token id {token_id} is outside the vocabulary of {vocab_size}", param)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _or(*values: float | None) -> float:
+    """Return the first that is stated."""
+    return next(value for value in values if value is not None)

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from disagg.models.chat_template import ChatTemplate
+from disagg.models.generation_config import GenerationDefaults
 from disagg.models.tokenizer import Tokenizer
 
 
@@ -20,5 +21,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     block_size: int
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """What sampling fields are where a client does not send them."""
     trusts_request_templates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

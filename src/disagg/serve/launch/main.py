@@ -6,10 +6,12 @@ import uvloop
 from starlette.types import ASGIApp
 
 from disagg.models.chat_template import load_chat_template
+from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.locate import load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.listening import listen
@@ -45,12 +47,15 @@ def load_served_model(deployment: Deployment) -> ServedModel:
     config = load_config(files)
     files.weight_files()
     tokenizer = load_tokenizer(files)
+    generation = load_generation_config(files, deployment.serve.generation_config)
+    check_defaults(generation.defaults, generation.source)
     return ServedModel(
         name=deployment.serve.served_model_name or files.name,
         tokenizer=tokenizer,
         chat_template=load_chat_template(files, tokenizer.special_tokens),
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=end_token_ids(config, tokenizer, generation),
         vocab_size=config.vocab_size,
         block_size=deployment.cache.block_size,
+        defaults=generation.defaults,
         trusts_request_templates=deployment.serve.trust_request_chat_template,
     )
