@@ -9,6 +9,7 @@ from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, Ge
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 _SEED_BITS: Final = 64
+_MAX_ID_DIGITS: Final = 20
 
 
 def sampling_params(
@@ -106,8 +107,8 @@ def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[int |
 def _logit_bias(request: GenerationFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
     found = []
     for text, bias in (request.logit_bias or {}).items():
-        if not text.isascii() or not text.isdigit():
-            raise InvalidRequestError(f"'logit_bias' must be keyed by token ids, got {text!r}", "logit_bias")
+        if not text.isascii() or not text.isdigit() or len(text) > _MAX_ID_DIGITS:
+            raise InvalidRequestError(f"'logit_bias' must be keyed by token ids, got {text[:80]!r}", "logit_bias")
         _check_token(int(text), vocab_size, "logit_bias")
         found.append((int(text), bias))
     return tuple(sorted(found))

@@ -12,13 +12,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp
 
 from disagg.base.errors import InternalError
+from disagg.serve.launch.api_server import CLOSE_S, ApiServer, make_api_server
 from disagg.serve.launch.deployment import Deployment, plan_instances
+from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.observer import ServerObserver
@@ -30,20 +31,8 @@ from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S: Final = 3.0
-"""What connections get to send their last bytes once all requests have ended."""
-
 AppFactory = Callable[[LiveRouter], ASGIApp]
 """Makes the HTTP application of a router."""
-
-
-class ApiServer(uvicorn.Server):
-    """A uvicorn server that leaves the signals to us."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Do nothing: ``Server`` handles the signals of the process."""
-        yield
 
 
 class Server:
@@ -97,15 +86,8 @@ class Server:
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""
-        api = ApiServer(
-            uvicorn.Config(
-                self._make_app(self._router),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=int(self._deployment.serve.drain_s + CLOSE_S),
-            )
-        )
+        budget = share_descriptors(len(self._deployment.roles()))
+        api = make_api_server(self._make_app(self._router), self._deployment.serve, budget)
         self._launcher.start()
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")
