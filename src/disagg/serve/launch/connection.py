@@ -263,13 +263,15 @@ class Connection(HttpToolsProtocol):
         self._write_refusal(status, message)
 
     def _write_refusal(self, status: int, message: str) -> None:
-        reason = HTTPStatus(status).phrase
         body = bytes(plain_error_response(status, message).body)
-        head = (
-            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
+        lines = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+            *(["retry-after: 1"] if status == HTTPStatus.SERVICE_UNAVAILABLE else []),
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.write_eof()
         self._set_deadline(LINGER_S)
         logger.debug("refused status=%d: %s", status, message)

@@ -39,6 +39,7 @@ from disagg.serve.router.instance_table import InstanceTable, InstanceWatcher, K
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.shell import DispatchShell
 from disagg.serve.router.sink import DropReason, NullSink, RouterSink
+from disagg.serve.router.start_gate import StartGate
 from disagg.serve.router.stream import LiveStream
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class LiveRouter:
         )
         self._check_interval_s = min(1.0, settings.instance_timeout_s / 4, settings.start_timeout_s / 4)
         self._next_check: asyncio.TimerHandle | None = None
+        self._start_gate = StartGate(settings.instance_wait_s, settings.max_queued_requests)
         self._stopping = False
 
     # For the API ----------------------------------------------------------------------------------------------
@@ -93,6 +95,10 @@ class LiveRouter:
         if self._stopping:
             raise UnavailableError("the server is stopping")
         return self._shell.submit(request)
+
+    async def wait_started(self) -> None:
+        """See Router."""
+        await self._start_gate.wait()
 
     def abort(self, request_id: RequestId) -> None:
         """See Router."""
@@ -117,6 +123,7 @@ class LiveRouter:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new sequences and wait for those under way; return False when some had to be failed."""
         self._stopping = True
+        self._start_gate.open()
         try:
             await asyncio.wait_for(self._shell.wait_until_idle(), timeout_s)
         except TimeoutError:
@@ -137,6 +144,7 @@ class LiveRouter:
     def close(self) -> None:
         """Fail what is under way, and stop to listen. May be called twice."""
         self._stopping = True
+        self._start_gate.open()
         self._shell.cancel_all(UnavailableError("the server has stopped"))
         self._shell.close()
         if self._next_check is not None:
@@ -233,6 +241,8 @@ class LiveRouter:
         facts = message.facts
         capacity = min(facts.max_model_len, facts.num_blocks * facts.block_size)
         self._shell.feed(InstanceUp(instance=known.instance, max_total_tokens=capacity))
+        if self._table.has_path():
+            self._start_gate.open()
         self._watcher.instance_ready(known.instance, facts)
 
     def _take(self, known: KnownInstance, message: _FromReadyInstance) -> None:
