@@ -106,6 +106,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     role: Role
     control_endpoint: str
     """ZeroMQ endpoint on which the router listens."""
+    control_key: str | None = None
+    """What shows the router that this is an instance of its server; None where it does not ask."""
     model: ModelSettings
     cache: CacheSettings
     scheduler: SchedulerSettings

@@ -26,6 +26,7 @@ from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.interface import InstanceState
 from disagg.serve.router.live import LiveRouter
 
+KEY = "known to the router and its instances"
 P0, D0 = InstanceId("prefill-0"), InstanceId("decode-0")
 
 
@@ -35,9 +36,13 @@ class Cluster:
     def __init__(self, endpoint: str, placement: Placement, command: tuple[str, ...], **router: float) -> None:
         deployment = make_deployment(placement, **router)
         self.memory = Memory()
-        self.router = LiveRouter(deployment.roles(), deployment.router, ZmqControlSocket(endpoint))
+        self.router = LiveRouter(deployment.roles(), deployment.router, ZmqControlSocket(endpoint, KEY))
         settings = plan_instances(
-            deployment, control_endpoint=endpoint, available_cores=os.sched_getaffinity(0), parent_pid=os.getpid()
+            deployment,
+            control_endpoint=endpoint,
+            available_cores=os.sched_getaffinity(0),
+            parent_pid=os.getpid(),
+            control_key=KEY,
         )
         self.launcher = Launcher(
             settings,

@@ -7,6 +7,7 @@ whatever happens in between.
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -66,16 +67,18 @@ class Server:
         with ExitStack() as resources:
             resources.enter_context(self._handle_signals())
             endpoint = resources.enter_context(private_endpoint())
+            control_key = secrets.token_hex()
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
                 available_cores=sorted(os.sched_getaffinity(0)),
                 parent_pid=os.getpid(),
+                control_key=control_key,
             )
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
-                ZmqControlSocket(endpoint),
+                ZmqControlSocket(endpoint, control_key),
                 sink=self._sink,
                 event_log=self._open_event_log(resources),
             )
