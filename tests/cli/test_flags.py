@@ -32,6 +32,7 @@ class Paint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     glossy: Annotated[bool, Meta(description="shine")] = True
     walls: Annotated[tuple[int, ...], Meta(description="which walls [default: all]")] = ()
     name: Annotated[str | None, Meta(description="what to call it")] = None
+    rooms: Annotated[tuple[str, ...], Meta(description="a room")] = ()
     under: Annotated[Colour | None, Meta(description="colour below")] = None
     max_coats: Annotated[int | None, Meta(description="most of them")] = None
 
@@ -50,6 +51,12 @@ def paint(*arguments: str) -> tuple[Paint | None, Result]:
 
 def test_without_flags_the_struct_has_its_defaults():
     assert paint()[0] == Paint()
+
+
+def test_a_tuple_of_texts_is_a_flag_that_may_be_repeated():
+    made, _ = paint("--rooms", "hall", "--rooms", "bath")
+    assert made == Paint(rooms=("hall", "bath"))
+    assert "--rooms TEXT" in paint("--help")[1].output
 
 
 def test_each_kind_of_field_has_its_kind_of_flag():

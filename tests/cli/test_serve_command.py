@@ -184,3 +184,16 @@ def test_log_messages_take_the_same_way(capsys):
     stderr = capsys.readouterr().err
     assert "INFO disagg.test: hello from the log" in stderr
     assert "not shown" not in stderr
+
+
+def test_nothing_in_a_log_message_can_look_like_another(capsys):
+    forged = "x\n12:00:00 ERROR disagg: forged"
+    with make_display(as_json=False, level=logging.INFO):
+        logging.getLogger("disagg.test").info("a client said %s", forged)
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            logging.getLogger("disagg.test").exception("a fault")
+    assert not [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("12:00:00 ERROR disagg: forged")
+    ]

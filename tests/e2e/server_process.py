@@ -1,6 +1,7 @@
 """A real `disagg serve` in a real process, for tests: started on a free port, ended without a trace."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -21,12 +22,15 @@ END_DEADLINE_S = 30.0
 class ServerProcess:
     """One running server; its log is kept for failure messages."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, max_files: int | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", "--json", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=None
+            if max_files is None
+            else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (max_files,) * 2),
         )
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -88,9 +92,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[ServerProcess]:
-    """Run a server for the length of a block."""
-    server = ServerProcess(*arguments)
+def serving(*arguments: str, max_files: int | None = None) -> Iterator[ServerProcess]:
+    """Run a server for the length of a block, with at most so many open files."""
+    server = ServerProcess(*arguments, max_files=max_files)
     try:
         yield server
     finally:

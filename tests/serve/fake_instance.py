@@ -212,6 +212,9 @@ def serve(settings: InstanceSettings, *, ignore_stop: bool) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.ROUTING_ID, settings.instance.encode())
         socket.setsockopt(zmq.LINGER, 500)
+        if settings.control_key is not None:
+            socket.setsockopt(zmq.PLAIN_USERNAME, settings.instance.encode())
+            socket.setsockopt(zmq.PLAIN_PASSWORD, settings.control_key.encode())
         socket.connect(settings.control_endpoint)
         for message in fake.hello():
             socket.send(encode(message))

@@ -5,7 +5,8 @@ start-up finds out (block count, free memory) is another type (``InstanceFacts``
 """
 
 import enum
-from typing import Annotated
+import re
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -13,6 +14,8 @@ from msgspec import Meta
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
 
 
 class DType(enum.Enum):
@@ -104,6 +107,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     role: Role
     control_endpoint: str
     """ZeroMQ endpoint on which the router listens."""
+    control_key: str | None = None
+    """What shows the router that this is an instance of its server; None where it does not ask."""
     model: ModelSettings
     cache: CacheSettings
     scheduler: SchedulerSettings
@@ -147,6 +152,10 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    cors_origin: Annotated[
+        tuple[str, ...],
+        Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
+    ] = ()
     served_model_name: Annotated[
         str | None,
         Meta(description="name of the model in the API [default: from the model's folder or file]"),
@@ -160,9 +169,30 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     trust_request_chat_template: Annotated[
         bool, Meta(description="run chat templates that requests bring: sandboxed programs, not bounded in time")
     ] = False
+    keep_alive_s: Annotated[
+        float, Meta(gt=0, description="seconds that a connection is kept open for a client's next request")
+    ] = 300.0
+    header_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds that a new connection, or a request's headers, may take to say something"),
+    ] = 30.0
     drain_s: Annotated[
         float, Meta(ge=0, description="seconds that running requests get to finish after Ctrl-C or SIGTERM")
     ] = 5.0
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and (not key.isprintable() or key != key.strip() or not key):
+            raise ConfigurationError(
+                "--api-key: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
+                "choose another, or leave the option out to serve everybody"
+            )
+        for origin in self.cors_origin:
+            if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+                raise ConfigurationError(
+                    f"--cors-origin {origin!r} is not an origin: write scheme, host and port as browsers do, "
+                    "such as http://localhost:3000 (no path, no slash at the end), or *"
+                )
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,16 +1,20 @@
 """The control plane: what the router and the engine instances say to each other.
 
 Messages are msgspec tagged structs in MessagePack, one message a ZeroMQ frame. They are decoded by schema and
-refused when longer than ``MAX_MESSAGE_BYTES`` or of another version. KV bytes never travel here: an ``Offer`` says
-where they are, and the decode instance pulls them over a link of the transfer room.
+refused when longer than ``MAX_MESSAGE_BYTES``, of another version, or with a value that cannot be. KV bytes never
+travel here: an ``Offer`` says where they are, and the decode instance pulls them over a link of the transfer room.
+
+What an instance says of itself is range-checked here. A request is checked by the instance that gets it, which can
+answer what is wrong (``Failed``); a message that cannot be decoded gets no answer.
 
 Every message about a sequence carries ``(request_id, epoch)``; a receiver ignores an epoch that is not current.
 """
 
 import enum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
@@ -19,6 +23,14 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 
 PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+
+Count = Annotated[int, Meta(ge=0, lt=2**62)]
+Positive = Annotated[int, Meta(ge=1, lt=2**62)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
+"""Of a clock or a duration; bounds exclude NaN and infinity."""
+Name = Annotated[str, Meta(max_length=256)]
+Words = Annotated[str, Meta(max_length=65536)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -34,12 +46,12 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """
 
     request_id: RequestId
-    epoch: Epoch
+    epoch: Annotated[Epoch, Meta(ge=0)]
     source: InstanceId
-    incarnation: str
-    num_tokens: int
-    block_ids: tuple[BlockId, ...]
-    lease_s: float
+    incarnation: Name
+    num_tokens: Positive
+    block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
+    lease_s: Seconds
     pool: bytes
 
 
@@ -78,7 +90,7 @@ class PeerLost(Message, frozen=True, kw_only=True):
     """An instance died: nothing more will come from this incarnation of it."""
 
     instance: InstanceId
-    incarnation: str
+    incarnation: Name
 
 
 class Stop(Message, frozen=True, kw_only=True):
@@ -91,16 +103,16 @@ class Stop(Message, frozen=True, kw_only=True):
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up found out about an instance."""
 
-    pid: int
-    device: str
-    kernel_backend: str
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    vocab_size: int
-    weight_bytes: int
-    kv_bytes: int
-    load_s: float
+    pid: Count
+    device: Name
+    kernel_backend: Name
+    num_blocks: Positive
+    block_size: Positive
+    max_model_len: Positive
+    vocab_size: Positive
+    weight_bytes: Count
+    kv_bytes: Count
+    load_s: Seconds
     pool: bytes
 
 
@@ -108,8 +120,8 @@ class Loading(Message, frozen=True, kw_only=True):
     """Progress of an instance that is starting; ``fraction`` from 0 to 1."""
 
     instance: InstanceId
-    stage: str
-    fraction: float
+    stage: Name
+    fraction: Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -117,7 +129,7 @@ class Ready(Message, frozen=True, kw_only=True):
 
     version: int
     instance: InstanceId
-    incarnation: str
+    incarnation: Name
     role: Role
     facts: InstanceFacts
 
@@ -129,11 +141,11 @@ class StageStamps(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     ``first_step_done`` when that first token of this instance was there.
     """
 
-    received_s: float = 0.0
-    pull_started_s: float = 0.0
-    pulled_s: float = 0.0
-    scheduled_s: float = 0.0
-    first_step_done_s: float = 0.0
+    received_s: Seconds = 0.0
+    pull_started_s: Seconds = 0.0
+    pulled_s: Seconds = 0.0
+    scheduled_s: Seconds = 0.0
+    first_step_done_s: Seconds = 0.0
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -141,12 +153,12 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults
 
     request_id: RequestId
     epoch: Epoch
-    token_ids: tuple[int, ...]
+    token_ids: tuple[TokenId, ...]
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+    stop_token_id: TokenId | None = None
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-    num_cached_tokens: int = 0
+    num_cached_tokens: Count = 0
     stamps: StageStamps | None = None
 
 
@@ -172,9 +184,9 @@ class Pulled(Message, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     source: InstanceId
-    num_bytes: int
-    duration_s: float
-    failure: str = ""
+    num_bytes: Count
+    duration_s: Seconds
+    failure: Words = ""
 
 
 class FailureKind(enum.Enum):
@@ -192,42 +204,43 @@ class Failed(Message, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     kind: FailureKind
-    message: str
+    message: Words
 
 
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How busy an instance is. Counters (``_total``) grow from the instance's start."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    num_leases: int = 0
-    blocks_total: int = 0
-    blocks_free: int = 0
-    blocks_active: int = 0
-    blocks_leased: int = 0
-    blocks_filling: int = 0
-    blocks_cached: int = 0
-    blocks_quarantined: int = 0
-    num_preemptions_total: int = 0
-    num_steps_total: int = 0
-    num_prefill_tokens_total: int = 0
-    num_decode_tokens_total: int = 0
-    num_prefix_queries_total: int = 0
-    num_prefix_hits_total: int = 0
-    num_leases_expired_total: int = 0
+    num_running: Count = 0
+    num_waiting: Count = 0
+    num_leases: Count = 0
+    blocks_total: Count = 0
+    blocks_free: Count = 0
+    blocks_active: Count = 0
+    blocks_leased: Count = 0
+    blocks_filling: Count = 0
+    blocks_cached: Count = 0
+    blocks_quarantined: Count = 0
+    num_preemptions_total: Count = 0
+    num_steps_total: Count = 0
+    num_prefill_tokens_total: Count = 0
+    num_decode_tokens_total: Count = 0
+    num_prefix_queries_total: Count = 0
+    num_prefix_hits_total: Count = 0
+    num_leases_expired_total: Count = 0
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
     """Sent when the load changed, at most every 50 ms, and at least once a second as a sign of life."""
 
     instance: InstanceId
-    incarnation: str
+    incarnation: Name
     load: InstanceLoad
 
 
 ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
 ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
 
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
@@ -246,7 +259,7 @@ def decode_for_engine(data: bytes) -> ToEngine:
     _check_length(data)
     try:
         return _to_engine.decode(data)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"malformed message to an engine: {error}") from error
 
 
@@ -255,7 +268,7 @@ def decode_for_router(data: bytes) -> ToRouter:
     _check_length(data)
     try:
         return _to_router.decode(data)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"malformed message to the router: {error}") from error
 
 

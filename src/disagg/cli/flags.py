@@ -2,7 +2,7 @@
 
 A field ``max_model_len`` becomes ``--max-model-len``, with help text and bounds from its ``Meta``. ``kv_memory_bytes``
 becomes ``--kv-memory`` and takes sizes such as 2GiB; a bool becomes a pair ``--x / --no-x``; a tuple of integers takes
-a list with ranges, 0,1,4-7.
+a list with ranges, 0,1,4-7; a tuple of strings is a flag that may be given several times.
 """
 
 import re
@@ -114,7 +114,10 @@ def _option(field: inspect.Field, variable: str | None) -> Callable[[F], F]:
     kind, description = _unwrap(field.type)
     flag, default = flag_name(field.name), field.default
     arguments: dict[str, Any] = {"help": description[:1].upper() + description[1:] + "."}
-    if isinstance(kind, inspect.BoolType):
+    if isinstance(kind, inspect.VarTupleType) and isinstance(kind.item_type, inspect.StrType):
+        arguments |= {"multiple": True, "metavar": "TEXT"}
+        arguments["help"] += " May be given several times."
+    elif isinstance(kind, inspect.BoolType):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     else:
         arguments["type"] = _parameter_type(field.name, kind)

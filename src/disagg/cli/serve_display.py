@@ -12,6 +12,7 @@ import click
 import disagg
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
+from disagg.base.text import one_line
 from disagg.cli.flags import format_bytes
 from disagg.serve.router.interface import InstanceStatus
 
@@ -38,7 +39,7 @@ class PlainDisplay:
 
     def instance_line(self, instance: InstanceId, line: str) -> None:
         """See ServerObserver."""
-        say(f"[{instance}] {line}")
+        say(f"[{instance}] {one_line(line)}")
 
     def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
         """See ServerObserver."""

@@ -5,7 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from disagg.base.text import one_line
 from disagg.cli.serve_display import PlainDisplay, say
 
 
@@ -32,11 +34,26 @@ class _SayHandler(logging.Handler):
         say(self.format(record))
 
 
+class _Formatter(logging.Formatter):
+    """A line for a message, and indented ones for a traceback: nothing in them can look like another message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines; a traceback that another formatter left in the record does not count."""
+        record.exc_text = None
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return "\n".join("    " + one_line(line) for line in super().formatException(ei).splitlines())
+
+
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
     """Show our messages of at least ``level``, and warnings of libraries."""
     handler = _SayHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     root, ours = logging.getLogger(), logging.getLogger("disagg")
     level_before = ours.level
     root.addHandler(handler)

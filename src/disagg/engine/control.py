@@ -23,11 +23,14 @@ logger = logging.getLogger(__name__)
 class ControlChannel:
     """Messages from and to the router. All methods but ``wake`` belong to the thread that made it."""
 
-    def __init__(self, endpoint: str, instance: InstanceId) -> None:
-        """Connect; the router knows the socket by the instance's name."""
+    def __init__(self, endpoint: str, instance: InstanceId, key: str | None = None) -> None:
+        """Connect; the router knows the socket by the instance's name, and lets it in for the server's key."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, instance.encode())
+        if key is not None:
+            self._socket.setsockopt(zmq.PLAIN_USERNAME, instance.encode())
+            self._socket.setsockopt(zmq.PLAIN_PASSWORD, key.encode())
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_DEADLINE_S * 1000))
         self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -10,20 +10,29 @@ import httpx
 import openai
 import pytest
 import tokenizers
-import uvicorn
+import uvloop
 from api_site import ANSWER, BOS, EOS, Serve, Site, ids_of
 from scripted_router import Script, ScriptedRouter
 
+from disagg.base.config import ServeSettings
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.launch.api_server import make_api_server
+from disagg.serve.launch.descriptors import DescriptorBudget
 
+DEFAULTS = ServeSettings()
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
+    """Run on what servers run on: transports differ in small ways."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +66,18 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
     """Start servers that answer ``ANSWER``, or what ``script`` says; they stop at the end of the test."""
     async with AsyncExitStack() as stack:
 
-        async def start(script: Script | None = None, api_key: str | None = None, **router: Any) -> Site:
+        async def start(
+            script: Script | None = None,
+            api_key: str | None = None,
+            settings: ServeSettings = DEFAULTS,
+            max_connections: int = 1000,
+            **router: Any,
+        ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
-            app = create_app(scripted, served_model, ServerMetrics("tiny"), api_key=api_key)
-            url = await stack.enter_async_context(listening(app))
-            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+            metrics = ServerMetrics("tiny")
+            app = create_app(scripted, served_model, metrics, api_key=api_key, cors_origins=settings.cors_origin)
+            url = await stack.enter_async_context(listening(app, settings, max_connections))
+            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=headers))
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
             return Site(url, scripted, await stack.enter_async_context(client), http)
@@ -70,11 +86,11 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
 
 
 @asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
+async def listening(app: Any, settings: ServeSettings, max_connections: int) -> AsyncIterator[str]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         bound.listen()  # connections wait from now on, however long the server takes to start
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
+        server = make_api_server(app, settings, DescriptorBudget(max_connections, backlog=128))
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         try:
             yield f"http://127.0.0.1:{bound.getsockname()[1]}"

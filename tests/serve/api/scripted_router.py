@@ -13,6 +13,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.serve.router.interface import InstanceStatus, ServedBy
+from disagg.serve.router.start_gate import StartGate
 from disagg.serve.router.stream import LiveStream
 
 MAX_MODEL_LEN = 256
@@ -101,10 +102,16 @@ class ScriptedRouter:
     num_accepted: int = 0
     gate: asyncio.Semaphore | None = None
     live: bool = True
+    instance_wait_s: float = 20.0
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _sequences: list[ScriptedSequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start_gate = StartGate(self.instance_wait_s, max_waiting=3)
+        if self.live:
+            self.start_gate.open()
 
     def submit(self, request: GenerationRequest) -> LiveStream:
         if self.refusal is not None and len(self.requests) >= self.num_accepted:
@@ -115,6 +122,13 @@ class ScriptedRouter:
         sequence.start()
         self._sequences.append(sequence)
         return sequence.stream
+
+    async def wait_started(self) -> None:
+        await self.start_gate.wait()
+
+    def come_alive(self) -> None:
+        self.live = True
+        self.start_gate.open()
 
     def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)

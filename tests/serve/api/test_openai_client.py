@@ -231,8 +231,8 @@ async def test_when_one_of_n_choices_is_refused_none_is_kept(serve: Serve) -> No
 
 
 async def test_without_a_live_instance_there_is_a_503(serve: Serve) -> None:
-    site = await serve(live=False)
-    with pytest.raises(openai.InternalServerError, match="no instance is ready") as caught:
+    site = await serve(live=False, instance_wait_s=0.01)
+    with pytest.raises(openai.InternalServerError, match=r"no instance became ready in 0\.01 s") as caught:
         await site.client.completions.create(model="tiny", prompt="x")
     assert caught.value.status_code == 503
     assert "retry-after" in caught.value.response.headers

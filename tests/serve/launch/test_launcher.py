@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator
 
@@ -25,6 +26,7 @@ from disagg.serve.launch.listening import private_endpoint
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.live import LiveRouter
 
+KEY = "known to the router and its instances"
 P0, D0 = InstanceId("prefill-0"), InstanceId("decode-0")
 
 
@@ -37,11 +39,15 @@ class Cluster:
         self.router = LiveRouter(
             deployment.roles(),
             deployment.router,
-            ZmqControlSocket(endpoint),
+            ZmqControlSocket(endpoint, KEY),
             restarts=RestartSettings(max_quick_deaths=3, first_delay_s=0.01),
         )
         settings = plan_instances(
-            deployment, control_endpoint=endpoint, available_cores=os.sched_getaffinity(0), parent_pid=os.getpid()
+            deployment,
+            control_endpoint=endpoint,
+            available_cores=os.sched_getaffinity(0),
+            parent_pid=os.getpid(),
+            control_key=KEY,
         )
         self.launcher = Launcher(
             settings,
@@ -209,6 +215,22 @@ async def test_a_command_that_is_not_there_fails_the_launch(make_cluster):
     cluster = make_cluster(command=("/no/such/program",))
     error = await asyncio.wait_for(cluster.launcher.failed, DEADLINE_S)
     assert "could not be started: No such file" in str(error)
+
+
+async def test_a_lack_of_descriptors_is_no_death_of_an_instance(make_cluster, monkeypatch, caplog):
+    monkeypatch.setattr("disagg.serve.launch.launcher.FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr("disagg.serve.launch.launcher.MAX_RETRY_S", 0.001)
+    cluster = await make_cluster().ready()
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))  # all below are in use
+    try:
+        os.kill(cluster.launcher.pids[P0], signal.SIGKILL)
+        await wait_until(lambda: caplog.text.count("prefill-0 cannot be started now (Too many open files)") > 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    request = cluster.request()
+    assert await cluster.answer(request) == expected_tokens(request)
+    assert [(instance, delay) for instance, _, delay in cluster.memory.lost] == [(P0, 0.0)]
 
 
 async def test_instances_that_do_not_listen_are_killed(make_cluster, monkeypatch):

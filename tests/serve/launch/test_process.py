@@ -1,5 +1,8 @@
 """One child process: what it says and how it ends."""
 
+import errno
+import os
+import resource
 import signal
 import sys
 
@@ -69,3 +72,23 @@ async def test_a_process_that_does_not_read_its_settings_is_no_problem():
 )
 def test_the_end_in_words(ended, words):
     assert ended.describe() == words
+
+
+async def test_no_descriptor_is_lost_to_starts_that_fail_for_want_of_them():
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_lowest_free() + 3, hard))
+    try:
+        for _ in range(10):
+            with pytest.raises(OSError) as caught:
+                await run("pass")
+            assert caught.value.errno == errno.EMFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def _lowest_free() -> int:
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor

@@ -49,7 +49,7 @@ def race_times(numbers: npt.NDArray[np.float64], logprobs: npt.NDArray[np.float6
 
 
 @dataclass(frozen=True, slots=True)
-class Arrivals:
+class TokenArrivals:
     """Some arrivals of each of B keys, see ``arrivals``: float64 [B, n] times, int64 tokens, float64 marks."""
 
     times: npt.NDArray[np.float64]
@@ -59,7 +59,7 @@ class Arrivals:
 
 def arrivals(
     keys: npt.NDArray[np.uint64], vocab_size: int, bound: float, since: npt.NDArray[np.float64], first: int, count: int
-) -> Arrivals:
+) -> TokenArrivals:
     """Return arrivals ``first`` to ``first + count`` of each key; ``since`` [B] is when the one before came, or 0.
 
     Each token has a Poisson process of rate ``bound``. Of a token with probability p <= bound, arrivals with
@@ -73,7 +73,7 @@ def arrivals(
     bits = _bits(keys[:, None], numbers - 1)
     tokens = ((bits >> np.uint64(32)) * np.uint64(vocab_size)) >> np.uint64(32)
     marks = ((bits & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * 2.0**-32
-    return Arrivals(gaps.cumsum(axis=1), tokens.astype(np.int64), marks)
+    return TokenArrivals(gaps.cumsum(axis=1), tokens.astype(np.int64), marks)
 
 
 def num_arrivals(vocab_size: int, bound: float) -> int:

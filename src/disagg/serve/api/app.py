@@ -1,17 +1,20 @@
 """The application: routes, and the handlers that turn errors into responses."""
 
 import logging
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ExceptionHandler
+from starlette.types import ASGIApp, ExceptionHandler
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.errors import DisaggError
+from disagg.base.text import one_line
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.failures import as_disagg_error, error_response, plain_error_response
 from disagg.serve.api.gate import REQUEST_ID_HEADER, Gate
@@ -36,19 +39,31 @@ def create_app(
     metrics: ServerMetrics,
     *,
     api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
     clock: Clock | None = None,
-) -> Starlette:
+) -> ASGIApp:
     """Return the ASGI application over a router.
 
-    With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. ``clock`` must be the
-    one that the router stamps timelines with.
+    With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
+    ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
-    return Starlette(
+    app = Starlette(
         routes=_routes(router, model, accounts),
         middleware=[Middleware(Gate, api_key=api_key)],
         exception_handlers=_exception_handlers(metrics),
+    )
+    if not cors_origins:
+        return app
+    # Around everything: preflights bring no key, and pages may read refusals and faults, too.
+    return CORSMiddleware(
+        app,
+        allow_origins=cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+        expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
     )
 
 
@@ -90,12 +105,13 @@ def _exception_handlers(metrics: ServerMetrics) -> dict[type[Exception], Excepti
         return noted(request, response, error)
 
     async def give_up(request: Request, error: Exception) -> Response:
-        logger.debug("%s %s: the client went away", _request_id(request), request.url.path)
+        logger.debug("%s %s: the client went away", _request_id(request), one_line(request.url.path))
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     def noted(request: Request, response: Response, error: Exception) -> Response:
         metrics.error_shown(response.status_code)
-        logger.info("%s %s refused status=%d: %s", _request_id(request), request.url.path, response.status_code, error)
+        path, why = one_line(request.url.path), one_line(str(error))
+        logger.info("%s %s refused status=%d: %s", _request_id(request), path, response.status_code, why)
         return response
 
     return {DisaggError: refuse, HTTPException: refuse_plainly, ClientDisconnectedError: give_up, Exception: refuse}

@@ -3,7 +3,7 @@
 import hmac
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -30,7 +30,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
-        self._api_key = None if api_key is None else api_key.encode()
+        self._keys = () if api_key is None else _spellings(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -47,7 +47,7 @@ class Gate:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        if self._api_key is None or scope["path"] in OPEN_PATHS or _has_key(headers, self._api_key):
+        if not self._keys or scope["path"] in OPEN_PATHS or _has_key(headers, self._keys):
             await self._app(scope, receive, send_with_id)
             return
         what = "a wrong API key was given" if "authorization" in headers else "no API key was given"
@@ -55,7 +55,17 @@ class Gate:
         await error_response(refusal)(scope, receive, send_with_id)
 
 
-def _has_key(headers: Mapping[str, str], api_key: bytes) -> bool:
+def _spellings(api_key: str) -> tuple[bytes, ...]:
+    """Return the bytes that a client may send for a key: most write UTF-8, some what HTTP once was in, latin-1."""
+    try:
+        return tuple({api_key.encode(), api_key.encode("latin-1")})
+    except UnicodeEncodeError:
+        return (api_key.encode(),)
+
+
+def _has_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> bool:
     """Compare in a time that does not tell how much of the key was right."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key)
+    data = given.strip(" \t").encode("latin-1")  # the bytes as they came
+    same = [hmac.compare_digest(data, key) for key in keys]
+    return scheme.lower() == "bearer" and any(same)

@@ -49,6 +49,7 @@ class GenerationEndpoint:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
 
     async def _read_job(self, receive: Receive, arrival_s: float) -> Job:
+        await self._router.wait_started()  # before the body is read, so that it takes no memory meanwhile
         body = await read_body(receive)
         max_model_len = longest_sequence(self._router)
         if len(body) < LONG_BODY_BYTES:

@@ -9,6 +9,7 @@ from types import TracebackType
 from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError, http_status
 from disagg.base.sampling import FinishReason
+from disagg.base.text import one_line
 from disagg.serve.api.answer import Answer, Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.jobs import Job
@@ -161,5 +162,5 @@ class RequestObserver:
             sum(answer.num_tokens for answer in job.answers),
             self._ttft_s * 1e3,
             (self._clock.now() - self._arrival_s) * 1e3,
-            f" error={self._failure}" if self._failure is not None else "",
+            f" error={one_line(str(self._failure))}" if self._failure is not None else "",
         )

@@ -25,6 +25,9 @@ def check_defaults(defaults: GenerationDefaults, source: str) -> None:
         ) from error
 
 
+_MAX_ID_DIGITS: Final = 20
+
+
 def sampling_params(
     request: CompletionRequest | ChatCompletionRequest,
     max_tokens: int,
@@ -129,8 +132,8 @@ def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[int |
 def _logit_bias(request: GenerationFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
     found = []
     for text, bias in (request.logit_bias or {}).items():
-        if not text.isascii() or not text.isdigit():
-            raise InvalidRequestError(f"'logit_bias' must be keyed by token ids, got {text!r}", "logit_bias")
+        if not text.isascii() or not text.isdigit() or len(text) > _MAX_ID_DIGITS:
+            raise InvalidRequestError(f"'logit_bias' must be keyed by token ids, got {text[:80]!r}", "logit_bias")
         _check_token(int(text), vocab_size, "logit_bias")
         found.append((int(text), bias))
     return tuple(sorted(found))

@@ -63,7 +63,12 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def plan_instances(
-    deployment: Deployment, *, control_endpoint: str, available_cores: Sequence[int], parent_pid: int
+    deployment: Deployment,
+    *,
+    control_endpoint: str,
+    available_cores: Sequence[int],
+    parent_pid: int,
+    control_key: str | None = None,
 ) -> tuple[InstanceSettings, ...]:
     """Return what each instance is told at its start, in the order of ``Deployment.roles``.
 
@@ -78,6 +83,7 @@ def plan_instances(
             instance=name,
             role=role,
             control_endpoint=control_endpoint,
+            control_key=control_key,
             model=deployment.model,
             cache=deployment.cache,
             scheduler=deployment.scheduler,

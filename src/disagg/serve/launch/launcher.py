@@ -1,6 +1,7 @@
 """Runs the instances as child processes of this one: starts them, says when one dies, starts it again, ends them."""
 
 import asyncio
+import errno
 import logging
 import signal
 from collections.abc import Sequence
@@ -21,8 +22,13 @@ STOP_S: Final = 3.0
 """What an instance gets to end after a Stop message, before it is sent SIGTERM."""
 TERMINATE_S: Final = 2.0
 """What it gets after SIGTERM, before it is killed."""
+FIRST_RETRY_S: Final = 0.5
+MAX_RETRY_S: Final = 8.0
+"""How long to wait for what a new process needs and the system lacks; twice as long each time, up to this."""
 CONFIGURATION_STATUS: Final = 2
 """Exit status of an instance whose settings cannot be used; another try would end the same."""
+_LACKING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+"""The system has no descriptors, processes or memory to spare now: nothing that an instance did."""
 
 
 class ProcessListener(Protocol):
@@ -160,16 +166,20 @@ class Launcher:
             delay_s = self._after_death(child, ended)
             if delay_s is None:
                 return
-            try:
-                await asyncio.wait_for(self._stopping.wait(), delay_s)
-            except TimeoutError:
-                logger.debug("starting %s again", name)
+            await self._pause(delay_s)
+            logger.debug("starting %s again", name)
+
+    async def _pause(self, delay_s: float) -> None:
+        """Wait so long, or until the end."""
+        try:
+            await asyncio.wait_for(self._stopping.wait(), delay_s)
+        except TimeoutError:
+            return
 
     async def _live(self, child: _Child) -> Exit:
         """Run one process of the instance to its end."""
-        self._listener.instance_starting(child.settings.instance)  # before its first message can come
         try:
-            child.process = await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
+            child.process = await self._start_process(child)
         except OSError as error:
             return Exit(status=1, fault=f"its process could not be started: {error.strerror}")
         if self._stopping.is_set():
@@ -177,6 +187,20 @@ class Launcher:
         ended = await child.process.wait()
         child.process = None
         return structs.replace(ended, fault=child.fault)
+
+    async def _start_process(self, child: _Child) -> InstanceProcess:
+        """Start a process, if need be once the system has what it needs. Raises OSError when that is not the reason."""
+        name, delay_s = child.settings.instance, FIRST_RETRY_S
+        while True:
+            self._listener.instance_starting(name)  # before its first message can come
+            try:
+                return await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
+            except OSError as error:
+                if error.errno not in _LACKING or self._stopping.is_set():
+                    raise
+                logger.warning("%s cannot be started now (%s): trying again in %g s", name, error.strerror, delay_s)
+            await self._pause(delay_s)
+            delay_s = min(MAX_RETRY_S, 2 * delay_s)
 
     def _after_death(self, child: _Child, ended: Exit) -> float | None:
         """Tell everybody and return the seconds until the next start, or None when there is none."""

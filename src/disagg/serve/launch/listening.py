@@ -12,8 +12,15 @@ from typing import Final
 
 from disagg.base.config import ServeSettings
 from disagg.base.errors import ConfigurationError
+from disagg.serve.launch.descriptors import accept_backlog
 
-_BACKLOG: Final = 2048
+_KEEP_ALIVE: Final = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 15),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 4),
+)
+"""Clients whose host has gone without a word are noticed after two minutes."""
 _PREFIX: Final = "disagg-"
 _LOCK: Final = "lock"
 """A file that the server holds locked for as long as it lives."""
@@ -34,8 +41,10 @@ def listen(settings: ServeSettings) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for option, value in _KEEP_ALIVE:  # connections inherit it
+            bound.setsockopt(*option, value)
         bound.bind(address)
-        bound.listen(_BACKLOG)
+        bound.listen(accept_backlog())
     except OSError as error:
         bound.close()
         raise ConfigurationError(_explain(host, port, error)) from error

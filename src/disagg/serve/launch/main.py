@@ -14,6 +14,7 @@ from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.deployment import Deployment
+from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.listening import listen
 from disagg.serve.launch.server import LiveServer
 from disagg.serve.launch.server_observer import ServerObserver
@@ -26,12 +27,15 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     The port is taken first and the model's files are checked next, so that what is wrong there is said before any
     process is started. Raises a DisaggError when the server cannot start or go on.
     """
+    raise_descriptor_limit()
     with listen(deployment.serve) as bound:
         model = load_served_model(deployment)
         metrics = ServerMetrics(model.name)
 
         def make_app(router: LiveRouter) -> ASGIApp:
-            return create_app(router, model, metrics, api_key=deployment.serve.api_key)
+            return create_app(
+                router, model, metrics, api_key=deployment.serve.api_key, cors_origins=deployment.serve.cors_origin
+            )
 
         server = LiveServer(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

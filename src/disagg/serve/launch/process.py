@@ -22,8 +22,22 @@ _READ_BYTES: Final = 65536
 _LAST_WORDS_S: Final = 1.0
 """How long the error output may stay open after the process ended (something else may have inherited it)."""
 
+_SPAWN_DESCRIPTORS: Final = 12
+"""What starting a process opens for a moment, and more."""
+
 LineListener = Callable[[InstanceId, str], None]
 """Takes one line of an instance's error output."""
+
+
+def _need_descriptors() -> None:
+    """Raise OSError where there are too few: uvloop leaks some, and does not say why, when it fails half-way."""
+    opened: list[int] = []
+    try:
+        while len(opened) < _SPAWN_DESCRIPTORS:
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +85,7 @@ class InstanceProcess:
         cls, settings: InstanceSettings, listener: LineListener, command: Sequence[str] = ENGINE_COMMAND
     ) -> "InstanceProcess":
         """Start a process and hand it its settings. Raises OSError when the system cannot start one."""
+        _need_descriptors()
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,

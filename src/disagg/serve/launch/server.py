@@ -7,18 +7,20 @@ whatever happens in between.
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp
 
 from disagg.base.errors import InternalError
+from disagg.serve.launch.api_server import CLOSE_S, ApiServer, make_api_server
 from disagg.serve.launch.deployment import Deployment, plan_instances
+from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.process import ENGINE_COMMAND
@@ -29,20 +31,8 @@ from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S: Final = 3.0
-"""What connections get to send their last bytes once all requests have ended."""
-
 AppFactory = Callable[[LiveRouter], ASGIApp]
 """Makes the HTTP application of a router."""
-
-
-class ApiServer(uvicorn.Server):
-    """A uvicorn server that leaves the signals to us."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Do nothing: ``LiveServer`` handles the signals of the process."""
-        yield
 
 
 class LiveServer:
@@ -76,17 +66,19 @@ class LiveServer:
         with ExitStack() as resources:
             resources.enter_context(self._handle_signals())
             endpoint = resources.enter_context(private_endpoint())
+            control_key = secrets.token_hex()
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
                 available_cores=sorted(os.sched_getaffinity(0)),
                 parent_pid=os.getpid(),
+                control_key=control_key,
             )
             folder = self._deployment.host.event_log
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
-                ZmqControlSocket(endpoint),
+                ZmqControlSocket(endpoint, control_key),
                 sink=self._sink,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
             )
@@ -97,15 +89,8 @@ class LiveServer:
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""
-        api = ApiServer(
-            uvicorn.Config(
-                self._make_app(self._router),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=int(self._deployment.serve.drain_s + CLOSE_S),
-            )
-        )
+        budget = share_descriptors(len(self._deployment.roles()))
+        api = make_api_server(self._make_app(self._router), self._deployment.serve, budget)
         self._launcher.start()
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")

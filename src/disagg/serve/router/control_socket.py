@@ -12,6 +12,7 @@ import zmq
 from disagg.base.errors import ConfigurationError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import MAX_MESSAGE_BYTES
+from disagg.serve.router.doorkeeper import Doorkeeper
 
 Receiver = Callable[[InstanceId, bytes], None]
 """Takes one message and the instance that it came from. A message that was not one frame arrives empty."""
@@ -39,11 +40,15 @@ class ControlSocket(Protocol):
 class ZmqControlSocket:
     """A ROUTER socket on an event loop, without a task: it is read when its descriptor says so, and after each send.
 
+    With ``key``, only those who have it are heard; without, whoever can open the endpoint.
+
     (A send may swallow the descriptor's signal for a message that arrived meanwhile; ZeroMQ's is edge-triggered.)
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, key: str | None = None) -> None:
         self._endpoint = endpoint
+        self._key = key
+        self._doorkeeper: Doorkeeper | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._descriptor: int | None = None
         self._drain_scheduled = False
@@ -54,6 +59,10 @@ class ZmqControlSocket:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        if self._key is not None:
+            self._doorkeeper = Doorkeeper(self._context, self._key)
+            self._socket.setsockopt(zmq.PLAIN_SERVER, 1)
+            self._socket.setsockopt(zmq.ZAP_DOMAIN, b"control")
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
@@ -90,6 +99,8 @@ class ZmqControlSocket:
         if self._descriptor is not None:
             self._loop.remove_reader(self._descriptor)
         self._socket.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
         self._context.term()
         self._context = None
 

@@ -67,6 +67,12 @@ class Router(Protocol):
     def submit(self, request: GenerationRequest) -> SequenceStream:
         """Queue one sequence; raise OverloadedError when the bound is reached, UnavailableError when nobody serves."""
 
+    async def wait_started(self) -> None:
+        """Return once requests can be served for the first time, or the server ends.
+
+        Raises UnavailableError after ``instance_wait_s``, OverloadedError when too many wait already.
+        """
+
     def abort(self, request_id: RequestId) -> None:
         """Forget a sequence in whatever state it is; unknown or finished ids are ignored."""
 

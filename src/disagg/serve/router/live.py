@@ -14,7 +14,7 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Loading, StepOutput, Stop, decode_for_router, encode
+from disagg.base.messages import Loading, Ready, StepOutput, Stop, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited, ProcessStarting
@@ -24,6 +24,7 @@ from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink, RouterSink
+from disagg.serve.router.start_gate import StartGate
 from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import InstanceWatcher
 
@@ -64,6 +65,7 @@ class LiveRouter:
             sink=sink or NullSink(),
             event_log=None if event_log is None else EventLog(event_log, header),
         )
+        self._start_gate = StartGate(settings.instance_wait_s, settings.max_queued_requests)
         self._stopping = False
 
     # For the API ----------------------------------------------------------------------------------------------
@@ -73,6 +75,10 @@ class LiveRouter:
         if self._stopping:
             raise UnavailableError("the server is stopping")
         return self._shell.submit(request)
+
+    async def wait_started(self) -> None:
+        """See Router."""
+        await self._start_gate.wait()
 
     def abort(self, request_id: RequestId) -> None:
         """See Router."""
@@ -97,6 +103,7 @@ class LiveRouter:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new sequences and wait for those under way; return False when some had to be failed."""
         self._stopping = True
+        self._start_gate.open()
         try:
             await asyncio.wait_for(self._shell.wait_until_idle(), timeout_s)
         except TimeoutError:
@@ -117,6 +124,7 @@ class LiveRouter:
     def close(self) -> None:
         """Fail what is under way, and stop to listen. May be called twice."""
         self._stopping = True
+        self._start_gate.open()
         self._shell.cancel_all(UnavailableError("the server has stopped"))
         self._shell.close()
         self._socket.close()
@@ -153,6 +161,8 @@ class LiveRouter:
         self._shell.feed(InstanceSaid(instance=instance, message=message))
         if isinstance(message, Loading):
             self._shell.watcher.instance_loading(instance, message.stage, message.fraction)
+        elif isinstance(message, Ready) and self._core.can_serve():
+            self._start_gate.open()
 
 
 def _status(member: Member) -> InstanceStatus:
