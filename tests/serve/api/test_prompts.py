@@ -19,12 +19,12 @@ USER = {"role": "user", "content": "Hi"}
 def rendered(model: ServedModel, messages: list[dict[str, Any]], **fields: Any) -> str:
     body = json.dumps({"messages": messages, **fields}).encode()
     request = decode_body(body, ChatCompletionRequest)
-    return model.tokenizer.decode(chat_prompt(request.messages, request, model).token_ids, skip_special_tokens=False)
+    return model.tokenizer.decode(chat_prompt(request, model, 10_000).token_ids, skip_special_tokens=False)
 
 
-def prompts(model: ServedModel, prompt: Any, **fields: Any) -> list[tuple[int, ...]]:
+def prompts(model: ServedModel, prompt: Any, max_model_len: int = 10_000, **fields: Any) -> list[tuple[int, ...]]:
     request = decode_body(json.dumps({"prompt": prompt, **fields}).encode(), CompletionRequest)
-    return [one.token_ids for one in completion_prompts(request, model)]
+    return [one.token_ids for one in completion_prompts(request, model, max_model_len)]
 
 
 def test_prompts_come_as_text_token_ids_or_lists_of_either(served_model: ServedModel) -> None:

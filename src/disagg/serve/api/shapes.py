@@ -40,6 +40,9 @@ class Heading:
 class Shape(Protocol):
     """How one request's deltas become JSON."""
 
+    def shows(self, delta: Delta) -> bool:
+        """Return whether a delta gets an event."""
+
     def openings(self, usage: ShownUsage) -> list[Completion]:
         """Return the events that come before the first delta."""
 
@@ -66,6 +69,10 @@ class CompletionShape:
         self._echoes = [self._echo(prompt) for prompt in prompts] if request.echo else [""] * len(prompts)
         self._is_open = [False] * len(prompts)
         self._shows_answer = request.most_tokens != 0
+
+    def shows(self, delta: Delta) -> bool:
+        """See Shape."""
+        return _shows(delta, self._request)
 
     def openings(self, usage: ShownUsage) -> list[Completion]:
         """Return nothing: completions open with their first text."""
@@ -147,12 +154,18 @@ class ChatShape:
         self._tokenizer = tokenizer
         self._prompt = prompt
 
+    def shows(self, delta: Delta) -> bool:
+        """See Shape."""
+        return _shows(delta, self._request)
+
     def openings(self, usage: ShownUsage) -> list[Completion]:
-        """Return one event for each choice, saying whose words follow."""
-        return [
-            Completion(*self._chunk_heading, [ChatChunkChoice(index=index, delta=MessageDelta("", "assistant"))], usage)
+        """Return one event for each choice, saying whose words follow; with the prompt's tokens where asked for."""
+        prompt_token_ids = self._prompt.token_ids if self._request.return_token_ids else UNSET
+        choices = [
+            ChatChunkChoice(index=index, delta=MessageDelta("", "assistant"), prompt_token_ids=prompt_token_ids)
             for index in range(self._request.n or 1)
         ]
+        return [Completion(*self._chunk_heading, [choice], usage, prompt_token_ids) for choice in choices]
 
     def chunk(self, delta: Delta, usage: ShownUsage) -> Completion:
         """See Shape."""
@@ -185,12 +198,16 @@ class ChatShape:
             )
             for index, parts in enumerate(deltas)
         ]
-        return Completion(*self._heading, choices, usage)
+        return Completion(*self._heading, choices, usage, self._prompt.token_ids if wants_ids else UNSET)
 
     def _shown(self, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
         if not self._request.logprobs:
             return None
         return chat_logprobs(self._tokenizer, positions, self._request.top_logprobs or 0)
+
+
+def _shows(delta: Delta, request: CompletionRequest | ChatCompletionRequest) -> bool:
+    return delta.is_visible or bool(request.return_token_ids and delta.token_ids)
 
 
 def _reason(reason: FinishReason | None) -> str | None:
