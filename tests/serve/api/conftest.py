@@ -18,6 +18,7 @@ from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.served_model import ServedModel
 
 TEMPLATE = (
@@ -57,9 +58,11 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
     """Start servers that answer ``ANSWER``, or what ``script`` says; they stop at the end of the test."""
     async with AsyncExitStack() as stack:
 
-        async def start(script: Script | None = None, api_key: str | None = None, **router: Any) -> Site:
+        async def start(
+            script: Script | None = None, api_key: str | None = None, preparers: Preparers | None = None, **router: Any
+        ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
-            app = create_app(scripted, served_model, ServerMetrics("tiny"), api_key=api_key)
+            app = create_app(scripted, served_model, ServerMetrics("tiny"), preparers=preparers, api_key=api_key)
             url = await stack.enter_async_context(listening(app))
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=headers))

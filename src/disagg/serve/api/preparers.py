@@ -29,7 +29,7 @@ from disagg.serve.api.preparing import (
     Task,
     prepare_completion,
 )
-from disagg.serve.api.preparing_process import ASK, CPU_S, CPU_S_PER_MIB, LARGE_BYTES, REPLY, Failure, perform
+from disagg.serve.api.preparing_process import ASK, CPU_S_PER_MIB, LARGE_BYTES, REPLY, Failure, perform
 from disagg.serve.api.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 NUM_PREPARERS: Final = 2
 SHORT_BODY_BYTES: Final = 16 * 1024
 """Bodies up to here take at most some 10 ms, where no template takes part."""
+CPU_S: Final = 2.0
+"""CPU time that preparing the shortest body may take."""
 WALL_TIME_FACTOR: Final = 3.0
 """Seconds that may pass for each second of CPU time: after them a preparer is stuck in one long instruction."""
 START_S: Final = 60.0
@@ -99,8 +101,8 @@ class Preparation:
 class Preparers:
     """The processes, within ``with``. At least one of them is kept free of long bodies."""
 
-    def __init__(self, model: ServedModel, count: int = NUM_PREPARERS) -> None:
-        self._count = count
+    def __init__(self, model: ServedModel, count: int = NUM_PREPARERS, cpu_s: float = CPU_S) -> None:
+        self._cpu_s = cpu_s
         self._free = asyncio.Semaphore(count)
         self._free_for_long = asyncio.Semaphore(max(1, count - 1))
         self._num_bytes = 0
@@ -152,8 +154,10 @@ class Preparers:
         is_long = len(body) > SHORT_BODY_BYTES
         async with _in_time(self._free_for_long) if is_long else nullcontext(), _in_time(self._free):
             process = self._idle.pop()
-            if process is None or process.is_gone():
-                process = self._start()
+            if process is not None and process.is_gone():
+                self._end(process)
+                process = None
+            process = process or self._start()
             if process is None:
                 self._idle.insert(0, None)
                 raise UnavailableError("no process can be started to prepare this request: try again later")
@@ -169,7 +173,7 @@ class Preparers:
     def _start(self) -> "_Process | None":
         self._ended = [process for process in self._ended if not process.is_gone()]
         try:
-            return _Process(self._model)
+            return _Process(self._model, self._cpu_s)
         except OSError as error:
             logger.error("cannot start a process that prepares requests: %s", error)
             return None
@@ -182,7 +186,8 @@ class Preparers:
 class _Process:
     """One preparer and the socket to it. It takes one task at a time."""
 
-    def __init__(self, model_descriptor: int) -> None:
+    def __init__(self, model_descriptor: int, cpu_s: float) -> None:
+        self._cpu_s = cpu_s
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._is_ready = False
@@ -190,7 +195,7 @@ class _Process:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "disagg.serve.api.preparing_process"),
-                    *(str(theirs.fileno()), str(model_descriptor), str(os.getpid())),
+                    *(str(theirs.fileno()), str(model_descriptor), str(os.getpid()), str(cpu_s)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -208,7 +213,7 @@ class _Process:
     async def ask(self, task: Task, body: bytes, max_model_len: int | None) -> tuple[bool, bytes]:
         """Return whether the task went well, and what came of it. After an exception it can only be killed."""
         loop = asyncio.get_running_loop()
-        limit_s = WALL_TIME_FACTOR * (CPU_S + CPU_S_PER_MIB * len(body) / (1 << 20))
+        limit_s = WALL_TIME_FACTOR * (self._cpu_s + CPU_S_PER_MIB * len(body) / (1 << 20))
         try:
             if not self._is_ready:
                 async with asyncio.timeout(START_S):

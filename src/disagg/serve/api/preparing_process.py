@@ -29,9 +29,8 @@ ASK: Final = struct.Struct("<BQQ")
 REPLY: Final = struct.Struct("<?Q")
 """Whether it went well, bytes of the result or ``Failure`` that follows."""
 
-CPU_S: Final = 2.0
 CPU_S_PER_MIB: Final = 4.0
-"""A tokenizer was measured to take 0.5 s for a MiB."""
+"""CPU time for a body's length. A tokenizer was measured to take 0.5 s for a MiB."""
 LARGE_BYTES: Final = 1 << 20
 _MEMORY_BYTES: Final = 3 << 30
 """What one body may take beside the model. The tokenizer was measured to take 110 bytes for each of a text."""
@@ -51,8 +50,13 @@ class _OvertimeError(Exception):
 
 
 def main() -> None:
-    """Serve the socket whose number is the first argument until its other end closes."""
-    descriptor, model_descriptor, parent_pid = map(int, sys.argv[1:])
+    """Serve a socket until its other end closes.
+
+    The arguments are its number, the number of the file that holds the model, the parent's process id, and the seconds
+    of CPU time for the shortest body.
+    """
+    *numbers, cpu_s = sys.argv[1:]
+    descriptor, model_descriptor, parent_pid = map(int, numbers)
     if not end_with_parent(parent_pid):
         return
     signal.signal(signal.SIGPROF, _stop)
@@ -64,15 +68,15 @@ def main() -> None:
         connection.sendall(REPLY.pack(True, 0))
         while header := _read(connection, ASK.size):
             task, max_model_len, size = ASK.unpack(header)
-            went_well, result = _answer(Task(task), _read(connection, size), model, max_model_len or None)
+            limit_s = float(cpu_s) + CPU_S_PER_MIB * size / (1 << 20)
+            went_well, result = _answer(Task(task), _read(connection, size), model, max_model_len or None, limit_s)
             connection.sendall(REPLY.pack(went_well, len(result)) + result)
             if size + len(result) > LARGE_BYTES:
                 del result
                 give_back()
 
 
-def _answer(task: Task, body: bytes, model: ServedModel, max_model_len: int | None) -> tuple[bool, bytes]:
-    cpu_s = CPU_S + CPU_S_PER_MIB * len(body) / (1 << 20)
+def _answer(task: Task, body: bytes, model: ServedModel, max_model_len: int | None, cpu_s: float) -> tuple[bool, bytes]:
     try:
         with _bounded_time(cpu_s):
             return True, perform(task, body, model, max_model_len)
