@@ -78,6 +78,17 @@ def test_the_final_message_can_be_continued(served_model: ServedModel, begun: st
     assert rendered(served_model, messages, continue_final_message=True) == "<bos>[user]Hi\n[assistant]The riv"
 
 
+@pytest.mark.parametrize("begun", ["", "\n", None, []])
+def test_a_final_message_without_text_can_be_continued(served_model: ServedModel, begun: Any) -> None:
+    messages = [USER, {"role": "assistant", "content": begun}]
+    assert rendered(served_model, messages, continue_final_message=True) == "<bos>[user]Hi\n[assistant]"
+
+
+def test_a_text_that_the_template_itself_writes_can_be_continued(served_model: ServedModel) -> None:
+    messages = [{"role": "assistant", "content": "user"}, {"role": "user", "content": "user"}]
+    assert rendered(served_model, messages, continue_final_message=True) == "<bos>[assistant]user\n[user]user"
+
+
 def test_continuing_excludes_beginning_an_answer(served_model: ServedModel) -> None:
     with pytest.raises(InvalidRequestError, match="exclude each other"):
         rendered(served_model, [USER], continue_final_message=True, add_generation_prompt=True)

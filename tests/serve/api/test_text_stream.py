@@ -111,6 +111,27 @@ def test_characters_are_never_split(text: str, stops: list[str], tokenizer: Toke
     assert shown == reference_cut(text, stops)[0]
 
 
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=12), stop=st.text("ab", min_size=1, max_size=6).map(StopString)
+)
+def test_following_a_stop_string_keeps_the_longest_end_that_begins_it(pieces: list[str], stop: StopString) -> None:
+    matched, text = 0, ""
+    for piece in pieces:
+        matched, end = stop.follow(matched, piece)
+        text += piece
+        if stop.text in text:
+            assert (text[: len(text) - len(piece) + end]).endswith(stop.text)
+            return
+        assert end == -1
+        assert matched == max(n for n in range(len(stop.text)) if text.endswith(stop.text[:n]))
+
+
+def test_stop_strings_cost_time_in_proportion_to_the_text() -> None:
+    # What begins a stop string again and again: looked for end by end, this would take 10^12 comparisons.
+    stop = StopString("a" * 100_000 + "b")
+    assert stop.follow(0, "a" * 300_000 + "b") == (100_001, 300_001)
+
+
 def test_an_answer_that_ends_inside_a_character_says_so(tokenizer: Tokenizer) -> None:
     stream = TextStream(IncrementalDecoder(tokenizer))
     assert [stream.push(byte) for byte in "a€".encode()[:3]] == ["a", "", ""]
