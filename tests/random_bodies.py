@@ -6,6 +6,7 @@ from typing import Any
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 LONG_TEXTS = ("a", " ", "\n", "1", "\u00e9", "\U0001f600", " the", "<|im_start|>", "\t x", "\u0000", "a\u0301")
+MAX_BYTES = 8 << 20
 WRONG: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 0.5, -0.0, 1e-300, 1e300, -1e300, 2**31, 2**63 - 1, 2**64, -(2**63) - 1, 10**40),
     *("", "x", "none", "auto", "1", [], {}, [[]], [None], [1], ["a"], {"a": 1}, {"type": "text"}, [[1], [2]], ["a", 1]),
@@ -17,18 +18,19 @@ UNKNOWN += ("metadata", "store", "modalities", "guided_json", "x", "", "\u00fc",
 class BodyMaker:
     """Makes (path, body) pairs from one seed. ``long_bytes`` bounds the longest texts."""
 
-    def __init__(self, seed: int, long_bytes: int = 200_000) -> None:
+    def __init__(self, seed: int, vocab_size: int, long_bytes: int = 200_000) -> None:
         self._random = random.Random(seed)
+        self._vocab_size = vocab_size
         self._long_bytes = long_bytes
 
     def make(self) -> tuple[str, bytes]:
         """Return the next path and body."""
         path = self._random.choice(PATHS)
         body = self._body(path)
-        for _ in range(self._random.choice((0, 0, 0, 1, 2))):
+        for _ in range(self._random.choice((0, 0, 0, 0, 0, 1, 2))):
             self._spoil(body)
         data = json.dumps(body, ensure_ascii=self._random.random() < 0.5).encode("utf-8", "surrogatepass")
-        return path, self._spoiled(data) if self._random.random() < 0.06 else data
+        return path, self._spoiled(data)[:MAX_BYTES] if self._random.random() < 0.06 else data[:MAX_BYTES]
 
     def _body(self, path: str) -> dict[str, Any]:
         if path == "/detokenize":
@@ -127,7 +129,9 @@ class BodyMaker:
         ]
 
     def _token_id(self) -> int:
-        return self._random.choice((0, 1, 2, 5, 200, self._random.randrange(256), 49_151, 10**6, 2**31 - 1))
+        if self._random.random() < 0.002:
+            return self._random.choice((self._vocab_size, 10**6, 2**31 - 1))
+        return self._random.choice((0, 1, 2, self._vocab_size - 1, self._random.randrange(self._vocab_size)))
 
     def _text(self) -> str:
         kind = self._random.random()

@@ -17,7 +17,7 @@ NUM_BODIES = 300
 async def test_no_body_does_worse_than_a_refusal(
     serve: Serve, served_model: ServedModel, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    maker = BodyMaker(seed)
+    maker = BodyMaker(seed, served_model.vocab_size)
     with Preparers(served_model) as preparers, caplog.at_level(logging.ERROR):
         site = await serve(preparers=preparers)
         lanes = asyncio.Semaphore(4)

@@ -104,7 +104,7 @@ def _shown(data: bytes, path: str) -> str:
     """Return the offending value, cut short, when the path leads to exactly one."""
     try:
         value: Any = msgspec.json.decode(data)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
     for step in _STEP.finditer(path):
         try:
