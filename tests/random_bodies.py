@@ -42,6 +42,8 @@ class BodyMaker:
             )
         shared = self._some(self._sampling())
         shared["max_tokens"] = self._random.choice((1, 1, 2, 3, 4))
+        if not shared.get("stream") and self._random.random() < 0.9:
+            shared.pop("stream_options", None)
         if path == "/v1/completions":
             own = {
                 "logprobs": lambda: self._random.randint(0, 20),
@@ -102,7 +104,7 @@ class BodyMaker:
 
     def _extras(self) -> dict[str, Any]:
         names = ("name", "refusal", "audio", "function_call", "tool_calls", "tool_call_id", "reasoning_content", "new")
-        return {name: self._random.choice((None, None, None, "", [])) for name in names if self._random.random() < 0.1}
+        return {name: self._random.choice((*[None] * 8, "", [])) for name in names if self._random.random() < 0.1}
 
     def _content(self, num_messages: int) -> Any:
         if num_messages > 10:
@@ -138,9 +140,7 @@ class BodyMaker:
         if kind < 0.6:
             return "".join(self._random.choice("aeinrst ,.\n\u00fc\u20ac") for _ in range(self._random.randrange(40)))
         if kind < 0.9:
-            return "".join(
-                chr(self._random.choice((0, 9, 10, 0xFF, 0xD800, 0x2028, 0xFFFD, 0x1F600))) for _ in range(4)
-            )
+            return "".join(chr(self._random.choice((0, 9, 10, 0xFF, 0x2028, 0xFFFD, 0x1F600, 0x301))) for _ in range(4))
         piece = self._random.choice(LONG_TEXTS)
         return piece * (self._random.choice((100, 1000, self._long_bytes)) // len(piece.encode()))
 

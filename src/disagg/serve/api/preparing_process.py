@@ -32,6 +32,7 @@ REPLY: Final = struct.Struct("<?Q")
 CPU_S_PER_MIB: Final = 4.0
 """CPU time for a body's length. A tokenizer was measured to take 0.5 s for a MiB."""
 LARGE_BYTES: Final = 1 << 20
+_AGAIN_S: Final = 0.2
 _MEMORY_BYTES: Final = 3 << 30
 """What one body may take beside the model. The tokenizer was measured to take 110 bytes for each of a text."""
 
@@ -105,8 +106,11 @@ def perform(task: Task, body: bytes, model: ServedModel, max_model_len: int | No
 
 @contextmanager
 def _bounded_time(cpu_s: float) -> Iterator[None]:
-    """Raise _OvertimeError out of Python code of the block once it has used so much CPU time."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    """Raise _OvertimeError out of Python code of the block once it has used so much CPU time.
+
+    And again soon after, since Jinja swallows what is raised while it computes constants.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s, _AGAIN_S)
     try:
         yield
     finally:

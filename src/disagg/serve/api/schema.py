@@ -79,7 +79,7 @@ NEUTRAL_IN_MESSAGES: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
     "function_call": (),
     "tool_calls": ([],),
-    "tool_call_id": (),
+    "tool_call_id": ("",),
     "annotations": ([],),
     "reasoning": ("",),
     "prefix": (False,),
