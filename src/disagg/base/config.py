@@ -151,7 +151,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="name of the model in the API [default: from the model's folder or file]"),
     ] = None
     trust_request_chat_template: Annotated[
-        bool, Meta(description="run chat templates that requests bring: sandboxed programs, not bounded in time")
+        bool, Meta(description="run chat templates that requests bring: sandboxed programs, bounded in time and memory")
     ] = False
     drain_s: Annotated[
         float, Meta(ge=0, description="seconds that running requests get to finish after Ctrl-C or SIGTERM")
