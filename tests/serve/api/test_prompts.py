@@ -107,3 +107,14 @@ def test_template_variables_pass_through(served_model: ServedModel) -> None:
     trusting = replace(served_model, trusts_request_templates=True)
     fields = {"chat_template": "{{ mood }}", "chat_template_kwargs": {"mood": "glad"}}
     assert rendered(trusting, [USER], **fields) == "glad"
+
+
+def test_an_echo_is_prepared_with_the_prompt(served_model: ServedModel) -> None:
+    def echoes(**fields: Any) -> list[str | None]:
+        request = decode_body(json.dumps(fields).encode(), CompletionRequest)
+        return [one.text for one in completion_prompts(request, served_model, 100)]
+
+    assert echoes(prompt=["Hi", "Ho"], echo=True) == ["Hi", "Ho"]
+    assert echoes(prompt=[BOS, 72, 105], echo=True) == ["Hi"]
+    assert echoes(prompt=[BOS, 72, 105], echo=True, skip_special_tokens=False) == ["<bos>Hi"]
+    assert echoes(prompt="Hi") == [None]

@@ -49,11 +49,12 @@ class JobFactory:
         prepared = await self._preparation.completion(body, max_model_len)
         request, prompts = prepared.request, prepared.prompts
         response_id = f"cmpl-{uuid.uuid4().hex}"
+        stops = _stops(request)
         answers: list[Answer] = []
         for prompt in prompts:
             length = completion_length(request, len(prompt.token_ids), max_model_len)
             params = sampling_params(request, length, self._model.vocab_size)
-            answers += self._answers(request, prompt, params, response_id, len(answers), arrival_s)
+            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
             response_id=response_id,
@@ -74,7 +75,7 @@ class JobFactory:
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         return Job(
             response_id=response_id,
-            answers=self._answers(request, prompt, params, response_id, 0, arrival_s),
+            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s),
             shape=ChatShape(request, self._heading(response_id), self._model.tokenizer, prompt),
             num_prompt_tokens=len(prompt.token_ids),
             num_choices=request.n or 1,
@@ -86,12 +87,12 @@ class JobFactory:
         request: CompletionRequest | ChatCompletionRequest,
         prompt: Prompt,
         params: Sequence[SamplingParams],
+        stops: Sequence[StopString],
         response_id: str,
         first: int,
         arrival_s: float,
     ) -> list[Answer]:
         """Return the choices of one prompt, numbered from ``first``."""
-        stops = [StopString(text) for text in stop_strings(request)]
         return [
             Answer(
                 index,
@@ -119,6 +120,10 @@ class JobFactory:
 
     def _heading(self, response_id: str) -> Heading:
         return Heading(response_id, int(time.time()), self._model.name)
+
+
+def _stops(request: CompletionRequest | ChatCompletionRequest) -> list[StopString]:
+    return [StopString(text) for text in stop_strings(request)]
 
 
 def _stream_options(request: CompletionRequest | ChatCompletionRequest) -> StreamOptions | None:

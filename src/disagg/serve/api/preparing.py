@@ -4,6 +4,7 @@ All of it is a function of body and model, so that it can be done in any process
 """
 
 import enum
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,7 @@ from disagg.serve.api.schema import (
 )
 from disagg.serve.api.served_model import ServedModel
 
+_MAX_NAME: Final = 200
 _NO_MESSAGES = [ChatMessage(role="")]
 
 
@@ -96,7 +98,7 @@ def detokenize(body: bytes, model: ServedModel, max_model_len: int | None) -> De
 def check_model(name: str | None, model: ServedModel) -> None:
     """Raise ModelNotFoundError for a name that is not served; no name means the model that is."""
     if name is not None and name != model.name:
-        raise ModelNotFoundError(f"the model '{name}' is not served here, only '{model.name}'")
+        raise ModelNotFoundError(f"the model '{name[:_MAX_NAME]}' is not served here, only '{model.name}'")
 
 
 def _check_prompt_logprobs(num_tokens: int, num_choices: int, num_top: int) -> None:

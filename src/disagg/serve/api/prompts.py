@@ -22,7 +22,7 @@ from disagg.serve.api.served_model import ServedModel
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True):
-    """One prompt. ``text`` is what an echo of one that came as text shows. ``block_hashes`` name its KV blocks."""
+    """One prompt. ``text`` is what an echo shows, where one is asked for. ``block_hashes`` name its KV blocks."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
@@ -39,7 +39,7 @@ def completion_prompts(request: CompletionRequest, model: ServedModel, max_model
         token_ids = [item for item in items if isinstance(item, int)]
         if len(token_ids) != len(items):
             raise _mixed()
-        return [_prompt(token_ids, None, model, max_model_len)]
+        return [_completion_prompt(token_ids, request, model, max_model_len)]
     if len(items) > MAX_PROMPTS:
         raise InvalidRequestError(f"'prompt' has {len(items)} prompts, more than {MAX_PROMPTS}: send fewer", "prompt")
     if (num_sequences := len(items) * (request.n or 1)) > MAX_SEQUENCES:
@@ -58,10 +58,8 @@ def _several_prompts(
     for item in items:
         if isinstance(item, int):
             raise _mixed()
-        text = item if isinstance(item, str) else None
-        token_ids = item if isinstance(item, list) else _tokens(item, request, model, max_model_len)
-        prompts.append(_prompt(token_ids, text if request.echo else None, model, max_model_len))
-        num_tokens += len(token_ids)
+        prompts.append(_completion_prompt(item, request, model, max_model_len))
+        num_tokens += len(prompts[-1].token_ids)
         if num_tokens > max(MAX_TOKENS_OF_ALL_PROMPTS, max_model_len):
             raise InvalidRequestError(
                 f"the prompts have more than {MAX_TOKENS_OF_ALL_PROMPTS} tokens in all: send fewer at once", "prompt"
@@ -69,9 +67,18 @@ def _several_prompts(
     return prompts
 
 
-def _tokens(text: str, request: CompletionRequest, model: ServedModel, max_model_len: int) -> list[int]:
-    check_bytes(text, "prompt", model, max_model_len)
-    return model.tokenizer.encode(text, add_special_tokens=request.add_special_tokens is not False)
+def _completion_prompt(
+    given: str | list[int], request: CompletionRequest, model: ServedModel, max_model_len: int
+) -> Prompt:
+    if isinstance(given, str):
+        check_bytes(given, "prompt", model, max_model_len)
+        token_ids = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
+        return _prompt(token_ids, given if request.echo else None, model, max_model_len)
+    prompt = _prompt(given, None, model, max_model_len)
+    if not request.echo:
+        return prompt
+    text = model.tokenizer.decode(given, skip_special_tokens=request.skip_special_tokens is not False)
+    return msgspec.structs.replace(prompt, text=text)
 
 
 def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> Prompt:

@@ -66,7 +66,7 @@ class CompletionShape:
         self._heading = (heading.response_id, "text_completion", heading.created, heading.model)
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._echoes = [self._echo(prompt) for prompt in prompts] if request.echo else [""] * len(prompts)
+        self._echoes = [prompt.text or "" for prompt in prompts]
         self._is_open = [False] * len(prompts)
         self._shows_answer = request.most_tokens != 0
 
@@ -133,11 +133,6 @@ class CompletionShape:
                 parts.append(legacy_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, offsets, num_top))
         return text, join_legacy(parts) if parts else None
 
-    def _echo(self, prompt: Prompt) -> str:
-        if prompt.text is not None:
-            return prompt.text
-        return self._tokenizer.decode(prompt.token_ids, self._request.skip_special_tokens is not False)
-
     def _echoed_logprobs(self, delta: Delta, num_top: int) -> CompletionLogprobs:
         prompt = self._prompts[delta.choice]
         offsets = _prompt_offsets(self._tokenizer, prompt.token_ids, len(self._echoes[delta.choice]))
@@ -165,7 +160,9 @@ class ChatShape:
             ChatChunkChoice(index=index, delta=MessageDelta("", "assistant"), prompt_token_ids=prompt_token_ids)
             for index in range(self._request.n or 1)
         ]
-        return [Completion(*self._chunk_heading, [choice], usage, prompt_token_ids) for choice in choices]
+        first, *others = choices
+        opening = Completion(*self._chunk_heading, [first], usage, prompt_token_ids)
+        return [opening, *(Completion(*self._chunk_heading, [choice], usage) for choice in others)]
 
     def chunk(self, delta: Delta, usage: ShownUsage) -> Completion:
         """See Shape."""
