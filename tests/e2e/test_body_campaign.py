@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import httpx
+import psutil
 import pytest
 from server_process import ServerProcess, completion, serving
 
@@ -94,3 +95,35 @@ def test_no_body_ends_or_holds_up_anything() -> None:
         assert not prober.failures
         assert max(prober.waits_s) <= HEALTH_S, sorted(prober.waits_s)[-10:]
         assert completion(server, "Hello", max_tokens=3).usage.completion_tokens > 0
+
+
+LARGE = 15 << 20
+LARGE_BODIES = {
+    "tokenize": ("/tokenize", b'{"prompt": "%s"}' % (b"The quick brown fox. " * (LARGE // 21))),
+    "prompt": ("/v1/completions", b'{"prompt": "%s"}' % (b"The quick brown fox. " * (LARGE // 21))),
+    "one word": ("/v1/completions", b'{"prompt": "%s"}' % (b"a" * LARGE)),
+    "message": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "%s"}]}' % (b" a" * (LARGE // 2))),
+    "token ids": ("/v1/completions", b'{"prompt": [%s 1]}' % (b"1," * (LARGE // 2 - 20))),
+    "prompts": ("/v1/completions", b'{"prompt": [%s ""]}' % (b'"",' * (LARGE // 3 - 20))),
+    "detokenize": ("/detokenize", b'{"tokens": [%s 1]}' % (b"1," * (LARGE // 2 - 20))),
+    "stop strings": ("/v1/completions", b'{"prompt": "x", "stop": ["%s"]}' % (b"a" * LARGE)),
+    "deep": ("/v1/completions", b'{"prompt": "x", "metadata": %s' % (b"[" * LARGE)),
+    "wide": ("/v1/completions", b'{"prompt": "x", %s "n": 1}' % b"".join(b'"%d": null,' % n for n in range(1_000_000))),
+    "messages": ("/v1/chat/completions", b'{"messages": [%s {"role": ""}]}' % (b'{"role": ""},' * (LARGE // 13 - 20))),
+}
+
+
+@pytest.mark.slow
+def test_large_bodies_hold_up_nobody_and_their_memory_goes_back() -> None:
+    with serving(*SETTINGS) as server, httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client:
+        process = psutil.Process(server.process.pid)
+        before = process.memory_info().rss
+        with Prober(server.url) as prober:
+            for name, (path, body) in LARGE_BODIES.items():
+                assert client.post(path, content=body).status_code == (200 if name == "wide" else 400), name
+        assert not prober.failures
+        assert max(prober.waits_s) <= HEALTH_S, sorted(prober.waits_s)[-10:]
+        end = time.monotonic() + DEADLINE_S
+        while process.memory_info().rss > before + (64 << 20):
+            assert time.monotonic() < end, f"{process.memory_info().rss} bytes are held, {before} at the start"
+            time.sleep(0.1)
