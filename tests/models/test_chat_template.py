@@ -67,6 +67,65 @@ def test_every_feature_as_transformers_renders_it(variables: dict[str, Any]) -> 
     assert ChatTemplate(FEATURES, {"bos_token": "<s>"}).render(conversation, variables=variables) == expected[0]
 
 
+def transformers_renders(template: str, messages: list[dict[str, Any]], **settings: Any) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), _ = render_jinja_template([messages], chat_template=template, **settings)
+    return str(text)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRIPPING = CHATML.replace("message.content }}", "message.content | trim }}")
+SKIPPING = CHATML.replace("{{ message.content", "{% if message.content %}say: {% endif %}{{ message.content")
+
+
+@pytest.mark.parametrize("template", [CHATML, STRIPPING, SKIPPING])
+@pytest.mark.parametrize(
+    "begun", ["i", "", "\n", " ", "The riv", "  The riv  ", "im_end", "<|im_end|>", "Hello", "n\n"]
+)
+def test_a_final_message_is_continued_as_transformers_does(template: str, begun: str) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": begun}]
+    expected = transformers_renders(template, messages, continue_final_message=True)
+
+    assert ChatTemplate(template, {}).render_continued(messages) == expected
+
+
+def test_a_final_message_that_is_not_written_cannot_be_continued() -> None:
+    template = ChatTemplate("{% for message in messages[:-1] %}{{ message.content }}{% endfor %}", {})
+
+    with pytest.raises(InvalidRequestError, match="does not write the final message"):
+        template.render_continued(CONVERSATIONS[0])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages | nothing }}",
+        "{{ 1 // 0 }}",
+        "{{ 'a' * 10**15 }}",
+    ],
+)
+def test_whatever_goes_wrong_in_a_template_is_a_bad_request(source: str) -> None:
+    with pytest.raises(InvalidRequestError, match="the chat template refuses"):
+        ChatTemplate(source, {}).render(CONVERSATIONS[0])
+
+
+def test_reading_a_template_computes_nothing() -> None:
+    assert ChatTemplate("{{ 9 ** 9 ** 9 ** 9 }}", {}).available
+
+
+def test_variables_take_the_place_of_no_argument() -> None:
+    variables = {"self": 1, "documents": ["d"], "messages": "m"}
+
+    assert ChatTemplate("{{ documents }}{{ messages | length }}", {}).render([], variables=variables) == "['d']0"
+
+
 def test_the_date_is_available() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render([]).isdigit()
 

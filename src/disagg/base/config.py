@@ -167,7 +167,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = "auto"
     trust_request_chat_template: Annotated[
-        bool, Meta(description="run chat templates that requests bring: sandboxed programs, not bounded in time")
+        bool, Meta(description="run chat templates that requests bring: sandboxed programs, bounded in time and memory")
     ] = False
     keep_alive_s: Annotated[
         float, Meta(gt=0, description="seconds that a connection is kept open for a client's next request")

@@ -15,9 +15,10 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.messages import Loading
+from disagg.base.parent import end_with_parent
 from disagg.engine.allocator import keep_freed_memory
 from disagg.engine.control import ControlChannel
-from disagg.engine.process_setup import end_with_parent, pin_to_cores
+from disagg.engine.process_setup import pin_to_cores
 
 CONFIGURATION_STATUS = 2
 

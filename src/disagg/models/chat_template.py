@@ -18,28 +18,32 @@ from disagg.models.locate import ModelFiles, ModelKind, read_json
 
 _logger = logging.getLogger(__name__)
 
-_TEMPLATE_FAULTS: Final = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template raises when messages are not shaped as it expects."""
+_MARK: Final = "CONTINUE_FINAL_MESSAGE_TAG"
+"""Written behind a final message that is continued. transformers writes the same."""
 
 
 class ChatTemplate:
-    """A model's template, compiled. ``source`` None stands for a model without one: rendering refuses, saying so.
+    """A model's template. ``source`` None stands for a model without one: rendering refuses, saying so.
 
-    ``special_tokens`` (``bos_token`` and so on) are variables of the template.
-    Raises ConfigurationError for a template that does not compile.
+    ``special_tokens`` (``bos_token`` and so on) are variables of the template. Making one reads the source alone: to
+    compile is to compute constants, which takes as long as the template wants, and is left to the first rendering.
+    Raises ConfigurationError for a template that is no Jinja.
     """
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
+        self._compiled: jinja2.Template | None = None
         try:
-            self._template = None if source is None else _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ConfigurationError(f"the model's chat template does not compile: {error}") from error
+            if source is not None:
+                _environment().parse(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ConfigurationError(f"the chat template does not compile: {error}") from error
 
     @property
     def available(self) -> bool:
         """Whether the model has a template at all."""
-        return self._template is not None
+        return self.source is not None
 
     def render(
         self,
@@ -52,22 +56,43 @@ class ChatTemplate:
         """Return the prompt; encode it with ``add_special_tokens=False``, as the template writes them itself.
 
         ``add_generation_prompt`` ends it where the assistant's answer begins. ``variables`` are further names that the
-        template may use, such as Qwen3's ``enable_thinking``.
+        template may use, such as Qwen3's ``enable_thinking``. A template is a program: give it a process of its own
+        where it must not hold up others.
 
         Raises InvalidRequestError when the model has no template, or when the template refuses the messages.
         """
-        if self._template is None:
+        if self.source is None:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions with a prompt written out in full", "messages"
             )
-        names = {**self._special_tokens, **(variables or {})}
+        names = {"documents": None, **self._special_tokens, **(variables or {})}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": tools}
         try:
-            return self._template.render(**names, documents=None)
-        except _TEMPLATE_FAULTS as error:
+            if self._compiled is None:
+                self._compiled = _environment().from_string(self.source)
+            return self._compiled.render(names)
+        except Exception as error:  # whatever goes wrong in there is the template's, or what it was given
+            words = str(error) or type(error).__name__
+            raise InvalidRequestError(f"the chat template refuses these messages: {words}", "messages") from error
+
+    def render_continued(
+        self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] | None = None
+    ) -> str:
+        """Return the prompt up to the end of the final message's text, for an answer that goes on from there.
+
+        The place is marked before rendering, as transformers does: the text may be empty, or occur elsewhere too.
+        Raises as ``render`` does, and where the template does not write the final message.
+        """
+        mark = f"{_MARK} "
+        marked = {**messages[-1], "content": f"{messages[-1]['content']}{mark}"}
+        text = self.render([*messages[:-1], marked], add_generation_prompt=False, variables=variables)
+        end = text.rfind(_MARK)
+        if end < 0:
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
+                "'continue_final_message': the chat template does not write the final message", "messages"
+            )
+        # A template that strips messages has taken the mark's space, and would have taken what stands before the mark.
+        return text[:end] if text.startswith(mark, end) else text[:end].rstrip()
 
 
 def load_chat_template(files: ModelFiles, special_tokens: Mapping[str, str]) -> ChatTemplate:

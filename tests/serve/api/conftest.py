@@ -19,6 +19,7 @@ from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.api_server import make_api_server
 from disagg.serve.launch.descriptors import DescriptorBudget
@@ -71,11 +72,18 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
             api_key: str | None = None,
             settings: ServeSettings = DEFAULTS,
             max_connections: int = 1000,
+            preparers: Preparers | None = None,
             **router: Any,
         ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
-            metrics = ServerMetrics("tiny")
-            app = create_app(scripted, served_model, metrics, api_key=api_key, cors_origins=settings.cors_origin)
+            app = create_app(
+                scripted,
+                served_model,
+                ServerMetrics("tiny"),
+                preparers=preparers,
+                api_key=api_key,
+                cors_origins=settings.cors_origin,
+            )
             url = await stack.enter_async_context(listening(app, settings, max_connections))
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=headers))

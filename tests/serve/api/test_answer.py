@@ -14,7 +14,7 @@ from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
 from disagg.serve.api.answer import Answer, Delta
-from disagg.serve.api.text_stream import TextStream
+from disagg.serve.api.text_stream import StopString, TextStream
 
 
 def make_answer(tokenizer: Tokenizer, stops: Sequence[str] = (), include: bool = False, **sampling: Any) -> Answer:
@@ -24,7 +24,8 @@ def make_answer(tokenizer: Tokenizer, stops: Sequence[str] = (), include: bool =
         prompt_token_ids=(1,),
         sampling=SamplingParams(max_tokens=1000, seed=0, **sampling),
     )
-    return Answer(0, request, TextStream(IncrementalDecoder(tokenizer), stops, include_stop_string=include))
+    wanted = [StopString(stop) for stop in stops]
+    return Answer(0, request, TextStream(IncrementalDecoder(tokenizer), wanted, include_stop_string=include))
 
 
 def make_output(token_ids: Sequence[int], reason: FinishReason | None = None, **fields: Any) -> SequenceOutput:

@@ -1,6 +1,7 @@
 """The official `openai` client against a real HTTP server."""
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -143,6 +144,25 @@ async def test_token_ids_come_when_asked_for(serve: Serve) -> None:
     stream = await site.client.chat.completions.create(**CHAT, max_tokens=3, stream=True, extra_body=extra)
     streamed = [token async for chunk in stream for token in getattr(chunk.choices[0], "token_ids", [])]
     assert streamed == ids_of(ANSWER[:3])
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_every_token_id_comes_though_its_text_is_held_back(serve: Serve, endpoint: str, n: int) -> None:
+    site = await serve()
+    asked = {"prompt": "ab"} if endpoint == "completions" else {"messages": CHAT["messages"]}
+    asked |= {"stream": True, "return_token_ids": True, "max_tokens": 8, "n": n, "stop": [ANSWER[1:20], "ß€"]}
+    response = await site.http.post(f"/v1/{endpoint}", json=asked)
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    prompt = list(site.router.requests[0].prompt_token_ids)
+    for index in range(n):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert [token for choice in own for token in choice.get("token_ids", [])] == ids_of(ANSWER[:8])
+        assert [choice["prompt_token_ids"] for choice in own if "prompt_token_ids" in choice] == [prompt]
+        assert "prompt_token_ids" in own[0]
+    if endpoint == "chat/completions":
+        assert events[0]["prompt_token_ids"] == prompt  # where vLLM has them
 
 
 async def test_sampling_extras_reach_the_engine_under_vllm_names(serve: Serve) -> None:

@@ -57,8 +57,21 @@ def test_a_malformed_body_is_refused(body: bytes, words: str) -> None:
         ({"repetition_penalty": 101}, "'repetition_penalty': expected float <= 100.*got 101", "repetition_penalty"),
         ({"n": 65}, "'n': expected int <= 64, got 65", "n"),
         ({"max_tokens": "many"}, "'max_tokens': expected int.*got \"many\"", "max_tokens"),
+        ({"max_tokens": 10**40}, "'max_tokens': .*got 1", "max_tokens"),
+        ({"max_completion_tokens": 2**63}, "'max_completion_tokens'", "max_completion_tokens"),
+        ({"min_tokens": 2**64}, "'min_tokens'", "min_tokens"),
         ({"seed": 2**63}, "'seed': .*got 9223372036854775808", "seed"),
         ({"stop": ["a"] * 17}, "'stop': expected array of length <= 16", "stop"),
+        ({"stop": "a" * 1001}, "'stop': expected str of length <= 1000", "stop"),
+        ({"stop": ["a", "a" * 1001]}, r"'stop\[1\]': expected str of length <= 1000", "stop"),
+        ({"stop_token_ids": [1] * 257}, "'stop_token_ids': expected array of length <= 256", "stop_token_ids"),
+        ({"tools": [{}], "tool_choice": "auto"}, "'tools' is not supported", "tools"),
+        (
+            {"messages": [{"role": "tool", "tool_call_id": "x"}]},
+            r"unknown parameter 'messages\[0\].tool_call_id'",
+            "messages",
+        ),
+        ({"stream_options": {"foo": 1}}, "unknown parameter 'stream_options.foo'", "stream_options"),
         ({"logit_bias": {"5": 101}}, "expected float <= 100", "logit_bias"),
         ({"stream": "yes"}, "'stream': expected bool.*got \"yes\"", "stream"),
         ({"guidance": 3}, "unknown parameter 'guidance'", "guidance"),
@@ -79,6 +92,40 @@ def test_a_refusal_names_field_value_and_remedy(fields: dict[str, Any], words: s
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_what_never_changes_an_answer_is_taken(name: str) -> None:
     completion(**{name: {"any": ["thing"]}})
+
+
+SENT_FOR_NOTHING: list[dict[str, Any]] = [
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+    {"functions": [{"name": "f"}], "function_call": "none"},
+    {"guidance": None, "reasoning": None, "": None},
+    {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False, "new": None}},
+    {"stream": True, "stream_options": {"include_usage": None}},
+    {"stream": False, "stream_options": None},
+    {"parallel_tool_calls": True, "store": False, "metadata": {}, "service_tier": "auto", "user": "me"},
+    {"modalities": ["text"], "response_format": {"type": "text"}, "verbosity": "medium", "prediction": None},
+    {"logprobs": False, "top_logprobs": 0, "logit_bias": {}, "stop": [], "n": 1, "seed": None, "tool_choice": None},
+    {"audio": None, "web_search_options": None, "functions": None, "function_call": None, "reasoning_effort": None},
+    {"safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h"},
+]
+
+
+@pytest.mark.parametrize("fields", SENT_FOR_NOTHING)
+def test_what_clients_send_for_nothing_is_taken(fields: dict[str, Any]) -> None:
+    (sampling,) = sampling_params(chat(**fields), 4, VOCAB_SIZE)
+    assert sampling.max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_call_id": None, "name": None, "refusal": None, "audio": None, "function_call": None, "tool_calls": None},
+        {"tool_calls": [], "annotations": [], "reasoning_content": None, "reasoning": None, "provider_fields": None},
+        {"refusal": "", "prefix": False},
+    ],
+)
+def test_what_clients_send_for_nothing_in_a_message_is_taken(fields: dict[str, Any]) -> None:
+    (message,) = chat(messages=[MESSAGES[0] | fields]).messages
+    assert (message.role, message.content) == ("user", "Hi")
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
@@ -176,6 +223,17 @@ def test_logit_bias_is_keyed_by_token_ids() -> None:
         sampling_params(completion(logit_bias={"cat": 1}), 16, VOCAB_SIZE)
     with pytest.raises(InvalidRequestError, match="token id 258 is outside the vocabulary of 258"):
         sampling_params(completion(logit_bias={"258": 1}), 16, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("keys", [("1", "01"), ("01", "1"), ("7", "0007")])
+def test_a_token_has_one_bias(keys: tuple[str, str]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"twice, as '{keys[0]}' and '{keys[1]}'"):
+        sampling_params(completion(logit_bias=dict.fromkeys(keys, 5)), 16, VOCAB_SIZE)
+
+
+def test_a_stop_string_alone_may_not_be_empty_either() -> None:
+    with pytest.raises(InvalidRequestError, match="empty string"):
+        stop_strings(completion(stop=""))
 
 
 def test_contradictions_are_refused() -> None:

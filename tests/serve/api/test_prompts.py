@@ -19,12 +19,12 @@ USER = {"role": "user", "content": "Hi"}
 def rendered(model: ServedModel, messages: list[dict[str, Any]], **fields: Any) -> str:
     body = json.dumps({"messages": messages, **fields}).encode()
     request = decode_body(body, ChatCompletionRequest)
-    return model.tokenizer.decode(chat_prompt(request.messages, request, model).token_ids, skip_special_tokens=False)
+    return model.tokenizer.decode(chat_prompt(request, model, 10_000).token_ids, skip_special_tokens=False)
 
 
-def prompts(model: ServedModel, prompt: Any, **fields: Any) -> list[tuple[int, ...]]:
+def prompts(model: ServedModel, prompt: Any, max_model_len: int = 10_000, **fields: Any) -> list[tuple[int, ...]]:
     request = decode_body(json.dumps({"prompt": prompt, **fields}).encode(), CompletionRequest)
-    return [one.token_ids for one in completion_prompts(request, model)]
+    return [one.token_ids for one in completion_prompts(request, model, max_model_len)]
 
 
 def test_prompts_come_as_text_token_ids_or_lists_of_either(served_model: ServedModel) -> None:
@@ -78,6 +78,17 @@ def test_the_final_message_can_be_continued(served_model: ServedModel, begun: st
     assert rendered(served_model, messages, continue_final_message=True) == "<bos>[user]Hi\n[assistant]The riv"
 
 
+@pytest.mark.parametrize("begun", ["", "\n", None, []])
+def test_a_final_message_without_text_can_be_continued(served_model: ServedModel, begun: Any) -> None:
+    messages = [USER, {"role": "assistant", "content": begun}]
+    assert rendered(served_model, messages, continue_final_message=True) == "<bos>[user]Hi\n[assistant]"
+
+
+def test_a_text_that_the_template_itself_writes_can_be_continued(served_model: ServedModel) -> None:
+    messages = [{"role": "assistant", "content": "user"}, {"role": "user", "content": "user"}]
+    assert rendered(served_model, messages, continue_final_message=True) == "<bos>[assistant]user\n[user]user"
+
+
 def test_continuing_excludes_beginning_an_answer(served_model: ServedModel) -> None:
     with pytest.raises(InvalidRequestError, match="exclude each other"):
         rendered(served_model, [USER], continue_final_message=True, add_generation_prompt=True)
@@ -96,3 +107,14 @@ def test_template_variables_pass_through(served_model: ServedModel) -> None:
     trusting = replace(served_model, trusts_request_templates=True)
     fields = {"chat_template": "{{ mood }}", "chat_template_kwargs": {"mood": "glad"}}
     assert rendered(trusting, [USER], **fields) == "glad"
+
+
+def test_an_echo_is_prepared_with_the_prompt(served_model: ServedModel) -> None:
+    def echoes(**fields: Any) -> list[str | None]:
+        request = decode_body(json.dumps(fields).encode(), CompletionRequest)
+        return [one.text for one in completion_prompts(request, served_model, 100)]
+
+    assert echoes(prompt=["Hi", "Ho"], echo=True) == ["Hi", "Ho"]
+    assert echoes(prompt=[BOS, 72, 105], echo=True) == ["Hi"]
+    assert echoes(prompt=[BOS, 72, 105], echo=True, skip_special_tokens=False) == ["<bos>Hi"]
+    assert echoes(prompt="Hi") == [None]

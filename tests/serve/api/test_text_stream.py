@@ -1,12 +1,13 @@
 """Stop strings and whole characters, whatever the tokens' borders."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
-from disagg.serve.api.text_stream import TextStream
+from disagg.serve.api.text_stream import StopString, TextStream
 
 
 class Pieces:
@@ -24,7 +25,8 @@ class Pieces:
 
 def run(pieces: Sequence[str], stops: Sequence[str], include: bool = False) -> tuple[list[str], str | None]:
     """Return what each token shows, and the stop string that ended the answer."""
-    stream = TextStream(Pieces(pieces), stops, include_stop_string=include)  # type: ignore[arg-type]
+    decoder: Any = Pieces(pieces)
+    stream = TextStream(decoder, [StopString(stop) for stop in stops], include_stop_string=include)
     shown = []
     for index in range(len(pieces)):
         shown.append(stream.push(index))
@@ -65,7 +67,8 @@ def test_the_stop_string_that_is_complete_first_counts() -> None:
 
 
 def test_min_tokens_pass_before_stop_strings_count() -> None:
-    stream = TextStream(Pieces(["x", "x"]), ["x"], min_tokens=1)  # type: ignore[arg-type]
+    decoder: Any = Pieces(["x", "x"])
+    stream = TextStream(decoder, [StopString("x")], min_tokens=1)
     assert stream.push(0) == "x"
     assert stream.push(1) == ""
     assert stream.stopped_by == "x"
@@ -85,7 +88,8 @@ def test_any_split_shows_what_the_whole_text_would(pieces: list[str], stops: lis
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_only_what_could_begin_a_stop_string_is_held_back(pieces: list[str], stops: list[str]) -> None:
-    stream = TextStream(Pieces(pieces), stops)  # type: ignore[arg-type]
+    decoder: Any = Pieces(pieces)
+    stream = TextStream(decoder, [StopString(stop) for stop in stops])
     shown = ""
     for index in range(len(pieces)):
         shown += stream.push(index)
@@ -97,7 +101,7 @@ def test_only_what_could_begin_a_stop_string_is_held_back(pieces: list[str], sto
 
 @given(text=st.text(), stops=st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_characters_are_never_split(text: str, stops: list[str], tokenizer: Tokenizer) -> None:
-    stream = TextStream(IncrementalDecoder(tokenizer), stops)
+    stream = TextStream(IncrementalDecoder(tokenizer), [StopString(stop) for stop in stops])
     shown = ""
     for byte in text.encode():
         shown += stream.push(byte)
@@ -105,6 +109,27 @@ def test_characters_are_never_split(text: str, stops: list[str], tokenizer: Toke
             break
     shown += stream.finish()
     assert shown == reference_cut(text, stops)[0]
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=12), stop=st.text("ab", min_size=1, max_size=6).map(StopString)
+)
+def test_following_a_stop_string_keeps_the_longest_end_that_begins_it(pieces: list[str], stop: StopString) -> None:
+    matched, text = 0, ""
+    for piece in pieces:
+        matched, end = stop.follow(matched, piece)
+        text += piece
+        if stop.text in text:
+            assert (text[: len(text) - len(piece) + end]).endswith(stop.text)
+            return
+        assert end == -1
+        assert matched == max(n for n in range(len(stop.text)) if text.endswith(stop.text[:n]))
+
+
+def test_stop_strings_cost_time_in_proportion_to_the_text() -> None:
+    # What begins a stop string again and again: looked for end by end, this would take 10^12 comparisons.
+    stop = StopString("a" * 100_000 + "b")
+    assert stop.follow(0, "a" * 300_000 + "b") == (100_001, 300_001)
 
 
 def test_an_answer_that_ends_inside_a_character_says_so(tokenizer: Tokenizer) -> None:

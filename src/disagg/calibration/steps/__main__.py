@@ -16,9 +16,10 @@ import msgspec
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.parent import end_with_parent
 from disagg.calibration.steps.channel import ScriptedChannel
 from disagg.engine.allocator import keep_freed_memory
-from disagg.engine.process_setup import end_with_parent, pin_to_cores
+from disagg.engine.process_setup import pin_to_cores
 
 CONFIGURATION_STATUS = 2
 

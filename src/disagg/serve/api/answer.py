@@ -27,8 +27,15 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_visible(self) -> bool:
-        """False when the client would learn nothing: the text is held back and nothing else was asked for."""
+        """False when a client that did not ask for token ids would learn nothing: the text is held back."""
         return bool(self.text or self.logprobs or self.prompt_logprobs) or self.finish_reason is not None
+
+    @property
+    def num_logprobs(self) -> int:
+        """Log probabilities of the answer and of the prompt."""
+        if not self.logprobs and not self.prompt_logprobs:
+            return 0
+        return sum(1 + len(position.top) for part in (self.logprobs, self.prompt_logprobs) for position in part)
 
 
 class Answer:

@@ -23,6 +23,7 @@ from disagg.serve.api.jobs import JobFactory
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.observer import Accounts
 from disagg.serve.api.operations import Operations
+from disagg.serve.api.preparers import Preparation, Preparers
 from disagg.serve.api.recent_requests import RecentRequests
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.watching import Watching
@@ -38,6 +39,7 @@ def create_app(
     model: ServedModel,
     metrics: ServerMetrics,
     *,
+    preparers: Preparers | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
     clock: Clock | None = None,
@@ -46,11 +48,12 @@ def create_app(
 
     With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
     ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
+    Without ``preparers``, bodies are prepared by the event loop.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
     app = Starlette(
-        routes=_routes(router, model, accounts),
+        routes=_routes(router, model, Preparation(model, preparers), accounts),
         middleware=[Middleware(Gate, api_key=api_key)],
         exception_handlers=_exception_handlers(metrics),
     )
@@ -67,9 +70,9 @@ def create_app(
     )
 
 
-def _routes(router: Router, model: ServedModel, accounts: Accounts) -> list[Route]:
-    jobs = JobFactory(model)
-    operations = Operations(router, model)
+def _routes(router: Router, model: ServedModel, preparation: Preparation, accounts: Accounts) -> list[Route]:
+    jobs = JobFactory(model, preparation)
+    operations = Operations(router, model, preparation)
     watching = Watching(router, model.name, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)

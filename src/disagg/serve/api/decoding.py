@@ -1,12 +1,13 @@
 """Bodies to requests: every refusal names the field, the value and what would do."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from disagg.base.errors import InvalidRequestError
-from disagg.serve.api.schema import IGNORED, NEUTRAL
+from disagg.serve.api.schema import IGNORED, NEUTRAL, NEUTRAL_IN_MESSAGES, UNUSED_WITH_NONE, ChatMessage, StreamOptions
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -15,6 +16,8 @@ _UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<name>.*?)`")
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<name>.*?)`")
 _STEP: Final = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+|\.\.\.)\]")
 _MAX_SHOWN: Final = 80
+_NULL: Final = msgspec.Raw(b"null")
+_NONE: Final = msgspec.Raw(b'"none"')
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -22,13 +25,13 @@ def decode_body(data: bytes, kind: type[Body]) -> Body:
     """Decode a JSON body by schema.
 
     Raises InvalidRequestError naming field and value; also for a field that is not in the schema, unless it is
-    known never to change an answer or has the value that stands for not using it.
+    known never to change an answer, is null, or has the value that stands for not using it.
     """
     try:
         fields = _fields.decode(data)
         for name in fields.keys() - set(kind.__struct_fields__) - IGNORED:
-            _check_unused(name, fields[name])
-        return msgspec.json.decode(data, type=kind)
+            _check_unused(name, fields)
+        return _decode(data, kind)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), data) from None
     except msgspec.DecodeError as error:
@@ -37,11 +40,41 @@ def decode_body(data: bytes, kind: type[Body]) -> Body:
         raise InvalidRequestError(f"the body cannot be read: {error}") from None
 
 
-def _check_unused(name: str, raw: msgspec.Raw) -> None:
+def _decode(data: bytes, kind: type[Body]) -> Body:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        if not _UNKNOWN.match(str(error)):
+            raise
+        return msgspec.convert(_without_unused(msgspec.json.decode(data)), kind)
+
+
+def _without_unused(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body without the fields inside of its fields that stand for not using them."""
+    messages, options = body.get("messages"), body.get("stream_options")
+    if isinstance(messages, list):
+        known = ChatMessage.__struct_fields__
+        body["messages"] = [_used(message, known, NEUTRAL_IN_MESSAGES) for message in messages]
+    if options is not None:
+        body["stream_options"] = _used(options, StreamOptions.__struct_fields__, {})
+    return body
+
+
+def _used(value: object, known: tuple[str, ...], neutral: Mapping[str, tuple[object, ...]]) -> object:
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: one for name, one in value.items() if name in known or not (one is None or one in neutral.get(name, ()))
+    }
+
+
+def _check_unused(name: str, fields: Mapping[str, msgspec.Raw]) -> None:
+    if fields[name] == _NULL or (name in UNUSED_WITH_NONE and fields.get(UNUSED_WITH_NONE[name]) == _NONE):
+        return
     if name not in NEUTRAL:
         raise InvalidRequestError(f"unknown parameter '{name}': this server does not have it, leave it out", name)
-    value = msgspec.json.decode(raw)
-    if value is None or value in NEUTRAL[name]:
+    value = msgspec.json.decode(fields[name])
+    if value in NEUTRAL[name]:
         return
     remedy = " or ".join(["leave it out", *(f"give {_abridged(neutral)}" for neutral in NEUTRAL[name])])
     raise InvalidRequestError(f"'{name}' is not supported, got {_abridged(value)}: {remedy}", name)

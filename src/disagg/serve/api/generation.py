@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from msgspec import UNSET
@@ -22,11 +22,11 @@ from disagg.serve.router.interface import Router
 
 logger = logging.getLogger(__name__)
 
-MakeJob = Callable[[bytes, float, int], Job]
+MakeJob = Callable[[bytes, float, int], Awaitable[Job]]
 """From a body, its arrival and the longest sequence, in tokens, that the instances take."""
 
-LONG_BODY_BYTES: Final = 16 * 1024
-"""Bodies from here on are decoded and tokenised in a thread, so that no running stream waits for them."""
+MANY_LOGPROBS: Final = 5_000
+"""Answers with more probabilities at once are written in a thread: these take some 10 ms."""
 
 
 class GenerationEndpoint:
@@ -51,10 +51,7 @@ class GenerationEndpoint:
     async def _read_job(self, receive: Receive, arrival_s: float) -> Job:
         await self._router.wait_started()  # before the body is read, so that it takes no memory meanwhile
         body = await read_body(receive)
-        max_model_len = longest_sequence(self._router)
-        if len(body) < LONG_BODY_BYTES:
-            return self._make_job(body, arrival_s, max_model_len)
-        return await asyncio.to_thread(self._make_job, body, arrival_s, max_model_len)
+        return await self._make_job(body, arrival_s, longest_sequence(self._router))
 
     async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
         async with (
@@ -64,7 +61,7 @@ class GenerationEndpoint:
             observer.submitted(running.streams)
             run = Run(job, running, observer)
             if job.stream_options is None:
-                await send_json(send, encode(await run.whole()))
+                await send_json(send, await run.whole())
             else:
                 async with EventStream(send) as events:
                     await run.stream(events)
@@ -80,13 +77,15 @@ class Run:
         self._num_completion = 0
         self._num_cached = 0
 
-    async def whole(self) -> object:
-        """Return the whole answer. Raises what a sequence met."""
+    async def whole(self) -> bytes:
+        """Return the whole answer as JSON. Raises what a sequence met."""
         parts: list[list[Delta]] = [[] for _ in self._job.answers]
         while arrivals := await self._running.take():
             for delta in self._deltas(arrivals):
                 parts[delta.choice].append(delta)
-        return self._job.shape.whole(parts, self._usage())
+        usage = self._usage()
+        num_logprobs = sum(delta.num_logprobs for deltas in parts for delta in deltas)
+        return await _written(num_logprobs, lambda: encode(self._job.shape.whole(parts, usage)))
 
     async def stream(self, events: EventStream) -> None:
         """Send deltas as they come, all that have arrived in one write.
@@ -97,8 +96,11 @@ class Run:
         assert options is not None, "a job that is not streamed"
         try:
             while arrivals := await self._running.take():
-                if data := self._events(arrivals, is_first=not events.started):
-                    await events.write(data)
+                shown = [
+                    (delta, self._shown_usage()) for delta in self._deltas(arrivals) if self._job.shape.shows(delta)
+                ]
+                if shown:
+                    await events.write(await self._events(shown, is_first=not events.started))
             await events.write((event(self._job.shape.closing(self._usage())) if options.include_usage else b"") + DONE)
         except ClientDisconnectedError:
             raise
@@ -110,17 +112,14 @@ class Run:
             await events.write(error_event(failure))
         await events.end()
 
-    def _events(self, arrivals: Iterable[Arrival], *, is_first: bool) -> bytearray:
-        data = bytearray()
-        chunks = [
-            self._job.shape.chunk(delta, self._shown_usage()) for delta in self._deltas(arrivals) if delta.is_visible
-        ]
-        if chunks and is_first:
-            for opening in self._job.shape.openings(self._shown_usage()):
-                data += event(opening)
-        for chunk in chunks:
-            data += event(chunk)
-        return data
+    async def _events(self, shown: Sequence[tuple[Delta, ShownUsage]], *, is_first: bool) -> bytes:
+        openings = self._job.shape.openings(self._shown_usage()) if is_first else []
+
+        def write() -> bytes:
+            chunks = [self._job.shape.chunk(delta, usage) for delta, usage in shown]
+            return b"".join(event(one) for one in (*openings, *chunks))
+
+        return await _written(sum(delta.num_logprobs for delta, _ in shown), write)
 
     def _deltas(self, arrivals: Iterable[Arrival]) -> Iterator[Delta]:
         """Turn outputs into deltas, count them, and end the sequences whose answers are complete."""
@@ -150,6 +149,11 @@ class Run:
         if options.continuous_usage_stats:
             return self._usage()
         return None if options.include_usage else UNSET
+
+
+async def _written(num_logprobs: int, write: Callable[[], bytes]) -> bytes:
+    """Return what ``write`` returns, aside from the event loop where that takes long."""
+    return write() if num_logprobs <= MANY_LOGPROBS else await asyncio.to_thread(write)
 
 
 def longest_sequence(router: Router) -> int:

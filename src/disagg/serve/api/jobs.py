@@ -1,24 +1,23 @@
-"""From a request's body to a job: checked, tokenised, and cut into one sequence for each choice."""
+"""From a prepared request to a job: cut into one sequence for each choice."""
 
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagg.base.block_hash import hash_blocks
-from disagg.base.errors import InvalidRequestError, ModelNotFoundError
+from disagg.base.errors import InvalidRequestError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder
 from disagg.serve.api.answer import Answer
-from disagg.serve.api.decoding import decode_body
-from disagg.serve.api.prompts import Prompt, chat_prompt, completion_prompts
+from disagg.serve.api.preparers import Preparation
+from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
 from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.shapes import ChatShape, CompletionShape, Heading, Shape
-from disagg.serve.api.text_stream import TextStream
+from disagg.serve.api.text_stream import StopString, TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +38,23 @@ class Job:
 
 
 class JobFactory:
-    """Makes jobs for one model. Pure but for the seed, the id and the date: may run in any thread."""
+    """Makes jobs for one model."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, preparation: Preparation) -> None:
         self._model = model
+        self._preparation = preparation
 
-    def completion(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+    async def completion(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
         """Make the job of a ``/v1/completions`` body. Raises InvalidRequestError and ModelNotFoundError."""
-        request = decode_body(body, CompletionRequest)
-        check_model(request.model, self._model)
-        prompts = completion_prompts(request, self._model)
+        prepared = await self._preparation.completion(body, max_model_len)
+        request, prompts = prepared.request, prepared.prompts
         response_id = f"cmpl-{uuid.uuid4().hex}"
+        stops = _stops(request)
         answers: list[Answer] = []
         for prompt in prompts:
             length = completion_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
             params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
-            answers += self._answers(request, prompt, params, response_id, len(answers), arrival_s)
+            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
             response_id=response_id,
@@ -66,17 +66,16 @@ class JobFactory:
             counts_answer=request.most_tokens != 0,
         )
 
-    def chat(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+    async def chat(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
         """Make the job of a ``/v1/chat/completions`` body. Raises as ``completion`` does."""
-        request = decode_body(body, ChatCompletionRequest)
-        check_model(request.model, self._model)
-        prompt = chat_prompt(request.messages, request, self._model)
+        prepared = await self._preparation.chat(body, max_model_len)
+        request, prompt = prepared.request, prepared.prompt
         length = chat_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
         params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         return Job(
             response_id=response_id,
-            answers=self._answers(request, prompt, params, response_id, 0, arrival_s),
+            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s),
             shape=ChatShape(request, self._heading(response_id), self._model.tokenizer, prompt),
             num_prompt_tokens=len(prompt.token_ids),
             num_choices=request.n or 1,
@@ -88,13 +87,12 @@ class JobFactory:
         request: CompletionRequest | ChatCompletionRequest,
         prompt: Prompt,
         params: Sequence[SamplingParams],
+        stops: Sequence[StopString],
         response_id: str,
         first: int,
         arrival_s: float,
     ) -> list[Answer]:
         """Return the choices of one prompt, numbered from ``first``."""
-        stops = stop_strings(request)
-        hashes = hash_blocks(prompt.token_ids, self._model.block_size)
         return [
             Answer(
                 index,
@@ -104,7 +102,7 @@ class JobFactory:
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
                     eos_token_ids=self._model.eos_token_ids,
-                    block_hashes=hashes,
+                    block_hashes=prompt.block_hashes,
                     priority=request.priority or 0,
                     arrival_s=arrival_s,
                 ),
@@ -124,10 +122,8 @@ class JobFactory:
         return Heading(response_id, int(time.time()), self._model.name)
 
 
-def check_model(name: str | None, model: ServedModel) -> None:
-    """Raise ModelNotFoundError for a name that is not served; no name means the model that is."""
-    if name is not None and name != model.name:
-        raise ModelNotFoundError(f"the model '{name}' is not served here, only '{model.name}'")
+def _stops(request: CompletionRequest | ChatCompletionRequest) -> list[StopString]:
+    return [StopString(text) for text in stop_strings(request)]
 
 
 def _stream_options(request: CompletionRequest | ChatCompletionRequest) -> StreamOptions | None:

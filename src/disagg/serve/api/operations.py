@@ -4,14 +4,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import disagg
-from disagg.base.errors import InvalidRequestError, UnavailableError
-from disagg.serve.api.decoding import decode_body
+from disagg.base.errors import UnavailableError
 from disagg.serve.api.generation import longest_sequence
 from disagg.serve.api.http import read_body
-from disagg.serve.api.jobs import check_model
-from disagg.serve.api.prompts import tokenize_prompt
-from disagg.serve.api.responses import Detokenized, ModelCard, ModelList, Tokenized, json_response
-from disagg.serve.api.schema import DetokenizeRequest, TokenizeRequest
+from disagg.serve.api.preparers import Preparation
+from disagg.serve.api.preparing import check_model
+from disagg.serve.api.responses import ModelCard, ModelList, json_response
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.status import readiness
 from disagg.serve.router.interface import Router
@@ -20,9 +18,10 @@ from disagg.serve.router.interface import Router
 class Operations:
     """Handlers of what neither generates nor watches."""
 
-    def __init__(self, router: Router, model: ServedModel) -> None:
+    def __init__(self, router: Router, model: ServedModel, preparation: Preparation) -> None:
         self._router = router
         self._model = model
+        self._preparation = preparation
 
     async def models(self, _: Request) -> Response:
         """List the one model that is served."""
@@ -35,22 +34,13 @@ class Operations:
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a prompt or a chat."""
-        body = decode_body(await read_body(request.receive), TokenizeRequest)
-        check_model(body.model, self._model)
-        tokens = tokenize_prompt(body, self._model)
-        texts = [self._model.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-        return json_response(Tokenized(len(tokens), self._max_model_len(), tokens, texts))
+        body = await read_body(request.receive)
+        return _json(await self._preparation.tokenize(body, self._max_model_len()))
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
-        body = decode_body(await read_body(request.receive), DetokenizeRequest)
-        check_model(body.model, self._model)
-        largest = max(body.tokens, default=0)
-        if largest >= self._model.vocab_size:
-            raise InvalidRequestError(
-                f"'tokens': token id {largest} is outside the vocabulary of {self._model.vocab_size}", "tokens"
-            )
-        return json_response(Detokenized(self._model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+        body = await read_body(request.receive)
+        return _json(await self._preparation.detokenize(body, self._max_model_len()))
 
     async def health(self, _: Request) -> Response:
         """Answer while the server lives, whatever its instances do."""
@@ -73,3 +63,7 @@ class Operations:
             return longest_sequence(self._router)
         except UnavailableError:
             return None
+
+
+def _json(encoded: bytes) -> Response:
+    return Response(encoded, media_type="application/json")

@@ -1,23 +1,35 @@
 """What a client asks about, as token ids: texts, token ids, chats."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from disagg.base.errors import ConfigurationError, InvalidRequestError
+import msgspec
+
+from disagg.base.block_hash import hash_blocks
+from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
+from disagg.base.ids import BlockHash
 from disagg.models.chat_template import ChatTemplate
-from disagg.serve.api.schema import MAX_PROMPTS, ChatCompletionRequest, ChatMessage, CompletionRequest, TokenizeRequest
+from disagg.serve.api.sampling import check_fits
+from disagg.serve.api.schema import (
+    MAX_PROMPTS,
+    MAX_SEQUENCES,
+    MAX_TOKENS_OF_ALL_PROMPTS,
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    TokenizeRequest,
+)
 from disagg.serve.api.served_model import ServedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt. ``text`` is known where it came as text, and is then what an echo shows."""
+class Prompt(msgspec.Struct, frozen=True, array_like=True):
+    """One prompt. ``text`` is what an echo shows, where one is asked for. ``block_hashes`` name its KV blocks."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    block_hashes: tuple[BlockHash, ...] = ()
 
 
-def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
+def completion_prompts(request: CompletionRequest, model: ServedModel, max_model_len: int) -> list[Prompt]:
     """Return each prompt of a completion request."""
     given = request.prompt
     items: Sequence[str | int | list[int]] = [given] if isinstance(given, str) else given
@@ -27,43 +39,102 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[P
         token_ids = [item for item in items if isinstance(item, int)]
         if len(token_ids) != len(items):
             raise _mixed()
-        return [Prompt(_checked(token_ids, model))]
+        return [_completion_prompt(token_ids, request, model, max_model_len)]
     if len(items) > MAX_PROMPTS:
         raise InvalidRequestError(f"'prompt' has {len(items)} prompts, more than {MAX_PROMPTS}: send fewer", "prompt")
-    return [_one_prompt(item, request.add_special_tokens is not False, model) for item in items]
+    if (num_sequences := len(items) * (request.n or 1)) > MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"{len(items)} prompts of {request.n} choices are {num_sequences} sequences, more than {MAX_SEQUENCES}: "
+            "send fewer prompts, or ask for fewer choices",
+            "n",
+        )
+    return _several_prompts(items, request, model, max_model_len)
 
 
-def chat_prompt(
-    messages: Sequence[ChatMessage], fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel
+def _several_prompts(
+    items: Sequence[str | int | list[int]], request: CompletionRequest, model: ServedModel, max_model_len: int
+) -> list[Prompt]:
+    prompts, num_tokens = [], 0
+    for item in items:
+        if isinstance(item, int):
+            raise _mixed()
+        prompts.append(_completion_prompt(item, request, model, max_model_len))
+        num_tokens += len(prompts[-1].token_ids)
+        if num_tokens > max(MAX_TOKENS_OF_ALL_PROMPTS, max_model_len):
+            raise InvalidRequestError(
+                f"the prompts have more than {MAX_TOKENS_OF_ALL_PROMPTS} tokens in all: send fewer at once", "prompt"
+            )
+    return prompts
+
+
+def _completion_prompt(
+    given: str | list[int], request: CompletionRequest, model: ServedModel, max_model_len: int
 ) -> Prompt:
+    if isinstance(given, str):
+        check_bytes(given, "prompt", model, max_model_len)
+        token_ids = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
+        return _prompt(token_ids, given if request.echo else None, model, max_model_len)
+    prompt = _prompt(given, None, model, max_model_len)
+    if not request.echo:
+        return prompt
+    text = model.tokenizer.decode(given, skip_special_tokens=request.skip_special_tokens is not False)
+    return msgspec.structs.replace(prompt, text=text)
+
+
+def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> Prompt:
     """Return a chat as the model's template writes it."""
-    text = _render(messages, fields, model)
-    return Prompt(_checked(model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens)), model))
+    return _prompt(_chat_tokens(request.messages, request, model, max_model_len), None, model, max_model_len)
 
 
-def tokenize_prompt(request: TokenizeRequest, model: ServedModel) -> list[int]:
+def tokenize_prompt(request: TokenizeRequest, model: ServedModel, max_model_len: int | None) -> list[int]:
     """Return the token ids that a prompt or a chat would have."""
     if request.messages is not None and request.prompt is None:
-        return list(chat_prompt(request.messages, request, model).token_ids)
+        return _checked(_chat_tokens(request.messages, request, model, max_model_len), model)
     if request.prompt is None or request.messages is not None:
         raise InvalidRequestError("give either 'prompt' or 'messages'", "prompt")
+    check_bytes(request.prompt, "prompt", model, max_model_len)
     return model.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+
+
+def check_bytes(text: str, param: str, model: ServedModel, max_model_len: int | None) -> None:
+    """Raise ContextLengthError for a text that cannot fit, whatever its tokens: before the work of finding them."""
+    if max_model_len is None or 4 * len(text) <= max_model_len:
+        return
+    num_bytes, longest = len(text.encode("utf-8", "surrogatepass")), model.tokenizer.max_token_bytes
+    if num_bytes > max_model_len * longest:
+        raise ContextLengthError(
+            f"'{param}' has {num_bytes} bytes, but this model's maximum context length is {max_model_len} tokens of at "
+            f"most {longest} bytes, {max_model_len * longest} bytes in all: shorten it",
+            param,
+        )
+
+
+def _chat_tokens(
+    messages: Sequence[ChatMessage],
+    fields: ChatCompletionRequest | TokenizeRequest,
+    model: ServedModel,
+    max_model_len: int | None,
+) -> list[int]:
+    text = _render(messages, fields, model)
+    check_bytes(text, "messages", model, max_model_len)
+    return model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens))
 
 
 def _render(
     messages: Sequence[ChatMessage], fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel
 ) -> str:
-    continued = bool(fields.continue_final_message)
-    if continued and fields.add_generation_prompt:
+    if fields.continue_final_message and fields.add_generation_prompt:
         raise InvalidRequestError(
             "'continue_final_message' and 'add_generation_prompt' exclude each other: give one of them",
             "continue_final_message",
         )
     template = model.chat_template if fields.chat_template is None else _own_template(fields.chat_template, model)
     plain = [_plain(message, index) for index, message in enumerate(messages)]
-    begins_answer = fields.add_generation_prompt is not False and not continued
-    text = template.render(plain, add_generation_prompt=begins_answer, variables=fields.chat_template_kwargs)
-    return _cut_after(text, plain[-1]["content"]) if continued else text
+    variables = fields.chat_template_kwargs
+    if fields.continue_final_message:
+        return template.render_continued(plain, variables=variables)
+    begins_answer = fields.add_generation_prompt is not False
+    return template.render(plain, add_generation_prompt=begins_answer, variables=variables)
 
 
 def _own_template(source: str, model: ServedModel) -> ChatTemplate:
@@ -102,29 +173,16 @@ def _text(message: ChatMessage, index: int) -> str:
     return "\n".join(texts)
 
 
-def _cut_after(text: str, final: str) -> str:
-    """Drop what the template wrote after the final message, as transformers does; it may have stripped that."""
-    start = text.rfind(final.strip())
-    if start < 0 or not final.strip():
-        raise InvalidRequestError("'continue_final_message': the chat template does not show the message", "messages")
-    whole = final.lstrip()
-    return text[: start + len(whole if text.startswith(whole, start) else final.strip())]
-
-
-def _one_prompt(item: str | int | list[int], add_special_tokens: bool, model: ServedModel) -> Prompt:
-    if isinstance(item, str):
-        token_ids = model.tokenizer.encode(item, add_special_tokens=add_special_tokens)
-        return Prompt(_checked(token_ids, model), item)
-    if isinstance(item, int):
-        raise _mixed()
-    return Prompt(_checked(item, model))
+def _prompt(token_ids: list[int], text: str | None, model: ServedModel, max_model_len: int) -> Prompt:
+    check_fits(len(token_ids), max_model_len)
+    return Prompt(tuple(_checked(token_ids, model)), text, hash_blocks(token_ids, model.block_size))
 
 
 def _mixed() -> InvalidRequestError:
     return InvalidRequestError("'prompt' mixes token ids with texts or lists: send one kind", "prompt")
 
 
-def _checked(token_ids: list[int], model: ServedModel) -> tuple[int, ...]:
+def _checked(token_ids: list[int], model: ServedModel) -> list[int]:
     if not token_ids:
         raise InvalidRequestError("the prompt has no tokens: give at least one", "prompt")
     largest = max(token_ids)
@@ -132,4 +190,4 @@ def _checked(token_ids: list[int], model: ServedModel) -> tuple[int, ...]:
         raise InvalidRequestError(
             f"'prompt': token id {largest} is outside the vocabulary of {model.vocab_size}", "prompt"
         )
-    return tuple(token_ids)
+    return token_ids

@@ -103,10 +103,14 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """An answer of either endpoint, or one event of its stream."""
+    """An answer of either endpoint, or one event of its stream.
+
+    ``prompt_token_ids`` are those of a chat, where vLLM has them; they are in each choice, too.
+    """
 
     id: str
     object: str
@@ -114,6 +118,7 @@ class Completion(msgspec.Struct, frozen=True):
     model: str
     choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 # Everything else --------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, Ge
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 _SEED_BITS: Final = 64
+_MAX_ID_DIGITS: Final = 20
+_LIMIT: Final = "this model's maximum context length is {} tokens, prompt and answer together"
 _NO_DEFAULTS: Final = GenerationDefaults()
 
 
@@ -23,9 +25,6 @@ def check_defaults(defaults: GenerationDefaults, source: str) -> None:
         raise ConfigurationError(
             f"{source}: {error}: {defaults}; correct it, or ignore the file with --generation-config vllm"
         ) from error
-
-
-_MAX_ID_DIGITS: Final = 20
 
 
 def sampling_params(
@@ -98,23 +97,29 @@ def chat_length(
 
 def stop_strings(request: GenerationFields) -> tuple[str, ...]:
     """Return the stop strings; an empty one is refused, since it would stop every answer at once."""
-    given = request.stop or []
+    given = [] if request.stop is None else request.stop
     strings = (given,) if isinstance(given, str) else tuple(given)
     if "" in strings:
         raise InvalidRequestError("'stop' contains an empty string, which would end every answer at once", "stop")
     return strings
 
 
+def check_fits(num_prompt_tokens: int, limit: int) -> None:
+    """Raise ContextLengthError for a prompt that leaves no room for an answer in ``limit`` tokens."""
+    # One token is always sampled, even where only the prompt's probabilities are wanted.
+    if num_prompt_tokens >= limit:
+        raise ContextLengthError(
+            f"{_LIMIT.format(limit)}, but the prompt has {num_prompt_tokens} tokens: shorten it", "prompt"
+        )
+
+
 def _fitting(num_prompt_tokens: int, asked: int | None, default: int, limit: int) -> int:
     """Check a length that was asked for; cut the default one to what is left."""
-    # One token is always sampled, even where only the prompt's probabilities are wanted.
+    check_fits(num_prompt_tokens, limit)
     room = limit - num_prompt_tokens
-    known = f"this model's maximum context length is {limit} tokens, prompt and answer together"
-    if room < 1:
-        raise ContextLengthError(f"{known}, but the prompt has {num_prompt_tokens} tokens: shorten it", "prompt")
     if asked is not None and asked > room:
         raise ContextLengthError(
-            f"{known}, but the prompt has {num_prompt_tokens} tokens and {asked} more were asked for: "
+            f"{_LIMIT.format(limit)}, but the prompt has {num_prompt_tokens} tokens and {asked} more were asked for: "
             f"ask for at most {room}",
             "max_tokens",
         )
@@ -130,13 +135,19 @@ def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[int |
 
 
 def _logit_bias(request: GenerationFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    found = []
+    found: dict[int, tuple[str, float]] = {}
     for text, bias in (request.logit_bias or {}).items():
         if not text.isascii() or not text.isdigit() or len(text) > _MAX_ID_DIGITS:
             raise InvalidRequestError(f"'logit_bias' must be keyed by token ids, got {text[:80]!r}", "logit_bias")
-        _check_token(int(text), vocab_size, "logit_bias")
-        found.append((int(text), bias))
-    return tuple(sorted(found))
+        token_id = int(text)
+        _check_token(token_id, vocab_size, "logit_bias")
+        if token_id in found:
+            raise InvalidRequestError(
+                f"'logit_bias' has token {token_id} twice, as {found[token_id][0]!r} and {text!r}: give it once",
+                "logit_bias",
+            )
+        found[token_id] = (text, bias)
+    return tuple((token_id, bias) for token_id, (_, bias) in sorted(found.items()))
 
 
 def _check_token(token_id: int, vocab_size: int, param: str) -> None:

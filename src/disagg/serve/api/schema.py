@@ -13,6 +13,13 @@ MAX_CHOICES: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_LOGPROBS: Final = 20
 MAX_PROMPTS: Final = 256
+MAX_SEQUENCES: Final = 1024
+"""Choices of all prompts of one request."""
+MAX_TOKENS_OF_ALL_PROMPTS: Final = 1 << 21
+"""Or those of one prompt, where the model takes longer ones."""
+MAX_PROMPT_LOGPROBS: Final = 1 << 20
+"""Probabilities of prompt tokens in one answer."""
+MAX_MESSAGES: Final = 4096
 
 IGNORED: Final = frozenset(
     {
@@ -39,10 +46,11 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
+    "early_stopping": (False,),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "structured_outputs": (),
     "guided_json": (),
@@ -51,32 +59,55 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "guided_grammar": (),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "logits_processors": (),
+    "logits_processors": ([],),
     "allowed_token_ids": (),
-    "bad_words": (),
-    "documents": (),
+    "bad_words": ([],),
+    "documents": ([],),
+    "detokenize": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_reasoning": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "extra_body": ({},),
 }
 """Parameters that are not supported, with the values (beside null) that stand for not using them."""
 
+UNUSED_WITH_NONE: Final = {"tools": "tool_choice", "functions": "function_call"}
+"""What is sent for nothing where the other parameter is ``"none"``."""
+
+NEUTRAL_IN_MESSAGES: Final[dict[str, tuple[object, ...]]] = {
+    "refusal": ("",),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": ("",),
+    "annotations": ([],),
+    "reasoning": ("",),
+    "prefix": (False,),
+}
+"""As ``NEUTRAL``, for a message: an answer that is sent back carries such fields."""
+
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+NumTokens = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
+StopString = Annotated[str, Meta(max_length=1000)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a stream carries besides text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    """OpenAI pads events against eavesdroppers who measure them; here nothing is padded."""
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
@@ -88,9 +119,9 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    stop: StopString | Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    min_tokens: NumTokens | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -123,23 +154,21 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a chat. What follows ``name`` is accepted empty, as an answer that is sent back carries it."""
+    """One message of a chat."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Body of ``/v1/chat/completions``. ``add_generation_prompt``: true unless the final message is continued."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
@@ -154,7 +183,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    messages: Messages | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+import msgspec
+
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.generation_config import GenerationDefaults
 from disagg.models.tokenizer import Tokenizer
@@ -12,7 +14,7 @@ from disagg.models.tokenizer import Tokenizer
 class ServedModel:
     """One model under one name. ``block_size`` is that of the instances' KV blocks, whose prefixes the API names.
 
-    ``trusts_request_templates`` lets a request bring its own chat template: sandboxed, but free to compute for long.
+    ``trusts_request_templates`` lets a request bring its own chat template, a program in a sandbox.
     """
 
     name: str
@@ -25,3 +27,48 @@ class ServedModel:
     """What sampling fields are where a client does not send them."""
     trusts_request_templates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def to_bytes(self) -> bytes:
+        """Return the model as another process of this server can read it."""
+        return msgspec.msgpack.encode(
+            _Written(
+                name=self.name,
+                tokenizer=self.tokenizer.to_json(),
+                special_tokens=self.tokenizer.special_tokens,
+                chat_template=self.chat_template.source,
+                eos_token_ids=self.eos_token_ids,
+                vocab_size=self.vocab_size,
+                block_size=self.block_size,
+                trusts_request_templates=self.trusts_request_templates,
+                created=self.created,
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ServedModel":
+        """Return the model that ``to_bytes`` wrote."""
+        written = msgspec.msgpack.decode(data, type=_Written)
+        return cls(
+            name=written.name,
+            tokenizer=Tokenizer.from_json(written.tokenizer, written.special_tokens),
+            chat_template=ChatTemplate(written.chat_template, written.special_tokens),
+            eos_token_ids=written.eos_token_ids,
+            vocab_size=written.vocab_size,
+            block_size=written.block_size,
+            trusts_request_templates=written.trusts_request_templates,
+            created=written.created,
+        )
+
+
+class _Written(msgspec.Struct, frozen=True, kw_only=True):
+    """A ServedModel as data."""
+
+    name: str
+    tokenizer: str
+    special_tokens: dict[str, str]
+    chat_template: str | None
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    block_size: int
+    trusts_request_templates: bool
+    created: int

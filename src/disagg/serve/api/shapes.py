@@ -40,6 +40,9 @@ class Heading:
 class Shape(Protocol):
     """How one request's deltas become JSON."""
 
+    def shows(self, delta: Delta) -> bool:
+        """Return whether a delta gets an event."""
+
     def openings(self, usage: ShownUsage) -> list[Completion]:
         """Return the events that come before the first delta."""
 
@@ -63,9 +66,13 @@ class CompletionShape:
         self._heading = (heading.response_id, "text_completion", heading.created, heading.model)
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._echoes = [self._echo(prompt) for prompt in prompts] if request.echo else [""] * len(prompts)
+        self._echoes = [prompt.text or "" for prompt in prompts]
         self._is_open = [False] * len(prompts)
         self._shows_answer = request.most_tokens != 0
+
+    def shows(self, delta: Delta) -> bool:
+        """See Shape."""
+        return _shows(delta, self._request)
 
     def openings(self, usage: ShownUsage) -> list[Completion]:
         """Return nothing: completions open with their first text."""
@@ -126,11 +133,6 @@ class CompletionShape:
                 parts.append(legacy_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, offsets, num_top))
         return text, join_legacy(parts) if parts else None
 
-    def _echo(self, prompt: Prompt) -> str:
-        if prompt.text is not None:
-            return prompt.text
-        return self._tokenizer.decode(prompt.token_ids, self._request.skip_special_tokens is not False)
-
     def _echoed_logprobs(self, delta: Delta, num_top: int) -> CompletionLogprobs:
         prompt = self._prompts[delta.choice]
         offsets = _prompt_offsets(self._tokenizer, prompt.token_ids, len(self._echoes[delta.choice]))
@@ -147,12 +149,20 @@ class ChatShape:
         self._tokenizer = tokenizer
         self._prompt = prompt
 
+    def shows(self, delta: Delta) -> bool:
+        """See Shape."""
+        return _shows(delta, self._request)
+
     def openings(self, usage: ShownUsage) -> list[Completion]:
-        """Return one event for each choice, saying whose words follow."""
-        return [
-            Completion(*self._chunk_heading, [ChatChunkChoice(index=index, delta=MessageDelta("", "assistant"))], usage)
+        """Return one event for each choice, saying whose words follow; with the prompt's tokens where asked for."""
+        prompt_token_ids = self._prompt.token_ids if self._request.return_token_ids else UNSET
+        choices = [
+            ChatChunkChoice(index=index, delta=MessageDelta("", "assistant"), prompt_token_ids=prompt_token_ids)
             for index in range(self._request.n or 1)
         ]
+        first, *others = choices
+        opening = Completion(*self._chunk_heading, [first], usage, prompt_token_ids)
+        return [opening, *(Completion(*self._chunk_heading, [choice], usage) for choice in others)]
 
     def chunk(self, delta: Delta, usage: ShownUsage) -> Completion:
         """See Shape."""
@@ -185,12 +195,16 @@ class ChatShape:
             )
             for index, parts in enumerate(deltas)
         ]
-        return Completion(*self._heading, choices, usage)
+        return Completion(*self._heading, choices, usage, self._prompt.token_ids if wants_ids else UNSET)
 
     def _shown(self, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
         if not self._request.logprobs:
             return None
         return chat_logprobs(self._tokenizer, positions, self._request.top_logprobs or 0)
+
+
+def _shows(delta: Delta, request: CompletionRequest | ChatCompletionRequest) -> bool:
+    return delta.is_visible or bool(request.return_token_ids and delta.token_ids)
 
 
 def _reason(reason: FinishReason | None) -> str | None:

@@ -1,6 +1,7 @@
 """``serve``: from a deployment to a running server."""
 
 import asyncio
+from contextlib import ExitStack
 
 import uvloop
 from starlette.types import ASGIApp
@@ -11,6 +12,7 @@ from disagg.models.locate import load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.deployment import Deployment
@@ -28,13 +30,20 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     process is started. Raises a DisaggError when the server cannot start or go on.
     """
     raise_descriptor_limit()
-    with listen(deployment.serve) as bound:
+    with ExitStack() as resources:
+        bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)
+        preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
 
         def make_app(router: LiveRouter) -> ASGIApp:
             return create_app(
-                router, model, metrics, api_key=deployment.serve.api_key, cors_origins=deployment.serve.cors_origin
+                router,
+                model,
+                metrics,
+                preparers=preparers,
+                api_key=deployment.serve.api_key,
+                cors_origins=deployment.serve.cors_origin,
             )
 
         server = LiveServer(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
