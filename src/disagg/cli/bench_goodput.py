@@ -9,6 +9,7 @@ import click
 
 from disagg.cli.bench_goodput_report import goodput_report, print_report, save_search
 from disagg.cli.bench_load import choose_plan, choose_prompts, choose_slo, load_of, load_options, shown_progress
+from disagg.cli.values import Count, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
 from disagg.measure.client.goodput import GoodputPlan, find_goodput
 from disagg.measure.client.inquiries import num_instances
@@ -16,8 +17,8 @@ from disagg.measure.client.plan import Load, LoadPlan
 from disagg.measure.client.run import LoadResult, run_load
 from disagg.measure.sessions import SessionWorkload
 
-_COUNT = click.IntRange(min=1)
-_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_COUNT = Count(min=1)
+_ABOVE_ZERO = Number(min=0, min_open=True)
 _MANY: Final = 1_000_000
 """Requests of a workload that is drawn for as long as it is wanted."""
 
@@ -45,7 +46,7 @@ class Factors(click.ParamType[tuple[float, ...]]):
 @workload_options
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.9,
     show_default=True,
     metavar="PART",
@@ -85,7 +86,7 @@ class Factors(click.ParamType[tuple[float, ...]]):
     metavar="N",
     help="Devices to divide by.  [default: the server's instances]",
 )
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="For bench report.")
+@click.option("--save", type=OutputPath("the results"), metavar="FILE.json", help="For bench report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def goodput(num_devices: int | None, save: Path | None, as_json: bool, **values: Any) -> None:
     """Search the highest rate, per device, at which a server keeps its objectives.

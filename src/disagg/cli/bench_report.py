@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from disagg.cli.values import Number, OutputPath
 from disagg.measure.report.window import Window
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -30,14 +31,14 @@ class WindowType(click.ParamType[Window]):
 @click.option(
     "-o",
     "--output",
-    type=_FILE,
+    type=OutputPath("the report"),
     default=Path("report.html"),
     show_default=True,
     metavar="FILE",
     help="The page, which loads nothing from anywhere.",
 )
 @click.option(
-    "--png", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Write the figures as PNG too."
+    "--png", type=OutputPath("the figures", is_folder=True), metavar="FOLDER", help="Write the figures as PNG too."
 )
 @click.option(
     "--window",
@@ -47,7 +48,7 @@ class WindowType(click.ParamType[Window]):
 )
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.9,
     show_default=True,
     metavar="PART",

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import msgspec
 import yaml
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.base.structs import read_struct
 
 DEFAULT_COUNTS = {Role.PREFILL: 1, Role.DECODE: 1}
 
@@ -30,10 +30,8 @@ def choose_placement(file: Path | None, counts: dict[Role, int | None]) -> Place
 def read_placement(file: Path) -> Placement:
     """Read a placement. Raises ConfigurationError, naming the place in the file, when it is none."""
     try:
-        return msgspec.convert(yaml.safe_load(file.read_text(encoding="utf-8")), Placement)
+        return read_struct(yaml.safe_load(file.read_text(encoding="utf-8-sig")), Placement)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the placement {file}: {error}") from error
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, ConfigurationError) as error:
         raise ConfigurationError(f"{file} is not a placement: {error}") from error
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{file}: {error}") from error

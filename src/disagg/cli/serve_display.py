@@ -16,7 +16,7 @@ import click
 import disagg
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
-from disagg.cli.flags import format_bytes
+from disagg.base.units import format_bytes
 from disagg.serve.router.interface import InstanceStatus
 
 

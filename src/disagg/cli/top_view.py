@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from disagg.cli.flags import format_bytes
+from disagg.base.units import format_bytes
 from disagg.cli.top_figures import Figures, LatencyFigures, keeps
 from disagg.measure.report.words import number, objective, percent, seconds
 from disagg.measure.timeline import Stage

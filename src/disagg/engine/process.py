@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.units import format_ranges
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -18,8 +19,10 @@ def pin_to_cores(cores: Sequence[int]) -> None:
     try:
         os.sched_setaffinity(0, cores)
     except (OSError, ValueError, OverflowError) as error:
-        usable = sorted(os.sched_getaffinity(0))
-        raise ConfigurationError(f"cannot run on cores {list(cores)} ({error}); usable are {usable}") from error
+        usable = format_ranges(sorted(os.sched_getaffinity(0)))
+        raise ConfigurationError(
+            f"cannot run on cores {format_ranges(cores)} ({error}); usable are {usable}"
+        ) from error
 
 
 def end_with_parent(parent_pid: int) -> bool:

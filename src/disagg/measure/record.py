@@ -10,6 +10,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError
 from disagg.measure.slo import Slo
+from disagg.measure.trace_rows import UNREADABLE, numbered_lines, open_text
 
 
 class Ending(enum.Enum):
@@ -113,13 +114,13 @@ def read_records(path: Path) -> Iterator[RequestRecord]:
     """Yield what ``write_records`` wrote; raise ConfigurationError, with the line, on anything else."""
     decoder = msgspec.json.Decoder(RequestRecord)
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_text(path) as file:
+            for number, line in numbered_lines(file):
                 try:
                     yield decoder.decode(line)
                 except msgspec.MsgspecError as error:
                     raise ConfigurationError(
                         f"{path}, line {number} is not the record of a request: {error}"
                     ) from error
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the records {path}: {error.strerror}") from error
+    except UNREADABLE as error:
+        raise ConfigurationError(f"cannot read the records {path}: {error}") from error

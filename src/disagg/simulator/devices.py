@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +78,5 @@ DEVICES: Final = {
 def find_device(name: str) -> DeviceSheet:
     """Return a data sheet by name; raise ConfigurationError, naming those there are."""
     if name not in DEVICES:
-        raise ConfigurationError(f"no data sheet of a device {name!r}; there are {', '.join(DEVICES)}")
+        raise ConfigurationError(f"no data sheet of a device {name!r}; {known_names(name, DEVICES)}")
     return DEVICES[name]
