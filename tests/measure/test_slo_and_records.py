@@ -95,6 +95,17 @@ def test_a_single_token_has_no_tpot_and_misses_none() -> None:
     assert one.meets(SLO)
 
 
+def test_an_answer_in_one_event_has_no_tpot_and_is_not_seen_to_keep_one() -> None:
+    one = record(event_s=(1.2,), event_tokens=(4,))
+    assert math.isnan(one.tpot_s)
+    assert one.is_tpot_unknown
+    assert not one.meets(SLO)
+    assert one.meets(Slo(ttft_s=0.25))
+    summary = summarize([one, record()], SLO)
+    assert (summary.attainment.count, summary.ttft_attainment.count, summary.tpot_attainment.count) == (1, 2, 1)
+    assert summary.tpot.p50 == record().tpot_s
+
+
 @pytest.mark.parametrize("ending", [ending for ending in Ending if ending is not Ending.FINISHED])
 def test_whatever_did_not_finish_is_a_miss(ending: Ending) -> None:
     assert not record(ending=ending).meets(Slo())
