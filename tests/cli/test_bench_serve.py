@@ -136,7 +136,7 @@ def test_parquet_that_cannot_be_written_is_said_before_the_run(tmp_path: Path, m
         ((*LENGTHS, "--users", "2", "--rate", "3"), "leave out --rate"),
         ((*LENGTHS, "--rate", "3", "--records", "r.csv"), ".jsonl or .parquet"),
         ((*LENGTHS, "--rate", "3", "--records", "no/such/folder/r.jsonl"), "there is no folder"),
-        ((*LENGTHS, "--rate", "3", "--save", "no/such/folder/r.json"), "there is no folder"),
+        ((*LENGTHS, "--rate", "3", "--save", f"{__file__}/r.json"), "there is no folder"),
         ((*LENGTHS, "--rate", "3", "--save", "."), "it is a folder"),
         ((*LENGTHS, "--rate", "3", "--extra-body", "[1]"), "not a JSON object"),
         ((*LENGTHS, "--rate", "3", "tpot:100"), "unexpected argument 'tpot:100'"),

@@ -86,7 +86,9 @@ class Factors(click.ParamType[tuple[float, ...]]):
     metavar="N",
     help="Devices to divide by.  [default: the server's instances]",
 )
-@click.option("--save", type=OutputPath("the results"), metavar="FILE.json", help="For bench report.")
+@click.option(
+    "--save", type=OutputPath("the results", makes_folder=True), metavar="FILE.json", help="For bench report."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def goodput(num_devices: int | None, save: Path | None, as_json: bool, **values: Any) -> None:
     """Search the highest rate, per device, at which a server keeps its objectives.

@@ -50,7 +50,10 @@ _COUNT = Count(min=1)
     help="Write what became of each request: .jsonl or .parquet.",
 )
 @click.option(
-    "--save", type=OutputPath("the results"), metavar="FILE.json", help="Write the runs for disagg bench report."
+    "--save",
+    type=OutputPath("the results", makes_folder=True),
+    metavar="FILE.json",
+    help="Write the runs for disagg bench report.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context

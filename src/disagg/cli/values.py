@@ -48,10 +48,11 @@ class OutputPath(click.ParamType[Path]):
 
     name = "path"
 
-    def __init__(self, what: str, *, is_folder: bool = False) -> None:
-        """``what`` is written there, for words: ``the report``."""
+    def __init__(self, what: str, *, is_folder: bool = False, makes_folder: bool = False) -> None:
+        """``what`` is written, for words: ``the report``; with ``makes_folder`` in a folder that is made for it."""
         self._what = what
         self._is_folder = is_folder
+        self._makes_folder = is_folder or makes_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path."""
@@ -67,7 +68,7 @@ class OutputPath(click.ParamType[Path]):
             place = path
         else:
             place = path.parent
-            while self._is_folder and not place.exists():  # they are all made
+            while self._makes_folder and not place.exists():
                 place = place.parent
             if not place.is_dir():
                 return f"there is no folder {place}"
