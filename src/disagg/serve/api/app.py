@@ -55,7 +55,7 @@ def create_app(
 def _routes(router: Router, model: ServedModel, accounts: Accounts) -> list[Route]:
     jobs = JobFactory(model)
     operations = Operations(router, model)
-    watching = Watching(router, model.name, accounts)
+    watching = Watching(router, model, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)
     return [

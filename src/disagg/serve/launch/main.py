@@ -26,6 +26,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     """
     with listen(deployment.serve) as bound:
         model = load_served_model(deployment)
+        observer.model_read(model.name, can_chat=model.chat_template.available)
         metrics = ServerMetrics(model.name)
 
         def make_app(router: LiveRouter) -> ASGIApp:
