@@ -1,10 +1,12 @@
 """Traces in the formats that people publish, arrivals, fitted lengths, standard workloads, sessions."""
 
+import contextlib
 import gzip
 import itertools
 import json
 import math
 import statistics
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -396,3 +398,38 @@ def test_a_session_with_a_slash_in_its_name_is_no_sub_agent(tmp_path: Path) -> N
     (started,) = start_sessions(read_sessions(path), rate=1.0, seed=0)
     (other,) = start_sessions([Session("a", started.calls)], rate=1.0, seed=0)
     assert started.start_s == other.start_s
+
+
+# Anything at all -------------------------------------------------------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-5, 2000),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(["", "nan", "-inf", "1e400", "2024-05-12 00:00:00+00:00", None, [], "x" * 300]),
+)
+NAMES = ("timestamp", "input_length", "output_length", "hash_ids", "session_id", "t", "think_ms", "hash_runs", "turns")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), st.one_of(numbers, st.lists(numbers, max_size=3)))))
+def test_any_json_lines_are_read_or_refused_in_words(rows: list[dict[str, object]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for read in (lambda: Trace(path).rows(), lambda: read_sessions(path)):
+            with contextlib.suppress(ConfigurationError):
+                assert all(one is not None for one in read())
+
+
+@given(
+    st.sampled_from(["arrival_s,prompt_len,output_len", "TIMESTAMP,ContextTokens,GeneratedTokens"]),
+    st.lists(st.lists(numbers.map(str), max_size=4).map(",".join)),
+)
+def test_any_csv_is_read_or_refused_in_words(head: str, rows: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.csv"
+        path.write_text("\n".join([head, *rows]))
+        with contextlib.suppress(ConfigurationError):
+            times = [row.arrival_s for row in Trace(path).rows()]
+            assert times == sorted(times)
+            assert all(0 <= time < 1e10 for time in times)

@@ -1,5 +1,6 @@
 """``disagg bench report``: saved results as one page."""
 
+import math
 import re
 from pathlib import Path
 
@@ -21,9 +22,10 @@ class WindowType(click.ParamType[Window]):
         if isinstance(value, Window):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", str(value).replace(" ", ""))
-        if match is None or float(match[2]) == 0:
+        window = Window(float(match[1]), float(match[2])) if match else None
+        if window is None or not window.start_s < window.end_s < math.inf:
             self.fail(f"{value!r} is no window: write start and length in seconds, such as 12.5,2", param, ctx)
-        return Window(float(match[1]), float(match[2]))
+        return window
 
 
 @click.command()

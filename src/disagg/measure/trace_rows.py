@@ -126,7 +126,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[RequestSpec]:
         except msgspec.MsgspecError as error:
             raise ConfigurationError(
                 f"{path}, line {number}: {error}: a row has input_length and output_length, and timestamp in ms where "
-                "it is known"
+                "it is known; sessions are given with --sessions"
             ) from error
         yield RequestSpec(
             prompt_len=row.input_length,

@@ -91,7 +91,7 @@ def test_unloaded_latencies_are_those_of_the_median_prompt(tmp_path: Path) -> No
         (
             "[tight, loose]",
             "[tihgt]",
-            r"'tihgt' is not a pair of objectives.*or one of tight, loose - at `\$.cases\[0\]`",
+            r"'tihgt' is not a pair of objectives.*or one of tight, loose; did you mean tight\? - at `\$.cases\[0\]`",
         ),
         ("serve: --prefill 1 --decode 1", "ready: /health", r"'ours' needs either `serve`.* - at `\$.systems\[0\]`"),
         ("--port {port}", "--port 8000", r"nothing tells its `command` the \{port\}"),

@@ -12,7 +12,7 @@ import yaml
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
-from disagg.base.known_names import known_names
+from disagg.base.known_names import closest, known_names
 from disagg.base.structs import read_struct
 from disagg.measure.slo import parse_slo
 from disagg.measure.standard import SloKind
@@ -63,7 +63,8 @@ class _Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 try:
                     parse_slo(text)
                 except ConfigurationError as error:
-                    raise ValueError(f"{error}; or one of {', '.join(DERIVED_SLOS)}") from error
+                    meant = "".join(f"; did you mean {name}?" for name in closest(text, DERIVED_SLOS, 1))
+                    raise ValueError(f"{error}; or one of {', '.join(DERIVED_SLOS)}{meant}") from error
 
 
 class _TrafficCase(_Case, frozen=True, kw_only=True, forbid_unknown_fields=True):
