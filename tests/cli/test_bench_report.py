@@ -71,7 +71,7 @@ def test_a_window_can_be_chosen(results: list[str], tmp_path: Path) -> None:
     assert "0.5 s at 2 requests/s" in page.read_text()
 
 
-@pytest.mark.parametrize("window", ["1", "1,0", "a,b", "-1,2"])
+@pytest.mark.parametrize("window", ["1", "1,0", "a,b", "-1,2", "1,nan", "inf,1", f"1,{'9' * 400}", "9" * 17 + ",1"])
 def test_a_wrong_window_is_refused(results: list[str], window: str) -> None:
     done = report(*results, "--window", window)
     assert done.exit_code == 2

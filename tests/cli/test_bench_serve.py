@@ -1,6 +1,7 @@
 """``disagg bench serve`` and ``disagg bench goodput`` against a small server in this process."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_records_as_parquet(tmp_path: Path) -> None:
         assert {"ttft_s", "ending", "stages"} <= set(table.column_names)
 
 
+def test_parquet_that_cannot_be_written_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with fake_server() as server:
+        told = bench("serve", "--url", server.url, *LENGTHS, "--rate", "9", "--records", str(tmp_path / "r.parquet"))
+    assert told.exit_code == 2
+    assert "pip install 'disagg[parquet]'" in told.output
+    assert not server.received
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -126,6 +136,8 @@ def test_records_as_parquet(tmp_path: Path) -> None:
         ((*LENGTHS, "--users", "2", "--rate", "3"), "leave out --rate"),
         ((*LENGTHS, "--rate", "3", "--records", "r.csv"), ".jsonl or .parquet"),
         ((*LENGTHS, "--rate", "3", "--records", "no/such/folder/r.jsonl"), "there is no folder"),
+        ((*LENGTHS, "--rate", "3", "--save", f"{__file__}/r.json"), "there is no folder"),
+        ((*LENGTHS, "--rate", "3", "--save", "."), "it is a folder"),
         ((*LENGTHS, "--rate", "3", "--extra-body", "[1]"), "not a JSON object"),
         ((*LENGTHS, "--rate", "3", "tpot:100"), "unexpected argument 'tpot:100'"),
         ((*LENGTHS, "--rate", "3", "--slo", "ttft=1s", "--goodput", "ttft:1"), "give one of them"),

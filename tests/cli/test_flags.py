@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from disagg.base.config import CacheSettings, ModelSettings, RouterSettings, SchedulerSettings, ServeSettings
 from disagg.base.errors import ConfigurationError
-from disagg.cli.flags import ByteSize, IntegerList, build, flag_name, flags_of, format_bytes
+from disagg.base.units import format_bytes, format_ranges
+from disagg.cli.flags import ByteSize, IntegerList, build, flag_name, flags_of
 from disagg.serve.launch.deployment import HostSettings
 
 REAL = (CacheSettings, HostSettings, ModelSettings, RouterSettings, SchedulerSettings, ServeSettings)
@@ -144,3 +145,31 @@ def test_a_round_size_survives_being_written_and_read(number, shift):
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20))
 def test_lists_of_integers(numbers):
     assert IntegerList().convert(",".join(map(str, numbers)), None, None) == tuple(numbers)
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "5-2", "0-9" * 2, "-1", "", "70000", "a"])
+def test_what_is_no_list_of_integers_is_refused(text):
+    with pytest.raises(click.BadParameter):
+        IntegerList().convert(text, None, None)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "99999999TiB", "nan", "inf", "-1GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(click.BadParameter):
+        ByteSize().convert(text, None, None)
+
+
+@given(st.lists(st.integers(0, 300), max_size=40, unique=True).map(sorted))
+def test_lists_of_integers_survive_being_written_and_read(numbers):
+    written = format_ranges(numbers)
+    assert list(IntegerList().convert(written, None, None) if numbers else ()) == numbers
+
+
+def test_lists_of_integers_are_written_short():
+    assert format_ranges(range(2, 100)) == "2-99"
+    assert format_ranges([0, 1, 4, 5, 6, 9]) == "0,1,4-6,9"
+
+
+def test_sizes_are_written_in_the_unit_that_suits():
+    assert [format_bytes(1 << shift) for shift in (0, 10, 20, 30, 40)] == ["1B", "1KiB", "1MiB", "1GiB", "1TiB"]
+    assert format_bytes((1 << 40) - 65536) == "1TiB"

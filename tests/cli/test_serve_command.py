@@ -140,6 +140,19 @@ def show(display: PlainDisplay) -> None:
 
 
 @pytest.mark.parametrize("kind", [PlainDisplay, ProgressDisplay])
+def test_a_model_without_a_chat_template_is_not_offered_as_a_chat(kind, capsys):
+    display = kind(as_json=False, started_s=0.0)
+    display.model_read("tiny", can_chat=False)
+    show(display)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "disagg chat" not in told
+    assert "/v1/chat/completions" not in told
+    assert "no chat template" in told
+    assert "curl http://127.0.0.1:1234/v1/completions" in told
+    assert '"prompt": "' in told
+
+
+@pytest.mark.parametrize("kind", [PlainDisplay, ProgressDisplay])
 def test_the_display_says_everything_that_a_person_needs(kind, capsys):
     show(kind(as_json=False, started_s=0.0))
     stdout, stderr = capsys.readouterr()

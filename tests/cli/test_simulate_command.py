@@ -244,7 +244,12 @@ def test_the_course_of_a_run_as_a_page(trace: Path, tmp_path: Path) -> None:
         (["--engine", "distserve", "--model", "opt-175b"], "no published fits for facebook/opt-175b"),
         ([*PUBLISHED, "--colocated", "1"], "engine distserve has no colocated instances"),
         ([], "Give --latency"),
+        ([], "a100-sxm, h100-sxm, h200-sxm"),
         (["--latency", "abacus"], "there are a100-sxm"),
+        (["--latency", "h100"], "there are a100-sxm, h100-sxm, h200-sxm, published; did you mean h100-sxm?"),
+        (["--engine", "distserve", "--model", "opt-14b"], "did you mean facebook/opt-13b?"),
+        (["--latency", "h100-sxm", "--model", "opt-13b"], "beside h100-sxm name a model that disagg runs"),
+        (["--latency", "h100-sxm", "--model", "facebook/opt-66b"], "its config.json, folder, GGUF file or hub id"),
         (["--latency", "published", "--model", "opt-13b"], "published latencies are those of other engines"),
         (["--latency", "nowhere.json"], "cannot read the profile"),
         (["--latency", "a100-sxm", "--model", "nowhere/config.json"], "cannot read nowhere/config.json"),
@@ -290,6 +295,70 @@ def test_a_bad_workload_is_refused_with_its_line(name: str, text: str, words: st
     result = run("--workload", tmp_path / name, *PUBLISHED)
     assert isinstance(result.exception, ConfigurationError)
     assert words in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--engine", "distserv"], "there are disagg, distserve, vllm-0.2.3; did you mean distserve?"),
+        (["--scheduling", "chunkd"], "there are chunked, prefill-first, decode-first; did you mean chunked?"),
+        (["--arrivals", "poison"], "did you mean poisson?"),
+        (["--slo", "ttft=1h"], "no unit is called 'h'; there are us, ms, s, min"),
+        (["--slo", "ttf=1s"], "no objective is called 'ttf'; there are ttft, tpot; did you mean ttft?"),
+        (["--slo", f"ttft={'9' * 400}s"], "above 0, at most a day"),
+        (["--slo", "ttft=0ms"], "above 0, at most a day"),
+        (["--rate", "nan"], "nan"),
+        (["--rate", "inf"], "inf"),
+        (["--scale", "nan"], "nan"),
+        (["--cv", "inf"], "inf"),
+        (["--spread-batches", "nan"], "nan"),
+        (["--longest-think", "inf"], "inf"),
+        (["--attainment", "nan"], "nan"),
+        (["--lease-s", "nan"], "nan"),
+        (["--requests", "9" * 30], "no number up to"),
+        (["--prefill", "99999999999"], "not in the range"),
+        (["--events", __file__], "it is no folder"),
+        (["--html", "no/such/page.html"], "there is no folder"),
+        (["--html", "."], "it is a folder"),
+    ],
+)
+def test_values_of_flags_that_cannot_be_are_refused_in_words(flags: list[str], words: str, trace: Path) -> None:
+    result = run("--workload", trace, *PUBLISHED, *flags)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
+def test_a_workload_of_no_name_is_answered_with_those_there_are() -> None:
+    result = run("--workload", "chatt", "--rate", 1, *PUBLISHED)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "there are chat, code, summarise, reason; did you mean chat?" in str(result.exception)
+
+
+def test_requests_that_all_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    path.write_text("arrival_s,prompt_len,output_len\n" + "5,10,5\n" * 50)
+    scaled = run("--workload", path, *PUBLISHED, "--scale", 2)
+    assert isinstance(scaled.exception, ConfigurationError)
+    assert "all its requests at one time: give --rate" in str(scaled.exception)
+    burst, drawn = report("--workload", path, *PUBLISHED), report("--workload", path, *PUBLISHED, "--rate", 0.1)
+    assert burst["runs"][0]["ttft"]["p90"] > drawn["runs"][0]["ttft"]["p90"]
+    single = report("--workload", path, *PUBLISHED, "--requests", 1, "--rate", 2)
+    assert single["runs"][0]["num_finished"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rate", "1e-300"], ["--scale", "1e-300"], ["--rate", "1e-9", "--arrivals", "gamma"]]
+)
+def test_rates_at_which_a_run_would_not_end_are_refused(flags: list[str], trace: Path) -> None:
+    result = run("--workload", trace, *PUBLISHED, *flags)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "give a higher rate" in str(result.exception)
+
+
+def test_requests_years_apart_are_simulated(tmp_path: Path) -> None:
+    path = tmp_path / "far.csv"
+    path.write_text("arrival_s,prompt_len,output_len\n0,10,5\n9e9,10,5\n")
+    assert report("--workload", path, *PUBLISHED)["runs"][0]["num_finished"] == 2
 
 
 def test_a_standard_workload_needs_no_file() -> None:

@@ -16,7 +16,7 @@ from disagg.base.errors import DisaggError, ProtocolError, UnavailableError
 from disagg.cli import top as command
 from disagg.cli.main import main
 from disagg.cli.top_figures import Figures, History, keeps, make_figures
-from disagg.cli.top_view import BLOCK_LOOKS, NUM_FIXED_LINES, STAGE_LOOKS, render, sparkline, stacked_bar
+from disagg.cli.top_view import BLOCK_LOOKS, NUM_FIXED_LINES, STAGE_LOOKS, render, room_for, sparkline, stacked_bar
 from disagg.measure.slo import Slo, parse_slo
 from disagg.measure.timeline import Stage
 from disagg.serve.api.instance_metrics import BLOCK_STATES
@@ -86,10 +86,10 @@ def figures(
     return make_figures(history, slo, num_shown)
 
 
-def frame(shown: Figures, width: int = 130, trouble: str = "") -> str:
+def frame(shown: Figures, width: int = 130, trouble: str = "", num_instances: int | None = None) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
-        console.print(render(shown, "http://here:1", width, trouble))
+        console.print(render(shown, "http://here:1", width, trouble, num_instances))
     return captured.get()
 
 
@@ -216,6 +216,48 @@ def test_a_frame_fits_its_width_and_its_height(width: int):
     assert "…" not in text
     assert max(map(len, lines)) <= width
     assert len(lines) <= NUM_FIXED_LINES + 2 + 6
+
+
+def busy(num_instances: int, num_requests: int) -> Figures:
+    """All that makes a frame wide and long: large numbers, instances that are down, requests that failed."""
+    counts = {"num_running": 64, "num_waiting": 1024, "num_leases": 128, "num_restarts": 3}
+    instances = [instance(instance=f"decode-{number}", **counts) for number in range(num_instances - 1)]
+    lost = instance("prefill", state="starting", detail="loading weights: 45 %, after " + "a long story " * 9)
+    failed = request(num_prompt_tokens=123456, num_output_tokens=12345, finish_reason="error", e2e_s=None, tpot_s=None)
+    hand_overs = HandOverTotals(num_total=99999, num_failures_total=999, bytes_total=1 << 42, seconds_total=10.0)
+    server = {"model": "a-model-with-a-name-that-is-long-8x7B-instruct", "num_under_way": 1024}
+    views = [
+        status(NOW_S - 1, [*instances, lost], **server),
+        status(NOW_S, [*instances, lost], hand_overs=hand_overs, **server),
+    ]
+    return figures(views, [failed, request()] * num_requests, num_shown=num_requests)
+
+
+@pytest.mark.parametrize("height", [24, 30, 50])
+@pytest.mark.parametrize("num_instances", [2, 4, 8, 40])
+def test_a_terminal_of_80_columns_shows_all_that_matters(num_instances: int, height: int) -> None:
+    instances = busy(num_instances, 0).status.instances
+    num_requests, num_shown = room_for(height, instances)
+    shown = busy(num_instances, num_requests)
+    text = frame(shown, 80, num_instances=num_shown)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) + 1 <= height  # and one for trouble
+    assert "◐ ready, 1 of" in lines[0]
+    for words in ("1024 under way", "requests/s", "999 failed", "TTFT", "TPOT", "within", "250 ms", "both", "50 %"):
+        assert words in text or (not num_requests and words == "50 %"), words
+    assert any(line.startswith(("instance", "prefill-0")) and "held" in line for line in lines)
+    (row,) = [line for line in lines if line.startswith("prefill-0") and line.endswith("25 %")]
+    assert "▲ starting" in row
+    cut = [line for line in lines if "…" in line]
+    assert [line[:42] for line in cut] == ["prefill-0 ▲ starting (loading weights: 45 %"[:42]]
+    assert (f"and {num_instances - num_shown} more" in text) is (num_shown < num_instances)
+
+
+def test_a_terminal_of_80_columns_shows_requests_too() -> None:
+    num_requests, _ = room_for(24, busy(2, 0).status.instances)
+    assert num_requests >= 1
+    assert "✗ error" in frame(busy(2, 2), 80)
 
 
 def test_bars_are_exact_as_a_whole_and_differ_without_colour():
@@ -358,6 +400,8 @@ def test_another_kind_of_server_is_recognised(server):
     [
         (["--interval", "0s"], "'0s' is not a time"),
         (["--interval", "soon"], "'soon' is not a time"),
+        (["--interval", "9" * 400 + "s"], "up to a day"),
+        (["--window", "2000min"], "up to a day"),
         (["--slo", "fast"], "'fast' is not a pair of objectives"),
     ],
 )

@@ -9,7 +9,7 @@ from test_roofline import DECODE, PREFILL, config
 from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import find_device
 from disagg.costs.latency import StepShape
-from disagg.costs.operator_tables import AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
+from disagg.costs.operator_tables import GEMM_COLUMNS, AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
 from disagg.costs.published import PublishedPlatform
 from disagg.costs.tables import OperatorTables, TablePlatform
 
@@ -119,3 +119,26 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text("m,n,k,latency_ms\n")
     with pytest.raises(ConfigurationError, match=r"g\.a\.gemm_bf16\.csv, g\.b"):
         read_rows(tmp_path, "g.*gemm_bf16*.csv")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e300", "", "fast"])
+def test_a_time_that_cannot_be_is_refused_with_its_line(value: str, tmp_path: Path) -> None:
+    (tmp_path / "g.gemm_bf16.csv").write_text(f"m,n,k,latency_ms\n1,2,3,0.5\n1,2,3,{value}\n")
+    with pytest.raises(ConfigurationError, match=r"line 3: .*latency_ms"):
+        read_rows(tmp_path, "g.gemm_bf16.csv", GEMM_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "text", ["m,n,latency_ms\n1,2,0.5\n", "m,n,k,latency_ms\n1,2\n", "m,n,k,latency_ms\n0,2,3,0.5\n"]
+)
+def test_a_table_that_lacks_sizes_is_refused_with_its_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "g.gemm_bf16.csv").write_text(text)
+    with pytest.raises(ConfigurationError, match="line 2: "):
+        read_rows(tmp_path, "g.gemm_bf16.csv", GEMM_COLUMNS)
+
+
+@pytest.mark.parametrize("content", [b"", b"m,n,k,latency_ms\n", b"\xff\xfe"])
+def test_a_table_without_measurements_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "g.gemm_bf16.csv").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"g\.gemm_bf16\.csv"):
+        read_rows(tmp_path, "g.gemm_bf16.csv", GEMM_COLUMNS)

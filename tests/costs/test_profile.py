@@ -1,5 +1,6 @@
 """Profiles: the fit finds what made the samples, and says how wrong it is."""
 
+import json
 import random
 from pathlib import Path
 
@@ -207,3 +208,36 @@ def test_too_few_samples_are_no_profile(tmp_path: Path) -> None:
     save_profile(profile(steps=(few,)), tmp_path / "p.json")
     with pytest.raises(ConfigurationError, match="is no profile"):
         load_profile(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"link_bytes_per_s": 1e-300}, r"link_bytes_per_s"),
+        ({"link_bytes_per_s": -1}, r"link_bytes_per_s"),
+        ({"link_latency_s": 1e300}, r"link_latency_s"),
+        ({"accept_s": -0.1}, r"accept_s"),
+        ({"kv_bytes_per_token": 10**30}, r"kv_bytes_per_token"),
+        ({"kv_bytes_per_tokn": 1}, r"did you mean kv_bytes_per_token\?"),
+        ({"memory": [{"alone": 0, "together": 1e9}]}, r"memory\[0\].alone"),
+        ({"served": [{"num_streams": 1, "cpu_s": -1}]}, r"served\[0\].cpu_s"),
+        ({"served_requests": [{"prompt_len": 0, "num_tokens": 1, "cpu_s": 1}]}, r"served_requests\[0\].prompt_len"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named_by_its_place(fields: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    save_profile(profile(), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ConfigurationError, match=rf"is no profile: .*{words}"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("sample", [{"time_s": 0}, {"time_s": 1e300}, {"chunks": [[-1, 1]]}, {"chunks": [[0, 10**12]]}])
+def test_a_step_that_cannot_be_is_named_by_its_place(sample: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    save_profile(profile(), path)
+    saved = json.loads(path.read_text())
+    saved["steps"][0]["samples"][3] |= sample
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ConfigurationError, match=r"steps\[0\].samples\[3\]"):
+        load_profile(path)

@@ -75,5 +75,11 @@ def test_more_than_the_model_was_made_for_is_refused() -> None:
 def test_more_memory_than_there_is_is_refused() -> None:
     layout = plan(100 * BLOCK_BYTES).layout
     check_memory(layout, layout.total_bytes, "this host")
-    with pytest.raises(ConfigurationError, match="bytes that this host has left"):
+    with pytest.raises(ConfigurationError, match="this host has left: lower it"):
         check_memory(layout, layout.total_bytes - 1, "this host")
+
+
+def test_memory_is_told_in_the_units_in_which_it_is_asked_for() -> None:
+    layout = plan((1 << 40) + 1).layout
+    with pytest.raises(ConfigurationError, match=r"^--kv-memory 1TiB is more than the 21.2GiB that this host has left"):
+        check_memory(layout, 22_715_138_048, "this host")

@@ -52,6 +52,29 @@ def test_what_is_no_objective_says_what_one_looks_like(text: str) -> None:
         parse_slo(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ttft=1h", "no unit is called 'h'; there are us, ms, s, min"),
+        ("tpot=5msec", r"no unit is called 'msec'.*did you mean ms\?"),
+        ("ttf=250ms", r"no objective is called 'ttf'; there are ttft, tpot; did you mean ttft\?"),
+        ("ttft=0ms", "above 0"),
+        ("ttft:0 tpot:5", "above 0"),
+        (f"ttft={'9' * 400}s", "at most a day"),
+        ("ttft=1e9s", "not a pair"),
+        ("ttft=nan", "not a pair"),
+        ("ttft=infs", "not a pair"),
+    ],
+)
+def test_a_bad_objective_is_told_what_it_could_be(text: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        parse_slo(text)
+
+
+def test_an_objective_may_be_in_minutes() -> None:
+    assert parse_slo("ttft=1.5min").ttft_s == 90.0
+
+
 def test_scaled_objectives_are_looser() -> None:
     assert SLO.scaled(2) == Slo(ttft_s=0.5, tpot_s=0.2)
 
@@ -70,6 +93,17 @@ def test_a_single_token_has_no_tpot_and_misses_none() -> None:
     one = record(event_s=(1.2,), event_tokens=(1,))
     assert math.isnan(one.tpot_s)
     assert one.meets(SLO)
+
+
+def test_an_answer_in_one_event_has_no_tpot_and_is_not_seen_to_keep_one() -> None:
+    one = record(event_s=(1.2,), event_tokens=(4,))
+    assert math.isnan(one.tpot_s)
+    assert one.is_tpot_unknown
+    assert not one.meets(SLO)
+    assert one.meets(Slo(ttft_s=0.25))
+    summary = summarize([one, record()], SLO)
+    assert (summary.attainment.count, summary.ttft_attainment.count, summary.tpot_attainment.count) == (1, 2, 1)
+    assert summary.tpot.p50 == record().tpot_s
 
 
 @pytest.mark.parametrize("ending", [ending for ending in Ending if ending is not Ending.FINISHED])

@@ -1,10 +1,12 @@
 """Traces in the formats that people publish, arrivals, fitted lengths, standard workloads, sessions."""
 
+import contextlib
 import gzip
 import itertools
 import json
 import math
 import statistics
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,102 @@ def test_azure_columns_count_from_the_first_request(tmp_path: Path) -> None:
     )
     assert lengths(path) == [(4808, 10), (3180, 8)]
     assert times(path) == pytest.approx([0.0, 0.052], abs=1e-6)
+
+
+def test_the_azure_week_of_2024_has_a_mark_and_time_zones(tmp_path: Path) -> None:
+    path = tmp_path / "week.csv.gz"
+    rows = (
+        "2024-05-12 00:00:00.001163+00:00,100,10",
+        "2024-05-12 00:00:02+00:00,30,4",
+        "2024-05-12T02:00:03+02:00,5,1",
+    )
+    path.write_bytes(gzip.compress("\n".join(["\ufeffTIMESTAMP,ContextTokens,GeneratedTokens", *rows]).encode()))
+    assert lengths(path) == [(100, 10), (30, 4), (5, 1)]
+    assert times(path) == pytest.approx([0.0, 2 - 0.001163, 3 - 0.001163], abs=1e-6)
+
+
+def test_blank_lines_and_a_mark_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    row = '{"input_length": 600, "output_length": 5, "hash_ids": [7, 8]}\n'
+    path.write_text(f"\ufeff{row}\n  \n{row}\n", encoding="utf-8")
+    assert [(row.line, row.prefix.ids) for row in Trace(path).rows()] == [(1, (7, 8)), (4, (7, 8))]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"timestamp": -1},
+        {"timestamp": 1e300},
+        {"timestamp": "inf"},
+        {"input_length": 0},
+        {"input_length": -5},
+        {"input_length": 10**30},
+        {"input_length": 1.5},
+        {"output_length": -1},
+        {"output_length": 10**12},
+        {"hash_ids": [-1, 2]},
+        {"hash_ids": [1, 2**64]},
+        {"hash_ids": [1, 2, 3]},
+        {"hash_ids": [1]},
+    ],
+)
+def test_a_json_row_that_cannot_be_is_refused_with_its_line(fields: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    good = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, **fields}) + "\n")
+    with pytest.raises(ConfigurationError, match="line 3"):
+        Trace(path)
+
+
+def test_the_hash_ids_of_a_row_are_one_for_each_block_of_512_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"input_length": 600, "output_length": 5, "hash_ids": [1, 2, 3]}\n')
+    with pytest.raises(ConfigurationError, match=r"3 hash_ids for 600 tokens.*that is 2"):
+        Trace(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(f"{time},10,2" for time in ("inf", "nan", "-inf", "-1", "1e300", "", "soon")),
+        *(f"1,{prompt},2" for prompt in ("0", "-3", "nan", "inf", "1e3", "99999999999", "9" * 5000, "")),
+        *(f"1,10,{output}" for output in ("-1", "nan", "99999999999", "")),
+        "1,10",
+        "1",
+        '1,"10',
+    ],
+)
+def test_a_csv_row_that_cannot_be_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"arrival_s,prompt_len,output_len\n0,10,2\n{row}\n")
+    with pytest.raises(ConfigurationError, match=r"line 3: .") as caught:
+        Trace(path)
+    assert len(str(caught.value)) < 6000
+
+
+@pytest.mark.parametrize("time", ["soon", "nan", "1.5", "", "2024-13-01 00:00:00", "1969-12-31 23:59:59", "2400-01-01"])
+def test_an_azure_time_that_cannot_be_is_refused_with_its_line(time: str, tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-12 00:00:00,1,1\n{time},1,1\n")
+    with pytest.raises(ConfigurationError, match="line 3"):
+        Trace(path)
+
+
+@pytest.mark.parametrize("rows", [("", '"timestamp": 5,'), ('"timestamp": 5,', "")])
+def test_times_in_some_rows_only_are_refused(rows: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(f'{{{time}"input_length": 1, "output_length": 1}}\n' for time in rows))
+    with pytest.raises(ConfigurationError, match=r"line 2: .*either every request has a time or none"):
+        Trace(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"\x1f\x8b\x08\x00garbage", b'a,"' + b"x" * 200_000])
+def test_a_file_that_is_no_trace_is_refused(content: bytes, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"trace.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="trace"):
+        Trace(path)
 
 
 def test_a_slice_of_a_trace_counts_from_its_own_first_request(tmp_path: Path) -> None:
@@ -252,3 +350,86 @@ def test_a_file_that_holds_no_sessions_is_refused_with_its_line(tmp_path: Path) 
     path.write_text('{"session_id": "a", "input_length": 3, "output_length": 1}\n{"input_length": 3}\n')
     with pytest.raises(ConfigurationError, match="line 2 is no call"):
         list(read_sessions(path))
+
+
+def test_the_calls_of_sessions_are_no_requests_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text('{"session_id": "a", "input_length": 3, "output_length": 1}\n')
+    with pytest.raises(ConfigurationError, match=r"line 1.*--sessions"):
+        Trace(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_length": 0},
+        {"input_length": 10**30},
+        {"output_length": -1},
+        {"t": -1},
+        {"t": 1e300},
+        {"think_ms": -5},
+        {"think_ms": 1e300},
+        {"hash_runs": [[-1, 2]]},
+        {"hash_runs": [[0, -2]]},
+        {"hash_runs": [[0, 10**15]]},
+        {"hash_runs": [[2**40, 2]]},
+        {"hash_runs": [[0, 4]]},
+        {"hash_runs": [[0, 1]]},
+    ],
+)
+def test_a_call_that_cannot_be_is_refused_with_its_line(fields: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    good = {"session_id": "a", "input_length": 128, "output_length": 1, "t": 0, "think_ms": 1, "hash_runs": [[0, 2]]}
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, **fields}) + "\n")
+    with pytest.raises(ConfigurationError, match="line 3 is no call"):
+        list(read_sessions(path))
+
+
+def test_a_session_whose_calls_are_not_together_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text("".join(f'{{"session_id": "{name}", "input_length": 3, "output_length": 1}}\n' for name in "aba"))
+    with pytest.raises(ConfigurationError, match=r"line 3.*sort the file by session"):
+        list(read_sessions(path))
+
+
+def test_a_session_with_a_slash_in_its_name_is_no_sub_agent(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text('{"session_id": "a/b", "input_length": 3, "output_length": 1, "t": 5000}\n')
+    (started,) = start_sessions(read_sessions(path), rate=1.0, seed=0)
+    (other,) = start_sessions([Session("a", started.calls)], rate=1.0, seed=0)
+    assert started.start_s == other.start_s
+
+
+# Anything at all -------------------------------------------------------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-5, 2000),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(["", "nan", "-inf", "1e400", "2024-05-12 00:00:00+00:00", None, [], "x" * 300]),
+)
+NAMES = ("timestamp", "input_length", "output_length", "hash_ids", "session_id", "t", "think_ms", "hash_runs", "turns")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), st.one_of(numbers, st.lists(numbers, max_size=3)))))
+def test_any_json_lines_are_read_or_refused_in_words(rows: list[dict[str, object]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for read in (lambda: Trace(path).rows(), lambda: read_sessions(path)):
+            with contextlib.suppress(ConfigurationError):
+                assert all(one is not None for one in read())
+
+
+@given(
+    st.sampled_from(["arrival_s,prompt_len,output_len", "TIMESTAMP,ContextTokens,GeneratedTokens"]),
+    st.lists(st.lists(numbers.map(str), max_size=4).map(",".join)),
+)
+def test_any_csv_is_read_or_refused_in_words(head: str, rows: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.csv"
+        path.write_text("\n".join([head, *rows]))
+        with contextlib.suppress(ConfigurationError):
+            times = [row.arrival_s for row in Trace(path).rows()]
+            assert times == sorted(times)
+            assert all(0 <= time < 1e10 for time in times)

@@ -59,7 +59,7 @@ def test_what_was_not_published_is_refused_with_what_was() -> None:
         platform.latency(8, 1)
     with pytest.raises(ConfigurationError, match="3 x 1"):
         platform.capacity_tokens(3, 1)
-    with pytest.raises(ConfigurationError, match=r"opt-175b under distserve, only facebook/opt-13b"):
+    with pytest.raises(ConfigurationError, match=r"opt-175b under distserve; there are facebook/opt-13b"):
         PublishedPlatform("distserve", "facebook/opt-175b")
 
 

@@ -195,14 +195,19 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 )
 
 
+MAX_INSTANCES: Final = 4096
+MAX_PARALLEL: Final = 1024
+"""Of a placement: what is over is a slip, and would only be found when memory ends."""
+
+
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Equal instances of one role."""
 
     role: Role
-    count: Annotated[int, Meta(ge=1)]
-    num_threads: Annotated[int, Meta(ge=1)] | None = None
-    tensor_parallel: Annotated[int, Meta(ge=1)] = 1
-    pipeline_parallel: Annotated[int, Meta(ge=1)] = 1
+    count: Annotated[int, Meta(ge=1, le=MAX_INSTANCES)]
+    num_threads: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] | None = None
+    tensor_parallel: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] = 1
+    pipeline_parallel: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] = 1
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

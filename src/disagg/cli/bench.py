@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from disagg.base.config import DType, Quantization
+from disagg.cli.values import CommandGroup, Count, Name
 
 if TYPE_CHECKING:
     from disagg.engine.benchmark.cases import StepTime
@@ -22,7 +23,7 @@ COMMANDS: Final = {
 """Name, module (which has a command of that name) and one line of help."""
 
 
-class BenchCommands(click.Group):
+class BenchCommands(CommandGroup):
     """A group some of whose commands are imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -52,11 +53,11 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("model", required=False)
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, default=(1,), help="Threads; may be repeated.")
-@click.option("--dtype", type=click.Choice([one.value for one in DType]), default=DType.BFLOAT16.value)
-@click.option("--quantization", type=click.Choice([one.value for one in Quantization]), help="Of the weight matrices.")
-@click.option("--block-size", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens of a KV block.")
-@click.option("--kernels", type=click.Choice(["native", "torch"]), help="Kernel backend  [default: the best there is]")
+@click.option("--threads", type=Count(min=1), multiple=True, default=(1,), help="Threads; may be repeated.")
+@click.option("--dtype", type=Name([one.value for one in DType]), default=DType.BFLOAT16.value)
+@click.option("--quantization", type=Name([one.value for one in Quantization]), help="Of the weight matrices.")
+@click.option("--block-size", type=Count(min=2), default=64, show_default=True, help="Tokens of a KV block.")
+@click.option("--kernels", type=Name(["native", "torch"]), help="Kernel backend  [default: the best there is]")
 @click.option("--quick", is_flag=True, help="A few cases only.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line for each step.")
 def engine(model: str | None, threads: tuple[int, ...], as_json: bool, **options: Any) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from disagg.cli.values import Count, OutputPath
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,16 +28,22 @@ _INTERRUPTED_STATUS = 130
 
 @click.command()
 @click.argument("spec", type=_FILE, metavar="SPEC.yaml")
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Write the report of disagg bench report, as a page.")
-@click.option("--png", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Write its figures.")
+@click.option(
+    "-o",
+    "--output",
+    type=OutputPath("the report"),
+    metavar="FILE",
+    help="Write the report of disagg bench report, as a page.",
+)
+@click.option("--png", type=OutputPath("the figures", is_folder=True), metavar="FOLDER", help="Write its figures.")
 @click.option(
     "--save",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutputPath("the results", is_folder=True),
     metavar="FOLDER",
     help="Keep all records and the servers' logs, for disagg bench report FOLDER/results.json.",
 )
 @click.option("--system", "names", multiple=True, metavar="NAME", help="Only this one of the file; may be repeated.")
-@click.option("--repeats", type=click.IntRange(min=1), metavar="N", help="Instead of what the file says.")
+@click.option("--repeats", type=Count(min=1), metavar="N", help="Instead of what the file says.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures and ratios as JSON.")
 def compare(
     spec: Path,

@@ -15,11 +15,12 @@ from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.cli.bench_goodput_report import print_report
 from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
+from disagg.cli.values import Count, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
 from disagg.measure.sessions import SessionWorkload
 
-_COUNT = click.IntRange(min=1)
-_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_COUNT = Count(min=1)
+_ABOVE_ZERO = Number(min=0, min_open=True)
 _MANY: Final = 1_000_000
 """Requests of a workload that is drawn for as long as it is wanted."""
 
@@ -47,7 +48,7 @@ class Factors(click.ParamType[tuple[float, ...]]):
 @workload_options
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.9,
     show_default=True,
     metavar="PART",
@@ -87,7 +88,9 @@ class Factors(click.ParamType[tuple[float, ...]]):
     metavar="N",
     help="Devices to divide by.  [default: the server's instances]",
 )
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="For bench report.")
+@click.option(
+    "--save", type=OutputPath("the results", makes_folder=True), metavar="FILE.json", help="For bench report."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def goodput(num_devices: int | None, save: Path | None, as_json: bool, **values: Any) -> None:
     """Search the highest rate, per device, at which a server keeps its objectives.

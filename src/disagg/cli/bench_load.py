@@ -19,6 +19,7 @@ from disagg.bench.client.load_plan import (
 )
 from disagg.bench.client.progress import LoadProgress
 from disagg.bench.client.running import Watch
+from disagg.cli.values import Count, Name, Number
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo, parse_slo
 
@@ -26,14 +27,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 DEFAULT_SLO: Final = "ttft=250ms,tpot=100ms"
-_COUNT: Final = click.IntRange(min=1)
-_SECONDS: Final = click.FloatRange(min=0, min_open=True)
+_COUNT: Final = Count(min=1)
+_SECONDS: Final = Number(min=0, min_open=True)
 
 _OPTIONS: Final = (
     click.option("--url", default=DEFAULT_URL, show_default=True, help="Any server with OpenAI's API."),
     click.option(
         "--endpoint",
-        type=click.Choice([one.value for one in Endpoint]),
+        type=Name([one.value for one in Endpoint]),
         default=Endpoint.COMPLETIONS.value,
         show_default=True,
         help="How prompts are sent: as text, as token ids, or as a chat.",
@@ -58,7 +59,7 @@ _OPTIONS: Final = (
         metavar="N",
         help="Make the same texts as another run with N, which a prefix cache may know.  [default: new texts]",
     ),
-    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of sampling."),
+    click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="Of sampling."),
     click.option(
         "--ignore-eos/--no-ignore-eos", default=True, show_default=True, help="Answers as long as the workload says."
     ),

@@ -1,11 +1,13 @@
 """``disagg bench report``: saved results as one page."""
 
+import math
 import re
 from pathlib import Path
 
 import click
 
 from disagg.bench.report.window import Window
+from disagg.cli.values import Number, OutputPath
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -20,9 +22,10 @@ class WindowType(click.ParamType[Window]):
         if isinstance(value, Window):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", str(value).replace(" ", ""))
-        if match is None or float(match[2]) == 0:
+        window = Window(float(match[1]), float(match[2])) if match else None
+        if window is None or not window.start_s < window.end_s < math.inf:
             self.fail(f"{value!r} is no window: write start and length in seconds, such as 12.5,2", param, ctx)
-        return Window(float(match[1]), float(match[2]))
+        return window
 
 
 @click.command()
@@ -30,14 +33,14 @@ class WindowType(click.ParamType[Window]):
 @click.option(
     "-o",
     "--output",
-    type=_FILE,
+    type=OutputPath("the report"),
     default=Path("report.html"),
     show_default=True,
     metavar="FILE",
     help="The page, which loads nothing from anywhere.",
 )
 @click.option(
-    "--png", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Write the figures as PNG too."
+    "--png", type=OutputPath("the figures", is_folder=True), metavar="FOLDER", help="Write the figures as PNG too."
 )
 @click.option(
     "--window",
@@ -47,7 +50,7 @@ class WindowType(click.ParamType[Window]):
 )
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.9,
     show_default=True,
     metavar="PART",

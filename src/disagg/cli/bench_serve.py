@@ -12,17 +12,22 @@ from disagg.base.errors import ConfigurationError
 from disagg.bench.client.inquiries import num_instances
 from disagg.bench.client.load_plan import Load, LoadPlan, load_of
 from disagg.bench.client.load_report import ServeReport, serve_report, system_runs
-from disagg.bench.client.parquet import write_parquet
+from disagg.bench.client.parquet import check_parquet, write_parquet
 from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.bench.client.running import INTERRUPTED
-from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
+from disagg.cli.bench_load import (
+    choose_plan,
+    choose_slo,
+    load_options,
+    shown_progress,
+)
 from disagg.cli.bench_serve_report import print_report
+from disagg.cli.values import Count, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
 from disagg.measure.record import write_records
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_COUNT = click.IntRange(min=1)
+_COUNT = Count(min=1)
 
 
 @click.command(epilog=WORKLOAD_HELP)
@@ -31,14 +36,24 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--users", "num_users", type=_COUNT, metavar="N", help="Closed loop: N users, each one request at a time."
 )
-@click.option("--think-s", type=click.FloatRange(min=0), default=0.0, help="Wait of a user after each answer.")
+@click.option("--think-s", type=Number(min=0), default=0.0, help="Wait of a user after each answer.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the first run's workload.")
 @click.option(
     "--seeds", type=_COUNT, default=1, show_default=True, metavar="K", help="Runs: one is a look, three make a claim."
 )
-@click.option("--max-run-s", type=click.FloatRange(min=0, min_open=True), help="End a run after so many seconds.")
-@click.option("--records", type=_FILE, metavar="FILE", help="Write what became of each request: .jsonl or .parquet.")
-@click.option("--save", type=_FILE, metavar="FILE.json", help="Write the runs for disagg bench report.")
+@click.option("--max-run-s", type=Number(min=0, min_open=True), help="End a run after so many seconds.")
+@click.option(
+    "--records",
+    type=OutputPath("the records"),
+    metavar="FILE",
+    help="Write what became of each request: .jsonl or .parquet.",
+)
+@click.option(
+    "--save",
+    type=OutputPath("the results", makes_folder=True),
+    metavar="FILE.json",
+    help="Write the runs for disagg bench report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def serve(
@@ -58,8 +73,8 @@ def serve(
     """
     if records is not None and records.suffix not in (".jsonl", ".parquet"):
         raise ConfigurationError(f"--records {records}: records are written as .jsonl or .parquet")
-    if records is not None and not records.absolute().parent.is_dir():
-        raise ConfigurationError(f"--records {records}: there is no folder {records.parent}")
+    if records is not None and records.suffix == ".parquet":
+        check_parquet(records)
     slo = choose_slo(values)
     plan = _with_deadline(choose_plan(values, slo), values["max_run_s"])
     name, rate, loads = choose_loads(values, range(seed, seed + seeds))

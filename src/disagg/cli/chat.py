@@ -6,6 +6,7 @@ from contextlib import suppress
 import click
 
 from disagg.cli.chat_client import ChatAnswer, ChatClient
+from disagg.cli.values import Count, Number
 
 _HELP = "/exit or Ctrl-D ends, /clear forgets the conversation, Ctrl-C stops an answer"
 
@@ -14,8 +15,8 @@ _HELP = "/exit or Ctrl-D ends, /clear forgets the conversation, Ctrl-C stops an 
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the server listens.")
 @click.option("--model", help="Name of the model.  [default: the one that the server has]")
 @click.option("--system", help="System message.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: the server's]")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Randomness; 0 takes the most likely token.")
+@click.option("--max-tokens", type=Count(min=1), help="Longest answer.  [default: the server's]")
+@click.option("--temperature", type=Number(min=0), help="Randomness; 0 takes the most likely token.")
 @click.option("--seed", type=int, help="Makes answers repeatable.")
 @click.option("--api-key", envvar="DISAGG_API_KEY", show_envvar=True, help="Key of the server.")
 def chat(

@@ -14,6 +14,8 @@ import msgspec
 from msgspec import inspect
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.units import format_bytes
+from disagg.cli.values import Count, Name, Number
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=msgspec.Struct)
@@ -25,6 +27,8 @@ _UNITS: Final = {"": 1} | {
 }
 
 
+_MANY_BYTES: Final = 1 << 60
+_MOST_INTEGERS: Final = 1 << 16
 _METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}
 """How a value is shown in the help; all our floats are seconds."""
 
@@ -42,7 +46,10 @@ class ByteSize(click.ParamType[int]):
         unit = _UNITS.get(_canonical_unit(match[2])) if match else None
         if match is None or unit is None:
             self.fail(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB", param, ctx)
-        return int(float(match[1]) * unit)
+        num_bytes = float(match[1]) * unit
+        if num_bytes >= _MANY_BYTES:
+            self.fail(f"{value!r} is more than any machine has", param, ctx)
+        return int(num_bytes)
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
@@ -59,17 +66,13 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
             if match is None:
                 self.fail(f"{value!r} is not a list of numbers such as 0,1,4-7", param, ctx)
-            numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if not first <= last < _MOST_INTEGERS:
+                self.fail(
+                    f"{part.strip()!r} is no range from a lower to a higher number below {_MOST_INTEGERS}", param, ctx
+                )
+            numbers += range(first, last + 1)
         return tuple(numbers)
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Return a size as a person writes it: 1GiB, 98.5MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.1f}".removesuffix(".0") + unit
-        num_bytes /= 1024
-    return f"{num_bytes:.1f}".removesuffix(".0") + "TiB"
 
 
 def flags_of(
@@ -143,13 +146,11 @@ def _parameter_type(name: str, kind: inspect.Type) -> click.ParamType[Any]:
         case inspect.IntType() if name.endswith("_bytes"):
             return ByteSize()
         case inspect.IntType():
-            return click.IntRange(min=kind.ge, max=kind.le)
+            return Count(min=kind.ge, max=kind.le)
         case inspect.FloatType():
-            return click.FloatRange(
-                min=kind.ge if kind.gt is None else kind.gt, max=kind.le, min_open=kind.gt is not None
-            )
+            return Number(min=kind.ge if kind.gt is None else kind.gt, max=kind.le, min_open=kind.gt is not None)
         case inspect.EnumType():
-            return click.Choice([member.value for member in kind.cls])
+            return Name([member.value for member in kind.cls])
         case inspect.VarTupleType(item_type=inspect.IntType()):
             return IntegerList()
         case inspect.StrType():

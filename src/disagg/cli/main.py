@@ -7,6 +7,7 @@ import click
 
 import disagg
 from disagg.base.errors import ConfigurationError, DisaggError
+from disagg.cli.values import CommandGroup
 
 COMMANDS: Final = {
     "serve": ("disagg.cli.serve", "Serve a model, with prefill and decode on separate instances."),
@@ -40,7 +41,7 @@ class CliConfigurationError(CliError):
     exit_code = CONFIGURATION_STATUS
 
 
-class Commands(click.Group):
+class Commands(CommandGroup):
     """A group whose commands are imported on demand, and whose errors are words unless ``--debug`` is given."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

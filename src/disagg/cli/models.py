@@ -3,7 +3,7 @@
 import click
 import msgspec
 
-from disagg.cli.flags import format_bytes
+from disagg.base.units import format_bytes
 
 
 @click.command()

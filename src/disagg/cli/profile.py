@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from disagg.base.config import CacheSettings, InstanceGroup, ModelSettings, Placement, SchedulerSettings
-from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.cli.flags import build, flag_name, flags_of
+from disagg.cli.profile_report import print_summary
+from disagg.cli.values import Number, OutputPath
+from disagg.costs.profile import save_profile
 from disagg.serve.launch.deployment import Deployment, HostSettings
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputPath("the profile"),
     required=True,
     metavar="FILE.json",
     help="Where the profile goes.",
@@ -34,7 +36,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the steps and their order.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.0,
     show_default=True,
     help="Of sampling: above 0, each token costs two more passes over the vocabulary.",
@@ -49,8 +51,6 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
     Times the steps of a live instance on the cores that disagg serve would give it, alone and while a second instance
     computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 3 to 4 minutes.
     """
-    if not output.absolute().parent.is_dir():
-        raise ConfigurationError(f"cannot write the profile {output}: there is no folder {output.absolute().parent}")
     deployment = Deployment(
         placement=_PAIR,
         model=build(ModelSettings, values | {"model": model}),
@@ -70,8 +70,6 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
             temperature=values["temperature"],
         )
     from disagg.calibration.profile_summary import summarise
-    from disagg.cli.profile_report import print_summary
-    from disagg.costs.profile import save_profile
 
     save_profile(made.profile, output)
     for warning in made.warnings:

@@ -6,13 +6,21 @@ from typing import Any
 
 import click
 
-from disagg.base.config import CacheSettings, ModelSettings, RouterSettings, SchedulerSettings, ServeSettings
+from disagg.base.config import (
+    MAX_INSTANCES,
+    CacheSettings,
+    ModelSettings,
+    RouterSettings,
+    SchedulerSettings,
+    ServeSettings,
+)
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
+from disagg.cli.values import Count, Name
 from disagg.serve.launch.deployment import Deployment, HostSettings
 
-_COUNT = click.IntRange(min=0)
+_COUNT = Count(min=0, max=MAX_INSTANCES)
 
 
 @click.command()
@@ -26,7 +34,7 @@ _COUNT = click.IntRange(min=0)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
     "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
+    type=Name(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
     help="Least important messages to show.",

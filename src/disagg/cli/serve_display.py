@@ -13,7 +13,7 @@ import disagg
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
 from disagg.base.text import one_line
-from disagg.cli.flags import format_bytes
+from disagg.base.units import format_bytes
 from disagg.serve.router.interface import InstanceStatus
 
 
@@ -25,6 +25,11 @@ class PlainDisplay:
         self._started_s = started_s
         self._stages: dict[InstanceId, str] = {}
         self._is_ready = False
+        self._can_chat = True
+
+    def model_read(self, model: str, *, can_chat: bool) -> None:
+        """See ServerObserver."""
+        self._can_chat = can_chat
 
     def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
         """See ServerObserver: each new stage is a line."""
@@ -57,7 +62,11 @@ class PlainDisplay:
             click.echo(json.dumps(_ready_message(url, model, instances, took_s)))
         say(f"\ndisagg {disagg.__version__} serves {model} on {url} (ready after {took_s:.1f} s)\n")
         self.show_instances(instances)
-        say(f"\nTry:\n  {_curl(url, model)}\nor: disagg chat{'' if url.endswith(':8000') else f' --url {url}'}\n")
+        if self._can_chat:
+            chat = "disagg chat" if url.endswith(":8000") else f"disagg chat --url {url}"
+            say(f"\nTry:\n  {_chat_call(url, model)}\nor: {chat}\n")
+        else:
+            say(f"\nIt has no chat template, so it completes texts. Try:\n  {_completion_call(url, model)}\n")
 
     def server_stopping(self, why: str, drain_s: float) -> None:
         """See ServerObserver."""
@@ -120,6 +129,15 @@ def _ready_message(url: str, model: str, instances: tuple[InstanceStatus, ...], 
     }
 
 
-def _curl(url: str, model: str) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Name three rivers."}]})
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+def _chat_call(url: str, model: str) -> str:
+    message = {"role": "user", "content": "Name three rivers."}
+    return _call(f"{url}/v1/chat/completions", {"model": model, "messages": [message]})
+
+
+def _completion_call(url: str, model: str) -> str:
+    body = {"model": model, "prompt": "Three rivers of Europe are", "max_tokens": 32}
+    return _call(f"{url}/v1/completions", body)
+
+
+def _call(url: str, body: dict[str, object]) -> str:
+    return f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

@@ -6,12 +6,13 @@ from typing import Any, Final
 
 import click
 
-from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
+from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
+from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
 from disagg.costs.devices import DEVICES
 from disagg.measure.open_loop import OpenLoop
@@ -23,7 +24,7 @@ from disagg.simulator.evaluate import Evaluation, evaluate, search_goodput
 from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.timeline_page import TimelineRecorder
 
-_COUNT: Final = click.IntRange(min=0)
+_COUNT: Final = Count(min=0, max=MAX_INSTANCES)
 _FILE: Final = click.Path(path_type=Path)
 
 
@@ -48,7 +49,7 @@ _FILE: Final = click.Path(path_type=Path)
 )
 @click.option(
     "--engine",
-    type=click.Choice(["disagg", *IMITATED]),
+    type=Name(["disagg", *IMITATED]),
     default="disagg",
     show_default=True,
     help="Whose rules to serve by. The flags of cache, scheduler and router below are for disagg alone.",
@@ -57,7 +58,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option("--slo", type=SloType(), default="ttft=250ms,tpot=100ms", show_default=True, help="Latency objectives.")
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.9,
     show_default=True,
     metavar="PART",
@@ -65,15 +66,22 @@ _FILE: Final = click.Path(path_type=Path)
 )
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=1,
     show_default=True,
     metavar="K",
     help="Runs, where times are drawn.",
 )
 @click.option("--find-goodput", is_flag=True, help="Search the highest rate per device that keeps --attainment.")
-@click.option("--events", type=_FILE, metavar="FOLDER", help="Write every decision of the first run, for replay.")
-@click.option("--html", type=_FILE, metavar="FILE", help="Write the course of the first run as a page.")
+@click.option(
+    "--events",
+    type=OutputPath("the events", is_folder=True),
+    metavar="FOLDER",
+    help="Write every decision of the first run, for replay.",
+)
+@click.option(
+    "--html", type=OutputPath("the page"), metavar="FILE", help="Write the course of the first run as a page."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @flags_of(CacheSettings, SchedulerSettings, RouterSettings)
 def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:

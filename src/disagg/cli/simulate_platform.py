@@ -7,6 +7,7 @@ from typing import Final
 
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 from disagg.cli.yaml_file import read_yaml
 from disagg.costs.cluster_file import PROFILED, ClusterFile
 from disagg.costs.devices import DEVICES, find_device
@@ -49,7 +50,11 @@ def choose_platform(latency: str | None, model: str | None, engine: str, kv_memo
     """Return the platform that ``--latency`` names. Raises ConfigurationError when there is none."""
     if latency is None:
         if engine not in IMITATED:
-            raise ConfigurationError("where do step times come from? Give --latency: a profile, or a device's name")
+            raise ConfigurationError(
+                "where do step times come from? Give --latency: a profile that disagg profile wrote (FILE.json), a "
+                f"device ({', '.join(DEVICES)}), or operator tables (FOLDER/a100_sxm); or --engine "
+                f"{' or '.join(IMITATED)}, which have published ones"
+            )
         latency = PUBLISHED
     if latency == PUBLISHED:
         return _published(model, engine)
@@ -62,7 +67,7 @@ def choose_platform(latency: str | None, model: str | None, engine: str, kv_memo
         return _tables(path, model)
     raise ConfigurationError(
         f"--latency {latency}: no profile (.json), no operator tables ({latency}.*.csv), and no device of that name; "
-        f"there are {', '.join(DEVICES)} and {PUBLISHED}"
+        f"{known_names(latency, [*DEVICES, PUBLISHED])}"
     )
 
 
@@ -91,14 +96,14 @@ def choose_cluster(
 
 
 def _published(model: str | None, engine: str) -> ChosenPlatform:
-    from disagg.costs.published import PublishedPlatform
+    from disagg.costs.published import PUBLISHED_MODELS, PublishedPlatform
 
     if engine not in IMITATED:
         raise ConfigurationError(
             f"published latencies are those of other engines: give --engine {' or '.join(IMITATED)}"
         )
     if model is None:
-        raise ConfigurationError("give --model: facebook/opt-13b or facebook/opt-66b")
+        raise ConfigurationError(f"give --model: {' or '.join(PUBLISHED_MODELS)}")
     name = model if "/" in model else f"facebook/{model}"
     factor = VLLM_PREFILL_FACTOR if engine == "vllm-0.2.3" else None
     return ChosenPlatform(PublishedPlatform(engine, name, prefill_factor=factor), {}, "a100-sxm")
@@ -107,14 +112,14 @@ def _published(model: str | None, engine: str) -> ChosenPlatform:
 def _roofline(device: str, model: str | None) -> ChosenPlatform:
     from disagg.costs.roofline import RooflinePlatform
 
-    config, name = _model_config(model)
+    config, name = _model_config(model, device)
     return ChosenPlatform(RooflinePlatform(config, find_device(device), name), {}, device)
 
 
 def _tables(path: Path, model: str | None) -> ChosenPlatform:
     from disagg.costs.tables import OperatorTables, TablePlatform
 
-    config, name = _model_config(model)
+    config, name = _model_config(model, path.name)
     tables = OperatorTables.read(path.parent, path.name, find_device(path.name.replace("_", "-")))
     errors = {f"{operator}, from its neighbours": str(error) for operator, error in tables.errors().items()}
     return ChosenPlatform(TablePlatform(tables, config, name), errors, tables.device.name)
@@ -128,12 +133,19 @@ def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
     return ChosenPlatform(platform, errors, PROFILED)
 
 
-def _model_config(model: str | None) -> tuple[ModelConfig, str]:
+def _model_config(model: str | None, latency: str) -> tuple[ModelConfig, str]:
+    from disagg.costs.published import PUBLISHED_MODELS
     from disagg.models.hf_config import config_from_hf
     from disagg.models.locate import load_config, locate_model, read_json
 
     if model is not None and model.endswith(".json"):
         path = Path(model)
         return config_from_hf(read_json(path), source=str(path)), path.resolve().parent.name
+    published = {name.removeprefix("facebook/"): name for name in PUBLISHED_MODELS}
+    if model in (*published, *published.values()) and not Path(model).exists():
+        raise ConfigurationError(
+            f"--model {model} has step times of its own, with --engine {' or '.join(IMITATED)} and without --latency; "
+            f"beside {latency} name a model that disagg runs: its config.json, folder, GGUF file or hub id"
+        )
     files = locate_model(model)
     return load_config(files), files.name

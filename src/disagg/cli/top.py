@@ -15,7 +15,7 @@ from rich.live import Live
 
 from disagg.base.errors import DisaggError, ProtocolError, UnavailableError
 from disagg.cli.top_figures import History, make_figures
-from disagg.cli.top_view import NUM_FIXED_LINES, render
+from disagg.cli.top_view import render, room_for
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo
 from disagg.serve.api.views import RequestPage, RequestView, ServerView
@@ -23,6 +23,7 @@ from disagg.serve.api.views import RequestPage, RequestView, ServerView
 T = TypeVar("T")
 
 TIMEOUT_S: Final = 5.0
+_LONGEST_S: Final = 86_400.0
 _PAGE: Final = 1000
 _NUM_REQUESTS_ONCE: Final = 10
 
@@ -36,8 +37,8 @@ class Seconds(click.ParamType[float]):
         """Return seconds, above 0."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min)?", str(value).strip())
         seconds = float(match[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[match[2] or "s"] if match else 0.0
-        if seconds <= 0:
-            self.fail(f"{value!r} is not a time such as 1s, 500ms or 5min", param, ctx)
+        if not 0 < seconds <= _LONGEST_S:
+            self.fail(f"{value!r} is not a time such as 1s, 500ms or 5min, up to a day", param, ctx)
         return seconds
 
 
@@ -148,9 +149,12 @@ def _show_live(watcher: Watcher, slo: Slo, interval_s: float) -> None:
 
 
 def _frame(watcher: Watcher, slo: Slo, console: Console, trouble: str = "") -> RenderableType:
-    num_instances = len(watcher.history.statuses[-1].instances)
-    room = console.height - NUM_FIXED_LINES - num_instances if console.is_terminal else _NUM_REQUESTS_ONCE
-    return render(make_figures(watcher.history, slo, max(0, room)), watcher.url, console.width, trouble)
+    instances = watcher.history.statuses[-1].instances
+    num_requests, num_instances = _NUM_REQUESTS_ONCE, len(instances)
+    if console.is_terminal:
+        num_requests, num_instances = room_for(console.height, instances)
+    figures = make_figures(watcher.history, slo, num_requests)
+    return render(figures, watcher.url, console.width, trouble, num_instances)
 
 
 def _json_frame(watcher: Watcher, slo: Slo) -> str:

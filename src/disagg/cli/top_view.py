@@ -8,18 +8,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from disagg.base.units import format_bytes
 from disagg.bench.report.words import number, objective, percent, seconds
-from disagg.cli.flags import format_bytes
 from disagg.cli.top_figures import Figures, LatencyFigures, keeps
 from disagg.measure.timeline import Stage
 from disagg.serve.api.views import InstanceView, RequestView
 
 NUM_FIXED_LINES: Final = 18
-"""Lines of a frame but for its instances and requests, at most."""
+"""Lines of a frame but for its instances, what is said of them, and its requests, at most."""
+_NUM_REQUEST_LINES: Final = 4
+"""Of these, those that go when no request is shown: heading, legend, and a blank line."""
+_MOST_NOTES: Final = 3
 WIDE: Final = 116
 """From so many columns on there is room for everything."""
 
-_SPARK_WIDTH: Final = 24
+_SPARK_WIDTH: Final = 14
+_GAP: Final = 2
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 _BAD: Final = "bold #d55e00"
 _GOOD: Final = "bold #009e73"
@@ -54,24 +58,41 @@ BLOCK_LOOKS: Final = {
 }
 
 
-def render(figures: Figures, url: str, width: int, trouble: str = "") -> RenderableType:
-    """Return a frame for so many columns. ``trouble`` says why it is old, where it is."""
-    parts: list[RenderableType] = [_heading(figures, url)]
+def room_for(height: int, instances: Sequence[InstanceView]) -> tuple[int, int]:
+    """Return how many requests and how many instances a frame of so many lines shows, instances first."""
+    num_notes = len(_notes(instances))
+    num_requests = height - NUM_FIXED_LINES - num_notes - len(instances)
+    if num_requests > 0:
+        return num_requests, len(instances)
+    num_lines = height - NUM_FIXED_LINES - num_notes + _NUM_REQUEST_LINES
+    return 0, len(instances) if num_lines >= len(instances) else max(1, num_lines - 1)
+
+
+def render(
+    figures: Figures, url: str, width: int, trouble: str = "", num_instances: int | None = None
+) -> RenderableType:
+    """Return a frame for so many columns, with all instances or those that need most attention.
+
+    ``trouble`` says why it is old, where it is. What is not shown for want of columns is told in lines of its own or
+    left out; nothing is cut but the words of a failure, and names that are too long.
+    """
+    is_wide = width >= WIDE
+    parts: list[RenderableType] = [_heading(figures, url, width)]
     if trouble:
         parts.append(Text(f"▲ {trouble}", _BAD))
     elif not figures.status.ready:
         parts.append(Text(f"▲ no request can be served now: {figures.status.detail}", _BAD))
-    parts += [
-        _totals(figures, num_columns=3 if width >= WIDE else 2),
-        Text(),
-        _instances(figures, kv_width=24 if width >= WIDE else 10),
-        _legend("KV blocks", BLOCK_LOOKS, width),
-        Text(),
-        _latencies(figures),
-        Text(),
-        _requests(figures, width) if width >= WIDE else _requests_in_short(figures, width),
-        _legend("stages", STAGE_LOOKS, width),
-    ]
+    parts += [*_totals(figures, width), Text(), _instances(figures, num_instances, is_wide)]
+    num_hidden = len(figures.status.instances) - (num_instances or len(figures.status.instances))
+    if num_hidden > 0:
+        parts.append(Text(f"and {num_hidden} more", "dim"))
+    notes = _notes(figures.status.instances)
+    for note in notes:
+        note.truncate(width, overflow="ellipsis")
+    parts += [*notes, _legend("KV blocks", BLOCK_LOOKS, width), Text(), _latencies(figures)]
+    if figures.requests:
+        requests = _requests(figures, width) if is_wide else _requests_in_short(figures, width)
+        parts += [Text(), requests, _legend("stages", STAGE_LOOKS, width)]
     return Group(*parts)
 
 
@@ -99,7 +120,7 @@ def stacked_bar(parts: Mapping[str, float], looks: Mapping[str, Look], scale: fl
     return bar
 
 
-def _heading(figures: Figures, url: str) -> Text:
+def _heading(figures: Figures, url: str, width: int) -> Text:
     status = figures.status
     down = sum(one.state != "ready" for one in status.instances)
     heading = Text("disagg top  ", "bold")
@@ -109,10 +130,16 @@ def _heading(figures: Figures, url: str) -> Text:
         heading.append(f"◐ ready, {down} of {len(status.instances)} instances are not", _BAD)
     else:
         heading.append("● ready", _GOOD)
-    return heading.append(f"  {status.model} · version {status.version} · {url}", "dim")
+    separator = "  "
+    for words in (status.model, f"version {status.version}", url):
+        if len(heading) + len(separator) + len(words) <= width:
+            heading.append(f"{separator}{words}", "dim")
+            separator = " · "
+    return heading
 
 
-def _totals(figures: Figures, num_columns: int) -> Table:
+def _totals(figures: Figures, width: int) -> list[Text]:
+    """Return what concerns the whole server, in as many lines as it takes; no figure is broken."""
     status = figures.status
     waiting = sum(one.num_waiting for one in status.instances)
     running = sum(one.num_running for one in status.instances)
@@ -124,10 +151,13 @@ def _totals(figures: Figures, num_columns: int) -> Table:
         _figure(str(waiting), "queued at instances"),
         _hand_overs(figures),
     ]
-    table = Table.grid(padding=(0, 3))
-    for first in range(0, len(told), num_columns):
-        table.add_row(*told[first : first + num_columns])
-    return table
+    lines = [told[0]]
+    for figure in told[1:]:
+        if len(lines[-1]) + _GAP + len(figure) <= width:
+            lines[-1].append(" " * _GAP).append_text(figure)
+        else:
+            lines.append(figure)
+    return lines
 
 
 def _figure(value: str, words: str, course: str = "") -> Text:
@@ -145,28 +175,43 @@ def _hand_overs(figures: Figures) -> Text:
     return told
 
 
-def _instances(figures: Figures, kv_width: int) -> Table:
-    table = _table("instance", "state", ">running", ">waiting", ">leases", ">tokens/s", "KV blocks", ">held")
-    for one in figures.status.instances:
+def _instances(figures: Figures, num_shown: int | None, is_wide: bool) -> Table:
+    wide = ("instance", "state", ">running", ">waiting", ">leases", ">tokens/s", "KV blocks", ">held")
+    narrow = ("instance", "state", ">run", ">wait", ">lease", ">tok/s", "KV blocks", ">held")
+    table = _table(*(wide if is_wide else narrow))
+    instances = figures.status.instances
+    if num_shown is not None and num_shown < len(instances):
+        instances = sorted(instances, key=_needs_attention, reverse=True)[:num_shown]
+    for one in instances:
         total = sum(one.blocks.values())
         table.add_row(
             Text(one.instance, _ROLE_COLOURS.get(one.role, "")),
-            _state(one),
+            Text("● ready", _GOOD) if one.state == "ready" else Text(f"▲ {one.state}", _BAD),
             str(one.num_running),
             str(one.num_waiting),
             str(one.num_leases),
             number(figures.instance_token_rates[one.instance]),
-            stacked_bar(one.blocks, BLOCK_LOOKS, float(total), kv_width),
+            stacked_bar(one.blocks, BLOCK_LOOKS, float(total), 24 if is_wide else 16),
             percent(one.kv_usage),
         )
     return table
 
 
-def _state(one: InstanceView) -> Text:
-    died = f", died {'once' if one.num_restarts == 1 else f'{one.num_restarts} times'}" if one.num_restarts else ""
-    if one.state == "ready":
-        return Text("● ready", _GOOD).append(died, "not bold")
-    return Text(f"▲ {one.state}", _BAD).append(f" ({one.detail})" if one.detail else "", "not bold").append(died)
+def _needs_attention(one: InstanceView) -> tuple[bool, float, int]:
+    return one.state != "ready", one.kv_usage, one.num_waiting
+
+
+def _notes(instances: Sequence[InstanceView]) -> list[Text]:
+    """Return a line for each instance of which there is more to say than a word, the first few that are down first."""
+    notes = []
+    for one in sorted(instances, key=lambda one: one.state == "ready"):
+        died = f", died {'once' if one.num_restarts == 1 else f'{one.num_restarts} times'}" if one.num_restarts else ""
+        if one.state == "ready" and died:
+            notes.append(Text(f"{one.instance} ").append("● ready", _GOOD).append(died))
+        elif one.state != "ready":
+            words = f" ({one.detail})" if one.detail else ""
+            notes.append(Text(f"{one.instance} ").append(f"▲ {one.state}", _BAD).append(words + died))
+    return notes[:_MOST_NOTES]
 
 
 def _latencies(figures: Figures) -> Table:

@@ -9,6 +9,8 @@ from typing import Any, Final, TypeVar
 import click
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
+from disagg.cli.values import Count, Name, Number
 from disagg.measure.arrivals import ArrivalKind, Arrivals
 from disagg.measure.open_loop import FixedLengths, LengthLimits, OpenLoop, RequestSource
 from disagg.measure.sessions import SessionWorkload
@@ -18,8 +20,8 @@ from disagg.measure.trace import Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_ABOVE_ZERO: Final = click.FloatRange(min=0, min_open=True)
-_COUNT: Final = click.IntRange(min=1)
+_ABOVE_ZERO: Final = Number(min=0, min_open=True)
+_COUNT: Final = Count(min=1)
 DEFAULT_NUM_REQUESTS: Final = 200
 """Of workloads that are drawn and have no end of their own."""
 
@@ -27,7 +29,7 @@ WORKLOAD_HELP: Final = """A workload is one of chat, code, summarise and reason 
 their files with --traces), or a file, gzipped or not: .jsonl with input_length, output_length and, where they are
 known, timestamp (ms) and hash_ids of 512-token blocks (Mooncake); .csv with prompt_len, output_len, arrival_s
 (DistServe), ContextTokens, GeneratedTokens, TIMESTAMP (Azure), or num_prefill_tokens, num_decode_tokens (Vidur).
-Without times, arrivals are drawn at --rate."""
+Without times, or where all are equal, arrivals are drawn at --rate."""
 
 
 class SloType(click.ParamType[Slo]):
@@ -51,12 +53,13 @@ _OPTIONS: Final = (
         "--sessions",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Instead: calls of agents, one after another (kv-cache-tester), --rate in sessions/s.",
+        help="Instead: calls of agents, one after another (kv-cache-tester, or a shard of Azure's GitHub Copilot "
+        "traces), --rate in sessions/s.",
     ),
     click.option(
         "--longest-think",
         "longest_think_s",
-        type=click.FloatRange(min=0),
+        type=Number(min=0),
         default=30.0,
         show_default=True,
         metavar="SECONDS",
@@ -77,22 +80,20 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--arrivals",
-        type=click.Choice([kind.value for kind in ArrivalKind]),
+        type=Name([kind.value for kind in ArrivalKind]),
         help="Where times come from.  [default: the file's, else poisson]",
     ),
     click.option("--cv", "gap_cv", type=_ABOVE_ZERO, default=1.0, help="Coefficient of variation of gamma gaps."),
     click.option(
         "--spread-batches",
         "batch_s",
-        type=click.FloatRange(min=0),
+        type=Number(min=0),
         default=0.0,
         metavar="SECONDS",
         help="Spread times that the file rounds down to batches of this length (Mooncake: 3).",
     ),
-    click.option(
-        "--shorten", type=click.FloatRange(min=0, max=1, min_open=True), metavar="F", help="Factor on all lengths."
-    ),
-    click.option("--max-total-len", type=click.IntRange(min=2), metavar="N", help="Cut prompts so that all fit."),
+    click.option("--shorten", type=Number(min=0, max=1, min_open=True), metavar="F", help="Factor on all lengths."),
+    click.option("--max-total-len", type=Count(min=2), metavar="N", help="Cut prompts so that all fit."),
 )
 
 
@@ -145,13 +146,16 @@ def _standard(values: Mapping[str, Any]) -> OpenLoop:
 
 def _own(values: Mapping[str, Any]) -> OpenLoop:
     source = _source(values)
-    has_times = not math.isnan(source.rate)
+    has_rate = math.isfinite(source.rate)  # not so without times, nor when all requests come at once
     if values["arrivals"] is not None:
         kind = ArrivalKind(values["arrivals"])
+    elif has_rate or (not math.isnan(source.rate) and values["rate"] is None):
+        kind = ArrivalKind.REPLAY
     else:
-        kind = ArrivalKind.REPLAY if has_times else ArrivalKind.POISSON
-    if values["scale"] is not None and not has_times:
-        raise ConfigurationError("--scale multiplies the workload's rate, but this one has no times: give --rate")
+        kind = ArrivalKind.POISSON
+    if values["scale"] is not None and not has_rate:
+        why = "has no times" if math.isnan(source.rate) else "has all its requests at one time"
+        raise ConfigurationError(f"--scale multiplies the workload's rate, but this one {why}: give --rate")
     rate = values["rate"] if values["scale"] is None else values["scale"] * source.rate
     return OpenLoop(source, Arrivals(kind, rate, values["gap_cv"], values["batch_s"]), LengthLimits())
 
@@ -164,4 +168,9 @@ def _source(values: Mapping[str, Any]) -> RequestSource:
         )
     if name is None:
         return FixedLengths(prompt_len, output_len, values["num_requests"] or DEFAULT_NUM_REQUESTS)
-    return Trace(Path(name), values["num_requests"])
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        raise ConfigurationError(
+            f"no workload and no file is called {name!r}; as workloads {known_names(name, STANDARD_WORKLOADS)}"
+        )
+    return Trace(path, values["num_requests"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 from disagg.costs.links import LinkKind, LinkModel
 
 
@@ -106,5 +107,5 @@ DEVICES: Final = {sheet.name: sheet for sheet in (_A100, _H100, _H200, _L40S, _Z
 def find_device(name: str) -> DeviceSheet:
     """Return a data sheet by name; raise ConfigurationError, naming those there are."""
     if name not in DEVICES:
-        raise ConfigurationError(f"no data sheet of a device {name!r}; there are {', '.join(DEVICES)}")
+        raise ConfigurationError(f"no data sheet of a device {name!r}; {known_names(name, DEVICES)}")
     return DEVICES[name]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from disagg.costs.contention import Activity
 from disagg.costs.fit import FitError, fit_relative, relative_error
 from disagg.costs.latency import StepShape
-from disagg.costs.memory import Scarcity
+from disagg.costs.memory import BytesPerSecond, Scarcity
 
 HOLD_OUT_EVERY: Final = 5
 """One sample in five is kept out of the fit whose error is reported."""
@@ -26,7 +26,12 @@ _KNOTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _MIN_SAMPLES_BESIDE: Final = 5
 
 
-Chunks = Annotated[tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]], ...], Meta(min_length=1)]
+MAX_STEP_S: Final = 3600.0
+MAX_CHUNK: Final = 1 << 24
+Chunks = Annotated[
+    tuple[tuple[Annotated[int, Meta(ge=0, le=MAX_CHUNK)], Annotated[int, Meta(ge=1, le=MAX_CHUNK)]], ...],
+    Meta(min_length=1),
+]
 """Those of a measured step, as (tokens already there, new tokens)."""
 
 
@@ -51,9 +56,9 @@ class StepSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     chunks: Chunks
-    time_s: Annotated[float, Meta(gt=0)]
+    time_s: Annotated[float, Meta(gt=0, le=MAX_STEP_S)]
     neighbour: Activity | None = None
-    memory_bytes_per_s: Annotated[float, Meta(gt=0)] | None = None
+    memory_bytes_per_s: BytesPerSecond | None = None
 
     def shape(self) -> StepShape:
         """Return what of the step counts."""

@@ -14,12 +14,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+BytesPerSecond = Annotated[float, Meta(ge=1, le=1e18)]
+
 
 class MemorySample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes per second that the cores of one instance read, and those of two at once."""
 
-    alone: Annotated[float, Meta(gt=0)]
-    together: Annotated[float, Meta(gt=0)]
+    alone: BytesPerSecond
+    together: BytesPerSecond
 
 
 @dataclass(frozen=True)

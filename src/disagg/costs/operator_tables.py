@@ -10,14 +10,21 @@ import csv
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from disagg.base.errors import ConfigurationError
 from disagg.costs.fit import FitError, relative_error
+
+LATENCY: Final = "latency_ms"
+GEMM_COLUMNS: Final = ("m", "n", "k", LATENCY)
+ATTENTION_COLUMNS: Final = ("batch_size", "isl", "step", "num_heads", "num_key_value_heads", LATENCY)
+ALL_REDUCE_COLUMNS: Final = ("num_gpus", "message_size_elements", LATENCY)
+_LARGEST: Final = 1e12
 
 
 class Curve:
@@ -143,14 +150,40 @@ class AllReduceTable:
         return Curve(self._times[num_devices])
 
 
-def read_rows(folder: Path, pattern: str) -> list[dict[str, str]]:
-    """Read the CSV file of this name pattern; raise ConfigurationError unless there is exactly one."""
+def read_rows(folder: Path, pattern: str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Read the CSV file of this name pattern, whose ``columns`` are numbers.
+
+    Raises ConfigurationError unless there is exactly one such file, with the line of a number that cannot be.
+    """
     files = sorted(folder.glob(pattern))
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise ConfigurationError(f"{folder} must hold one file {pattern}; found {found}")
-    with files[0].open(encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+    rows = []
+    try:
+        with files[0].open(encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                for column in columns:
+                    _check(row, column, f"{files[0]}, line {reader.line_num}")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError(f"cannot read the operator table {files[0]}: {error}") from error
+    if not rows:
+        raise ConfigurationError(f"{files[0]} holds no measurements")
+    return rows
+
+
+def _check(row: Mapping[str, str | None], column: str, place: str) -> None:
+    text = row.get(column)
+    if text is None:
+        raise ConfigurationError(f"{place}: there is no column {column}, or it is cut off")
+    try:
+        value = float(text) if column == LATENCY else int(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{place}: {text!r} in the column {column} is no number") from error
+    if not (value >= 0 if column == "step" else value > 0) or not value <= _LARGEST:
+        raise ConfigurationError(f"{place}: {text} in the column {column} cannot be")
 
 
 def _heads(row: Mapping[str, str]) -> tuple[int, int]:

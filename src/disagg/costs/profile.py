@@ -12,17 +12,19 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.structs import read_struct
 from disagg.costs.contention import ServingCost
 from disagg.costs.fit import FitError
 from disagg.costs.links import InstanceLinks, LinkKind, LinkModel
 from disagg.costs.measured_steps import (
+    MAX_STEP_S,
     FittedInterference,
     FittedLatency,
     StepSample,
     fit_interference,
     fit_latency,
 )
-from disagg.costs.memory import MemorySample, Scarcity
+from disagg.costs.memory import BytesPerSecond, MemorySample, Scarcity
 from disagg.costs.platform import HostCosts
 from disagg.costs.serving_fit import ServedRequest, ServedSample, fit_serving
 
@@ -36,7 +38,7 @@ prefill instance on two cores, a lone decode waits 1.1 to 0.9 ms a step for its 
 class ParallelSamples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The steps that were measured at one tensor parallelism."""
 
-    tensor_parallel: Annotated[int, Meta(ge=1)]
+    tensor_parallel: Annotated[int, Meta(ge=1, le=1024)]
     samples: Annotated[tuple[StepSample, ...], Meta(min_length=_MIN_SAMPLES)]
 
 
@@ -47,20 +49,20 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     model: str
     device: str
     dtype: str
-    num_threads: Annotated[int, Meta(ge=1)] | None = None
-    kv_bytes_per_token: Annotated[int, Meta(ge=1)]
+    num_threads: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
+    kv_bytes_per_token: Annotated[int, Meta(ge=1, le=1 << 40)]
     steps: Annotated[tuple[ParallelSamples, ...], Meta(min_length=1)]
-    link_bytes_per_s: Annotated[float, Meta(gt=0)]
-    link_latency_s: Annotated[float, Meta(ge=0)] = 0.0
-    accept_s: Annotated[float, Meta(ge=0)] = 0.0
+    link_bytes_per_s: BytesPerSecond
+    link_latency_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
+    accept_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
     """From a request's arrival at the API to its dispatch."""
-    message_s: Annotated[float, Meta(ge=0)] = 0.0
+    message_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
     """A message between router and instance."""
-    deliver_s: Annotated[float, Meta(ge=0)] = 0.0
+    deliver_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
     """From a token at the instance to its arrival at a client of this machine."""
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     """That of the sampled tokens: above 0, each costs two more passes over the vocabulary."""
-    num_cores: Annotated[int, Meta(ge=1)] | None = None
+    num_cores: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
     """Cores that the server could use; its instances computed on some of them or on all, ``num_threads`` each."""
     served: tuple[ServedSample, ...] = ()
     """What serving cost while a server streamed to clients of the same machine."""
@@ -149,10 +151,10 @@ class ProfiledPlatform:
 def load_profile(path: Path) -> Profile:
     """Read a profile; raise ConfigurationError when it is none, or of another version."""
     try:
-        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        profile = read_struct(msgspec.json.decode(path.read_bytes()), Profile)
     except OSError as error:
         raise ConfigurationError(f"cannot read the profile {path}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ConfigurationError) as error:
         raise ConfigurationError(f"{path} is no profile: {error}; make one with disagg profile") from error
     if profile.version != PROFILE_VERSION:
         raise ConfigurationError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 from disagg.costs.latency import StepShape
 from disagg.costs.links import InstanceLinks, LinkKind, LinkModel
 from disagg.costs.opt_a100_fits import (
@@ -21,6 +22,7 @@ from disagg.costs.opt_a100_fits import (
 )
 from disagg.costs.platform import HostCosts
 
+PUBLISHED_MODELS: Final = tuple(dict.fromkeys(model for _, model in FITS))
 ENGINE_STEP_MS: Final = 2.0
 """Cost of an iteration on the first stage, whatever it computes (``simdistserve/base/worker.py``)."""
 ENGINE_TOKEN_MS: Final = 1e-4
@@ -78,8 +80,8 @@ class PublishedPlatform:
 
     def __post_init__(self) -> None:
         if (self.engine, self.model) not in FITS:
-            known = ", ".join(f"{model} under {engine}" for engine, model in FITS)
-            raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}, only {known}")
+            known = known_names(self.model, [model for engine, model in FITS if engine == self.engine])
+            raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}; {known}")
 
     @property
     def interference(self) -> None:

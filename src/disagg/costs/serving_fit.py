@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from disagg.costs.contention import ServingCost
 from disagg.costs.fit import fit_relative
+from disagg.costs.measured_steps import MAX_CHUNK, MAX_STEP_S
 
 _LEAST_S = 1e-9
 """What errors are relative to where no time was measured."""
@@ -21,16 +22,16 @@ class ServedSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     answer; what the instances computed themselves does not count.
     """
 
-    num_streams: Annotated[int, Meta(ge=1)]
-    cpu_s: Annotated[float, Meta(ge=0)]
+    num_streams: Annotated[int, Meta(ge=1, le=MAX_CHUNK)]
+    cpu_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)]
 
 
 class ServedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request cost the same processes from arrival to end, ``num_tokens`` answered ones in as many steps."""
 
-    prompt_len: Annotated[int, Meta(ge=1)]
-    num_tokens: Annotated[int, Meta(ge=1)]
-    cpu_s: Annotated[float, Meta(ge=0)]
+    prompt_len: Annotated[int, Meta(ge=1, le=MAX_CHUNK)]
+    num_tokens: Annotated[int, Meta(ge=1, le=MAX_CHUNK)]
+    cpu_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)]
 
 
 def fit_serving(

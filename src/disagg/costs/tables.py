@@ -15,7 +15,16 @@ from disagg.costs.devices import DeviceSheet
 from disagg.costs.fit import FitError
 from disagg.costs.latency import StepShape
 from disagg.costs.links import InstanceLinks, LinkModel
-from disagg.costs.operator_tables import AllReduceTable, AttentionTable, Curve, MatmulTable, read_rows
+from disagg.costs.operator_tables import (
+    ALL_REDUCE_COLUMNS,
+    ATTENTION_COLUMNS,
+    GEMM_COLUMNS,
+    AllReduceTable,
+    AttentionTable,
+    Curve,
+    MatmulTable,
+    read_rows,
+)
 from disagg.costs.platform import HostCosts
 from disagg.costs.roofline import RooflinePlatform, split_layers
 from disagg.models.config import ModelConfig
@@ -105,12 +114,12 @@ class OperatorTables:
         """Read the files of ``folder`` whose names begin with ``prefix``, such as ``a100_sxm``."""
         return cls(
             device=device,
-            matmul=MatmulTable(read_rows(folder, f"{prefix}.*gemm_bf16*.csv")),
+            matmul=MatmulTable(read_rows(folder, f"{prefix}.*gemm_bf16*.csv", GEMM_COLUMNS)),
             attention=AttentionTable(
-                read_rows(folder, f"{prefix}.*context_attention_bf16*.csv"),
-                read_rows(folder, f"{prefix}.*generation_attention_bf16*.csv"),
+                read_rows(folder, f"{prefix}.*context_attention_bf16*.csv", ATTENTION_COLUMNS),
+                read_rows(folder, f"{prefix}.*generation_attention_bf16*.csv", ATTENTION_COLUMNS),
             ),
-            all_reduce=AllReduceTable(read_rows(folder, f"{prefix}.*allreduce_bf16*.csv")),
+            all_reduce=AllReduceTable(read_rows(folder, f"{prefix}.*allreduce_bf16*.csv", ALL_REDUCE_COLUMNS)),
         )
 
     def errors(self) -> dict[str, FitError]:

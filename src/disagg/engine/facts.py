@@ -6,6 +6,7 @@ import msgspec
 
 from disagg.base.config import CacheSettings, DType, ModelSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.units import format_bytes
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.models.config import ModelConfig
 
@@ -54,5 +55,6 @@ def check_memory(layout: KvLayout, available_bytes: int, where: str) -> None:
     """Raise ConfigurationError when the pool is larger than the memory that is left on ``where``."""
     if layout.total_bytes > available_bytes:
         raise ConfigurationError(
-            f"--kv-memory {layout.total_bytes} is more than the {available_bytes} bytes that {where} has left: lower it"
+            f"--kv-memory {format_bytes(layout.total_bytes)} is more than the {format_bytes(available_bytes)} that "
+            f"{where} has left: lower it"
         )

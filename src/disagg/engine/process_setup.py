@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.units import format_ranges
 
 
 def pin_to_cores(cores: Sequence[int]) -> None:
@@ -13,5 +14,7 @@ def pin_to_cores(cores: Sequence[int]) -> None:
     try:
         os.sched_setaffinity(0, cores)
     except (OSError, ValueError, OverflowError) as error:
-        usable = sorted(os.sched_getaffinity(0))
-        raise ConfigurationError(f"cannot run on cores {list(cores)} ({error}); usable are {usable}") from error
+        usable = format_ranges(sorted(os.sched_getaffinity(0)))
+        raise ConfigurationError(
+            f"cannot run on cores {format_ranges(cores)} ({error}); usable are {usable}"
+        ) from error

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.measure.trace_rows import LATEST_S
 from disagg.measure.workload import RequestSpec
 
 MOONCAKE_BATCH_S: Final = 3.0
 """Mooncake's traces round arrival times down to batches of 3 s."""
+GAP_CVS: Final = (0.001, 1000.0)
+"""Coefficients of variation between which gamma gaps can be drawn."""
 
 
 class ArrivalKind(enum.Enum):
@@ -42,18 +45,30 @@ class Arrivals:
             raise ConfigurationError(f"an arrival rate of {self.rate} requests/s cannot be: give one above 0")
         if self.kind is not ArrivalKind.REPLAY and self.rate is None:
             raise ConfigurationError(f"{self.kind.value} arrivals need a rate: give --rate")
-        if not self.gap_cv > 0:
-            raise ConfigurationError(f"gaps with a coefficient of variation of {self.gap_cv} cannot be: above 0")
+        least, most = GAP_CVS
+        if not least <= self.gap_cv <= most:
+            raise ConfigurationError(
+                f"gaps with a coefficient of variation of {self.gap_cv} cannot be: from {least} to {most:g}"
+            )
+        if not 0 <= self.batch_s <= LATEST_S:
+            raise ConfigurationError(f"batches of {self.batch_s} s cannot be: from 0 to {LATEST_S:g} s")
 
     def time(self, rows: Iterable[RequestSpec], trace_rate: float, seed: int) -> Iterator[RequestSpec]:
         """Yield ``rows`` in order of arrival with their times. ``trace_rate`` is the mean rate of a timed trace.
 
-        Raises ConfigurationError when a replay is asked of rows without times.
+        Raises ConfigurationError when a replay is asked of rows without times, or the rate is so low that the last
+        request would come after ``LATEST_S``.
         """
         rng = random.Random(seed)
-        if self.kind is ArrivalKind.REPLAY:
-            yield from self._replay(rows, trace_rate, rng)
-            return
+        timed = self._replay(rows, trace_rate, rng) if self.kind is ArrivalKind.REPLAY else self._draw(rows, rng)
+        for row in timed:
+            if not row.arrival_s <= LATEST_S:
+                raise ConfigurationError(
+                    f"at {self.rate} requests/s they come after {LATEST_S:g} s: give a higher rate"
+                )
+            yield row
+
+    def _draw(self, rows: Iterable[RequestSpec], rng: random.Random) -> Iterator[RequestSpec]:
         assert self.rate is not None, "checked above"
         now_s = 0.0
         for row in rows:

@@ -10,6 +10,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError
 from disagg.measure.slo import Slo
+from disagg.measure.trace_rows import UNREADABLE, numbered_lines, open_text
 
 
 class Ending(enum.Enum):
@@ -79,9 +80,14 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def tpot_s(self) -> float:
-        """Time per output token: (last - first) / (n - 1); NaN for fewer than two tokens."""
+        """Time per output token: (last - first) / (n - 1); NaN for fewer than two tokens, or where it is unknown."""
         later = self.num_output_tokens - 1
-        return (self.event_s[-1] - self.event_s[0]) / later if later > 0 else math.nan
+        return (self.event_s[-1] - self.event_s[0]) / later if later > 0 and len(self.event_s) > 1 else math.nan
+
+    @property
+    def is_tpot_unknown(self) -> bool:
+        """True for an answer of several tokens in one event: nobody saw how far apart they were made."""
+        return self.num_output_tokens > 1 and len(self.event_s) == 1
 
     @property
     def gaps_s(self) -> tuple[float, ...]:
@@ -93,9 +99,13 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Sending to the end of the stream; NaN when it did not end well."""
         return self.finished_s - self.sent_s if self.ending is Ending.FINISHED else math.nan
 
+    def keeps_tpot(self, slo: Slo) -> bool:
+        """Return whether the tokens were seen to come fast enough: what is unknown keeps no objective."""
+        return slo.tpot_s == math.inf if self.is_tpot_unknown else slo.keeps_tpot(self.tpot_s)
+
     def meets(self, slo: Slo) -> bool:
         """Return whether it finished and kept both objectives."""
-        return self.ending is Ending.FINISHED and slo.is_met(self.ttft_s, self.tpot_s)
+        return self.ending is Ending.FINISHED and slo.is_met(self.ttft_s, self.tpot_s) and self.keeps_tpot(slo)
 
 
 def write_records(records: Iterable[RequestRecord], path: Path) -> None:
@@ -113,13 +123,13 @@ def read_records(path: Path) -> Iterator[RequestRecord]:
     """Yield what ``write_records`` wrote; raise ConfigurationError, with the line, on anything else."""
     decoder = msgspec.json.Decoder(RequestRecord)
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_text(path) as file:
+            for number, line in numbered_lines(file):
                 try:
                     yield decoder.decode(line)
                 except msgspec.MsgspecError as error:
                     raise ConfigurationError(
                         f"{path}, line {number} is not the record of a request: {error}"
                     ) from error
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the records {path}: {error.strerror}") from error
+    except UNREADABLE as error:
+        raise ConfigurationError(f"cannot read the records {path}: {error}") from error

@@ -7,9 +7,12 @@ from typing import Final
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 
-_UNIT_S: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_OBJECTIVE: Final = re.compile(r"(ttft|tpot)\s*(?:=\s*(\d+(?:\.\d+)?)\s*(us|ms|s)|:\s*(\d+(?:\.\d+)?))")
+_UNIT_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_OBJECTIVE: Final = re.compile(r"([a-z]\w*)\s*(?:=\s*(\d+(?:\.\d+)?)\s*([a-zµ]+)|:\s*(\d+(?:\.\d+)?))")
+_NAMES: Final = ("ttft", "tpot")
+_LONGEST_S: Final = 86_400.0
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,14 +46,20 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 def parse_slo(text: str) -> Slo:
     """Read ``ttft=250ms,tpot=100ms`` or, in the words of ``vllm bench serve --goodput``, ``ttft:250 tpot:100`` (ms).
 
-    Raises ConfigurationError when it is neither, or names an objective twice.
+    Raises ConfigurationError when it is neither, names an objective twice, or one that is 0 or over a day.
     """
+    refusal = f"{text!r} is not a pair of objectives such as ttft=250ms,tpot=100ms, or ttft:250 tpot:100 in ms"
     limits: dict[str, float] = {}
     for part in re.split(r"[,\s]+(?=[a-z])", text.strip()):
         match = _OBJECTIVE.fullmatch(part)
         if match is None or match[1] in limits:
-            raise ConfigurationError(
-                f"{text!r} is not a pair of objectives such as ttft=250ms,tpot=100ms, or ttft:250 tpot:100 in ms"
-            )
-        limits[match[1]] = float(match[2]) * _UNIT_S[match[3]] if match[2] else float(match[4]) * 1e-3
+            raise ConfigurationError(refusal)
+        name, unit = match[1], match[3] or "ms"
+        if name not in _NAMES:
+            raise ConfigurationError(f"{refusal}: no objective is called {name!r}; {known_names(name, _NAMES)}")
+        if unit not in _UNIT_S:
+            raise ConfigurationError(f"{refusal}: no unit is called {unit!r}; {known_names(unit, _UNIT_S)}")
+        limits[name] = float(match[2] or match[4]) * _UNIT_S[unit]
+        if not 0 < limits[name] <= _LONGEST_S:
+            raise ConfigurationError(f"{refusal}: {limits[name]:g} s for {name} cannot be: above 0, at most a day")
     return Slo(ttft_s=limits.get("ttft", math.inf), tpot_s=limits.get("tpot", math.inf))

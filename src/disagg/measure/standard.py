@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 from disagg.measure.arrivals import ArrivalKind, Arrivals
 from disagg.measure.lengths import DrawnLengths, LengthDistribution
 from disagg.measure.open_loop import LengthLimits, OpenLoop, RequestSource
@@ -127,7 +128,7 @@ def standard_workload(
     """
     workload = STANDARD_WORKLOADS.get(name)
     if workload is None:
-        raise ConfigurationError(f"no workload is called {name!r}; there are {', '.join(STANDARD_WORKLOADS)}")
+        raise ConfigurationError(f"no workload is called {name!r}; {known_names(name, STANDARD_WORKLOADS)}")
     if traces is None:
         source: RequestSource = DrawnLengths(name, workload.lengths, num_requests)
         arrivals = Arrivals(workload.arrivals, rate, workload.gap_cv)

@@ -72,9 +72,7 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool 
         ttft_attainment=Share.that(
             record.ending is Ending.FINISHED and slo.keeps_ttft(record.ttft_s) for record in records
         ),
-        tpot_attainment=Share.that(
-            record.ending is Ending.FINISHED and slo.keeps_tpot(record.tpot_s) for record in records
-        ),
+        tpot_attainment=Share.that(record.ending is Ending.FINISHED and record.keeps_tpot(slo) for record in records),
         ttft=Percentiles.of([record.ttft_s for record in finished]),
         tpot=Percentiles.of([record.tpot_s for record in finished]),
         itl=Percentiles.of(list(chain.from_iterable(record.gaps_s for record in finished))),

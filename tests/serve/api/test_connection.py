@@ -8,7 +8,7 @@ from api_site import Serve, ids_of
 from raw_client import GET_HEALTH, ask, completion, connected
 
 from disagg.base.config import ServeSettings
-from disagg.serve.launch import connection
+from disagg.serve.launch import http_connection as connection
 
 FOREVER = ids_of("x") * 250
 HURRIED = ServeSettings(header_timeout_s=0.05, keep_alive_s=0.05)

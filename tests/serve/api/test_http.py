@@ -1,13 +1,19 @@
 """Plain HTTP: keys and ids, bounds, the endpoints beside generation, the page."""
 
+import dataclasses
 import json
 
 import httpx
 import pytest
 from api_site import EOS, Serve, ids_of
+from scripted_router import ScriptedRouter
 
 from disagg.base.errors import UnavailableError
+from disagg.models.chat_template import ChatTemplate
+from disagg.serve.api.app import create_app
 from disagg.serve.api.gate import OPEN_PATHS
+from disagg.serve.api.metrics import ServerMetrics
+from disagg.serve.api.served_model import ServedModel
 
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 3}
 
@@ -137,6 +143,14 @@ async def test_status_shows_every_instance(serve: Serve) -> None:
     assert [one["instance"] for one in status["instances"]] == ["prefill-0", "decode-0"]
     assert status["instances"][0]["kv_usage"] == 0.25
     assert status["instances"][0]["blocks"]["active"] == 25
+
+
+@pytest.mark.parametrize("source", [None, "{{ messages }}"])
+async def test_status_says_whether_the_model_can_chat(served_model: ServedModel, source: str | None) -> None:
+    model = dataclasses.replace(served_model, chat_template=ChatTemplate(source, {}))
+    app = create_app(ScriptedRouter(lambda _: []), model, ServerMetrics("tiny"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+        assert (await http.get("/status")).json()["can_chat"] is (source is not None)
 
 
 async def test_the_page_needs_nothing_from_elsewhere(serve: Serve) -> None:

@@ -43,6 +43,9 @@ class Memory:
         self.url: str | None = None
         self.stopping: str | None = None
 
+    def model_read(self, model: str, *, can_chat: bool) -> None:
+        pass
+
     def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
         self.loading.append((instance, stage, fraction))
 

@@ -38,8 +38,13 @@ def test_threads_can_be_given_for_a_group_or_for_all():
 
 def test_the_cores_can_be_chosen():
     assert [one.cpus for one in plan(group(Role.COLOCATED, 2), cpus=(3, 1))] == [(3,), (1,)]
-    with pytest.raises(ConfigurationError, match="core 9, but this process may use 0, 1, 2, 3"):
+    with pytest.raises(ConfigurationError, match="core 9, but this process may use 0-3"):
         plan(group(Role.COLOCATED), cpus=(1, 9))
+
+
+def test_many_absent_cores_are_told_in_short():
+    with pytest.raises(ConfigurationError, match=r"--cpus names core 2-99, but this process may use 0,1$"):
+        plan(group(Role.COLOCATED), cores=(0, 1), cpus=tuple(range(100)))
 
 
 def test_each_instance_logs_to_a_file_of_its_own():

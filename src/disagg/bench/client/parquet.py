@@ -9,18 +9,25 @@ from disagg.base.errors import ConfigurationError
 from disagg.measure.record import RequestRecord
 
 
+def check_parquet(path: Path) -> None:
+    """Raise ConfigurationError without pyarrow: before a run rather than after it."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{path}: Parquet needs pyarrow, which is not installed: pip install 'disagg[parquet]', or write .jsonl"
+        ) from error
+
+
 def write_parquet(records: Sequence[RequestRecord], path: Path) -> None:
     """Write one row for each request, with the fields of RequestRecord and its latencies in seconds.
 
     Raises ConfigurationError without pyarrow, or when the file cannot be written.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{path}: Parquet needs pyarrow, which is not installed: pip install 'disagg[parquet]', or write .jsonl"
-        ) from error
+    check_parquet(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     names = RequestRecord.__struct_fields__
     columns = {name: [_plain(getattr(record, name)) for record in records] for name in names}
     for latency in ("lateness_s", "ttft_s", "tpot_s", "e2e_s"):

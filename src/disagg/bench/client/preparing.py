@@ -15,6 +15,7 @@ from disagg.bench.client.http_messages import MessageBuilder
 from disagg.bench.client.load_plan import Endpoint, LoadPlan
 from disagg.bench.client.prompt_texts import PromptMaker, PromptSource
 from disagg.measure.record import Ending, RequestRecord
+from disagg.measure.workload import NO_PREFIX
 
 _BAD_REQUEST: Final = ("HTTP 400", "HTTP 422")
 
@@ -65,7 +66,8 @@ class LoadPreparation:
         return attempts
 
     async def _warm_up(self, pool: ConnectionPool, call: Call, number: int) -> tuple[RequestRecord, int | None]:
-        attempt = self._attempt(call, f"warm-up {number}")
+        # Nothing that is measured may be in a prefix cache because of it.
+        attempt = self._attempt(dataclasses.replace(call, prefix=NO_PREFIX), f"warm-up {number}")
         attempt.due_s = 0.0
         await attempt.send(pool, self._plan.limits.request_timeout_s)
         return attempt.record(self._reader, attempt.sent_s)

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import msgspec
 
 from disagg.base.errors import ConfigurationError
-from disagg.measure.trace_rows import open_text
+from disagg.measure.trace_rows import UNREADABLE, numbered_lines, open_text
 from disagg.measure.workload import NO_PREFIX, PrefixBlocks
 
 _OPENING_WORDS: Final = 6
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
     try:
         with open_text(path) as lines:
             return lines.read() if name.endswith(".txt") else "\n".join(_prompts(path, lines))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigurationError(f"cannot read the prompts {path}: {error}") from error
 
 
@@ -73,7 +73,7 @@ class _PromptLine(msgspec.Struct):
 
 def _prompts(path: Path, lines: Iterator[str]) -> Iterator[str]:
     decoder = msgspec.json.Decoder(_PromptLine)
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered_lines(lines):
         try:
             row = decoder.decode(line)
         except msgspec.MsgspecError as error:

@@ -153,7 +153,7 @@ class LoadRun:
 
 
 def length_notes(records: Sequence[RequestRecord], prompt_tokens: Mapping[int, int]) -> list[str]:
-    """Return where prompts, as the server counted them, or answers are not as long as they should be, in words."""
+    """Return in words where prompts, as the server counted them, or answers have other lengths, or no TPOT."""
     notes = []
     finished = [record for record in records if record.ending is Ending.FINISHED]
     wrong = [record for record in finished if prompt_tokens.get(record.index, record.prompt_len) != record.prompt_len]
@@ -167,6 +167,12 @@ def length_notes(records: Sequence[RequestRecord], prompt_tokens: Mapping[int, i
         notes.append(
             f"{len(short)} of {len(finished)} answers are shorter than asked (the first, {short[0].num_output_tokens} "
             f"of {short[0].max_output_len} tokens): the server may not know ignore_eos, or its limit is lower"
+        )
+    unknown = sum(record.is_tpot_unknown for record in finished)
+    if unknown:
+        notes.append(
+            f"{unknown} of {len(finished)} answers came in one event: their TPOT is unknown, and an objective for it "
+            "counts as missed; is something between that collects streams?"
         )
     return notes
 

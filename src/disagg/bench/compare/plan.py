@@ -135,7 +135,7 @@ def median_latencies(ttft_s: float, tpot_s: float, workload: str) -> tuple[float
     """Return both, or raise ConfigurationError when there are none to derive objectives from."""
     if math.isnan(ttft_s) or math.isnan(tpot_s):
         raise ConfigurationError(
-            f"no single request of {workload} was answered, so that no objectives can be derived: see the first "
-            "system's log, or give them as ttft=..,tpot=.."
+            f"no single request of {workload} was answered token by token, so that no objectives can be derived: see "
+            "the first system's log, or give them as ttft=..,tpot=.."
         )
     return ttft_s, tpot_s

@@ -12,6 +12,8 @@ import yaml
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import closest, known_names
+from disagg.base.structs import read_struct
 from disagg.measure.slo import parse_slo
 from disagg.measure.standard import SloKind
 
@@ -61,7 +63,8 @@ class _Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 try:
                     parse_slo(text)
                 except ConfigurationError as error:
-                    raise ValueError(f"{error}; or one of {', '.join(DERIVED_SLOS)}") from error
+                    meant = "".join(f"; did you mean {name}?" for name in closest(text, DERIVED_SLOS, 1))
+                    raise ValueError(f"{error}; or one of {', '.join(DERIVED_SLOS)}{meant}") from error
 
 
 class _TrafficCase(_Case, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,10 +145,10 @@ class ComparisonSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def read_spec(path: Path) -> ComparisonSpec:
     """Read a comparison; raise ConfigurationError, naming file and key, when it is none."""
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), ComparisonSpec)
+        return read_struct(yaml.safe_load(path.read_text(encoding="utf-8-sig")), ComparisonSpec)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the comparison {path}: {error}") from error
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, ConfigurationError) as error:
         raise ConfigurationError(f"{path} is not a comparison: {error}") from error
 
 
@@ -157,7 +160,7 @@ def choose_systems(spec: ComparisonSpec, names: Sequence[str]) -> ComparisonSpec
     systems = {system.name: system for system in spec.systems}
     for name in names:
         if name not in systems:
-            raise ConfigurationError(f"no system is called {name!r}; there are {', '.join(map(repr, systems))}")
+            raise ConfigurationError(f"no system is called {name!r}; {known_names(name, systems)}")
     return msgspec.structs.replace(spec, systems=tuple(systems[name] for name in dict.fromkeys(names)))
 
 

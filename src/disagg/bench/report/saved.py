@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.structs import read_struct
 from disagg.bench.report.runs import GoodputResult, Load, SystemRun
 from disagg.measure.machine import Machine
 from disagg.measure.record import read_records, write_records
@@ -89,10 +90,10 @@ def write_results(path: Path, runs: Sequence[SystemRun], goodput: Sequence[Goodp
 def read_results(path: Path) -> Results:
     """Read what ``write_results`` wrote; raise ConfigurationError, naming the place, when it is something else."""
     try:
-        saved = msgspec.json.decode(path.read_bytes(), type=_SavedResults)
+        saved = read_struct(msgspec.json.decode(path.read_bytes()), _SavedResults)
     except OSError as error:
         raise ConfigurationError(f"cannot read the results {path}: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ConfigurationError) as error:
         raise ConfigurationError(f"{path} holds no saved results: {error}") from error
     if saved.format != FORMAT:
         raise ConfigurationError(f"{path} is of the format {saved.format!r}; this version reads {FORMAT!r}")

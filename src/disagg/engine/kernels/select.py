@@ -6,6 +6,7 @@ from typing import Final
 import torch
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.known_names import known_names
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.interface import KernelBackend
 from disagg.engine.kernels.native_backend import NativeBackend, native_unavailable_reason
@@ -31,7 +32,7 @@ def select_backend(
     or cannot run here.
     """
     if name not in (None, *BACKENDS):
-        raise ConfigurationError(f"no kernel backend is called {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise ConfigurationError(f"no kernel backend is called {name!r}; {known_names(name, BACKENDS)}")
     obstacle = native_unavailable_reason(device, dtype, head_dim, block_size)
     if name == "native" and obstacle is not None:
         raise ConfigurationError(f"the native kernels cannot be used: {obstacle}")

@@ -73,7 +73,7 @@ def create_app(
 def _routes(router: Router, model: ServedModel, preparation: Preparation, accounts: Accounts) -> list[Route]:
     jobs = JobFactory(model, preparation)
     operations = Operations(router, model, preparation)
-    watching = Watching(router, model.name, accounts)
+    watching = Watching(router, model, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)
     return [

@@ -7,16 +7,17 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
 from disagg.serve.api.observer import Accounts
+from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.views import InstanceView, Readiness, ServerView
 from disagg.serve.router.interface import InstanceStatus, Router
 
 
-def server_view(router: Router, model: str, version: str, accounts: Accounts) -> ServerView:
+def server_view(router: Router, model: ServedModel, version: str, accounts: Accounts) -> ServerView:
     """Return what is running now."""
     instances = router.instances()
     state = readiness(router)
     return ServerView(
-        model=model,
+        model=model.name,
         version=version,
         ready=state.ready,
         detail=state.detail,
@@ -24,6 +25,7 @@ def server_view(router: Router, model: str, version: str, accounts: Accounts) ->
         instances=[_instance_view(status) for status in instances],
         now_unix_s=time.time(),
         num_under_way=accounts.recent.num_under_way,
+        can_chat=model.chat_template.available,
         hand_overs=accounts.metrics.hand_overs,
     )
 

@@ -53,7 +53,10 @@ class HandOverTotals(msgspec.Struct, kw_only=True):
 
 
 class ServerView(msgspec.Struct, frozen=True, kw_only=True):
-    """``/status``. ``num_under_way`` counts sequences that clients wait for, ``now_unix_s`` is the server's clock."""
+    """``/status``. ``num_under_way`` counts sequences that clients wait for, ``now_unix_s`` is the server's clock.
+
+    ``can_chat`` is false for a model without a chat template.
+    """
 
     model: str
     version: str
@@ -63,6 +66,7 @@ class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[InstanceView]
     now_unix_s: float = 0.0
     num_under_way: int = 0
+    can_chat: bool = True
     hand_overs: HandOverTotals = msgspec.field(default_factory=HandOverTotals)
 
 

@@ -10,6 +10,7 @@ from disagg.serve.api.observer import Accounts
 from disagg.serve.api.pages import Page
 from disagg.serve.api.recent_requests import DEFAULT_PAGE, MAX_PAGE
 from disagg.serve.api.responses import json_response
+from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.status import server_view
 from disagg.serve.router.interface import Router
 
@@ -17,16 +18,16 @@ from disagg.serve.router.interface import Router
 class Watching:
     """Handlers of what shows the server at work."""
 
-    def __init__(self, router: Router, model_name: str, accounts: Accounts) -> None:
+    def __init__(self, router: Router, model: ServedModel, accounts: Accounts) -> None:
         self._router = router
-        self._model_name = model_name
+        self._model = model
         self._accounts = accounts
         self._front_page = Page("page.html")
         self._dashboard = Page("dashboard.html")
 
     async def status(self, _: Request) -> Response:
         """Return what is running."""
-        return json_response(server_view(self._router, self._model_name, disagg.__version__, self._accounts))
+        return json_response(server_view(self._router, self._model, disagg.__version__, self._accounts))
 
     async def requests(self, request: Request) -> Response:
         """Return a page of the requests that ended last; raise InvalidRequestError for a bad ``after`` or ``limit``."""

@@ -19,6 +19,7 @@ from disagg.base.config import (
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.base.units import format_ranges
 from disagg.serve.launch.cores import assign_cores
 
 
@@ -117,7 +118,6 @@ def _threads_wanted(deployment: Deployment) -> list[int | None]:
 def _usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:
     if absent := sorted(set(asked) - set(available)):
         raise ConfigurationError(
-            f"--cpus names core {', '.join(map(str, absent))}, "
-            f"but this process may use {', '.join(map(str, sorted(available)))}"
+            f"--cpus names core {format_ranges(absent)}, but this process may use {format_ranges(sorted(available))}"
         )
     return list(dict.fromkeys(asked)) or sorted(available)

@@ -33,6 +33,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     with ExitStack() as resources:
         bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)
+        observer.model_read(model.name, can_chat=model.chat_template.available)
         preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
 

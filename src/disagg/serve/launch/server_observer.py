@@ -10,6 +10,9 @@ from disagg.serve.router.interface import InstanceStatus
 class ServerObserver(Protocol):
     """Shows what happens. No method may block or raise."""
 
+    def model_read(self, model: str, *, can_chat: bool) -> None:
+        """The model's files are there; ``can_chat`` when it has a chat template."""
+
     def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
         """A starting instance got this far; ``fraction`` from 0 to 1."""
 
