@@ -36,7 +36,7 @@ OFFER = messages.KvOffer(
     incarnation="a",
     num_tokens=5,
     block_ids=(BlockId(3), BlockId(4)),
-    expires_s=10.0,
+    lease_s=10.0,
     pool=b"pool",
 )
 OUTPUT = messages.SequenceOutput(RequestId("r"), Epoch(0), (5, 6), stamps=messages.StageStamps(1.0, 2.0, 3.0, 4.0, 5.0))
@@ -76,7 +76,7 @@ BAD_FACTS = [(name, wrong) for name in ("num_blocks", "block_size", "max_model_l
 BAD_FACTS += [("max_model_len", 2**63), ("pid", -1), ("kv_bytes", -1), ("load_s", math.nan), ("load_s", math.inf)]
 BAD_FACTS += [("load_s", -1.0), ("device", "x" * 1000)]
 BAD_OFFERS = [("block_ids", (-1,)), ("block_ids", (2**31,)), ("num_tokens", 0), ("num_tokens", -1), ("epoch", -1)]
-BAD_OFFERS += [("expires_s", math.nan), ("expires_s", math.inf)]
+BAD_OFFERS += [("lease_s", math.nan), ("lease_s", math.inf)]
 BAD_OUTPUTS = [("token_ids", (-1,)), ("token_ids", (2**31,)), ("stop_token_id", -1), ("num_cached_tokens", -1)]
 BAD_OUTPUTS += [("stamps", messages.StageStamps(value)) for value in (math.nan, math.inf, -1.0)]
 BAD: list[messages.Message] = [

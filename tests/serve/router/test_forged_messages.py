@@ -2,7 +2,6 @@
 
 import asyncio
 
-from disagg.serve.router.instance_table import NullWatcher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from disagg.base.messages import decode_for_router
 from disagg.base.request import Role
 from disagg.serve.router.control_socket import Receiver
 from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.watcher import NullWatcher
 
 NAMES = [InstanceId("prefill-0"), InstanceId("decode-0"), InstanceId("nobody"), InstanceId("\ufffd")]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import zmq.asyncio
-from disagg.serve.router.instance_table import NullWatcher
 from scripted_peer import DEADLINE_S, ScriptedPeer
 
 from disagg.base.config import RouterSettings
@@ -15,6 +14,7 @@ from disagg.base.request import Role
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.start_gate import StartGate
+from disagg.serve.router.watcher import NullWatcher
 
 PAIR = {InstanceId("prefill-0"): Role.PREFILL, InstanceId("decode-0"): Role.DECODE}
 
