@@ -32,10 +32,7 @@ class Raising:
 
 
 def step(*names: str) -> list[Work]:
-    return [
-        Work(LiveSequence(request(name, 3), received_s=0.0), Chunk(RequestId(name), 0, 3, (BlockId(0),), True))
-        for name in names
-    ]
+    return [Work(LiveSequence(request(name, 3)), Chunk(RequestId(name), 0, 3, (BlockId(0),), True)) for name in names]
 
 
 def test_only_the_sequence_that_raises_fails() -> None:
