@@ -201,13 +201,32 @@ MAX_PARALLEL: Final = 1024
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Equal instances of one role."""
+    """Equal instances of one role. What is None here is as for all instances."""
 
     role: Role
     count: Annotated[int, Meta(ge=1, le=MAX_INSTANCES)]
     num_threads: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] | None = None
     tensor_parallel: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] = 1
     pipeline_parallel: Annotated[int, Meta(ge=1, le=MAX_PARALLEL)] = 1
+    scheduling: SchedulingMode | None = None
+    max_batch_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_batch_size: Annotated[int, Meta(ge=1)] | None = None
+    kv_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+
+    def scheduler(self, common: SchedulerSettings) -> SchedulerSettings:
+        """Return the scheduler's settings of this group, given those of all."""
+        own = {
+            "scheduling": self.scheduling,
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_batch_size": self.max_batch_size,
+        }
+        return msgspec.structs.replace(common, **{name: value for name, value in own.items() if value is not None})
+
+    def cache(self, common: CacheSettings) -> CacheSettings:
+        """Return the KV pool's settings of this group, given those of all."""
+        if self.kv_memory_bytes is None:
+            return common
+        return msgspec.structs.replace(common, kv_memory_bytes=self.kv_memory_bytes)
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

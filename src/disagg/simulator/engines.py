@@ -177,12 +177,17 @@ def _instance(
             f"engine {rules.name} has no {group.role.value} instances, only {can_be}: change the placement or --engine"
         )
     tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
+    scheduler = group.scheduler(scheduler)
     num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
+    if group.kv_memory_bytes is None:
+        num_tokens = platform.capacity_tokens(tensor, pipeline)
+    else:
+        num_tokens = group.kv_memory_bytes // platform.kv_bytes_per_token
     return InstanceSpec(
         name=name,
         role=group.role,
         scheduler=msgspec.structs.replace(scheduler, max_steps_in_flight=num_in_flight),
-        num_blocks=platform.capacity_tokens(tensor, pipeline) // rules.block_size,
+        num_blocks=num_tokens // rules.block_size,
         block_size=rules.block_size,
         latency=platform.latency(tensor, pipeline, links),
         kv_bytes_per_token=platform.kv_bytes_per_token,

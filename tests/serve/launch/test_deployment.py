@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg.base.config import InstanceGroup, Placement
+from disagg.base.config import CacheSettings, InstanceGroup, Placement, SchedulerSettings, SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
@@ -57,3 +57,15 @@ def test_each_instance_logs_to_a_file_of_its_own():
 def test_parallelism_that_is_not_there_is_refused():
     with pytest.raises(ConfigurationError, match=r"tensor_parallel 2 .* decode instances: only 1"):
         plan(group(Role.PREFILL), group(Role.DECODE, tensor_parallel=2))
+
+
+def test_a_group_may_have_settings_of_its_own():
+    prefill, decode = plan(
+        group(Role.PREFILL, max_batch_tokens=2048, scheduling=SchedulingMode.PREFILL_FIRST),
+        group(Role.DECODE, max_batch_size=8, kv_memory_bytes=1 << 28),
+    )
+    common = SchedulerSettings()
+    assert (prefill.scheduler.max_batch_tokens, prefill.scheduler.scheduling) == (2048, SchedulingMode.PREFILL_FIRST)
+    assert (prefill.scheduler.max_batch_size, prefill.cache) == (common.max_batch_size, CacheSettings())
+    assert (decode.scheduler.max_batch_size, decode.scheduler.max_batch_tokens) == (8, common.max_batch_tokens)
+    assert decode.cache.kv_memory_bytes == 1 << 28

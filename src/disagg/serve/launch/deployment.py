@@ -9,6 +9,7 @@ from msgspec import Meta
 from disagg.base.config import (
     CacheSettings,
     Device,
+    InstanceGroup,
     InstanceSettings,
     ModelSettings,
     Placement,
@@ -75,8 +76,8 @@ def plan_instances(
 
     Raises ConfigurationError for a placement that this version cannot run, or cores that are not there.
     """
-    names = list(deployment.roles().items())
-    wanted = _threads_wanted(deployment)
+    groups = _groups(deployment)
+    wanted = [deployment.host.threads or group.num_threads for group in groups]
     host = deployment.host
     cores = assign_cores(_usable_cores(host.cpus, available_cores), wanted)
     return tuple(
@@ -86,8 +87,8 @@ def plan_instances(
             control_endpoint=control_endpoint,
             control_key=control_key,
             model=deployment.model,
-            cache=deployment.cache,
-            scheduler=deployment.scheduler,
+            cache=group.cache(deployment.cache),
+            scheduler=group.scheduler(deployment.scheduler),
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
@@ -95,24 +96,22 @@ def plan_instances(
             event_log=None if host.event_log is None else f"{host.event_log}/{name}.jsonl",
             parent_pid=parent_pid,
         )
-        for (name, role), own_cores, num_threads in zip(names, cores, wanted, strict=True)
+        for (name, role), group, own_cores, num_threads in zip(
+            deployment.roles().items(), groups, cores, wanted, strict=True
+        )
     )
 
 
-def _threads_wanted(deployment: Deployment) -> list[int | None]:
-    """Return the number of threads asked for each instance, in the order of ``Deployment.roles``."""
-    wanted = []
-    for role in Role:
-        for group in deployment.placement.groups:
-            if group.role is not role:
-                continue
-            if group.tensor_parallel > 1 or group.pipeline_parallel > 1:
-                raise ConfigurationError(
-                    f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
-                    f"of the {role.value} instances: only 1 and 1 are supported"
-                )
-            wanted += [deployment.host.threads or group.num_threads] * group.count
-    return wanted
+def _groups(deployment: Deployment) -> list[InstanceGroup]:
+    """Return the group of each instance, in the order of ``Deployment.roles``."""
+    groups = [group for role in Role for group in deployment.placement.groups if group.role is role]
+    for group in groups:
+        if group.tensor_parallel > 1 or group.pipeline_parallel > 1:
+            raise ConfigurationError(
+                f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
+                f"of the {group.role.value} instances: only 1 and 1 are supported"
+            )
+    return [group for group in groups for _ in range(group.count)]
 
 
 def _usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:
