@@ -316,12 +316,14 @@ class SimulatedInstance:
 
     def _emit(self, output: Emitted, now: float) -> None:
         """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances."""
-        stamps = _stamps_of(output.firsts)
+        stamps = _stamps_of(output.firsts) if output.firsts else None
         news = []
         for request_id in output.request_ids:
             request = self._requests[request_id]
             gap_s = request.add_tokens(1, now, now, stamps.get(request_id) if stamps else None)
-            self._note_gap(gap_s)
+            # A first token has no gap before it, and a sampled one none after itself.
+            if self._gaps is not None and gap_s > 0:
+                self._gaps.add(gap_s)
             if request.is_complete or request.num_output_tokens == 1:
                 news.append(request)
         if news:
@@ -377,11 +379,6 @@ class SimulatedInstance:
         if not self._is_turn_due:
             self._plan_turn()
 
-    def _note_gap(self, gap_s: float) -> None:
-        # A first token has no gap before it, and a sampled one none after itself.
-        if self._gaps is not None and gap_s > 0:
-            self._gaps.add(gap_s)
-
     def _copy(self, copy: StartCopy, now: float) -> None:
         num_bytes = len(copy.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
         end_s = self._links.start(copy.source, self.spec.name, num_bytes, now)
@@ -428,13 +425,14 @@ class SimulatedInstance:
             run.step, firsts = self._core.repeat(count, run.ends_s[0])
             self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
             ends_s = run.take(count)
-            stamps = _stamps_of(firsts)
+            stamps = _stamps_of(firsts) if firsts else None
             for request in self._requests_of(run.step):
                 request.num_output_tokens += count
                 gap_s = request.add_tokens(
                     count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None
                 )
-                self._note_gap(gap_s)
+                if self._gaps is not None and gap_s > 0:
+                    self._gaps.add(gap_s)
             if self._gaps is not None:
                 for before_s, after_s in pairwise(ends_s):
                     self._gaps.add(after_s - before_s, len(run.step.chunks))

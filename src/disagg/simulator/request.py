@@ -92,8 +92,12 @@ class SimulatedRequest:
 
         Return the gap before the first of them; NaN where none came before.
         """
-        gap_s = first_s - self.timeline.last_token_s
-        self.timeline.add_tokens(count, first_s, last_s, stamps)
+        timeline = self.timeline
+        gap_s = first_s - timeline.last_token_s
+        if stamps is None and self.num_output_tokens - count > 1:
+            timeline.last_token_s = last_s  # as ``add_tokens`` does, but for what the first two tokens need
+        else:
+            timeline.add_tokens(count, first_s, last_s, stamps)
         return gap_s
 
 

@@ -188,6 +188,8 @@ class Dispatcher:
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
+        if self._adopt(sequence) if sequence.lease else self._start(sequence):
+            return
         if not can_be_served(self.instances, sequence):
             detail = f"no instances are left that could serve the request ({self._describe_instances()})"
             self._fail(sequence, FailReason.UNAVAILABLE, detail)
@@ -197,7 +199,7 @@ class Dispatcher:
                 f"can hold ({self._describe_instances()}); ask for fewer tokens or raise --kv-memory"
             )
             self._fail(sequence, FailReason.TOO_LONG, detail)
-        elif not (self._adopt(sequence) if sequence.lease else self._start(sequence)):
+        else:
             if math.isinf(sequence.wait_until_s):
                 sequence.wait_until_s = self._now + self._settings.instance_wait_s
             self._wake(sequence.wait_until_s)

@@ -16,6 +16,11 @@ class CopyQueue:
         self._waiting: deque[StartCopy] = deque()
         self._running: set[CopyKey] = set()
 
+    @property
+    def has_waiting(self) -> bool:
+        """True while a copy waits."""
+        return bool(self._waiting)
+
     def add(self, copy: StartCopy) -> None:
         """Queue a copy."""
         self._waiting.append(copy)

@@ -29,7 +29,7 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.instance.tracked import Tracked, pulled_message
-from disagg.scheduling.step.actions import AnyAction, Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
@@ -97,12 +97,24 @@ class InstanceCore:
         events: list[AnyEvent] = []
         for one in inputs:
             self._translate(one, events)
+        outputs = self._outputs
         for action in self._scheduler.handle(events, now):
-            self._carry_out(action)
-        while (copy := self._copies.start()) is not None:
+            match action:
+                case RunStep():
+                    if self._not_scheduled:
+                        self._note_first_steps(action)
+                    outputs.append(action)
+                case Emit(request_ids=request_ids):
+                    firsts = self._first_outputs(request_ids, now) if self._silent else ()
+                    outputs.append(Emitted(request_ids=request_ids, firsts=firsts))
+                case WakeAt():
+                    outputs.append(action)
+                case _:
+                    self._carry_out(action)
+        while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
-            self._outputs.append(copy)
-        return self._outputs
+            outputs.append(copy)
+        return outputs
 
     @property
     def capacity(self) -> int:
@@ -263,14 +275,8 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(self, action: AnyAction) -> None:
+    def _carry_out(self, action: OfferKv | Pull | ReleaseLease | Reject | Forget) -> None:
         match action:
-            case RunStep():
-                if self._not_scheduled:
-                    self._note_first_steps(action)
-                self._outputs.append(action)
-            case Emit():
-                self._emit(action)
             case OfferKv():
                 self._offer(action)
             case Pull():
@@ -285,8 +291,6 @@ class InstanceCore:
                     self._tell_failure(request_id, epoch, failed.failure.kind, failed.failure.message)
                 self._drop(request_id, epoch)
                 self._outputs.append(action)
-            case WakeAt():
-                self._outputs.append(action)
             case _:
                 assert_never(action)
 
@@ -295,10 +299,6 @@ class InstanceCore:
             if chunk.request_id in self._not_scheduled:
                 self._not_scheduled.remove(chunk.request_id)
                 self._sequences[chunk.request_id].start_step(chunk.start, self._now)
-
-    def _emit(self, action: Emit) -> None:
-        firsts = self._first_outputs(action.request_ids, self._now) if self._silent else ()
-        self._outputs.append(Emitted(request_ids=action.request_ids, firsts=firsts))
 
     def _first_outputs(self, request_ids: Sequence[RequestId], now: float) -> tuple[FirstOutput, ...]:
         """Return what goes with those tokens, there ``now``, that are the first of their sequence here."""

@@ -53,19 +53,19 @@ class Batching:
             self._admit(builder, builder.whole_size)
 
     def _plan_decodes(self, builder: StepBuilder) -> None:
-        decoding = [s for s in self._books.running if s.num_remaining == 1 and self._may_run(s)]
+        decoding = [
+            s for s in self._books.running if s.num_remaining == 1 and (not s.num_in_flight or self._may_run_on(s))
+        ]
         if self._num_stages > 1:
             decoding = decoding[: -(-len(self._books.running) // self._books.settings.max_steps_in_flight)]
         for sequence in decoding:
             self._plan(builder, sequence, builder.chunk_size(sequence))
 
     def _prefilling(self) -> list[Sequence]:
-        return [s for s in self._books.running if s.num_remaining > 1 and self._may_run(s)]
+        return [s for s in self._books.running if s.num_remaining > 1 and (not s.num_in_flight or self._may_run_on(s))]
 
-    def _may_run(self, sequence: Sequence) -> bool:
-        """True unless the sequence has to wait for a step in flight: see the module's words."""
-        if not sequence.num_in_flight:
-            return True
+    def _may_run_on(self, sequence: Sequence) -> bool:
+        """True unless a sequence has to wait for its step in flight: see the module's words."""
         return self._num_stages == 1 and not sequence.ends_with_step_in_flight
 
     def _plan(self, builder: StepBuilder, sequence: Sequence, num_tokens: int) -> None:
@@ -73,7 +73,8 @@ class Batching:
         if not num_tokens or sequence.state is not SequenceState.RUNNING:
             return
         books = self._books
-        while not books.ledger.grow(sequence, sequence.num_planned + num_tokens):
+        planned = sequence.num_computed + sequence.num_in_flight
+        while not books.ledger.grow(sequence, planned + num_tokens):
             victim = next((s for s in reversed(books.running) if not s.num_in_flight), sequence)
             if victim.order <= sequence.order:
                 return  # leases and steps in flight hold the rest; their end will wake this sequence

@@ -54,7 +54,7 @@ class StepBuilder:
             samples = num_tokens == sequence.num_remaining
             chunk = Chunk(
                 request_id=sequence.request_id,
-                start=sequence.num_planned,
+                start=sequence.num_computed + sequence.num_in_flight,
                 num_tokens=num_tokens,
                 block_ids=sequence.block_ids,
                 samples=samples,

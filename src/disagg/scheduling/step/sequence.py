@@ -96,11 +96,6 @@ class Sequence:
     story: deque[tuple[float, SequenceState]] = field(default_factory=lambda: deque(maxlen=16))
 
     @property
-    def num_planned(self) -> int:
-        """Tokens that are computed, or will be when the steps in flight have ended."""
-        return self.num_computed + self.num_in_flight
-
-    @property
     def num_remaining(self) -> int:
         """Tokens that are known, or will be when the steps in flight have ended, and that no step computes yet."""
         return self.num_tokens + self.num_coming - self.num_computed - self.num_in_flight
