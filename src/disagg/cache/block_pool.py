@@ -118,33 +118,40 @@ class BlockPool:
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Drop one sequence's hold. The last block is let go first, so that eviction eats prefixes from their end."""
+        loose: list[BlockId] = []
         for index in reversed(blocks):
             block = self._blocks[index]
             if block.state is not BlockState.ACTIVE:
                 self._expect(index, BlockState.ACTIVE)
             block.num_sequences -= 1
             if not block.num_sequences:
-                self._settle(index, block)
+                loose.append(index)
+        self._settle(loose)
 
     def lease(self, blocks: Iterable[BlockId]) -> None:
         """Turn one sequence's hold on its blocks into a lease."""
+        loose: list[BlockId] = []
         for index in blocks:
-            self._expect(index, BlockState.ACTIVE)
             block = self._blocks[index]
+            if block.state is not BlockState.ACTIVE:
+                self._expect(index, BlockState.ACTIVE)
             block.num_sequences -= 1
             block.num_leases += 1
             if not block.num_sequences:
-                self._settle(index, block)
+                loose.append(index)
+        self._settle(loose)
 
     def end_lease(self, blocks: Sequence[BlockId]) -> None:
         """Drop one lease on each block."""
+        loose: list[BlockId] = []
         for index in reversed(blocks):
             block = self._blocks[index]
             if block.num_leases < 1:
                 raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
             block.num_leases -= 1
             if not block.num_leases and not block.num_sequences:
-                self._settle(index, block)
+                loose.append(index)
+        self._settle(loose)
 
     def publish(self, index: BlockId, block_hash: BlockHash) -> None:
         """Make the KV of a full ACTIVE block findable by its prefix, unless an equal block already is."""
@@ -237,19 +244,22 @@ class BlockPool:
             del self._by_hash[block.hash]
             block.hash = None
 
-    def _settle(self, index: BlockId, block: _Block) -> None:
-        """Put a block that no sequence holds any more into the state that leases and prefix index give it."""
-        if block.num_leases:
-            state = BlockState.LEASED
-        elif block.hash is not None:
-            state = BlockState.CACHED
-            self._cached[index] = None
-        else:
-            state = BlockState.FREE
-            self._free.append(index)
-        self._counts[block.state] -= 1
-        self._counts[state] += 1
-        block.state = state
+    def _settle(self, loose: Iterable[BlockId]) -> None:
+        """Put blocks that no sequence holds any more into the states that leases and prefix index give them."""
+        blocks, counts = self._blocks, self._counts
+        for index in loose:
+            block = blocks[index]
+            if block.num_leases:
+                state = BlockState.LEASED
+            elif block.hash is not None:
+                state = BlockState.CACHED
+                self._cached[index] = None
+            else:
+                state = BlockState.FREE
+                self._free.append(index)
+            counts[block.state] -= 1
+            counts[state] += 1
+            block.state = state
 
     def _move(self, index: int, state: BlockState) -> None:
         block = self._blocks[index]

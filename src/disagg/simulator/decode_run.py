@@ -1,9 +1,13 @@
 """A run of equal decode steps, timed ahead: nothing happens between them that the scheduler would have to decide."""
 
 from bisect import bisect_left
+from typing import Final
 
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.scheduling.step.actions import RunStep
+
+FIRST_STEPS: Final = 16
+"""Timed at once; twice as many each time the run gets that far. What an interruption throws away was timed in vain."""
 
 
 class DecodeRun:
@@ -15,12 +19,30 @@ class DecodeRun:
     def __init__(self, step: RunStep, shape: StepShape, latency: LatencyModel, now: float, num_repeats: int) -> None:
         self.step = step
         self.ends_s: list[float] = []
-        time_s = now
-        for _ in range(num_repeats + 1):
+        self._shape = shape
+        self._latency = latency
+        self._time_s = now
+        self._num_left = num_repeats + 1
+        self._num_next = FIRST_STEPS
+        self.extend()
+
+    @property
+    def is_complete(self) -> bool:
+        """True when all repetitions have been timed."""
+        return not self._num_left
+
+    def extend(self) -> None:
+        """Time further steps."""
+        count = min(self._num_next, self._num_left)
+        self._num_left -= count
+        self._num_next *= 2
+        shape, latency, time_s = self._shape, self._latency, self._time_s
+        for _ in range(count):
             for duration_s in latency.stage_times_s(shape):
                 time_s += duration_s
             self.ends_s.append(time_s)
             shape.decode_context += shape.num_decodes
+        self._time_s = time_s
 
     def num_ended(self, now: float) -> int:
         """Return how many steps ended before ``now``; one that ends at this very moment still counts as in flight."""

@@ -16,6 +16,7 @@ class SimulatedHost:
         self, queue: EventQueue, interference: Interference | None = None, serving: ServingCost | None = None
     ) -> None:
         self._queue = queue
+        self._is_shared = interference is not None or serving is not None
         self._contention = HostContention(interference, serving)
         self._on_change: dict[InstanceId, Callable[[], None]] = {}
 
@@ -28,6 +29,8 @@ class SimulatedHost:
         self, instance: InstanceId, activity: Activity | None, num_tokens: int = 0, step_s: float = math.inf
     ) -> None:
         """See ``HostContention.set_activity``; the neighbours are told."""
+        if not self._is_shared:
+            return
         now = self._queue.now()
         was_due_s = self._contention.spread_at_s(instance)
         changed = self._contention.set_activity(instance, activity, now, num_tokens, step_s)
@@ -42,6 +45,8 @@ class SimulatedHost:
 
     def latency_now(self, instance: InstanceId, alone: LatencyModel) -> LatencyModel:
         """See ``HostContention.latency``."""
+        if not self._is_shared:
+            return alone
         return self._contention.latency(instance, alone, self._queue.now())
 
     def _tell(self, instances: Iterable[InstanceId]) -> None:

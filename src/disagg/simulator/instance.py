@@ -446,7 +446,10 @@ class SimulatedInstance:
             self._later(run.ends_s[0], partial(self._end_step, run.step))
 
     def _end_run(self, run: DecodeRun) -> None:
-        if self._run is run:
+        if self._run is run and not run.is_complete:
+            run.extend()
+            self._later(run.ends_s[-1], partial(self._end_run, run))
+        elif self._run is run:
             self._book(run, len(run.ends_s) - 1)
             self._run = None
             self._end_step(run.step)

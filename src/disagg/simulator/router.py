@@ -11,13 +11,22 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Abort, Offered, PeerLost, Release
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.actions import Fail, FailReason, Finish, Refuse, SendAbort, SendGenerate, SendRelease
+from disagg.scheduling.dispatch.actions import (
+    Deliver,
+    Fail,
+    FailReason,
+    Finish,
+    Refuse,
+    SendAbort,
+    SendGenerate,
+    SendRelease,
+)
 from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited, ProcessStarting
-from disagg.scheduling.router.outputs import AnyRouterOutput, RestartInstance, SendOffer, TellPeerLost
+from disagg.scheduling.router.outputs import AnyRouterOutput, HandOverEnded, RestartInstance, SendOffer, TellPeerLost
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.simulator.event_log import EventLogFolder
@@ -144,6 +153,8 @@ class SimulatedRouter:
 
     def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
         match output:
+            case Deliver() | HandOverEnded():
+                pass  # for who counts
             case Finish(request_id=request_id):
                 self._end(request_id, Outcome.FINISHED, now)
             case Fail(request_id=request_id, reason=reason, detail=detail):

@@ -96,7 +96,10 @@ class InstanceCore:
         self._now = now
         events: list[AnyEvent] = []
         for one in inputs:
-            self._translate(one, events)
+            if type(one) is StepDone and not one.failed:
+                events.append(one)  # most inputs are this, and it means the same to the scheduler
+            else:
+                self._translate(one, events)
         outputs = self._outputs
         for action in self._scheduler.handle(events, now):
             match action:

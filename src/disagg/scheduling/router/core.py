@@ -18,11 +18,14 @@ from disagg.base.request import Role
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
+    Deliver,
     Drop,
     Fail,
     Finish,
     SendAdopt,
+    SendGenerate,
     SendPeerLost,
+    SendRelease,
 )
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
@@ -307,6 +310,8 @@ class RouterCore:
 
     def _carry_out(self, action: AnyDispatchAction) -> None:
         match action:
+            case Deliver() | SendGenerate() | SendRelease():
+                self._outputs.append(action)
             case WakeAt(time_s=time_s):
                 self._dispatch_wake_s = time_s
             case Drop(instance=instance):
