@@ -1,0 +1,80 @@
+"""Whatever dies, is cancelled or fails: every request ends once, no block is lost, and the same again is the same."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulated import cluster_spec, instance, poisson, serve, stamps
+
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.costs.links import LinkModel
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.faults import Faults, InstanceDeath
+from disagg.simulator.request import Outcome, SimulatedRequest
+
+SLOW = LinkModel(bytes_per_s=2e7, latency_s=0.001)
+DEPLOYMENTS = {
+    "1x1": cluster_spec(instance(Role.PREFILL), instance(Role.DECODE, num_blocks=90), link=SLOW),
+    "2x2": cluster_spec(
+        *(instance(role, number, num_blocks=120) for role in (Role.PREFILL, Role.DECODE) for number in (0, 1)),
+        link=SLOW,
+        message_s=0.0003,
+    ),
+    "mixed": cluster_spec(
+        instance(Role.PREFILL), instance(Role.DECODE), instance(Role.COLOCATED, max_steps_in_flight=2), link=SLOW
+    ),
+}
+
+
+@st.composite
+def faulty(draw: st.DrawFn) -> tuple[ClusterSpec, int]:
+    """A deployment with deaths and failing pulls, and the seed of what is asked of it."""
+    spec = DEPLOYMENTS[draw(st.sampled_from(sorted(DEPLOYMENTS)))]
+    names = st.sampled_from([one.name for one in spec.instances])
+    deaths = st.builds(
+        InstanceDeath,
+        time_s=st.floats(0.01, 1.5),
+        instance=names,
+        start_s=st.floats(0.01, 0.5),
+    )
+    chosen = draw(st.lists(deaths, max_size=3, unique_by=lambda death: death.instance))
+    seed = draw(st.integers(0, 10**6))
+    failing = frozenset(request.request_id for request in asked(seed)[:: draw(st.integers(2, 9))])
+    return replace(spec, faults=Faults(tuple(chosen), failing)), seed
+
+
+def asked(seed: int) -> list[SimulatedRequest]:
+    requests = poisson(rate=50, count=40, seed=seed, output=(1, 60))
+    for request in requests[seed % 5 :: 5]:
+        request.cancel_s = request.arrival_s + 0.001 * (seed % 97)
+    return requests
+
+
+@given(case=faulty())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_request_ends_once_and_every_block_comes_back(case: tuple[ClusterSpec, int]) -> None:
+    spec, seed = case
+    requests = asked(seed)
+    ended = serve(spec, requests)  # raises unless all blocks of the living are free or cached at the end
+    assert sorted(request.request_id for request in ended) == sorted(request.request_id for request in requests)
+    for request in ended:
+        assert request.outcome in (Outcome.FINISHED, Outcome.CANCELLED, Outcome.FAILED)
+        if request.outcome is Outcome.FINISHED:
+            assert request.num_output_tokens == request.output_len
+        stages = request.timeline.stages()
+        assert sum(stages.values()) == pytest.approx(request.timeline.finished_s - request.arrival_s)
+    assert stamps(serve(spec, asked(seed))) == stamps(requests)
+
+
+def test_only_what_a_dead_instance_held_fails() -> None:
+    death = InstanceDeath(0.5, InstanceId("decode-1"), start_s=0.2)
+    requests = poisson(rate=50, count=60, seed=3)
+    serve(replace(DEPLOYMENTS["2x2"], faults=Faults((death,))), requests)
+    failed = [request for request in requests if request.outcome is Outcome.FAILED]
+    assert failed
+    assert {request.detail for request in failed} == {
+        "instance decode-1 died while it held this request: killed by the simulation"
+    }
+    assert all(request.arrival_s < 0.5 for request in failed)
