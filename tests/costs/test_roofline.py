@@ -113,7 +113,7 @@ def test_a_core_prefills_as_it_was_measured_to(length: int, measured_ms: float) 
 
 
 def core_step_s(shape: StepShape) -> float:
-    """SmolLM2-135M on one thread, of which docs/engine.md has the measurements."""
+    """SmolLM2-135M on one thread, of which docs/results/engine.md has the measurements."""
     model = msgspec.structs.replace(
         config(num_layers=30),
         vocab_size=49_152,

@@ -85,9 +85,10 @@ _L40S = DeviceSheet(
     weights_share=0.81,
     kv_share=0.72,
 )
-# One core of a Zen 5 server under the native kernels. Peaks and shares are measured (docs/engine.md, SmolLM2-135M on
-# one thread): what the core reaches in matrix products and reads from memory, and what part of it steps reach. Cores
-# together read less than each alone: a profile knows, a data sheet does not. A step is one call: no cost per kernel.
+# One core of a Zen 5 server under the native kernels. Peaks and shares are measured (docs/results/engine.md,
+# SmolLM2-135M on one thread): what the core reaches in matrix products and reads from memory, and what part of it
+# steps reach. Cores together read less than each alone: a profile knows, a data sheet does not. A step is one call: no
+# cost per kernel.
 _ZEN5_CORE = DeviceSheet(
     name="zen5-core",
     memory_bytes=12 * 2**30,  # of a host with 24 GiB for two cores
