@@ -18,6 +18,7 @@ from disagg.scheduling.dispatch.actions import (
     Finish,
     Refuse,
     RefuseReason,
+    Resume,
     SendAbort,
     SendAdopt,
     SendGenerate,
@@ -248,18 +249,107 @@ def test_more_than_the_bound_is_refused():
     assert story.arrive("c") == [generate("c", P0)]
 
 
-def test_a_dead_prefill_instance_takes_what_it_held_with_it(pair):
-    pair.arrive("prefilling")
-    pair.arrive("offering")
-    pair.emit(P0, "offering")
-    actions = pair.down(P0)
-    assert actions[0] == SendPeerLost(instance=D0, lost=P0)
-    assert [(action.request_id, action.reason) for action in actions[1:]] == [
-        ("prefilling", FailReason.INSTANCE_LOST),
-        ("offering", FailReason.INSTANCE_LOST),
+def resume(name: str, why: str, epoch: int = 1) -> Resume:
+    return Resume(request_id=RequestId(name), epoch=Epoch(epoch), why=f"{why} died: killed by SIGKILL")
+
+
+def test_what_a_dead_prefill_instance_held_starts_again_from_its_known_tokens():
+    story = Story(TWO_AND_TWO)
+    story.arrive("prefilling")
+    story.arrive("other")
+    story.arrive("offering")
+    story.emit(P0, "offering")
+    assert story.down(P0)[:3] == [SendPeerLost(instance=name, lost=P0) for name in (P1, D0, D1)]
+    assert story.loads()[P0] == (0, 0)
+    assert story.loads()[P1] == (10 + 10 + 11, 0)
+
+
+def test_a_resumed_sequence_is_placed_in_a_new_epoch():
+    story = Story(TWO_AND_TWO)
+    story.arrive("a")
+    lost = story.down(P0)[3:]
+    again = SendGenerate(request_id=RequestId("a"), epoch=Epoch(1), instance=P1, hand_over=True)
+    assert lost == [resume("a", P0), again]
+    assert story.emit(P1, "a", epoch=0) == [Drop(request_id=RequestId("a"), epoch=Epoch(0), instance=P1)]
+    assert story.emit(P1, "a", epoch=1) == [Deliver(request_ids=(RequestId("a"),))]
+    assert only(story.offer(P1, "a", epoch=1), SendAdopt).epoch == 1
+
+
+def test_a_sequence_that_lost_its_decode_instance_is_prefilled_with_its_answer(pair):
+    pair.until_offered("a")
+    pair.pulled(D0, "a")
+    pair.emit(D0, "a", num_tokens=5)
+    assert pair.down(D0)[1:] == [
+        resume("a", D0),
+        SendGenerate(request_id=RequestId("a"), epoch=Epoch(1), instance=P0, hand_over=True),
     ]
-    assert "prefill-0 died" in actions[1].detail
-    assert "SIGKILL" in actions[1].detail
+    assert pair.loads() == {P0: (16, 0), D0: (0, 0)}
+
+
+def test_where_no_prefill_instance_is_up_a_decode_instance_computes_all_of_a_resumed_sequence(pair):
+    pair.arrive("a")
+    pair.emit(P0, "a")
+    assert pair.down(P0)[1:] == [
+        resume("a", P0),
+        SendGenerate(request_id=RequestId("a"), epoch=Epoch(1), instance=D0, hand_over=False),
+    ]
+    assert only(pair.emit(D0, "a", finished=True, epoch=1), Finish).epoch == 1
+
+
+def test_a_resumed_sequence_too_long_for_a_prefill_instance_goes_to_a_decode_instance():
+    story = Story({P0: Role.PREFILL, D0: Role.DECODE, D1: Role.DECODE})
+    story.send(InstanceDown(instance=P0, returning=True, detail=""))
+    story.up(P0, capacity=20)
+    story.until_offered("a")
+    story.emit(D0, "a", num_tokens=30)
+    assert only(story.down(D0), SendGenerate) == SendGenerate(
+        request_id=RequestId("a"), epoch=Epoch(1), instance=D1, hand_over=False
+    )
+
+
+def test_an_offer_whose_lease_died_before_anybody_could_adopt_it_is_computed_again():
+    story = Story({P0: Role.PREFILL, P1: Role.PREFILL, D0: Role.DECODE})
+    story.down(D0)
+    story.until_offered("a")
+    assert only(story.down(P0), SendGenerate).instance == P1
+
+
+def test_a_sequence_that_was_on_two_instances_that_died_fails_with_its_story():
+    story = Story(TWO_AND_TWO)
+    story.arrive("a")
+    story.down(P0)
+    story.now += 1.5
+    failure = only(story.down(P1), Fail)
+    assert (failure.reason, failure.epoch) == (FailReason.INSTANCE_LOST, 1)
+    assert "2 instance(s)" in failure.detail
+    assert "--max-instance-losses" in failure.detail
+    assert "prefill-0 died 0.000 s after its arrival: killed by SIGKILL" in failure.detail
+    assert "prefill-1 died 1.500 s after its arrival: killed by SIGKILL" in failure.detail
+
+
+def test_the_number_of_losses_is_a_setting():
+    story = Story(TWO_AND_TWO, settings=RouterSettings(max_instance_losses=1))
+    story.arrive("a")
+    assert only(story.down(P0), Fail).reason is FailReason.INSTANCE_LOST
+
+
+def test_whoever_leaves_ends_every_later_attempt(pair):
+    pair.arrive("a")
+    pair.down(P0)
+    abort, finish = pair.cancel("a", epoch=0)
+    assert abort == SendAbort(request_id=RequestId("a"), epoch=Epoch(1), instance=D0)
+    assert finish == Finish(request_id=RequestId("a"), epoch=Epoch(1))
+
+
+def test_a_step_that_cannot_be_true_counts_no_token_of_other_sequences(pair):
+    pair.arrive("a")
+    pair.arrive("b")
+    pair.emit(P0, "b")
+    progress = tuple(Progress(RequestId(name), Epoch(0), 1, False) for name in ("a", "b"))
+    with pytest.raises(InternalError, match="more tokens"):
+        pair.send(TokensEmitted(instance=P0, progress=progress))
+    pair.down(P0)
+    assert pair.loads()[D0] == (10 + 11, 0)
 
 
 def test_a_pull_from_a_dead_prefill_instance_is_left_to_the_decode_instance(pair):
@@ -284,8 +374,8 @@ def test_leases_of_a_dead_decode_instance_are_released(pair):
     assert [action for action in actions if isinstance(action, SendRelease)] == [
         SendRelease(**ids("pulling"), instance=P0)
     ]
-    assert {action.request_id for action in actions if isinstance(action, Fail)} == {"pulling", "decoding"}
-    assert pair.loads() == {P0: (0, 0), D0: (0, 0)}
+    assert {action.request_id for action in actions if isinstance(action, Resume)} == {"pulling", "decoding"}
+    assert pair.loads() == {P0: (22, 0), D0: (0, 0)}
 
 
 def test_an_offer_waits_for_a_decode_instance_that_is_being_restarted(pair):

@@ -1,7 +1,8 @@
 """Dispatch against every order of arrivals, deaths, cancellations and late messages that hypothesis can think of.
 
 The test plays all instances: it remembers what each live one was told, and answers like an engine would. Whatever
-happens, every sequence ends exactly once, only live instances are spoken to, and no load is left over.
+happens, every sequence ends exactly once, and through however many attempts all tokens of the current one are
+delivered and none of an earlier; only live instances are spoken to, and no load is left over.
 """
 
 from hypothesis import settings
@@ -18,6 +19,7 @@ from disagg.scheduling.dispatch.actions import (
     Fail,
     Finish,
     Refuse,
+    Resume,
     SendAbort,
     SendAdopt,
     SendGenerate,
@@ -58,6 +60,10 @@ class DispatchMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.names = 0
         self.open: set[RequestId] = set()
+        self.epochs: dict[RequestId, Epoch] = {}
+        self.tokens: dict[RequestId, int] = {}
+        """Known to whoever waits for the sequence, prompt included."""
+        self.losses: dict[RequestId, int] = {}
         self.live: set[InstanceId] = set()
         self.jobs: dict[tuple[InstanceId, RequestId], str] = {}
         """What a live instance is doing with a sequence: prefill, offering, pull, decode or all."""
@@ -89,22 +95,46 @@ class DispatchMachine(RuleBasedStateMachine):
             assert action.instance in self.live, f"{action} goes to a dead instance"
         match action:
             case SendGenerate():
-                assert action.hand_over == (self.instances[action.instance] is Role.PREFILL)
+                role = self.instances[action.instance]
+                assert action.hand_over == (role is Role.PREFILL)
+                assert role is not Role.DECODE or self.losses[action.request_id]
+                assert action.epoch == self.epochs[action.request_id]
                 self.jobs[action.instance, action.request_id] = "prefill" if action.hand_over else "all"
             case SendAdopt():
                 assert self.instances[action.instance] is Role.DECODE
+                assert action.epoch == self.epochs[action.request_id]
                 self.jobs[action.instance, action.request_id] = "pull"
             case SendAbort():
                 del self.jobs[action.instance, action.request_id]
             case SendRelease():
                 self.leases.discard((action.instance, action.request_id))
+            case Resume():
+                assert action.epoch == self.epochs[action.request_id] + 1
+                self.epochs[action.request_id] = action.epoch
+                assert not any(name == action.request_id for _, name in [*self.jobs, *self.held_after_loss()])
+                self.losses[action.request_id] += 1
+                assert self.losses[action.request_id] < LIMITS.max_instance_losses
             case Finish() | Fail() | Refuse():
+                assert action.epoch == self.epochs[action.request_id]
                 assert action.request_id in self.open, f"{action} ends a sequence that had ended"
                 self.open.remove(action.request_id)
             case SendPeerLost():
                 assert action.lost not in self.live
             case Deliver() | Drop() | WakeAt():
                 pass
+
+    def held_after_loss(self) -> set[tuple[InstanceId, RequestId]]:
+        """Return the leases on live instances: a resumed sequence has none."""
+        return {lease for lease in self.leases if lease[0] in self.live}
+
+    def step(self, instance: InstanceId, name: RequestId, num_tokens: int, finished: bool) -> None:
+        """Let an instance bring tokens: all are delivered."""
+        epoch = self.epochs[name]
+        progress = (Progress(name, epoch, num_tokens, finished),)
+        before = self.dispatcher.num_sequences
+        self.handle(TokensEmitted(instance=instance, progress=progress))
+        assert self.dispatcher.num_sequences == before - finished
+        self.tokens[name] += num_tokens
 
     # What the world does --------------------------------------------------------------------------------------
 
@@ -117,6 +147,7 @@ class DispatchMachine(RuleBasedStateMachine):
             self.names += 1
             name = RequestId(f"s{self.names}")
             self.open.add(name)
+            self.epochs[name], self.losses[name], self.tokens[name] = Epoch(0), 0, num_tokens
             self.handle(
                 SequenceArrived(
                     request_id=name,
@@ -138,7 +169,7 @@ class DispatchMachine(RuleBasedStateMachine):
 
     def work_once(self, instance: InstanceId, name: RequestId) -> None:
         job = self.jobs[instance, name]
-        identity = {"request_id": name, "epoch": Epoch(0), "instance": instance}
+        identity = {"request_id": name, "epoch": self.epochs[name], "instance": instance}
         if job == "offering":
             del self.jobs[instance, name]
             self.leases.add((instance, name))
@@ -149,7 +180,7 @@ class DispatchMachine(RuleBasedStateMachine):
         else:
             if job == "prefill":
                 self.jobs[instance, name] = "offering"
-            self.handle(TokensEmitted(instance=instance, progress=(Progress(name, Epoch(0), 1, False),)))
+            self.step(instance, name, 1, finished=False)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), num_tokens=st.integers(0, 3))
@@ -158,15 +189,16 @@ class DispatchMachine(RuleBasedStateMachine):
         if candidates:
             instance, name = data.draw(st.sampled_from(candidates))
             del self.jobs[instance, name]
-            progress = Progress(name, Epoch(0), num_tokens, True)
-            self.handle(TokensEmitted(instance=instance, progress=(progress,)))
+            self.step(instance, name, num_tokens, finished=True)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), kind=st.sampled_from(FailureKind))
     def give_back(self, data: st.DataObject, kind: FailureKind) -> None:
         instance, name = data.draw(st.sampled_from(sorted(self.jobs)))
         del self.jobs[instance, name]
-        self.handle(SequenceFailed(request_id=name, epoch=Epoch(0), instance=instance, kind=kind, detail="fault"))
+        self.handle(
+            SequenceFailed(request_id=name, epoch=self.epochs[name], instance=instance, kind=kind, detail="fault")
+        )
 
     @precondition(lambda self: self.names)
     @rule(data=st.data())
@@ -176,12 +208,12 @@ class DispatchMachine(RuleBasedStateMachine):
         self.handle(SequenceCancelled(request_id=name, epoch=Epoch(0)))
 
     @precondition(lambda self: self.names and self.live)
-    @rule(data=st.data(), epoch=st.integers(0, 1))
+    @rule(data=st.data(), epoch=st.integers(0, 3))
     def say_something_out_of_date(self, data: st.DataObject, epoch: int) -> None:
         """A message overtaken by an abort, or about an attempt that is not the current one."""
         name = RequestId(f"s{data.draw(st.integers(1, self.names))}")
         instance = data.draw(st.sampled_from(sorted(self.live)))
-        if epoch == 0 and (instance, name) in self.jobs:
+        if epoch == self.epochs[name] and (instance, name) in self.jobs:
             return
         before = self.dispatcher.num_sequences
         identity = {"request_id": name, "epoch": Epoch(epoch), "instance": instance}

@@ -1,6 +1,7 @@
 """The router's core: what instances say and do, told as short stories of inputs and outputs."""
 
 import pytest
+from msgspec import structs
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
@@ -17,7 +18,7 @@ from disagg.base.messages import (
     Ready,
 )
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.actions import Drained, Fail, FailReason, Finish, SendGenerate, SendRelease
+from disagg.scheduling.dispatch.actions import Drained, Fail, FailReason, Finish, Resume, SendGenerate, SendRelease
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, TokensEmitted
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -50,7 +51,8 @@ from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-P0, D0, C0, C1 = (InstanceId(name) for name in ("prefill-0", "decode-0", "colocated-0", "colocated-1"))
+P0, P1, D0 = (InstanceId(name) for name in ("prefill-0", "prefill-1", "decode-0"))
+C0, C1 = (InstanceId(name) for name in ("colocated-0", "colocated-1"))
 PAIR = {P0: Role.PREFILL, D0: Role.DECODE}
 A = RequestId("a")
 IDS = {"request_id": A, "epoch": Epoch(0)}
@@ -179,7 +181,7 @@ class TestLives:
         outputs = pair.tell(ProcessExited(instance=P0, detail="killed"))
         assert outputs[0] == InstanceLost(instance=P0)
         assert outputs[-1] == RestartInstance(instance=P0, delay_s=0.0)
-        assert [output.reason for output in outputs if isinstance(output, Fail)] == [FailReason.INSTANCE_LOST]
+        assert [output.epoch for output in outputs if isinstance(output, Resume)] == [1]
         pair.tell(ProcessStarting(instance=P0))
         assert pair.state(P0) is InstanceState.STARTING
         pair.ready(P0, Role.PREFILL, incarnation="2")
@@ -231,7 +233,13 @@ class TestLives:
         assert pair.ready(P0, Role.PREFILL) == []  # said twice
         pair.arrive()
         outputs = pair.ready(P0, Role.PREFILL, incarnation="2")
-        assert [type(output) for output in outputs] == [InstanceLost, TellPeerLost, Fail, InstanceWelcomed]
+        assert [type(output) for output in outputs] == [
+            InstanceLost,
+            TellPeerLost,
+            Resume,
+            SendGenerate,
+            InstanceWelcomed,
+        ]
 
 
 class TestMembership:
@@ -277,7 +285,7 @@ class TestMembership:
         story.ready(C1, Role.COLOCATED)
         story.arrive()
         outputs = story.tell(Leave(instance=C0))
-        assert [output.reason for output in outputs if isinstance(output, Fail)] == [FailReason.INSTANCE_LOST]
+        assert [output.epoch for output in outputs if isinstance(output, Resume)] == [1]
         assert TellPeerLost(instance=C1, lost=C0, incarnation="1") in outputs
 
     def test_a_role_changes_for_what_comes_and_what_is_held_goes_on_as_it_began(self) -> None:
@@ -312,3 +320,36 @@ def test_what_a_lost_instance_still_says_is_stale(pair: Story) -> None:
     pulled = Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5)
     assert pair.say(D0, pulled) == [MessageDropped(instance=D0, reason=DropReason.STALE)]
     assert pair.say(D0, Loading(instance=D0, stage="weights", fraction=0.5)) == []
+
+
+def test_an_offer_of_an_earlier_attempt_is_not_the_offer_of_the_next() -> None:
+    story = Story({P0: Role.PREFILL, P1: Role.PREFILL, D0: Role.DECODE})
+    for name in (P0, P1):
+        story.ready(name, Role.PREFILL)
+    story.arrive()
+    story.emit(P0)
+    story.say(P0, Offered(offer=offer()))
+    again = {"request_id": A, "epoch": Epoch(1)}
+    outputs = story.tell(ProcessExited(instance=P0, detail="killed"))
+    assert SendGenerate(**again, instance=P1, hand_over=True) in outputs
+    story.tell(TokensEmitted(instance=P1, progress=(Progress(A, Epoch(1), 1, False),)))
+    second = structs.replace(offer(), epoch=Epoch(1), source=P1, num_tokens=6)
+    story.say(P1, Offered(offer=second))
+    assert story.ready(D0, Role.DECODE)[0] == SendOffer(**again, instance=D0, offer=second)
+    assert story.say(D0, Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5))[-1] == MessageDropped(
+        instance=D0, reason=DropReason.STALE
+    )
+
+
+def test_a_zombie_that_is_back_is_not_listened_to_about_what_went_on_elsewhere() -> None:
+    story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+    story.ready(C0, Role.COLOCATED)
+    story.ready(C1, Role.COLOCATED)
+    story.arrive()
+    assert story.tell(Unreachable(instance=C0, why="frozen"))[-1] == EndInstance(instance=C0, why="frozen")
+    dropped = [MessageDropped(instance=C0, reason=DropReason.STALE)]
+    assert story.emit(C0) == dropped
+    story.ready(C0, Role.COLOCATED)
+    assert story.emit(C0, finished=True) == dropped
+    progress = (Progress(A, Epoch(1), 1, True),)
+    assert story.tell(TokensEmitted(instance=C1, progress=progress))[-1] == Finish(request_id=A, epoch=Epoch(1))

@@ -52,7 +52,10 @@ HEARTBEAT_S = 0.05
 
 
 class Behaviour(enum.IntEnum):
-    """What a sequence makes the instance do, by its first prompt token; any other token means: work."""
+    """What a sequence makes the instance do, by its first prompt token; any other token means: work.
+
+    What gets stuck in its first attempt goes on in the next.
+    """
 
     STUCK_IN_PREFILL = 1001
     STUCK_BEFORE_OFFER = 1002
@@ -139,7 +142,7 @@ class FakeInstance:
         name, behaviour = request.request_id, request.prompt_token_ids[0]
         self.sequences[name] = request
         match behaviour:
-            case Behaviour.STUCK_IN_PREFILL:
+            case Behaviour.STUCK_IN_PREFILL if not request.epoch:
                 return
             case Behaviour.DIE_IN_PREFILL:
                 say("about to die")
@@ -154,9 +157,10 @@ class FakeInstance:
         if not message.hand_over:
             yield from self._decode(request, num_output=len(request.output_token_ids))
             return
-        finished = FinishReason.LENGTH if request.sampling.max_tokens == 1 else None
-        yield self._output(request, 0, finished)
-        if finished or behaviour == Behaviour.STUCK_BEFORE_OFFER:
+        num_output = len(request.output_token_ids)
+        finished = FinishReason.LENGTH if request.sampling.max_tokens == num_output + 1 else None
+        yield self._output(request, num_output, finished)
+        if finished or (behaviour == Behaviour.STUCK_BEFORE_OFFER and not request.epoch):
             return
         del self.sequences[name]
         self.leases.add(name)
@@ -166,7 +170,7 @@ class FakeInstance:
                 epoch=request.epoch,
                 source=self.instance,
                 incarnation=self.incarnation,
-                num_tokens=len(request.prompt_token_ids),
+                num_tokens=request.num_tokens,
                 block_ids=(),
                 lease_s=60.0,
                 pool=b"",
@@ -177,18 +181,18 @@ class FakeInstance:
         request = message.request
         name, behaviour = request.request_id, request.prompt_token_ids[0]
         self.sequences[name] = request
-        if behaviour == Behaviour.STUCK_IN_PULL:
+        if behaviour == Behaviour.STUCK_IN_PULL and not request.epoch:
             return
         yield Pulled(
             request_id=name, epoch=request.epoch, source=message.offer.source, num_bytes=1000, duration_s=0.001
         )
-        yield from self._decode(request, num_output=1)
+        yield from self._decode(request, num_output=len(request.output_token_ids))
 
     def _decode(self, request: GenerationRequest, num_output: int) -> Iterator[Message]:
         for index in range(num_output, request.sampling.max_tokens):
             last = index == request.sampling.max_tokens - 1
             yield self._output(request, index, FinishReason.LENGTH if last else None)
-            if request.prompt_token_ids[0] == Behaviour.STUCK_IN_DECODE:
+            if request.prompt_token_ids[0] == Behaviour.STUCK_IN_DECODE and not request.epoch:
                 return
 
     def _output(self, request: GenerationRequest, index: int, finished: FinishReason | None) -> StepOutput:

@@ -12,7 +12,7 @@ from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.faults import Faults, InstanceDeath
-from disagg.simulator.request import Outcome, SimulatedRequest
+from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
 
 SLOW = LinkModel(bytes_per_s=2e7, latency_s=0.001)
 DEPLOYMENTS = {
@@ -68,13 +68,10 @@ def test_every_request_ends_once_and_every_block_comes_back(case: tuple[ClusterS
     assert stamps(serve(spec, asked(seed))) == stamps(requests)
 
 
-def test_only_what_a_dead_instance_held_fails() -> None:
+def test_what_a_dead_instance_held_goes_on_elsewhere_and_nothing_fails() -> None:
     death = InstanceDeath(0.5, InstanceId("decode-1"), start_s=0.2)
     requests = poisson(rate=50, count=60, seed=3)
     serve(replace(DEPLOYMENTS["2x2"], faults=Faults((death,))), requests)
-    failed = [request for request in requests if request.outcome is Outcome.FAILED]
-    assert failed
-    assert {request.detail for request in failed} == {
-        "instance decode-1 died while it held this request: killed by the simulation"
-    }
-    assert all(request.arrival_s < 0.5 for request in failed)
+    assert {request.outcome for request in requests} == {Outcome.FINISHED}
+    assert [request.num_output_tokens for request in requests] == [request.output_len for request in requests]
+    assert any(request.epoch > FIRST_EPOCH for request in requests)

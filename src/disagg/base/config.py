@@ -144,6 +144,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds after which an unfinished request is given up with 408")
     ] = 600.0
+    max_instance_losses: Annotated[
+        int,
+        Meta(
+            ge=1, description="deaths of the instance that it is on after which a request gets 503; before, it goes on"
+        ),
+    ] = 2
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@
     ├── AuthenticationError         missing or wrong API key (401)
     ├── OverloadedError             a bounded queue is full (429, with Retry-After)
     ├── UnavailableError            no instance can take the request now (503)
-    │   └── InstanceLostError       the instance that held the request died (503)
+    │   └── InstanceLostError       too many instances died with the request (503)
     ├── RequestTimeoutError         a deadline passed (408)
     ├── ProtocolError               a message that is too long, malformed or of another version
     ├── TransferError               a KV hand-over that did not complete
@@ -71,7 +71,7 @@ class UnavailableError(DisaggError):
 
 
 class InstanceLostError(UnavailableError):
-    """The instance that held the request died before it finished."""
+    """The request was on as many instances that died as it may be (``RouterSettings.max_instance_losses``)."""
 
 
 class RequestTimeoutError(DisaggError):

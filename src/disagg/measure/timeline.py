@@ -36,7 +36,9 @@ class Stage(enum.Enum):
 class RequestTimeline(msgspec.Struct, kw_only=True):
     """Stamps in seconds of one clock; NaN where the request did not (yet) pass.
 
-    ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``pull_started_s``, ``pulled_s``.
+    ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``pull_started_s``, ``pulled_s``. A request
+    that lost its instance has the stamps of the instance that brought the token; the pause lies in the stage that it
+    interrupted.
     """
 
     arrival_s: float
@@ -48,14 +50,16 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
     second_token_s: float = math.nan
     last_token_s: float = math.nan
     finished_s: float = math.nan
+    paused_s: float = math.nan
+    """Since when a request that lost its instance waits for its next token; NaN when it does not."""
 
-    def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> None:
+    def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> float | None:
         """Note ``count`` new tokens, that came one after the other from ``first_s`` to ``last_s``.
 
-        ``stamps`` come with the first token that an instance brings.
+        ``stamps`` come with the first token that an instance brings. Returns the seconds of the pause that ends now.
         """
         if not count:
-            return
+            return None
         if math.isnan(self.first_token_s):
             self.first_token_s = first_s
             if stamps is not None:
@@ -64,6 +68,24 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         elif math.isnan(self.second_token_s):
             self._add_second(first_s, stamps)
         self.last_token_s = last_s
+        if math.isnan(self.paused_s):
+            return None
+        pause_s, self.paused_s = first_s - self.paused_s, math.nan
+        return pause_s
+
+    def forget_after(self, num_tokens: int) -> None:
+        """Forget when tokens after the first ``num_tokens`` were computed: they never arrived."""
+        if num_tokens == 0:
+            self.prefill_started_s = self.first_token_s = self.last_token_s = math.nan
+        elif num_tokens == 1:
+            self.last_token_s = self.first_token_s
+        if num_tokens < 2:
+            self.pull_started_s = self.pulled_s = self.decode_started_s = self.second_token_s = math.nan
+
+    def pause(self, now: float) -> None:
+        """Note that the request lost its instance; a pause that has begun goes on."""
+        if math.isnan(self.paused_s):
+            self.paused_s = now
 
     def _add_second(self, now: float, stamps: StageStamps | None) -> None:
         if stamps is None:  # it came from the instance that brought the first token

@@ -54,7 +54,7 @@ from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.recording import Recording
-from disagg.simulator.request import SimulatedRequest, tokens_emitted
+from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
 
 MAX_RUN_LENGTH: Final = 64
@@ -153,7 +153,8 @@ class SimulatedInstance:
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
-        self._may_repeat = recording.allows_repeats
+        # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
+        self._may_repeat = recording.allows_repeats and not self._may_die
         self._life = -1
         self._num_preemptions_before = 0
         self.kv_use = UsageSeries()
@@ -315,7 +316,10 @@ class SimulatedInstance:
                 assert_never(output)
 
     def _emit(self, output: Emitted, now: float) -> None:
-        """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances."""
+        """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances.
+
+        So is the first of a resumed sequence: it may be all that comes from here before its offer.
+        """
         stamps = _stamps_of(output.firsts) if output.firsts else None
         news = []
         for request_id in output.request_ids:
@@ -324,7 +328,8 @@ class SimulatedInstance:
             # A first token has no gap before it, and a sampled one none after itself.
             if self._gaps is not None and gap_s > 0:
                 self._gaps.add(gap_s)
-            if request.is_complete or request.num_output_tokens == 1:
+            resumed_here = stamps is not None and request.epoch != FIRST_EPOCH and request_id in stamps
+            if request.is_complete or request.num_output_tokens == 1 or resumed_here or self._may_die:
                 news.append(request)
         if news:
             self._tell(tokens_emitted(self.spec.name, news))

@@ -13,7 +13,7 @@ from disagg.scheduling.dispatch.events import Progress, TokensEmitted
 from disagg.scheduling.instance.inputs import SequenceFacts
 
 FIRST_EPOCH = Epoch(1)
-"""No simulated request is ever resumed by the API, so each has one attempt."""
+"""The first attempt of each simulated request; one more for every instance that it loses."""
 
 
 class Outcome(enum.Enum):
@@ -41,6 +41,9 @@ class SimulatedRequest:
     num_output_tokens: int = 0
     num_reported_tokens: int = 0
     """Output tokens that the dispatcher was told of."""
+    num_delivered_tokens: int = 0
+    """Output tokens that the router had when it was last told of some."""
+    epoch: Epoch = FIRST_EPOCH
     deliver_s: float = 0.0
     """How long its tokens travel from the instance to the client."""
     cancel_s: float = math.inf
@@ -79,13 +82,20 @@ class SimulatedRequest:
         """Return what policy knows of it now."""
         return SequenceFacts(
             request_id=self.request_id,
-            epoch=FIRST_EPOCH,
+            epoch=self.epoch,
             num_tokens=self.prompt_len + self.num_output_tokens,
             max_total_tokens=self.max_total_tokens,
             priority=self.priority,
             arrival_s=self.arrival_s,
             block_hashes=self.block_hashes,
         )
+
+    def resume(self, epoch: Epoch, now: float) -> None:
+        """Begin a new attempt, from the tokens that the router has: those on their way are lost with their instance."""
+        self.epoch = epoch
+        self.num_output_tokens = self.num_reported_tokens = self.num_delivered_tokens
+        self.timeline.forget_after(self.num_delivered_tokens)
+        self.timeline.pause(now)
 
     def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> float:
         """Stamp ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``.
@@ -107,5 +117,5 @@ def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -
     for request in requests:
         num_new = request.num_output_tokens - request.num_reported_tokens
         request.num_reported_tokens = request.num_output_tokens
-        progress.append(Progress(request.request_id, FIRST_EPOCH, num_new, request.is_complete))
+        progress.append(Progress(request.request_id, request.epoch, num_new, request.is_complete))
     return TokensEmitted(instance=instance, progress=tuple(progress))

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, assert_never
 
 from disagg.base.config import RouterSettings
 from disagg.base.event_log import EventLog
@@ -17,11 +17,12 @@ from disagg.scheduling.dispatch.actions import (
     FailReason,
     Finish,
     Refuse,
+    Resume,
     SendAbort,
     SendGenerate,
     SendRelease,
 )
-from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled
+from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -33,7 +34,7 @@ from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath
 from disagg.simulator.instance import SimulatedInstance
-from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest, tokens_emitted
+from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
 
 _DEATH: Final = "killed by the simulation"
 
@@ -93,7 +94,7 @@ class SimulatedRouter:
         self._feed(
             SequenceArrived(
                 request_id=request.request_id,
-                epoch=FIRST_EPOCH,
+                epoch=request.epoch,
                 num_tokens=request.prompt_len,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
@@ -118,7 +119,7 @@ class SimulatedRouter:
     def _cancel(self, request: SimulatedRequest) -> None:
         if request.outcome is None:
             request.outcome = Outcome.CANCELLED
-            self._feed(SequenceCancelled(request_id=request.request_id, epoch=FIRST_EPOCH))
+            self._feed(SequenceCancelled(request_id=request.request_id, epoch=request.epoch))
 
     def _report_loads(self) -> None:
         """Tell the core how far the running answers are, before it compares instances.
@@ -148,12 +149,21 @@ class SimulatedRouter:
             if self._recorder is not None:
                 self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
             for output in outputs:
-                self._carry_out(output, now)
+                if isinstance(output, Deliver):
+                    assert isinstance(current, TokensEmitted), "only a step's outputs are delivered"
+                    self._note_delivered(current, output)
+                else:
+                    self._carry_out(output, now)
         self._is_handling = False
+
+    def _note_delivered(self, emitted: TokensEmitted, delivered: Deliver) -> None:
+        for progress in emitted.progress:
+            if progress.request_id in delivered.request_ids:
+                self._requests[progress.request_id].num_delivered_tokens += progress.num_tokens
 
     def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
         match output:
-            case Deliver() | HandOverEnded():
+            case HandOverEnded():
                 pass  # for who counts
             case Finish(request_id=request_id):
                 self._end(request_id, Outcome.FINISHED, now)
@@ -161,6 +171,8 @@ class SimulatedRouter:
                 self._end(request_id, Outcome.FAILED, now, detail, reason)
             case Refuse(request_id=request_id, detail=detail):
                 self._end(request_id, Outcome.REFUSED, now, detail)
+            case Resume(request_id=request_id, epoch=epoch):
+                self._requests[request_id].resume(epoch, now)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
@@ -181,26 +193,30 @@ class SimulatedRouter:
         self._queue.push(self._queue.now() + self._start_s[instance], self._instances[instance].start)
 
     def _send(self, output: _AnySend) -> None:
+        call = self._message(output)
         if self._message_s:
-            self._queue.push(self._queue.now() + self._message_s, partial(self._deliver, output))
+            self._queue.push(self._queue.now() + self._message_s, call)
         else:
-            self._deliver(output)
+            call()
 
-    def _deliver(self, output: _AnySend) -> None:
+    def _message(self, output: _AnySend) -> Callable[[], None]:
+        """Return what delivers the message, as it is now."""
         instance = self._instances[output.instance]
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
-                if (request := self._requests.get(request_id)) is not None:
-                    instance.take(request, Start(sequence=request.facts(), hand_over=hand_over))
+                request = self._requests[request_id]
+                return partial(instance.take, request, Start(sequence=request.facts(), hand_over=hand_over))
             case SendOffer(request_id=request_id, offer=offer):
-                if (request := self._requests.get(request_id)) is not None:
-                    instance.take(request, Continue(sequence=request.facts(), offer=offer))
+                request = self._requests[request_id]
+                return partial(instance.take, request, Continue(sequence=request.facts(), offer=offer))
             case SendAbort(request_id=request_id, epoch=epoch):
-                instance.deliver(Abort(request_id=request_id, epoch=epoch))
+                return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
-                instance.deliver(Release(request_id=request_id, epoch=epoch))
+                return partial(instance.deliver, Release(request_id=request_id, epoch=epoch))
             case TellPeerLost(lost=lost, incarnation=incarnation):
-                instance.deliver(PeerLost(instance=lost, incarnation=incarnation))
+                return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
+            case _:
+                assert_never(output)
 
     def _end(
         self, request_id: RequestId, outcome: Outcome, now: float, detail: str = "", reason: FailReason | None = None

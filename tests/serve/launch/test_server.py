@@ -161,11 +161,11 @@ async def test_an_instance_that_cannot_start_ends_it_with_that_instances_words()
             await server.ended()
 
 
-async def test_a_killed_instance_does_not_end_it():
+async def test_a_request_that_kills_its_instances_does_not_end_it():
     async with running() as server:
         await server.ready()
         answer = await server.client.get(f"/generate/{Behaviour.DIE_IN_PREFILL.value}")
-        assert answer.text.startswith("InstanceLostError: instance prefill-0 died")
+        assert answer.text.startswith("InstanceLostError: the request was on 2 instance(s) that died")
         assert (await server.client.get("/generate/5")).text == "[5]\n[6]\n[7]\n"
         assert [(instance, delay) for instance, _, delay in server.memory.lost] == [("prefill-0", 0.0)]
 

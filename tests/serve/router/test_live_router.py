@@ -69,6 +69,8 @@ class Tally(NullWatcher):
         self.hand_overs: list[tuple[str, str, int, str]] = []
         self.dropped: list[tuple[str, DropReason]] = []
         self.lost: list[str] = []
+        self.num_resumed = 0
+        self.pauses: list[float] = []
         self.faulty: dict[str, str] = {}
         self.loading: list[tuple[str, str, float]] = []
         self.ready: list[str] = []
@@ -83,6 +85,12 @@ class Tally(NullWatcher):
 
     def instance_lost(self, instance: InstanceId) -> None:
         self.lost.append(instance)
+
+    def sequence_resumed(self) -> None:
+        self.num_resumed += 1
+
+    def pause_ended(self, pause_s: float) -> None:
+        self.pauses.append(pause_s)
 
     def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
         self.loading.append((instance, stage, fraction))
@@ -281,17 +289,27 @@ async def test_a_failed_pull_is_reported_and_does_no_harm(scene):
     assert scene.tally.hand_overs == [("prefill-0", "decode-0", 0, "digest of block 3 differs")]
 
 
-async def test_an_instance_that_exits_fails_what_it_held_and_the_others_are_told(scene):
+async def test_what_an_instance_that_exits_held_goes_on_from_its_tokens_and_the_others_are_told(scene):
     prefill, decode = await scene.ready_peer("prefill-0"), await scene.ready_peer("decode-0")
-    _, stream = await adopted(scene, prefill, decode)
+    request, stream = await adopted(scene, prefill, decode)
+    await decode.emit(request, 12)
+    assert (await anext(outputs(stream))).token_ids == (12,)
     scene.router.instance_exited(InstanceId("decode-0"), "killed by SIGKILL")
-    with pytest.raises(InstanceLostError, match="decode-0 died while it held this request: killed by SIGKILL"):
-        await anext(outputs(stream))
     assert await prefill.expect(PeerLost) == PeerLost(instance=InstanceId("decode-0"), incarnation="1")
     assert (await prefill.expect(Release)).request_id == "a"
     assert scene.state("decode-0") is InstanceState.LOST
     assert scene.tally.lost == ["decode-0"]
     assert not scene.router.is_ready()
+    again = (await prefill.expect(Generate)).request
+    assert (again.epoch, again.output_token_ids) == (1, (11, 12))
+    await prefill.emit(request, 99)  # of the attempt that ended
+    await prefill.emit(again, 13, finished=FinishReason.STOP)
+    assert [output.token_ids async for output in outputs(stream)] == [(13,)]
+    assert scene.tally.dropped == [("prefill-0", DropReason.STALE)]
+    assert (scene.tally.num_resumed, len(scene.tally.pauses)) == (1, 1)
+    assert sum(stream.timeline.stages().values()) == pytest.approx(
+        stream.timeline.finished_s - stream.timeline.arrival_s
+    )
 
 
 async def test_a_restarted_instance_serves_what_waited_for_it(scene):
@@ -311,7 +329,8 @@ async def test_a_restarted_instance_serves_what_waited_for_it(scene):
     assert (status.state, status.num_restarts) == (InstanceState.READY, 1)
 
 
-async def test_a_second_ready_of_a_new_incarnation_means_that_the_old_one_died(scene):
+async def test_a_second_ready_of_a_new_incarnation_means_that_the_old_one_died(make_scene):
+    scene = make_scene(max_instance_losses=1)
     prefill = await scene.ready_peer("prefill-0")
     stream = scene.router.submit(make_request("a"))
     await prefill.expect(Generate)
@@ -321,7 +340,7 @@ async def test_a_second_ready_of_a_new_incarnation_means_that_the_old_one_died(s
 
 
 async def test_a_silent_instance_is_treated_as_dead(make_scene):
-    scene = make_scene(instance_timeout_s=0.05)
+    scene = make_scene(instance_timeout_s=0.05, max_instance_losses=1)
     prefill = await scene.ready_peer("prefill-0")
     stream = scene.router.submit(make_request("a"))
     await prefill.expect(Generate)
@@ -372,7 +391,8 @@ async def test_loading_is_passed_on(scene):
 @pytest.mark.parametrize(
     "frames", [(b"nonsense",), (b"",), (b"\x80",), (b"two", b"frames")], ids=["text", "empty", "untagged", "frames"]
 )
-async def test_malformed_messages_are_counted_and_their_repetition_is_a_fault(scene, frames):
+async def test_malformed_messages_are_counted_and_their_repetition_is_a_fault(make_scene, frames):
+    scene = make_scene(max_instance_losses=1)
     prefill = await scene.ready_peer("prefill-0")
     stream = scene.router.submit(make_request("a"))
     await prefill.expect(Generate)
@@ -401,7 +421,8 @@ async def test_an_instance_of_another_version_is_refused(scene):
     assert "protocol version 99" in scene.tally.faulty["prefill-0"]
 
 
-async def test_an_impossible_message_ends_the_instance_and_not_the_server(scene):
+async def test_an_impossible_message_ends_the_instance_and_not_the_server(make_scene):
+    scene = make_scene(max_instance_losses=1)
     prefill, decode = await scene.ready_peer("prefill-0"), await scene.ready_peer("decode-0")
     request, stream = await prefilled(scene, prefill)
     await prefill.emit(request, 12)  # a prefill instance stops after the first token
@@ -411,7 +432,8 @@ async def test_an_impossible_message_ends_the_instance_and_not_the_server(scene)
     assert scene.state("decode-0") is InstanceState.READY
 
 
-async def test_an_offer_in_another_name_is_a_fault(scene):
+async def test_an_offer_in_another_name_is_a_fault(make_scene):
+    scene = make_scene(max_instance_losses=1)
     prefill = await scene.ready_peer("prefill-0")
     request, stream = await prefilled(scene, prefill)
     await prefill.offer(request, incarnation="0")

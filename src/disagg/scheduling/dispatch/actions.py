@@ -1,6 +1,7 @@
 """What the dispatcher wants done. The shell (live router or simulator) carries actions out in order.
 
-Every sequence that arrived gets exactly one of ``Finish``, ``Fail`` and ``Refuse``, and nothing after it.
+Every sequence that arrived gets exactly one of ``Finish``, ``Fail`` and ``Refuse``, and nothing after it. What is said
+about a sequence carries its epoch, which ``Resume`` raises.
 """
 
 import enum
@@ -76,6 +77,14 @@ class Finish(DispatchAction, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class Resume(DispatchAction, frozen=True, kw_only=True):
+    """The sequence starts again elsewhere from the delivered tokens on; ``epoch`` is its attempt now."""
+
+    request_id: RequestId
+    epoch: Epoch
+    why: str
+
+
 class Drained(DispatchAction, frozen=True, kw_only=True):
     """``instance``, which was draining, holds nothing any more: it can leave, or change its role."""
 
@@ -126,6 +135,7 @@ AnyDispatchAction = (
     | SendPeerLost
     | Deliver
     | Drop
+    | Resume
     | Drained
     | Finish
     | Fail

@@ -3,6 +3,9 @@
 Prefill is compute-bound, so a prefill instance is judged by the tokens it still has to prefill; decode is
 memory-bound, so a decode instance is judged by the KV tokens it holds. A colocated instance has both loads. Loads are
 compared between paths as sums of tokens. Ties go to the instance configured first, so equal logs give equal choices.
+
+A sequence that lost an instance need not wait for a prefill instance: where none can take it now, a decode instance
+computes it again, from its known tokens on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +23,8 @@ def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) ->
     """
     pair = _best_pair(instances, sequence)
     colocated = _least_loaded(_fitting(instances, Role.COLOCATED, sequence))
+    if pair is None and colocated is None:
+        return choose_decode(instances, sequence) if sequence.losses else None
     if pair is None or colocated is None:
         return colocated if pair is None else pair[0]
     prefill, decode_load = pair
@@ -41,7 +46,7 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
         return Role.DECODE in present
-    return serves_requests(present)
+    return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
 
 
 def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
@@ -55,7 +60,7 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
     if sequence.lease is not None:
         return holds[Role.DECODE]
     pair = holds[Role.PREFILL] and (holds[Role.DECODE] or sequence.ends_at_first_token)
-    return pair or holds[Role.COLOCATED]
+    return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
 
 
 def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:

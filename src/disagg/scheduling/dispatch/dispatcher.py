@@ -4,9 +4,11 @@ A pure state machine: ``Dispatcher.handle(event, now)`` returns actions; the liv
 out. Sequences are given to an instance at once and queue there; the dispatcher keeps only those that no live instance
 can take, in order of (priority, arrival), for ``instance_wait_s`` at most.
 
-When an instance dies, the sequences that it held fail with INSTANCE_LOST. Not so a sequence whose prefill instance
-dies while a decode instance pulls its KV blocks: if the pull fails, that instance computes them itself. Sequences that
-wait for a dead instance wait on while it is being restarted, and fail with UNAVAILABLE when it is given up.
+When an instance dies, the sequences that it held are placed again, each in a new epoch, and computed from their known
+tokens: what the old epoch still says is out of date. A sequence that was on ``max_instance_losses`` instances when they
+died fails with INSTANCE_LOST and their story: it may be what kills them. A sequence whose prefill instance dies while a
+decode instance pulls its KV blocks stays where it is: if the pull fails, that instance computes them itself. Sequences
+that wait for a dead instance wait on while it is being restarted, and fail with UNAVAILABLE when it is given up.
 """
 
 import math
@@ -28,6 +30,7 @@ from disagg.scheduling.dispatch.actions import (
     Finish,
     Refuse,
     RefuseReason,
+    Resume,
     SendAbort,
     SendAdopt,
     SendGenerate,
@@ -159,6 +162,7 @@ class Dispatcher:
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
             order=self._num_arrived,
+            arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived")],
         )
@@ -240,24 +244,23 @@ class Dispatcher:
         return True
 
     def _emit(self, event: TokensEmitted) -> None:
-        current: list[RequestId] = []
-        ended: list[SequenceEntry] = []
+        current: list[tuple[SequenceEntry, Progress]] = []
         for progress in event.progress:
             sequence = self._held_by(event.instance, progress.request_id, progress.epoch)
             if sequence is None:
                 continue
+            if sequence.state is Whereabouts.OFFERING:
+                sequence.refuse_event(f"more tokens from {event.instance}")
+            current.append((sequence, progress))
+        for sequence, progress in current:  # all or none: tokens that are counted here are delivered
             self._advance(sequence, event.instance, progress)
-            current.append(progress.request_id)
-            if progress.finished:
-                ended.append(sequence)
         if current:
-            self._actions.append(Deliver(request_ids=tuple(current)))
-        for sequence in ended:
-            self._finish(sequence, "finished")
+            self._actions.append(Deliver(request_ids=tuple(progress.request_id for _, progress in current)))
+        for sequence, progress in current:
+            if progress.finished:
+                self._finish(sequence, "finished")
 
     def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
-        if sequence.state is Whereabouts.OFFERING:
-            sequence.refuse_event(f"more tokens from {instance}")
         sequence.num_tokens += progress.num_tokens
         if progress.num_tokens == 0:
             return
@@ -292,7 +295,7 @@ class Dispatcher:
 
     def _cancel(self, event: SequenceCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
-        if sequence is not None and sequence.epoch == event.epoch:
+        if sequence is not None and sequence.epoch >= event.epoch:
             self._abort(sequence)
             self._finish(sequence, "cancelled")
 
@@ -346,10 +349,27 @@ class Dispatcher:
                 return
         elif sequence.holder == lost:
             sequence.holder = None
+            self._discharge(sequence, lost)
+            self._end_lease(sequence)
         else:
             return
-        detail = f"instance {lost} died while it held this request: {why}"
+        sequence.note_loss(lost, self._now, why)
+        limit = self._settings.max_instance_losses
+        if len(sequence.losses) < limit:
+            self._resume(sequence, f"{lost} died: {why}")
+            return
+        story = "; ".join(sequence.losses)
+        detail = (
+            f"the request was on {limit} instance(s) that died, which is the limit (--max-instance-losses): {story}"
+        )
         self._fail(sequence, FailReason.INSTANCE_LOST, detail)
+
+    def _resume(self, sequence: SequenceEntry, why: str) -> None:
+        """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
+        sequence.move(Whereabouts.QUEUED, self._now, why)
+        sequence.epoch = Epoch(sequence.epoch + 1)
+        sequence.wait_until_s = math.inf
+        self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
     def _tick(self) -> None:
         self._wake_at_s = math.inf

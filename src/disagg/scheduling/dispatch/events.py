@@ -69,7 +69,7 @@ class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
 
 
 class SequenceCancelled(DispatchEvent, frozen=True, kw_only=True):
-    """Nobody wants this sequence any more."""
+    """Nobody wants this sequence any more, in this attempt or in a later one."""
 
     request_id: RequestId
     epoch: Epoch

@@ -16,14 +16,14 @@ class Whereabouts(enum.Enum):
     ========== ================= ======== ===================================================
     state      holder            lease    meaning
     ========== ================= ======== ===================================================
-    QUEUED     none              none     no live instance can start it
+    QUEUED     none              none     no live instance can start it, or start it again
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
     OFFERED    none              prefill  no live decode instance can adopt it
     PULLING    decode            prefill  the decode instance copies the KV blocks, or waits for room;
                                           no lease any more when the prefill instance died meanwhile
     DECODING   decode            none     the decode instance owns all of it
-    RUNNING    colocated         none     one instance does everything
+    RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
     ENDED      none              none     finished, failed or cancelled; not remembered
     ========== ================= ======== ===================================================
     """
@@ -42,15 +42,18 @@ class Whereabouts(enum.Enum):
 
 TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
     Whereabouts.QUEUED: frozenset({Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}),
-    Whereabouts.PREFILLING: frozenset({Whereabouts.OFFERING, Whereabouts.ENDED}),
-    Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.ENDED}),
-    Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.ENDED}),
-    Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.ENDED}),
-    Whereabouts.DECODING: frozenset({Whereabouts.ENDED}),
-    Whereabouts.RUNNING: frozenset({Whereabouts.ENDED}),
+    Whereabouts.PREFILLING: frozenset({Whereabouts.OFFERING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.DECODING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.RUNNING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.ENDED: frozenset(),
 }
-"""Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story."""
+"""Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story.
+
+The way back to QUEUED is for sequences whose instance died: they start again in a new epoch.
+"""
 
 
 class InstanceState(enum.Enum):
@@ -133,6 +136,7 @@ class SequenceEntry:
     priority: int
     order: int
     """Position in the order of arrival."""
+    arrived_s: float
     deadline_s: float
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
@@ -141,7 +145,9 @@ class SequenceEntry:
     """When waiting for an instance ends with an error."""
     charges: dict[InstanceId, Charge] = field(default_factory=dict)
     story: list[tuple[float, str]] = field(default_factory=list)
-    """What happened to it and when; as long as its path, which has no cycle."""
+    """What happened to it and when; its path is as long as the instances that it may lose allow."""
+    losses: list[str] = field(default_factory=list)
+    """The instances that died while it was on them: which, when and why."""
 
     @property
     def ends_at_first_token(self) -> bool:
@@ -154,6 +160,10 @@ class SequenceEntry:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
         self.state = state
         self.story.append((now, f"{why} -> {state.value}"))
+
+    def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
+        """Remember that an instance died while the sequence was on it."""
+        self.losses.append(f"{lost} died {now - self.arrived_s:.3f} s after its arrival: {why}")
 
     def validate(self) -> None:
         """Raise InternalError unless holder, lease and charges are what the state says."""

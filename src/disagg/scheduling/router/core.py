@@ -22,6 +22,7 @@ from disagg.scheduling.dispatch.actions import (
     Drop,
     Fail,
     Finish,
+    Resume,
     SendAdopt,
     SendGenerate,
     SendPeerLost,
@@ -330,14 +331,14 @@ class RouterCore:
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
-            case Finish(request_id=request_id) | Fail(request_id=request_id):
+            case Finish(request_id=request_id) | Fail(request_id=request_id) | Resume(request_id=request_id):
                 self._offers.pop(request_id, None)
                 self._outputs.append(action)
             case _:
                 self._outputs.append(action)
 
     def _keep(self, offer: KvOffer) -> None:
-        """Remember the first offer of a sequence, for the instance that will adopt it."""
+        """Remember the first offer of an attempt at a sequence, for the instance that will adopt it."""
         if self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
             self._offers.setdefault(offer.request_id, (offer, self._now))
 

@@ -12,6 +12,7 @@ from disagg.scheduling.dispatch.actions import (
     Fail,
     Finish,
     Refuse,
+    Resume,
     SendAbort,
     SendGenerate,
     SendRelease,
@@ -104,6 +105,7 @@ AnyRouterOutput = (
     | Finish
     | Fail
     | Refuse
+    | Resume
     | SendGenerate
     | SendOffer
     | SendAbort

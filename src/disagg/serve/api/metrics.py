@@ -112,6 +112,14 @@ class ServerMetrics:
         """Count a death."""
         self._lost_instances.labels(self._model_name, instance).inc()
 
+    def sequence_resumed(self) -> None:
+        """Count a sequence that goes on elsewhere."""
+        self._resumed.inc()
+
+    def pause_ended(self, pause_s: float) -> None:
+        """Account for the pause of a resumed sequence."""
+        self._pause.observe(pause_s)
+
     # Definitions ------------------------------------------------------------------------------------------------
 
     def _add_request_metrics(self) -> None:
@@ -159,6 +167,10 @@ class ServerMetrics:
         )
         self._lost_instances = Counter(
             "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
+        )
+        self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
+        self._pause = self._histogram(
+            "disagg:resume_pause_seconds", "Loss of the instance to the next token", REQUEST_BUCKETS
         )
 
     def _counter(self, name: str, text: str) -> Counter:

@@ -1,14 +1,15 @@
 """All that the router knows about one sequence under way.
 
 This is also what a sequence is resumed from: prompt, sampling settings with their seed, and the tokens so far. Noise
-is a function of (seed, position), so an instance given ``request_now()`` continues as the lost one would have.
+is a function of (seed, position), so an instance given ``request_now()`` continues as the lost one would have. Tokens
+that it had not delivered are computed again, and are the same.
 """
 
 from dataclasses import dataclass, field
 
 from msgspec import structs
 
-from disagg.base.ids import InstanceId
+from disagg.base.ids import Epoch, InstanceId
 from disagg.base.messages import SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.serve.router.stream import LiveStream
@@ -31,12 +32,21 @@ class SequenceRecord:
             return self.request
         return structs.replace(self.request, output_token_ids=tuple(self.output_token_ids))
 
-    def accept(self, output: SequenceOutput, instance: InstanceId, role: Role, now: float) -> None:
-        """Keep the tokens that an instance of this role brought, stamp the timeline, and pass them on."""
+    def resume(self, epoch: Epoch, now: float) -> None:
+        """Begin a new attempt: the instance that the sequence was on is lost."""
+        self.request = structs.replace(self.request, epoch=epoch)
+        self.stream.timeline.pause(now)
+
+    def accept(self, output: SequenceOutput, instance: InstanceId, role: Role, now: float) -> float | None:
+        """Keep the tokens that an instance of this role brought, stamp the timeline, and pass them on.
+
+        Returns the seconds of the pause that they end, if there was one.
+        """
         self._note(instance, role)
         self.output_token_ids.extend(output.token_ids)
-        self.stream.timeline.add_tokens(len(output.token_ids), now, now, output.stamps)
+        pause_s = self.stream.timeline.add_tokens(len(output.token_ids), now, now, output.stamps)
         self.stream.push(output)
+        return pause_s
 
     def _note(self, instance: InstanceId, role: Role) -> None:
         served_by = self.stream.served_by

@@ -30,6 +30,7 @@ from disagg.scheduling.dispatch.actions import (
     Finish,
     Refuse,
     RefuseReason,
+    Resume,
     SendAbort,
     SendGenerate,
     SendRelease,
@@ -178,7 +179,13 @@ class RouterShell:
                     assert isinstance(one, TokensEmitted), "only a step's outputs are delivered"
                     role = self._core.members[one.instance].role
                     for request_id in request_ids:
-                        self._records[request_id].accept(values[request_id], one.instance, role, now)
+                        pause_s = self._records[request_id].accept(values[request_id], one.instance, role, now)
+                        if pause_s is not None:
+                            self._sink.pause_ended(pause_s)
+                case Resume(request_id=request_id, epoch=epoch, why=why):
+                    logger.warning("sequence %s goes on elsewhere in epoch %d: %s", request_id, epoch, why)
+                    self._records[request_id].resume(epoch, now)
+                    self._sink.sequence_resumed()
                 case Finish(request_id=request_id):
                     self._records.pop(request_id).stream.end()
                 case Fail(request_id=request_id, reason=reason, detail=detail):

@@ -20,6 +20,12 @@ class RouterSink(Protocol):
     def instance_lost(self, instance: InstanceId) -> None:
         """An instance that had been ready died or was declared dead."""
 
+    def sequence_resumed(self) -> None:
+        """A sequence lost its instance and goes on elsewhere."""
+
+    def pause_ended(self, pause_s: float) -> None:
+        """The next token of such a sequence has come, so long after the loss."""
+
 
 class NullSink:
     """A RouterSink that counts nothing."""
@@ -33,4 +39,10 @@ class NullSink:
         """See RouterSink."""
 
     def instance_lost(self, instance: InstanceId) -> None:
+        """See RouterSink."""
+
+    def sequence_resumed(self) -> None:
+        """See RouterSink."""
+
+    def pause_ended(self, pause_s: float) -> None:
         """See RouterSink."""
