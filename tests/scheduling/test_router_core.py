@@ -19,21 +19,19 @@ from disagg.base.messages import (
 )
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import Drained, Fail, FailReason, Finish, Resume, SendGenerate, SendRelease
-from disagg.scheduling.dispatch.events import Progress, SequenceArrived, TokensEmitted
-from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import (
-    AnyRouterInput,
+from disagg.scheduling.dispatch.events import (
     ChangeRole,
     Drain,
-    InstanceSaid,
     Join,
     Leave,
-    MalformedMessage,
-    ProcessExited,
     ProcessStarting,
-    Unreachable,
+    Progress,
+    SequenceArrived,
+    TokensEmitted,
 )
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, MalformedMessage, ProcessExited, Unreachable
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     DropReason,

@@ -26,11 +26,12 @@ from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import EndedPull
 from disagg.engine.steps import CompletedStep, run_step
+from disagg.scheduling.dispatch.events import ProcessStarting
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
 from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited, ProcessStarting
+from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink
 from disagg.serve.router.stream import LiveStream

@@ -22,11 +22,11 @@ from disagg.scheduling.dispatch.actions import (
     SendGenerate,
     SendRelease,
 )
-from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled, TokensEmitted
+from disagg.scheduling.dispatch.events import ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited, ProcessStarting
+from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import AnyRouterOutput, HandOverEnded, RestartInstance, SendOffer, TellPeerLost
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick

@@ -41,16 +41,16 @@ from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
+    ChangeRole,
+    Drain,
     InstanceDown,
-    InstanceDraining,
-    InstanceJoined,
-    InstanceLeft,
-    InstanceStarting,
     InstanceUp,
+    Join,
+    Leave,
     OfferMade,
+    ProcessStarting,
     Progress,
     PullEnded,
-    RoleChanged,
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
@@ -133,18 +133,18 @@ class Dispatcher:
                 self._up(event)
             case InstanceDown(instance=instance, returning=returning, detail=detail):
                 self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
-            case InstanceStarting(instance=instance):
+            case ProcessStarting(instance=instance):
                 entry = self._entry(instance)
                 if not entry.is_alive:
                     entry.state = InstanceState.STARTING
-            case InstanceJoined(instance=instance, role=role):
+            case Join(instance=instance, role=role):
                 self._join(instance, role)
-            case InstanceDraining(instance=instance):
+            case Drain(instance=instance):
                 self._drain(instance)
-            case InstanceLeft(instance=instance):
+            case Leave(instance=instance):
                 self._down(instance, InstanceState.GONE, "it was removed")
                 del self._instances[instance]
-            case RoleChanged(instance=instance, role=role):
+            case ChangeRole(instance=instance, role=role):
                 self._entry(instance).role = role
                 self._place_waiting()
             case _:

@@ -75,34 +75,34 @@ class SequenceCancelled(DispatchEvent, frozen=True, kw_only=True):
     epoch: Epoch
 
 
-class InstanceJoined(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` belongs to the deployment from now on; it is starting."""
+class Join(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` is to belong to the deployment from now on; it is starting."""
 
     instance: InstanceId
     role: Role
 
 
-class InstanceDraining(DispatchEvent, frozen=True, kw_only=True):
+class Drain(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` is to get no new sequences; what it holds it finishes."""
 
     instance: InstanceId
 
 
-class InstanceLeft(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` does not belong to the deployment any more; what it still held is lost."""
+class Leave(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` is not to belong to the deployment any more; what it still holds is lost."""
 
     instance: InstanceId
 
 
-class RoleChanged(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` is given sequences of another role from now on; those that it holds go on as they began."""
+class ChangeRole(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` is to be given sequences of another role; those that it holds go on as they began."""
 
     instance: InstanceId
     role: Role
 
 
-class InstanceStarting(DispatchEvent, frozen=True, kw_only=True):
-    """A new process of ``instance`` is about to start."""
+class ProcessStarting(DispatchEvent, frozen=True, kw_only=True):
+    """A process of ``instance`` is about to start; it is given time to load."""
 
     instance: InstanceId
 
@@ -122,9 +122,7 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
-AnyMemberEvent = (
-    InstanceJoined | InstanceDraining | InstanceLeft | RoleChanged | InstanceStarting | InstanceUp | InstanceDown
-)
+AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
 AnyDispatchEvent = (
     SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
 )

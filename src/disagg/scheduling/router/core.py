@@ -31,15 +31,15 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
+    ChangeRole,
+    Drain,
     InstanceDown,
-    InstanceDraining,
-    InstanceJoined,
-    InstanceLeft,
-    InstanceStarting,
     InstanceUp,
+    Join,
+    Leave,
     OfferMade,
+    ProcessStarting,
     PullEnded,
-    RoleChanged,
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
@@ -48,14 +48,9 @@ from disagg.scheduling.dispatch.events import (
 from disagg.scheduling.dispatch.state import COMING, InstanceState
 from disagg.scheduling.router.inputs import (
     AnyRouterInput,
-    ChangeRole,
-    Drain,
     InstanceSaid,
-    Join,
-    Leave,
     MalformedMessage,
     ProcessExited,
-    ProcessStarting,
     Unreachable,
 )
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
@@ -149,7 +144,7 @@ class RouterCore:
                 self._declare_lost(self._members[instance], why)
             case ProcessStarting(instance=instance):
                 self._members[instance].set_starting(now)
-                self._dispatch(InstanceStarting(instance=instance))
+                self._dispatch(one)
             case ProcessExited():
                 self._on_exit(one)
             case _:
@@ -279,21 +274,21 @@ class RouterCore:
             case Drain(instance=instance):
                 if known.state is not InstanceState.READY:
                     raise ConfigurationError(f"{instance} cannot drain: it is {known.state.value}")
-                self._dispatch(InstanceDraining(instance=instance))
+                self._dispatch(command)
             case Leave(instance=instance):
                 if known.is_alive:
                     self._outputs.append(InstanceLost(instance=instance))
-                self._dispatch(InstanceLeft(instance=instance))
+                self._dispatch(command)
                 self._members.remove(instance)
-            case ChangeRole(instance=instance, role=role):
-                self._dispatch(RoleChanged(instance=instance, role=role))
+            case ChangeRole():
+                self._dispatch(command)
             case _:
                 assert_never(command)
 
     def _join(self, command: Join, known: Member | None) -> None:
         if known is not None:
             raise ConfigurationError(f"there is an instance {command.instance} already: choose another name")
-        self._dispatch(InstanceJoined(instance=command.instance, role=command.role))
+        self._dispatch(command)
         self._members.add(self._dispatcher.instances[-1], self._now)
 
     # Dispatch -------------------------------------------------------------------------------------------------

@@ -4,8 +4,16 @@ import msgspec
 
 from disagg.base.ids import InstanceId
 from disagg.base.messages import Failed, Loading, LoadReport, Offered, Pulled, Ready
-from disagg.base.request import Role
-from disagg.scheduling.dispatch.events import SequenceArrived, SequenceCancelled, TokensEmitted
+from disagg.scheduling.dispatch.events import (
+    ChangeRole,
+    Drain,
+    Join,
+    Leave,
+    ProcessStarting,
+    SequenceArrived,
+    SequenceCancelled,
+    TokensEmitted,
+)
 from disagg.scheduling.step.events import Tick
 
 
@@ -34,43 +42,11 @@ class Unreachable(RouterInput, frozen=True, kw_only=True):
     why: str
 
 
-class ProcessStarting(RouterInput, frozen=True, kw_only=True):
-    """A process of the instance is about to start; it is given time to load."""
-
-    instance: InstanceId
-
-
 class ProcessExited(RouterInput, frozen=True, kw_only=True):
     """The instance's process is gone."""
 
     instance: InstanceId
     detail: str
-
-
-class Join(RouterInput, frozen=True, kw_only=True):
-    """An instance is to belong to the deployment."""
-
-    instance: InstanceId
-    role: Role
-
-
-class Drain(RouterInput, frozen=True, kw_only=True):
-    """An instance is to get nothing new and to finish what it holds."""
-
-    instance: InstanceId
-
-
-class Leave(RouterInput, frozen=True, kw_only=True):
-    """An instance does not belong to the deployment any more."""
-
-    instance: InstanceId
-
-
-class ChangeRole(RouterInput, frozen=True, kw_only=True):
-    """An instance is to be given sequences of another role."""
-
-    instance: InstanceId
-    role: Role
 
 
 AnyRouterInput = (

@@ -16,8 +16,9 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Loading, Ready, StepOutput, Stop, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
+from disagg.scheduling.dispatch.events import ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited, ProcessStarting
+from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
