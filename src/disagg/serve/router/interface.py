@@ -35,8 +35,8 @@ class SequenceStream(Protocol):
     """The tokens of one submitted sequence, as they come.
 
     It ends with the output that carries a ``finish_reason``, or with an error: InstanceLostError when it was on
-    ``max_instance_losses`` instances that died, RequestTimeoutError when its deadline passed, ContextLengthError when no
-    KV pool can hold it. Not to read on does not abort: call ``Router.abort``.
+    ``max_instance_losses`` instances that died, RequestTimeoutError when its deadline passed, ContextLengthError when
+    no KV pool can hold it. Not to read on does not abort: call ``Router.abort``.
     """
 
     def listen(self, on_news: Callable[[], None]) -> None:
