@@ -71,7 +71,7 @@ class UnavailableError(DisaggError):
 
 
 class InstanceLostError(UnavailableError):
-    """The request was on as many instances that died as it may be (``RouterSettings.max_instance_losses``)."""
+    """More instances died with the request on them than ``max_instance_losses`` lets it survive."""
 
 
 class RequestTimeoutError(DisaggError):

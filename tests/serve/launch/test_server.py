@@ -167,7 +167,10 @@ async def test_a_request_that_kills_its_instances_does_not_end_it():
         answer = await server.client.get(f"/generate/{Behaviour.DIE_IN_PREFILL.value}")
         assert answer.text.startswith("InstanceLostError: the request was on 2 instance(s) that died")
         assert (await server.client.get("/generate/5")).text == "[5]\n[6]\n[7]\n"
-        assert [(instance, delay) for instance, _, delay in server.memory.lost] == [("prefill-0", 0.0)]
+        assert [(instance, delay) for instance, _, delay in server.memory.lost] == [
+            ("prefill-0", 0.0),
+            ("decode-0", 0.0),
+        ]
 
 
 async def test_what_cannot_be_planned_is_said_before_anything_starts(tmp_path: Path):

@@ -303,7 +303,7 @@ async def test_what_an_instance_that_exits_held_goes_on_from_its_tokens_and_the_
     again = (await prefill.expect(Generate)).request
     assert (again.epoch, again.output_token_ids) == (1, (11, 12))
     await prefill.emit(request, 99)  # of the attempt that ended
-    await prefill.emit(again, 13, finished=FinishReason.STOP)
+    await prefill.emit(again, 13, finished=FinishReason.STOP, epoch=1)
     assert [output.token_ids async for output in outputs(stream)] == [(13,)]
     assert scene.tally.dropped == [("prefill-0", DropReason.STALE)]
     assert (scene.tally.num_resumed, len(scene.tally.pauses)) == (1, 1)
