@@ -3,8 +3,11 @@
 import asyncio
 import json
 import os
+import select
 import signal
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +21,7 @@ from disagg.models.chat_template import ChatTemplate
 from disagg.serve.api import preparers as module
 from disagg.serve.api.preparers import SHORT_BODY_BYTES, Preparation, Preparers
 from disagg.serve.api.preparing import Task
+from disagg.serve.api.preparing_process import prepare_all
 from disagg.serve.api.served_model import ServedModel
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -189,3 +193,12 @@ async def test_long_answers_are_written_aside(serve: Serve, monkeypatch: pytest.
     pieces = [chunk async for chunk in await site.client.completions.create(**asked, stream=True)]
     assert "".join(chunk.choices[0].text for chunk in pieces) == whole.choices[0].text
     assert len(aside) >= 2
+
+
+def test_a_server_that_goes_without_reading_an_answer_ends_its_preparer_in_silence(served_model: ServedModel) -> None:
+    ours, servers = socket.socketpair()
+    with ours, ThreadPoolExecutor() as threads:
+        ended = threads.submit(prepare_all, ours, served_model, 1.0)
+        assert select.select([servers], [], [], 30)[0], "no greeting came"
+        servers.close()  # with the greeting unread, the preparer sees a reset
+        assert ended.result(timeout=30) is None

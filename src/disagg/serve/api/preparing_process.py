@@ -13,7 +13,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NoReturn
 
 import msgspec
@@ -66,10 +66,16 @@ def main() -> None:
             model = ServedModel.from_bytes(bytes(data))
         os.close(model_descriptor)
         _bound_memory()
+        prepare_all(connection, model, float(cpu_s))
+
+
+def prepare_all(connection: socket.socket, model: ServedModel, cpu_s: float) -> None:
+    """Prepare what is asked, until the server closes the connection or is gone."""
+    with suppress(ConnectionError):
         connection.sendall(REPLY.pack(True, 0))
         while header := _read(connection, ASK.size):
             task, max_model_len, size = ASK.unpack(header)
-            limit_s = float(cpu_s) + CPU_S_PER_MIB * size / (1 << 20)
+            limit_s = cpu_s + CPU_S_PER_MIB * size / (1 << 20)
             went_well, result = _answer(Task(task), _read(connection, size), model, max_model_len or None, limit_s)
             connection.sendall(REPLY.pack(went_well, len(result)) + result)
             if size + len(result) > LARGE_BYTES:
