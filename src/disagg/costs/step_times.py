@@ -14,7 +14,7 @@ _PRIOR_S: Final = (5e-3, 3e-4, 5e-8, 1e-3, 2e-6, 5e-4)
 """Seconds for a step, a new token, a square of prefill attention, a prefill, a token of decode context, a decode: a
 small model on one CPU core. Whatever computes faster is known after its first steps."""
 _NUM: Final = len(_PRIOR_S)
-_PRIOR_WEIGHT: Final = 0.1
+_PRIOR_WEIGHT: Final = 1e-3
 """Of each coefficient of the prior, in steps."""
 _KEPT: Final = 0.995
 """Part of what was learned that each further step of the kind leaves: a memory of some 200 steps."""
