@@ -99,13 +99,13 @@ def test_the_help_has_descriptions_bounds_and_defaults():
 @pytest.mark.parametrize("kind", REAL)
 def test_every_real_setting_has_a_flag_that_explains_itself(kind):
     @click.command()
-    @flags_of(kind)
+    @flags_of(kind, without={"objectives"})  # --slo, in words of its own
     def command(**values: object) -> None:
         assert build(kind, values) == kind()
 
     assert CliRunner().invoke(command, []).exit_code == 0
     options = {option.name: option for option in command.params}
-    assert set(options) == set(kind.__struct_fields__)
+    assert set(options) == set(kind.__struct_fields__) - {"objectives"}
     assert all(len(option.help) > 10 for option in options.values())
 
 

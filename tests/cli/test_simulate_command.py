@@ -306,7 +306,7 @@ def test_a_bad_workload_is_refused_with_its_line(name: str, text: str, words: st
     ("flags", "words"),
     [
         (["--engine", "distserv"], "there are disagg, distserve, vllm-0.2.3; did you mean distserve?"),
-        (["--scheduling", "chunkd"], "there are chunked, prefill-first, decode-first; did you mean chunked?"),
+        (["--scheduling", "chunkd"], "there are chunked, prefill-first, decode-first, slack; did you mean chunked?"),
         (["--arrivals", "poison"], "did you mean poisson?"),
         (["--slo", "ttft=1h"], "no unit is called 'h'; there are us, ms, s, min"),
         (["--slo", "ttf=1s"], "no objective is called 'ttf'; there are ttft, tpot; did you mean ttft?"),

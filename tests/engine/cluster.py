@@ -14,7 +14,7 @@ import zmq
 from fake_executor import FakeExecutor, HeldExecutor
 from msgspec import structs
 
-from disagg.base.clock import MonotonicClock
+from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import SchedulerSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import Epoch, InstanceId, RequestId
@@ -232,16 +232,16 @@ class Instance:
         )
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
-        steps = self._steps(channel, stack)
+        steps = self._steps(channel, clock, stack)
         self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log)
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()
 
-    def _steps(self, channel: ControlChannel, stack: ExitStack) -> Steps:
+    def _steps(self, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Steps:
         if self.settings.max_steps_in_flight == 1:
-            return InlineSteps(self.executor)
-        steps = ThreadedSteps(self.executor, channel.wake, lambda: None)
+            return InlineSteps(self.executor, clock)
+        steps = ThreadedSteps(self.executor, clock, channel.wake, lambda: None)
         stack.callback(steps.close)
         return steps
 

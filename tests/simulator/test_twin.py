@@ -14,6 +14,7 @@ from virtual_deployment import VirtualDeployment, VirtualLoop
 
 from disagg.base.config import SchedulingMode
 from disagg.base.ids import InstanceId
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.measure.timeline import Stage
@@ -83,7 +84,15 @@ def check_stages(live: VirtualDeployment, requests: list[SimulatedRequest]) -> N
 def test_a_colocated_instance(
     mode: SchedulingMode, num_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = cluster_spec(instance(Role.COLOCATED, num_blocks=num_blocks, scheduling=mode, latency=LinearLatency()))
+    spec = cluster_spec(
+        instance(
+            Role.COLOCATED,
+            num_blocks=num_blocks,
+            scheduling=mode,
+            objectives=Objectives(ttft_s=0.5, tpot_s=0.004),
+            latency=LinearLatency(),
+        )
+    )
     requests = poisson(rate=40, count=60, seed=4)
     live = run_both(spec, requests, tmp_path, monkeypatch)
     check_stages(live, requests)

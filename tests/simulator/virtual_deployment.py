@@ -2,6 +2,7 @@
 (clock, sockets, model, copying threads, processes) replaced by what knows the time."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class VirtualEngine:
         self._spec = spec
         self._model = OneTokenModel()
         self._inbox: list[ToEngine] = []
-        self._launched: list[tuple[float, int, Sequence[Work]]] = []
+        self._launched: list[tuple[float, float, int, Sequence[Work]]] = []
         self._free_at_s = 0.0
         self._copies: list[tuple[StartCopy, EndedPull]] = []
         self._lost_peers: set[str] = set()
@@ -128,10 +129,11 @@ class VirtualEngine:
 
     def launch(self, step_id: int, step: Sequence[Work]) -> None:
         start_s = max(self._queue.now(), self._free_at_s)
-        for duration_s in self._spec.latency.stage_times_s(StepShape.of(work.chunk for work in step)):
+        stage_times_s = self._spec.latency.stage_times_s(StepShape.of(work.chunk for work in step))
+        for duration_s in stage_times_s:
             start_s += duration_s
         self._free_at_s = start_s
-        self._launched.append((start_s, step_id, step))
+        self._launched.append((start_s, sum(stage_times_s), step_id, step))
         self._queue.push(start_s, self._end_step)
 
     def _end_step(self) -> None:
@@ -141,8 +143,9 @@ class VirtualEngine:
     def poll(self) -> CompletedStep | None:
         if not self._launched or self._launched[0][0] > self._queue.now():
             return None
-        _, step_id, step = self._launched.pop(0)
-        return run_step(self._model, step_id, step)
+        _, duration_s, step_id, step = self._launched.pop(0)
+        completed = run_step(self._model, self._queue, step_id, step)
+        return replace(completed, done=structs.replace(completed.done, duration_s=duration_s))
 
     # Pulls
 

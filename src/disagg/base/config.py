@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
@@ -44,12 +45,31 @@ class SchedulingMode(enum.Enum):
 
     ``CHUNKED``: every running decode gets its token, and prompts fill what is left of the token budget in chunks
     (stall-free batching, Sarathi-Serve section 4). ``PREFILL_FIRST``: whole prompts go first in steps of their own
-    (early vLLM). ``DECODE_FIRST``: a prompt starts only when nothing is decoding.
+    (early vLLM). ``DECODE_FIRST``: a prompt starts only when nothing is decoding. ``SLACK``: as ``CHUNKED``, with
+    chunks that end before a running answer's next token is due by its objective.
     """
 
     CHUNKED = "chunked"
     PREFILL_FIRST = "prefill-first"
     DECODE_FIRST = "decode-first"
+    SLACK = "slack"
+
+
+class QueueOrder(enum.Enum):
+    """Which of the sequences that wait comes next.
+
+    ``PRIORITY``: by priority, then by arrival. ``FCFS``: by arrival alone. ``SJF`` by priority, then the shortest
+    first. ``EDF`` by priority, then the one whose first token is due first. Nobody is overtaken by one of the same
+    priority that arrives more than ``MAX_OVERTAKE_S`` later.
+    """
+
+    FCFS = "fcfs"
+    SJF = "sjf"
+    EDF = "edf"
+    PRIORITY = "priority"
+
+
+MAX_OVERTAKE_S: Final = 30.0
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +107,15 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     scheduling: Annotated[
         SchedulingMode, Meta(description="which work a step takes first when prefills and decodes both wait")
     ] = SchedulingMode.CHUNKED
+    queue: (
+        Annotated[
+            QueueOrder,
+            Meta(description="which waiting sequence comes next [default: edf with a TTFT objective, else priority]"),
+        ]
+        | None
+    ) = None
+    objectives: Objectives = Objectives()
+    """Of requests that bring none."""
     max_batch_tokens: Annotated[int, Meta(ge=1, description="most new tokens in one step")] = 512
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
@@ -118,6 +147,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     num_threads: int = 1
     kernel_backend: str | None = None
     """``native`` or ``torch``; None takes the best that is there."""
+    latency: str | None = None
+    """Profile that predicts step times; None learns them."""
     event_log: str | None = None
     """File that receives every scheduler event and action, for replay."""
     parent_pid: int = 0

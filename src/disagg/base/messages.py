@@ -227,6 +227,12 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_prefix_queries_total: Count = 0
     num_prefix_hits_total: Count = 0
     num_leases_expired_total: Count = 0
+    num_steps_timed_total: Count = 0
+    """Steps that were predicted and measured; their seconds, and the predicted ones."""
+    step_seconds_total: Seconds = 0.0
+    step_predicted_seconds_total: Seconds = 0.0
+    step_error: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Running mean of the absolute error of predicted step times, as a part of what they took."""
 
 
 class LoadReport(Message, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.objectives import Objectives
 from disagg.base.sampling import SamplingParams
 
 
@@ -32,6 +33,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     block_hashes: tuple[BlockHash, ...] = ()
     priority: int = 0
     """Lower is served earlier, as in vLLM."""
+    objectives: Objectives = Objectives()
+    """What is missing here is as the server says."""
     arrival_s: float = 0.0
     """When the API received it: monotonic seconds of the API's host."""
 

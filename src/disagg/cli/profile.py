@@ -43,8 +43,8 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @flags_of(ModelSettings, without={"model"})
-@flags_of(CacheSettings, SchedulerSettings)
-@flags_of(HostSettings, without={"event_log"})
+@flags_of(CacheSettings, SchedulerSettings, without={"objectives"})
+@flags_of(HostSettings, without={"event_log", "latency"})
 def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> None:
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 
@@ -56,7 +56,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
         model=build(ModelSettings, values | {"model": model}),
         cache=build(CacheSettings, values),
         scheduler=build(SchedulerSettings, values),
-        host=build(HostSettings, values | {"event_log": None}),
+        host=build(HostSettings, values | {"event_log": None, "latency": None}),
     )
     with _shown_progress() as on_progress:
         from disagg.calibration.profiling import make_profile

@@ -18,6 +18,8 @@ from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.values import Count, Name
+from disagg.cli.workload_flags import SloType
+from disagg.measure.slo import Slo
 from disagg.serve.launch.deployment import Deployment, HostSettings
 
 _COUNT = Count(min=0, max=MAX_INSTANCES)
@@ -30,7 +32,13 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
 @click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
 @flags_of(ServeSettings, ModelSettings, without={"model"}, environment={"api_key": "DISAGG_API_KEY"})
-@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings)
+@click.option(
+    "--slo",
+    type=SloType(),
+    metavar="SLO",
+    help="Latency objectives, such as ttft=500ms,tpot=50ms.",
+)
+@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without={"objectives"})
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
     "--log-level",
@@ -40,7 +48,9 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     help="Least important messages to show.",
 )
 @click.pass_context
-def serve(ctx: click.Context, /, as_json: bool, log_level: str, placement: Path | None, **values: Any) -> None:
+def serve(
+    ctx: click.Context, /, as_json: bool, log_level: str, placement: Path | None, slo: Slo | None, **values: Any
+) -> None:
     """Serve MODEL: a Hugging Face folder, a hub id or a GGUF file; without it, SmolLM2-135M-Instruct.
 
     Starts the instances and an OpenAI-compatible API. Ctrl-C drains and ends all, a second one ends at once.
@@ -50,7 +60,7 @@ def serve(ctx: click.Context, /, as_json: bool, log_level: str, placement: Path 
         placement=choose_placement(placement, counts),
         model=build(ModelSettings, values),
         cache=build(CacheSettings, values),
-        scheduler=build(SchedulerSettings, values),
+        scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
         router=build(RouterSettings, values),
         serve=build(ServeSettings, values),
         host=build(HostSettings, values),

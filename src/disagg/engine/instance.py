@@ -18,6 +18,8 @@ from disagg.base.config import Device, InstanceSettings, ModelSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
+from disagg.costs.measured_steps import StepSample, fit_latency
+from disagg.costs.profile import load_profile
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import Executor
@@ -110,7 +112,7 @@ def build_loop(
     )
     header = core_header(settings, ready)
     watched = watch(executor)
-    steps = _make_steps(settings, watched, channel, stack)
+    steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log)
 
@@ -127,14 +129,25 @@ def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
         prefix_caching=settings.cache.prefix_caching,
         max_model_len=facts.max_model_len,
         pool=facts.pool,
+        latency=None if settings.latency is None else fit_latency(_own_steps(Path(settings.latency)))[0],
     )
 
 
-def _make_steps(settings: InstanceSettings, executor: Executor, channel: ControlChannel, stack: ExitStack) -> Steps:
+def _own_steps(path: Path) -> tuple[StepSample, ...]:
+    """Return the measured steps of one device alone. Raises ConfigurationError when the profile has none."""
+    for steps in load_profile(path).steps:
+        if steps.tensor_parallel == 1:
+            return steps.samples
+    raise ConfigurationError(f"--latency {path}: the profile has no steps at tensor parallelism 1; make another")
+
+
+def _make_steps(
+    settings: InstanceSettings, executor: Executor, channel: ControlChannel, clock: Clock, stack: ExitStack
+) -> Steps:
     if settings.scheduler.max_steps_in_flight == 1:
-        return InlineSteps(executor)
+        return InlineSteps(executor, clock)
     # OpenMP counts threads for each thread that starts some.
-    steps = ThreadedSteps(executor, channel.wake, partial(torch.set_num_threads, settings.num_threads))
+    steps = ThreadedSteps(executor, clock, channel.wake, partial(torch.set_num_threads, settings.num_threads))
     stack.callback(steps.close)
     return steps
 

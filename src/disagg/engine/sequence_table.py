@@ -34,6 +34,7 @@ class SequenceTable:
             arrival_s=request.arrival_s,
             block_hashes=request.block_hashes,
             reuse_prefix=not LiveSequence.reports_prompt_logprobs(request),
+            objectives=request.objectives,
             fault=self._fault(request),
         )
 

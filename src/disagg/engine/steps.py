@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from disagg.base.clock import Clock
 from disagg.base.ids import RequestId
 from disagg.base.messages import SequenceOutput, StageStamps
 from disagg.base.sampling import FinishReason, PositionLogprobs
@@ -70,8 +71,9 @@ class Steps(Protocol):
 class InlineSteps:
     """Computes in the loop's thread. See ``Steps``."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, clock: Clock) -> None:
         self._executor = executor
+        self._clock = clock
         self._launched: deque[tuple[int, Sequence[Work]]] = deque()
 
     def launch(self, step_id: int, step: Sequence[Work]) -> None:
@@ -80,7 +82,7 @@ class InlineSteps:
 
     def poll(self) -> CompletedStep | None:
         """Compute the next step launched."""
-        return run_step(self._executor, *self._launched.popleft()) if self._launched else None
+        return run_step(self._executor, self._clock, *self._launched.popleft()) if self._launched else None
 
     def close(self) -> None:
         """See ``Steps``."""
@@ -90,9 +92,10 @@ class InlineSteps:
 class ThreadedSteps:
     """Computes in a thread of its own, which calls ``wake`` when a step has ended. See ``Steps``."""
 
-    def __init__(self, executor: Executor, wake: Callable[[], None], prepare: Callable[[], None]) -> None:
+    def __init__(self, executor: Executor, clock: Clock, wake: Callable[[], None], prepare: Callable[[], None]) -> None:
         """Start the thread; it calls ``prepare`` first."""
         self._executor = executor
+        self._clock = clock
         self._wake = wake
         self._launched: queue.SimpleQueue[tuple[int, Sequence[Work]] | None] = queue.SimpleQueue()
         self._ended: deque[CompletedStep | Exception] = deque()
@@ -123,14 +126,15 @@ class ThreadedSteps:
         prepare()
         while (launched := self._launched.get()) is not None and not self._is_closing:
             try:
-                self._ended.append(run_step(self._executor, *launched))
+                self._ended.append(run_step(self._executor, self._clock, *launched))
             except Exception as error:
                 self._ended.append(error)
             self._wake()
 
 
-def run_step(executor: Executor, step_id: int, step: Sequence[Work]) -> CompletedStep:
+def run_step(executor: Executor, clock: Clock, step_id: int, step: Sequence[Work]) -> CompletedStep:
     """Compute a step and append its tokens. Sequences that ended in an earlier step are left out."""
+    started_s = clock.now()
     wanted = [work for work in step if work.sequence.finished is None and work.sequence.failure is None]
     results = iter(executor.run(wanted) if wanted else ())
     tokens: dict[RequestId, NewToken] = {}
@@ -146,7 +150,8 @@ def run_step(executor: Executor, step_id: int, step: Sequence[Work]) -> Complete
             sampled.append(StepResult(work.chunk.request_id, sequence.finished))
         if token is not None:
             tokens[work.chunk.request_id] = token
-    return CompletedStep(StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed)), tokens)
+    done = StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed), duration_s=clock.now() - started_s)
+    return CompletedStep(done, tokens)
 
 
 def _accept(work: Work, result: ChunkResult) -> NewToken | None:

@@ -8,6 +8,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.known_names import known_names
+from disagg.base.objectives import Objectives
 
 _UNIT_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _OBJECTIVE: Final = re.compile(r"([a-z]\w*)\s*(?:=\s*(\d+(?:\.\d+)?)\s*([a-zµ]+)|:\s*(\d+(?:\.\d+)?))")
@@ -32,6 +33,13 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     def keeps_tpot(self, tpot_s: float) -> bool:
         """Return whether the tokens came fast enough; NaN, an answer without gaps, did."""
         return not tpot_s > self.tpot_s
+
+    def objectives(self) -> Objectives:
+        """Return them as instances are told."""
+        return Objectives(
+            ttft_s=None if math.isinf(self.ttft_s) else self.ttft_s,
+            tpot_s=None if math.isinf(self.tpot_s) else self.tpot_s,
+        )
 
     def scaled(self, factor: float) -> "Slo":
         """Return objectives looser by ``factor``: DistServe's SLO scale (section 6.2)."""

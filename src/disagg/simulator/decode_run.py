@@ -18,6 +18,8 @@ class DecodeRun:
 
     def __init__(self, step: RunStep, shape: StepShape, latency: LatencyModel, now: float, num_repeats: int) -> None:
         self.step = step
+        self.started_s = now
+        """When the step in flight did."""
         self.ends_s: list[float] = []
         self._shape = shape
         self._latency = latency
@@ -52,4 +54,5 @@ class DecodeRun:
         """Remove the next ``count`` steps, which have ended; return their ends."""
         taken = self.ends_s[:count]
         del self.ends_s[:count]
+        self.started_s = taken[-1] if taken else self.started_s
         return taken

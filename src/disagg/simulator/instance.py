@@ -347,9 +347,10 @@ class SimulatedInstance:
             self._step_s = self._run.ends_s[0] - now
             self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
         else:
-            end_s = self._pipeline.enter(now + swap_s, latency.stage_times_s(shape))
+            stage_times_s = latency.stage_times_s(shape)
+            end_s = self._pipeline.enter(now + swap_s, stage_times_s)
             self._step_s = end_s - now
-            self._later(end_s, partial(self._end_step, step))
+            self._later(end_s, partial(self._end_step, step, swap_s + sum(stage_times_s)))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)
 
@@ -372,7 +373,7 @@ class SimulatedInstance:
                 shape.add_prefill(chunk.start, chunk.num_tokens, chunk.samples)
         return shape, swap_s
 
-    def _end_step(self, step: RunStep) -> None:
+    def _end_step(self, step: RunStep, duration_s: float) -> None:
         self._num_in_flight -= 1
         results = []
         for chunk in step.chunks:
@@ -380,7 +381,7 @@ class SimulatedInstance:
                 request = self._requests[chunk.request_id]
                 request.num_output_tokens += 1
                 results.append(StepResult(chunk.request_id, FinishReason.LENGTH if request.is_complete else None))
-        self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results)))
+        self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
         if not self._is_turn_due:
             self._plan_turn()
 
@@ -448,7 +449,7 @@ class SimulatedInstance:
         if run is not None:
             self.sync()
             self._run = None
-            self._later(run.ends_s[0], partial(self._end_step, run.step))
+            self._later(run.ends_s[0], partial(self._end_step, run.step, run.ends_s[0] - run.started_s))
 
     def _end_run(self, run: DecodeRun) -> None:
         if self._run is run and not run.is_complete:
@@ -457,7 +458,7 @@ class SimulatedInstance:
         elif self._run is run:
             self._book(run, len(run.ends_s) - 1)
             self._run = None
-            self._end_step(run.step)
+            self._end_step(run.step, run.ends_s[-1] - run.started_s)
 
 
 def _stamps_of(firsts: Sequence[FirstOutput]) -> dict[RequestId, StageStamps]:

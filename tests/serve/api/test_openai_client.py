@@ -178,6 +178,27 @@ async def test_sampling_extras_reach_the_engine_under_vllm_names(serve: Serve) -
     assert request.priority == -3
 
 
+async def test_latency_objectives_come_from_headers_and_before_them_from_the_body(serve: Serve) -> None:
+    site = await serve()
+    headers = {"x-slo-ttft-ms": "500", "x-slo-tpot-ms": "50"}
+    for body in ({}, {"x_slo_tpot_ms": 20}):
+        await site.client.completions.create(
+            model="tiny", prompt=[1, 2, 3], max_tokens=4, extra_headers=headers, extra_body=body
+        )
+    first, second = (request.objectives for request in site.router.requests)
+    assert (first.ttft_s, first.tpot_s) == (0.5, 0.05)
+    assert (second.ttft_s, second.tpot_s) == (0.5, 0.02)
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "1e300", ""])
+async def test_a_header_that_is_no_objective_is_refused_by_name(value: str, serve: Serve) -> None:
+    site = await serve()
+    with pytest.raises(openai.BadRequestError, match="x-slo-ttft-ms"):
+        await site.client.completions.create(
+            model="tiny", prompt=[1, 2, 3], max_tokens=4, extra_headers={"x-slo-ttft-ms": value}
+        )
+
+
 async def test_the_largest_prompts_are_tokenised_aside_and_answered_alike(serve: Serve) -> None:
     site = await serve()
     padding = {"metadata": {"ballast": "x" * 20_000}}

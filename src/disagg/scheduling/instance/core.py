@@ -18,6 +18,8 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import Abort, Failed, FailureKind, InstanceLoad, KvOffer, Offered, PeerLost, Pulled, Release
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.measured_steps import FittedLatency
+from disagg.costs.step_times import StepTimes
 from disagg.scheduling.instance.copy_queue import CopyQueue
 from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, SequenceFacts, Start
 from disagg.scheduling.instance.outputs import (
@@ -63,6 +65,8 @@ class InstanceHeader(
     num_stages: int = 1
     incarnation: str = ""
     pool: bytes = b""
+    latency: FittedLatency | None = None
+    """Predicts its steps; None learns from those that run."""
 
 
 class InstanceCore:
@@ -77,6 +81,7 @@ class InstanceCore:
             header.prefix_caching,
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
+            times=None if header.latency is None else StepTimes(header.latency),
         )
         self._sequences: dict[RequestId, Tracked] = {}
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -196,6 +201,7 @@ class InstanceCore:
                 hand_over=message.hand_over,
                 block_hashes=facts.block_hashes,
                 reuse_prefix=facts.reuse_prefix,
+                objectives=facts.objectives,
             )
         )
 
@@ -218,6 +224,7 @@ class InstanceCore:
                 priority=facts.priority,
                 arrival_s=facts.arrival_s,
                 block_hashes=facts.block_hashes,
+                objectives=facts.objectives,
             )
         )
 

@@ -4,6 +4,7 @@ import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.messages import Abort, KvOffer, PeerLost, Release
+from disagg.base.objectives import Objectives
 from disagg.scheduling.step.events import StepDone, Tick
 
 
@@ -23,6 +24,8 @@ class SequenceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
     """False when every prompt position must be computed."""
+    objectives: Objectives = Objectives()
+    """What is missing here is as the instance's settings say."""
     fault: str = ""
 
 

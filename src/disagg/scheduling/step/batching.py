@@ -1,4 +1,4 @@
-"""Which sequences a step computes, and how many tokens of each: the three modes of ``SchedulingMode``.
+"""Which sequences a step computes, and how many tokens of each: the modes of ``SchedulingMode``.
 
 With several steps in flight, a sequence whose next token is not known yet may take part in the next step all the same:
 the executor runs steps in order and knows the token by then (asynchronous scheduling). Not so in a pipeline, where a
@@ -9,26 +9,35 @@ hold all of them and leave stages idle.
 from collections.abc import Callable
 
 from disagg.base.config import SchedulingMode
+from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.builder import StepBuilder
 from disagg.scheduling.step.sequence import Sequence, SequenceState
+from disagg.scheduling.step.slack import Slack
 
 
 class Batching:
     """Plans steps from the waiting and running sequences of the books."""
 
-    def __init__(self, books: Books, num_stages: int) -> None:
+    def __init__(self, books: Books, num_stages: int, times: StepTimes) -> None:
         self._books = books
+        self._slack = Slack(times, books.settings.max_batch_tokens)
+        self._start_s = 0.0
         self._num_stages = num_stages
         self._fill: Callable[[StepBuilder], None] = {
             SchedulingMode.CHUNKED: self._fill_chunked,
             SchedulingMode.PREFILL_FIRST: self._fill_prefill_first,
             SchedulingMode.DECODE_FIRST: self._fill_decode_first,
+            SchedulingMode.SLACK: self._fill_slack,
         }[books.settings.scheduling]
 
-    def plan(self) -> tuple[tuple[Sequence, Chunk], ...]:
-        """Return the next step, empty when there is nothing to compute; its tokens are in flight from now on."""
+    def plan(self, start_s: float) -> tuple[tuple[Sequence, Chunk], ...]:
+        """Return the next step, empty when there is nothing to compute; its tokens are in flight from now on.
+
+        It is expected to start at ``start_s``, when those in flight have ended.
+        """
+        self._start_s = start_s
         settings = self._books.settings
         builder = StepBuilder(settings.max_batch_tokens, settings.max_batch_size)
         self._fill(builder)
@@ -51,6 +60,13 @@ class Batching:
         self._plan_decodes(builder)
         if not self._books.running:
             self._admit(builder, builder.whole_size)
+
+    def _fill_slack(self, builder: StepBuilder) -> None:
+        self._plan_decodes(builder)
+        self._slack.begin(builder, self._start_s)
+        for sequence in self._prefilling():
+            self._plan(builder, sequence, self._slack.size(sequence))
+        self._admit(builder, self._slack.size)
 
     def _plan_decodes(self, builder: StepBuilder) -> None:
         decoding = [
@@ -92,7 +108,9 @@ class Batching:
                 return
             del books.waiting[0]
             books.run(sequence)
-            builder.add(sequence, size(sequence))
+            # A cached prefix has made what is left another chunk, which may no longer fit.
+            if num_tokens := size(sequence):
+                builder.add(sequence, num_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         books = self._books

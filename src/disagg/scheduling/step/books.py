@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from disagg.base.config import SchedulerSettings
+from disagg.base.config import MAX_OVERTAKE_S, QueueOrder, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.sampling import FinishReason
@@ -14,6 +14,9 @@ from disagg.scheduling.step.events import Arrived, KvOffered
 from disagg.scheduling.step.kv_ledger import KvLedger
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 from disagg.scheduling.step.statistics import SchedulerStatistics
+
+_JOB_S_PER_TOKEN = 0.01
+"""Seconds by which an earlier prompt is put back for each of its tokens, where the shortest comes first."""
 
 
 def order_of(sequence: Sequence) -> tuple[int, float, int]:
@@ -87,18 +90,35 @@ class Books:
     def enter(self, event: Arrived | KvOffered, state: SequenceState) -> Sequence:
         """Open the record of a sequence."""
         self.statistics.num_arrivals += 1
+        objectives = event.objectives.or_else(self.settings.objectives)
+        priority = 0 if self.settings.queue is QueueOrder.FCFS else event.priority
+        rank_s = event.arrival_s + self._handicap_s(event.num_tokens, objectives.ttft_s)
         sequence = Sequence(
             request_id=event.request_id,
             epoch=event.epoch,
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
-            order=(event.priority, event.arrival_s, self.statistics.num_arrivals),
+            order=(priority, rank_s, self.statistics.num_arrivals),
+            objectives=objectives,
             state=state,
             block_hashes=event.block_hashes,
         )
         sequence.story.append((self.now, state))
         self.sequences[event.request_id] = sequence
         return sequence
+
+    def _handicap_s(self, num_tokens: int, ttft_s: float | None) -> float:
+        """Return by how much later a sequence may have arrived and still be served before this one."""
+        order = self.settings.queue
+        if order is None:
+            order = QueueOrder.PRIORITY if self.settings.objectives.ttft_s is None else QueueOrder.EDF
+        match order:
+            case QueueOrder.SJF:
+                return min(num_tokens * _JOB_S_PER_TOKEN, MAX_OVERTAKE_S)
+            case QueueOrder.EDF:
+                return MAX_OVERTAKE_S if ttft_s is None else min(ttft_s, MAX_OVERTAKE_S)
+            case QueueOrder.FCFS | QueueOrder.PRIORITY:
+                return 0.0
 
     def wait(self, sequence: Sequence) -> None:
         """Put a sequence into the waiting queue; its state says WAITING already."""

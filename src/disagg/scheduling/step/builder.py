@@ -1,6 +1,9 @@
 """The budgets of one step: a throw-away object that collects chunks until tokens or places run out."""
 
+from collections.abc import Iterable
+
 from disagg.base.ids import RequestId
+from disagg.costs.latency import StepShape
 from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.sequence import Sequence
 
@@ -19,6 +22,21 @@ class StepBuilder:
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.request_id in self._planned
+
+    def sequences(self) -> Iterable[Sequence]:
+        """Yield those that take part so far."""
+        return (sequence for sequence, _ in self._planned.values())
+
+    def shape(self) -> StepShape:
+        """Return what of the step counts so far, samples left out."""
+        shape = StepShape()
+        for sequence, num_tokens in self._planned.values():
+            if num_tokens == 1:
+                shape.num_decodes += 1
+                shape.decode_context += sequence.num_planned + 1
+            else:
+                shape.add_prefill(sequence.num_planned, num_tokens, samples=False)
+        return shape
 
     @property
     def has_place(self) -> bool:

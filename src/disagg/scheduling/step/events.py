@@ -4,6 +4,7 @@ import msgspec
 
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
+from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
 
 
@@ -27,6 +28,8 @@ class Arrived(Event, frozen=True, kw_only=True):
     hand_over: bool = False
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
+    objectives: Objectives = Objectives()
+    """What is missing here is as the settings say."""
 
 
 class KvOffered(Event, frozen=True, kw_only=True):
@@ -43,6 +46,8 @@ class KvOffered(Event, frozen=True, kw_only=True):
     priority: int = 0
     arrival_s: float = 0.0
     block_hashes: tuple[BlockHash, ...] = ()
+    objectives: Objectives = Objectives()
+    """What is missing here is as the settings say."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -64,11 +69,13 @@ class StepDone(Event, frozen=True, kw_only=True):
     """A step ended; ``results`` has one entry for each chunk of it that samples.
 
     Sequences in ``failed`` could not be computed: they have no result and end here, and their KV is not to be trusted.
+    ``duration_s`` is what the step took to compute; 0 where nobody measured it.
     """
 
     step_id: int
     results: tuple[StepResult, ...]
     failed: tuple[StepFailure, ...] = ()
+    duration_s: float = 0.0
 
 
 class TransferDone(Event, frozen=True, kw_only=True):

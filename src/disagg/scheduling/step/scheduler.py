@@ -10,13 +10,17 @@ by release or by expiry. No sequence waits for one that is served after it.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
-from disagg.base.config import SchedulerSettings
+from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.latency import StepShape
+from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
@@ -37,14 +41,26 @@ from disagg.scheduling.step.events import (
 )
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 
-PlannedStep = tuple[tuple[tuple[Sequence, Chunk], ...], tuple[Chunk, ...]]
-"""What each sequence computes in a step, and the chunks alone."""
+NO_SHAPE: Final = StepShape()
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """What each sequence computes in a step, the chunks alone, and what the step is expected to take, where asked."""
+
+    parts: tuple[tuple[Sequence, Chunk], ...]
+    chunks: tuple[Chunk, ...]
+    shape: StepShape
+    predicted_s: float
+    end_s: float
+    """Expected."""
 
 
 class StepScheduler:
     """Decides what one instance computes, pulls, offers and frees. Not thread-safe; deterministic.
 
-    ``max_model_len`` bounds sequences beside what the pool holds. ``num_stages`` are those of the executor's pipeline.
+    ``max_model_len`` bounds sequences beside what the pool holds. ``num_stages`` are those of the executor's pipeline;
+    ``times`` predicts steps.
     """
 
     def __init__(
@@ -56,9 +72,12 @@ class StepScheduler:
         *,
         max_model_len: int | None = None,
         num_stages: int = 1,
+        times: StepTimes | None = None,
     ) -> None:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
-        self._batching = Batching(self._books, num_stages)
+        # Predicting costs more than most decisions: it is done where somebody asked for it.
+        self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
+        self._batching = Batching(self._books, num_stages, self._times or StepTimes())
         self._hand_over = HandOvers(self._books)
         self._steps: dict[int, PlannedStep] = {}
 
@@ -99,7 +118,7 @@ class StepScheduler:
         """Return how busy the instance is."""
         books = self._books
         num_waiting = len(books.waiting) + self._hand_over.num_waiting
-        return books.statistics.load(books.ledger, len(books.running), num_waiting)
+        return books.statistics.load(books.ledger, self._times, len(books.running), num_waiting)
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
@@ -160,17 +179,24 @@ class StepScheduler:
         sequence.num_prefill_tokens = event.num_tokens
         self._books.wait(sequence)
 
-    def _on_step_done(self, event: StepDone) -> None:
-        books = self._books
+    def _take_step(self, event: StepDone) -> PlannedStep:
+        """Return what was planned of a step that has ended, and learn from what it took."""
         planned = self._steps.pop(event.step_id, None)
         if planned is None:
             raise InternalError(f"step {event.step_id} ended but was not running")
+        if self._times is not None:
+            self._times.note(planned.shape, planned.predicted_s, event.duration_s)
+        return planned
+
+    def _on_step_done(self, event: StepDone) -> None:
+        books = self._books
+        planned = self._take_step(event)
         failed = {failure.request_id for failure in event.failed}
         results = iter(event.results)
         emitted: list[RequestId] = []
         ended: list[tuple[Sequence, FinishReason]] = []
         handed_over: list[Sequence] = []
-        for sequence, chunk in planned[0]:
+        for sequence, chunk in planned.parts:
             sequence.num_in_flight -= chunk.num_tokens
             sequence.num_coming -= chunk.samples
             samples = chunk.samples and sequence.request_id not in failed
@@ -188,7 +214,7 @@ class StepScheduler:
             sequence.num_computed += chunk.num_tokens
             books.ledger.publish(sequence)
             if result is not None:
-                sequence.num_tokens += 1
+                sequence.add_token(books.now)
                 emitted.append(sequence.request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
@@ -236,14 +262,20 @@ class StepScheduler:
         if books.num_pulling and books.settings.pull_before_step:
             return
         while len(self._steps) < books.settings.max_steps_in_flight:
-            step = self._batching.plan()
+            # An idle instance starts at once, a busy one when what is in flight is expected to end.
+            start_s = max([books.now, *(step.end_s for step in self._steps.values())])
+            step = self._batching.plan(start_s)
             if not step:
                 return
             books.statistics.num_steps += 1
             step_id = books.statistics.num_steps
-            planned = RunStep(step_id=step_id, chunks=tuple([chunk for _, chunk in step]))
-            self._steps[step_id] = (step, planned.chunks)
-            books.actions.append(planned)
+            chunks = tuple([chunk for _, chunk in step])
+            shape, predicted_s = NO_SHAPE, 0.0
+            if self._times is not None:
+                shape = StepShape.of(chunks)
+                predicted_s = self._times.predict_s(shape)
+            self._steps[step_id] = PlannedStep(step, chunks, shape, predicted_s, start_s + predicted_s)
+            books.actions.append(RunStep(step_id=step_id, chunks=chunks))
 
     # Equal steps in one go ------------------------------------------------------------------------------------
 
@@ -252,12 +284,14 @@ class StepScheduler:
 
         That holds when the step is the only one and decodes every running sequence, and while blocks last, so that
         none is preempted. What waits then goes on waiting: it was left out of this step for want of a place or of
-        blocks, and neither becomes more by decoding.
+        blocks, and neither becomes more by decoding. 0 as well where what a step takes decides about the next.
         """
         books = self._books
         if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
             return 0
-        ((step, _),) = self._steps.values()
+        if books.settings.scheduling is SchedulingMode.SLACK:
+            return 0
+        step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):
             return 0
         if any(chunk.num_tokens != 1 or sequence.hand_over or sequence.is_discarded for sequence, chunk in step):
@@ -274,13 +308,13 @@ class StepScheduler:
         the step in flight, which is now the last repetition; its chunks name the positions of the first.
         """
         books = self._books
-        ((step_id, (step, chunks)),) = self._steps.items()
-        for sequence, _ in step:
+        ((step_id, step),) = self._steps.items()
+        for sequence, _ in step.parts:
             sequence.num_tokens += count
             sequence.num_computed += count
             if not books.ledger.grow(sequence, sequence.num_tokens):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
         books.statistics.num_steps += count
-        books.statistics.num_decode_tokens += count * len(step)
-        self._steps = {step_id + count: (step, chunks)}
-        return RunStep(step_id=step_id + count, chunks=chunks)
+        books.statistics.num_decode_tokens += count * len(step.parts)
+        self._steps = {step_id + count: step}
+        return RunStep(step_id=step_id + count, chunks=step.chunks)

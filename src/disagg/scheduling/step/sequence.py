@@ -1,12 +1,14 @@
 """One sequence as the step scheduler sees it: counts of tokens, blocks held, and a state with legal moves."""
 
 import enum
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
 from disagg.scheduling.step.actions import BlockCopy
 
@@ -73,11 +75,12 @@ class Sequence:
     num_tokens: int
     max_total_tokens: int
     order: tuple[int, float, int]
-    """(priority, arrival, number at this instance): lower is served earlier and preempted later."""
+    """(priority, seconds, number at this instance): lower is served earlier and preempted later. See ``QueueOrder``."""
     state: SequenceState
     hand_over: bool = False
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
+    objectives: Objectives = field(default_factory=Objectives)
     remote: RemoteKv | None = None
     num_prefill_tokens: int = 0
     """Tokens before this position count as prefill in the statistics, later ones as decode."""
@@ -93,7 +96,17 @@ class Sequence:
     """Tokens that those steps will sample."""
     discarded: FinishReason | None = None
     """Why nobody wants what its steps in flight bring."""
+    first_token_s: float = math.nan
+    """When the first token from this instance came, NaN before; and the last one."""
+    last_token_s: float = math.nan
+    num_later_tokens: int = 0
+    """Tokens from here after the first."""
     story: deque[tuple[float, SequenceState]] = field(default_factory=lambda: deque(maxlen=16))
+
+    @property
+    def num_planned(self) -> int:
+        """Tokens that are computed, or will be when the steps in flight have ended."""
+        return self.num_computed + self.num_in_flight
 
     @property
     def num_remaining(self) -> int:
@@ -104,6 +117,20 @@ class Sequence:
     def ends_with_step_in_flight(self) -> bool:
         """True when nothing is left to compute here after the steps in flight."""
         return bool(self.num_coming) and (self.hand_over or self.num_tokens + self.num_coming >= self.max_total_tokens)
+
+    @property
+    def is_answering(self) -> bool:
+        """True when its prompt is computed, here or elsewhere."""
+        return self.num_planned >= self.num_prefill_tokens
+
+    def add_token(self, now: float) -> None:
+        """Take account of a sampled token."""
+        self.num_tokens += 1
+        self.last_token_s = now
+        if math.isnan(self.first_token_s):
+            self.first_token_s = now
+        else:
+            self.num_later_tokens += 1
 
     @property
     def is_discarded(self) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from disagg.base.messages import InstanceLoad
+from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.kv_ledger import KvLedger
 from disagg.scheduling.step.sequence import Sequence
@@ -28,7 +29,7 @@ class SchedulerStatistics:
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += chunk.num_tokens - num_prefill
 
-    def load(self, ledger: KvLedger, num_running: int, num_waiting: int) -> InstanceLoad:
+    def load(self, ledger: KvLedger, times: StepTimes | None, num_running: int, num_waiting: int) -> InstanceLoad:
         """Return the report that the router and the metrics read."""
         audit = ledger.pool.audit()
         return InstanceLoad(
@@ -49,4 +50,8 @@ class SchedulerStatistics:
             num_prefix_queries_total=ledger.num_prefix_queries,
             num_prefix_hits_total=ledger.num_prefix_hits,
             num_leases_expired_total=self.num_leases_expired,
+            num_steps_timed_total=times.num_steps if times else 0,
+            step_seconds_total=times.measured_s if times else 0.0,
+            step_predicted_seconds_total=times.predicted_s if times else 0.0,
+            step_error=times.error if times and times.num_steps else 0.0,
         )

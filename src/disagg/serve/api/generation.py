@@ -9,11 +9,13 @@ from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
 from disagg.base.errors import UnavailableError
+from disagg.base.objectives import Objectives
 from disagg.serve.api.answer import Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
 from disagg.serve.api.failures import as_disagg_error, error_event
 from disagg.serve.api.http import EventStream, read_body, send_json
 from disagg.serve.api.jobs import Job
+from disagg.serve.api.objectives import objectives_of_headers
 from disagg.serve.api.observer import Accounts, RequestObserver
 from disagg.serve.api.responses import DONE, PromptTokensDetails, Usage, encode, event
 from disagg.serve.api.sequences import Arrival, RunningSequences
@@ -22,8 +24,8 @@ from disagg.serve.router.interface import Router
 
 logger = logging.getLogger(__name__)
 
-MakeJob = Callable[[bytes, float, int], Awaitable[Job]]
-"""From a body, its arrival and the longest sequence, in tokens, that the instances take."""
+MakeJob = Callable[[bytes, float, int, Objectives], Awaitable[Job]]
+"""From a body, its arrival, the longest sequence, in tokens, that the instances take, and what its headers want."""
 
 MANY_LOGPROBS: Final = 5_000
 """Answers with more probabilities at once are written in a thread: these take some 10 ms."""
@@ -42,16 +44,16 @@ class GenerationEndpoint:
         arrival_s = self._accounts.clock.now()
         request_id = scope["state"]["request_id"]
         try:
-            job = await self._read_job(receive, arrival_s)
+            job = await self._read_job(receive, arrival_s, objectives_of_headers(scope))
             with RequestObserver(self._accounts, job, request_id, arrival_s) as observer:
                 await self._answer(job, observer, receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
 
-    async def _read_job(self, receive: Receive, arrival_s: float) -> Job:
+    async def _read_job(self, receive: Receive, arrival_s: float, objectives: Objectives) -> Job:
         await self._router.wait_started()  # before the body is read, so that it takes no memory meanwhile
         body = await read_body(receive)
-        return await self._make_job(body, arrival_s, longest_sequence(self._router))
+        return await self._make_job(body, arrival_s, longest_sequence(self._router), objectives)
 
     async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
         async with (

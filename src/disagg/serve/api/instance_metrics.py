@@ -34,6 +34,7 @@ _GAUGES: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ("vllm:num_requests_running", "Sequences in the running batch", lambda load: load.num_running),
     ("vllm:num_requests_waiting", "Sequences that wait for blocks, a place or KV", lambda load: load.num_waiting),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks held (1 is full)", kv_usage),
+    ("disagg:step_time_error", "Running mean error of predicted step times (0.1 is 10%)", lambda load: load.step_error),
     ("disagg:kv_leases", "Sequences whose blocks wait to be pulled", lambda load: load.num_leases),
 )
 _COUNTERS: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
@@ -41,6 +42,17 @@ _COUNTERS: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ("vllm:prefix_cache_queries", "Tokens looked up", lambda load: load.num_prefix_queries_total),
     ("vllm:prefix_cache_hits", "Tokens found", lambda load: load.num_prefix_hits_total),
     ("disagg:steps", "Model steps", lambda load: load.num_steps_total),
+    (
+        "disagg:steps_timed",
+        "Model steps whose time was predicted and measured",
+        lambda load: load.num_steps_timed_total,
+    ),
+    ("disagg:step_seconds", "What those steps took", lambda load: load.step_seconds_total),
+    (
+        "disagg:step_predicted_seconds",
+        "What those steps were predicted to take",
+        lambda load: load.step_predicted_seconds_total,
+    ),
     ("disagg:prefill_tokens", "Tokens computed in prefill", lambda load: load.num_prefill_tokens_total),
     ("disagg:decode_tokens", "Tokens computed in decode", lambda load: load.num_decode_tokens_total),
     ("disagg:kv_leases_expired", "Leases that nobody used", lambda load: load.num_leases_expired_total),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from disagg.base.errors import InvalidRequestError
 from disagg.base.ids import Epoch, RequestId
+from disagg.base.objectives import Objectives
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder
 from disagg.serve.api.answer import Answer
+from disagg.serve.api.objectives import objectives_of_ms
 from disagg.serve.api.preparers import Preparation
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
@@ -44,7 +46,7 @@ class JobFactory:
         self._model = model
         self._preparation = preparation
 
-    async def completion(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+    async def completion(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
         """Make the job of a ``/v1/completions`` body. Raises InvalidRequestError and ModelNotFoundError."""
         prepared = await self._preparation.completion(body, max_model_len)
         request, prompts = prepared.request, prepared.prompts
@@ -54,7 +56,7 @@ class JobFactory:
         for prompt in prompts:
             length = completion_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
             params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
-            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s)
+            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s, objectives)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
             response_id=response_id,
@@ -66,7 +68,7 @@ class JobFactory:
             counts_answer=request.most_tokens != 0,
         )
 
-    async def chat(self, body: bytes, arrival_s: float, max_model_len: int) -> Job:
+    async def chat(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
         """Make the job of a ``/v1/chat/completions`` body. Raises as ``completion`` does."""
         prepared = await self._preparation.chat(body, max_model_len)
         request, prompt = prepared.request, prepared.prompt
@@ -75,7 +77,7 @@ class JobFactory:
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         return Job(
             response_id=response_id,
-            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s),
+            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s, objectives),
             shape=ChatShape(request, self._heading(response_id), self._model.tokenizer, prompt),
             num_prompt_tokens=len(prompt.token_ids),
             num_choices=request.n or 1,
@@ -91,8 +93,10 @@ class JobFactory:
         response_id: str,
         first: int,
         arrival_s: float,
+        objectives: Objectives,
     ) -> list[Answer]:
-        """Return the choices of one prompt, numbered from ``first``."""
+        """Return the choices of one prompt, numbered from ``first``. ``objectives`` are those of the headers."""
+        own = objectives_of_ms(request.x_slo_ttft_ms, request.x_slo_tpot_ms).or_else(objectives)
         return [
             Answer(
                 index,
@@ -104,6 +108,7 @@ class JobFactory:
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
                     priority=request.priority or 0,
+                    objectives=own,
                     arrival_s=arrival_s,
                 ),
                 TextStream(

@@ -41,6 +41,12 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels: Annotated[
         str | None, Meta(description="kernels of the engines: native or torch [default: the best that is there]")
     ] = None
+    latency: Annotated[
+        str | None,
+        Meta(
+            description="profile (disagg profile) that predicts step times [default: learned from the steps that run]"
+        ),
+    ] = None
     event_log: Annotated[
         str | None, Meta(description="folder that receives every decision of router and schedulers, for replay")
     ] = None
@@ -93,6 +99,7 @@ def plan_instances(
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
             kernel_backend=host.kernels,
+            latency=host.latency,
             event_log=None if host.event_log is None else f"{host.event_log}/{name}.jsonl",
             parent_pid=parent_pid,
         )

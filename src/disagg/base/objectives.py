@@ -1,0 +1,24 @@
+"""What a request's latency ought to be, as the instances that compute it are told."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+_Limit = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class Objectives(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Seconds to the first token, and for each token after it. None: no objective."""
+
+    ttft_s: _Limit | None = None
+    tpot_s: _Limit | None = None
+
+    def or_else(self, others: "Objectives") -> "Objectives":
+        """Return these, and those of ``others`` where one is missing."""
+        if self.ttft_s is not None and self.tpot_s is not None:
+            return self
+        return Objectives(
+            ttft_s=others.ttft_s if self.ttft_s is None else self.ttft_s,
+            tpot_s=others.tpot_s if self.tpot_s is None else self.tpot_s,
+        )
