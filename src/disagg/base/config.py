@@ -155,6 +155,24 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The instance ends when this process is gone; 0 watches nobody."""
 
 
+class ToolCallParser(enum.Enum):
+    """The form in which the model writes calls of tools; the names are vLLM's."""
+
+    AUTO = "auto"
+    """As the chat template says."""
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+
+
+class ReasoningParser(enum.Enum):
+    """Whether what the model thinks is told from what it answers."""
+
+    AUTO = "auto"
+    """By the tags of the chat template."""
+    NONE = "none"
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
@@ -203,6 +221,12 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="sampling defaults: auto (the model's generation_config.json), vllm (none), a folder with one"
         ),
     ] = "auto"
+    tool_call_parser: Annotated[
+        ToolCallParser, Meta(description="how the model writes calls of tools; auto: as its chat template says")
+    ] = ToolCallParser.AUTO
+    reasoning_parser: Annotated[
+        ReasoningParser, Meta(description="tell reasoning from the answer; auto: by the tags of the chat template")
+    ] = ReasoningParser.AUTO
     trust_request_chat_template: Annotated[
         bool, Meta(description="run chat templates that requests bring: sandboxed programs, bounded in time and memory")
     ] = False

@@ -24,6 +24,7 @@ from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_store import make_kv_store
@@ -34,7 +35,9 @@ from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
-from disagg.models.locate import load_config, locate_model
+from disagg.models.grammar import GrammarCompiler
+from disagg.models.locate import ModelFiles, load_config, locate_model
+from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
@@ -114,7 +117,8 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log)
+    grammars = _make_grammars(files, config, stack)
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log, grammars)
 
 
 def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
@@ -207,6 +211,15 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
         device=device,
     )
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
+
+
+def _make_grammars(files: ModelFiles, config: ModelConfig, stack: ExitStack) -> Grammars:
+    """Return what compiles grammars; it reads the tokenizer when the first one comes."""
+
+    def make_compiler(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
+        return GrammarCompiler(load_tokenizer(files), config.vocab_size, eos_token_ids)
+
+    return Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
 
 
 def _make_pulls(

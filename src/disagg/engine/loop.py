@@ -13,6 +13,7 @@ from disagg.base.event_log import EventLog
 from disagg.base.messages import Adopt, Failed, Generate, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
+from disagg.engine.grammar import Grammars
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
 from disagg.engine.sequence_table import SequenceTable
@@ -38,6 +39,7 @@ class EngineLoop:
         channel: ControlChannel,
         clock: Clock,
         log: EventLog | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._ready = ready
         self._core = core
@@ -47,7 +49,7 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = log
-        self._sequences = SequenceTable(ready.facts.vocab_size)
+        self._sequences = SequenceTable(ready.facts.vocab_size, grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
         self._wake_s = math.inf

@@ -1,8 +1,11 @@
 """The token values of the sequences that an instance's core knows, and what the core may know of them."""
 
+from itertools import chain
+
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.request import GenerationRequest
+from disagg.engine.grammar import Grammars
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.instance.inputs import SequenceFacts
 
@@ -10,8 +13,9 @@ from disagg.scheduling.instance.inputs import SequenceFacts
 class SequenceTable:
     """Live sequences by name; a newer attempt takes the place of an older one."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
         self._vocab_size = vocab_size
+        self._grammars = grammars
         self._sequences: dict[RequestId, LiveSequence] = {}
 
     def __getitem__(self, request_id: RequestId) -> LiveSequence:
@@ -24,7 +28,8 @@ class SequenceTable:
         """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""
         known = self._sequences.get(request.request_id)
         if known is None or known.epoch < request.epoch:
-            self._sequences[request.request_id] = LiveSequence(request)
+            grammar = None if self._grammars is None else self._grammars.state_of(request)
+            self._sequences[request.request_id] = LiveSequence(request, grammar)
         return SequenceFacts(
             request_id=request.request_id,
             epoch=request.epoch,
@@ -50,6 +55,8 @@ class SequenceTable:
             return "the prompt has no tokens"
         if len(request.output_token_ids) >= request.sampling.max_tokens:
             return f"all of max_tokens ({request.sampling.max_tokens}) are already generated"
+        if request.sampling.grammar and self._grammars is None:
+            return "this instance has no tokenizer, which a grammar needs"
         if bad := _outside(request, self._vocab_size):
             return f"token id {bad[0]} is outside the vocabulary of {self._vocab_size}"
         return ""
@@ -59,6 +66,14 @@ def _outside(request: GenerationRequest, vocab_size: int) -> list[int]:
     """Return ids, of tokens or in sampling parameters, that the model has no logit for."""
     sampling = request.sampling
     biased = [token_id for token_id, _ in sampling.logit_bias]
-    ids = (*request.output_token_ids, *request.eos_token_ids, *sampling.stop_token_ids, *biased)
+    words = chain.from_iterable(sampling.bad_words)
+    ids = (
+        *request.output_token_ids,
+        *request.eos_token_ids,
+        *sampling.stop_token_ids,
+        *sampling.allowed_token_ids,
+        *biased,
+        *words,
+    )
     extremes = (min(request.prompt_token_ids), max(request.prompt_token_ids))
     return [token_id for token_id in (*extremes, *ids) if not 0 <= token_id < vocab_size]

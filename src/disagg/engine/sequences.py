@@ -10,6 +10,7 @@ from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
+from disagg.engine.grammar import GrammarState
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,9 @@ class LiveSequence:
     ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known.
     """
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
         self.request = request
+        self.grammar = grammar
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_tokens = request.num_tokens
         self.tokens = np.empty(request.num_tokens + 64, dtype=np.int64)
@@ -35,6 +37,8 @@ class LiveSequence:
         self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_token_ids
         self.finished: FinishReason | None = None
         """Why no further token is wanted."""
+        self.stop_token_id: int | None = None
+        """The token that ended it, where one did."""
         self.failure: SequenceFailure | None = None
         self._prompt_logprobs: list[PositionLogprobs] = []
         self._block_ids: tuple[BlockId, ...] = ()
@@ -83,7 +87,12 @@ class LiveSequence:
         may_stop = self.num_output_tokens >= self.sampling.min_tokens
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         if may_stop and token_id in self._stop_token_ids:
+            self.finished = FinishReason.STOP
+            self.stop_token_id = token_id
+        elif self.grammar is not None and self.grammar.is_complete:
             self.finished = FinishReason.STOP
         elif self.num_output_tokens >= self.sampling.max_tokens:
             self.finished = FinishReason.LENGTH

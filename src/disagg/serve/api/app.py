@@ -76,7 +76,9 @@ def _routes(router: Router, model: ServedModel, preparation: Preparation, accoun
     watching = Watching(router, model, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)
+    responses = GenerationEndpoint(jobs.response, router, accounts)
     return [
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", operations.models),
