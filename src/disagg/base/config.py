@@ -201,12 +201,20 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 2
 
 
+def is_api_key(key: str) -> bool:
+    """Return whether a client can send a text as its key."""
+    return bool(key) and key.isprintable() and key == key.strip()
+
+
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side."""
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    api_key_file: Annotated[
+        str | None, Meta(description="file with a key on each line, for clients with keys of their own")
+    ] = None
     cors_origin: Annotated[
         tuple[str, ...],
         Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
@@ -242,8 +250,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 5.0
 
     def __post_init__(self) -> None:
-        key = self.api_key
-        if key is not None and (not key.isprintable() or key != key.strip() or not key):
+        if self.api_key is not None and not is_api_key(self.api_key):
             raise ConfigurationError(
                 "--api-key: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
                 "choose another, or leave the option out to serve everybody"

@@ -31,7 +31,7 @@ def forced_calls(
     assert syntax.calls is not None, "calls in a form that is not known"
     marks = SYNTAX[syntax.calls]
     begin, end, arguments = (_mark(text, control_token) for text in (marks.begin, marks.end, ARGUMENTS_MARK))
-    heads = [_quoted(f'{{"name": "{tool.name}", "{marks.arguments_key}": ') for tool in tools]
+    heads = [_head(tool.name, marks.arguments_key) for tool in tools]
     objects = [f'{head} @arguments_{index} "}}"' for index, head in enumerate(heads)]
     named = [f"{_quoted(tool.name)} {arguments} @arguments_{index}" for index, tool in enumerate(tools)]
     tagged = [f'{begin} "\\n" {one} "\\n" {end}' for one in objects]
@@ -67,6 +67,12 @@ def after_thinking(
     lark = f"start: {thinking} @answer\n{thoughts}TEXT: /(.|\\n)*/\nSPACE: /\\n{{1,4}}/"
     first, *rest = parts
     return [{"lark_grammar": lark}, {**first, "name": "answer"}, *rest]
+
+
+def _head(name: str, arguments_key: str) -> str:
+    """Return what precedes the arguments, in the lexemes that JSON has: the lexer never goes back to a shorter one."""
+    written = ("{", '"name"', ":", " ", f'"{name}"', ",", " ", f'"{arguments_key}"', ":", " ")
+    return " ".join(map(_quoted, written))
 
 
 def _calls(separator: str, parallel: bool) -> str:

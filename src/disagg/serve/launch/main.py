@@ -17,6 +17,7 @@ from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.launch.api_keys import read_api_keys
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.listening import listen
@@ -35,6 +36,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     with ExitStack() as resources:
         bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)
+        api_keys = read_api_keys(deployment.serve)
         observer.model_read(model.name, can_chat=model.chat_template.available)
         preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
@@ -45,7 +47,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 model,
                 metrics,
                 preparers=preparers,
-                api_key=deployment.serve.api_key,
+                api_keys=api_keys,
                 cors_origins=deployment.serve.cors_origin,
             )
 
