@@ -97,7 +97,7 @@ def test_vllms_fields(server: ServerProcess, asked: dict[str, Any], texts: set[s
 
 
 def test_a_document_that_max_tokens_cuts_says_length(server: ServerProcess) -> None:
-    form = {"type": "json_object"}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "w", "schema": WEATHER}}
     choice = server.client.chat.completions.create(**CHAT, response_format=form, max_tokens=2).choices[0]
     assert choice.finish_reason == "length"
     assert choice.message.content.startswith("{")

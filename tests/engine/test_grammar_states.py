@@ -26,7 +26,7 @@ from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import locate_model
 from disagg.models.tokenizer import load_tokenizer
 
-VOCAB_SIZE = 320
+VOCAB_SIZE = 301
 """Wider than the tokenizer, which has a token for each byte, ``<bos>`` and ``<eos>``."""
 EOS = 257
 PERSON = {
@@ -60,7 +60,7 @@ def state(compiler: GrammarCompiler, grammar: str, tokens: Sequence[int] = ()) -
 
 
 def allowed(state: GrammarState) -> list[int]:
-    bits = np.zeros(VOCAB_SIZE // 32, dtype=np.uint32)
+    bits = np.zeros(-(-VOCAB_SIZE // 32), dtype=np.uint32)
     state.fill(bits)
     return np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()
 

@@ -72,9 +72,8 @@ class GrammarCompiler:
             if not self._eos_token_ids:
                 raise InvalidRequestError("this model has no token that ends an answer, which a grammar needs")
             vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids[0])
-            self._vocabulary = llguidance.LLTokenizer(
-                llguidance.TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
+            wrapper = llguidance.TokenizerWrapper(vocabulary)
+            self._vocabulary = llguidance.LLTokenizer(wrapper, eos_token=self._eos_token_ids)
         return self._vocabulary
 
 
@@ -87,6 +86,7 @@ class _Vocabulary:
         self.bos_token_id = None
         num_tokens = min(vocab_size, tokenizer.vocab_size)
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(num_tokens)]
+        self.tokens += [b""] * (vocab_size - num_tokens)  # which nothing allows
         self.special_token_ids = sorted(token_id for token_id in tokenizer.special_ids if token_id < num_tokens)
 
     def __call__(self, text: bytes) -> list[int]:

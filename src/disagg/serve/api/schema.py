@@ -60,6 +60,10 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "include_reasoning": (True,),
     "return_tokens_as_token_ids": (False,),
     "extra_body": ({},),
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "max_tool_calls": (),
 }
 """Parameters that are not supported, with the values (beside null) that stand for not using them."""
 
