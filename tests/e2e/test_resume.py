@@ -16,7 +16,7 @@ NUM_TOKENS = 160
 
 
 def fields(number: int) -> dict[str, Any]:
-    """Every second one samples, with all that depends on the position or on earlier tokens; half of them by a grammar."""
+    """Every second one samples, with all that depends on position or earlier tokens; half of them by a grammar."""
     sampled = {"temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.6, "frequency_penalty": 0.3}
     return {
         "max_tokens": NUM_TOKENS,
