@@ -4,6 +4,8 @@ All of it is a function of body and model, so that it can be done in any process
 """
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -82,12 +84,14 @@ def prepare_completion(body: bytes, model: ServedModel, max_model_len: int) -> P
     """Read a ``/v1/completions`` body. Raises InvalidRequestError and ModelNotFoundError."""
     request = decode_body(body, CompletionRequest)
     check_model(request.model, model)
-    part = answer_part(request)
+    with _valid_unicode():
+        part = answer_part(request)
+        bad_words = _bad_words(request, model)
     prompts = completion_prompts(request, model, max_model_len)
     num_top = max(request.logprobs or 0 if request.echo else 0, request.prompt_logprobs or 0)
     if (request.echo and request.logprobs is not None) or request.prompt_logprobs is not None:
         _check_prompt_logprobs(sum(len(prompt.token_ids) for prompt in prompts), request.n or 1, num_top)
-    constraints = TokenConstraints("" if part is None else written(part), _bad_words(request, model))
+    constraints = TokenConstraints("" if part is None else written(part), bad_words)
     return PreparedCompletion(_rest(request, prompt=""), tuple(prompts), constraints)
 
 
@@ -105,12 +109,22 @@ def prepare_response(body: bytes, model: ServedModel, max_model_len: int) -> Pre
 
 def _prepared(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> PreparedChat:
     check_model(request.model, model)
-    chat = chat_prompt(request, model, max_model_len)
+    with _valid_unicode():
+        chat = chat_prompt(request, model, max_model_len)
     if request.prompt_logprobs is not None:
         _check_prompt_logprobs(len(chat.prompt.token_ids), request.n or 1, request.prompt_logprobs)
     rest = _rest(request, messages=_NO_MESSAGES, chat_template=None, chat_template_kwargs=None, tools=None)
     constraints = TokenConstraints(chat.grammar, _bad_words(request, model))
     return PreparedChat(rest, chat.prompt, constraints, chat.reading)
+
+
+@contextmanager
+def _valid_unicode() -> Iterator[None]:
+    """Refuse what holds half of a surrogate pair, which JSON may have in any of its texts."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the request is not valid Unicode: {error.reason}") from None
 
 
 def may_need_grammar(body: bytes) -> bool:
