@@ -164,7 +164,7 @@ class Dispatcher:
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
-            story=[(self._now, "arrived")],
+            story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
         if refusal := self._refusal(sequence):
             self._actions.append(refusal)
@@ -181,7 +181,7 @@ class Dispatcher:
             return Refuse(
                 request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
             )
-        if not can_be_served(self.instances, sequence):
+        if not can_be_served(self._instances.values(), sequence):
             return Refuse(
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
@@ -194,10 +194,10 @@ class Dispatcher:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
         if self._adopt(sequence) if sequence.lease else self._start(sequence):
             return
-        if not can_be_served(self.instances, sequence):
+        if not can_be_served(self._instances.values(), sequence):
             detail = f"no instances are left that could serve the request ({self._describe_instances()})"
             self._fail(sequence, FailReason.UNAVAILABLE, detail)
-        elif not can_be_held(self.instances, sequence):
+        elif not can_be_held(self._instances.values(), sequence):
             detail = (
                 f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
                 f"can hold ({self._describe_instances()}); ask for fewer tokens or raise --kv-memory"
@@ -210,7 +210,7 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance; return False when none can take it now."""
-        instance = choose_start(self.instances, sequence)
+        instance = choose_start(self._instances.values(), sequence)
         if instance is None:
             return False
         hand_over = instance.role is Role.PREFILL
@@ -231,7 +231,7 @@ class Dispatcher:
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
-        instance = choose_decode(self.instances, sequence)
+        instance = choose_decode(self._instances.values(), sequence)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
@@ -345,7 +345,8 @@ class Dispatcher:
             sequence.lease = None
             self._discharge(sequence, lost)
             if sequence.holder is not None:
-                sequence.story.append((self._now, f"{lost} died while its blocks were being pulled"))
+                why_still = f"{lost} died while its blocks were being pulled"
+                sequence.story.append((self._now, why_still, sequence.state))
                 return
         elif sequence.holder == lost:
             sequence.holder = None
