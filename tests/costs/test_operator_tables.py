@@ -80,7 +80,7 @@ def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def platform(reference_data: Path) -> TablePlatform:
     folder = reference_data / "silicon" / "aiconfigurator"
-    return TablePlatform(OperatorTables.read(folder, "a100_sxm", find_device("a100-sxm")), config(), "13b")
+    return TablePlatform.on(OperatorTables.read(folder, "a100_sxm", find_device("a100-sxm")), config(), "13b")
 
 
 def test_the_tables_say_how_well_they_interpolate(platform: TablePlatform) -> None:
@@ -111,7 +111,7 @@ def test_a_pipeline_has_the_layers_of_one_instance_and_sends(platform: TablePlat
 def test_other_heads_are_refused(platform: TablePlatform) -> None:
     small = msgspec.structs.replace(config(), head_dim=64)
     with pytest.raises(ConfigurationError, match="heads of 128"):
-        TablePlatform(platform.tables, small, "small")
+        TablePlatform.on(platform.tables, small, "small")
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:

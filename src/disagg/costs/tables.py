@@ -25,9 +25,8 @@ from disagg.costs.operator_tables import (
     MatmulTable,
     read_rows,
 )
-from disagg.costs.platform import HostCosts
-from disagg.costs.roofline import RooflinePlatform, split_layers
-from disagg.models.config import ModelConfig
+from disagg.costs.sheet_platform import SheetPlatform, split_layers
+from disagg.models.shape import ModelShape
 
 _ELEMENTWISE_KERNELS: Final = 5
 _ELEMENTWISE_PASSES: Final = 10
@@ -40,7 +39,7 @@ class TableLatency:
     def __init__(
         self,
         tables: "OperatorTables",
-        config: ModelConfig,
+        config: ModelShape,
         tensor_parallel: int,
         num_stages: int,
         stage_links: tuple[LinkModel, ...],
@@ -51,12 +50,12 @@ class TableLatency:
         self._stage_links = stage_links
         self._layers = split_layers(config.num_layers, num_stages)
         heads, kv_heads = config.num_heads // tensor_parallel, max(1, config.num_kv_heads // tensor_parallel)
-        hidden, inner = config.hidden_size, config.intermediate_size // tensor_parallel
+        hidden = config.hidden_size
         widths = (
             ((heads + 2 * kv_heads) * config.head_dim, hidden),
             (hidden, heads * config.head_dim),
-            (2 * inner, hidden),
-            (hidden, inner),
+            (config.mlp_input_size // tensor_parallel, hidden),
+            (hidden, config.intermediate_size // tensor_parallel),
         )
         self._matmuls = [tables.matmul.curve(n, k) for n, k in widths]
         self._logits = tables.matmul.curve(config.vocab_size // tensor_parallel, hidden)
@@ -128,53 +127,26 @@ class OperatorTables:
 
 
 @dataclass(frozen=True)
-class TablePlatform:
-    """A model on a GPU with operator tables, in bf16 with heads of 128; memory and link are the data sheet's."""
+class TablePlatform(SheetPlatform):
+    """A model on a GPU with operator tables, in bf16 with heads of 128: see ``on``."""
 
-    tables: OperatorTables
-    config: ModelConfig
-    model: str
-    _sheet: RooflinePlatform = field(init=False, repr=False)
+    tables: OperatorTables = field(kw_only=True)
 
-    def __post_init__(self) -> None:
-        if self.config.head_dim != 128:
+    @classmethod
+    def on(cls, tables: OperatorTables, config: ModelShape, model: str) -> "TablePlatform":
+        """Return the model on the tables' GPU; raise ConfigurationError when its heads were not measured."""
+        if config.head_dim != 128:
             raise ConfigurationError(
-                f"the attention tables are for heads of 128, those of {self.model} have {self.config.head_dim}: "
-                "use the roofline"
+                f"the attention tables are for heads of 128, those of {model} have {config.head_dim}: use the roofline"
             )
-        object.__setattr__(self, "_sheet", RooflinePlatform(self.config, self.tables.device, self.model))
-
-    @property
-    def link(self) -> LinkModel:
-        """See ``Platform``."""
-        return self._sheet.link
-
-    @property
-    def interference(self) -> None:
-        """See ``Platform``: every instance has devices of its own."""
-        return None
-
-    @property
-    def host(self) -> HostCosts:
-        """See ``Platform``: the tables hold kernels alone."""
-        return HostCosts()
+        return cls(config, tables.device, model, tables=tables)
 
     @property
     def name(self) -> str:
         """See ``Platform``."""
-        return f"{self.model} on {self.tables.device.name}, measured operators"
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """See ``Platform``."""
-        return self._sheet.kv_bytes_per_token
+        return f"{self.model} on {self.device.name}, measured operators"
 
     def latency(self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None) -> TableLatency:
-        """See ``Platform``; all-reduces are as measured, over the links of the tables."""
-        # The roofline refuses what cannot be divided.
-        stage_links = self._sheet.latency(tensor_parallel, pipeline_parallel, links).links.stages
-        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel, stage_links)
-
-    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
-        """See ``Platform``."""
-        return self._sheet.capacity_tokens(tensor_parallel, pipeline_parallel)
+        """See ``SheetPlatform``; all-reduces are as measured, over the links of the tables."""
+        links = self.instance_links(tensor_parallel, pipeline_parallel, links)
+        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel, links.stages)
