@@ -61,9 +61,7 @@ def test_attention_of_more_heads_than_measured_counts_as_more_sequences() -> Non
     ]
     table = AttentionTable(prefill, decode)
     assert table.prefill_curve(16, 16)(500**2) == pytest.approx(2 * 0.25e-3)
-    batches, curves, factor = table.decode_curves(16, 16)
-    assert (batches, factor) == ([1, 4, 16], 2)
-    assert curves[1](500) == pytest.approx(4 * 500 / 1e8)
+    assert table.decode(16, 16)(2, 500) == pytest.approx(4 * 500 / 1e8)
 
 
 def test_an_unmeasured_tensor_parallelism_is_refused() -> None:

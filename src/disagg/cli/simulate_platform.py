@@ -14,7 +14,7 @@ from disagg.costs.devices import DEVICES, find_device
 from disagg.costs.platform import Platform
 from disagg.costs.topology import Topology
 from disagg.models.shape import ModelShape
-from disagg.simulator.engines import IMITATED, VLLM_PREFILL_FACTOR, EngineRules, own_rules
+from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
 PUBLISHED: Final = "published"
 
@@ -105,8 +105,7 @@ def _published(model: str | None, engine: str) -> ChosenPlatform:
     if model is None:
         raise ConfigurationError(f"give --model: {' or '.join(PUBLISHED_MODELS)}")
     name = model if "/" in model else f"facebook/{model}"
-    factor = VLLM_PREFILL_FACTOR if engine == "vllm-0.2.3" else None
-    return ChosenPlatform(PublishedPlatform(engine, name, prefill_factor=factor), {}, "a100-sxm")
+    return ChosenPlatform(PublishedPlatform(engine, name), {}, "a100-sxm")
 
 
 def _roofline(device: str, model: str | None) -> ChosenPlatform:

@@ -5,7 +5,6 @@ rotation, activation and residuals move. Not counted: the host, and what overlap
 kernel over the sum of their squared lengths, its decodes as a batch of equal contexts.
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -60,7 +59,7 @@ class TableLatency:
         self._matmuls = [tables.matmul.curve(n, k) for n, k in widths]
         self._logits = tables.matmul.curve(config.vocab_size // tensor_parallel, hidden)
         self._prefill = tables.attention.prefill_curve(heads, kv_heads)
-        self._batches, self._decode, self._batch_factor = tables.attention.decode_curves(heads, kv_heads)
+        self._decode = tables.attention.decode(heads, kv_heads)
         self._all_reduce: Curve | None = tables.all_reduce.curve(tensor_parallel) if tensor_parallel > 1 else None
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
@@ -77,7 +76,7 @@ class TableLatency:
         seconds = sum(curve(num_tokens) for curve in self._matmuls)
         seconds += self._prefill(shape.prefill_squares)
         if shape.num_decodes:
-            seconds += self._decode_s(shape.num_decodes * self._batch_factor, shape.decode_context / shape.num_decodes)
+            seconds += self._decode(shape.num_decodes, shape.decode_context / shape.num_decodes)
         if self._all_reduce is not None:
             seconds += 2 * self._all_reduce(num_tokens * self._config.hidden_size)
         moved_bytes = _ELEMENTWISE_PASSES * num_tokens * self._config.hidden_size * 2
@@ -86,17 +85,6 @@ class TableLatency:
             + _ELEMENTWISE_KERNELS * self._device.kernel_s
             + moved_bytes / (self._device.memory_bytes_per_s * self._device.weights_share)
         )
-
-    def _decode_s(self, batch: float, context: float) -> float:
-        """Interpolate between the two measured batches round this one; beyond the largest, in proportion."""
-        above = bisect_right(self._batches, batch)
-        if above == 0:
-            return self._decode[0](context)
-        if above == len(self._batches):
-            return self._decode[-1](context) * batch / self._batches[-1]
-        low, high = self._batches[above - 1], self._batches[above]
-        share = (batch - low) / (high - low)
-        return (1 - share) * self._decode[above - 1](context) + share * self._decode[above](context)
 
 
 @dataclass(frozen=True)

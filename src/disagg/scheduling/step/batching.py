@@ -3,7 +3,7 @@
 With several steps in flight, a sequence whose next token is not known yet may take part in the next step all the same:
 the executor runs steps in order and knows the token by then (asynchronous scheduling). Not so in a pipeline, where a
 token is known when it leaves the last stage: there each step in flight takes its share of the decodes, or one would
-hold all of them and leave stages idle.
+hold all of them and leave stages idle. With ``fixed_batches`` that is so, as in DistServe.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ class Batching:
     def __init__(self, books: Books, num_stages: int, times: StepTimes | None) -> None:
         self._books = books
         self._start_s = 0.0
+        self._last_batch = -1
         self._num_stages = num_stages
         fills: dict[SchedulingMode, Callable[[StepBuilder], None]] = {
             SchedulingMode.CHUNKED: self._fill_chunked,
@@ -88,12 +89,31 @@ class Batching:
         return decoding, prefilling
 
     def _plan_decodes(self, builder: StepBuilder, decoding: list[Sequence]) -> None:
-        if self._num_stages > 1:
-            decoding = decoding[: -(-len(self._books.running) // self._books.settings.max_steps_in_flight)]
+        settings = self._books.settings
+        if self._num_stages > 1 and settings.fixed_batches:
+            decoding = self._next_fixed_batch(decoding)
+        elif self._num_stages > 1:
+            decoding = decoding[: -(-len(self._books.running) // settings.max_steps_in_flight)]
         for sequence in decoding:
             if not builder.has_place:
                 return
             self._plan(builder, sequence, 1)
+
+    def _next_fixed_batch(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Return the next batch in turn that has sequences to decode; those that are in none yet join it.
+
+        So the batches take turns and grow apart: one that is larger takes longer, and more of what comes joins it
+        (DistServe, ``decoding_stage_scheduler.py``: ``batch_queues``, ``get_next_batch``).
+        """
+        num_batches = self._books.settings.max_steps_in_flight
+        for _ in range(num_batches):
+            self._last_batch = (self._last_batch + 1) % num_batches
+            batch = [sequence for sequence in decoding if sequence.batch in (None, self._last_batch)]
+            if batch:
+                for sequence in batch:
+                    sequence.batch = self._last_batch
+                return batch
+        return []
 
     def _may_run_on(self, sequence: Sequence) -> bool:
         """True unless a sequence has to wait for its step in flight: see the module's words."""
@@ -132,5 +152,6 @@ class Batching:
         books.statistics.num_preemptions += 1
         books.running.remove(sequence)
         books.ledger.free(sequence)
+        sequence.batch = None
         sequence.move(SequenceState.WAITING, books.now)
         books.wait(sequence)

@@ -91,6 +91,8 @@ class Sequence:
     """Leading blocks already findable by their prefix."""
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
+    batch: int | None = None
+    """Which of a pipeline's fixed batches it is in; None before it is in one, and where there are none."""
     num_in_flight: int = 0
     """Tokens of this sequence in steps that have not ended."""
     num_coming: int = 0
