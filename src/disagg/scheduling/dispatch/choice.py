@@ -8,14 +8,14 @@ A sequence that lost an instance need not wait for a prefill instance: where non
 computes it again, from its known tokens on.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
-def choose_start(instances: Collection[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
     """Return the live instance on which the sequence starts, or None when it has to wait.
 
     A prefill instance is taken only when a decode instance can continue (or nothing is left to decode); one that is
@@ -38,7 +38,7 @@ def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -
     return _least_loaded(_fitting(instances, Role.DECODE, sequence))
 
 
-def can_be_served(instances: Collection[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
     """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
@@ -49,7 +49,7 @@ def can_be_served(instances: Collection[InstanceEntry], sequence: SequenceEntry)
     return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
 
 
-def can_be_held(instances: Collection[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
     """True unless all instances that could serve the sequence in its state are known to be too small for it."""
     holds = {
         role: any(
@@ -63,9 +63,7 @@ def can_be_held(instances: Collection[InstanceEntry], sequence: SequenceEntry) -
     return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
 
 
-def _best_pair(
-    instances: Collection[InstanceEntry], sequence: SequenceEntry
-) -> tuple[InstanceEntry, int | None] | None:
+def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:
     """Return the best prefill instance and the load of the decode side, None where that is still to come up."""
     prefill = _least_loaded(_fitting(instances, Role.PREFILL, sequence))
     if prefill is None:
