@@ -2,18 +2,20 @@
 
 FOLDER holds ``opt13b_sharegpt_a100_calibration.csv``. Prints predicted / measured percentiles and attainment; the range
 of the pipeline's when arrivals move by a few milliseconds; its TPOT over time, beside what one batch or two equal ones
-would take; and what the same prompt took on an idle engine in the two vLLM runs.
+would take; what measured TPOTs are made of; and what the same prompt took on an idle engine in the two vLLM runs.
 """
 
 import argparse
 import csv
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -56,9 +58,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     runs = read_runs(parser.parse_args().folder / FILE)
     console = Console(width=120)
+    began_s = time.process_time()
     console.print(percentiles(runs))
+    per_s = sum(map(len, runs.values())) / (time.process_time() - began_s)
+    console.print(f"{per_s:,.0f} requests of these runs are simulated in a second of one core")
     console.print(spread(runs[PIPELINE]))
     console.print(over_time(runs[PIPELINE]))
+    console.print(parts({run: rows for run, rows in runs.items() if run != PIPELINE}))
     console.print(cold(runs))
 
 
@@ -71,7 +77,7 @@ def read_runs(path: Path) -> dict[str, list[Row]]:
     return runs
 
 
-def spec_of(run: str) -> ClusterSpec:
+def spec_of(run: str, fixed_batches: bool = True) -> ClusterSpec:
     """Return the deployment that a run's name tells: engine[-placement]-requests-rate."""
     if run.startswith("vllm"):
         groups = (InstanceGroup(role=Role.COLOCATED, count=1),)
@@ -82,10 +88,14 @@ def spec_of(run: str) -> ClusterSpec:
         InstanceGroup(role=role, count=1, tensor_parallel=int(tensor), pipeline_parallel=int(pipeline))
         for role, tensor, pipeline in sizes
     )
-    return build_cluster(Placement(groups=groups), PublishedPlatform("distserve", MODEL), DISTSERVE)
+    schedulers = {
+        role: structs.replace(settings, fixed_batches=fixed_batches) for role, settings in DISTSERVE.schedulers.items()
+    }
+    rules = replace(DISTSERVE, schedulers=schedulers)
+    return build_cluster(Placement(groups=groups), PublishedPlatform("distserve", MODEL), rules)
 
 
-def simulate(run: str, rows: Sequence[Row], jitter: random.Random | None = None) -> Latencies:
+def simulate(spec: ClusterSpec, rows: Sequence[Row], jitter: random.Random | None = None) -> Latencies:
     """Return what the simulator makes of a run, each arrival up to ``JITTER_S`` later."""
     requests = [
         SimulatedRequest(
@@ -96,7 +106,7 @@ def simulate(run: str, rows: Sequence[Row], jitter: random.Random | None = None)
         )
         for number, row in enumerate(rows)
     ]
-    SimulatedCluster(spec_of(run), lambda request: None).run(sorted(requests, key=lambda request: request.arrival_s))
+    SimulatedCluster(spec, lambda request: None).run(sorted(requests, key=lambda request: request.arrival_s))
     return Latencies(
         np.array([request.ttft_s for request in requests]) * 1e3,
         np.array([request.tpot_s for request in requests]) * 1e3,
@@ -115,7 +125,7 @@ def percentiles(runs: dict[str, list[Row]]) -> Table:
     for heading in ("TTFT P50", "TTFT P90", "TPOT P50", "TPOT P90", "attainment", "mean error of a TPOT"):
         table.add_column(heading)
     for run, rows in runs.items():
-        predicted, real = simulate(run, rows), measured(rows)
+        predicted, real = simulate(spec_of(run), rows), measured(rows)
         cells = [
             _compare(float(np.nanpercentile(ours, percent)), float(np.percentile(theirs, percent)))
             for ours, theirs in ((predicted.ttft, real.ttft), (predicted.tpot, real.tpot))
@@ -134,16 +144,17 @@ def _compare(predicted: float, real: float) -> str:
 
 def spread(rows: Sequence[Row]) -> str:
     """Return the range of the pipeline's TPOT over small changes of the arrivals."""
-    found = [simulate(PIPELINE, rows, random.Random(seed)).tpot for seed in range(JITTERS)]
-    parts = []
+    found = [simulate(spec_of(PIPELINE), rows, random.Random(seed)).tpot for seed in range(JITTERS)]
+    evenly = simulate(spec_of(PIPELINE, fixed_batches=False), rows).tpot
+    told = []
     for percent in (50, 90):
         values = [float(np.nanpercentile(tpot, percent)) for tpot in found]
         real = float(np.percentile(measured(rows).tpot, percent))
-        parts.append(
+        told.append(
             f"TPOT P{percent} {min(values):.0f} to {max(values):.0f} ms, mean {np.mean(values):.1f} "
-            f"(measured {real:.1f})"
+            f"(measured {real:.1f}; with batches shared evenly {np.nanpercentile(evenly, percent):.1f})"
         )
-    return f"{PIPELINE}, {JITTERS} times with arrivals up to {1e3 * JITTER_S:.0f} ms later: {'; '.join(parts)}\n"
+    return f"{PIPELINE}, {JITTERS} times with arrivals up to {1e3 * JITTER_S:.0f} ms later: {'; '.join(told)}\n"
 
 
 def over_time(rows: Sequence[Row]) -> Table:
@@ -174,6 +185,42 @@ def _starts_s(row: Row) -> float:
 
 def _done(row: Row, now: float) -> float:
     return (now - _starts_s(row)) * 1e3 / row["tpot_ms"]
+
+
+def parts(runs: dict[str, list[Row]]) -> Table:
+    """Return what measured TPOTs are made of, by least squares on the relative error."""
+    table = Table(title="Parts of a measured TPOT, ms", title_justify="left")
+    table.add_column("run", no_wrap=True)
+    for heading in ("fixed", "a sequence", "1,000 tokens of context", "a prompt that came", "its token", "error"):
+        table.add_column(heading, justify="right")
+    for run, rows in runs.items():
+        # A DistServe answer waits for its own hand-over, a vLLM answer begins after its own prefill.
+        features = [_met(row, rows, counts_own=run.startswith("distserve")) for row in rows if row["output_len"] >= 10]
+        tpots = np.array([row["tpot_ms"] for row in rows if row["output_len"] >= 10])
+        matrix = np.array(features)
+        found, *_ = np.linalg.lstsq(matrix / tpots[:, None], np.ones(len(tpots)), rcond=None)
+        error = float(np.mean(np.abs(matrix @ found / tpots - 1)))
+        table.add_row(run, *(f"{value:.3g}" for value in found * [1, 1, 1000, 1, 1]), f"{100 * error:.1f}%")
+    return table
+
+
+def _met(row: Row, rows: Sequence[Row], *, counts_own: bool) -> tuple[float, ...]:
+    """Return 1, the mean number of running answers and of their tokens, and prompts and their tokens for each token."""
+    start_s, end_s = _starts_s(row), row["arrival_s"] + row["latency_ms"] / 1e3
+    running = context = num_prompts = num_tokens = 0.0
+    for other in rows:
+        first_s, last_s = _starts_s(other), other["arrival_s"] + other["latency_ms"] / 1e3
+        shared_s = min(end_s, last_s) - max(start_s, first_s)
+        if other["output_len"] > 1 and shared_s > 0:
+            share = shared_s / (end_s - start_s)
+            middle_s = (min(end_s, last_s) + max(start_s, first_s)) / 2
+            running += share
+            context += share * (other["prompt_len"] + _done(other, middle_s))
+        if start_s <= first_s < end_s and (counts_own or other is not row):
+            num_prompts += 1
+            num_tokens += other["prompt_len"]
+    num_gaps = row["output_len"] - 1
+    return 1.0, running, context, num_prompts / num_gaps, num_tokens / num_gaps
 
 
 def cold(runs: dict[str, list[Row]]) -> str:
