@@ -222,6 +222,11 @@ class TestResponses:
             ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, r"'input\[0\].content\[0\]'"),
             ({"input": [{"type": "function_call_output", "output": "x"}]}, "needs 'call_id'"),
             ({"tools": [{"type": "web_search"}]}, r"'tools\[0\].type'"),
+            ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "'text.format.schema' is no JSON"),
+            (
+                {"tools": [{**TOOLS[0], "parameters": {"type": "x"}}], "tool_choice": "required"},
+                r"'tools\[0\].parameters' is no JSON schema",
+            ),
         ],
     )
     async def test_what_is_not_served_is_refused_in_words(self, serve: Serve, asked: Any, words: str) -> None:

@@ -16,7 +16,7 @@ from disagg.serve.api.decoding import decode_body
 from disagg.serve.api.prompts import Prompt, chat_prompt, completion_prompts, tokenize_prompt
 from disagg.serve.api.reading import AnswerReading
 from disagg.serve.api.responses import Detokenized, Tokenized
-from disagg.serve.api.responses_api.as_chat import as_chat
+from disagg.serve.api.responses_api.as_chat import as_chat, in_own_words
 from disagg.serve.api.responses_api.schema import ResponsesRequest
 from disagg.serve.api.sampling import TokenConstraints
 from disagg.serve.api.schema import (
@@ -103,7 +103,10 @@ def prepare_chat(body: bytes, model: ServedModel, max_model_len: int) -> Prepare
 def prepare_response(body: bytes, model: ServedModel, max_model_len: int) -> PreparedResponse:
     """Read a ``/v1/responses`` body. Raises InvalidRequestError and ModelNotFoundError."""
     request = decode_body(body, ResponsesRequest)
-    chat = _prepared(as_chat(request), model, max_model_len)
+    try:
+        chat = _prepared(as_chat(request), model, max_model_len)
+    except InvalidRequestError as error:
+        raise in_own_words(error) from error
     return PreparedResponse(_rest(request, input=""), chat)
 
 

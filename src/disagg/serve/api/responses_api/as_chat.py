@@ -25,6 +25,25 @@ from disagg.serve.api.schema import (
 _TEXT_PARTS: Final = frozenset({"input_text", "output_text", "text", "reasoning_text"})
 
 
+_NAMES: Final = (
+    ("response_format.json_schema.schema", "text.format.schema"),
+    ("response_format", "text.format"),
+    ("].function.parameters", "].parameters"),
+    ("max_tokens", "max_output_tokens"),
+    ("messages", "input"),
+)
+"""Places in a chat, and what they are in a request for a response."""
+
+
+def in_own_words(error: InvalidRequestError) -> InvalidRequestError:
+    """Return what is wrong with the chat in the words of the request that it was made of."""
+    words, param = str(error), error.param
+    for of_chat, own in _NAMES:
+        words = words.replace(f"'{of_chat}", f"'{own}") if of_chat[0] != "]" else words.replace(of_chat, own)
+        param = own.split(".")[0] if param == of_chat else param
+    return type(error)(words, param)
+
+
 def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     """Return the chat whose answer is the response. Raises InvalidRequestError for what is not served."""
     if (request.n or 1) > 1:
