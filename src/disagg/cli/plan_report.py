@@ -1,0 +1,80 @@
+"""The report of ``disagg plan``, for people and as JSON."""
+
+import math
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from disagg.measure.statistics import Estimate
+from disagg.placement.plan import Plan, PlannedPlacement
+
+
+def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
+    """Write the plan to stdout."""
+    if as_json:
+        click.echo(msgspec.json.encode(plan).decode())
+        return
+    console = Console(highlight=False)
+    wanted = "as much as the cluster can" if plan.target_rate is None else f"{plan.target_rate:g} requests/s"
+    console.print(f"[bold]{plan.model}[/]\n{plan.workload}, {plan.target}, {wanted}\n")
+    console.print(_placements(plan))
+    best = plan.best
+    console.print(f"\nbest: [bold]{best.words}[/] ({best.family.value})")
+    for group in best.placement.groups:
+        where = f" on {', '.join(group.devices)}" if group.devices else ""
+        console.print(f"  {group.count} x {group.role.value}{where}")
+    if plan.target_rate is not None and best.goodput.mean < plan.target_rate:
+        console.print(f"[bold]the cluster does not reach {plan.target_rate:g} requests/s[/]")
+    if best.objective_costs:
+        told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
+        console.print(f"of its requests at that rate miss: {told}")
+    console.print("\nwhy not")
+    for other in plan.losing:
+        console.print(f"  {other.words}\n    {other.reason}")
+    console.print(f"\n{_effort(plan)} in {took_s:.1f} s")
+
+
+def _placements(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("placement")
+    for heading in ("devices", "requests/s", "per device", "per $/h", "per kW", "TTFT P90", "TPOT P90"):
+        table.add_column(heading, justify="right")
+    table.add_column("held back by")
+    for one in plan.placements:
+        table.add_row(
+            one.words,
+            str(one.num_devices),
+            _estimate(one.goodput),
+            _estimate(one.goodput_per_device),
+            _or_dash(one.goodput_per_dollar),
+            _or_dash(None if one.goodput_per_watt is None else one.goodput_per_watt * 1e3),
+            *_latencies(one),
+            one.bottleneck,
+        )
+    return table
+
+
+def _latencies(one: PlannedPlacement) -> tuple[str, str]:
+    values = (one.ttft_p90_s, one.tpot_p90_s)
+    ttft, tpot = ("-" if math.isnan(value) else f"{value * 1e3:.0f} ms" for value in values)
+    return ttft, tpot
+
+
+def _estimate(value: Estimate) -> str:
+    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.2g}"
+    return f"{value.mean:.3g}{interval}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _effort(plan: Plan) -> str:
+    effort = plan.effort
+    stopped = "" if effort.is_complete else "stopped before the end: "
+    return (
+        f"{stopped}{effort.num_choices} instances fit the model ({effort.num_refused} do not), {effort.num_ruled_out} "
+        f"ruled out by bounds, {effort.num_compositions} placements compared, {effort.num_runs} runs simulated"
+    )

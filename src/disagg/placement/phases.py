@@ -1,0 +1,111 @@
+"""One instance in its phase alone: what DistServe's Algorithm 1 simulates for prefill and decode each.
+
+The other phase takes no time and has room for everything, and KV travels in no time: prefill is a workload of answers
+of one token, decode a workload whose prompts are there at once. Colocated instances serve the whole workload.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import msgspec
+
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.costs.latency import ConstantLatency
+from disagg.measure.open_loop import LengthLimits, OpenLoop
+from disagg.measure.slo import Slo, SloTarget
+from disagg.placement.bounds import Bound, phase_bound, token_s
+from disagg.placement.goodput_job import GoodputJob
+from disagg.placement.problem import PlanProblem
+from disagg.placement.shapes import BuiltChoice, build_choice
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.engines import build_instance
+
+_AT_ONCE: Final = ConstantLatency(1e-9)
+_START: Final = {Role.PREFILL: 0.6, Role.DECODE: 0.75, Role.COLOCATED: 0.5}
+"""Usual goodput as a part of the bound: where searches begin."""
+_LONGEST_ANSWER_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class PhaseChoice:
+    """A choice with what it can serve at most in its phase."""
+
+    built: BuiltChoice
+    bound: Bound
+
+
+def bound_choice(problem: PlanProblem, built: BuiltChoice) -> PhaseChoice:
+    """Return the choice with its bound."""
+    return PhaseChoice(built, phase_bound(built, problem.sample, problem.target))
+
+
+def phase_job(problem: PlanProblem, phase: PhaseChoice, seed: int = 0) -> GoodputJob:
+    """Return the search of the goodput of one instance in its phase."""
+    role = phase.built.choice.role
+    return GoodputJob(
+        spec=_phase_spec(problem, phase.built),
+        workload=_phase_workload(problem.workload, role),
+        target=phase_target(problem.target, role),
+        start_rate=phase.bound.rate * _START[role],
+        seed=seed,
+        min_requests=problem.min_requests,
+        max_requests=problem.max_requests,
+        requests_per_rate=0.0 if role is Role.PREFILL else 4 * answer_s(problem, phase.built),
+    )
+
+
+def phase_target(target: SloTarget, role: Role) -> SloTarget:
+    """Return what of a target one phase decides: prefill the first token, decode the rest, colocated all."""
+    if role is Role.COLOCATED:
+        return target
+    ours = {Role.PREFILL: ("ttft",), Role.DECODE: ("tpot", "itl")}[role]
+    slo = Slo(ttft_s=target.slo.ttft_s) if role is Role.PREFILL else Slo(tpot_s=target.slo.tpot_s)
+    tails = tuple(tail for tail in target.tails if tail.latency in ours)
+    return SloTarget(slo=slo, attainment=target.attainment, tails=tails)
+
+
+def answer_s(problem: PlanProblem, built: BuiltChoice) -> float:
+    """Return how long an answer takes when batches are as full as the objective lets them be."""
+    step_s = token_s(built.latency, 64 * built.latency.num_stages, problem.sample.mean_held)
+    return min(problem.sample.mean_output * min(problem.target.slo.tpot_s, step_s), _LONGEST_ANSWER_S)
+
+
+def other_batchings(problem: PlanProblem, phase: PhaseChoice) -> list[PhaseChoice]:
+    """Return the choice with each other batching of its role."""
+    others = problem.batchings[phase.built.choice.role][1:]
+    choices = [phase.built.choice.with_batching(batching) for batching in others]
+    return [bound_choice(problem, build_choice(problem, choice)) for choice in choices]
+
+
+def _phase_workload(workload: OpenLoop, role: Role) -> OpenLoop:
+    if role is not Role.PREFILL:
+        return workload
+    limits = workload.limits
+    total = limits.max_total_len
+    return replace(workload, limits=LengthLimits(min(limits.max_prompt_len, total - 1), 1, total))
+
+
+def _phase_spec(problem: PlanProblem, built: BuiltChoice) -> ClusterSpec:
+    choice = built.choice
+    named = build_instance(
+        InstanceId(choice.role.value), choice.group(1), problem.platforms[choice.kind], problem.rules
+    )
+    instance = replace(named, latency=built.latency, kv_bytes_per_token=0)
+    if choice.role is Role.COLOCATED:
+        return ClusterSpec(instances=(instance,), router=problem.rules.router)
+    other = Role.DECODE if choice.role is Role.PREFILL else Role.PREFILL
+    room = problem.sample.mean_held * problem.max_requests
+    instant = replace(
+        instance,
+        name=InstanceId(other.value),
+        role=other,
+        scheduler=msgspec.structs.replace(
+            problem.rules.schedulers[other], max_batch_tokens=1 << 20, max_batch_size=4096, max_pulls_in_flight=4096
+        ),
+        num_blocks=round(max(room, 4 * problem.sample.longest)) // instance.block_size,
+        latency=_AT_ONCE,
+        num_devices=1,
+        swap=None,
+    )
+    return ClusterSpec(instances=(instance, instant), router=problem.rules.router)
