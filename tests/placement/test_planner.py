@@ -11,8 +11,9 @@ from disagg.cli.placement_file import read_placement, write_placement
 from disagg.placement.composition import Family
 from disagg.placement.describe import describe
 from disagg.placement.layout import cluster_of
-from disagg.placement.planner import Progress, Search, search
+from disagg.placement.planner import Search, search
 from disagg.placement.problem import CostUnit, PlanProblem
+from disagg.placement.progress import Progress
 from disagg.placement.workers import Workers
 
 
@@ -144,3 +145,26 @@ def test_colocated_wins_where_prompts_are_nothing() -> None:
     found = plan(problem(workload=workload(prompt_len=2, output_len=100), topology=topology(nodes(1, 2))))
     assert found.judged[0].composition.family is Family.COLOCATED
     assert found.judged[0].composition.count(Role.COLOCATED) == 2
+
+
+def test_devices_that_pairs_leave_over_serve_colocated() -> None:
+    """Three devices: a pair takes two of them."""
+    one = problem(topology=topology(nodes(1, 3)), target="ttft=1s,tpot=11ms")
+    found = plan(one)
+    mixed = [judged for judged in found.judged if judged.composition.family is Family.MIXED]
+    for judged in mixed:
+        assert judged.composition.num_devices == 3
+        assert judged.composition.count(Role.COLOCATED) >= 1
+
+
+def test_kinds_share_the_phases_by_what_they_are_good_at() -> None:
+    """One kind computes prompts ten times as fast, the other decodes so: together they beat either alone."""
+    kinds = topology(nodes(1, 2, "fast"), nodes(1, 2, "wide"), bytes_per_s=1e10)
+    one = problem(
+        topology=kinds,
+        platforms={"fast": EvenPlatform(token_s=1e-5, step_s=40e-3), "wide": EvenPlatform(token_s=1e-4, step_s=4e-3)},
+        target="ttft=200ms,tpot=20ms",
+    )
+    best = plan(one).judged[0]
+    kinds_of = {choice.role: choice.kind for choice in best.composition.choices}
+    assert kinds_of[Role.DECODE] == "wide"

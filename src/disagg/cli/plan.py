@@ -7,23 +7,36 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from msgspec import structs
 
 from disagg.base.config import MAX_INSTANCES, CacheSettings
 from disagg.base.errors import ConfigurationError
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import write_placement
-from disagg.cli.plan_problem import choose_problem
+from disagg.cli.plan_page import write_page
+from disagg.cli.plan_problem import choose_host_problem, choose_problem, is_for_a_host
 from disagg.cli.plan_report import print_plan
 from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, workload_options
 from disagg.costs.devices import DEVICES
 from disagg.measure.slo import SloTarget
+from disagg.placement.curves import attainment_curves, prompt_shifts
 from disagg.placement.describe import describe
-from disagg.placement.planner import OnProgress, Progress, search
+from disagg.placement.describe_host import describe_host
+from disagg.placement.host_planner import search_host
+from disagg.placement.k8s_manifests import k8s_manifests
+from disagg.placement.layout import PlacedInstance
+from disagg.placement.plan import Plan
+from disagg.placement.planner import search
 from disagg.placement.problem import CostUnit
-from disagg.placement.workers import open_workers
+from disagg.placement.progress import OnProgress, Progress
+from disagg.placement.vllm_commands import vllm_script
+from disagg.placement.workers import Workers, open_workers
 from disagg.simulator.engines import IMITATED
 
+Made = tuple[Plan, tuple[PlacedInstance, ...]]
+"""A plan, and the instances of its best placement on their devices: none where they are not a cluster's."""
+_LAUNCHERS: Final = {"vllm": vllm_script, "k8s": k8s_manifests}
 _FILE: Final = click.Path(path_type=Path)
 
 
@@ -34,14 +47,16 @@ _FILE: Final = click.Path(path_type=Path)
     "num_devices",
     type=Count(min=1, max=MAX_INSTANCES),
     metavar="N",
-    help="Instead: one node of N devices.",
+    help="Instead: one node of N devices, or, with a profile, N cores.",
 )
 @click.option("--model", metavar="NAME|config.json", help="Model, unless the latency file names it.")
 @click.option(
     "--latency",
+    multiple=True,
     metavar="FILE|NAME",
-    help=f"Step times, as for disagg simulate: a device ({', '.join(DEVICES)}), operator tables, a profile, or "
-    "'published'.  [default: the roofline of each device of the cluster]",
+    help=f"Step times, as for disagg simulate: a device ({', '.join(DEVICES)}), operator tables, or 'published'; a "
+    "profile plans for the cores of its machine, several are of several --threads.  [default: the roofline of each "
+    "device of the cluster]",
 )
 @click.option("--engine", type=Name(["disagg", *IMITATED]), default="disagg", show_default=True, help="Whose rules.")
 @workload_options
@@ -70,22 +85,58 @@ _FILE: Final = click.Path(path_type=Path)
 )
 @flags_of(CacheSettings)
 @click.option("-o", "--output", type=OutputPath("the placement"), metavar="FILE.yaml", help="Write the best placement.")
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also find which placement is best when prompts are longer or shorter.",
+)
+@click.option("--html", type=OutputPath("the page"), metavar="FILE", help="Write the plan as a page, with its curves.")
+@click.option(
+    "--as",
+    "launch_as",
+    type=Name(list(_LAUNCHERS)),
+    help="Print the best placement as start commands of vLLM, or as Kubernetes manifests, in place of the report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(slo: SloTarget, output: Path | None, as_json: bool, **values: Any) -> None:
     """Find the placement that serves the most requests within the objectives.
 
     Simulates the real policies. Ctrl-C prints the best so far.
     """
-    problem = choose_problem(values, slo, build(CacheSettings, values))
     begin_s = time.monotonic()
+    cache = build(CacheSettings, values)
+    make = _host_plan if is_for_a_host(values) else _cluster_plan
     with open_workers(values["workers"]) as workers, _shown_progress() as on_progress:
-        found = search(problem, workers, on_progress)
+        result, placed = make(values, slo, cache, workers, on_progress)
+    if output is not None:
+        write_placement(result.best.placement, output)
+    if values["html"] is not None:
+        write_page(result, values["html"])
+    if values["launch_as"] is not None:
+        click.echo(_LAUNCHERS[values["launch_as"]](placed, values["model"] or "MODEL"), nl=False)
+        return
+    print_plan(result, as_json, time.monotonic() - begin_s)
+
+
+def _cluster_plan(
+    values: dict[str, Any], slo: SloTarget, cache: CacheSettings, workers: Workers, on_progress: OnProgress
+) -> Made:
+    found = search(choose_problem(values, slo, cache), workers, on_progress)
     if not found.judged:
         raise ConfigurationError("no placement fits on the devices: give the cluster more, or allow --max-nodes")
     result = describe(found)
-    if output is not None:
-        write_placement(result.best.placement, output)
-    print_plan(result, as_json, time.monotonic() - begin_s)
+    if values["html"] is not None:
+        result = structs.replace(result, curves=attainment_curves(found, workers))
+    if values["sensitivity"] or values["html"] is not None:
+        result = structs.replace(result, prompt_shifts=prompt_shifts(found, workers))
+    return result, found.judged[0].placed
+
+
+def _host_plan(
+    values: dict[str, Any], slo: SloTarget, cache: CacheSettings, workers: Workers, on_progress: OnProgress
+) -> Made:
+    problem = choose_host_problem(values, slo, cache)
+    return describe_host(problem, *search_host(problem, workers, on_progress)), ()
 
 
 @contextmanager

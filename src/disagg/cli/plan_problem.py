@@ -1,16 +1,23 @@
-"""From the flags of ``disagg plan`` to what is to be planned."""
+"""From the flags of ``disagg plan`` to what is to be planned: a cluster, or the cores of a profiled host."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings, SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.cli.flags import flag_name
 from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform
 from disagg.cli.workload_flags import choose_workload
+from disagg.costs.platform import Platform
+from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.costs.thread_scaling import ThreadScaledPlatform
 from disagg.costs.topology import Topology
 from disagg.measure.slo import SloTarget
 from disagg.measure.windows import keep_rows
+from disagg.placement.host_planner import HostProblem
 from disagg.placement.instance_choice import Batching
 from disagg.placement.problem import CostUnit, PlanProblem
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
@@ -53,8 +60,50 @@ def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSet
     )
 
 
+def is_for_a_host(values: Mapping[str, Any]) -> bool:
+    """Return whether step times are those of a profile, and so the plan one for the cores of its machine."""
+    return values["cluster"] is None and any(name.endswith(".json") for name in values["latency"])
+
+
+def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> HostProblem:
+    """Return the problem of the host that profiles are of. Raises ConfigurationError for flags that it has not."""
+    for name in ("target_rate", "per", "model", "launch_as"):
+        if values[name] is not None:
+            flag = "--as" if name == "launch_as" else flag_name(name)
+            raise ConfigurationError(
+                f"a profile is of one model on one machine, and its plan for all of it: leave out {flag}"
+            )
+    measured = {}
+    for file in values["latency"]:
+        platform = ProfiledPlatform(load_profile(Path(file)), cache.kv_memory_bytes)
+        num_threads = platform.profile.num_threads or 1
+        if num_threads in measured:
+            raise ConfigurationError(f"{file} is a second profile of {num_threads} thread(s): give one of each number")
+        measured[num_threads] = platform
+    first = measured[min(measured)]
+    num_cores = values["num_devices"] or first.profile.num_cores or len(os.sched_getaffinity(0))
+    platforms: dict[int, Platform] = dict(measured)
+    for num_threads in (2**power for power in range(num_cores.bit_length())):
+        if num_threads not in measured and num_threads > min(measured):
+            platforms[num_threads] = ThreadScaledPlatform(first, num_threads)
+    return HostProblem(
+        platforms=platforms,
+        num_cores=num_cores,
+        most_tokens=max(first.most_tokens, 1),
+        cache=cache,
+        workload=keep_rows(_workload(values)),
+        target=target,
+        num_seeds=values["seeds"],
+    )
+
+
 def _platform(values: Mapping[str, Any], cache: CacheSettings) -> ChosenPlatform:
-    source = values["latency"], values["model"], values["engine"], cache.kv_memory_bytes
+    if len(values["latency"]) > 1:
+        raise ConfigurationError(
+            "several --latency are profiles of one machine at several --threads: leave out --cluster"
+        )
+    latency = next(iter(values["latency"]), None)
+    source = latency, values["model"], values["engine"], cache.kv_memory_bytes
     if values["cluster"] is None:
         return choose_platform(*source)
     if values["num_devices"] is not None:

@@ -33,7 +33,13 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
     console.print("\nwhy not")
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
-    console.print(f"\n{_effort(plan)} in {took_s:.1f} s")
+    if plan.prompt_shifts:
+        console.print("\nif prompts were")
+    for shift in plan.prompt_shifts:
+        verdict = "the same" if shift.is_same else f"{shift.best}, this answer {shift.chosen_per_device:.3g}"
+        reached = f"{shift.goodput_per_device:.3g} requests/s per device"
+        console.print(f"  {shift.factor:g} times as long: {verdict}; {reached}")
+    console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
 
 
 def _placements(plan: Plan) -> Table:
@@ -71,7 +77,8 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _effort(plan: Plan) -> str:
+def effort_words(plan: Plan) -> str:
+    """Return what the search did, for people."""
     effort = plan.effort
     stopped = "" if effort.is_complete else "stopped before the end: "
     return (

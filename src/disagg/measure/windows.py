@@ -59,8 +59,45 @@ def keep_rows(workload: OpenLoop) -> OpenLoop:
 def with_requests(workload: OpenLoop, num_requests: int) -> OpenLoop:
     """Return a workload, of which ``keep_rows`` has kept the rows, with so many requests."""
     source = workload.source
+    if isinstance(source, StretchedPrompts):
+        return replace(workload, source=replace(source, source=replace(source.source, num_requests=num_requests)))
     assert isinstance(source, DrawnLengths | FixedLengths | TraceWindow), "keep_rows leaves no other"
     return replace(workload, source=replace(source, num_requests=num_requests))
+
+
+@dataclass(frozen=True, slots=True)
+class StretchedPrompts:
+    """The requests of a source with prompts ``factor`` times as long. See ``open_loop.RequestSource``."""
+
+    source: DrawnLengths | FixedLengths | TraceWindow
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """The source's, and the factor."""
+        return f"{self.source.name}, prompts x {self.factor:g}"
+
+    @property
+    def rate(self) -> float:
+        """The source's."""
+        return self.source.rate
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def rows(self, seed: int) -> Iterator[RequestSpec]:
+        """Yield the requests; their prefixes are longer as well."""
+        for row in self.source.rows(seed):
+            tokens = max(1, round(row.prefix.block_tokens * self.factor))
+            prefix = replace(row.prefix, block_tokens=tokens)
+            yield replace(row, prompt_len=max(1, round(row.prompt_len * self.factor)), prefix=prefix)
+
+
+def with_prompts(workload: OpenLoop, factor: float) -> OpenLoop:
+    """Return a workload, of which ``keep_rows`` has kept the rows, with prompts ``factor`` times as long."""
+    source = workload.source
+    assert isinstance(source, DrawnLengths | FixedLengths | TraceWindow), "keep_rows leaves no other"
+    return replace(workload, source=StretchedPrompts(source, factor))
 
 
 def _rate(rows: Sequence[RequestSpec], source: RequestSource) -> float:

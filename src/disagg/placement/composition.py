@@ -3,7 +3,7 @@
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -79,7 +79,11 @@ class Composition:
 
 def score(problem: PlanProblem, composition: Composition, rate: float) -> tuple[float, ...]:
     """Return how good a composition is that serves ``rate``; the larger, the better."""
-    cost = composition.cost(problem, problem.compared_by())
+    return score_of(problem, composition.cost(problem, problem.compared_by()), rate)
+
+
+def score_of(problem: PlanProblem, cost: float, rate: float) -> tuple[float, ...]:
+    """Return how good it is to serve ``rate`` at a cost."""
     if problem.target_rate is not None:
         reached = min(1.0, rate / problem.target_rate)
         return (reached, -cost, rate) if reached >= 1.0 else (reached, rate, -cost)
@@ -118,63 +122,86 @@ def _colocated(problem: PlanProblem, choice: InstanceChoice, goodput: float) -> 
 def _pairs(
     problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice, goodputs: Goodputs
 ) -> Iterator[Composition]:
-    best = _best(problem, goodputs, _anywhere(problem, prefill, decode, goodputs))
-    if best is not None:
-        yield best
+    pair = _Pair(problem, prefill, decode, goodputs(prefill), goodputs(decode))
+    found = [pair.anywhere()]
     if prefill.kind == decode.kind and len(problem.nodes(prefill.kind)) > 1:
-        best = _best(problem, goodputs, _segments(problem, prefill, decode, goodputs))
-        if best is not None:
-            yield best
+        found.append(pair.segments())
+    yield from (one for one in found if one is not None)
 
 
-def _best(problem: PlanProblem, goodputs: Goodputs, compositions: Iterable[Composition]) -> Composition | None:
-    return max(compositions, key=lambda one: score(problem, one, one.rate(goodputs)), default=None)
+class _Pair:
+    """A prefill and a decode choice, and how many of each are best. Counts are compared as numbers: there are many."""
 
+    def __init__(
+        self,
+        problem: PlanProblem,
+        prefill: InstanceChoice,
+        decode: InstanceChoice,
+        prefill_rate: float,
+        decode_rate: float,
+    ) -> None:
+        self._problem = problem
+        self._prefill, self._decode = prefill, decode
+        self._rates = prefill_rate, decode_rate
+        self._costs = tuple(problem.cost(choice, problem.compared_by()) for choice in (prefill, decode))
 
-def _anywhere(
-    problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice, goodputs: Goodputs
-) -> Iterator[Composition]:
-    """Yield for each number of prefill instances the decode instances that keep up with them."""
-    most_prefill, most_decode = room(problem, prefill), room(problem, decode)
-    free = sum(node.num_devices for node in problem.nodes(prefill.kind))
-    shared = prefill.kind == decode.kind
-    network = hand_over_rate(problem, prefill, decode)
-    for num_prefill in _counts(problem, most_prefill, goodputs(prefill)):
-        left = (free - num_prefill * prefill.num_devices) // decode.num_devices if shared else most_decode
-        wanted = num_prefill * goodputs(prefill) / goodputs(decode)
-        for num_decode in {min(left, math.ceil(wanted)), min(left, max(1, math.floor(wanted)))}:
-            if num_decode < 1:
+    def anywhere(self) -> Composition | None:
+        """Return the best on any devices: for each number of prefill instances the decodes that keep up with them."""
+        problem, prefill, decode = self._problem, self._prefill, self._decode
+        most_decode = room(problem, decode)
+        free = sum(node.num_devices for node in problem.nodes(prefill.kind))
+        shared = prefill.kind == decode.kind
+        network = hand_over_rate(problem, prefill, decode)
+        best = ((-math.inf,), 0, 0)
+        for num_prefill in _counts(problem, room(problem, prefill), self._rates[0]):
+            left = (free - num_prefill * prefill.num_devices) // decode.num_devices if shared else most_decode
+            for num_decode in self._decodes(num_prefill, left):
+                best = max(best, (self._score(num_prefill, num_decode, 1, network), num_prefill, num_decode))
+        _, num_prefill, num_decode = best
+        if not num_prefill:
+            return None
+        # Equal parts serve among themselves: the smaller a unit, the shorter its hand-overs.
+        units = math.gcd(num_prefill, num_decode)
+        unit = ((prefill, num_prefill // units), (decode, num_decode // units))
+        return Composition(Family.ANYWHERE, unit, units, hand_over_rate=network)
+
+    def segments(self) -> Composition | None:
+        """Return the best whose pipelines are cut into as many parts as a unit has nodes, a part of each in a node."""
+        problem, prefill, decode = self._problem, self._prefill, self._decode
+        nodes = problem.nodes(prefill.kind)
+        devices = min(node.num_devices for node in nodes)
+        best = ((-math.inf,), 0, 0, 0, 0)
+        for width in range(1, min(problem.max_nodes, len(nodes)) + 1):
+            if prefill.pipeline_parallel % width or decode.pipeline_parallel % width:
                 continue
-            # Equal parts serve among themselves: the smaller a unit, the shorter its hand-overs.
-            units = math.gcd(num_prefill, num_decode)
-            unit = ((prefill, num_prefill // units), (decode, num_decode // units))
-            yield Composition(Family.ANYWHERE, unit, units, hand_over_rate=network)
+            ours, theirs = prefill.num_devices // width, decode.num_devices // width
+            for num_prefill in range(1, devices // ours + 1):
+                for num_decode in self._decodes(num_prefill, (devices - num_prefill * ours) // theirs):
+                    units = self._units(num_prefill, num_decode, len(nodes) // width)
+                    reached = self._score(num_prefill, num_decode, units, math.inf)
+                    # Of equals the narrower unit: its pipelines cross no network.
+                    best = max(best, (reached, -width, num_prefill, num_decode, units))
+        _, width, num_prefill, num_decode, units = best
+        if not num_prefill:
+            return None
+        unit = ((prefill, num_prefill), (decode, num_decode))
+        return Composition(Family.SEGMENTS, unit, units, nodes_per_unit=-width)
 
+    def _decodes(self, num_prefill: int, most: int) -> set[int]:
+        """Return the numbers of decode instances that keep up, or nearly, with so many prefill instances."""
+        wanted = num_prefill * self._rates[0] / self._rates[1]
+        return {count for count in (min(most, math.ceil(wanted)), min(most, math.floor(wanted))) if count > 0}
 
-def _segments(
-    problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice, goodputs: Goodputs
-) -> Iterator[Composition]:
-    """Yield what fits on the nodes of a unit, when both pipelines are cut into as many parts as it has nodes."""
-    nodes = problem.nodes(prefill.kind)
-    devices = min(node.num_devices for node in nodes)
-    for num_nodes in range(1, min(problem.max_nodes, len(nodes)) + 1):
-        if prefill.pipeline_parallel % num_nodes or decode.pipeline_parallel % num_nodes:
-            continue
-        ours, theirs = prefill.num_devices // num_nodes, decode.num_devices // num_nodes
-        for num_prefill in range(1, devices // ours + 1):
-            left = (devices - num_prefill * ours) // theirs
-            wanted = num_prefill * goodputs(prefill) / goodputs(decode)
-            num_decode = min(left, math.ceil(wanted))
-            if num_decode < 1:
-                continue
-            unit = ((prefill, num_prefill), (decode, num_decode))
-            composition = Composition(Family.SEGMENTS, unit, len(nodes) // num_nodes, num_nodes)
-            if problem.target_rate is not None:
-                one = replace(composition, num_units=1).rate(goodputs)
-                composition = replace(
-                    composition, num_units=min(composition.num_units, _needed(problem.target_rate, one))
-                )
-            yield composition
+    def _units(self, num_prefill: int, num_decode: int, most: int) -> int:
+        if self._problem.target_rate is None:
+            return most
+        rate = min(num_prefill * self._rates[0], num_decode * self._rates[1])
+        return min(most, _needed(self._problem.target_rate, rate))
+
+    def _score(self, num_prefill: int, num_decode: int, units: int, network: float) -> tuple[float, ...]:
+        rate = min(num_prefill * self._rates[0], num_decode * self._rates[1]) * units
+        cost = (num_prefill * self._costs[0] + num_decode * self._costs[1]) * units
+        return score_of(self._problem, cost, min(rate, network))
 
 
 def _counts(problem: PlanProblem, most: int, goodput: float) -> Iterable[int]:

@@ -56,11 +56,12 @@ def _planned(search: Search, judged: JudgedPlacement) -> PlannedPlacement:
                 tensor_parallel=choice.tensor_parallel,
                 pipeline_parallel=choice.pipeline_parallel,
                 batching=str(choice.batching),
+                num_threads=None,
                 goodput=search.phases.goodput(choice),
             )
             for choice in composition.choices
         ),
-        placement=placement_of(problem, judged.placed),
+        placement=placement_of(judged.placed),
         num_units=composition.num_units,
         num_devices=composition.num_devices,
         goodput=judged.goodput,

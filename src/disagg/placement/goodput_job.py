@@ -59,11 +59,11 @@ def run_goodput_job(job: GoodputJob) -> JobResult:
     return JobResult(rate=bracket.met, report=reports.get(bracket.met), num_runs=len(reports))
 
 
-def run_at(job: GoodputJob, rate: float) -> RunReport | None:
-    """Return the report of one run; None where more requests than may have missed their objectives."""
+def run_at(job: GoodputJob, rate: float, *, gives_up: bool = True) -> RunReport | None:
+    """Return the report of one run; None where it ``gives_up``, as more requests than may missed their objectives."""
     count = round(min(max(job.min_requests, rate * job.requests_per_rate), job.max_requests))
     workload = with_requests(job.workload, count).at_rate(rate)
-    most_misses = math.floor(count * (1 - job.target.attainment) + 1e-9)
+    most_misses = math.floor(count * (1 - job.target.attainment) + 1e-9) if gives_up else math.inf
     try:
         return run_workload(job.spec, workload, job.target.slo, job.seed, most_misses=most_misses)
     except TargetLostError:

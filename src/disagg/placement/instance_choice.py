@@ -33,7 +33,6 @@ class InstanceChoice:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     batching: Batching = Batching()
-    num_threads: int | None = None
 
     @property
     def num_devices(self) -> int:
@@ -41,7 +40,7 @@ class InstanceChoice:
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
-    def order(self) -> tuple[str, str, int, int, str, int]:
+    def order(self) -> tuple[str, str, int, int, str]:
         """Sort key: equal searches look at equal choices in equal order."""
         return (
             self.role.value,
@@ -49,7 +48,6 @@ class InstanceChoice:
             self.tensor_parallel,
             self.pipeline_parallel,
             str(self.batching),
-            self.num_threads or 0,
         )
 
     def with_batching(self, batching: Batching) -> "InstanceChoice":
@@ -62,7 +60,6 @@ class InstanceChoice:
         return InstanceGroup(
             role=self.role,
             count=count,
-            num_threads=self.num_threads,
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
             scheduling=None if mode is None else SchedulingMode(mode),

@@ -41,11 +41,12 @@ def judge(
 ) -> Iterator[JudgedPlacement]:
     """Yield each composition that fits on the devices, judged."""
     fitting = [(one, placed) for one in compositions if (placed := _placed(problem, one)) is not None]
-    jobs = [_job(problem, goodputs, one, placed, seed) for one, placed in fitting for seed in range(problem.num_seeds)]
+    seeds = range(problem.num_seeds)
+    jobs = [unit_job(problem, goodputs, one, placed, seed) for one, placed in fitting for seed in seeds]
     results = workers.map(run_goodput_job, jobs)
     for one, placed in fitting:
         found = [next(results) for _ in range(problem.num_seeds)]
-        yield _judged(one, placed, found)
+        yield _judged(one, placed, found, sum(goodputs(choice) * count for choice, count in one.extra))
 
 
 def _placed(problem: PlanProblem, composition: Composition) -> list[PlacedInstance] | None:
@@ -55,9 +56,10 @@ def _placed(problem: PlanProblem, composition: Composition) -> list[PlacedInstan
         return None
 
 
-def _job(
+def unit_job(
     problem: PlanProblem, goodputs: Goodputs, composition: Composition, placed: Sequence[PlacedInstance], seed: int
 ) -> GoodputJob:
+    """Return the search of the goodput of one unit, on the devices of the first."""
     one_unit = [one for one in placed if one.unit == 0]
     expected = replace(composition, num_units=1, extra=()).rate(goodputs)
     decoding = next(choice for choice, _ in composition.unit if choice.role is not Role.PREFILL)
@@ -74,9 +76,9 @@ def _job(
 
 
 def _judged(
-    composition: Composition, placed: Sequence[PlacedInstance], results: Sequence[JobResult]
+    composition: Composition, placed: Sequence[PlacedInstance], results: Sequence[JobResult], extra_rate: float
 ) -> JudgedPlacement:
-    rates = [result.rate * composition.num_units for result in results]
+    rates = [result.rate * composition.num_units + extra_rate for result in results]
     return JudgedPlacement(
         composition=composition,
         placed=tuple(placed),

@@ -93,19 +93,18 @@ def _largest_first(parts: Sequence[tuple[InstanceChoice, int]]) -> list[Instance
     return sorted(every, key=lambda choice: -choice.tensor_parallel)
 
 
-def placement_of(problem: PlanProblem, placed: Sequence[PlacedInstance]) -> Placement:
-    """Return the placement file of these instances; they name their devices where these are a cluster's."""
+def placement_of(placed: Sequence[PlacedInstance]) -> Placement:
+    """Return the placement file of these instances, with their devices."""
     groups: list[InstanceGroup] = []
     order = {(one.unit, one.choice): None for one in placed}
     for unit, choice in order:
         places = [one.place for one in placed if (one.unit, one.choice) == (unit, choice)]
         devices = write_devices(tuple(device for place in places for device in place))
-        groups.append(choice.group(len(places), devices if problem.on_own_devices else ()))
+        groups.append(choice.group(len(places), devices))
     return Placement(groups=tuple(groups))
 
 
 def cluster_of(problem: PlanProblem, placed: Sequence[PlacedInstance]) -> ClusterSpec:
     """Return the simulated deployment of these instances."""
     any_platform = next(iter(problem.platforms.values()))
-    topology = problem.topology if problem.on_own_devices else None
-    return build_cluster(placement_of(problem, placed), any_platform, problem.rules, topology, problem.platforms)
+    return build_cluster(placement_of(placed), any_platform, problem.rules, problem.topology, problem.platforms)

@@ -4,12 +4,14 @@ import msgspec
 
 from disagg.base.config import Placement
 from disagg.measure.slo import SloTarget
-from disagg.measure.statistics import Estimate
+from disagg.measure.statistics import Estimate, Share
 from disagg.placement.composition import Family
 
 
 class PlannedInstance(msgspec.Struct, frozen=True, kw_only=True):
-    """Equal instances of a placement. ``goodput`` is that of one in its phase alone, in requests/s."""
+    """Equal instances of a placement. ``goodput`` is that of one in its phase alone, in requests/s.
+
+    None where it was not simulated alone."""
 
     role: str
     kind: str
@@ -17,7 +19,8 @@ class PlannedInstance(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel: int
     pipeline_parallel: int
     batching: str
-    goodput: float
+    num_threads: int | None
+    goodput: float | None
 
 
 class PlannedPlacement(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +56,26 @@ class LosingPlacement(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class PlannedCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """Attainment of a placement over ``rate per device`` (requests/s), or over ``SLO scale`` at the best's goodput."""
+
+    words: str
+    over: str
+    x: tuple[float, ...]
+    attainment: tuple[Share, ...]
+
+
+class PromptShift(msgspec.Struct, frozen=True, kw_only=True):
+    """The best of the judged placements when all prompts are ``factor`` times as long; goodput in requests/s."""
+
+    factor: float
+    best: str
+    is_same: bool
+    goodput_per_device: float
+    chosen_per_device: float
+    """What the plan's answer reaches then."""
+
+
 class SearchEffort(msgspec.Struct, frozen=True, kw_only=True):
     """What the search did. ``is_complete`` is False when it was stopped."""
 
@@ -78,6 +101,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     placements: tuple[PlannedPlacement, ...]
     losing: tuple[LosingPlacement, ...]
     effort: SearchEffort
+    curves: tuple[PlannedCurve, ...] = ()
+    prompt_shifts: tuple[PromptShift, ...] = ()
 
     @property
     def best(self) -> PlannedPlacement:

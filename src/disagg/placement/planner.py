@@ -1,6 +1,6 @@
 """The planner: bounds first, then phases alone, then whole placements, each only as far as it may still win."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,8 +10,10 @@ from disagg.placement.composition import Composition, Family, compose, score
 from disagg.placement.goodput_job import JobResult, run_goodput_job
 from disagg.placement.instance_choice import InstanceChoice
 from disagg.placement.judging import JudgedPlacement, judge
+from disagg.placement.mixing import fill_up
 from disagg.placement.phases import PhaseChoice, bound_choice, other_batchings, phase_job
 from disagg.placement.problem import PlanProblem
+from disagg.placement.progress import OnProgress, Progress
 from disagg.placement.shapes import FoundShapes, find_shapes
 from disagg.placement.workers import Workers
 
@@ -23,18 +25,6 @@ _KEPT_CHOICES: Final = 24
 _LEADERS: Final = 3
 """Compositions that must be known in full before the search of phases ends, beside the best of each family."""
 _FINALISTS: Final = 5
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a plan is: ``done`` of about ``total`` searches, and the best so far in words."""
-
-    done: int
-    total: int
-    best: str
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass
@@ -101,7 +91,8 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
     try:
         leaders, num_compositions = _search_phases(problem, phases, workers, on_progress)
         leaders = _refine(problem, phases, leaders, workers)
-        for one in judge(problem, phases.goodput, leaders[:_FINALISTS], workers):
+        leaders = _with_mixed(problem, phases, leaders)
+        for one in judge(problem, phases.goodput, leaders, workers):
             judged.append(one)
             on_progress(Progress(len(phases.known) + len(judged), len(phases.known) + len(leaders), one.words))
     except KeyboardInterrupt:
@@ -180,6 +171,18 @@ def _leaders(ranked: Sequence[Composition]) -> list[Composition]:
         if first is not None and first not in leaders:
             leaders.append(first)
     return leaders
+
+
+def _with_mixed(problem: PlanProblem, phases: PhaseSearch, leaders: Sequence[Composition]) -> list[Composition]:
+    """Return the finalists: the leaders, and what each becomes with colocated instances on the devices left over."""
+    colocated = [choice for choice, result in phases.known.items() if choice.role is Role.COLOCATED and result.rate > 0]
+    found = list(leaders)
+    for one in leaders:
+        mixed = fill_up(problem, one, colocated, phases.goodput)
+        if mixed is not None:
+            found.append(mixed)
+    found.sort(key=lambda one: score(problem, one, one.rate(phases.goodput)), reverse=True)
+    return _leaders(found)[:_FINALISTS]
 
 
 def _refine(

@@ -100,8 +100,6 @@ class PlanProblem:
     max_requests: int = 1500
     num_seeds: int = 3
     """Of the runs that judge the last few placements."""
-    on_own_devices: bool = True
-    """False where instances share a host and disturb each other."""
     sample: LengthSample = field(init=False)
 
     def __post_init__(self) -> None:
