@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from planning import EvenPlatform, nodes, problem, topology, workload
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.cli.placement_file import read_placement, write_placement
-from disagg.placement.composition import Family
+from disagg.placement.composition import Composition, Family, compose
 from disagg.placement.describe import describe
-from disagg.placement.layout import cluster_of
+from disagg.placement.instance_choice import InstanceChoice
+from disagg.placement.layout import cluster_of, lay_out
+from disagg.placement.mixing import fill_up
 from disagg.placement.planner import Search, search
 from disagg.placement.problem import CostUnit, PlanProblem
 from disagg.placement.progress import Progress
@@ -22,44 +25,44 @@ def plan(one: PlanProblem) -> Search:
 
 
 @pytest.fixture(scope="module")
-def four_devices() -> Search:
-    """Prompts take ten times as long as a prefill instance may, in sum, beside what decode needs."""
+def three_devices() -> Search:
+    """Any of one to three devices for each phase."""
     return plan(problem())
 
 
-def test_the_best_comes_first(four_devices: Search) -> None:
-    rates = [one.goodput.mean for one in four_devices.judged]
+def test_the_best_comes_first(three_devices: Search) -> None:
+    rates = [one.goodput.mean for one in three_devices.judged]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0
 
 
-def test_every_family_is_judged(four_devices: Search) -> None:
+def test_every_family_is_judged(three_devices: Search) -> None:
     """One node: segments are the same as anywhere."""
-    assert {one.composition.family for one in four_devices.judged} >= {Family.ANYWHERE, Family.COLOCATED}
+    assert {one.composition.family for one in three_devices.judged} >= {Family.ANYWHERE, Family.COLOCATED}
 
 
 def test_equal_problems_have_equal_plans_whoever_computes_them() -> None:
-    one = problem(min_requests=30)
+    one = problem(topology=topology(nodes(1, 2)), min_requests=20, max_requests=20)
     first = describe(plan(one))
     workers = Workers(2)
     try:
         second = describe(search(one, workers, lambda progress: None))
     finally:
         workers.close()
-    assert first == second
+    assert msgspec.json.encode(first) == msgspec.json.encode(second)
 
 
-def test_instances_have_devices_of_their_own(four_devices: Search) -> None:
-    for judged in four_devices.judged:
+def test_instances_have_devices_of_their_own(three_devices: Search) -> None:
+    for judged in three_devices.judged:
         taken = [device for one in judged.placed for device in one.place]
-        assert len(taken) == len(set(taken)) <= 4
+        assert len(taken) == len(set(taken)) <= 3
 
 
-def test_the_placement_file_is_what_was_simulated(four_devices: Search, tmp_path: Path) -> None:
-    best = describe(four_devices).best
+def test_the_placement_file_is_what_was_simulated(three_devices: Search, tmp_path: Path) -> None:
+    best = describe(three_devices).best
     write_placement(best.placement, tmp_path / "placement.yaml")
     assert read_placement(tmp_path / "placement.yaml") == best.placement
-    names = [one.name for one in cluster_of(four_devices.problem, four_devices.judged[0].placed).instances]
+    names = [one.name for one in cluster_of(three_devices.problem, three_devices.judged[0].placed).instances]
     assert len(names) == sum(group.count for group in best.placement.groups)
 
 
@@ -75,22 +78,20 @@ def test_a_slow_network_keeps_phases_together() -> None:
     slow = problem(
         topology=topology(nodes(2, 2), bytes_per_s=1e8),
         platforms={"gpu": EvenPlatform(kv_bytes_per_token=20_000)},
-        target="ttft=1s,tpot=20ms",
+        target="ttft=400ms,tpot=20ms",
     )
     families = [one.composition.family for one in plan(slow).judged]
     assert families.index(Family.SEGMENTS) < families.index(Family.ANYWHERE)
 
 
 def test_stages_of_a_pair_share_nodes() -> None:
-    """A model that fills three devices of four is cut in two: half of each phase's layers on either node."""
-    big = problem(
-        topology=topology(nodes(2, 4), bytes_per_s=1e7), platforms={"gpu": EvenPlatform(weights=2.5)}, max_nodes=2
-    )
-    segments = [one for one in plan(big).judged if one.composition.family is Family.SEGMENTS]
-    for one in segments:
-        for instance in one.placed:
-            width = one.composition.nodes_per_unit
-            assert len({device.node for device in instance.place}) == width
+    """A model that fills more than one device is cut in two: half of each phase's layers on either node."""
+    big = problem(topology=topology(nodes(2, 2), bytes_per_s=1e7), platforms={"gpu": EvenPlatform(weights=1.2)})
+    prefill, decode = (InstanceChoice(role, "gpu", 1, 2) for role in (Role.PREFILL, Role.DECODE))
+    (one,) = [one for one in compose(big, [prefill, decode], lambda choice: 5.0) if one.family is Family.SEGMENTS]
+    assert (one.nodes_per_unit, one.num_units) == (2, 1)
+    for instance in lay_out(big, one):
+        assert [device.node for device in instance.place] == ["gpu-0", "gpu-1"]
 
 
 def test_dollars_decide_where_they_are_asked_for() -> None:
@@ -111,17 +112,17 @@ def test_costs_that_nobody_stated_are_asked_for() -> None:
 
 
 def test_a_model_that_fits_nowhere_is_told_with_its_size() -> None:
-    with pytest.raises(ConfigurationError, match=r"fits nowhere.*leave no room for KV on 4 device"):
+    with pytest.raises(ConfigurationError, match=r"fits nowhere.*leave no room for KV on 3 device"):
         plan(problem(platforms={"gpu": EvenPlatform(weights=9)}))
 
 
 def test_objectives_below_one_step_are_told_with_the_step() -> None:
-    with pytest.raises(ConfigurationError, match=r"no instance keeps tpot=2ms@90%: a lone decode step takes 2.5 ms"):
+    with pytest.raises(ConfigurationError, match=r"no instance keeps tpot=2ms@90%: a lone decode step takes"):
         plan(problem(target="tpot=2ms"))
 
 
 def test_a_request_that_no_instance_holds_is_told_with_its_length() -> None:
-    with pytest.raises(ConfigurationError, match="has a request of 100050"):
+    with pytest.raises(ConfigurationError, match="has a request of 1000"):
         plan(problem(workload=workload(prompt_len=100_000)))
 
 
@@ -141,30 +142,28 @@ def test_an_interruption_leaves_the_best_so_far() -> None:
 
 
 def test_colocated_wins_where_prompts_are_nothing() -> None:
-    """Prompts of one token: a prefill instance would idle."""
-    found = plan(problem(workload=workload(prompt_len=2, output_len=100), topology=topology(nodes(1, 2))))
+    """Prompts of two tokens: a prefill instance would idle, and two instances decode twice as much as one."""
+    found = plan(problem(workload=workload(prompt_len=2, output_len=40), topology=topology(nodes(1, 2))))
     assert found.judged[0].composition.family is Family.COLOCATED
-    assert found.judged[0].composition.count(Role.COLOCATED) == 2
 
 
 def test_devices_that_pairs_leave_over_serve_colocated() -> None:
     """Three devices: a pair takes two of them."""
-    one = problem(topology=topology(nodes(1, 3)), target="ttft=1s,tpot=11ms")
-    found = plan(one)
-    mixed = [judged for judged in found.judged if judged.composition.family is Family.MIXED]
-    for judged in mixed:
-        assert judged.composition.num_devices == 3
-        assert judged.composition.count(Role.COLOCATED) >= 1
+    one = problem()
+    prefill, decode, colocated = (InstanceChoice(role, "gpu") for role in Role)
+    pair = Composition(Family.ANYWHERE, ((prefill, 1), (decode, 1)), 1)
+    mixed = fill_up(one, pair, [colocated], lambda choice: 5.0)
+    assert mixed is not None
+    assert (mixed.family, mixed.num_devices, mixed.count(Role.COLOCATED)) == (Family.MIXED, 3, 1)
+    assert mixed.rate(lambda choice: 5.0) == 10.0
 
 
 def test_kinds_share_the_phases_by_what_they_are_good_at() -> None:
     """One kind computes prompts ten times as fast, the other decodes so: together they beat either alone."""
     kinds = topology(nodes(1, 2, "fast"), nodes(1, 2, "wide"), bytes_per_s=1e10)
-    one = problem(
-        topology=kinds,
-        platforms={"fast": EvenPlatform(token_s=1e-5, step_s=40e-3), "wide": EvenPlatform(token_s=1e-4, step_s=4e-3)},
-        target="ttft=200ms,tpot=20ms",
-    )
-    best = plan(one).judged[0]
-    kinds_of = {choice.role: choice.kind for choice in best.composition.choices}
-    assert kinds_of[Role.DECODE] == "wide"
+    platforms = {"fast": EvenPlatform(token_s=1e-5, step_s=40e-3), "wide": EvenPlatform(token_s=1e-4, step_s=4e-3)}
+    best = plan(problem(topology=kinds, platforms=platforms, target="ttft=120ms,tpot=12ms")).judged[0]
+    assert {choice.role: choice.kind for choice in best.composition.choices} == {
+        Role.PREFILL: "fast",
+        Role.DECODE: "wide",
+    }

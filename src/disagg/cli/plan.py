@@ -20,7 +20,7 @@ from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, workload_options
 from disagg.costs.devices import DEVICES
 from disagg.measure.slo import SloTarget
-from disagg.placement.curves import attainment_curves, prompt_shifts
+from disagg.placement.curves import attainment_curves
 from disagg.placement.describe import describe
 from disagg.placement.describe_host import describe_host
 from disagg.placement.host_planner import search_host
@@ -30,6 +30,7 @@ from disagg.placement.plan import Plan
 from disagg.placement.planner import search
 from disagg.placement.problem import CostUnit
 from disagg.placement.progress import OnProgress, Progress
+from disagg.placement.sensitivity import prompt_shifts, rate_shifts
 from disagg.placement.vllm_commands import vllm_script
 from disagg.placement.workers import Workers, open_workers
 from disagg.simulator.engines import IMITATED
@@ -124,7 +125,7 @@ def _cluster_plan(
     found = search(choose_problem(values, slo, cache), workers, on_progress)
     if not found.judged:
         raise ConfigurationError("no placement fits on the devices: give the cluster more, or allow --max-nodes")
-    result = describe(found)
+    result = structs.replace(describe(found), rate_shifts=rate_shifts(found))
     if values["html"] is not None:
         result = structs.replace(result, curves=attainment_curves(found, workers))
     if values["sensitivity"] or values["html"] is not None:

@@ -8,10 +8,11 @@ from typing import Final
 from disagg.base.errors import ConfigurationError
 from disagg.bench.report.curves import AttainmentCurve, draw_rate_curves, draw_scale_curves
 from disagg.bench.report.picture import Picture
+from disagg.bench.report.runs import Interval
 from disagg.bench.report.theme import SeriesStyle, add_legend, house_style, styles_of
 from disagg.cli.plan_report import effort_words
 from disagg.costs.topology import read_devices
-from disagg.placement.plan import Plan, PlannedPlacement
+from disagg.placement.plan import Plan, PlannedCurve, PlannedPlacement
 
 _SIZE: Final = (9.2, 3.4)
 _ROLE_COLOURS: Final = {"prefill": "blue", "decode": "vermillion", "colocated": "green"}
@@ -99,6 +100,11 @@ def _pictures(plan: Plan) -> Iterator[Picture]:
         elif curves:
             load = f"{plan.best.goodput_per_device.mean:.3g} requests/s per device"
             yield draw_scale_curves(curves, styles, plan.target.attainment, load=load, name=name)
+
+
+def _curve(curve: PlannedCurve) -> AttainmentCurve:
+    points = tuple(Interval(one.share, one.low, one.high) for one in curve.attainment)
+    return AttainmentCurve(curve.words, curve.x, points)
 
 
 def _frontier(placements: Sequence[PlannedPlacement]) -> Picture:

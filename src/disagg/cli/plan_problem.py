@@ -93,6 +93,7 @@ def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: Cac
         cache=cache,
         workload=keep_rows(_workload(values)),
         target=target,
+        num_requests=values["num_requests"] or HostProblem.num_requests,
         num_seeds=values["seeds"],
     )
 

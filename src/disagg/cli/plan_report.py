@@ -30,16 +30,32 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
     if best.objective_costs:
         told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
         console.print(f"of its requests at that rate miss: {told}")
+    if plan.behind_one_router is not None:
+        console.print(
+            f"{best.num_units} equal units, a router for each. One router for all, which hands over from unit to unit: "
+            f"{_percent(plan.behind_one_router)} of requests keep the objectives at that rate"
+        )
     console.print("\nwhy not")
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
+    _print_shifts(plan, console)
+    console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
+
+
+def _print_shifts(plan: Plan, console: Console) -> None:
+    """Print what the answer would be at other rates, and with other prompts."""
+    if plan.rate_shifts:
+        console.print("\nif the rate were")
+    for other in plan.rate_shifts:
+        verdict = "more than the cluster serves" if not other.is_reached else f"{other.num_devices} devices"
+        same = "the same instances" if other.has_same_instances else other.best
+        console.print(f"  {other.rate:.3g} requests/s: {same}, {verdict}")
     if plan.prompt_shifts:
         console.print("\nif prompts were")
     for shift in plan.prompt_shifts:
         verdict = "the same" if shift.is_same else f"{shift.best}, this answer {shift.chosen_per_device:.3g}"
         reached = f"{shift.goodput_per_device:.3g} requests/s per device"
         console.print(f"  {shift.factor:g} times as long: {verdict}; {reached}")
-    console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
 
 
 def _placements(plan: Plan) -> Table:
@@ -71,6 +87,11 @@ def _latencies(one: PlannedPlacement) -> tuple[str, str]:
 def _estimate(value: Estimate) -> str:
     interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.2g}"
     return f"{value.mean:.3g}{interval}"
+
+
+def _percent(value: Estimate) -> str:
+    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.1%}"
+    return f"{value.mean:.1%}{interval}"
 
 
 def _or_dash(value: float | None) -> str:

@@ -152,7 +152,7 @@ class _Pair:
         free = sum(node.num_devices for node in problem.nodes(prefill.kind))
         shared = prefill.kind == decode.kind
         network = hand_over_rate(problem, prefill, decode)
-        best = ((-math.inf,), 0, 0)
+        best: tuple[tuple[float, ...], int, int] = ((-math.inf,), 0, 0)
         for num_prefill in _counts(problem, room(problem, prefill), self._rates[0]):
             left = (free - num_prefill * prefill.num_devices) // decode.num_devices if shared else most_decode
             for num_decode in self._decodes(num_prefill, left):
@@ -170,7 +170,7 @@ class _Pair:
         problem, prefill, decode = self._problem, self._prefill, self._decode
         nodes = problem.nodes(prefill.kind)
         devices = min(node.num_devices for node in nodes)
-        best = ((-math.inf,), 0, 0, 0, 0)
+        best: tuple[tuple[float, ...], int, int, int, int] = ((-math.inf,), 0, 0, 0, 0)
         for width in range(1, min(problem.max_nodes, len(nodes)) + 1):
             if prefill.pipeline_parallel % width or decode.pipeline_parallel % width:
                 continue

@@ -38,6 +38,7 @@ def describe(search: Search, num_shown: int = 5) -> Plan:
             + sum(one.num_runs for one in search.judged),
             is_complete=search.is_complete,
         ),
+        behind_one_router=search.behind_one_router,
     )
 
 
@@ -91,19 +92,18 @@ def bottleneck(search: Search, composition: Composition) -> str:
     if composition.family is Family.COLOCATED:
         choice = composition.choices[0]
         return search.phases.phases[choice].bound.limited_by
-    rates = {}
+    rates: dict[Role, float] = {}
+    limits: dict[Role, str] = {}
     for choice, count in composition.unit:
-        of_role = rates.setdefault(choice.role, [0.0, ""])
-        of_role[0] += search.phases.goodput(choice) * count * composition.num_units
-        of_role[1] = search.phases.phases[choice].bound.limited_by
-    prefill, decode = rates[Role.PREFILL], rates[Role.DECODE]
-    if composition.hand_over_rate < min(prefill[0], decode[0]):
+        rates[choice.role] = search.phases.goodput(choice) * count * composition.num_units
+        limits[choice.role] = search.phases.phases[choice].bound.limited_by
+    least, most = sorted((Role.PREFILL, Role.DECODE), key=rates.__getitem__)
+    if composition.hand_over_rate < rates[least]:
         return f"the network: KV of {composition.hand_over_rate:.3g} requests/s"
-    spare = abs(prefill[0] - decode[0]) / max(prefill[0], decode[0])
+    spare = 1 - rates[least] / rates[most]
     if spare < _NEAR:
         return "both phases alike"
-    name, (_, why) = ("prefill", prefill) if prefill[0] < decode[0] else ("decode", decode)
-    return f"{name}: {why}; the other phase has {spare:.0%} to spare"
+    return f"{least.value}: {limits[least]}; {most.value} has {spare:.0%} to spare"
 
 
 def _losing(search: Search, best: JudgedPlacement, others: Sequence[JudgedPlacement]) -> Iterator[LosingPlacement]:

@@ -14,9 +14,11 @@ from disagg.simulator.run_report import RunReport
 from disagg.simulator.simulation import TargetLostError
 
 TOLERANCE: Final = 0.04
-GROWTH: Final = 1.3
-"""From one rate to the next until the goodput is bracketed: estimates are seldom further off."""
-MAX_STEPS: Final = 12
+GUESS_GROWTH: Final = 1.25
+"""From one rate to the next until the goodput is bracketed, where the first is a guess from a bound."""
+KNOWN_GROWTH: Final = 1.08
+"""The same where something alike was simulated before."""
+MAX_STEPS: Final = 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class GoodputJob:
     max_requests: int
     requests_per_rate: float
     tolerance: float = TOLERANCE
+    growth: float = GUESS_GROWTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,9 @@ def run_goodput_job(job: GoodputJob) -> JobResult:
         reports[rate] = report
         return report is not None and job.target.is_met(report.attainment, report.percentiles())
 
-    bracket = bracket_goodput(meets, job.start_rate, tolerance=job.tolerance, max_doublings=MAX_STEPS, growth=GROWTH)
+    bracket = bracket_goodput(
+        meets, job.start_rate, tolerance=job.tolerance, max_doublings=MAX_STEPS, growth=job.growth
+    )
     return JobResult(rate=bracket.met, report=reports.get(bracket.met), num_runs=len(reports))
 
 

@@ -33,8 +33,8 @@ from disagg.simulator.engines import build_cluster, own_rules
 
 BUDGETS: Final = (64, 128, 256, 512, 1024, 2048)
 """Tokens of a step that are tried, as far as the profile measured steps so large."""
-_ROUNDS: Final = ((60, 1, 12), (200, 1, 5), (300, 3, 5))
-"""Requests of a run, seeds, and how many placements remain after it."""
+_ROUNDS: Final = ((0.2, 1, 12), (0.6, 1, 5), (1.0, 3, 5))
+"""Part of the requests of a run, seeds, and how many placements remain after it."""
 _COARSE: Final = 0.1
 _BATCH: Final = 8
 
@@ -52,6 +52,8 @@ class HostProblem:
     cache: CacheSettings
     workload: OpenLoop
     target: SloTarget
+    num_requests: int = 300
+    """Of a run, in the last round."""
     num_seeds: int = 3
 
     def __post_init__(self) -> None:
@@ -131,7 +133,8 @@ def search_host(
     total = _num_searches(problem, len(candidates))
     done = 0
     try:
-        for num_requests, seeds, kept in _ROUNDS:
+        for part, seeds, kept in _ROUNDS:
+            num_requests = max(1, round(part * problem.num_requests))
             num_seeds = min(seeds, problem.num_seeds)
             keys = [(one, seed) for one in candidates for seed in range(num_seeds)]
             jobs = [_job(problem, one, starts.get(one), num_requests, seed) for one, seed in keys]

@@ -7,10 +7,10 @@ from typing import Final
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.measure.statistics import Estimate
-from disagg.placement.composition import Composition, Goodputs
-from disagg.placement.goodput_job import GoodputJob, JobResult, run_goodput_job
+from disagg.placement.composition import Composition, Goodputs, score
+from disagg.placement.goodput_job import KNOWN_GROWTH, GoodputJob, JobResult, run_at, run_goodput_job
 from disagg.placement.layout import PlacedInstance, cluster_of, lay_out
-from disagg.placement.phases import answer_s
+from disagg.placement.phases import requests_per_rate
 from disagg.placement.problem import PlanProblem
 from disagg.placement.shapes import build_choice
 from disagg.placement.workers import Workers
@@ -19,16 +19,30 @@ from disagg.simulator.run_report import RunReport
 _START: Final = 0.85
 """Of what the phases alone promise: both objectives at once, and the hand-over, cost some."""
 
+_CLOSER: Final = 3
+"""Placements that are judged with all seeds, the best by the first."""
+_WHOLE_SEEDS: Final = 2
+_WHOLE_REQUESTS: Final = 1200
+
 
 @dataclass(frozen=True)
 class JudgedPlacement:
-    """A composition on its devices, with the goodput of the whole and a run at it; None where no rate was kept."""
+    """A composition on its devices, with the goodput of the whole, and the search of a unit for each seed."""
 
     composition: Composition
     placed: tuple[PlacedInstance, ...]
     goodput: Estimate
-    report: RunReport | None
-    num_runs: int
+    results: tuple[JobResult, ...]
+
+    @property
+    def report(self) -> RunReport | None:
+        """The run of a unit at its goodput; None where no rate was kept."""
+        return self.results[0].report
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that were simulated."""
+        return sum(result.num_runs for result in self.results)
 
     @property
     def words(self) -> str:
@@ -39,14 +53,51 @@ class JudgedPlacement:
 def judge(
     problem: PlanProblem, goodputs: Goodputs, compositions: Sequence[Composition], workers: Workers
 ) -> Iterator[JudgedPlacement]:
-    """Yield each composition that fits on the devices, judged."""
+    """Yield each composition that fits on the devices with its goodput; those that may still win with all seeds."""
     fitting = [(one, placed) for one in compositions if (placed := _placed(problem, one)) is not None]
-    seeds = range(problem.num_seeds)
-    jobs = [unit_job(problem, goodputs, one, placed, seed) for one, placed in fitting for seed in seeds]
-    results = workers.map(run_goodput_job, jobs)
-    for one, placed in fitting:
-        found = [next(results) for _ in range(problem.num_seeds)]
-        yield _judged(one, placed, found, sum(goodputs(choice) * count for choice, count in one.extra))
+    firsts = [unit_job(problem, goodputs, one, placed, seed=0) for one, placed in fitting]
+    found = [
+        _judged(goodputs, one, placed, (result,))
+        for (one, placed), result in zip(fitting, workers.map(run_goodput_job, firsts), strict=True)
+    ]
+    found.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
+    closer, others = found[:_CLOSER], found[_CLOSER:]
+    seeds = range(1, problem.num_seeds)
+    jobs = [
+        replace(
+            unit_job(problem, goodputs, one.composition, one.placed, seed),
+            start_rate=one.results[0].rate or 1.0,
+            growth=KNOWN_GROWTH,
+        )
+        for one in closer
+        for seed in seeds
+    ]
+    more = workers.map(run_goodput_job, jobs)
+    for one in closer:
+        results = (*one.results, *(next(more) for _ in seeds))
+        yield _judged(goodputs, one.composition, one.placed, results)
+    yield from others
+
+
+def attainment_behind_one_router(
+    problem: PlanProblem, goodputs: Goodputs, judged: JudgedPlacement, workers: Workers
+) -> Estimate:
+    """Return the attainment of the whole placement at its goodput when one router serves all units.
+
+    It hands over from any unit to any other, over the links between them.
+    """
+    jobs = []
+    for seed in range(_WHOLE_SEEDS):
+        job = unit_job(problem, goodputs, judged.composition, judged.placed, seed)
+        spec = cluster_of(problem, judged.placed)
+        jobs.append(replace(job, spec=spec, start_rate=judged.goodput.mean, max_requests=_WHOLE_REQUESTS))
+    return Estimate.of(list(workers.map(_attainment, jobs)))
+
+
+def _attainment(job: GoodputJob) -> float:
+    report = run_at(job, job.start_rate, gives_up=False)
+    assert report is not None, "it was not given up"
+    return report.attainment
 
 
 def _placed(problem: PlanProblem, composition: Composition) -> list[PlacedInstance] | None:
@@ -71,18 +122,16 @@ def unit_job(
         seed=seed,
         min_requests=problem.min_requests,
         max_requests=2 * problem.max_requests,
-        requests_per_rate=4 * answer_s(problem, build_choice(problem, decoding)),
+        requests_per_rate=requests_per_rate(problem, build_choice(problem, decoding)),
     )
 
 
 def _judged(
-    composition: Composition, placed: Sequence[PlacedInstance], results: Sequence[JobResult], extra_rate: float
+    goodputs: Goodputs,
+    composition: Composition,
+    placed: Sequence[PlacedInstance],
+    results: tuple[JobResult, ...],
 ) -> JudgedPlacement:
+    extra_rate = sum(goodputs(choice) * count for choice, count in composition.extra)
     rates = [result.rate * composition.num_units + extra_rate for result in results]
-    return JudgedPlacement(
-        composition=composition,
-        placed=tuple(placed),
-        goodput=Estimate.of(rates),
-        report=results[0].report,
-        num_runs=sum(result.num_runs for result in results),
-    )
+    return JudgedPlacement(composition, tuple(placed), Estimate.of(rates), results)

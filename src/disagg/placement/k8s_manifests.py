@@ -12,7 +12,7 @@ from disagg.placement.instance_choice import InstanceChoice
 from disagg.placement.layout import PlacedInstance
 from disagg.placement.vllm_commands import vllm_arguments
 
-IMAGE: Final = "vllm/vllm-openai:latest"
+IMAGE: Final = "vllm/vllm-openai:v0.33.0"
 _PORT: Final = 8000
 _SIDE_PORT: Final = 5600
 _LABELS: Final = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.COLOCATED: "prefill-decode"}
@@ -56,17 +56,17 @@ def _group(one: PlacedInstance, unit: int, node: str, count: int, model: str) ->
     yield {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": name, "labels": labels},
+        "metadata": {"name": name, "labels": dict(labels)},
         "spec": {
             "replicas": count,
             "selector": {"matchLabels": {"app": name}},
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": {"metadata": {"labels": dict(labels)}, "spec": pod},
         },
     }
     yield {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": name, "labels": labels},
+        "metadata": {"name": name, "labels": dict(labels)},
         "spec": {"selector": {"app": name}, "ports": [{"port": _PORT, "targetPort": _PORT}]},
     }
 

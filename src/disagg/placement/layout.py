@@ -58,7 +58,7 @@ class _Devices:
 def lay_out(problem: PlanProblem, composition: Composition) -> list[PlacedInstance]:
     """Return all instances on their devices, unit after unit. Raises ConfigurationError when they do not fit so."""
     devices = _Devices(problem)
-    placed = []
+    placed: list[PlacedInstance] = []
     for unit in range(composition.num_units):
         if composition.nodes_per_unit:
             placed += _segments(problem, composition, devices, unit)

@@ -15,7 +15,7 @@ from disagg.costs.latency import ConstantLatency
 from disagg.measure.open_loop import LengthLimits, OpenLoop
 from disagg.measure.slo import Slo, SloTarget
 from disagg.placement.bounds import Bound, phase_bound, token_s
-from disagg.placement.goodput_job import GoodputJob
+from disagg.placement.goodput_job import GUESS_GROWTH, KNOWN_GROWTH, GoodputJob
 from disagg.placement.problem import PlanProblem
 from disagg.placement.shapes import BuiltChoice, build_choice
 from disagg.simulator.cluster import ClusterSpec
@@ -40,18 +40,22 @@ def bound_choice(problem: PlanProblem, built: BuiltChoice) -> PhaseChoice:
     return PhaseChoice(built, phase_bound(built, problem.sample, problem.target))
 
 
-def phase_job(problem: PlanProblem, phase: PhaseChoice, seed: int = 0) -> GoodputJob:
-    """Return the search of the goodput of one instance in its phase."""
+def phase_job(problem: PlanProblem, phase: PhaseChoice, expected: float | None = None) -> GoodputJob:
+    """Return the search of the goodput of one instance in its phase.
+
+    ``expected`` is what others of the role let expect; None begins at a usual part of the bound.
+    """
     role = phase.built.choice.role
     return GoodputJob(
         spec=_phase_spec(problem, phase.built),
         workload=_phase_workload(problem.workload, role),
         target=phase_target(problem.target, role),
-        start_rate=phase.bound.rate * _START[role],
-        seed=seed,
+        start_rate=expected or phase.bound.rate * _START[role],
+        growth=GUESS_GROWTH if expected is None else KNOWN_GROWTH,
+        seed=0,
         min_requests=problem.min_requests,
         max_requests=problem.max_requests,
-        requests_per_rate=0.0 if role is Role.PREFILL else 4 * answer_s(problem, phase.built),
+        requests_per_rate=requests_per_rate(problem, phase.built),
     )
 
 
@@ -65,7 +69,14 @@ def phase_target(target: SloTarget, role: Role) -> SloTarget:
     return SloTarget(slo=slo, attainment=target.attainment, tails=tails)
 
 
-def answer_s(problem: PlanProblem, built: BuiltChoice) -> float:
+def requests_per_rate(problem: PlanProblem, built: BuiltChoice) -> float:
+    """Return how many seconds a run must last: short ones flatter, as queues and batches are empty when they begin."""
+    ttft_s = problem.target.slo.ttft_s
+    queue_s = 20 * ttft_s if ttft_s < _LONGEST_ANSWER_S else 0.0
+    return queue_s if built.choice.role is Role.PREFILL else max(queue_s, 4 * _answer_s(problem, built))
+
+
+def _answer_s(problem: PlanProblem, built: BuiltChoice) -> float:
     """Return how long an answer takes when batches are as full as the objective lets them be."""
     step_s = token_s(built.latency, 64 * built.latency.num_stages, problem.sample.mean_held)
     return min(problem.sample.mean_output * min(problem.target.slo.tpot_s, step_s), _LONGEST_ANSWER_S)

@@ -76,6 +76,17 @@ class PromptShift(msgspec.Struct, frozen=True, kw_only=True):
     """What the plan's answer reaches then."""
 
 
+class RateShift(msgspec.Struct, frozen=True, kw_only=True):
+    """The best placement for another target rate, in requests/s, by its instances' goodputs alone."""
+
+    rate: float
+    best: str
+    num_devices: int
+    is_reached: bool
+    has_same_instances: bool
+    """Whether it is made of instances like those of the answer, more or fewer."""
+
+
 class SearchEffort(msgspec.Struct, frozen=True, kw_only=True):
     """What the search did. ``is_complete`` is False when it was stopped."""
 
@@ -101,7 +112,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     placements: tuple[PlannedPlacement, ...]
     losing: tuple[LosingPlacement, ...]
     effort: SearchEffort
+    behind_one_router: Estimate | None = None
+    """Attainment of the best, at its goodput, with one router for all its units instead of one for each."""
     curves: tuple[PlannedCurve, ...] = ()
+    rate_shifts: tuple[RateShift, ...] = ()
     prompt_shifts: tuple[PromptShift, ...] = ()
 
     @property

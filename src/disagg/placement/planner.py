@@ -6,10 +6,11 @@ from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.measure.statistics import Estimate
 from disagg.placement.composition import Composition, Family, compose, score
 from disagg.placement.goodput_job import JobResult, run_goodput_job
 from disagg.placement.instance_choice import InstanceChoice
-from disagg.placement.judging import JudgedPlacement, judge
+from disagg.placement.judging import JudgedPlacement, attainment_behind_one_router, judge
 from disagg.placement.mixing import fill_up
 from disagg.placement.phases import PhaseChoice, bound_choice, other_batchings, phase_job
 from disagg.placement.problem import PlanProblem
@@ -52,7 +53,11 @@ class PhaseSearch:
 
     def search(self, choices: Sequence[InstanceChoice], workers: Workers) -> None:
         """Simulate these choices in their phases."""
-        jobs = [phase_job(self.problem, self.phases[choice]) for choice in choices]
+        roles = {choice.role for choice, result in self.known.items() if result.rate > 0}
+        jobs = [
+            phase_job(self.problem, self.phases[choice], self.goodput(choice) if choice.role in roles else None)
+            for choice in choices
+        ]
         self.known |= dict(zip(choices, workers.map(run_goodput_job, jobs), strict=True))
 
     def usable(self) -> list[InstanceChoice]:
@@ -70,6 +75,8 @@ class Search:
     phases: PhaseSearch
     num_compositions: int
     judged: tuple[JudgedPlacement, ...]
+    behind_one_router: Estimate | None
+    """Attainment of the best placement when its units are not served apart; None where there is one unit."""
     is_complete: bool
 
 
@@ -87,6 +94,7 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
     phases = PhaseSearch(problem, {phase.built.choice: phase for phase in _keep(problem, possible)})
     judged: list[JudgedPlacement] = []
     num_compositions = 0
+    behind_one_router = None
     is_complete = True
     try:
         leaders, num_compositions = _search_phases(problem, phases, workers, on_progress)
@@ -95,19 +103,22 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
         for one in judge(problem, phases.goodput, leaders, workers):
             judged.append(one)
             on_progress(Progress(len(phases.known) + len(judged), len(phases.known) + len(leaders), one.words))
+        judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
+        if judged and judged[0].composition.num_units > 1 and judged[0].report is not None:
+            behind_one_router = attainment_behind_one_router(problem, phases.goodput, judged[0], workers)
     except KeyboardInterrupt:
         is_complete = False
         if not judged:
             raise
-    judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
-    return Search(problem, shapes, ruled_out, phases, num_compositions, tuple(judged), is_complete)
+        judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
+    return Search(problem, shapes, ruled_out, phases, num_compositions, tuple(judged), behind_one_router, is_complete)
 
 
 def _check(
     problem: PlanProblem, shapes: FoundShapes, possible: Sequence[PhaseChoice], ruled_out: Sequence[PhaseChoice]
 ) -> None:
     if not shapes.built:
-        raise ConfigurationError(f"the model fits nowhere on this cluster: {shapes.refused[-1].reason}")
+        raise ConfigurationError(f"the model fits nowhere on this cluster: {shapes.why_none()}")
     roles = {phase.built.choice.role for phase in possible}
     if Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles:
         return
@@ -118,7 +129,7 @@ def _check(
         default=None,
     )
     if quickest is None:
-        raise ConfigurationError(f"no {missing.value} instance fits on this cluster: {shapes.refused[-1].reason}")
+        raise ConfigurationError(f"no {missing.value} instance fits on this cluster: {shapes.why_none()}")
     raise ConfigurationError(
         f"no instance keeps {problem.target}: {quickest.bound.limited_by}, even with {quickest.built.choice}; loosen "
         "the objectives, or use quicker devices"

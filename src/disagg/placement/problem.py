@@ -135,7 +135,3 @@ class PlanProblem:
     def cost(self, choice: InstanceChoice, unit: CostUnit) -> float:
         """Return what the devices of an instance cost."""
         return choice.num_devices * self.kind_cost(choice.kind, unit)
-
-    def num_requests(self, rate: float, answer_s: float) -> int:
-        """Return how many requests a run at a rate has: enough for four answers' time, so that batches are full."""
-        return round(min(max(self.min_requests, 4 * rate * answer_s), self.max_requests))

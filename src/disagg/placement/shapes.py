@@ -24,10 +24,11 @@ class BuiltChoice:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A choice that cannot be, and why."""
+    """A choice that cannot be, and why: for want of memory, or as the model cannot be divided so."""
 
     choice: InstanceChoice
     reason: str
+    is_for_memory: bool
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class FoundShapes:
 
     built: tuple[BuiltChoice, ...]
     refused: tuple[Refusal, ...]
+
+    def why_none(self) -> str:
+        """Return why nothing fits: of what is refused for memory, the one with the most devices says it best."""
+        best = max(self.refused, key=lambda one: (one.is_for_memory, one.choice.num_devices))
+        return best.reason
 
 
 def find_shapes(problem: PlanProblem) -> FoundShapes:
@@ -47,19 +53,27 @@ def find_shapes(problem: PlanProblem) -> FoundShapes:
     refused: list[Refusal] = []
     for choice in _choices(problem):
         try:
+            latency_of(problem, choice)
+        except ConfigurationError as error:
+            refused.append(Refusal(choice, str(error), is_for_memory=False))
+            continue
+        try:
             built.append(build_choice(problem, choice))
         except ConfigurationError as error:
-            refused.append(Refusal(choice, str(error)))
+            refused.append(Refusal(choice, str(error), is_for_memory=True))
     return FoundShapes(tuple(built), tuple(refused))
+
+
+def latency_of(problem: PlanProblem, choice: InstanceChoice) -> LatencyModel:
+    """Return its step times; raise ConfigurationError where the model cannot be divided so, or nobody knows them."""
+    links = problem.topology.instance_links(usual_place(problem, choice), choice.tensor_parallel)
+    return problem.platforms[choice.kind].latency(choice.tensor_parallel, choice.pipeline_parallel, links)
 
 
 def build_choice(problem: PlanProblem, choice: InstanceChoice) -> BuiltChoice:
     """Return the choice with its step times; raise ConfigurationError where the model does not fit on it."""
-    platform = problem.platforms[choice.kind]
-    tensor, pipeline = choice.tensor_parallel, choice.pipeline_parallel
-    links = problem.topology.instance_links(usual_place(problem, choice), tensor)
-    latency = platform.latency(tensor, pipeline, links)
-    capacity = platform.capacity_tokens(tensor, pipeline)
+    latency = latency_of(problem, choice)
+    capacity = problem.platforms[choice.kind].capacity_tokens(choice.tensor_parallel, choice.pipeline_parallel)
     needed = max(problem.sample.prompts) if choice.role is Role.PREFILL else problem.sample.longest
     if capacity < needed:
         raise ConfigurationError(
