@@ -12,7 +12,7 @@ from disagg.costs.topology import Network, Node, NodeName, Topology
 from disagg.measure.arrivals import ArrivalKind, Arrivals
 from disagg.measure.open_loop import FixedLengths, OpenLoop
 from disagg.measure.slo import SloTarget, parse_target
-from disagg.placement.instance_choice import Batching
+from disagg.placement.instance_choice import BatchLimits
 from disagg.placement.problem import PlanProblem
 from disagg.simulator.engines import own_rules
 
@@ -89,7 +89,7 @@ def problem(**changes: Any) -> PlanProblem:
             "topology": topology(nodes(1, 3)),
             "platforms": {"gpu": EvenPlatform()},
             "rules": own_rules(),
-            "batchings": dict.fromkeys(Role, (Batching(None, 2048, 64),)),
+            "batchings": dict.fromkeys(Role, (BatchLimits(None, 2048, 64),)),
             "workload": workload(),
             "target": target if isinstance(target, SloTarget) else parse_target(target),
             "min_requests": 40,

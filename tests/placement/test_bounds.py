@@ -6,14 +6,14 @@ from planning import EvenLatency, EvenPlatform, problem
 from disagg.base.request import Role
 from disagg.placement.bounds import lone_prefill_s, phase_bound, token_s
 from disagg.placement.goodput_job import run_goodput_job
-from disagg.placement.instance_choice import Batching, InstanceChoice
+from disagg.placement.instance_choice import BatchLimits, InstanceChoice
 from disagg.placement.phases import bound_choice, phase_job
 from disagg.placement.shapes import BuiltChoice, build_choice
 
-USUAL = Batching(None, 2048, 64)
+USUAL = BatchLimits(None, 2048, 64)
 
 
-def built(role: Role, tensor: int = 1, pipeline: int = 1, batching: Batching = USUAL) -> BuiltChoice:
+def built(role: Role, tensor: int = 1, pipeline: int = 1, batching: BatchLimits = USUAL) -> BuiltChoice:
     return build_choice(problem(), InstanceChoice(role, "gpu", tensor, pipeline, batching))
 
 
@@ -24,7 +24,7 @@ def test_a_lone_prompt_takes_its_tokens_time() -> None:
 
 def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline() -> None:
     """Two chunks of 512 in two stages: the second waits for the first in stage one alone."""
-    two = built(Role.PREFILL, pipeline=2, batching=Batching(None, 512, 64))
+    two = built(Role.PREFILL, pipeline=2, batching=BatchLimits(None, 512, 64))
     assert lone_prefill_s(two, 1024) == pytest.approx(3 * 512e-4 / 2)
 
 
@@ -66,8 +66,7 @@ def test_what_one_step_breaks_no_rate_keeps() -> None:
 
 @pytest.mark.parametrize("role", list(Role))
 def test_simulations_stay_near_and_below_the_bound(role: Role) -> None:
-    """But for what a short run does not show: its queue is empty at first."""
     one = problem()
     phase = bound_choice(one, built(role))
     reached = run_goodput_job(phase_job(one, phase)).rate
-    assert 0.3 * phase.bound.rate < reached < 1.4 * phase.bound.rate
+    assert 0.3 * phase.bound.rate < reached <= phase.bound.rate

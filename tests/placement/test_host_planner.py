@@ -14,7 +14,7 @@ from disagg.costs.thread_scaling import ThreadScaledPlatform
 from disagg.measure.slo import parse_target
 from disagg.placement.describe_host import describe_host
 from disagg.placement.host_planner import HostProblem, host_placements, search_host
-from disagg.placement.progress import Progress
+from disagg.placement.progress import PlanProgress
 from disagg.placement.workers import Workers
 
 DECODES = StepShape(num_decodes=4, decode_context=400, num_samples=4)
@@ -24,7 +24,7 @@ def host(**changes: object) -> HostProblem:
     fields = {
         "platforms": {1: EvenPlatform(tokens=100_000), 2: EvenPlatform(5e-5, 5e-3, tokens=100_000)},
         "num_cores": 2,
-        "most_tokens": 128,
+        "most_tokens": 64,
         "cache": CacheSettings(prefix_caching=False),
         "workload": workload(prompt_len=400, output_len=30),
         "target": parse_target("ttft=300ms,tpot=30ms"),
@@ -44,13 +44,13 @@ def test_all_roles_threads_and_modes_are_tried() -> None:
         (2, ((Role.COLOCATED, 1),)),
     }
     assert {group.scheduling for one in found for group in one.placement.groups} == {*SchedulingMode, None}
-    assert {group.max_batch_tokens for one in found for group in one.placement.groups} == {64, 128, None}
+    assert {group.max_batch_tokens for one in found for group in one.placement.groups} == {64, None}
     assert all(one.num_cores <= 2 for one in found)
 
 
 def test_the_best_are_judged_and_told() -> None:
     """Two threads halve every step: one instance of both serves each request in half the time."""
-    seen: list[Progress] = []
+    seen: list[PlanProgress] = []
     judged, is_complete = search_host(host(), Workers(1), seen.append)
     plan = describe_host(host(), judged, is_complete)
     assert is_complete

@@ -10,12 +10,12 @@ from planning import EvenPlatform, nodes, problem, topology
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.placement.composition import Composition, Family
-from disagg.placement.instance_choice import Batching, InstanceChoice
+from disagg.placement.instance_choice import BatchLimits, InstanceChoice
 from disagg.placement.k8s_manifests import k8s_manifests
 from disagg.placement.layout import PlacedInstance, lay_out
 from disagg.placement.vllm_commands import vllm_instances, vllm_script
 
-PREFILL = InstanceChoice(Role.PREFILL, "gpu", 2, 1, Batching(None, 2048, 64))
+PREFILL = InstanceChoice(Role.PREFILL, "gpu", 2, 1, BatchLimits(None, 2048, 64))
 DECODE = InstanceChoice(Role.DECODE, "gpu", 1)
 COLOCATED = InstanceChoice(Role.COLOCATED, "gpu", 1)
 

@@ -16,7 +16,7 @@ from disagg.placement.layout import cluster_of, lay_out
 from disagg.placement.mixing import fill_up
 from disagg.placement.planner import Search, search
 from disagg.placement.problem import CostUnit, PlanProblem
-from disagg.placement.progress import Progress
+from disagg.placement.progress import PlanProgress
 from disagg.placement.workers import Workers
 
 
@@ -129,7 +129,7 @@ def test_a_request_that_no_instance_holds_is_told_with_its_length() -> None:
 def test_an_interruption_leaves_the_best_so_far() -> None:
     judged = 0
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: PlanProgress) -> None:
         nonlocal judged
         judged += "requests/s" in progress.best
         if judged == 2:

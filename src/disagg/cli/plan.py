@@ -29,7 +29,7 @@ from disagg.placement.layout import PlacedInstance
 from disagg.placement.plan import Plan
 from disagg.placement.planner import search
 from disagg.placement.problem import CostUnit
-from disagg.placement.progress import OnProgress, Progress
+from disagg.placement.progress import OnProgress, PlanProgress
 from disagg.placement.sensitivity import prompt_shifts, rate_shifts
 from disagg.placement.vllm_commands import vllm_script
 from disagg.placement.workers import Workers, open_workers
@@ -151,7 +151,7 @@ def _shown_progress() -> Iterator[OnProgress]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("bounds", total=None)
 
-        def show(progress: Progress) -> None:
+        def show(progress: PlanProgress) -> None:
             bar.update(task, completed=progress.done, total=progress.total, description=f"best: {progress.best}")
 
         yield show

@@ -92,9 +92,7 @@ def _pictures(plan: Plan) -> Iterator[Picture]:
     yield _frontier(plan.placements)
     styles = styles_of([curve.words for curve in plan.curves if curve.over == "rate per device"])
     for over, name in (("rate per device", "rates"), ("SLO scale", "scales")):
-        curves = [
-            AttainmentCurve(curve.words, curve.x, curve.attainment) for curve in plan.curves if curve.over == over
-        ]
+        curves = [_curve(curve) for curve in plan.curves if curve.over == over]
         if curves and name == "rates":
             yield draw_rate_curves(curves, styles, plan.target.attainment, per_device=True, name=name)
         elif curves:

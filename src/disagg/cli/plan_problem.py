@@ -18,7 +18,7 @@ from disagg.costs.topology import Topology
 from disagg.measure.slo import SloTarget
 from disagg.measure.windows import keep_rows
 from disagg.placement.host_planner import HostProblem
-from disagg.placement.instance_choice import Batching
+from disagg.placement.instance_choice import BatchLimits
 from disagg.placement.problem import CostUnit, PlanProblem
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
@@ -26,14 +26,14 @@ _MANY: Final = 10**9
 _PATIENT: Final = RouterSettings(max_queued_requests=_MANY, request_timeout_s=1e9)
 _SEQUENCES: Final = 512
 """In a decode step of a GPU, at most: objectives and KV memory end batches before."""
-_BATCHINGS: Final[Mapping[Role, tuple[Batching, ...]]] = {
-    Role.PREFILL: (Batching(None, 2048, 64), Batching(None, 512, 64), Batching(None, 8192, 128)),
-    Role.DECODE: (Batching(None, _SEQUENCES, _SEQUENCES),),
+_BATCHINGS: Final[Mapping[Role, tuple[BatchLimits, ...]]] = {
+    Role.PREFILL: (BatchLimits(None, 2048, 64), BatchLimits(None, 512, 64), BatchLimits(None, 8192, 128)),
+    Role.DECODE: (BatchLimits(None, _SEQUENCES, _SEQUENCES),),
     Role.COLOCATED: (
-        Batching(SchedulingMode.CHUNKED.value, 1024, _SEQUENCES),
-        Batching(SchedulingMode.CHUNKED.value, 512, _SEQUENCES),
-        Batching(SchedulingMode.CHUNKED.value, 2048, _SEQUENCES),
-        Batching(SchedulingMode.PREFILL_FIRST.value, 8192, _SEQUENCES),
+        BatchLimits(SchedulingMode.CHUNKED.value, 1024, _SEQUENCES),
+        BatchLimits(SchedulingMode.CHUNKED.value, 512, _SEQUENCES),
+        BatchLimits(SchedulingMode.CHUNKED.value, 2048, _SEQUENCES),
+        BatchLimits(SchedulingMode.PREFILL_FIRST.value, 8192, _SEQUENCES),
     ),
 }
 """What a GPU's instances may be told, the usual first."""
@@ -49,7 +49,7 @@ def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSet
         topology=topology,
         platforms={kind: on.by_kind.get(kind, on.platform) for kind in kinds},
         rules=_rules(engine, cache),
-        batchings=dict.fromkeys(Role, (Batching(),)) if engine in IMITATED else _BATCHINGS,
+        batchings=dict.fromkeys(Role, (BatchLimits(),)) if engine in IMITATED else _BATCHINGS,
         workload=keep_rows(_workload(values)),
         target=target,
         target_rate=values["target_rate"],

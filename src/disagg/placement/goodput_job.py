@@ -38,6 +38,8 @@ class GoodputJob:
     requests_per_rate: float
     tolerance: float = TOLERANCE
     growth: float = GUESS_GROWTH
+    most_rate: float = math.inf
+    """What a bound allows: a short run may keep more, as its queues are empty at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,14 @@ def run_goodput_job(job: GoodputJob) -> JobResult:
     reports: dict[float, RunReport | None] = {}
 
     def meets(rate: float) -> bool:
+        if rate > job.most_rate:
+            return False
         report = run_at(job, rate)
         reports[rate] = report
         return report is not None and job.target.is_met(report.attainment, report.percentiles())
 
     bracket = bracket_goodput(
-        meets, job.start_rate, tolerance=job.tolerance, max_doublings=MAX_STEPS, growth=job.growth
+        meets, min(job.start_rate, job.most_rate), tolerance=job.tolerance, max_doublings=MAX_STEPS, growth=job.growth
     )
     return JobResult(rate=bracket.met, report=reports.get(bracket.met), num_runs=len(reports))
 

@@ -26,7 +26,7 @@ from disagg.measure.statistics import Estimate
 from disagg.placement.bounds import decode_shape, prefill_shape
 from disagg.placement.goodput_job import GoodputJob, JobResult, run_goodput_job
 from disagg.placement.problem import LengthSample
-from disagg.placement.progress import OnProgress, Progress
+from disagg.placement.progress import OnProgress, PlanProgress
 from disagg.placement.workers import Workers
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_cluster, own_rules
@@ -143,7 +143,7 @@ def search_host(
                 results.setdefault(one, []).append(result)
                 done += 1
                 best = str(judged[0].candidate) if judged else str(one)
-                on_progress(Progress(done, total, best))
+                on_progress(PlanProgress(done, total, best))
             # Those that were left behind stay behind, in the order in which they were.
             judged = _judged(results) + [one for one in judged if one.candidate not in results]
             candidates = [one.candidate for one in judged[:kept] if one.goodput.mean > 0]

@@ -7,7 +7,7 @@ from disagg.base.request import Role
 
 
 @dataclass(frozen=True, order=True)
-class Batching:
+class BatchLimits:
     """How an instance forms steps. What is None is as the engine's rules say."""
 
     scheduling: str | None = None
@@ -32,7 +32,7 @@ class InstanceChoice:
     kind: str
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    batching: Batching = Batching()
+    batching: BatchLimits = BatchLimits()
 
     @property
     def num_devices(self) -> int:
@@ -50,7 +50,7 @@ class InstanceChoice:
             str(self.batching),
         )
 
-    def with_batching(self, batching: Batching) -> "InstanceChoice":
+    def with_batching(self, batching: BatchLimits) -> "InstanceChoice":
         """Return the same devices with steps formed otherwise."""
         return replace(self, batching=batching)
 

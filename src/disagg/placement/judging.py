@@ -19,6 +19,7 @@ from disagg.simulator.run_report import RunReport
 _START: Final = 0.85
 """Of what the phases alone promise: both objectives at once, and the hand-over, cost some."""
 
+_ANSWERS: Final = 4.0
 _CLOSER: Final = 3
 """Placements that are judged with all seeds, the best by the first."""
 _WHOLE_SEEDS: Final = 2
@@ -51,11 +52,14 @@ class JudgedPlacement:
 
 
 def judge(
-    problem: PlanProblem, goodputs: Goodputs, compositions: Sequence[Composition], workers: Workers
+    problem: PlanProblem, goodputs: Goodputs, bounds: Goodputs, compositions: Sequence[Composition], workers: Workers
 ) -> Iterator[JudgedPlacement]:
     """Yield each composition that fits on the devices with its goodput; those that may still win with all seeds."""
     fitting = [(one, placed) for one in compositions if (placed := _placed(problem, one)) is not None]
-    firsts = [unit_job(problem, goodputs, one, placed, seed=0) for one, placed in fitting]
+    firsts = [
+        replace(unit_job(problem, goodputs, one, placed, seed=0), most_rate=_unit_rate(one, bounds))
+        for one, placed in fitting
+    ]
     found = [
         _judged(goodputs, one, placed, (result,))
         for (one, placed), result in zip(fitting, workers.map(run_goodput_job, firsts), strict=True)
@@ -68,6 +72,7 @@ def judge(
             unit_job(problem, goodputs, one.composition, one.placed, seed),
             start_rate=one.results[0].rate or 1.0,
             growth=KNOWN_GROWTH,
+            most_rate=_unit_rate(one.composition, bounds),
         )
         for one in closer
         for seed in seeds
@@ -112,7 +117,7 @@ def unit_job(
 ) -> GoodputJob:
     """Return the search of the goodput of one unit, on the devices of the first."""
     one_unit = [one for one in placed if one.unit == 0]
-    expected = replace(composition, num_units=1, extra=()).rate(goodputs)
+    expected = _unit_rate(composition, goodputs)
     decoding = next(choice for choice, _ in composition.unit if choice.role is not Role.PREFILL)
     return GoodputJob(
         spec=cluster_of(problem, one_unit),
@@ -122,8 +127,13 @@ def unit_job(
         seed=seed,
         min_requests=problem.min_requests,
         max_requests=2 * problem.max_requests,
-        requests_per_rate=requests_per_rate(problem, build_choice(problem, decoding)),
+        requests_per_rate=requests_per_rate(problem, build_choice(problem, decoding), _ANSWERS),
     )
+
+
+def _unit_rate(composition: Composition, goodputs: Goodputs) -> float:
+    """Return what the instances of one unit reach, as far as their phases alone decide."""
+    return replace(composition, num_units=1, extra=()).rate(goodputs)
 
 
 def _judged(

@@ -14,7 +14,7 @@ from disagg.placement.judging import JudgedPlacement, attainment_behind_one_rout
 from disagg.placement.mixing import fill_up
 from disagg.placement.phases import PhaseChoice, bound_choice, other_batchings, phase_job
 from disagg.placement.problem import PlanProblem
-from disagg.placement.progress import OnProgress, Progress
+from disagg.placement.progress import OnProgress, PlanProgress
 from disagg.placement.shapes import FoundShapes, find_shapes
 from disagg.placement.workers import Workers
 
@@ -22,7 +22,7 @@ _WAVE: Final = 4
 """Searches that are decided on together: fixed, so that the plan does not depend on the number of cores."""
 _MOST_WAVES: Final = 8
 _KEPT_CHOICES: Final = 24
-"""Of a role and kind of device, the best by their bounds."""
+"""Of a role and kind of device, the best by their estimates."""
 _LEADERS: Final = 3
 """Compositions that must be known in full before the search of phases ends, beside the best of each family."""
 _FINALISTS: Final = 5
@@ -37,17 +37,19 @@ class PhaseSearch:
     known: dict[InstanceChoice, JobResult] = field(default_factory=dict)
 
     def goodput(self, choice: InstanceChoice) -> float:
-        """Return the goodput, or the bound times what known ones of the role reached of theirs at best."""
+        """Return the goodput, or the estimate times what known ones of the role reached of theirs at best."""
         result = self.known.get(choice)
         if result is not None:
             return result.rate
-        return self.phases[choice].bound.rate * self._reached(choice.role)
+        return min(self.bound(choice), self.phases[choice].estimate * self._reached(choice.role))
+
+    def bound(self, choice: InstanceChoice) -> float:
+        """Return what it can serve at most."""
+        return self.phases[choice].bound.rate
 
     def _reached(self, role: Role) -> float:
         parts = [
-            result.rate / self.phases[choice].bound.rate
-            for choice, result in self.known.items()
-            if choice.role is role and self.phases[choice].bound.rate > 0
+            result.rate / self.phases[choice].estimate for choice, result in self.known.items() if choice.role is role
         ]
         return max(parts, default=1.0)
 
@@ -100,9 +102,9 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
         leaders, num_compositions = _search_phases(problem, phases, workers, on_progress)
         leaders = _refine(problem, phases, leaders, workers)
         leaders = _with_mixed(problem, phases, leaders)
-        for one in judge(problem, phases.goodput, leaders, workers):
+        for one in judge(problem, phases.goodput, phases.bound, leaders, workers):
             judged.append(one)
-            on_progress(Progress(len(phases.known) + len(judged), len(phases.known) + len(leaders), one.words))
+            on_progress(PlanProgress(len(phases.known) + len(judged), len(phases.known) + len(leaders), one.words))
         judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
         if judged and judged[0].composition.num_units > 1 and judged[0].report is not None:
             behind_one_router = attainment_behind_one_router(problem, phases.goodput, judged[0], workers)
@@ -144,7 +146,7 @@ def _keep(problem: PlanProblem, possible: Sequence[PhaseChoice]) -> list[PhaseCh
         groups.setdefault((choice.role, choice.kind), []).append(phase)
     kept = []
     for group in groups.values():
-        group.sort(key=lambda phase: (-phase.bound.rate / phase.built.choice.num_devices, phase.built.choice.order))
+        group.sort(key=lambda phase: (-phase.estimate / phase.built.choice.num_devices, phase.built.choice.order))
         kept += group[:_KEPT_CHOICES]
     return kept
 
@@ -164,7 +166,7 @@ def _search_phases(
         if not wave:
             break
         phases.search(wave, workers)
-        on_progress(Progress(len(phases.known), len(phases.known) + len(set(unknown)), str(leaders[0])))
+        on_progress(PlanProgress(len(phases.known), len(phases.known) + len(set(unknown)), str(leaders[0])))
     known = [one for one in _ranked(problem, phases) if all(choice in phases.known for choice in one.choices)]
     return _leaders(known), count
 

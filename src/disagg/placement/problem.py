@@ -14,7 +14,7 @@ from disagg.costs.topology import Node, Topology
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import SloTarget
 from disagg.measure.windows import with_requests
-from disagg.placement.instance_choice import Batching, InstanceChoice
+from disagg.placement.instance_choice import BatchLimits, InstanceChoice
 from disagg.simulator.engines import EngineRules
 
 _SAMPLE_ROWS: Final = 400
@@ -32,16 +32,18 @@ class CostUnit(enum.Enum):
 
 @dataclass(frozen=True)
 class LengthSample:
-    """Lengths in tokens of some requests of a workload."""
+    """Lengths in tokens of some requests of a workload, and when they arrive at a rate of one a second."""
 
     prompts: tuple[int, ...]
     outputs: tuple[int, ...]
+    arrivals: tuple[float, ...]
 
     @classmethod
     def of(cls, workload: OpenLoop) -> "LengthSample":
         """Return the lengths of requests that seed 0 draws."""
-        rows = list(islice(with_requests(workload, _SAMPLE_ROWS).draw(0), _SAMPLE_ROWS))
-        return cls(tuple(row.prompt_len for row in rows), tuple(row.output_len for row in rows))
+        rows = list(islice(with_requests(workload, _SAMPLE_ROWS).at_rate(1.0).draw(0), _SAMPLE_ROWS))
+        columns = zip(*((row.prompt_len, row.output_len, row.arrival_s) for row in rows), strict=True)
+        return cls(*columns)
 
     @property
     def mean_prompt(self) -> float:
@@ -87,7 +89,7 @@ class PlanProblem:
     topology: Topology
     platforms: Mapping[str, Platform]
     rules: EngineRules
-    batchings: Mapping[Role, tuple[Batching, ...]]
+    batchings: Mapping[Role, tuple[BatchLimits, ...]]
     """How instances of a role may form steps, the usual one first."""
     workload: OpenLoop
     target: SloTarget

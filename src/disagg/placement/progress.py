@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Progress:
+class PlanProgress:
     """``done`` of about ``total`` searches, and the best so far in words."""
 
     done: int
@@ -13,4 +13,4 @@ class Progress:
     best: str
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[PlanProgress], None]
