@@ -253,6 +253,10 @@ MAX_PARALLEL: Final = 1024
 """Of a placement: what is over is a slip, and would only be found when memory ends."""
 
 
+DeviceRange = Annotated[str, Meta(pattern=r"^[^:\s]+:\d+(-\d+)?$", max_length=256)]
+"""One device of a node, ``gpu-0:3``, or several, ``gpu-0:0-3``."""
+
+
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Equal instances of one role. What is None here is as for all instances."""
 
@@ -265,6 +269,9 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_batch_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_batch_size: Annotated[int, Meta(ge=1)] | None = None
     kv_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    devices: tuple[DeviceRange, ...] = ()
+    """Of a cluster file's nodes: those of the first instance, stage after stage, then those of the next. None named:
+    whoever starts or simulates the instances chooses."""
 
     def scheduler(self, common: SchedulerSettings) -> SchedulerSettings:
         """Return the scheduler's settings of this group, given those of all."""

@@ -42,6 +42,10 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_per_s: float
     kv: tuple[KvUse, ...]
 
+    def percentiles(self) -> dict[str, Percentiles]:
+        """Return the latencies by the names that a target calls them."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
+
 
 class Collector:
     """Takes each request as it ends and keeps three numbers of it."""
@@ -74,6 +78,11 @@ class Collector:
         self._num_ttft_met += ttft_met
         self._num_tpot_met += tpot_met
         self._num_met += ttft_met and tpot_met
+
+    @property
+    def num_missed(self) -> int:
+        """Requests that did not keep both objectives."""
+        return self._num_requests - self._num_met
 
     @property
     def last_end_s(self) -> float:

@@ -118,6 +118,12 @@ def _groups(deployment: Deployment) -> list[InstanceGroup]:
                 f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
                 f"of the {group.role.value} instances: only 1 and 1 are supported"
             )
+        if group.devices:
+            raise ConfigurationError(
+                f"the placement puts {group.role.value} instances on {', '.join(group.devices)} of a cluster: disagg "
+                "serve starts instances on this host's cores; leave out devices, or print the commands of another "
+                "engine with disagg plan --as"
+            )
     return [group for group in groups for _ in range(group.count)]
 
 
