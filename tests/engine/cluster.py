@@ -61,10 +61,11 @@ def request(name: str, num_tokens: int, max_tokens: int = 6, epoch: int = 1, **c
     """A prompt of ``num_tokens`` tokens that differs from name to name."""
     sampling = {name: changes.pop(name) for name in SamplingParams.__struct_fields__ if name in changes}
     start = sum(name.encode()) % 97
+    prompt = changes.pop("prompt_token_ids", tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)))
     return GenerationRequest(
         request_id=RequestId(name),
         epoch=Epoch(epoch),
-        prompt_token_ids=tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)),
+        prompt_token_ids=prompt,
         sampling=SamplingParams(**{"max_tokens": max_tokens, "seed": 1, **sampling}),
         **changes,
     )

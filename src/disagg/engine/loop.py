@@ -47,7 +47,7 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = log
-        self._sequences = SequenceTable(ready.facts.vocab_size)
+        self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
         self._wake_s = math.inf

@@ -8,10 +8,14 @@ from disagg.scheduling.instance.inputs import SequenceFacts
 
 
 class SequenceTable:
-    """Live sequences by name; a newer attempt takes the place of an older one."""
+    """Live sequences by name; a newer attempt takes the place of an older one.
 
-    def __init__(self, vocab_size: int) -> None:
+    ``block_size`` is that of the KV blocks which are kept for reuse; 0 keeps none.
+    """
+
+    def __init__(self, vocab_size: int, block_size: int = 0) -> None:
         self._vocab_size = vocab_size
+        self._block_size = block_size
         self._sequences: dict[RequestId, LiveSequence] = {}
 
     def __getitem__(self, request_id: RequestId) -> LiveSequence:
@@ -22,9 +26,10 @@ class SequenceTable:
 
     def add(self, request: GenerationRequest) -> SequenceFacts:
         """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""
-        known = self._sequences.get(request.request_id)
-        if known is None or known.epoch < request.epoch:
-            self._sequences[request.request_id] = LiveSequence(request)
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None or sequence.epoch < request.epoch:
+            sequence = LiveSequence(request, self._block_size)
+            self._sequences[request.request_id] = sequence
         return SequenceFacts(
             request_id=request.request_id,
             epoch=request.epoch,
@@ -32,7 +37,7 @@ class SequenceTable:
             max_total_tokens=request.max_total_tokens,
             priority=request.priority,
             arrival_s=request.arrival_s,
-            block_hashes=request.block_hashes,
+            block_hashes=sequence.block_hashes,
             reuse_prefix=not LiveSequence.reports_prompt_logprobs(request),
             objectives=request.objectives,
             fault=self._fault(request),

@@ -17,7 +17,7 @@ from msgspec import structs
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import BlockHash, InstanceId, RequestId
 from disagg.base.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -380,7 +380,9 @@ class SimulatedInstance:
             if chunk.samples:
                 request = self._requests[chunk.request_id]
                 request.num_output_tokens += 1
-                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if request.is_complete else None))
+                finished = FinishReason.LENGTH if request.is_complete else None
+                names = request.names_of_new(1, self.spec.block_size)
+                results.append(StepResult(chunk.request_id, finished, names))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
         if not self._is_turn_due:
             self._plan_turn()
@@ -428,12 +430,17 @@ class SimulatedInstance:
 
     def _book(self, run: DecodeRun, count: int) -> None:
         if count:
-            run.step, firsts = self._core.repeat(count, run.ends_s[0])
+            requests = self._requests_of(run.step)
+            names: dict[RequestId, tuple[BlockHash, ...]] = {}
+            for request in requests:
+                request.num_output_tokens += count
+                if request.block_hashes:
+                    names[request.request_id] = request.names_of_new(count, self.spec.block_size)
+            run.step, firsts = self._core.repeat(count, run.ends_s[0], names)
             self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
             ends_s = run.take(count)
             stamps = _stamps_of(firsts) if firsts else None
-            for request in self._requests_of(run.step):
-                request.num_output_tokens += count
+            for request in requests:
                 gap_s = request.add_tokens(
                     count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None
                 )

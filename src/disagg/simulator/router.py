@@ -205,10 +205,12 @@ class SimulatedRouter:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Start(sequence=request.facts(), hand_over=hand_over))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
             case SendOffer(request_id=request_id, offer=offer):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Continue(sequence=request.facts(), offer=offer))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Continue(sequence=facts, offer=offer))
             case SendAbort(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):

@@ -7,14 +7,14 @@ model: one state machine, handed instructions to by several kinds of worker.)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import msgspec
 
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import Abort, Failed, FailureKind, InstanceLoad, KvOffer, Offered, PeerLost, Pulled, Release
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
@@ -130,6 +130,11 @@ class InstanceCore:
         return self._scheduler.capacity
 
     @property
+    def named_block_size(self) -> int:
+        """Tokens of a KV block, where full ones are kept under their names for reuse; 0 where none is."""
+        return self._header.block_size if self._header.prefix_caching else 0
+
+    @property
     def num_held_blocks(self) -> int:
         """KV blocks that are neither free nor merely cached."""
         return self._scheduler.num_held_blocks
@@ -150,12 +155,14 @@ class InstanceCore:
         """See ``StepScheduler.num_repeats``."""
         return self._scheduler.num_repeats()
 
-    def repeat(self, count: int, first_end_s: float) -> tuple[RunStep, tuple[FirstOutput, ...]]:
+    def repeat(
+        self, count: int, first_end_s: float, names: Mapping[RequestId, tuple[BlockHash, ...]]
+    ) -> tuple[RunStep, tuple[FirstOutput, ...]]:
         """See ``StepScheduler.repeat``; the first of these steps ended at ``first_end_s``.
 
         Returns the step in flight, which is now the last repetition, and what goes with first tokens.
         """
-        step = self._scheduler.repeat(count)
+        step = self._scheduler.repeat(count, names)
         if not self._silent:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)

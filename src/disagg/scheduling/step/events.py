@@ -51,10 +51,14 @@ class KvOffered(Event, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of one sequence; ``finished`` when it is the last."""
+    """One sampled token of one sequence; ``finished`` when it is the last.
+
+    ``block_hashes`` name the KV blocks that the known tokens fill now and did not before.
+    """
 
     request_id: RequestId
     finished: FinishReason | None = None
+    block_hashes: tuple[BlockHash, ...] = ()
 
 
 class StepFailure(msgspec.Struct, frozen=True, array_like=True):

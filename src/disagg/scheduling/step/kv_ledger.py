@@ -63,7 +63,7 @@ class KvLedger:
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """Make the prompt blocks that are completely computed findable for other sequences."""
+        """Make the blocks, of prompt and answer, that are completely computed findable for other sequences."""
         if not self._prefix_caching or not sequence.block_hashes:
             return
         num_full = min(sequence.num_computed // self._block_size, len(sequence.block_hashes))

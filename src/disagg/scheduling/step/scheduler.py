@@ -9,13 +9,13 @@ takes it from the latest one of lowest priority, which is computed again later; 
 by release or by expiry. No sequence waits for one that is served after it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
@@ -215,6 +215,7 @@ class StepScheduler:
             books.ledger.publish(sequence)
             if result is not None:
                 sequence.add_token(books.now)
+                sequence.block_hashes += result.block_hashes
                 emitted.append(sequence.request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
@@ -300,12 +301,13 @@ class StepScheduler:
         num_blocks_each = books.ledger.pool.num_available // len(step)
         return max(0, num_blocks_each - 1) * books.ledger.block_size
 
-    def repeat(self, count: int) -> RunStep:
+    def repeat(self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]]) -> RunStep:
         """Do what ``count`` ends of the step in flight, none of which ends a sequence, would have done.
 
         Between two changes of a decode batch every call would do the same: book one token for each sequence, take a
-        block here and there, and order the same step again. So a simulation costs by changes, not by tokens. Returns
-        the step in flight, which is now the last repetition; its chunks name the positions of the first.
+        block here and there, and order the same step again. So a simulation costs by changes, not by tokens. ``names``
+        are those of the blocks that the new tokens fill. Returns the step in flight, which is now the last repetition;
+        its chunks name the positions of the first.
         """
         books = self._books
         ((step_id, step),) = self._steps.items()
@@ -314,6 +316,8 @@ class StepScheduler:
             sequence.num_computed += count
             if not books.ledger.grow(sequence, sequence.num_tokens):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
+            sequence.block_hashes += names.get(sequence.request_id, ())
+            books.ledger.publish(sequence)
         books.statistics.num_steps += count
         books.statistics.num_decode_tokens += count * len(step.parts)
         self._steps = {step_id + count: step}
