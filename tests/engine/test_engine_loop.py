@@ -119,18 +119,14 @@ class TestGenerate:
             assert engine.executor.steps == [{"same": (0, 14)}, {"again": (12, 2)}]
 
     def test_an_answer_is_a_prefix_of_the_next_turn(self, router: RouterEnd) -> None:
-        first = request("first", 10, max_tokens=11)
-        first = structs.replace(first, block_hashes=hash_blocks(first.prompt_token_ids, BLOCK_SIZE))
+        prompt = request("first", 10).prompt_token_ids
+        first = request("first", 10, max_tokens=11, block_hashes=hash_blocks(prompt, BLOCK_SIZE))
         with Instance(router, "caching", prefix_caching=True) as engine:
             engine.send(Generate(request=first))
             router.wait_for_end("first")
             conversation = (*first.prompt_token_ids, *router.tokens("first"), 5, 6, 7)
-            second = structs.replace(
-                first,
-                request_id=RequestId("second"),
-                prompt_token_ids=conversation,
-                block_hashes=hash_blocks(conversation, BLOCK_SIZE),
-            )
+            names = hash_blocks(conversation, BLOCK_SIZE)
+            second = request("second", 24, max_tokens=11, prompt_token_ids=conversation, block_hashes=names)
             engine.send(Generate(request=second))
             router.wait_for_end("second")
             # 21 tokens are known after the first answer, 20 of them computed: five full blocks.

@@ -18,10 +18,11 @@ from msgspec import Meta
 
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import AnyKvEvent, EventNumber
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
@@ -91,6 +92,10 @@ class PeerLost(Message, frozen=True, kw_only=True):
 
     instance: InstanceId
     incarnation: Name
+
+
+class ReportBlocks(Message, frozen=True, kw_only=True):
+    """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
 
 
 class Stop(Message, frozen=True, kw_only=True):
@@ -243,8 +248,17 @@ class LoadReport(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
-ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
+class KvEvents(Message, frozen=True, kw_only=True):
+    """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
+
+    instance: InstanceId
+    incarnation: Name
+    number: EventNumber
+    events: tuple[AnyKvEvent, ...]
+
+
+ToEngine = Generate | Adopt | Abort | Release | PeerLost | ReportBlocks | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

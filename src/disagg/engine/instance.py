@@ -17,6 +17,7 @@ from disagg.base.clock import Clock
 from disagg.base.config import Device, InstanceSettings, ModelSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
+from disagg.base.kv_events import Medium
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
 from disagg.costs.measured_steps import StepSample, fit_latency
 from disagg.costs.profile import load_profile
@@ -129,6 +130,7 @@ def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
         prefix_caching=settings.cache.prefix_caching,
         max_model_len=facts.max_model_len,
         pool=facts.pool,
+        medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
         latency=None if settings.latency is None else fit_latency(_own_steps(Path(settings.latency)))[0],
     )
 

@@ -23,6 +23,7 @@ from disagg.base.messages import (
     Failed,
     InstanceFacts,
     InstanceLoad,
+    KvEvents,
     Offered,
     Pulled,
     Ready,
@@ -299,7 +300,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | Pulled() | Failed():
+            case Offered() | Pulled() | Failed() | KvEvents():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case StartCopy():
                 self._copy(output, now)

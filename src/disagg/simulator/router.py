@@ -9,7 +9,7 @@ from typing import Final, assert_never
 from disagg.base.config import RouterSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Offered, PeerLost, Release
+from disagg.base.messages import Abort, Offered, PeerLost, Release, ReportBlocks
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     Deliver,
@@ -27,7 +27,14 @@ from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
-from disagg.scheduling.router.outputs import AnyRouterOutput, HandOverEnded, RestartInstance, SendOffer, TellPeerLost
+from disagg.scheduling.router.outputs import (
+    AnyRouterOutput,
+    AskForBlocks,
+    HandOverEnded,
+    RestartInstance,
+    SendOffer,
+    TellPeerLost,
+)
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.simulator.event_log import EventLogFolder
@@ -38,7 +45,7 @@ from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
 
 _DEATH: Final = "killed by the simulation"
 
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
+_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost | AskForBlocks
 
 
 class SimulatedRouter:
@@ -70,6 +77,7 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance]) -> None:
         """Let all instances come up."""
         self._instances = {instance.spec.name: instance for instance in instances}
+        self._block_size = instances[0].spec.block_size
         self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
         roles = {name: instance.spec.role for name, instance in self._instances.items()}
         # Simulated instances give no signs of life: their deaths are known at once.
@@ -98,6 +106,7 @@ class SimulatedRouter:
                 num_tokens=request.prompt_len,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                block_hashes=request.block_hashes[: request.prompt_len // self._block_size],
             )
         )
 
@@ -176,7 +185,7 @@ class SimulatedRouter:
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
-            case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
+            case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost() | AskForBlocks():
                 self._send(output)
             case RestartInstance(instance=instance, delay_s=delay_s):
                 self._queue.push(now + delay_s, partial(self._restart, instance))
@@ -217,6 +226,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, Release(request_id=request_id, epoch=epoch))
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
+            case AskForBlocks():
+                return partial(instance.deliver, ReportBlocks())
             case _:
                 assert_never(output)
 

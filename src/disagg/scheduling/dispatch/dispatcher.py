@@ -20,6 +20,7 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
+from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
@@ -71,7 +72,13 @@ _FAIL_REASON = {
 class Dispatcher:
     """The state machine. It is changed through ``handle`` alone."""
 
-    def __init__(self, instances: Mapping[InstanceId, Role], settings: RouterSettings) -> None:
+    def __init__(
+        self,
+        instances: Mapping[InstanceId, Role],
+        settings: RouterSettings,
+        prefixes: PrefixIndex | None = None,
+    ) -> None:
+        self._prefixes = prefixes or PrefixIndex()
         self._settings = settings
         self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}
@@ -156,6 +163,7 @@ class Dispatcher:
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
+            block_hashes=event.block_hashes,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
@@ -205,6 +213,7 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance; return False when none can take it now."""
+        sequence.held = self._prefixes.find(sequence.block_hashes)
         instance = choose_start(self.instances, sequence)
         if instance is None:
             return False
@@ -213,7 +222,8 @@ class Dispatcher:
         sequence.move(state, self._now, f"started on {instance.instance}")
         sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
-        self._charge(sequence, instance.instance, prefill_tokens=sequence.num_tokens)
+        num_new = sequence.num_tokens - sequence.num_cached(instance.instance)
+        self._charge(sequence, instance.instance, prefill_tokens=num_new)
         self._actions.append(
             SendGenerate(
                 request_id=sequence.request_id,
@@ -226,6 +236,7 @@ class Dispatcher:
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
+        sequence.held = self._prefixes.find(sequence.block_hashes)
         instance = choose_decode(self.instances, sequence)
         if instance is None:
             return False

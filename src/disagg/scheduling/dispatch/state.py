@@ -2,12 +2,14 @@
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.request import Role
+from disagg.cache.prefix_index import HeldPrefix
 
 
 class Whereabouts(enum.Enum):
@@ -146,6 +148,10 @@ class SequenceEntry:
     charges: dict[InstanceId, Charge] = field(default_factory=dict)
     story: list[tuple[float, str]] = field(default_factory=list)
     """What happened to it and when; its path is as long as the instances that it may lose allow."""
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Names of its leading KV blocks."""
+    held: Mapping[InstanceId, HeldPrefix] = field(default_factory=dict)
+    """Who holds its first blocks, as known when it was last placed."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
 
@@ -153,6 +159,11 @@ class SequenceEntry:
     def ends_at_first_token(self) -> bool:
         """True when nothing is left to decode after the prefill."""
         return self.max_total_tokens <= self.num_tokens + 1
+
+    def num_cached(self, instance: InstanceId) -> int:
+        """Return how many of its tokens an instance need not compute; at least the last one it does."""
+        held = self.held.get(instance)
+        return 0 if held is None else min(held.num_tokens, self.num_tokens - 1)
 
     def move(self, state: Whereabouts, now: float, why: str) -> None:
         """Change the state; raise InternalError with the story when ``TRANSITIONS`` does not allow it."""

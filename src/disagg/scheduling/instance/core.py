@@ -15,7 +15,20 @@ import msgspec
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import Abort, Failed, FailureKind, InstanceLoad, KvOffer, Offered, PeerLost, Pulled, Release
+from disagg.base.kv_events import AnyKvEvent, Medium
+from disagg.base.messages import (
+    Abort,
+    Failed,
+    FailureKind,
+    InstanceLoad,
+    KvEvents,
+    KvOffer,
+    Offered,
+    PeerLost,
+    Pulled,
+    Release,
+    ReportBlocks,
+)
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.measured_steps import FittedLatency
@@ -65,6 +78,8 @@ class InstanceHeader(
     num_stages: int = 1
     incarnation: str = ""
     pool: bytes = b""
+    medium: Medium = Medium.GPU
+    """Where its pool is."""
     latency: FittedLatency | None = None
     """Predicts its steps; None learns from those that run."""
 
@@ -82,6 +97,7 @@ class InstanceCore:
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
             times=None if header.latency is None else StepTimes(header.latency),
+            medium=header.medium,
         )
         self._sequences: dict[RequestId, Tracked] = {}
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -89,6 +105,7 @@ class InstanceCore:
         """No step of theirs has begun here."""
         self._silent: set[RequestId] = set()
         """No token of theirs has come from here."""
+        self._num_kv_events = 0
         self._outputs: list[AnyInstanceOutput] = []
         self._now = -math.inf
 
@@ -122,6 +139,8 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
+        if kv_events := self._scheduler.take_kv_events():
+            self._tell_kv_events(kv_events)
         return outputs
 
     @property
@@ -190,6 +209,8 @@ class InstanceCore:
                 self._on_peer_lost(one, events)
             case Tick():
                 events.append(one)
+            case ReportBlocks():
+                self._tell_kv_events(self._scheduler.all_cached())
             case _:
                 assert_never(one)
 
@@ -325,6 +346,13 @@ class InstanceCore:
             return ()
         silent.difference_update(firsts)
         return tuple(self._sequences[request_id].first_output(now) for request_id in firsts)
+
+    def _tell_kv_events(self, events: tuple[AnyKvEvent, ...]) -> None:
+        header, number = self._header, self._num_kv_events
+        self._num_kv_events += 1
+        self._outputs.append(
+            KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
+        )
 
     def _offer(self, action: OfferKv) -> None:
         """Say where the blocks are; from here on the sequence is another instance's."""

@@ -13,8 +13,9 @@ from msgspec import structs
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
 from disagg.base.request import Role
+from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
@@ -56,6 +57,7 @@ from disagg.scheduling.router.inputs import (
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AskForBlocks,
     DropReason,
     EndInstance,
     GiveUpInstance,
@@ -90,7 +92,8 @@ class RouterCore:
 
     def __init__(self, header: RouterHeader) -> None:
         self._watches_silence = header.watches_silence
-        self._dispatcher = Dispatcher(header.instances, header.settings)
+        self._prefixes = PrefixIndex()
+        self._dispatcher = Dispatcher(header.instances, header.settings, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -165,7 +168,9 @@ class RouterCore:
             return
         self._dispatch_from(member, event)
 
-    def _on_message(self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport) -> None:
+    def _on_message(
+        self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport | KvEvents
+    ) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
             member.detail = message.stage
@@ -176,7 +181,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport) -> None:
+    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport | KvEvents) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -207,8 +212,21 @@ class RouterCore:
                     member.load = message.load
                 else:
                     self._drop(member, DropReason.STALE)
+            case KvEvents():
+                self._index(member, message)
             case _:
                 assert_never(message)
+
+    def _index(self, member: Member, message: KvEvents) -> None:
+        """Note what became of an instance's cached blocks; ask for all of them when a message was lost."""
+        if message.incarnation != member.incarnation:
+            self._drop(member, DropReason.STALE)
+            return
+        try:
+            if not self._prefixes.take(member.instance, message.number, message.events):
+                self._outputs.append(AskForBlocks(instance=member.instance))
+        except InternalError as error:
+            self._broke_protocol(member, str(error))
 
     def _on_malformed(self, event: MalformedMessage) -> None:
         member = self._members[event.instance]
@@ -229,6 +247,7 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
+        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks)
         self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
         self._outputs.append(InstanceWelcomed(instance=member.instance))
 
@@ -259,6 +278,7 @@ class RouterCore:
         if member.is_alive:
             self._outputs.append(InstanceLost(instance=member.instance))
         member.set_lost(detail)
+        self._prefixes.leave(member.instance)
         self._dispatch(InstanceDown(instance=member.instance, returning=returning, detail=detail))
 
     # Commands -------------------------------------------------------------------------------------------------
@@ -278,6 +298,7 @@ class RouterCore:
             case Leave(instance=instance):
                 if known.is_alive:
                     self._outputs.append(InstanceLost(instance=instance))
+                self._prefixes.leave(instance)
                 self._dispatch(command)
                 self._members.remove(instance)
             case ChangeRole():

@@ -41,6 +41,12 @@ class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
     incarnation: str
 
 
+class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` say anew which KV blocks it holds."""
+
+    instance: InstanceId
+
+
 class DropReason(enum.Enum):
     """Why a message of an instance was not used."""
 
@@ -111,6 +117,7 @@ AnyRouterOutput = (
     | SendAbort
     | SendRelease
     | TellPeerLost
+    | AskForBlocks
     | MessageDropped
     | HandOverEnded
     | InstanceWelcomed

@@ -1,7 +1,11 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
+from itertools import groupby
+
 from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
 from disagg.cache.block_pool import BlockPool
+from disagg.cache.journal import KvJournal
 from disagg.cache.leases import Lease, LeaseTable
 from disagg.scheduling.step.actions import BlockCopy
 from disagg.scheduling.step.sequence import RemoteKv, Sequence
@@ -10,13 +14,15 @@ from disagg.scheduling.step.sequence import RemoteKv, Sequence
 class KvLedger:
     """Books blocks in and out for sequences. It decides nothing: a refusal is a False, never a preemption."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool, medium: Medium = Medium.GPU) -> None:
+        self.journal = KvJournal(block_size, medium)
+        self.pool = BlockPool(num_blocks, self.journal.removed)
         self.leases = LeaseTable()
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
+        self._medium = medium
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
@@ -67,9 +73,21 @@ class KvLedger:
         if not self._prefix_caching or not sequence.block_hashes:
             return
         num_full = min(sequence.num_computed // self._block_size, len(sequence.block_hashes))
-        for index in range(sequence.num_published, num_full):
-            self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
+        names, first = sequence.block_hashes, sequence.num_published
+        if num_full <= first:
+            return
+        new = [self.pool.publish(sequence.block_ids[index], names[index]) for index in range(first, num_full)]
+        for is_new, run in groupby(range(first, num_full), lambda index: new[index - first]):
+            if is_new:
+                indices = list(run)
+                parent = names[indices[0] - 1] if indices[0] else None
+                self.journal.stored([names[index] for index in indices], parent)
+        sequence.num_published = num_full
+
+    def all_cached(self) -> tuple[AnyKvEvent, ...]:
+        """Return, in place of the events so far, all that can be found now."""
+        self.journal.take()
+        return (AllBlocksCleared(), BlockStored(self.pool.published, None, (), self._block_size, None, self._medium))
 
     def retract(self, sequence: Sequence) -> None:
         """Let no other sequence find the blocks of one that failed: what they hold may be why."""

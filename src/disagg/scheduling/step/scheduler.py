@@ -16,6 +16,7 @@ from typing import Final
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.kv_events import AnyKvEvent, Medium
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
@@ -73,8 +74,9 @@ class StepScheduler:
         max_model_len: int | None = None,
         num_stages: int = 1,
         times: StepTimes | None = None,
+        medium: Medium = Medium.GPU,
     ) -> None:
-        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
+        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, medium)
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
         self._batching = Batching(self._books, num_stages, self._times or StepTimes())
@@ -109,6 +111,14 @@ class StepScheduler:
         """Blocks that are neither free nor merely cached."""
         pool = self._books.ledger.pool
         return pool.num_blocks - pool.num_available
+
+    def take_kv_events(self) -> tuple[AnyKvEvent, ...]:
+        """Return what became of the cached blocks since the last call."""
+        return self._books.ledger.journal.take()
+
+    def all_cached(self) -> tuple[AnyKvEvent, ...]:
+        """Return events that say all that is cached now; those before need not be told any more."""
+        return self._books.ledger.all_cached()
 
     def is_news(self, request_id: RequestId, epoch: Epoch) -> bool:
         """Return False for an attempt that will be ignored: a repeated, ended or old one."""

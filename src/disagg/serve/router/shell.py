@@ -19,7 +19,17 @@ from disagg.base.errors import (
 )
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Adopt, Generate, Message, PeerLost, Release, SequenceOutput, encode
+from disagg.base.messages import (
+    Abort,
+    Adopt,
+    Generate,
+    Message,
+    PeerLost,
+    Release,
+    ReportBlocks,
+    SequenceOutput,
+    encode,
+)
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
@@ -41,6 +51,7 @@ from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AskForBlocks,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
@@ -72,7 +83,7 @@ _ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
     RefuseReason.UNAVAILABLE: UnavailableError,
 }
 
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
+_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost | AskForBlocks
 
 
 class RouterShell:
@@ -109,6 +120,7 @@ class RouterShell:
                 num_tokens=request.num_tokens,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                block_hashes=request.block_hashes,
             )
         )
         if stream.refusal is not None:
@@ -192,7 +204,7 @@ class RouterShell:
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
                 case Refuse(request_id=request_id, reason=refusal, detail=detail):
                     self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
-                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
+                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost() | AskForBlocks():
                     self._send(output)
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
@@ -242,6 +254,8 @@ class RouterShell:
                 return Release(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
+            case AskForBlocks():
+                return ReportBlocks()
             case _:
                 assert_never(output)
 
