@@ -175,6 +175,13 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds after which an unfinished request is given up with 408")
     ] = 600.0
+    append_turns: Annotated[
+        bool,
+        Meta(description="let the decode instance that holds a conversation compute its next turn if that is quicker"),
+    ] = True
+    pull_prefixes: Annotated[
+        bool, Meta(description="pull cached prefixes from the instance that holds them rather than compute them")
+    ] = True
     max_instance_losses: Annotated[
         int,
         Meta(

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ProtocolError
-from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import AnyKvEvent, EventNumber
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
@@ -60,10 +60,14 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks.
+
+    Another instance lends the KV blocks of ``prefix``, its first tokens.
+    """
 
     request: GenerationRequest
     hand_over: bool = False
+    prefix: KvOffer | None = None
 
 
 class Adopt(Message, frozen=True, kw_only=True):
@@ -71,6 +75,16 @@ class Adopt(Message, frozen=True, kw_only=True):
 
     request: GenerationRequest
     offer: KvOffer
+
+
+class Lend(Message, frozen=True, kw_only=True):
+    """Keep the cached KV blocks of these names, as far as they are there from the first on, for another instance that
+    computes this sequence; answer with Offered, or with NotHeld where there is none.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    block_hashes: tuple[BlockHash, ...]
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -179,6 +193,13 @@ class Offered(Message, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class NotHeld(Message, frozen=True, kw_only=True):
+    """None of the KV blocks that were to be lent is cached any more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class Pulled(Message, frozen=True, kw_only=True):
     """The KV blocks of an adopted sequence have arrived, or will never be read: the source may free them.
 
@@ -257,8 +278,8 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Abort | Release | PeerLost | ReportBlocks | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport | KvEvents
+ToEngine = Generate | Adopt | Lend | Abort | Release | PeerLost | ReportBlocks | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

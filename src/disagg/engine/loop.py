@@ -10,7 +10,19 @@ from typing import assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
-from disagg.base.messages import Adopt, Failed, Generate, KvEvents, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
+from disagg.base.messages import (
+    Adopt,
+    Failed,
+    Generate,
+    KvEvents,
+    NotHeld,
+    Offered,
+    Pulled,
+    Ready,
+    StepOutput,
+    Stop,
+    ToEngine,
+)
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.load_reporter import LoadReporter
@@ -96,8 +108,8 @@ class EngineLoop:
 
     def _input(self, message: ToEngine) -> AnyInstanceInput:
         match message:
-            case Generate(request=request, hand_over=hand_over):
-                return Start(sequence=self._sequences.add(request), hand_over=hand_over)
+            case Generate(request=request, hand_over=hand_over, prefix=prefix):
+                return Start(sequence=self._sequences.add(request), hand_over=hand_over, prefix=prefix)
             case Adopt(request=request, offer=offer):
                 return Continue(sequence=self._sequences.add(request), offer=offer)
             case Stop():
@@ -127,7 +139,7 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(output)
-            case Pulled() | Failed() | KvEvents():
+            case NotHeld() | Pulled() | Failed() | KvEvents():
                 self._channel.send(output)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)

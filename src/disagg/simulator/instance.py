@@ -24,6 +24,7 @@ from disagg.base.messages import (
     InstanceFacts,
     InstanceLoad,
     KvEvents,
+    NotHeld,
     Offered,
     Pulled,
     Ready,
@@ -300,7 +301,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | Pulled() | Failed() | KvEvents():
+            case Offered() | NotHeld() | Pulled() | Failed() | KvEvents():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case StartCopy():
                 self._copy(output, now)

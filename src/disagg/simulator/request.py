@@ -84,6 +84,10 @@ class SimulatedRequest:
         """Known tokens: prompt, and answer so far."""
         return self.prompt_len + self.num_output_tokens
 
+    def prompt_names(self, block_size: int) -> tuple[BlockHash, ...]:
+        """Return the names of the prompt's full KV blocks."""
+        return self.block_hashes[: self.prompt_len // block_size]
+
     def names_of_new(self, count: int, block_size: int) -> tuple[BlockHash, ...]:
         """Return the names of the KV blocks that the last ``count`` tokens have filled."""
         return self.block_hashes[(self.num_tokens - count) // block_size : self.num_tokens // block_size]

@@ -21,6 +21,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.cache.prefix_index import PrefixIndex
+from disagg.scheduling.dispatch import borrowing
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
@@ -34,7 +35,6 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendAdopt,
-    SendGenerate,
     SendPeerLost,
     SendRelease,
 )
@@ -48,6 +48,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     Progress,
@@ -58,6 +59,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
@@ -117,6 +119,10 @@ class Dispatcher:
                 self._emit(event)
             case OfferMade():
                 self._offer(event)
+            case NothingLent():
+                borrower = self._sequences.get(event.request_id)
+                if borrower is not None and borrowing.waits_for(borrower, event):
+                    self._lent(borrower, has_lent=False)
             case PullEnded():
                 self._pull_ended(event)
             case SequenceFailed():
@@ -214,25 +220,28 @@ class Dispatcher:
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance; return False when none can take it now."""
         sequence.held = self._prefixes.find(sequence.block_hashes)
-        instance = choose_start(self.instances, sequence)
+        instance = choose_start(self.instances, sequence, append_turns=self._settings.append_turns)
         if instance is None:
             return False
+        lender = choose_lender(self.instances, sequence, instance) if self._settings.pull_prefixes else None
         hand_over = instance.role is Role.PREFILL
         state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
-        sequence.move(state, self._now, f"started on {instance.instance}")
-        sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
-        num_new = sequence.num_tokens - sequence.num_cached(instance.instance)
+        num_new = num_to_compute(sequence, instance, lender)
         self._charge(sequence, instance.instance, prefill_tokens=num_new)
-        self._actions.append(
-            SendGenerate(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                instance=instance.instance,
-                hand_over=hand_over,
-            )
-        )
+        sequence.holder = instance.instance
+        if lender is None:
+            self._actions.append(borrowing.start(sequence, state, self._now))
+        else:
+            self._charge(sequence, lender.instance)
+            self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
+
+    def _lent(self, sequence: SequenceEntry, *, has_lent: bool) -> None:
+        """Let a sequence that borrows start, with what was lent or without."""
+        if not has_lent:
+            self._end_lease(sequence)
+        self._actions.append(borrowing.answered(sequence, self._now, has_lent=has_lent))
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
@@ -275,6 +284,10 @@ class Dispatcher:
         self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
 
     def _offer(self, event: OfferMade) -> None:
+        borrower = self._sequences.get(event.request_id)
+        if borrower is not None and borrowing.waits_for(borrower, event):
+            self._lent(borrower, has_lent=True)
+            return
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             # It was cancelled while the offer was on its way: nobody will read these blocks.
@@ -289,7 +302,10 @@ class Dispatcher:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
-        sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
+        if sequence.state is not Whereabouts.PULLING:
+            sequence.refuse_event(f"a pull by {event.instance}")
+        state, sequence.borrows_for = sequence.borrows_for or Whereabouts.DECODING, None
+        sequence.move(state, self._now, f"pulled by {event.instance}")
         self._end_lease(sequence)
 
     def _failed(self, event: SequenceFailed) -> None:
@@ -345,6 +361,9 @@ class Dispatcher:
         if sequence.lease == lost:
             sequence.lease = None
             self._discharge(sequence, lost)
+            if sequence.state is Whereabouts.BORROWING:
+                self._lent(sequence, has_lent=False)
+                return
             if sequence.holder is not None:
                 sequence.story.append((self._now, f"{lost} died while its blocks were being pulled"))
                 return
@@ -353,6 +372,9 @@ class Dispatcher:
             self._discharge(sequence, lost)
             self._end_lease(sequence)
         else:
+            return
+        if sequence.state is Whereabouts.BORROWING:
+            self._resume(sequence, f"{lost}, which was to compute it, died: {why}")
             return
         sequence.note_loss(lost, self._now, why)
         limit = self._settings.max_instance_losses
@@ -368,6 +390,7 @@ class Dispatcher:
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
+        sequence.borrows_for = None
         sequence.epoch = Epoch(sequence.epoch + 1)
         sequence.wait_until_s = math.inf
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))

@@ -52,6 +52,14 @@ class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class NothingLent(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` has nothing cached any more of what it was to lend."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
 class PullEnded(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has pulled the KV blocks of a sequence, or will never read them: the lease can end."""
 
@@ -126,5 +134,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
 
 AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
 AnyDispatchEvent = (
-    SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
+    SequenceArrived
+    | TokensEmitted
+    | OfferMade
+    | NothingLent
+    | PullEnded
+    | SequenceFailed
+    | SequenceCancelled
+    | AnyMemberEvent
+    | Tick
 )

@@ -19,18 +19,22 @@ class Whereabouts(enum.Enum):
     state      holder            lease    meaning
     ========== ================= ======== ===================================================
     QUEUED     none              none     no live instance can start it, or start it again
+    BORROWING  chosen            lender   another instance looks for the blocks of the sequence's beginning;
+                                          the chosen one was told nothing yet
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
     OFFERED    none              prefill  no live decode instance can adopt it
-    PULLING    decode            prefill  the decode instance copies the KV blocks, or waits for room;
-                                          no lease any more when the prefill instance died meanwhile
+    PULLING    decode, or chosen prefill, the holder copies the KV blocks, or waits for room; no lease any more when
+                                 lender   the instance that it copies from died meanwhile
     DECODING   decode            none     the decode instance owns all of it
     RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
+                                          or one whose beginning it holds
     ENDED      none              none     finished, failed or cancelled; not remembered
     ========== ================= ======== ===================================================
     """
 
     QUEUED = "queued"
+    BORROWING = "borrowing"
     PREFILLING = "prefilling"
     OFFERING = "offering"
     OFFERED = "offered"
@@ -43,11 +47,24 @@ class Whereabouts(enum.Enum):
 
 
 TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
-    Whereabouts.QUEUED: frozenset({Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}),
+    Whereabouts.QUEUED: frozenset(
+        {Whereabouts.BORROWING, Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}
+    ),
+    Whereabouts.BORROWING: frozenset(
+        {Whereabouts.PULLING, Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.QUEUED, Whereabouts.ENDED}
+    ),
     Whereabouts.PREFILLING: frozenset({Whereabouts.OFFERING, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.PULLING: frozenset(
+        {
+            Whereabouts.DECODING,
+            Whereabouts.PREFILLING,
+            Whereabouts.RUNNING,
+            Whereabouts.QUEUED,
+            Whereabouts.ENDED,
+        }
+    ),
     Whereabouts.DECODING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.RUNNING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.ENDED: frozenset(),
@@ -143,6 +160,8 @@ class SequenceEntry:
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
+    borrows_for: Whereabouts | None = None
+    """While it borrows its beginning: what its holder does then."""
     wait_until_s: float = math.inf
     """When waiting for an instance ends with an error."""
     charges: dict[InstanceId, Charge] = field(default_factory=dict)
@@ -180,8 +199,8 @@ class SequenceEntry:
         """Raise InternalError unless holder, lease and charges are what the state says."""
         held = self.state not in (Whereabouts.QUEUED, Whereabouts.OFFERED)
         leased = self.lease is not None
-        may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING)
-        must_be_leased = self.state is Whereabouts.OFFERED
+        may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING, Whereabouts.BORROWING)
+        must_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.BORROWING)
         present = {name for name in (self.holder, self.lease) if name is not None}
         if (self.holder is not None) != held or not must_be_leased <= leased <= may_be_leased:
             self.refuse_event(f"holder {self.holder} and lease {self.lease} in state {self.state.value}")

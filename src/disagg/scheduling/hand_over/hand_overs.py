@@ -11,9 +11,9 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.step.actions import OfferKv, Pull, ReleaseLease
+from disagg.scheduling.step.actions import LendKv, OfferKv, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
-from disagg.scheduling.step.events import KvOffered
+from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
 
 LEASE_GRACE_S: Final = 1.0
@@ -52,8 +52,28 @@ class HandOvers:
         )
         books.wake_at(expires_s)
 
+    def on_kv_wanted(self, event: KvWanted) -> None:
+        """Lend what is cached of another instance's sequence."""
+        books = self._books
+        lease_s = books.settings.lease_s
+        expires_s = books.now + lease_s + LEASE_GRACE_S
+        blocks = books.ledger.lend(event.request_id, event.epoch, event.block_hashes, expires_s)
+        if blocks:
+            books.wake_at(expires_s)
+        books.actions.append(
+            LendKv(
+                request_id=event.request_id,
+                epoch=event.epoch,
+                num_tokens=len(blocks) * books.ledger.block_size,
+                block_ids=blocks,
+                lease_s=lease_s,
+            )
+        )
+
     def on_lease_released(self, request_id: RequestId, epoch: Epoch) -> None:
         """The blocks were read, or never will be."""
+        if self._books.ledger.end_loan(request_id, epoch):
+            return
         sequence = self._books.find(request_id, epoch, SequenceState.LEASED)
         if sequence is not None:
             self.end_lease(sequence)
@@ -69,7 +89,7 @@ class HandOvers:
         """Adopt a sequence whose blocks are elsewhere."""
         books = self._books
         if books.rejects(event, most_tokens(event.num_tokens, event.max_total_tokens, hand_over=False)):
-            books.actions.append(ReleaseLease(request_id=event.request_id, epoch=event.epoch, source=event.source))
+            self.refuse(event.request_id, event.epoch, event.source)
             return
         sequence = books.enter(event, SequenceState.OFFERED)
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
@@ -77,6 +97,21 @@ class HandOvers:
         bisect.insort(self._offered, sequence, key=order_of)
         if len(event.source_blocks) == books.ledger.num_blocks_for(event.num_kv_tokens):
             books.wake_at(event.expires_s)
+        else:
+            self._compute_here(sequence)
+
+    def refuse(self, request_id: RequestId, epoch: Epoch, source: InstanceId) -> None:
+        """Tell a source that its blocks will not be read: their sequence was not taken."""
+        self._books.actions.append(ReleaseLease(request_id=request_id, epoch=epoch, source=source))
+
+    def borrow(self, sequence: Sequence, prefix: LentKv) -> None:
+        """Let a sequence whose first blocks another instance lends wait for them, unless they are of no use."""
+        remote = RemoteKv(prefix.source, prefix.source_blocks, prefix.num_tokens, prefix.expires_s, is_prefix=True)
+        sequence.remote = remote
+        bisect.insort(self._offered, sequence, key=order_of)
+        is_whole = len(prefix.source_blocks) * self._books.ledger.block_size == prefix.num_tokens
+        if sequence.reuse_prefix and is_whole and prefix.num_tokens < sequence.num_tokens:
+            self._books.wake_at(prefix.expires_s)
         else:
             self._compute_here(sequence)
 
@@ -118,7 +153,6 @@ class HandOvers:
             self.on_transfer_failed(request_id, epoch, ended=True)
             return
         books.ledger.commit_pull(sequence)
-        sequence.num_computed = sequence.remote.num_tokens
         books.ledger.publish(sequence)
         self._release_remote(sequence)
         books.num_pulling -= 1
@@ -162,9 +196,9 @@ class HandOvers:
         for sequence in [s for s in self._offered if s.remote is not None and s.remote.expires_s <= books.now]:
             self._compute_here(sequence)
         books.alarm = math.inf
-        next_lease = books.ledger.leases.next_expiry()
-        if next_lease is not None:
-            books.wake_at(next_lease)
+        next_lease_s = books.ledger.next_expiry()
+        if next_lease_s < math.inf:
+            books.wake_at(next_lease_s)
         for sequence in self._offered:
             if sequence.remote is not None:
                 books.wake_at(sequence.remote.expires_s)

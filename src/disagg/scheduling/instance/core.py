@@ -23,6 +23,8 @@ from disagg.base.messages import (
     InstanceLoad,
     KvEvents,
     KvOffer,
+    Lend,
+    NotHeld,
     Offered,
     PeerLost,
     Pulled,
@@ -44,13 +46,15 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.instance.tracked import Tracked, pulled_message
-from disagg.scheduling.step.actions import Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import Emit, Forget, LendKv, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
     KvOffered,
+    KvWanted,
     LeaseReleased,
+    LentKv,
     SourceLost,
     StepDone,
     Tick,
@@ -201,23 +205,26 @@ class InstanceCore:
                 self._on_continue(one, events)
             case CopyEnded():
                 self._on_copy_ended(one, events)
-            case Release(request_id=request_id, epoch=epoch):
-                events.append(LeaseReleased(request_id=request_id, epoch=epoch))
+            case Lend() | Release() | Tick():
+                events.append(_event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
             case PeerLost():
                 self._on_peer_lost(one, events)
-            case Tick():
-                events.append(one)
             case ReportBlocks():
                 self._tell_kv_events(self._scheduler.all_cached())
             case _:
                 assert_never(one)
 
     def _on_start(self, message: Start, events: list[AnyEvent]) -> None:
-        facts = message.sequence
-        if not self._admit(facts, None, events):
+        facts, offer = message.sequence, message.prefix
+        if not self._admit(facts, offer, events):
             return
+        prefix = None
+        if offer is not None:
+            tracked = self._sequences[facts.request_id]
+            tracked.expires_s, tracked.is_offer_prefix = self._now + offer.lease_s, True
+            prefix = LentKv(offer.source, offer.block_ids, offer.num_tokens, tracked.expires_s)
         events.append(
             Arrived(
                 request_id=facts.request_id,
@@ -229,6 +236,7 @@ class InstanceCore:
                 hand_over=message.hand_over,
                 block_hashes=facts.block_hashes,
                 reuse_prefix=facts.reuse_prefix,
+                prefix=prefix,
                 objectives=facts.objectives,
             )
         )
@@ -313,10 +321,16 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(self, action: OfferKv | Pull | ReleaseLease | Reject | Forget) -> None:
+    def _carry_out(self, action: OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget) -> None:
         match action:
             case OfferKv():
-                self._offer(action)
+                # From here on the sequence is another instance's.
+                self._outputs.append(Offered(offer=self._kv_offer(action)))
+                self._drop(action.request_id, action.epoch)
+                self._forget(action.request_id, action.epoch)
+            case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
+                offered = Offered(offer=self._kv_offer(action)) if num_tokens else None
+                self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
             case Pull():
                 self._pull(action)
             case ReleaseLease(request_id=request_id, epoch=epoch):
@@ -354,9 +368,9 @@ class InstanceCore:
             KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
         )
 
-    def _offer(self, action: OfferKv) -> None:
-        """Say where the blocks are; from here on the sequence is another instance's."""
-        offer = KvOffer(
+    def _kv_offer(self, action: OfferKv | LendKv) -> KvOffer:
+        """Return what says where the blocks are."""
+        return KvOffer(
             request_id=action.request_id,
             epoch=action.epoch,
             source=self._header.instance,
@@ -366,9 +380,6 @@ class InstanceCore:
             lease_s=action.lease_s,
             pool=self._header.pool,
         )
-        self._outputs.append(Offered(offer=offer))
-        self._drop(action.request_id, action.epoch)
-        self._forget(action.request_id, action.epoch)
 
     def _pull(self, action: Pull) -> None:
         offer = self._sequences[action.request_id].offer
@@ -410,6 +421,17 @@ class InstanceCore:
             del self._sequences[request_id]
             self._not_scheduled.discard(request_id)
             self._silent.discard(request_id)
+
+
+def _event_of(message: Lend | Release | Tick) -> AnyEvent:
+    """Return what a message means to the scheduler that means nothing more to the core."""
+    match message:
+        case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
+            return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
+        case Release(request_id=request_id, epoch=epoch):
+            return LeaseReleased(request_id=request_id, epoch=epoch)
+        case Tick():
+            return message
 
 
 def _mismatch(offer: KvOffer, facts: SequenceFacts) -> str:

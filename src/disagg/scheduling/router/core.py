@@ -13,7 +13,7 @@ from msgspec import structs
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
 from disagg.base.request import Role
 from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
@@ -26,6 +26,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAdopt,
     SendGenerate,
+    SendLend,
     SendPeerLost,
     SendRelease,
 )
@@ -38,6 +39,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     PullEnded,
@@ -67,6 +69,7 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     TellPeerLost,
 )
 from disagg.scheduling.router.restart import RestartSettings
@@ -169,7 +172,7 @@ class RouterCore:
         self._dispatch_from(member, event)
 
     def _on_message(
-        self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport | KvEvents
+        self, member: Member, message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
     ) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
@@ -181,7 +184,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport | KvEvents) -> None:
+    def _take(self, member: Member, message: Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -193,6 +196,8 @@ class RouterCore:
                 self._dispatch_from(
                     member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
                 )
+            case NotHeld(request_id=request_id, epoch=epoch):
+                self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
             case Pulled(request_id=request_id, epoch=epoch):
                 self._outputs.append(
                     HandOverEnded(
@@ -327,23 +332,25 @@ class RouterCore:
 
     def _carry_out(self, action: AnyDispatchAction) -> None:
         match action:
-            case Deliver() | SendGenerate() | SendRelease():
+            case SendGenerate(with_prefix=True, request_id=request_id, epoch=epoch, instance=instance):
+                self._outputs.append(
+                    SendWithPrefix(
+                        request_id=request_id,
+                        epoch=epoch,
+                        instance=instance,
+                        hand_over=action.hand_over,
+                        prefix=self._take_offer(request_id),
+                    )
+                )
+            case Deliver() | SendGenerate() | SendLend() | SendRelease():
                 self._outputs.append(action)
             case WakeAt(time_s=time_s):
                 self._dispatch_wake_s = time_s
             case Drop(instance=instance):
                 self._drop(self._members[instance], DropReason.STALE)
             case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
-                offer, since_s = self._offers[request_id]
-                left_s = max(0.0, offer.lease_s - (self._now - since_s))
-                self._outputs.append(
-                    SendOffer(
-                        request_id=request_id,
-                        epoch=epoch,
-                        instance=instance,
-                        offer=structs.replace(offer, lease_s=left_s),
-                    )
-                )
+                offer = self._take_offer(request_id)
+                self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
@@ -352,6 +359,11 @@ class RouterCore:
                 self._outputs.append(action)
             case _:
                 self._outputs.append(action)
+
+    def _take_offer(self, request_id: RequestId) -> KvOffer:
+        """Return the offer that is kept of a sequence, with what is left of its lease, and keep it no more."""
+        offer, since_s = self._offers.pop(request_id)
+        return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
 
     def _keep(self, offer: KvOffer) -> None:
         """Remember the first offer of an attempt at a sequence, for the instance that will adopt it."""

@@ -54,6 +54,16 @@ class OfferKv(Action, frozen=True, kw_only=True):
     lease_s: float
 
 
+class LendKv(Action, frozen=True, kw_only=True):
+    """Tell the world that the first ``num_tokens`` tokens of another's sequence wait in ``block_ids``; 0: none does."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+    lease_s: float
+
+
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     """One block to copy: all layers and heads of ``source`` into ``target``."""
 
@@ -109,4 +119,4 @@ class WakeAt(Action, frozen=True, kw_only=True):
     time_s: float
 
 
-AnyAction = RunStep | Emit | OfferKv | Pull | ReleaseLease | Reject | Forget | WakeAt
+AnyAction = RunStep | Emit | OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget | WakeAt

@@ -12,6 +12,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     """Base of all events: the tag is the class name."""
 
 
+class LentKv(msgspec.Struct, frozen=True, array_like=True):
+    """The first ``num_tokens`` tokens of a sequence are in ``source_blocks`` of ``source``, until ``expires_s``."""
+
+    source: InstanceId
+    source_blocks: tuple[BlockId, ...]
+    num_tokens: int
+    expires_s: float
+
+
 class Arrived(Event, frozen=True, kw_only=True):
     """A sequence to compute here. With ``hand_over`` its KV blocks are offered after the first sampled token.
 
@@ -28,6 +37,7 @@ class Arrived(Event, frozen=True, kw_only=True):
     hand_over: bool = False
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
+    prefix: LentKv | None = None
     objectives: Objectives = Objectives()
     """What is missing here is as the settings say."""
 
@@ -104,6 +114,14 @@ class TransferEnded(Event, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class KvWanted(Event, frozen=True, kw_only=True):
+    """Another instance, which computes this sequence, wants to read the cached blocks of these names."""
+
+    request_id: RequestId
+    epoch: Epoch
+    block_hashes: tuple[BlockHash, ...]
+
+
 class LeaseReleased(Event, frozen=True, kw_only=True):
     """The other side has read the offered blocks, or never will."""
 
@@ -135,6 +153,7 @@ AnyEvent = (
     | TransferDone
     | TransferFailed
     | TransferEnded
+    | KvWanted
     | LeaseReleased
     | SourceLost
     | Cancelled

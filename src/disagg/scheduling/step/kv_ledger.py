@@ -1,8 +1,11 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
+import math
+from collections.abc import Collection
 from itertools import groupby
 
-from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.errors import InternalError
+from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
 from disagg.cache.block_pool import BlockPool
 from disagg.cache.journal import KvJournal
@@ -18,8 +21,11 @@ class KvLedger:
         self.journal = KvJournal(block_size, medium)
         self.pool = BlockPool(num_blocks, self.journal.removed)
         self.leases = LeaseTable()
+        self.loans = LeaseTable()
+        """Cached blocks that others read, under the names of their sequences."""
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_remote_hits = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = medium
@@ -46,12 +52,10 @@ class KvLedger:
         Taking them all at once means that a prompt, once begun, is never stopped half-way for want of blocks.
         """
         reusable = self._reusable(sequence, sequence.num_tokens - 1)
-        taken = self._hold(reusable, self.num_blocks_for(sequence.num_tokens), keep_headroom, for_pull=False)
+        taken = self._hold(reusable, self.num_blocks_for(sequence.num_tokens), keep_headroom)
         if taken is None:
             return False
-        if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
-            self.num_prefix_queries += sequence.num_tokens
-            self.num_prefix_hits += len(reusable) * self._block_size
+        self._count_query(sequence, len(reusable))
         sequence.block_ids = reusable + taken
         sequence.num_computed = len(reusable) * self._block_size
         sequence.num_published = len(reusable)
@@ -111,22 +115,57 @@ class KvLedger:
         return lease is not None
 
     def end_expired_leases(self, now: float) -> list[Lease]:
-        """End the leases whose time is over and return them."""
+        """End the leases and loans whose time is over; return those of this instance's own sequences."""
         expired = self.leases.end_expired(now)
-        for lease in expired:
+        for lease in (*expired, *self.loans.end_expired(now)):
             self.pool.end_lease(lease.blocks)
         return expired
 
+    def next_expiry(self) -> float:
+        """Return when the next lease or loan ends; infinity without any."""
+        return min(table.next_expiry() or math.inf for table in (self.leases, self.loans))
+
+    def lend(
+        self, request_id: RequestId, epoch: Epoch, names: Collection[BlockHash], expires_s: float
+    ) -> tuple[BlockId, ...]:
+        """Keep the cached blocks of these names, as far as there are any, for another instance to read."""
+        known = self.loans.find(request_id)
+        if known is not None:
+            self.end_loan(request_id, known.epoch)
+        blocks = self.pool.match_prefix(tuple(names))
+        if blocks:
+            self.pool.acquire(blocks)
+            self.pool.lease(blocks)
+            self.loans.grant(Lease(request_id, epoch, blocks, expires_s))
+        return blocks
+
+    def end_loan(self, request_id: RequestId, epoch: Epoch) -> bool:
+        """End one loan; False when there is none of this name and epoch."""
+        loan = self.loans.end(request_id, epoch)
+        if loan is not None:
+            self.pool.end_lease(loan.blocks)
+        return loan is not None
+
     def begin_pull(self, sequence: Sequence, remote: RemoteKv, keep_headroom: bool) -> bool:
-        """Reserve blocks for a remote sequence; what is already here by its prefix is not copied again."""
-        reusable = self._reusable(sequence, remote.num_tokens)
-        taken = self._hold(reusable, len(remote.blocks), keep_headroom, for_pull=True)
+        """Reserve blocks for a remote sequence; what is already here by its prefix is not copied again.
+
+        Where a prefix is lent, the blocks of all known tokens are taken: see ``admit``.
+        """
+        longest = sequence.num_tokens - 1 if remote.is_prefix else remote.num_tokens
+        num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else len(remote.blocks)
+        reusable = self._reusable(sequence, longest)
+        missing = remote.blocks[len(reusable) :]
+        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(missing))
         if taken is None:
             return False
+        if remote.is_prefix:
+            self._count_query(sequence, len(reusable))
+            self.num_remote_hits += len(missing) * self._block_size
         sequence.block_ids = reusable + taken
+        sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
         sequence.num_published = len(reusable)
-        missing = remote.blocks[len(reusable) :]
-        sequence.copies = tuple(BlockCopy(source, target) for source, target in zip(missing, taken, strict=True))
+        targets = taken[: len(missing)]
+        sequence.copies = tuple(BlockCopy(source, target) for source, target in zip(missing, targets, strict=True))
         return True
 
     def commit_pull(self, sequence: Sequence) -> None:
@@ -142,7 +181,8 @@ class KvLedger:
         else:
             self.pool.quarantine(targets)
             self._quarantine[sequence.request_id, sequence.epoch] = targets
-        self.pool.release(sequence.block_ids[: len(sequence.block_ids) - len(targets)])
+        being_written = set(targets)
+        self.pool.release([block for block in sequence.block_ids if block not in being_written])
         self._forget(sequence)
 
     def end_quarantine(self, request_id: RequestId, epoch: Epoch) -> bool:
@@ -159,15 +199,27 @@ class KvLedger:
         return self.pool.match_prefix(sequence.block_hashes[: num_tokens // self._block_size])
 
     def _hold(
-        self, reusable: tuple[BlockId, ...], num_blocks: int, keep_headroom: bool, *, for_pull: bool
+        self, reusable: tuple[BlockId, ...], num_blocks: int, keep_headroom: bool, num_pulled: int = 0
     ) -> tuple[BlockId, ...] | None:
-        """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack."""
+        """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack.
+
+        The first ``num_pulled`` of those taken are for a remote writer.
+        """
         missing = num_blocks - len(reusable)
         available = self.pool.num_available - self.pool.num_cached_among(reusable)
         if missing + (self._headroom if keep_headroom else 0) > available:
             return None
         self.pool.acquire(reusable)
-        return self.pool.reserve(missing) if for_pull else self.pool.allocate(missing)
+        pulled = self.pool.reserve(num_pulled) if num_pulled else ()
+        own = self.pool.allocate(missing - num_pulled) if missing > num_pulled else ()
+        if pulled is None or own is None:
+            raise InternalError(f"{missing} blocks were available and then were not")
+        return pulled + own
+
+    def _count_query(self, sequence: Sequence, num_found: int) -> None:
+        if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
+            self.num_prefix_queries += sequence.num_tokens
+            self.num_prefix_hits += num_found * self._block_size
 
     @staticmethod
     def _forget(sequence: Sequence) -> None:

@@ -32,6 +32,7 @@ from disagg.scheduling.step.events import (
     Arrived,
     Cancelled,
     KvOffered,
+    KvWanted,
     LeaseReleased,
     SourceLost,
     StepDone,
@@ -156,6 +157,8 @@ class StepScheduler:
                 self._hand_over.on_transfer_failed(request_id, epoch, ended)
             case TransferEnded(request_id=request_id, epoch=epoch):
                 self._hand_over.on_transfer_ended(request_id, epoch)
+            case KvWanted():
+                self._hand_over.on_kv_wanted(event)
             case LeaseReleased(request_id=request_id, epoch=epoch):
                 self._hand_over.on_lease_released(request_id, epoch)
             case SourceLost(instance=instance):
@@ -182,12 +185,17 @@ class StepScheduler:
     def _on_arrived(self, event: Arrived) -> None:
         needed = most_tokens(event.num_tokens, event.max_total_tokens, hand_over=event.hand_over)
         if self._books.rejects(event, needed):
+            if event.prefix is not None:
+                self._hand_over.refuse(event.request_id, event.epoch, event.prefix.source)
             return
-        sequence = self._books.enter(event, SequenceState.WAITING)
+        sequence = self._books.enter(event, SequenceState.WAITING if event.prefix is None else SequenceState.OFFERED)
         sequence.hand_over = event.hand_over
         sequence.reuse_prefix = event.reuse_prefix
         sequence.num_prefill_tokens = event.num_tokens
-        self._books.wait(sequence)
+        if event.prefix is None:
+            self._books.wait(sequence)
+        else:
+            self._hand_over.borrow(sequence, event.prefix)
 
     def _take_step(self, event: StepDone) -> PlannedStep:
         """Return what was planned of a step that has ended, and learn from what it took."""

@@ -52,12 +52,13 @@ TRANSITIONS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RemoteKv:
-    """Where the KV blocks of an adopted sequence are."""
+    """Where the KV blocks of an adopted sequence are, or with ``is_prefix`` those that are lent of its beginning."""
 
     source: InstanceId
     blocks: tuple[BlockId, ...]
     num_tokens: int
     expires_s: float
+    is_prefix: bool = False
 
 
 @dataclass(slots=True, eq=False)
