@@ -46,7 +46,8 @@ from disagg.engine.executor import Executor
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
 

@@ -40,7 +40,8 @@ from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import InstanceDeath
-from disagg.simulator.instance import FAILED_PULL, LOST_PEER, InstanceSpec
+from disagg.simulator.instance import FAILED_PULL, LOST_PEER
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 
 TOKEN = 1

@@ -133,6 +133,9 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: Count
     load_s: Seconds
     pool: bytes
+    max_disk_blocks: Count = 0
+    """KV blocks that it may keep on disk, and how many are there from a life before."""
+    num_saved_blocks: Count = 0
 
 
 class Loading(Message, frozen=True, kw_only=True):

@@ -25,15 +25,16 @@ from disagg.base.messages import (
 )
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
+from disagg.engine.kv_disk import KvDisk
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
 from disagg.engine.sequence_table import SequenceTable
 from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, LoadEnded, Start
 from disagg.scheduling.instance.outputs import AnyInstanceOutput, CancelCopy, Emitted, ForgetPeer, StartCopy
-from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
+from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 from disagg.scheduling.step.events import Tick
 
 
@@ -50,6 +51,7 @@ class EngineLoop:
         channel: ControlChannel,
         clock: Clock,
         log: EventLog | None = None,
+        disk: KvDisk | None = None,
     ) -> None:
         self._ready = ready
         self._core = core
@@ -59,6 +61,7 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = log
+        self._disk = disk
         self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
@@ -102,8 +105,18 @@ class EngineLoop:
             if not ended.result.failure:
                 self._blocks.receive_blocks(ended.targets)
             inputs.append(ended.result)
+        if self._disk is not None:
+            inputs += self._collect_from(self._disk)
         if self._clock.now() >= self._wake_s:
             inputs.append(Tick())
+        return inputs
+
+    def _collect_from(self, disk: KvDisk) -> list[AnyInstanceInput]:
+        inputs: list[AnyInstanceInput] = []
+        for ended in disk.take_ended():
+            if isinstance(ended.result, LoadEnded) and not ended.result.unreadable:
+                self._blocks.receive_blocks(ended.targets)
+            inputs.append(ended.result)
         return inputs
 
     def _input(self, message: ToEngine) -> AnyInstanceInput:
@@ -147,12 +160,25 @@ class EngineLoop:
                 self._pulls.start(output, now)
             case CancelCopy(request_id=request_id, epoch=epoch):
                 self._pulls.cancel(request_id, epoch)
+            case LoadBlocks() | SaveBlock() | DropSaved():
+                self._use_disk(output)
             case ForgetPeer(incarnation=incarnation):
                 self._pulls.close_peer(incarnation)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
             case _:
                 assert_never(output)
+
+    def _use_disk(self, output: LoadBlocks | SaveBlock | DropSaved) -> None:
+        assert self._disk is not None, "a core without room on disk wants nothing from it"
+        match output:
+            case LoadBlocks():
+                self._disk.load(output)
+            case SaveBlock(block=block):
+                self._blocks.publish_blocks((block,))
+                self._disk.save(output)
+            case DropSaved(names=names):
+                self._disk.drop(names)
 
     def _emit(self, output: Emitted) -> None:
         assert self._completed is not None, "tokens come from the step that was collected in this turn"

@@ -7,39 +7,31 @@ flight; what comes in between waits for the next turn.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Final, assert_never
 
 from msgspec import structs
 
-from disagg.base.config import SchedulerSettings
-from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
-from disagg.base.ids import BlockHash, InstanceId, RequestId
+from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
-    PROTOCOL_VERSION,
     Failed,
-    InstanceFacts,
     InstanceLoad,
     KvEvents,
     NotHeld,
     Offered,
     Pulled,
-    Ready,
     StageStamps,
 )
-from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
-from disagg.costs.links import LinkModel, SerialLinks
-from disagg.costs.topology import Place
+from disagg.costs.links import SerialLinks
 from disagg.scheduling.event_log import InstanceRecord
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
-from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, LoadEnded
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CancelCopy,
@@ -49,12 +41,13 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
-from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
-from disagg.scheduling.step.events import StepDone, StepResult, Tick
+from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
+from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick
 from disagg.simulator.decode_run import DecodeRun
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
@@ -63,71 +56,6 @@ MAX_RUN_LENGTH: Final = 64
 """Steps that are timed ahead: what an interruption throws away."""
 FAILED_PULL: Final = "the pull was made to fail"
 LOST_PEER: Final = "the instance that was read from died"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstanceSpec:
-    """What one simulated instance is made from."""
-
-    name: InstanceId
-    role: Role
-    scheduler: SchedulerSettings
-    num_blocks: int
-    block_size: int
-    latency: LatencyModel
-    kv_bytes_per_token: int = 0
-    num_devices: int = 1
-    place: Place = ()
-    """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
-    of its first stage, where hosts matter."""
-    prefix_caching: bool = True
-    swap: LinkModel | None = None
-    """Where the KV of preempted sequences waits; None computes it again."""
-
-    def __post_init__(self) -> None:
-        if self.place and len(self.place) != self.num_devices:
-            raise ConfigurationError(
-                f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
-            )
-
-    @property
-    def capacity(self) -> int:
-        """Longest sequence that the KV pool holds, in tokens."""
-        return self.num_blocks * self.block_size
-
-    def header(self, incarnation: str) -> InstanceHeader:
-        """Return what the core of one life of the instance is made from."""
-        return InstanceHeader(
-            instance=self.name,
-            incarnation=incarnation,
-            settings=self.scheduler,
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            prefix_caching=self.prefix_caching,
-            num_stages=self.latency.num_stages,
-        )
-
-    def ready(self, incarnation: str) -> Ready:
-        """Return what it says when it takes requests."""
-        return Ready(
-            version=PROTOCOL_VERSION,
-            instance=self.name,
-            incarnation=incarnation,
-            role=self.role,
-            facts=InstanceFacts(
-                pid=1,
-                device="simulated",
-                kernel_backend="simulated",
-                num_blocks=self.num_blocks,
-                block_size=self.block_size,
-                max_model_len=self.capacity,
-                vocab_size=1,
-                weight_bytes=0,
-                kv_bytes=0,
-                load_s=0.0,
-                pool=b"",
-            ),
-        )
 
 
 class SimulatedInstance:
@@ -183,6 +111,8 @@ class SimulatedInstance:
         self._is_turn_due = False
         self._wake_s = math.inf
         self._lost_peers: set[str] = set()
+        self._disk_free_s = {LoadBlocks: 0.0, SaveBlock: 0.0}
+        """Until when the disk reads, and writes, what it was given."""
         self._run: DecodeRun | None = None
         self.is_alive = True
 
@@ -305,6 +235,12 @@ class SimulatedInstance:
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case StartCopy():
                 self._copy(output, now)
+            case LoadBlocks(request_id=request_id, epoch=epoch, blocks=blocks):
+                self._use_disk(output, len(blocks), LoadEnded(request_id=request_id, epoch=epoch), now)
+            case SaveBlock(name=name):
+                self._use_disk(output, 1, BlockSaved(name=name), now)
+            case DropSaved():
+                pass  # takes no time
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
             case CancelCopy():
@@ -405,6 +341,19 @@ class SimulatedInstance:
             failure=failure,
         )
         self._later(end_s, partial(self._end_copy, copy, ended))
+
+    def _use_disk(
+        self, output: LoadBlocks | SaveBlock, num_blocks: int, ended: LoadEnded | BlockSaved, now: float
+    ) -> None:
+        """Read or write blocks, after what is being read or written before them."""
+        num_bytes = num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token
+        end_s = max(now, self._disk_free_s[type(output)]) + self.spec.disk.transfer_time_s(num_bytes)
+        self._disk_free_s[type(output)] = end_s
+        self._later(end_s, partial(self._end_disk, ended))
+
+    def _end_disk(self, ended: LoadEnded | BlockSaved) -> None:
+        self._pulls_done.append(ended)
+        self._request_turn()
 
     def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
         if copy.incarnation in self._lost_peers:

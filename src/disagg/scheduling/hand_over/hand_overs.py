@@ -11,7 +11,7 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.step.actions import LendKv, OfferKv, Pull, ReleaseLease
+from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
 from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
@@ -115,30 +115,41 @@ class HandOvers:
         else:
             self._compute_here(sequence)
 
+    def read_disk(self, sequence: Sequence) -> None:
+        """Let a sequence, part of whose beginning is on disk, wait for its blocks."""
+        bisect.insort(self._offered, sequence, key=order_of)
+
     def start_pulls(self) -> None:
         """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
         books = self._books
         while self._offered and books.has_room:
             sequence = self._offered[0]
-            remote = sequence.remote
             served_before = bool(books.waiting) and books.waiting[0].order < sequence.order
-            if served_before or remote is None or not books.ledger.begin_pull(sequence, remote, books.is_busy):
+            if served_before or not self._begin(sequence, sequence.remote):
                 return
             del self._offered[0]
             sequence.move(SequenceState.PULLING, books.now)
             books.num_pulling += 1
-            if sequence.copies:
+            if sequence.loads:
+                books.actions.append(
+                    LoadBlocks(request_id=sequence.request_id, epoch=sequence.epoch, blocks=sequence.loads)
+                )
+            elif sequence.remote is not None and sequence.copies:
                 books.actions.append(
                     Pull(
                         request_id=sequence.request_id,
                         epoch=sequence.epoch,
-                        source=remote.source,
+                        source=sequence.remote.source,
                         copies=sequence.copies,
-                        expires_s=remote.expires_s,
+                        expires_s=sequence.remote.expires_s,
                     )
                 )
             else:
                 self.on_transfer_done(sequence.request_id, sequence.epoch)
+
+    def _begin(self, sequence: Sequence, remote: RemoteKv | None) -> bool:
+        ledger, is_busy = self._books.ledger, self._books.is_busy
+        return ledger.begin_load(sequence, is_busy) if remote is None else ledger.begin_pull(sequence, remote, is_busy)
 
     def on_transfer_done(self, request_id: RequestId, epoch: Epoch) -> None:
         """The blocks have arrived: the sequence runs."""
@@ -146,9 +157,9 @@ class HandOvers:
         if books.ledger.end_quarantine(request_id, epoch):
             return
         sequence = books.find(request_id, epoch, SequenceState.PULLING)
-        if sequence is None or sequence.remote is None:
+        if sequence is None:
             return
-        if books.now >= sequence.remote.expires_s:
+        if sequence.remote is not None and books.now >= sequence.remote.expires_s:
             # The source may have reused the blocks while they were read.
             self.on_transfer_failed(request_id, epoch, ended=True)
             return

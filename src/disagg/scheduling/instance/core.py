@@ -10,12 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-import msgspec
-
-from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
-from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.kv_events import AnyKvEvent, Medium
+from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
     Failed,
@@ -33,10 +30,11 @@ from disagg.base.messages import (
 )
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
-from disagg.costs.measured_steps import FittedLatency
+from disagg.cache.disk_tier import DiskTier
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.instance.copy_queue import CopyQueue
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, SequenceFacts, Start
+from disagg.scheduling.instance.header import InstanceHeader
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, LoadEnded, SequenceFacts, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CancelCopy,
@@ -46,10 +44,25 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.instance.tracked import Tracked, pulled_message
-from disagg.scheduling.step.actions import Emit, Forget, LendKv, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import (
+    DropSaved,
+    Emit,
+    Forget,
+    LendKv,
+    LoadBlocks,
+    OfferKv,
+    Pull,
+    Reject,
+    ReleaseLease,
+    RunStep,
+    SaveBlock,
+    WakeAt,
+)
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
+    BlockSaved,
+    BlocksUnreadable,
     Cancelled,
     KvOffered,
     KvWanted,
@@ -63,29 +76,6 @@ from disagg.scheduling.step.events import (
     TransferFailed,
 )
 from disagg.scheduling.step.scheduler import StepScheduler
-
-
-class InstanceHeader(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True
-):
-    """Everything that the core of an instance is made from.
-
-    ``pool`` is the address at which others read its KV blocks; ``num_stages`` are those of the executor's pipeline.
-    """
-
-    instance: InstanceId
-    settings: SchedulerSettings
-    num_blocks: int
-    block_size: int
-    prefix_caching: bool = True
-    max_model_len: int | None = None
-    num_stages: int = 1
-    incarnation: str = ""
-    pool: bytes = b""
-    medium: Medium = Medium.GPU
-    """Where its pool is."""
-    latency: FittedLatency | None = None
-    """Predicts its steps; None learns from those that run."""
 
 
 class InstanceCore:
@@ -102,6 +92,7 @@ class InstanceCore:
             num_stages=header.num_stages,
             times=None if header.latency is None else StepTimes(header.latency),
             medium=header.medium,
+            disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
         self._sequences: dict[RequestId, Tracked] = {}
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -136,7 +127,7 @@ class InstanceCore:
                 case Emit(request_ids=request_ids):
                     firsts = self._first_outputs(request_ids, now) if self._silent else ()
                     outputs.append(Emitted(request_ids=request_ids, firsts=firsts))
-                case WakeAt():
+                case WakeAt() | LoadBlocks() | SaveBlock() | DropSaved():
                     outputs.append(action)
                 case _:
                     self._carry_out(action)
@@ -205,7 +196,11 @@ class InstanceCore:
                 self._on_continue(one, events)
             case CopyEnded():
                 self._on_copy_ended(one, events)
-            case Lend() | Release() | Tick():
+            case LoadEnded(request_id=request_id, epoch=epoch, unreadable=names):
+                events.append(BlocksUnreadable(names=names))
+                make = TransferFailed if names else TransferDone
+                events.append(make(request_id=request_id, epoch=epoch))
+            case Lend() | Release() | BlockSaved() | Tick():
                 events.append(_event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
@@ -423,14 +418,14 @@ class InstanceCore:
             self._silent.discard(request_id)
 
 
-def _event_of(message: Lend | Release | Tick) -> AnyEvent:
+def _event_of(message: Lend | Release | BlockSaved | Tick) -> AnyEvent:
     """Return what a message means to the scheduler that means nothing more to the core."""
     match message:
         case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
             return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
         case Release(request_id=request_id, epoch=epoch):
             return LeaseReleased(request_id=request_id, epoch=epoch)
-        case Tick():
+        case BlockSaved() | Tick():
             return message
 
 

@@ -5,7 +5,7 @@ import msgspec
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.messages import Abort, KvOffer, Lend, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
-from disagg.scheduling.step.events import StepDone, Tick
+from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
 
 class SequenceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,4 +62,25 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     failure: str = ""
 
 
-AnyInstanceInput = Start | Continue | Lend | Abort | Release | PeerLost | ReportBlocks | StepDone | CopyEnded | Tick
+class LoadEnded(InstanceInput, frozen=True, kw_only=True):
+    """The reading of blocks from disk ended: none is written to any more. ``unreadable``: those that are not there."""
+
+    request_id: RequestId
+    epoch: Epoch
+    unreadable: tuple[BlockHash, ...] = ()
+
+
+AnyInstanceInput = (
+    Start
+    | Continue
+    | Lend
+    | Abort
+    | Release
+    | PeerLost
+    | ReportBlocks
+    | StepDone
+    | CopyEnded
+    | LoadEnded
+    | BlockSaved
+    | Tick
+)

@@ -4,7 +4,7 @@ import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import Failed, KvEvents, NotHeld, Offered, Pulled, StageStamps
-from disagg.scheduling.step.actions import BlockCopy, Forget, RunStep, WakeAt
+from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
 class InstanceOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -62,6 +62,9 @@ AnyInstanceOutput = (
     | Forget
     | StartCopy
     | CancelCopy
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
     | ForgetPeer
     | WakeAt
 )

@@ -252,9 +252,11 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
-        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks)
+        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
         self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
         self._outputs.append(InstanceWelcomed(instance=member.instance))
+        if facts.num_saved_blocks:
+            self._outputs.append(AskForBlocks(instance=member.instance))
 
     # Lives and deaths -----------------------------------------------------------------------------------------
 

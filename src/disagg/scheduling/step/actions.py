@@ -4,7 +4,7 @@ import enum
 
 import msgspec
 
-from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
 
 
@@ -81,6 +81,34 @@ class Pull(Action, frozen=True, kw_only=True):
     expires_s: float
 
 
+class BlockLoad(msgspec.Struct, frozen=True, array_like=True):
+    """One block to read from disk: that of this name into ``target``."""
+
+    name: BlockHash
+    target: BlockId
+
+
+class LoadBlocks(Action, frozen=True, kw_only=True):
+    """Read blocks from disk into this instance's pool, then report TransferDone or TransferFailed."""
+
+    request_id: RequestId
+    epoch: Epoch
+    blocks: tuple[BlockLoad, ...]
+
+
+class SaveBlock(Action, frozen=True, kw_only=True):
+    """Write a block, which keeps its contents meanwhile, to disk under this name; then report BlockSaved."""
+
+    block: BlockId
+    name: BlockHash
+
+
+class DropSaved(Action, frozen=True, kw_only=True):
+    """Remove the blocks of these names from disk."""
+
+    names: tuple[BlockHash, ...]
+
+
 class ReleaseLease(Action, frozen=True, kw_only=True):
     """Tell ``source`` that its offered blocks of this sequence are no longer needed."""
 
@@ -119,4 +147,17 @@ class WakeAt(Action, frozen=True, kw_only=True):
     time_s: float
 
 
-AnyAction = RunStep | Emit | OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget | WakeAt
+AnyAction = (
+    RunStep
+    | Emit
+    | OfferKv
+    | LendKv
+    | Pull
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
+    | ReleaseLease
+    | Reject
+    | Forget
+    | WakeAt
+)

@@ -135,6 +135,19 @@ class SourceLost(Event, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class BlockSaved(Event, frozen=True, kw_only=True):
+    """A block was written to disk; it is not there when ``failure`` says why."""
+
+    name: BlockHash
+    failure: str = ""
+
+
+class BlocksUnreadable(Event, frozen=True, kw_only=True):
+    """What is on disk under these names is torn, foreign or gone."""
+
+    names: tuple[BlockHash, ...]
+
+
 class Cancelled(Event, frozen=True, kw_only=True):
     """Nobody wants this sequence any more."""
 
@@ -156,6 +169,8 @@ AnyEvent = (
     | KvWanted
     | LeaseReleased
     | SourceLost
+    | BlockSaved
+    | BlocksUnreadable
     | Cancelled
     | Tick
 )

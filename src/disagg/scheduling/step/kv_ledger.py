@@ -8,16 +8,27 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
 from disagg.cache.block_pool import BlockPool
+from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import KvJournal
 from disagg.cache.leases import Lease, LeaseTable
-from disagg.scheduling.step.actions import BlockCopy
+from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 from disagg.scheduling.step.sequence import RemoteKv, Sequence
 
 
 class KvLedger:
     """Books blocks in and out for sequences. It decides nothing: a refusal is a False, never a preemption."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool, medium: Medium = Medium.GPU) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        medium: Medium = Medium.GPU,
+        disk: DiskTier | None = None,
+    ) -> None:
+        self.disk = disk or DiskTier(0)
+        self._saving: dict[BlockHash, BlockId] = {}
+        self._found_again: list[BlockHash] = []
         self.journal = KvJournal(block_size, medium)
         self.pool = BlockPool(num_blocks, self.journal.removed)
         self.leases = LeaseTable()
@@ -26,6 +37,7 @@ class KvLedger:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self.num_remote_hits = 0
+        self.num_disk_hits = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = medium
@@ -91,7 +103,9 @@ class KvLedger:
     def all_cached(self) -> tuple[AnyKvEvent, ...]:
         """Return, in place of the events so far, all that can be found now."""
         self.journal.take()
-        return (AllBlocksCleared(), BlockStored(self.pool.published, None, (), self._block_size, None, self._medium))
+        cached = ((self.pool.published, self._medium), (self.disk.names, Medium.DISK))
+        stored = [BlockStored(names, None, (), self._block_size, None, medium) for names, medium in cached if names]
+        return (AllBlocksCleared(), *stored)
 
     def retract(self, sequence: Sequence) -> None:
         """Let no other sequence find the blocks of one that failed: what they hold may be why."""
@@ -168,14 +182,57 @@ class KvLedger:
         sequence.copies = tuple(BlockCopy(source, target) for source, target in zip(missing, targets, strict=True))
         return True
 
+    def num_on_disk(self, sequence: Sequence) -> int:
+        """Return how many blocks of a waiting sequence are on disk behind those that are in the pool."""
+        if not (self.disk.max_blocks and self._prefix_caching and sequence.reuse_prefix):
+            return 0
+        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
+        return len(self.disk.following(names, len(self.pool.match_prefix(names))))
+
+    def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
+        """Reserve the blocks that a sequence reads from disk, and take those for the rest of its known tokens."""
+        reusable = self._reusable(sequence, sequence.num_tokens - 1)
+        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
+        on_disk = self.disk.following(names, len(reusable))
+        num_blocks = self.num_blocks_for(sequence.num_tokens)
+        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(on_disk))
+        if taken is None:
+            return False
+        self._count_query(sequence, len(reusable))
+        self.num_disk_hits += len(on_disk) * self._block_size
+        self.disk.touch(on_disk)
+        sequence.block_ids = reusable + taken
+        sequence.num_computed = (len(reusable) + len(on_disk)) * self._block_size
+        sequence.num_published = len(reusable)
+        sequence.loads = tuple(map(BlockLoad, on_disk, taken))
+        return True
+
+    def take_found_again(self) -> list[BlockHash]:
+        """Return the names of the blocks that sequences have found since the last call."""
+        found, self._found_again = self._found_again, []
+        return found
+
+    def begin_save(self, name: BlockHash) -> BlockId | None:
+        """Keep a block as it is while it is written to disk; None when it is not cached any more."""
+        block = self.pool.find(name)
+        if block is not None:
+            self.pool.acquire((block,))
+            self.pool.lease((block,))
+            self._saving[name] = block
+        return block
+
+    def end_save(self, name: BlockHash) -> None:
+        """The block need not be kept for its writer any more."""
+        self.pool.end_lease((self._saving.pop(name),))
+
     def commit_pull(self, sequence: Sequence) -> None:
         """The copies are complete: the sequence holds its blocks like any other."""
-        self.pool.commit(copy.target for copy in sequence.copies)
-        sequence.copies = ()
+        self.pool.commit(_targets(sequence))
+        sequence.copies = sequence.loads = ()
 
     def abandon_pull(self, sequence: Sequence, ended: bool) -> None:
         """Give up a pull. Until it has ``ended``, its target blocks are quarantined."""
-        targets = tuple(copy.target for copy in sequence.copies)
+        targets = _targets(sequence)
         if ended:
             self.pool.abandon(targets)
         else:
@@ -220,10 +277,18 @@ class KvLedger:
         if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
             self.num_prefix_queries += sequence.num_tokens
             self.num_prefix_hits += num_found * self._block_size
+            if self.disk.max_blocks:
+                self._found_again.extend(sequence.block_hashes[:num_found])
 
     @staticmethod
     def _forget(sequence: Sequence) -> None:
         sequence.block_ids = ()
-        sequence.copies = ()
+        sequence.copies = sequence.loads = ()
         sequence.num_computed = 0
         sequence.num_published = 0
+
+
+def _targets(sequence: Sequence) -> tuple[BlockId, ...]:
+    """Return the blocks that somebody else writes for a sequence."""
+    copied = tuple(copy.target for copy in sequence.copies)
+    return copied + tuple(load.target for load in sequence.loads)

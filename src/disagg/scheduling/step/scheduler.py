@@ -20,9 +20,11 @@ from disagg.base.kv_events import AnyKvEvent, Medium
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.cache.disk_tier import DiskTier
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.hand_over.disk_moves import DiskMoves
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
@@ -30,6 +32,8 @@ from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
+    BlockSaved,
+    BlocksUnreadable,
     Cancelled,
     KvOffered,
     KvWanted,
@@ -76,12 +80,16 @@ class StepScheduler:
         num_stages: int = 1,
         times: StepTimes | None = None,
         medium: Medium = Medium.GPU,
+        disk: DiskTier | None = None,
     ) -> None:
-        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, medium)
+        self._books = Books(
+            settings, num_blocks, block_size, prefix_caching, max_model_len, medium, disk or DiskTier(0)
+        )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
         self._batching = Batching(self._books, num_stages, self._times or StepTimes())
         self._hand_over = HandOvers(self._books)
+        self._disk = DiskMoves(self._books)
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -100,6 +108,7 @@ class StepScheduler:
             self._hand_over.expire()
         self._hand_over.start_pulls()
         self._start_steps()
+        self._disk.start_saves()
         return books.actions
 
     @property
@@ -151,6 +160,23 @@ class StepScheduler:
                 self._on_step_done(event)
             case Arrived() | KvOffered():
                 self._on_new(event)
+            case Cancelled(request_id=request_id, epoch=epoch):
+                sequence = self._books.sequences.get(request_id)
+                if sequence is not None and sequence.epoch == epoch:
+                    self._cancel(sequence)
+            case Tick():
+                pass  # handle() looks at the alarm after every batch of events
+            case BlockSaved(name=name, failure=failure):
+                self._disk.on_saved(name, is_there=not failure)
+            case BlocksUnreadable(names=names):
+                self._disk.on_unreadable(names)
+            case _:
+                self._apply_transfer(event)
+
+    def _apply_transfer(
+        self, event: TransferDone | TransferFailed | TransferEnded | KvWanted | LeaseReleased | SourceLost
+    ) -> None:
+        match event:
             case TransferDone(request_id=request_id, epoch=epoch):
                 self._hand_over.on_transfer_done(request_id, epoch)
             case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
@@ -163,12 +189,6 @@ class StepScheduler:
                 self._hand_over.on_lease_released(request_id, epoch)
             case SourceLost(instance=instance):
                 self._hand_over.on_source_lost(instance)
-            case Cancelled(request_id=request_id, epoch=epoch):
-                sequence = self._books.sequences.get(request_id)
-                if sequence is not None and sequence.epoch == epoch:
-                    self._cancel(sequence)
-            case Tick():
-                pass  # handle() looks at the alarm after every batch of events
 
     def _on_new(self, event: Arrived | KvOffered) -> None:
         """Take a sequence unless it is old news; a newer attempt first replaces the older one."""
@@ -192,10 +212,13 @@ class StepScheduler:
         sequence.hand_over = event.hand_over
         sequence.reuse_prefix = event.reuse_prefix
         sequence.num_prefill_tokens = event.num_tokens
-        if event.prefix is None:
-            self._books.wait(sequence)
-        else:
+        if event.prefix is not None:
             self._hand_over.borrow(sequence, event.prefix)
+        elif self._books.ledger.num_on_disk(sequence):
+            sequence.move(SequenceState.OFFERED, self._books.now)
+            self._hand_over.read_disk(sequence)
+        else:
+            self._books.wait(sequence)
 
     def _take_step(self, event: StepDone) -> PlannedStep:
         """Return what was planned of a step that has ended, and learn from what it took."""
@@ -273,6 +296,8 @@ class StepScheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         if not sequence.num_in_flight and sequence.discarded is not None:
+            if sequence.discarded is not FinishReason.ERROR:
+                self._disk.sequence_ended(sequence)
             self._books.ledger.free(sequence)
             self._books.end(sequence, sequence.discarded)
 

@@ -10,15 +10,15 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.step.actions import BlockCopy
+from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 
 
 class SequenceState(enum.Enum):
     """Where a sequence is on one instance.
 
-    ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: its
-    KV blocks are elsewhere and there was no room yet. ``PULLING``: they are being copied here. ``LEASED``: computed
-    here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
+    ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: KV
+    blocks of it are elsewhere or on disk and there was no room yet. ``PULLING``: they are being copied here.
+    ``LEASED``: computed here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
     """
 
     WAITING = "waiting"
@@ -35,6 +35,7 @@ _State = SequenceState
 TRANSITIONS: Final = frozenset(
     {
         (_State.WAITING, _State.RUNNING),  # blocks found
+        (_State.WAITING, _State.OFFERED),  # just arrived, part of it is on disk
         (_State.RUNNING, _State.WAITING),  # preempted: will be computed again
         (_State.RUNNING, _State.LEASED),  # first token sampled, hand-over begins
         (_State.OFFERED, _State.PULLING),  # room found
@@ -91,6 +92,8 @@ class Sequence:
     """Leading blocks already findable by their prefix."""
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
+    loads: tuple[BlockLoad, ...] = ()
+    """What is being read from disk."""
     num_in_flight: int = 0
     """Tokens of this sequence in steps that have not ended."""
     num_coming: int = 0

@@ -95,6 +95,7 @@ def plan_instances(
             model=deployment.model,
             cache=group.cache(deployment.cache),
             scheduler=group.scheduler(deployment.scheduler),
+            kv_disk=deployment.cache.disk(len(groups)),
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
