@@ -17,7 +17,7 @@ from msgspec import structs
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import SchedulerSettings
 from disagg.base.event_log import EventLog
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -42,7 +42,9 @@ from disagg.base.sampling import SamplingParams
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.control import ControlChannel
+from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
+from disagg.engine.kv_disk import KvDisk
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
@@ -175,6 +177,8 @@ class Instance:
         default_factory=lambda: SchedulerSettings(max_batch_tokens=16, max_batch_size=8, lease_s=100.0)
     )
     prefix_caching: bool = False
+    disk_folder: Path | None = None
+    max_disk_blocks: int = 16
     log_path: Path | None = None
     audit: BlockAudit | None = None
     error: BaseException | None = None
@@ -222,6 +226,7 @@ class Instance:
             role=Role.COLOCATED,
             facts=self._facts(),
         )
+        disk, saved = self._disk(channel, stack)
         header = InstanceHeader(
             instance=ready.instance,
             incarnation=self.incarnation,
@@ -231,14 +236,24 @@ class Instance:
             prefix_caching=self.prefix_caching,
             max_model_len=self.model.max_model_len,
             pool=ready.facts.pool,
+            max_disk_blocks=0 if disk is None else self.max_disk_blocks,
+            saved_blocks=saved,
         )
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
         steps = self._steps(channel, clock, stack)
-        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log)
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log, disk)
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()
+
+    def _disk(self, channel: ControlChannel, stack: ExitStack) -> tuple[KvDisk | None, tuple[BlockHash, ...]]:
+        if self.disk_folder is None:
+            return None, ()
+        files = BlockFiles(self.disk_folder, self.name, b"fake model", self.pool.layout)
+        disk = KvDisk(files, self.pool, channel.wake)
+        stack.callback(disk.close)
+        return disk, files.scan(self.max_disk_blocks)
 
     def _steps(self, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Steps:
         if self.settings.max_steps_in_flight == 1:
