@@ -3,7 +3,7 @@
 import pytest
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import RouterSettings
+from disagg.base.config import CacheRouting, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
@@ -26,7 +26,7 @@ NAMES = hash_blocks(PROMPT, SIZE)
 class Story:
     """A core of ready instances. Its books are checked after every input."""
 
-    def __init__(self, *instances: InstanceId, **settings: bool) -> None:
+    def __init__(self, *instances: InstanceId, **settings: object) -> None:
         roles = {name: Role(name.partition("-")[0]) for name in instances}
         settings = {"instance_timeout_s": 1e6, **settings}
         self.core = RouterCore(RouterHeader(instances=roles, settings=RouterSettings(**settings)))  # type: ignore[arg-type]
@@ -115,23 +115,23 @@ def offer(source: InstanceId, num_tokens: int) -> KvOffer:
 
 class TestAffinity:
     def test_the_instance_that_holds_the_prefix_is_chosen(self) -> None:
-        story = Story(P0, P1, D0, pull_prefixes=False)
+        story = Story(P0, P1, D0, cache_routing=CacheRouting.AFFINITY)
         story.hold(P1, 3072)
         assert story.arrive() == [generate(P1, hand_over=True)]
 
     def test_a_longer_queue_outweighs_what_it_holds(self) -> None:
-        story = Story(P0, P1, D0, pull_prefixes=False)
+        story = Story(P0, P1, D0, cache_routing=CacheRouting.AFFINITY)
         story.hold(P0, 3072)
         assert story.burden(3500).instance == P0  # a tie, and the first
         assert story.arrive() == [generate(P1, hand_over=True)]
 
     def test_colocated_instances_are_judged_the_same_way(self) -> None:
-        story = Story(C0, C1, pull_prefixes=False)
+        story = Story(C0, C1, cache_routing=CacheRouting.AFFINITY)
         story.hold(C1, 3072)
         assert story.arrive() == [generate(C1, hand_over=False)]
 
     def test_the_decode_instance_that_holds_the_prefix_goes_on(self) -> None:
-        story = Story(P0, D0, D1, pull_prefixes=False, append_turns=False)
+        story = Story(P0, D0, D1, cache_routing=CacheRouting.AFFINITY, append_turns=False)
         story.hold(D1, 3072)
         assert story.arrive() == [generate(P0, hand_over=True)]
         story.emit(P0)
@@ -139,8 +139,13 @@ class TestAffinity:
         assert isinstance(sent, SendOffer)
         assert sent.instance == D1
 
+    def test_blind_dispatch_goes_by_load_alone(self) -> None:
+        story = Story(P0, P1, D0, cache_routing=CacheRouting.BLIND)
+        story.hold(P1, 3072)
+        assert story.arrive() == [generate(P0, hand_over=True)]
+
     def test_a_life_that_ended_holds_nothing(self) -> None:
-        story = Story(P0, P1, D0, pull_prefixes=False)
+        story = Story(P0, P1, D0, cache_routing=CacheRouting.AFFINITY)
         story.hold(P1, 3072)
         story.tell(ProcessExited(instance=P1, detail="killed"))
         story.ready(P1, Role.PREFILL)

@@ -73,6 +73,18 @@ class QueueOrder(enum.Enum):
 MAX_OVERTAKE_S: Final = 30.0
 
 
+class CacheRouting(enum.Enum):
+    """What dispatch makes of the prefixes that instances have cached.
+
+    ``BLIND``: nothing. ``AFFINITY``: a request goes where its prefix is, unless the queue there is longer than what it
+    saves. ``PULL``: as well, and an instance without the prefix pulls it from one that has it rather than compute it.
+    """
+
+    BLIND = "blind"
+    AFFINITY = "affinity"
+    PULL = "pull"
+
+
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and in which precision."""
 
@@ -214,12 +226,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds after which an unfinished request is given up with 408")
     ] = 600.0
+    cache_routing: Annotated[
+        CacheRouting, Meta(description="what dispatch makes of the prefixes that instances have cached")
+    ] = CacheRouting.PULL
     append_turns: Annotated[
         bool,
         Meta(description="let the decode instance that holds a conversation compute its next turn if that is quicker"),
-    ] = True
-    pull_prefixes: Annotated[
-        bool, Meta(description="pull cached prefixes from the instance that holds them rather than compute them")
     ] = True
     max_instance_losses: Annotated[
         int,

@@ -255,6 +255,10 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_decode_tokens_total: Count = 0
     num_prefix_queries_total: Count = 0
     num_prefix_hits_total: Count = 0
+    num_prefix_pulled_total: Count = 0
+    """Tokens whose KV another instance lent, and those whose KV came from disk."""
+    num_prefix_loaded_total: Count = 0
+    blocks_on_disk: Count = 0
     num_leases_expired_total: Count = 0
     num_steps_timed_total: Count = 0
     """Steps that were predicted and measured; their seconds, and the predicted ones."""

@@ -86,7 +86,7 @@ class SimulatedInstance:
         # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
         self._may_repeat = recording.allows_repeats and not self._may_die
         self._life = -1
-        self._num_preemptions_before = 0
+        self._loads_before: list[InstanceLoad] = []
         self.kv_use = UsageSeries()
         """Blocks that sequences, leases and pulls hold, looked at whenever the core is asked or books a run."""
         host.join(spec.name, self._end_equal_steps)
@@ -131,7 +131,7 @@ class SimulatedInstance:
         """End this life: what it computed, pulled and held is gone."""
         self.sync()
         self._run = None
-        self._num_preemptions_before += self._core.load().num_preemptions_total
+        self._loads_before.append(self._core.load())
         self.is_alive = False
         self._requests = {}
         self.kv_use.record(self._queue.now(), 0)
@@ -179,10 +179,9 @@ class SimulatedInstance:
         """Return how busy the instance is, and the counters of its present life."""
         return self._core.load()
 
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions over all its lives."""
-        return self._num_preemptions_before + (self._core.load().num_preemptions_total if self.is_alive else 0)
+    def loads(self) -> list[InstanceLoad]:
+        """Return the counters of all its lives."""
+        return self._loads_before + ([self._core.load()] if self.is_alive else [])
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""

@@ -20,7 +20,7 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
-from disagg.cache.prefix_index import PrefixIndex
+from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch import borrowing
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
@@ -59,7 +59,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
+from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
@@ -219,11 +219,11 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance; return False when none can take it now."""
-        sequence.held = self._prefixes.find(sequence.block_hashes)
+        sequence.held = self._held(sequence)
         instance = choose_start(self.instances, sequence, append_turns=self._settings.append_turns)
         if instance is None:
             return False
-        lender = choose_lender(self.instances, sequence, instance) if self._settings.pull_prefixes else None
+        lender = choose_lender(self.instances, sequence, instance)
         hand_over = instance.role is Role.PREFILL
         state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
         sequence.wait_until_s = math.inf
@@ -237,6 +237,9 @@ class Dispatcher:
             self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
 
+    def _held(self, sequence: SequenceEntry) -> Mapping[InstanceId, HeldPrefix]:
+        return held_prefixes(self._prefixes, sequence.block_hashes, self._settings.cache_routing)
+
     def _lent(self, sequence: SequenceEntry, *, has_lent: bool) -> None:
         """Let a sequence that borrows start, with what was lent or without."""
         if not has_lent:
@@ -245,7 +248,7 @@ class Dispatcher:
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
-        sequence.held = self._prefixes.find(sequence.block_hashes)
+        sequence.held = self._held(sequence)
         instance = choose_decode(self.instances, sequence)
         if instance is None:
             return False

@@ -5,9 +5,13 @@ other: an instance that holds a prefix is taken only while the tokens it saves a
 another instance holds is pulled where that beats computing it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
+from disagg.base.config import CacheRouting
+from disagg.base.ids import BlockHash, InstanceId
+from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 
 PULL_COST: Final = 1 / 16
@@ -17,6 +21,18 @@ MIN_LOAN: Final = 128
 """Fewer tokens are not worth the messages."""
 BUSY_COST: Final = 2.0
 """What a prompt's token costs on a decode instance that has answers to write: it slows them as well."""
+
+
+def held_prefixes(
+    index: PrefixIndex, names: Sequence[BlockHash], routing: CacheRouting
+) -> Mapping[InstanceId, HeldPrefix]:
+    """Return who holds how much of a sequence's beginning, as far as dispatch is to know."""
+    if routing is CacheRouting.BLIND:
+        return {}
+    held = index.find(names)
+    if routing is CacheRouting.AFFINITY:
+        return {instance: replace(prefix, num_in_pool=0) for instance, prefix in held.items()}
+    return held
 
 
 def choose_lender(

@@ -36,8 +36,8 @@ class KvLedger:
         """Cached blocks that others read, under the names of their sequences."""
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
-        self.num_remote_hits = 0
-        self.num_disk_hits = 0
+        self.num_prefix_pulled = 0
+        self.num_prefix_loaded = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = medium
@@ -174,7 +174,7 @@ class KvLedger:
             return False
         if remote.is_prefix:
             self._count_query(sequence, len(reusable))
-            self.num_remote_hits += len(missing) * self._block_size
+            self.num_prefix_pulled += len(missing) * self._block_size
         sequence.block_ids = reusable + taken
         sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
         sequence.num_published = len(reusable)
@@ -199,7 +199,7 @@ class KvLedger:
         if taken is None:
             return False
         self._count_query(sequence, len(reusable))
-        self.num_disk_hits += len(on_disk) * self._block_size
+        self.num_prefix_loaded += len(on_disk) * self._block_size
         self.disk.touch(on_disk)
         sequence.block_ids = reusable + taken
         sequence.num_computed = (len(reusable) + len(on_disk)) * self._block_size
