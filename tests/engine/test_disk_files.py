@@ -6,15 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from link_contract import small_layout
 from msgspec import structs
 
 from disagg.base.errors import ConfigurationError, TransferError
 from disagg.base.ids import BlockHash
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine import disk_files
 from disagg.engine.disk_files import BlockFiles
 
-LAYOUT = small_layout(num_blocks=4)
+LAYOUT = KvLayout(
+    num_layers=3,
+    num_blocks=4,
+    num_kv_heads=2,
+    block_size=16,
+    head_dim=8,
+    dtype=KvDtype.BFLOAT16,
+    format=KvFormat.TOKEN_MAJOR,
+)
 NAMES = tuple(BlockHash(bytes([number]) * 16) for number in range(5))
 MODEL = b"m" * 32
 

@@ -80,7 +80,7 @@ class Dispatcher:
         settings: RouterSettings,
         prefixes: PrefixIndex | None = None,
     ) -> None:
-        self._prefixes = prefixes or PrefixIndex()
+        self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._settings = settings
         self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}

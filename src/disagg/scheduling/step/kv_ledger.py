@@ -26,7 +26,7 @@ class KvLedger:
         medium: Medium = Medium.GPU,
         disk: DiskTier | None = None,
     ) -> None:
-        self.disk = disk or DiskTier(0)
+        self.disk = DiskTier(0) if disk is None else disk
         self._saving: dict[BlockHash, BlockId] = {}
         self._found_again: list[BlockHash] = []
         self.journal = KvJournal(block_size, medium)

@@ -83,7 +83,13 @@ class StepScheduler:
         disk: DiskTier | None = None,
     ) -> None:
         self._books = Books(
-            settings, num_blocks, block_size, prefix_caching, max_model_len, medium, disk or DiskTier(0)
+            settings,
+            num_blocks,
+            block_size,
+            prefix_caching,
+            max_model_len,
+            medium,
+            disk if disk is not None else DiskTier(0),
         )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
