@@ -9,14 +9,21 @@ spared. Rates are chosen so that blind dispatch can just bear them.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
-from disagg.base.config import CacheRouting, CacheSettings, InstanceGroup, Placement, RouterSettings
+from disagg.base.config import (
+    CacheRouting,
+    CacheSettings,
+    InstanceGroup,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+)
 from disagg.base.ids import BlockHash
 from disagg.base.request import Role
 from disagg.costs.devices import find_device
@@ -90,14 +97,14 @@ class Load:
 
 def loads(folder: Path, count: int | None) -> Iterator[Load]:
     """Yield the traces, or the first ``count`` requests (a thirtieth of it as sessions) of each."""
-    for name, rate in (("mooncake_conversation", 3.17), ("mooncake_synthetic", 3.77)):
+    for name, rate in (("mooncake_conversation", 1.2), ("mooncake_synthetic", 1.4)):
         source = Trace(folder / f"{name}.jsonl.gz", count)
         # The file rounds times to batches of 3 s.
         arrivals = Arrivals(ArrivalKind.REPLAY, rate, batch_s=3.0)
         yield Load(name, OpenLoop(source, arrivals, LengthLimits(max_total_len=131_072)))
     num_sessions = None if count is None else max(1, count // 30)
     sessions = SessionWorkload(
-        folder / "agent_coding_128k.jsonl.gz", 0.1, num_sessions=num_sessions, max_total_len=131_072
+        folder / "agent_coding_128k.jsonl.gz", 0.05, num_sessions=num_sessions, max_total_len=131_072
     )
     yield Load("agent_coding_128k", sessions)
 
@@ -151,6 +158,7 @@ def rows(load: Load, variants: Sequence[Variant]) -> Iterator[tuple[str, ...]]:
     platform = RooflinePlatform(LLAMA_70B, find_device("h200-sxm"), "Llama-70B")
     for variant in variants:
         rules = own_rules(
+            SchedulerSettings(max_batch_tokens=8192, max_batch_size=256),
             cache=CacheSettings(kv_disk=variant.disk),
             router=RouterSettings(
                 cache_routing=variant.routing,
@@ -159,8 +167,7 @@ def rows(load: Load, variants: Sequence[Variant]) -> Iterator[tuple[str, ...]]:
                 request_timeout_s=1e6,
             ),
         )
-        schedulers = {role: replace_settings(settings) for role, settings in rules.schedulers.items()}
-        spec = build_cluster(PLACEMENT, platform, replace(rules, schedulers=schedulers))
+        spec = build_cluster(PLACEMENT, platform, rules)
         report, bound = run(spec, load, variant)
         tokens = report.prompt_tokens
         spared = tokens.total - bound.num_computed
@@ -176,13 +183,6 @@ def rows(load: Load, variants: Sequence[Variant]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def replace_settings(settings):
-    """Return an instance's settings with the batches of a large device."""
-    import msgspec
-
-    return msgspec.structs.replace(settings, max_batch_tokens=8192, max_batch_size=256)
-
-
 def main() -> None:
     """Print a table for each trace."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
@@ -190,14 +190,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="only the first N requests of each")
     parser.add_argument("--only", help="one trace")
     options = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=120)
     for load in loads(options.traces, options.requests):
         if options.only not in (None, load.name):
             continue
         table = Table(box=None, pad_edge=False, title=f"{load.name}, {SLO}")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for heading in ("computed", "of bound", "cached", "pulled", "disk", "TTFT P50 s", "P90", "TPOT P90 ms", "kept"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in rows(load, VARIANTS):
             table.add_row(*row)
         console.print(table)

@@ -68,11 +68,9 @@ def start_cost(instances: Iterable[InstanceEntry], sequence: SequenceEntry, entr
 def choose_append(sequence: SequenceEntry, decode: Iterable[InstanceEntry]) -> tuple[InstanceEntry, float] | None:
     """Return which decode instance had best go on alone with a sequence whose beginning it holds, and its cost.
 
-    None where none holds any of it that is worth it.
+    None where none holds most of it: a prompt that merely begins like others is a prefill instance's work.
     """
-    costs = [
-        (_append_cost(entry, sequence), entry) for entry in decode if sequence.num_cached(entry.instance) >= MIN_LOAN
-    ]
+    costs = [(_append_cost(entry, sequence), entry) for entry in decode if _holds_most(entry, sequence)]
     if not costs:
         return None
     cost, entry = min(costs, key=lambda pair: pair[0])
@@ -87,6 +85,11 @@ def hand_over_cost(sequence: SequenceEntry, decode: InstanceEntry) -> float:
 def num_added(sequence: SequenceEntry, decode: InstanceEntry) -> int:
     """Return the KV tokens that a sequence adds to those a decode instance holds."""
     return sequence.num_tokens - sequence.num_cached(decode.instance)
+
+
+def _holds_most(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
+    num_cached = sequence.num_cached(entry.instance)
+    return num_cached >= max(MIN_LOAN, sequence.num_tokens - num_cached)
 
 
 def _append_cost(entry: InstanceEntry, sequence: SequenceEntry) -> float:
