@@ -179,6 +179,7 @@ class Instance:
     prefix_caching: bool = False
     disk_folder: Path | None = None
     max_disk_blocks: int = 16
+    tells_tokens: bool = False
     log_path: Path | None = None
     audit: BlockAudit | None = None
     error: BaseException | None = None
@@ -238,6 +239,7 @@ class Instance:
             pool=ready.facts.pool,
             max_disk_blocks=0 if disk is None else self.max_disk_blocks,
             saved_blocks=saved,
+            tells_tokens=self.tells_tokens,
         )
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))

@@ -132,6 +132,13 @@ class TestEvents:
             assert isinstance(all_blocks, BlockStored)
             assert set(all_blocks.block_hashes) == set(names)
 
+    def test_tokens_come_with_the_names_where_somebody_publishes_them(self, router: RouterEnd) -> None:
+        with Instance(router, "decode-0", prefix_caching=True, tells_tokens=True) as decode:
+            said = first_turn(router, decode)
+            router.wait(lambda: len(stored(router)) == 6)
+        tokens = [token for message in router.all(KvEvents) for event in message.events for token in event.token_ids]
+        assert tokens == list(said[:24])
+
 
 def stored(router: RouterEnd, medium: Medium = Medium.GPU) -> list[bytes]:
     return [

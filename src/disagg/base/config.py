@@ -198,6 +198,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """``native`` or ``torch``; None takes the best that is there."""
     kv_disk: DiskSettings | None = None
     """Its own share."""
+    tells_tokens: bool = False
+    """With the names of the KV blocks that it keeps: somebody publishes them."""
     latency: str | None = None
     """Profile that predicts step times; None learns them."""
     event_log: str | None = None

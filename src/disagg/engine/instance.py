@@ -146,6 +146,7 @@ def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[Bl
         pool=facts.pool,
         max_disk_blocks=facts.max_disk_blocks,
         saved_blocks=saved_blocks,
+        tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
         latency=None if settings.latency is None else fit_latency(_own_steps(Path(settings.latency)))[0],
     )

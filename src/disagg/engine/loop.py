@@ -14,7 +14,6 @@ from disagg.base.messages import (
     Adopt,
     Failed,
     Generate,
-    KvEvents,
     NotHeld,
     Offered,
     Pulled,
@@ -33,7 +32,14 @@ from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, LoadEnded, Start
-from disagg.scheduling.instance.outputs import AnyInstanceOutput, CancelCopy, Emitted, ForgetPeer, StartCopy
+from disagg.scheduling.instance.outputs import (
+    AnyInstanceOutput,
+    CacheChanged,
+    CancelCopy,
+    Emitted,
+    ForgetPeer,
+    StartCopy,
+)
 from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -152,8 +158,10 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(output)
-            case NotHeld() | Pulled() | Failed() | KvEvents():
+            case NotHeld() | Pulled() | Failed():
                 self._channel.send(output)
+            case CacheChanged(message=message, owners=owners):
+                self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)
             case StartCopy():

@@ -1,7 +1,13 @@
 """The token values of the sequences that an instance's core knows, and what the core may know of them."""
 
+from collections.abc import Sequence
+
+from msgspec import structs
+
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
+from disagg.base.kv_events import BlockStored
+from disagg.base.messages import KvEvents
 from disagg.base.request import GenerationRequest
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.instance.inputs import SequenceFacts
@@ -48,6 +54,24 @@ class SequenceTable:
         known = self._sequences.get(request_id)
         if known is not None and known.epoch == epoch:
             del self._sequences[request_id]
+
+    def with_tokens(self, message: KvEvents, owners: Sequence[tuple[RequestId, int] | None]) -> KvEvents:
+        """Return the message with the tokens of the blocks that were stored, where their sequence is still known."""
+        events = [
+            structs.replace(event, token_ids=self._tokens(owner, len(event.block_hashes)))
+            if isinstance(event, BlockStored) and owner is not None
+            else event
+            for event, owner in zip(message.events, owners, strict=True)
+        ]
+        return structs.replace(message, events=tuple(events))
+
+    def _tokens(self, owner: tuple[RequestId, int], num_blocks: int) -> tuple[int, ...]:
+        request_id, first_block = owner
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return ()
+        start = first_block * self._block_size
+        return tuple(sequence.tokens[start : start + num_blocks * self._block_size].tolist())
 
     def _fault(self, request: GenerationRequest) -> str:
         """Return why a request cannot be computed, if so; a wrong token id would otherwise end the whole instance."""

@@ -18,7 +18,6 @@ from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
     Failed,
     InstanceLoad,
-    KvEvents,
     NotHeld,
     Offered,
     Pulled,
@@ -34,6 +33,7 @@ from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, LoadEnded
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
+    CacheChanged,
     CancelCopy,
     Emitted,
     FirstOutput,
@@ -230,20 +230,18 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | NotHeld() | Pulled() | Failed() | KvEvents():
+            case Offered() | NotHeld() | Pulled() | Failed():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
+            case CacheChanged(message=message):
+                self._tell(InstanceSaid(instance=self.spec.name, message=message))
             case StartCopy():
                 self._copy(output, now)
-            case LoadBlocks(request_id=request_id, epoch=epoch, blocks=blocks):
-                self._use_disk(output, len(blocks), LoadEnded(request_id=request_id, epoch=epoch), now)
-            case SaveBlock(name=name):
-                self._use_disk(output, 1, BlockSaved(name=name), now)
-            case DropSaved():
-                pass  # takes no time
+            case LoadBlocks() | SaveBlock():
+                self._use_disk(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
-            case CancelCopy():
-                pass  # a copy under way takes its time all the same
+            case CancelCopy() | DropSaved():
+                pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
                 self._lost_peers.add(incarnation)
             case WakeAt(time_s=time_s):
@@ -341,10 +339,13 @@ class SimulatedInstance:
         )
         self._later(end_s, partial(self._end_copy, copy, ended))
 
-    def _use_disk(
-        self, output: LoadBlocks | SaveBlock, num_blocks: int, ended: LoadEnded | BlockSaved, now: float
-    ) -> None:
+    def _use_disk(self, output: LoadBlocks | SaveBlock, now: float) -> None:
         """Read or write blocks, after what is being read or written before them."""
+        ended: LoadEnded | BlockSaved
+        if isinstance(output, LoadBlocks):
+            num_blocks, ended = len(output.blocks), LoadEnded(request_id=output.request_id, epoch=output.epoch)
+        else:
+            num_blocks, ended = 1, BlockSaved(name=output.name)
         num_bytes = num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token
         end_s = max(now, self._disk_free_s[type(output)]) + self.spec.disk.transfer_time_s(num_bytes)
         self._disk_free_s[type(output)] = end_s

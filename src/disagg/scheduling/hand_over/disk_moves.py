@@ -58,7 +58,7 @@ class DiskMoves:
         ledger.end_save(name)
         ledger.disk.end_save(name, is_there=is_there)
         if is_there:
-            ledger.journal.stored((name,), None, Medium.DISK)
+            ledger.journal.saved(name)
 
     def on_unreadable(self, names: Iterable[BlockHash]) -> None:
         """The files of these blocks are torn, foreign or gone."""

@@ -31,12 +31,14 @@ from disagg.base.messages import (
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
+from disagg.cache.journal import Owner
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.instance.copy_queue import CopyQueue
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, LoadEnded, SequenceFacts, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
+    CacheChanged,
     CancelCopy,
     Emitted,
     FirstOutput,
@@ -134,8 +136,9 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
-        if kv_events := self._scheduler.take_kv_events():
-            self._tell_kv_events(kv_events)
+        kv_events, owners = self._scheduler.take_kv_events()
+        if kv_events:
+            self._tell_kv_events(kv_events, owners, 0)
         return outputs
 
     @property
@@ -207,7 +210,7 @@ class InstanceCore:
             case PeerLost():
                 self._on_peer_lost(one, events)
             case ReportBlocks():
-                self._tell_kv_events(self._scheduler.all_cached())
+                self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
             case _:
                 assert_never(one)
 
@@ -356,12 +359,12 @@ class InstanceCore:
         silent.difference_update(firsts)
         return tuple(self._sequences[request_id].first_output(now) for request_id in firsts)
 
-    def _tell_kv_events(self, events: tuple[AnyKvEvent, ...]) -> None:
+    def _tell_kv_events(self, events: tuple[AnyKvEvent, ...], owners: tuple[Owner | None, ...], place: int) -> None:
+        """Put the news at this place among the outputs: before sequences that they are about are forgotten."""
         header, number = self._header, self._num_kv_events
         self._num_kv_events += 1
-        self._outputs.append(
-            KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
-        )
+        message = KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
+        self._outputs.insert(place, CacheChanged(message=message, owners=owners if header.tells_tokens else ()))
 
     def _kv_offer(self, action: OfferKv | LendKv) -> KvOffer:
         """Return what says where the blocks are."""

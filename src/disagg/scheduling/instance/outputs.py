@@ -38,6 +38,16 @@ class StartCopy(InstanceOutput, frozen=True, kw_only=True):
     copies: tuple[BlockCopy, ...]
 
 
+class CacheChanged(InstanceOutput, frozen=True, kw_only=True):
+    """Tell the router what became of cached blocks. Its events' ``token_ids`` are left to whoever knows tokens.
+
+    ``owners``, one for each event: a sequence that has the blocks, and which of its blocks is the first.
+    """
+
+    message: KvEvents
+    owners: tuple[tuple[RequestId, int] | None, ...] = ()
+
+
 class CancelCopy(InstanceOutput, frozen=True, kw_only=True):
     """Stop a copy as soon as possible; its end is reported like any other."""
 
@@ -58,7 +68,7 @@ AnyInstanceOutput = (
     | NotHeld
     | Pulled
     | Failed
-    | KvEvents
+    | CacheChanged
     | Forget
     | StartCopy
     | CancelCopy

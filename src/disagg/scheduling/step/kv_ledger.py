@@ -97,7 +97,8 @@ class KvLedger:
             if is_new:
                 indices = list(run)
                 parent = names[indices[0] - 1] if indices[0] else None
-                self.journal.stored([names[index] for index in indices], parent)
+                owner = (sequence.request_id, indices[0])
+                self.journal.stored([names[index] for index in indices], parent, owner)
         sequence.num_published = num_full
 
     def all_cached(self) -> tuple[AnyKvEvent, ...]:

@@ -21,6 +21,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
+from disagg.cache.journal import Owner
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
@@ -128,8 +129,8 @@ class StepScheduler:
         pool = self._books.ledger.pool
         return pool.num_blocks - pool.num_available
 
-    def take_kv_events(self) -> tuple[AnyKvEvent, ...]:
-        """Return what became of the cached blocks since the last call."""
+    def take_kv_events(self) -> tuple[tuple[AnyKvEvent, ...], tuple[Owner | None, ...]]:
+        """Return what became of the cached blocks since the last call, and of whose."""
         return self._books.ledger.journal.take()
 
     def all_cached(self) -> tuple[AnyKvEvent, ...]:
