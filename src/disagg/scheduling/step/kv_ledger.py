@@ -75,10 +75,10 @@ class KvLedger:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make a running sequence's blocks hold ``num_tokens`` tokens."""
-        missing = -(-num_tokens // self._block_size) - len(sequence.block_ids)
-        if missing <= 0:
+        num_held = len(sequence.block_ids)
+        if num_tokens <= num_held * self._block_size:
             return True
-        taken = self.pool.allocate(missing)
+        taken = self.pool.allocate(self.num_blocks_for(num_tokens) - num_held)
         if taken is None:
             return False
         sequence.block_ids += taken
@@ -180,7 +180,9 @@ class KvLedger:
         sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
         sequence.num_published = len(reusable)
         targets = taken[: len(missing)]
-        sequence.copies = tuple(BlockCopy(source, target) for source, target in zip(missing, targets, strict=True))
+        if len(missing) != len(targets):
+            raise InternalError(f"{len(targets)} blocks were taken for a copy of {len(missing)}")
+        sequence.copies = tuple(map(BlockCopy, missing, targets))
         return True
 
     def num_on_disk(self, sequence: Sequence) -> int:
@@ -264,7 +266,7 @@ class KvLedger:
         The first ``num_pulled`` of those taken are for a remote writer.
         """
         missing = num_blocks - len(reusable)
-        available = self.pool.num_available - self.pool.num_cached_among(reusable)
+        available = self.pool.num_available - (self.pool.num_cached_among(reusable) if reusable else 0)
         if missing + (self._headroom if keep_headroom else 0) > available:
             return None
         self.pool.acquire(reusable)
