@@ -91,7 +91,7 @@ def test_a_complete_text_ends_its_sequence_without_another_token(compiler: Gramm
         sampling=SamplingParams(max_tokens=3, min_tokens=3, seed=0, grammar=GRAMMARS["choice"]),
         eos_token_ids=(EOS,),
     )
-    sequence = LiveSequence(request, state(compiler, GRAMMARS["choice"]))
+    sequence = LiveSequence(request, grammar=state(compiler, GRAMMARS["choice"]))
     for token in b"n":
         sequence.append(token)
     assert sequence.finished is None
@@ -104,7 +104,7 @@ def test_a_text_that_max_tokens_cuts_says_length(compiler: GrammarCompiler) -> N
     request = GenerationRequest(
         request_id=RequestId("one"), epoch=Epoch(0), prompt_token_ids=(1,), sampling=sampling, eos_token_ids=(EOS,)
     )
-    sequence = LiveSequence(request, state(compiler, GRAMMARS["choice"]))
+    sequence = LiveSequence(request, grammar=state(compiler, GRAMMARS["choice"]))
     for token in b"ye":
         sequence.append(token)
     assert sequence.finished is FinishReason.LENGTH

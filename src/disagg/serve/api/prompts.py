@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.base.block_hash import hash_blocks
+from disagg.base.block_hash import first_link, hash_blocks
 from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from disagg.base.ids import BlockHash
 from disagg.models.chat_template import ChatTemplate
@@ -20,6 +20,7 @@ from disagg.serve.api.schema import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
+    GenerationFields,
     NamedToolChoice,
     TokenizeRequest,
 )
@@ -81,10 +82,10 @@ def _completion_prompt(
         whole = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
         token_ids = _truncated(whole, request, max_model_len)
         if len(token_ids) == len(whole):
-            return _prompt(token_ids, given if request.echo else None, model, max_model_len)
+            return _prompt(token_ids, given if request.echo else None, request, model, max_model_len)
     else:
         token_ids = _truncated(given, request, max_model_len)
-    prompt = _prompt(token_ids, None, model, max_model_len)
+    prompt = _prompt(token_ids, None, request, model, max_model_len)
     if not request.echo:
         return prompt
     text = model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens is not False)
@@ -111,7 +112,7 @@ def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_le
     token_ids = model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     names_call = isinstance(request.tool_choice, NamedToolChoice)
     return ChatPrompt(
-        _prompt(_truncated(token_ids, request, max_model_len), None, model, max_model_len),
+        _prompt(_truncated(token_ids, request, max_model_len), None, request, model, max_model_len),
         AnswerReading(syntax, bool(tools), is_thinking, names_call),
         grammar,
     )
@@ -203,9 +204,12 @@ def _truncated(
     return token_ids[-max(wanted if wanted > 0 else room, 1) :]
 
 
-def _prompt(token_ids: list[int], text: str | None, model: ServedModel, max_model_len: int) -> Prompt:
+def _prompt(
+    token_ids: list[int], text: str | None, request: GenerationFields, model: ServedModel, max_model_len: int
+) -> Prompt:
     check_fits(len(token_ids), max_model_len)
-    return Prompt(tuple(_checked(token_ids, model)), text, hash_blocks(token_ids, model.block_size))
+    names = hash_blocks(token_ids, model.block_size, first_link(request.cache_salt or ""))
+    return Prompt(tuple(_checked(token_ids, model)), text, names)
 
 
 def _mixed() -> InvalidRequestError:
