@@ -151,7 +151,7 @@ class TestChoice:
         unmasked = int(logits[2].argmax())
         before = logits.clone()
         tokens = [token for token in sample(logits, rows, chooser) if token is not None]
-        assert [token.token_id in b"yn" for token in tokens] == [True, True, False, True, True]
+        assert [token.token_id in {*b"yn"} for token in tokens] == [True, True, False, True, True]
         assert tokens[2].token_id == unmasked, "rows without a grammar are left as they are"
         raw = before[1].float().log_softmax(-1)[tokens[1].token_id]
         assert tokens[1].logprobs is not None
