@@ -171,7 +171,7 @@ class VirtualEngine:
         return [self._outcome(copy, pull) for copy, pull in ended]
 
     def _outcome(self, copy: StartCopy, pull: EndedPull) -> EndedPull:
-        if copy.incarnation not in self._lost_peers:
+        if copy.offer.incarnation not in self._lost_peers:
             return pull
         result = pull.result
         lost = CopyEnded(

@@ -26,6 +26,15 @@ class LinkKind(enum.Enum):
     TCP = "tcp"
 
 
+class KvCodec(enum.Enum):
+    """In which form KV blocks travel."""
+
+    RAW = "raw"
+    """As they are in the pool."""
+    INT8 = "int8"
+    """A byte for each element, and scales."""
+
+
 @dataclass(frozen=True)
 class LinkModel:
     """What a transfer that has the link for itself takes: ``overhead_s`` + ``latency_s`` + bytes / ``bytes_per_s``.

@@ -39,6 +39,7 @@ from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
@@ -89,6 +90,7 @@ def build_loop(
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
+    shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
     pulls = _make_pulls(settings, pool, device, channel, clock, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
@@ -101,7 +103,8 @@ def build_loop(
         weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
-        pool=pool.address(),
+        pool=shared.address,
+        kv_layout=capacity.layout.describe(),
     )
     ready = Ready(
         version=PROTOCOL_VERSION,
@@ -114,7 +117,7 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log)
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log, seal=shared.seal)
 
 
 def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
@@ -221,7 +224,7 @@ def _make_pulls(
     num_threads = settings.scheduler.max_pulls_in_flight
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
-    links = Links(pool, threads, clock, maps_ahead=device.type == "cpu")
+    links = Links(pool, threads, clock, settings.transfer, maps_ahead=device.type == "cpu")
     pulls = Pulls(links, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls

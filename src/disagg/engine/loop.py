@@ -5,12 +5,12 @@ here but what needs token values: whether a sequence ends with the token just sa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
-from disagg.base.messages import Adopt, Failed, Generate, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
+from disagg.base.messages import Adopt, Failed, Generate, KvOffer, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.load_reporter import LoadReporter
@@ -38,7 +38,10 @@ class EngineLoop:
         channel: ControlChannel,
         clock: Clock,
         log: EventLog | None = None,
+        *,
+        seal: Callable[[KvOffer], KvOffer] = lambda offer: offer,
     ) -> None:
+        """``seal`` adds to an offer what its reader needs beside the block ids."""
         self._ready = ready
         self._core = core
         self._steps = steps
@@ -47,6 +50,7 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = log
+        self._seal = seal
         self._sequences = SequenceTable(ready.facts.vocab_size)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
@@ -126,7 +130,7 @@ class EngineLoop:
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
-                self._channel.send(output)
+                self._channel.send(Offered(offer=self._seal(offer)))
             case Pulled() | Failed():
                 self._channel.send(output)
             case Forget(request_id=request_id, epoch=epoch):

@@ -403,7 +403,7 @@ class SimulatedInstance:
         self._later(end_s, partial(self._end_copy, copy, ended))
 
     def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
-        if copy.incarnation in self._lost_peers:
+        if copy.offer.incarnation in self._lost_peers:
             ended = structs.replace(ended, num_bytes=0, failure=ended.failure or LOST_PEER)
         self._pulls_done.append(ended)
         self._request_turn()

@@ -196,6 +196,8 @@ class RouterCore:
                         num_bytes=message.num_bytes,
                         duration_s=message.duration_s,
                         failure=message.failure,
+                        link=message.link,
+                        num_repeated=message.num_repeated,
                     )
                 )
                 self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
@@ -219,7 +221,7 @@ class RouterCore:
             self._declare_lost(member, why)
 
     def _welcome(self, member: Member, message: Ready) -> None:
-        if why := member.why_unfit(message):
+        if why := self._members.why_unfit(member, message):
             self._declare_lost(member, why)
             return
         if member.is_alive:
