@@ -1,7 +1,7 @@
 """A process that owns a pool filled with the contract's pattern.
 
-Told the layout, its incarnation, which links to offer and an address of this host; prints where the pool is, then a
-capability to read all of it; closes the pool at the first line on stdin, ends at the second.
+Told the layout and its incarnation; prints where the pool is, then a capability to read all of it; closes the pool at
+the first line on stdin, ends at the second.
 """
 
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 from link_contract import DEADLINE_S, grant_all, pattern
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import KvLinkChoice, TransferSettings
+from disagg.base.config import TransferSettings
 from disagg.cache.layout import KvLayout
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
@@ -24,9 +24,7 @@ def main() -> None:
     np.frombuffer(pool.data, dtype=np.uint8)[:] = pattern(layout)
     with ExitStack() as stack:
         stack.callback(pool.close)
-        settings = TransferSettings(kv_link=KvLinkChoice(sys.argv[3]))
-        host = sys.argv[4] if len(sys.argv) > 4 else None
-        shared = SharedBlocks(pool, settings, host, MonotonicClock(), stack)
+        shared = SharedBlocks(pool, TransferSettings(), None, MonotonicClock(), stack)
         print(shared.address.hex(), flush=True)  # noqa: T201 (stdout is how the test gets it)
         print(grant_all(shared, layout, DEADLINE_S).hex(), flush=True)  # noqa: T201
         sys.stdin.readline()

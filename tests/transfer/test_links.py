@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,15 +32,13 @@ LOCAL_LAYOUT = small_layout(num_blocks=8)
 
 
 class OwnerProcess:
-    """A peer in a process of its own, perhaps behind a ``prefix`` such as ip netns exec."""
+    """A peer in a process of its own."""
 
-    def __init__(
-        self, incarnation: str, kv_link: str = "shm", host: str = "127.0.0.1", prefix: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, incarnation: str) -> None:
         script = Path(__file__).with_name("pool_owner.py")
         layout = msgspec.json.encode(PEER_LAYOUT).decode()
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(script), layout, incarnation, kv_link, host],
+            [sys.executable, str(script), layout, incarnation],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,26 +70,18 @@ def in_one_process(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
     return connect(stack, shared.address, owner.close, grant_all(shared, PEER_LAYOUT, DEADLINE_S))
 
 
-def between_processes(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
-    owner = OwnerProcess("bb", kv_link.value)
-    stack.callback(owner.kill)
-    return connect(stack, owner.address, owner.close_pool, owner.access)
-
-
 def shm_in_one_process(stack: ExitStack) -> Ends:
     return in_one_process(stack, KvLinkChoice.SHM)
 
 
 def shm_between_processes(stack: ExitStack) -> Ends:
-    return between_processes(stack, KvLinkChoice.SHM)
+    owner = OwnerProcess("bb")
+    stack.callback(owner.kill)
+    return connect(stack, owner.address, owner.close_pool, owner.access)
 
 
 def tcp_in_one_process(stack: ExitStack) -> Ends:
     return in_one_process(stack, KvLinkChoice.TCP)
-
-
-def tcp_between_processes(stack: ExitStack) -> Ends:
-    return between_processes(stack, KvLinkChoice.TCP)
 
 
 def connect(stack: ExitStack, address: bytes, close_peer: Callable[[], None], access: bytes) -> Ends:
@@ -103,7 +93,7 @@ def connect(stack: ExitStack, address: bytes, close_peer: Callable[[], None], ac
     return Ends(links.open(address), pool, PEER_LAYOUT, close_peer, access)
 
 
-LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process, tcp_between_processes]
+LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process]
 
 
 @pytest.fixture(params=LINKS, ids=lambda make: make.__name__)

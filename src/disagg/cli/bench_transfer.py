@@ -1,6 +1,5 @@
 """``disagg bench transfer``: how fast KV blocks are handed over on this machine."""
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import click
@@ -40,12 +39,11 @@ def transfer(
     num_blocks = layout.num_blocks // NUM_TIMES_IN_POOL
     figures = []
     with TransferBenchmark(layout, num_blocks, reads, streams) as benchmark:
-        with contextlib.closing(benchmark.measure()) as measured:
-            for figure in measured:
-                figures.append(figure)
-                if as_json:
-                    row = {**msgspec.to_builtins(figure), "share": figure.share}
-                    click.echo(msgspec.json.encode(row).decode())
+        for figure in benchmark.measure():
+            figures.append(figure)
+            if as_json:
+                row = {**msgspec.to_builtins(figure), "share": figure.share}
+                click.echo(msgspec.json.encode(row).decode())
         digest_bytes_per_s = benchmark.digest_bytes_per_s()
     if as_json:
         click.echo(msgspec.json.encode({"digest_bytes_per_s": digest_bytes_per_s}).decode())

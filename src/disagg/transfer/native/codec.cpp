@@ -59,14 +59,13 @@ struct F32 {
     }
 };
 
-// Elements that share scales: `count` chunks, `stride` elements apart; lane n of a chunk has scale n % period.
+// Elements that share scales: `count` chunks, `stride` elements apart; lane n of a chunk has scale n % Period.
 struct Strip {
     int count;
     int stride;
-    int period;
 };
 
-template <class Type>
+template <class Type, int Period>
 INLINE void encode_strip(const typename Type::Bits* source, int8_t* target, float* scales, Strip strip) {
     using Bits = typename Type::Bits;
     Bits most[kChunk] = {};
@@ -77,16 +76,21 @@ INLINE void encode_strip(const typename Type::Bits* source, int8_t* target, floa
             most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
         }
     }
-    float inverse[kChunk];
-    for (int scale = 0; scale < strip.period; ++scale) {
-        Bits largest = 0;
-        for (int lane = scale; lane < kChunk; lane += strip.period) largest = most[lane] > largest ? most[lane] : largest;
-        if (largest > Type::kLargest) largest = Type::kLargest;  // of what is not finite nothing can be kept
-        float bound = Type::to_float(largest);
-        scales[scale] = bound / 127.0f;
-        float factor = scales[scale] > 0.0f ? 1.0f / scales[scale] : 0.0f;
-        for (int lane = scale; lane < kChunk; lane += strip.period) inverse[lane] = factor;
+#pragma GCC unroll 5
+    for (int width = kChunk / 2; width >= Period; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) {
+            most[lane] = most[lane] > most[lane + width] ? most[lane] : most[lane + width];
+        }
     }
+    float factors[Period];
+    for (int scale = 0; scale < Period; ++scale) {
+        // Of what is not finite nothing can be kept.
+        const Bits largest = most[scale] < Type::kLargest ? most[scale] : Type::kLargest;
+        scales[scale] = Type::to_float(largest) / 127.0f;
+        factors[scale] = scales[scale] > 0.0f ? 1.0f / scales[scale] : 0.0f;
+    }
+    float inverse[kChunk];
+    for (int lane = 0; lane < kChunk; ++lane) inverse[lane] = factors[lane % Period];
     for (int chunk = 0; chunk < strip.count; ++chunk) {
         const int64_t start = static_cast<int64_t>(chunk) * strip.stride;
         for (int lane = 0; lane < kChunk; ++lane) {
@@ -98,10 +102,10 @@ INLINE void encode_strip(const typename Type::Bits* source, int8_t* target, floa
     }
 }
 
-template <class Type>
+template <class Type, int Period>
 INLINE void decode_strip(const int8_t* source, typename Type::Bits* target, const float* scales, Strip strip) {
     float factor[kChunk];
-    for (int lane = 0; lane < kChunk; ++lane) factor[lane] = scales[lane % strip.period];
+    for (int lane = 0; lane < kChunk; ++lane) factor[lane] = scales[lane % Period];
     for (int chunk = 0; chunk < strip.count; ++chunk) {
         const int64_t start = static_cast<int64_t>(chunk) * strip.stride;
         for (int lane = 0; lane < kChunk; ++lane) {
@@ -118,21 +122,35 @@ struct Matrix {
     int64_t scales() const { return static_cast<int64_t>(outer) * lanes; }
 };
 
-// Calls `one(first element, first scale, strip)` for each strip of a matrix.
-template <class One>
-INLINE void for_strips(const Matrix& matrix, One one) {
-    if (matrix.lanes < kChunk) {
-        const int row = matrix.inner * matrix.lanes;
-        for (int outer = 0; outer < matrix.outer; ++outer) {
-            one(static_cast<int64_t>(outer) * row, static_cast<int64_t>(outer) * matrix.lanes,
-                Strip{row / kChunk, kChunk, matrix.lanes});
-        }
-        return;
+struct Encode {
+    template <class Type, int Period>
+    static INLINE void strip(const typename Type::Bits* raw, int8_t* coded, float* scales, Strip strip) {
+        encode_strip<Type, Period>(raw, coded, scales, strip);
     }
-    for (int outer = 0; outer < matrix.outer; ++outer) {
-        for (int lane = 0; lane < matrix.lanes; lane += kChunk) {
-            one(static_cast<int64_t>(outer) * matrix.inner * matrix.lanes + lane,
-                static_cast<int64_t>(outer) * matrix.lanes + lane, Strip{matrix.inner, matrix.lanes, kChunk});
+};
+
+struct Decode {
+    template <class Type, int Period>
+    static INLINE void strip(typename Type::Bits* raw, const int8_t* coded, const float* scales, Strip strip) {
+        decode_strip<Type, Period>(coded, raw, scales, strip);
+    }
+};
+
+// Works on each strip of one head.
+template <class Work, class Type, class Raw, class Coded, class Scale>
+INLINE void for_strips(const Matrix& matrix, Raw* raw, Coded* coded, Scale* scales) {
+    const int64_t row = static_cast<int64_t>(matrix.inner) * matrix.lanes;
+    for (int outer = 0; outer < matrix.outer; ++outer, raw += row, coded += row, scales += matrix.lanes) {
+        const Strip whole{static_cast<int>(row / kChunk), kChunk};
+        if (matrix.lanes == 1) {
+            Work::template strip<Type, 1>(raw, coded, scales, whole);
+        } else if (matrix.lanes == 2) {
+            Work::template strip<Type, 2>(raw, coded, scales, whole);
+        } else {
+            for (int lane = 0; lane < matrix.lanes; lane += kChunk) {
+                const Strip column{matrix.inner, matrix.lanes};
+                Work::template strip<Type, kChunk>(raw + lane, coded + lane, scales + lane, column);
+            }
         }
     }
 }
@@ -144,9 +162,7 @@ INLINE void encode_block(const typename Type::Bits* source, int8_t* target, int 
     float* scales = reinterpret_cast<float*>(target + elements);
     for (int kind = 0; kind < 2; ++kind) {
         for (int head = 0; head < heads; ++head) {
-            for_strips(kinds[kind], [&](int64_t element, int64_t scale, Strip strip) __attribute__((always_inline)) {
-                encode_strip<Type>(source + element, target + element, scales + scale, strip);
-            });
+            for_strips<Encode, Type>(kinds[kind], source, target, scales);
             source += kinds[kind].elements();
             target += kinds[kind].elements();
             scales += kinds[kind].scales();
@@ -160,9 +176,7 @@ INLINE void decode_block(const int8_t* source, typename Type::Bits* target, int 
     const float* scales = reinterpret_cast<const float*>(source + elements);
     for (int kind = 0; kind < 2; ++kind) {
         for (int head = 0; head < heads; ++head) {
-            for_strips(kinds[kind], [&](int64_t element, int64_t scale, Strip strip) __attribute__((always_inline)) {
-                decode_strip<Type>(source + element, target + element, scales + scale, strip);
-            });
+            for_strips<Decode, Type>(kinds[kind], target, source, scales);
             source += kinds[kind].elements();
             target += kinds[kind].elements();
             scales += kinds[kind].scales();
@@ -188,8 +202,8 @@ public:
     Int8Blocks(int itemsize, int heads, std::array<int, 3> k, std::array<int, 3> v)
         : itemsize_(itemsize), heads_(heads), kinds_{{k[0], k[1], k[2]}, {v[0], v[1], v[2]}} {
         for (const Matrix& kind : kinds_) {
-            const bool fits = kind.lanes < kChunk ? kChunk % kind.lanes == 0 && kind.inner * kind.lanes % kChunk == 0
-                                                  : kind.lanes % kChunk == 0;
+            const bool is_narrow = kind.lanes == 1 || kind.lanes == 2;
+            const bool fits = is_narrow ? kind.inner * kind.lanes % kChunk == 0 : kind.lanes % kChunk == 0;
             if (!fits) throw std::invalid_argument("the rows are no multiple of 32 elements");
         }
         if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
