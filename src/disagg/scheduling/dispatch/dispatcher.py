@@ -56,13 +56,8 @@ from disagg.scheduling.dispatch.events import (
     SequenceFailed,
     TokensEmitted,
 )
-from disagg.scheduling.dispatch.state import (
-    Charge,
-    InstanceEntry,
-    InstanceState,
-    SequenceEntry,
-    Whereabouts,
-)
+from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -78,7 +73,7 @@ class Dispatcher:
 
     def __init__(self, instances: Mapping[InstanceId, Role], settings: RouterSettings) -> None:
         self._settings = settings
-        self._instances = {name: InstanceEntry(name, role) for name, role in instances.items()}
+        self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}
         self._num_arrived = 0
         self._wake_at_s = math.inf
@@ -98,7 +93,7 @@ class Dispatcher:
     @property
     def instances(self) -> tuple[InstanceEntry, ...]:
         """All configured instances with their loads, in the order of configuration. Not to be changed."""
-        return tuple(self._instances.values())
+        return self._fleet.entries
 
     def handle(self, event: AnyDispatchEvent, now: float) -> list[AnyDispatchAction]:
         """Take one event at time ``now`` (seconds) and return what is to be done, in order.
@@ -134,18 +129,18 @@ class Dispatcher:
             case InstanceDown(instance=instance, returning=returning, detail=detail):
                 self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
             case ProcessStarting(instance=instance):
-                entry = self._entry(instance)
+                entry = self._fleet.entry(instance)
                 if not entry.is_alive:
                     entry.state = InstanceState.STARTING
             case Join(instance=instance, role=role):
-                self._join(instance, role)
+                self._fleet.join(instance, role)
             case Drain(instance=instance):
                 self._drain(instance)
             case Leave(instance=instance):
                 self._down(instance, InstanceState.GONE, "it was removed")
-                del self._instances[instance]
+                self._fleet.remove(instance)
             case ChangeRole(instance=instance, role=role):
-                self._entry(instance).role = role
+                self._fleet.entry(instance).role = role
                 self._place_waiting()
             case _:
                 assert_never(event)
@@ -186,7 +181,7 @@ class Dispatcher:
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
                 reason=RefuseReason.UNAVAILABLE,
-                detail=f"no instances are left that could serve a request ({self._describe_instances()})",
+                detail=f"no instances are left that could serve a request ({self._fleet.describe()})",
             )
         return None
 
@@ -195,12 +190,12 @@ class Dispatcher:
         if self._adopt(sequence) if sequence.lease else self._start(sequence):
             return
         if not can_be_served(self.instances, sequence):
-            detail = f"no instances are left that could serve the request ({self._describe_instances()})"
+            detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
             self._fail(sequence, FailReason.UNAVAILABLE, detail)
         elif not can_be_held(self.instances, sequence):
             detail = (
                 f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
-                f"can hold ({self._describe_instances()}); ask for fewer tokens or raise --kv-memory"
+                f"can hold ({self._fleet.describe()}); ask for fewer tokens or raise --kv-memory"
             )
             self._fail(sequence, FailReason.TOO_LONG, detail)
         else:
@@ -302,20 +297,15 @@ class Dispatcher:
     # Instances ------------------------------------------------------------------------------------------------
 
     def _up(self, event: InstanceUp) -> None:
-        entry = self._entry(event.instance)
+        entry = self._fleet.entry(event.instance)
         if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
         entry.state = InstanceState.READY
         entry.capacity = event.max_total_tokens
         self._place_waiting()
 
-    def _join(self, instance: InstanceId, role: Role) -> None:
-        if instance in self._instances:
-            raise InternalError(f"instance {instance} joined twice")
-        self._instances[instance] = InstanceEntry(instance, role)
-
     def _drain(self, instance: InstanceId) -> None:
-        entry = self._entry(instance)
+        entry = self._fleet.entry(instance)
         if entry.state is not InstanceState.READY:
             raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
         entry.state = InstanceState.DRAINING
@@ -324,11 +314,11 @@ class Dispatcher:
         self._place_waiting()
 
     def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
-        entry = self._entry(instance)
+        entry = self._fleet.entry(instance)
         was_alive = entry.is_alive
         entry.state = state
         if was_alive:
-            for other in self._instances.values():
+            for other in self.instances:
                 if other.is_alive:
                     self._actions.append(SendPeerLost(instance=other.instance, lost=instance))
             for sequence in list(self._sequences.values()):
@@ -384,7 +374,7 @@ class Dispatcher:
                 )
             elif self._now >= sequence.wait_until_s:
                 waited = self._settings.instance_wait_s
-                detail = f"no instance could take the request for {waited:g} s ({self._describe_instances()})"
+                detail = f"no instance could take the request for {waited:g} s ({self._fleet.describe()})"
                 self._fail(sequence, FailReason.UNAVAILABLE, detail)
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
@@ -439,50 +429,20 @@ class Dispatcher:
             sequence.lease = None
 
     def _release(self, request_id: RequestId, epoch: Epoch, instance: InstanceId) -> None:
-        if self._entry(instance).is_alive:
+        if self._fleet.entry(instance).is_alive:
             self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
 
     def _charge(
         self, sequence: SequenceEntry, instance: InstanceId, *, prefill_tokens: int = 0, kv_tokens: int = 0
     ) -> None:
-        """Set the sequence's part of an instance's load."""
-        entry = self._instances[instance]
-        charge = sequence.charges.get(instance)
-        if charge is None:
-            charge = sequence.charges[instance] = Charge()
-            entry.num_sequences += 1
-        entry.prefill_tokens += prefill_tokens - charge.prefill_tokens
-        entry.kv_tokens += kv_tokens - charge.kv_tokens
-        charge.prefill_tokens, charge.kv_tokens = prefill_tokens, kv_tokens
+        self._fleet.charge(sequence, instance, Charge(prefill_tokens, kv_tokens))
 
     def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
-        self._charge(sequence, instance)
-        del sequence.charges[instance]
-        entry = self._instances[instance]
-        entry.num_sequences -= 1
-        if entry.state is InstanceState.DRAINING and not entry.num_sequences:
+        if self._fleet.discharge(sequence, instance):
             self._actions.append(Drained(instance=instance))
-
-    def _describe_instances(self) -> str:
-        return ", ".join(entry.describe() for entry in self._instances.values())
-
-    def _entry(self, instance: InstanceId) -> InstanceEntry:
-        entry = self._instances.get(instance)
-        if entry is None:
-            raise InternalError(f"instance {instance!r} is not one of {', '.join(self._instances)}")
-        return entry
 
     def validate(self) -> None:
         """Raise InternalError unless every sequence is where its state says and the loads add up."""
-        totals = {name: Charge() for name in self._instances}
         for sequence in self._sequences.values():
             sequence.validate()
-            for name in (sequence.holder, sequence.lease):
-                if name is not None and not self._instances[name].is_alive:
-                    sequence.refuse_event(f"being with {name}, which is not live")
-            for name, charge in sequence.charges.items():
-                totals[name].prefill_tokens += charge.prefill_tokens
-                totals[name].kv_tokens += charge.kv_tokens
-        for name, entry in self._instances.items():
-            if Charge(entry.prefill_tokens, entry.kv_tokens) != totals[name]:
-                raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")
+        self._fleet.validate(self._sequences.values())

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,6 +30,9 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.watching import Watching
 from disagg.serve.router.interface import Router
 
+if TYPE_CHECKING:  # its library is an extra
+    from disagg.serve.api.tracing import Traces
+
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
@@ -42,16 +46,17 @@ def create_app(
     preparers: Preparers | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    traces: "Traces | None" = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
     With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
     ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
-    Without ``preparers``, bodies are prepared by the event loop.
+    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there.
     """
     metrics.watch(router)
-    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
+    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
     app = Starlette(
         routes=_routes(router, model, Preparation(model, preparers), accounts),
         middleware=[Middleware(Gate, api_key=api_key)],
@@ -66,7 +71,7 @@ def create_app(
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+        expose_headers=(REQUEST_ID_HEADER, "Retry-After", "traceparent"),
     )
 
 

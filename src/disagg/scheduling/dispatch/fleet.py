@@ -1,0 +1,74 @@
+"""The instances as dispatch knows them, and the load that each sequence puts on them. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
+
+
+class Fleet:
+    """All instances by name, in the order in which they were configured or joined."""
+
+    def __init__(self, instances: Mapping[InstanceId, Role]) -> None:
+        self._by_name = {name: InstanceEntry(name, role) for name, role in instances.items()}
+        self.entries = tuple(self._by_name.values())
+        """Not to be changed: read by every choice."""
+
+    def entry(self, instance: InstanceId) -> InstanceEntry:
+        """Return an instance by name; raise InternalError, naming those there are."""
+        entry = self._by_name.get(instance)
+        if entry is None:
+            raise InternalError(f"instance {instance!r} is not one of {', '.join(self._by_name)}")
+        return entry
+
+    def join(self, instance: InstanceId, role: Role) -> None:
+        """Add an instance that is starting; raise InternalError when there is one of its name."""
+        if instance in self._by_name:
+            raise InternalError(f"instance {instance} joined twice")
+        self._by_name[instance] = InstanceEntry(instance, role)
+        self.entries = tuple(self._by_name.values())
+
+    def remove(self, instance: InstanceId) -> None:
+        """Forget an instance that nobody is on any more."""
+        del self._by_name[instance]
+        self.entries = tuple(self._by_name.values())
+
+    def charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge) -> None:
+        """Set the sequence's part of an instance's load."""
+        entry = self._by_name[instance]
+        before = sequence.charges.get(instance)
+        if before is None:
+            before = Charge()
+            entry.num_sequences += 1
+        entry.prefill_tokens += charge.prefill_tokens - before.prefill_tokens
+        entry.kv_tokens += charge.kv_tokens - before.kv_tokens
+        sequence.charges[instance] = charge
+
+    def discharge(self, sequence: SequenceEntry, instance: InstanceId) -> bool:
+        """Take the sequence's part off an instance's load; return True when the last one has left a draining one."""
+        charge = sequence.charges.pop(instance)
+        entry = self._by_name[instance]
+        entry.prefill_tokens -= charge.prefill_tokens
+        entry.kv_tokens -= charge.kv_tokens
+        entry.num_sequences -= 1
+        return entry.state is InstanceState.DRAINING and not entry.num_sequences
+
+    def describe(self) -> str:
+        """Return names, states and capacities in words."""
+        return ", ".join(entry.describe() for entry in self.entries)
+
+    def validate(self, sequences: Iterable[SequenceEntry]) -> None:
+        """Raise InternalError unless each load is that of the sequences, and all of them are on live instances."""
+        totals = {name: Charge() for name in self._by_name}
+        for sequence in sequences:
+            for name in (sequence.holder, sequence.lease):
+                if name is not None and not self._by_name[name].is_alive:
+                    sequence.refuse_event(f"being with {name}, which is not live")
+            for name, charge in sequence.charges.items():
+                totals[name].prefill_tokens += charge.prefill_tokens
+                totals[name].kv_tokens += charge.kv_tokens
+        for name, entry in self._by_name.items():
+            if Charge(entry.prefill_tokens, entry.kv_tokens) != totals[name]:
+                raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")
