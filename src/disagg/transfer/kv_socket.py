@@ -3,6 +3,7 @@
 It blocks in threads. On one core a raw socket moves 4 to 5 GB/s this way, asyncio 2 and ZeroMQ with CURVE 0.5.
 """
 
+import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -78,16 +79,12 @@ class KvSocket:
 
     def wait_for_data(self, timeout_s: float) -> bool:
         """Wait until something can be received; return False after ``timeout_s`` without, or when the peer closed."""
-        until_s = self._clock.now() + timeout_s
-        while self._clock.now() < until_s:
-            self.check()
-            try:
-                return bool(self._socket.recv(1, socket.MSG_PEEK))
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError:
-                return False
-        return False
+        poller = select.poll()
+        try:
+            poller.register(self._socket, select.POLLIN)
+            return bool(poller.poll(timeout_s * 1000)) and bool(self._socket.recv(1, socket.MSG_PEEK))
+        except (OSError, ValueError):  # ``close`` came first, or the connection broke
+            return False
 
     def send(self, pieces: Sequence[memoryview]) -> None:
         """Send all bytes of these pieces."""
