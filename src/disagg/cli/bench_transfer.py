@@ -44,11 +44,13 @@ def transfer(
             if as_json:
                 row = {**msgspec.to_builtins(figure), "share": figure.share}
                 click.echo(msgspec.json.encode(row).decode())
-        digest_bytes_per_s = benchmark.digest_bytes_per_s()
+        digest = benchmark.digest_bytes_per_s()
+        encode, decode = benchmark.coding_bytes_per_s()
+    ends = {"digest_bytes_per_s": digest, "encode_bytes_per_s": encode, "decode_bytes_per_s": decode}
     if as_json:
-        click.echo(msgspec.json.encode({"digest_bytes_per_s": digest_bytes_per_s}).decode())
+        click.echo(msgspec.json.encode(ends).decode())
     else:
-        _print_table(figures, tokens, digest_bytes_per_s)
+        _print_table(figures, tokens, ends)
 
 
 def _layout(model: str | None, dtype: DType, block_size: int, tokens: int) -> "KvLayout":
@@ -67,7 +69,7 @@ def _layout(model: str | None, dtype: DType, block_size: int, tokens: int) -> "K
     )
 
 
-def _print_table(figures: list["TransferFigure"], tokens: int, digest_bytes_per_s: float) -> None:
+def _print_table(figures: list["TransferFigure"], tokens: int, ends: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -90,6 +92,7 @@ def _print_table(figures: list["TransferFigure"], tokens: int, digest_bytes_per_
     console = Console()
     console.print(table)
     console.print(
-        f"The source makes digests at {digest_bytes_per_s / 1e9:.1f} GB/s, "
-        f"{num_bytes / digest_bytes_per_s * 1e3:.2f} ms for this hand-over, once."
+        f"The source makes digests at {ends['digest_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{num_bytes / ends['digest_bytes_per_s'] * 1e3:.2f} ms for this hand-over, once. int8 is coded at "
+        f"{ends['encode_bytes_per_s'] / 1e9:.1f} GB/s and decoded at {ends['decode_bytes_per_s'] / 1e9:.1f}."
     )

@@ -31,6 +31,7 @@ from disagg.base.messages import (
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import LinkModel, SerialLinks
@@ -133,7 +134,7 @@ class SimulatedInstance:
         self,
         spec: InstanceSpec,
         queue: EventQueue,
-        links: SerialLinks,
+        links: SerialLinks | CodedLinks,
         tell: Callable[[AnyRouterInput], None],
         *,
         host: SimulatedHost,

@@ -34,6 +34,7 @@ IDLE_S: Final = 300.0
 """What it gets afterwards between two requests; a reader opens another when it needs one."""
 
 _BACKLOG: Final = 128
+_RETRY_S: Final = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class KvServer:
         self._connections: set[KvSocket] = set()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._is_closing = False
+        self._closed = threading.Event()
         try:
             self._listener = socket.create_server((host, 0), family=_family(host), backlog=_BACKLOG)
         except OSError as error:
@@ -60,10 +61,14 @@ class KvServer:
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._acceptor.start()
 
+    @property
+    def _is_closing(self) -> bool:
+        return self._closed.is_set()
+
     def close(self) -> None:
         """End all connections and wait for their threads. A second call does nothing."""
         with self._lock:
-            self._is_closing = True
+            self._closed.set()
             connections, threads = list(self._connections), list(self._threads)
         try:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the acceptor, which ``close`` alone does not
@@ -79,11 +84,12 @@ class KvServer:
         while not self._is_closing:
             try:
                 accepted, _ = self._listener.accept()
+                connection = KvSocket(accepted, self._clock)
             except OSError as error:
                 if not self._is_closing:
-                    logger.error("no more readers of KV blocks can connect: %s", error)
-                return
-            connection = KvSocket(accepted, self._clock)
+                    logger.error("a reader of KV blocks could not connect: %s", error)
+                    self._closed.wait(_RETRY_S)  # descriptors may be short
+                continue
             thread = threading.Thread(target=self._serve, args=(connection,), name="kv-serve", daemon=True)
             with self._lock:
                 is_full = self._is_closing or len(self._connections) >= MAX_CONNECTIONS

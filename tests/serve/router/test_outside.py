@@ -66,7 +66,7 @@ class Deployment(NullWatcher):
         self.heard: list[tuple[str, bytes]] = []
         self.faulty: list[str] = []
         self.refusal = ""
-        self.door = OutsideDoor(self.outer, OURS, [InstanceId("prefill-0"), InstanceId("decode-0")])
+        self.door = OutsideDoor(self.outer, OURS)
         self.door.listener = self
         self.socket = TwoDoors(self.inner, self.door)
         self.socket.open(lambda instance, data: self.heard.append((instance, data)))
@@ -79,6 +79,9 @@ class Deployment(NullWatcher):
 
     def instance_left(self, instance: InstanceId) -> None:
         self.left.append(instance)
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        return instance in ("prefill-0", "decode-0") or (instance in self.door and instance not in self.left)
 
     def instance_faulty(self, instance: InstanceId, why: str) -> None:
         self.faulty.append(instance)

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 ANSWER_S: Final = 20.0
 """What a server gets to answer a host that was never admitted."""
 MAX_RETRY_S: Final = 8.0
+LINGER_MS: Final = 500
+"""For the last words to the server."""
 
 
 class JoinedHost:
@@ -92,7 +94,7 @@ class JoinedHost:
             (zmq.CURVE_SERVERKEY, keys.server_public.encode()),
             (zmq.CURVE_PUBLICKEY, keys.public.encode()),
             (zmq.CURVE_SECRETKEY, keys.secret.encode()),
-            (zmq.LINGER, int(STOP_S * 1000)),
+            (zmq.LINGER, LINGER_MS),
             (zmq.SNDHWM, 64),
             (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
         ):

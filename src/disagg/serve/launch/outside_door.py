@@ -2,6 +2,7 @@
 
 import logging
 
+from disagg.base.config import KvLinkChoice
 from disagg.base.errors import ConfigurationError
 from disagg.serve.launch.deployment import Deployment, RemoteSettings
 from disagg.serve.launch.join import identity_of, key_folder, parse_host_port, zmq_endpoint
@@ -24,11 +25,13 @@ def open_door(deployment: Deployment) -> OutsideDoor | None:
     if deployment.remote.listen_instances is None:
         return None
     host, port = parse_host_port(deployment.remote.listen_instances, "--listen-instances")
+    if deployment.transfer.kv_link is KvLinkChoice.SHM:
+        raise ConfigurationError("--kv-link shm: other hosts cannot read this one's memory; leave it out, or take tcp")
     folder = key_folder(deployment.remote)
     if make_keys(folder):
         logger.info("made keys in %s; `disagg keys` says which of them other hosts need", folder)
     socket = ZmqControlSocket(zmq_endpoint(host, port), server_guard(folder))
-    return OutsideDoor(socket, identity_of(deployment), deployment.roles())
+    return OutsideDoor(socket, identity_of(deployment))
 
 
 def kv_host_of(remote: RemoteSettings) -> str | None:

@@ -152,6 +152,10 @@ class LiveRouter:
         """See MemberListener."""
         self._shell.feed(Leave(instance=instance))
 
+    def has_instance(self, instance: InstanceId) -> bool:
+        """See MemberListener."""
+        return self._core.members.get(instance) is not None
+
     # Messages -------------------------------------------------------------------------------------------------
 
     def _receive(self, instance: InstanceId, data: bytes) -> None:

@@ -6,7 +6,6 @@ for a local instance, nor for one of another host without its key.
 """
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -41,6 +40,9 @@ class MemberListener(Protocol):
     def instance_left(self, instance: InstanceId) -> None:
         """It does not belong any more; what it held is lost."""
 
+    def has_instance(self, instance: InstanceId) -> bool:
+        """True while an instance of this name belongs to the deployment."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Guest:
@@ -55,10 +57,9 @@ class OutsideDoor:
 
     listener: MemberListener
 
-    def __init__(self, socket: ControlSocket, identity: ModelIdentity, local: Collection[InstanceId]) -> None:
+    def __init__(self, socket: ControlSocket, identity: ModelIdentity) -> None:
         self._socket = socket
         self._identity = identity
-        self._local = local
         self._guests: dict[InstanceId, _Guest] = {}
 
     def __contains__(self, instance: InstanceId) -> bool:
@@ -141,7 +142,7 @@ class OutsideDoor:
 
     def _free_name(self, role: Role) -> InstanceId:
         number = 0
-        while (name := InstanceId(f"{role.value}-{number}")) in self._local or name in self._guests:
+        while self.listener.has_instance(name := InstanceId(f"{role.value}-{number}")):
             number += 1
         return name
 

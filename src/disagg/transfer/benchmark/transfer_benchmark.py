@@ -23,6 +23,7 @@ from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import ShmWay, decode_address
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
 from disagg.transfer.digests import join_digests, split_digests
+from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import wait_until_touched
@@ -149,6 +150,17 @@ class TransferBenchmark:
         """Return how fast digests are made of blocks that lie in memory, not in the cache."""
         blocks = [BlockId(block) for block in range(self._num_blocks)]
         return self._speed(lambda: join_digests(self._pool.blocks, blocks))
+
+    def coding_bytes_per_s(self) -> tuple[float, float]:
+        """Return how fast one core codes blocks as int8, and decodes them."""
+        codec = Int8Codec(self.layout)
+        blocks = [BlockId(block) for block in range(self._num_blocks)]
+        layers = range(self.layout.num_layers)
+        coded = memoryview(bytearray(codec.layer_bytes * len(blocks) * len(layers)))
+        return (
+            self._speed(lambda: codec.encode(self._pool.data, layers, blocks, coded)),
+            self._speed(lambda: codec.decode(coded, layers, blocks, self._pool.data)),
+        )
 
     def _reads(self, pieces: Pieces, *, digests: bool) -> Iterator[KvRead]:
         offer = self._peer.offer
