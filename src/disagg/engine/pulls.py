@@ -10,12 +10,14 @@ from msgspec import structs
 
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.messages import KvOffer
 from disagg.costs.links import LinkKind
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
 from disagg.transfer.digests import split_digests
 from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
+from disagg.transfer.shared_blocks import SharedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,22 @@ class EndedPull:
 
 
 class Pulls:
-    """The pulls of one instance. ``wake`` is called from the copying thread when one has ended."""
+    """The pulls of one instance. ``wake`` is called from the copying thread when one has ended.
 
-    def __init__(self, links: Links, num_layers: int, wake: Callable[[], None]) -> None:
+    ``shared`` is what others may pull from it.
+    """
+
+    def __init__(self, links: Links, shared: SharedBlocks, num_layers: int, wake: Callable[[], None]) -> None:
         self._links = links
+        self._shared = shared
         self._layers = range(num_layers)
         self._wake = wake
         self._running: dict[tuple[RequestId, Epoch], Transfer] = {}
         self._ended: deque[EndedPull] = deque()
+
+    def seal(self, offer: KvOffer) -> KvOffer:
+        """Return an offer of this instance with what its reader needs beside the block ids."""
+        return self._shared.seal(offer)
 
     def start(self, pull: StartCopy, now: float) -> None:
         """Start copying. A pull that cannot start has ended, failed."""

@@ -28,6 +28,7 @@ from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
+from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
 
@@ -85,11 +86,20 @@ class LiveServer:
                 control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside),
                 sink=self._sink,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
+                kv_events=self._publisher(resources),
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._router.start(watcher_of(self._launcher, self._router, self._outside))
             await self._serve()
+
+    def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:
+        endpoint = self._deployment.host.kv_events
+        if endpoint is None:
+            return None
+        publisher = KvEventPublisher(endpoint, self._model_name)
+        resources.callback(publisher.close)
+        return publisher
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""
