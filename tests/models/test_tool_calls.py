@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.models.grammar import grammar_fault
-from disagg.models.tool_calls.grammar import CallableTool, after_thinking, either, forced_calls
+from disagg.models.tool_calls.grammar import CallableTool, after_thinking, either, forced_calls, free_calls
 from disagg.models.tool_calls.parsing import AnswerParser, Piece, PieceKind, joined
 from disagg.models.tool_calls.syntax import REASONING_TAGS, AnswerSyntax, ToolCallFormat, syntax_of
 
@@ -106,6 +106,19 @@ def test_what_the_grammar_asks_for_is_what_the_parser_reads(calls: ToolCallForma
     )
     assert takes(either(OBJECT, parts), TWO_CALLS[calls])
     assert takes(either(OBJECT, parts), '{"x": 1}')
+
+
+@pytest.mark.parametrize("calls", set(ToolCallFormat) - {ToolCallFormat.LLAMA3_JSON})
+def test_what_the_model_chooses_to_call_is_of_the_tools(calls: ToolCallFormat) -> None:
+    """Text is free, also before and after calls; what begins as one must be one."""
+    tools = [CallableTool("a", OBJECT), CallableTool("b", OBJECT)]
+    parts = free_calls(AnswerSyntax(calls), tools, lambda _: None, parallel=True)
+    assert parts is not None
+    for text in ("", "No call.", TWO_CALLS[calls], f"Let me look.\n{TWO_CALLS[calls]}"):
+        assert takes(parts, text)
+    single = free_calls(AnswerSyntax(calls), tools[:1], lambda _: None, parallel=True)
+    assert single is not None
+    assert not takes(single, TWO_CALLS[calls]), "b is not offered"
 
 
 def takes(parts: list[dict[str, Any]], text: str) -> bool:

@@ -83,6 +83,16 @@ async def test_a_template_without_a_place_for_tools_tells_of_them_in_the_system_
     )
 
 
+async def test_strict_tools_hold_the_calls_that_the_model_chooses_to_make(serve: Serve) -> None:
+    site = await serve(max_model_len=2000, script=saying("No call."))
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    await site.client.chat.completions.create(**{**CHAT, "tools": strict})
+    await site.client.chat.completions.create(**CHAT)
+    first, second = (request.sampling.grammar for request in site.router.requests)
+    assert "opened" in first
+    assert second == ""
+
+
 class TestOwnTemplate:
     """A model that thinks, and whose template has a place for tools."""
 

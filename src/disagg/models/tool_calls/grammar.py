@@ -10,6 +10,8 @@ from disagg.models.tool_calls.syntax import ARGUMENTS_MARK, SYNTAX, AnswerSyntax
 MAX_CALLS: Final = 16
 """Calls that one answer can be made to have: a small model would never end them."""
 
+_COMMA: Final = '", "'
+
 Part = dict[str, Any]
 """One grammar of llguidance's list: with ``json_schema`` or ``lark_grammar``, and a ``name`` for others to refer to."""
 ControlToken = Callable[[str], int | None]
@@ -28,22 +30,57 @@ def forced_calls(
     syntax: AnswerSyntax, tools: Sequence[CallableTool], control_token: ControlToken, *, parallel: bool
 ) -> list[Part]:
     """Return the grammar of answers that are calls of some of ``tools``; the first part refers to the others."""
-    assert syntax.calls is not None, "calls in a form that is not known"
-    marks = SYNTAX[syntax.calls]
-    begin, end, arguments = (_mark(text, control_token) for text in (marks.begin, marks.end, ARGUMENTS_MARK))
-    heads = [_head(tool.name, marks.arguments_key) for tool in tools]
-    objects = [f'{head} @arguments_{index} "}}"' for index, head in enumerate(heads)]
-    named = [f"{_quoted(tool.name)} {arguments} @arguments_{index}" for index, tool in enumerate(tools)]
-    tagged = [f'{begin} "\\n" {one} "\\n" {end}' for one in objects]
-    start, calls = {
-        ToolCallFormat.HERMES: (_calls(r'"\n"', parallel), tagged),
-        ToolCallFormat.LLAMA3_JSON: (_calls('"; "', parallel), objects),
-        ToolCallFormat.MISTRAL: (" ".join((begin, '"["', _calls('", "', parallel), '"]"')), objects),
-        ToolCallFormat.MISTRAL_ARGS: (_calls("", parallel), [f"{begin} {one}" for one in named]),
-    }[syntax.calls]
-    lark = f"start: {start}\ncall: {' | '.join(calls)}"
-    rest = [{**tool.arguments, "name": f"arguments_{index}"} for index, tool in enumerate(tools)]
-    return [{"lark_grammar": lark}, *rest]
+    written = _Written(syntax, tools, control_token)
+    begin, call = written.begin, " | ".join(written.calls)
+    start = {
+        ToolCallFormat.HERMES: _calls(r'"\n"', parallel),
+        ToolCallFormat.LLAMA3_JSON: _calls('"; "', parallel),
+        ToolCallFormat.MISTRAL: f'{begin} "[" {_calls(_COMMA, parallel)} "]"',
+        ToolCallFormat.MISTRAL_ARGS: _calls("", parallel),
+    }[written.form]
+    if written.form in (ToolCallFormat.HERMES, ToolCallFormat.MISTRAL_ARGS):
+        call = f"{begin} ({call})"
+    return [{"lark_grammar": f"start: {start}\ncall: {call}"}, *written.arguments]
+
+
+def free_calls(
+    syntax: AnswerSyntax, tools: Sequence[CallableTool], control_token: ControlToken, *, parallel: bool
+) -> list[Part] | None:
+    """Return the grammar of answers that are text, in which what begins as a call is one of ``tools``.
+
+    None for a form whose calls no mark begins.
+    """
+    written = _Written(syntax, tools, control_token)
+    if written.form is ToolCallFormat.LLAMA3_JSON:
+        return None
+    mark = SYNTAX[written.form].begin
+    is_control = control_token(mark) is not None
+    opened = f"opened: TEXT {written.begin}" if is_control else f"opened[lazy]: TEXT {_quoted(mark)}"
+    in_list = written.form is ToolCallFormat.MISTRAL
+    body = f'"[" {_calls(_COMMA, parallel)} "]"' if in_list else "call"
+    times = "*" if parallel and not in_list else "?"
+    lark = f"start: (opened {body}){times} TEXT\n{opened}\ncall: {' | '.join(written.calls)}\nTEXT: /(.|\\n)*/"
+    return [{"lark_grammar": lark}, *written.arguments]
+
+
+class _Written:
+    """The parts of a form: what begins a call, the calls of each tool after it, and the grammars of their arguments."""
+
+    def __init__(self, syntax: AnswerSyntax, tools: Sequence[CallableTool], control_token: ControlToken) -> None:
+        assert syntax.calls is not None, "calls in a form that is not known"
+        self.form = syntax.calls
+        marks = SYNTAX[self.form]
+        self.begin = _mark(marks.begin, control_token)
+        end, divider = _mark(marks.end, control_token), _mark(ARGUMENTS_MARK, control_token)
+        if self.form is ToolCallFormat.MISTRAL_ARGS:
+            heads = [f"{_quoted(tool.name)} {divider}" for tool in tools]
+            self.calls = [f"{head} @arguments_{index}" for index, head in enumerate(heads)]
+        else:
+            heads = [_head(tool.name, marks.arguments_key) for tool in tools]
+            self.calls = [f'{head} @arguments_{index} "}}"' for index, head in enumerate(heads)]
+        if self.form is ToolCallFormat.HERMES:
+            self.calls = [f'"\\n" {call} "\\n" {end}' for call in self.calls]
+        self.arguments = [{**tool.arguments, "name": f"arguments_{index}"} for index, tool in enumerate(tools)]
 
 
 def either(answer: Part, calls: Sequence[Part]) -> list[Part]:

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from disagg.base.errors import InvalidRequestError
 from disagg.models.tokenizer import Tokenizer
-from disagg.models.tool_calls.grammar import CallableTool, Part, after_thinking, either, forced_calls
+from disagg.models.tool_calls.grammar import (
+    CallableTool,
+    Part,
+    after_thinking,
+    either,
+    forced_calls,
+    free_calls,
+)
 from disagg.models.tool_calls.syntax import AnswerSyntax
 from disagg.serve.api.answer_grammar import answer_part, json_part, written
 from disagg.serve.api.schema import ChatCompletionRequest, NamedToolChoice, ToolDefinition
@@ -57,17 +64,17 @@ def chat_grammar(
             "'tool_choice' asks for a call, and another field for an answer of a form: leave one of them out",
             "tool_choice",
         )
-    if not is_forced and part is None:
-        return ""
     parts = [] if part is None else [part]
-    if tools and (is_forced or part is not None):
+    is_strict = any(tool.function.strict for tool in tools)
+    if tools and (is_forced or is_strict or part is not None):
         callable_tools = _callable(tools, choice.function.name if isinstance(choice, NamedToolChoice) else None)
         parallel = request.parallel_tool_calls is not False and not isinstance(choice, NamedToolChoice)
-        calls = forced_calls(syntax, callable_tools, control_token, parallel=parallel)
+        write = forced_calls if is_forced or part is not None else free_calls
+        calls = write(syntax, callable_tools, control_token, parallel=parallel) or []
         parts = calls if part is None else either(part, calls)
-    if syntax.reasoning is not None:
+    if parts and syntax.reasoning is not None:
         parts = after_thinking(syntax.reasoning, parts, control_token, is_thinking=is_thinking)
-    return written(*parts)
+    return written(*parts) if parts else ""
 
 
 def _callable(tools: Sequence[ToolDefinition], name: str | None) -> list[CallableTool]:
