@@ -219,8 +219,7 @@ class KvLedger:
         """Keep a block as it is while it is written to disk; None when it is not cached any more."""
         block = self.pool.find(name)
         if block is not None:
-            self.pool.acquire((block,))
-            self.pool.lease((block,))
+            self.pool.pin(block)
             self._saving[name] = block
         return block
 
