@@ -1,13 +1,14 @@
 """Engines that can be imitated: each is a choice of settings for the same policies, not a policy of its own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 
 from disagg.base.config import (
     CacheSettings,
+    DiskSettings,
     InstanceGroup,
     Placement,
     RouterSettings,
@@ -21,8 +22,10 @@ from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
 from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read_devices
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.instance import InstanceSpec
+from disagg.simulator.instance_spec import InstanceSpec
 
+NVME: Final = LinkModel(bytes_per_s=2e9, latency_s=1e-4)
+"""A disk of the kind that servers have, as read and written block by block."""
 _NEVER_S: Final = 1e9
 _NO_LIMIT: Final = 10**9
 _PATIENT_ROUTER: Final = RouterSettings(max_queued_requests=_NO_LIMIT, request_timeout_s=_NEVER_S)
@@ -40,6 +43,8 @@ class EngineRules:
     block_size: int
     prefix_caching: bool = False
     router: RouterSettings = _PATIENT_ROUTER
+    kv_disk: DiskSettings | None = None
+    """Of all instances together."""
     swap: LinkModel | None = None
     """How preempted KV comes back; None computes it again."""
     notes: tuple[str, ...] = field(default=())
@@ -57,6 +62,7 @@ def own_rules(
         schedulers=dict.fromkeys(Role, scheduler),
         block_size=cache.block_size,
         prefix_caching=cache.prefix_caching,
+        kv_disk=cache.disk(1),
         router=router or RouterSettings(),
     )
 
@@ -125,13 +131,15 @@ def build_cluster(
     """
     groups = [group for group in placement.groups for _ in range(group.count)]
     names = _names(groups)
+    disk_bytes = 0 if rules.kv_disk is None else rules.kv_disk.max_bytes // len(groups)
     instances = []
     for name, group, place in zip(names, groups, _places(placement, names, topology), strict=True):
         its_platform, links = platform, None
         if topology is not None:
             its_platform = by_kind.get(topology.node(place[0].node).device, platform)
             links = topology.instance_links(place, group.tensor_parallel)
-        instances.append(build_instance(name, group, its_platform, rules, place, links))
+        spec = build_instance(name, group, its_platform, rules, place, links)
+        instances.append(replace(spec, max_disk_blocks=disk_bytes // (spec.block_size * spec.kv_bytes_per_token)))
     num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
@@ -217,5 +225,6 @@ def build_instance(
         num_devices=tensor * pipeline,
         place=place,
         prefix_caching=rules.prefix_caching,
+        disk=NVME,
         swap=rules.swap,
     )

@@ -64,5 +64,5 @@ def simulate(
                 course=tuple(peak / num_blocks for peak in use.peaks),
             )
         )
-    num_preemptions = sum(instance.num_preemptions for instance in cluster.instances)
-    return collector.report(num_preemptions, kv)
+    loads = [load for instance in cluster.instances for load in instance.loads()]
+    return collector.report(loads, kv)

@@ -15,6 +15,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -33,12 +34,28 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` compute the sequence from the KV blocks on that another instance lends of its beginning."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    hand_over: bool
+    prefix: KvOffer
+
+
 class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
     """Tell ``instance`` that this life of ``lost`` has ended."""
 
     instance: InstanceId
     lost: InstanceId
     incarnation: str
+
+
+class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` say anew which KV blocks it holds."""
+
+    instance: InstanceId
 
 
 class DropReason(enum.Enum):
@@ -65,6 +82,8 @@ class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
     num_bytes: int
     duration_s: float
     failure: str
+    link: str = ""
+    num_repeated: int = 0
 
 
 class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):
@@ -100,17 +119,16 @@ class GiveUpInstance(RouterOutput, frozen=True, kw_only=True):
     nothing_left: bool = False
 
 
+AnySend = SendGenerate | SendWithPrefix | SendOffer | SendLend | SendAbort | SendRelease | TellPeerLost | AskForBlocks
+"""What becomes a message to an instance."""
+
 AnyRouterOutput = (
     Deliver
     | Finish
     | Fail
     | Refuse
     | Resume
-    | SendGenerate
-    | SendOffer
-    | SendAbort
-    | SendRelease
-    | TellPeerLost
+    | AnySend
     | MessageDropped
     | HandOverEnded
     | InstanceWelcomed
