@@ -11,6 +11,7 @@ from msgspec import structs
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
+    KvOffer,
     LoadReport,
     Message,
     StepOutput,
@@ -173,7 +174,7 @@ class VirtualEngine:
         return [self._outcome(copy, pull) for copy, pull in ended]
 
     def _outcome(self, copy: StartCopy, pull: EndedPull) -> EndedPull:
-        if copy.incarnation not in self._lost_peers:
+        if copy.offer.incarnation not in self._lost_peers:
             return pull
         result = pull.result
         lost = CopyEnded(
@@ -185,6 +186,9 @@ class VirtualEngine:
             failure=result.failure or LOST_PEER,
         )
         return EndedPull(lost, pull.targets)
+
+    def seal(self, offer: KvOffer) -> KvOffer:
+        return offer
 
     def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
         """A copy under way takes its time all the same."""

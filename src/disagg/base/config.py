@@ -182,6 +182,50 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 120.0
 
 
+class KvLinkChoice(enum.Enum):
+    """Over what KV blocks are handed over."""
+
+    AUTO = "auto"
+    """Shared memory where it can be opened, else TCP."""
+    SHM = "shm"
+    TCP = "tcp"
+
+
+class KvTransferDtype(enum.Enum):
+    """In which form KV blocks travel over links that carry bytes."""
+
+    RAW = "raw"
+    """As they are in the pool."""
+    INT8 = "int8"
+    """A byte for each element, with scales: less to carry, and not quite the same answer."""
+    AUTO = "auto"
+    """Whichever is predicted to be there first, by what transfers over the link took."""
+
+
+class TransferSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV blocks get from one instance to another."""
+
+    kv_link: Annotated[
+        KvLinkChoice, Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP")
+    ] = KvLinkChoice.AUTO
+    kv_digests: Annotated[
+        bool, Meta(description="check every handed-over KV block against a digest made where it was computed")
+    ] = True
+    kv_transfer_dtype: Annotated[
+        KvTransferDtype,
+        Meta(description="form of KV blocks over TCP: raw, int8 (lossy), or auto, the quicker one on each link"),
+    ] = KvTransferDtype.RAW
+    kv_streams: Annotated[int, Meta(ge=1, le=64, description="TCP connections that share out a large hand-over")] = 2
+
+
+class CurveKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """With what an instance on another host shows itself to the server, and knows it: CURVE keys in Z85."""
+
+    server_public: str
+    public: str
+    secret: str
+
+
 class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything one engine instance is told at its start."""
 
@@ -191,9 +235,14 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """ZeroMQ endpoint on which the router listens."""
     control_key: str | None = None
     """What shows the router that this is an instance of its server; None where it does not ask."""
+    control_curve: CurveKeys | None = None
+    """The same over TCP."""
     model: ModelSettings
     cache: CacheSettings
     scheduler: SchedulerSettings
+    transfer: TransferSettings = TransferSettings()
+    kv_host: str | None = None
+    """Address of this host on which other hosts read KV blocks; None where none does."""
     device: Device = Device.CPU
     cpus: tuple[int, ...] = ()
     """Cores this instance is pinned to; empty pins nothing."""
@@ -357,9 +406,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     groups: tuple[InstanceGroup, ...]
+    others_join: bool = False
+    """Instances on other hosts complete it, so that it need not serve anything alone."""
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))
+        if self.others_join and self.groups:
+            return
         if not colocated and not (prefill and decode):
             raise ConfigurationError(
                 f"placement of {prefill} prefill, {decode} decode and {colocated} colocated instances serves nothing: "

@@ -48,6 +48,7 @@ from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
@@ -98,7 +99,8 @@ def build_loop(
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
-    pulls = _make_pulls(settings, pool, device, channel, clock, stack)
+    shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
+    pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
     disk, room = _open_disk(settings, files, pool, channel, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
@@ -111,7 +113,8 @@ def build_loop(
         weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
-        pool=pool.address(),
+        pool=shared.address,
+        kv_layout=capacity.layout.describe(),
         max_disk_blocks=room.max_blocks,
         num_saved_blocks=len(room.saved),
     )
@@ -231,7 +234,7 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
 def _make_pulls(
     settings: InstanceSettings,
     pool: KvPool,
-    device: torch.device,
+    shared: SharedBlocks,
     channel: ControlChannel,
     clock: Clock,
     stack: ExitStack,
@@ -240,8 +243,8 @@ def _make_pulls(
     num_threads = settings.scheduler.max_pulls_in_flight
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
-    links = Links(pool, threads, clock, maps_ahead=device.type == "cpu")
-    pulls = Pulls(links, pool.layout.num_layers, channel.wake)
+    links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU)
+    pulls = Pulls(links, shared, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls
 

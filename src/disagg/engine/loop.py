@@ -157,7 +157,7 @@ class EngineLoop:
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
-                self._channel.send(output)
+                self._channel.send(Offered(offer=self._pulls.seal(offer)))
             case NotHeld() | Pulled() | Failed():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):

@@ -388,9 +388,9 @@ class InstanceCore:
                 request_id=action.request_id,
                 epoch=action.epoch,
                 source=action.source,
-                incarnation=offer.incarnation,
-                pool=offer.pool,
+                offer=offer,
                 copies=action.copies,
+                expires_s=action.expires_s,
             )
         )
 
