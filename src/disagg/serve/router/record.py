@@ -50,7 +50,8 @@ class SequenceRecord:
 
     def _note(self, instance: InstanceId, role: Role) -> None:
         served_by = self.stream.served_by
-        if role is not Role.DECODE and served_by.prefill != instance:
+        does_prefill = role is not Role.DECODE or served_by.prefill is None  # or it held the conversation
+        if does_prefill and served_by.prefill != instance:
             served_by = structs.replace(served_by, prefill=instance)
         if role is not Role.PREFILL and served_by.decode != instance:
             served_by = structs.replace(served_by, decode=instance)
