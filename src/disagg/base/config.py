@@ -261,6 +261,24 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The instance ends when this process is gone; 0 watches nobody."""
 
 
+class ToolCallParser(enum.Enum):
+    """The form in which the model writes calls of tools; the names are vLLM's."""
+
+    AUTO = "auto"
+    """As the chat template says."""
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+
+
+class ReasoningParser(enum.Enum):
+    """Whether what the model thinks is told from what it answers."""
+
+    AUTO = "auto"
+    """By the tags of the chat template."""
+    NONE = "none"
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
@@ -296,12 +314,20 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 2
 
 
+def is_api_key(key: str) -> bool:
+    """Return whether a client can send a text as its key."""
+    return bool(key) and key.isprintable() and key == key.strip()
+
+
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side."""
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    api_key_file: Annotated[
+        str | None, Meta(description="file with a key on each line, for clients with keys of their own")
+    ] = None
     cors_origin: Annotated[
         tuple[str, ...],
         Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
@@ -323,6 +349,12 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="sampling defaults: auto (the model's generation_config.json), vllm (none), a folder with one"
         ),
     ] = "auto"
+    tool_call_parser: Annotated[
+        ToolCallParser, Meta(description="how the model writes calls of tools; auto: as its chat template says")
+    ] = ToolCallParser.AUTO
+    reasoning_parser: Annotated[
+        ReasoningParser, Meta(description="tell reasoning from the answer; auto: by the tags of the chat template")
+    ] = ReasoningParser.AUTO
     trust_request_chat_template: Annotated[
         bool, Meta(description="run chat templates that requests bring: sandboxed programs, bounded in time and memory")
     ] = False
@@ -338,8 +370,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 5.0
 
     def __post_init__(self) -> None:
-        key = self.api_key
-        if key is not None and (not key.isprintable() or key != key.strip() or not key):
+        if self.api_key is not None and not is_api_key(self.api_key):
             raise ConfigurationError(
                 "--api-key: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
                 "choose another, or leave the option out to serve everybody"

@@ -210,7 +210,9 @@ class SimulatedInstance:
         """Let the core decide once and do what it says."""
         self._is_turn_due = False
         now = self._queue.now()
-        inputs = self._steps_done + self._messages + self._pulls_done
+        inputs = self._steps_done
+        inputs += self._messages
+        inputs += self._pulls_done
         if now >= self._wake_s:
             self._wake_s = math.inf
             inputs.append(Tick())

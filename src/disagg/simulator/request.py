@@ -101,7 +101,7 @@ class SimulatedRequest:
             max_total_tokens=self.max_total_tokens,
             priority=self.priority,
             arrival_s=self.arrival_s,
-            block_hashes=self.block_hashes[: self.num_tokens // block_size],
+            block_hashes=self.block_hashes[: self.num_tokens // block_size] if self.block_hashes else (),
         )
 
     def resume(self, epoch: Epoch, now: float) -> None:

@@ -97,6 +97,7 @@ class InstanceCore:
             disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
         self._sequences: dict[RequestId, Tracked] = {}
+        self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
         self._not_scheduled: set[RequestId] = set()
         """No step of theirs has begun here."""
@@ -136,9 +137,8 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
-        kv_events, owners = self._scheduler.take_kv_events()
-        if kv_events:
-            self._tell_kv_events(kv_events, owners, 0)
+        if self._journal.has_news:
+            self._tell_kv_events(*self._journal.take(), 0)
         return outputs
 
     @property

@@ -22,15 +22,15 @@ _ACCEPTED_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. With ``api_key``, all but ``OPEN_PATHS`` answers 401 without it.
+    """ASGI middleware. With ``api_keys``, all but ``OPEN_PATHS`` answers 401 without one of them.
 
     A client's own request id is echoed and logged, never used as a key; one that is too long or not printable is
     replaced by one of ours.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
-        self._keys = () if api_key is None else _spellings(api_key)
+        self._keys = tuple(spelling for key in api_keys for spelling in _spellings(key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
