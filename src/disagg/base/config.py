@@ -72,6 +72,18 @@ class QueueOrder(enum.Enum):
 MAX_OVERTAKE_S: Final = 30.0
 
 
+class Overload(enum.Enum):
+    """What becomes of a request that is predicted to miss its TTFT objective.
+
+    ``QUEUE``: it waits. ``BEST_EFFORT``: it is served after those that can keep theirs, and at the latest
+    ``MAX_OVERTAKE_S`` late. ``SHED``: it is refused, with the time after which to try again.
+    """
+
+    QUEUE = "queue"
+    BEST_EFFORT = "best-effort"
+    SHED = "shed"
+
+
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and in which precision."""
 
@@ -116,6 +128,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ) = None
     objectives: Objectives = Objectives()
     """Of requests that bring none."""
+    tells_costs: bool = False
+    """Learn what steps cost, and tell the router."""
     max_batch_tokens: Annotated[int, Meta(ge=1, description="most new tokens in one step")] = 512
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
@@ -158,6 +172,16 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
+    strict_roles: Annotated[
+        bool,
+        Meta(
+            description="prefill on prefill instances and decode on decode instances alone; without, predicted latency "
+            "decides for each request, and the role is a leaning"
+        ),
+    ] = True
+    overload: Annotated[
+        Overload, Meta(description="what becomes of a request that is predicted to miss its TTFT objective")
+    ] = Overload.QUEUE
     max_queued_requests: Annotated[
         int,
         Meta(ge=1, description="sequences that may be under way or wait at once; more are refused with 429"),
@@ -181,6 +205,11 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ge=1, description="deaths of the instance that it is on after which a request gets 503; before, it goes on"
         ),
     ] = 2
+
+    @property
+    def predicts(self) -> bool:
+        """True when dispatch goes by predicted latency, which instances have to tell costs for."""
+        return not self.strict_roles or self.overload is not Overload.QUEUE
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
@@ -100,6 +100,14 @@ class Stop(Message, frozen=True, kw_only=True):
 # Engine to router ---------------------------------------------------------------------------------------------
 
 
+class StepLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What bounds the steps of an instance. ``sized_by_slack``: prefill is sized by when answers' tokens are due."""
+
+    max_batch_tokens: Positive = 512
+    max_batch_size: Positive = 64
+    sized_by_slack: bool = False
+
+
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up found out about an instance."""
 
@@ -114,6 +122,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: Count
     load_s: Seconds
     pool: bytes
+    limits: StepLimits = StepLimits()
 
 
 class Loading(Message, frozen=True, kw_only=True):
@@ -243,8 +252,34 @@ class LoadReport(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
+class StepCosts(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds that parts of a step take, which add up: see ``costs.step_costs``."""
+
+    step_s: Seconds
+    token_s: Seconds
+    """Of each new token."""
+    square_s: Seconds
+    """Of each square of prefill attention."""
+    prefill_s: Seconds
+    """Of each chunk of prefill."""
+    context_s: Seconds
+    """Of each token that decodes attend to."""
+    decode_s: Seconds
+    """Of each decode, beside its new token."""
+
+
+class CostsLearned(Message, frozen=True, kw_only=True):
+    """What the instance has learned of its steps, and from how many of them, with prefill and without."""
+
+    instance: InstanceId
+    incarnation: Name
+    costs: StepCosts
+    num_prefill_steps: Count
+    num_decode_steps: Count
+
+
 ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
+ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport | CostsLearned
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

@@ -38,7 +38,7 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     metavar="SLO",
     help="Latency objectives, such as ttft=500ms,tpot=50ms.",
 )
-@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without={"objectives"})
+@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without={"objectives", "tells_costs"})
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
     "--log-level",

@@ -83,7 +83,7 @@ _FILE: Final = click.Path(path_type=Path)
     "--html", type=OutputPath("the page"), metavar="FILE", help="Write the course of the first run as a page."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@flags_of(CacheSettings, SchedulerSettings, RouterSettings, without={"objectives"})
+@flags_of(CacheSettings, SchedulerSettings, RouterSettings, without={"objectives", "tells_costs"})
 def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 

@@ -35,6 +35,7 @@ from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
 from disagg.models.locate import load_config, locate_model
+from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
@@ -102,6 +103,7 @@ def build_loop(
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=pool.address(),
+        limits=step_limits(settings.scheduler),
     )
     ready = Ready(
         version=PROTOCOL_VERSION,

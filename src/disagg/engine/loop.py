@@ -10,7 +10,18 @@ from typing import assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
-from disagg.base.messages import Adopt, Failed, Generate, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
+from disagg.base.messages import (
+    Adopt,
+    CostsLearned,
+    Failed,
+    Generate,
+    Offered,
+    Pulled,
+    Ready,
+    StepOutput,
+    Stop,
+    ToEngine,
+)
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.load_reporter import LoadReporter
@@ -127,7 +138,7 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(output)
-            case Pulled() | Failed():
+            case Pulled() | Failed() | CostsLearned():
                 self._channel.send(output)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)

@@ -1,6 +1,17 @@
 """What fits: how long a sequence an instance holds, and how many tokens of one it must hold."""
 
+from disagg.base.config import SchedulerSettings, SchedulingMode
+from disagg.base.messages import StepLimits
 from disagg.base.request import Role
+
+
+def step_limits(settings: SchedulerSettings) -> StepLimits:
+    """Return what bounds the steps of an instance with these settings, as it tells the router."""
+    return StepLimits(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_size=settings.max_batch_size,
+        sized_by_slack=settings.scheduling is SchedulingMode.SLACK,
+    )
 
 
 def capacity_tokens(num_blocks: int, block_size: int, max_model_len: int | None = None) -> int:

@@ -20,6 +20,7 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import (
     PROTOCOL_VERSION,
+    CostsLearned,
     Failed,
     InstanceFacts,
     InstanceLoad,
@@ -35,6 +36,7 @@ from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import LinkModel, SerialLinks
 from disagg.costs.topology import Place
+from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded
@@ -124,6 +126,7 @@ class InstanceSpec:
                 kv_bytes=0,
                 load_s=0.0,
                 pool=b"",
+                limits=step_limits(self.scheduler),
             ),
         )
 
@@ -149,12 +152,14 @@ class SimulatedInstance:
         self._host = host
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
+        self._tells_all = spec.scheduler.tells_costs
         self._may_die = any(death.instance == spec.name for death in faults.deaths)
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
         # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
-        self._may_repeat = recording.allows_repeats and not self._may_die
+        # Where predictions decide, every token's load counts.
+        self._may_repeat = recording.allows_repeats and not self._may_die and not self._tells_all
         self._life = -1
         self._num_preemptions_before = 0
         self.kv_use = UsageSeries()
@@ -299,7 +304,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | Pulled() | Failed():
+            case Offered() | Pulled() | Failed() | CostsLearned():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case StartCopy():
                 self._copy(output, now)
@@ -329,7 +334,13 @@ class SimulatedInstance:
             if self._gaps is not None and gap_s > 0:
                 self._gaps.add(gap_s)
             resumed_here = stamps is not None and request.epoch != FIRST_EPOCH and request_id in stamps
-            if request.is_complete or request.num_output_tokens == 1 or resumed_here or self._may_die:
+            if (
+                request.is_complete
+                or request.num_output_tokens == 1
+                or resumed_here
+                or self._may_die
+                or self._tells_all
+            ):
                 news.append(request)
         if news:
             self._tell(tokens_emitted(self.spec.name, news))

@@ -70,10 +70,12 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance]) -> None:
         """Let all instances come up."""
         self._instances = {instance.spec.name: instance for instance in instances}
-        self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
+        predicts = self._settings.predicts
+        self._compared = [instance for instance in instances if predicts or instance.spec.role is not Role.PREFILL]
         roles = {name: instance.spec.role for name, instance in self._instances.items()}
         # Simulated instances give no signs of life: their deaths are known at once.
-        header = RouterHeader(instances=roles, settings=self._settings, watches_silence=False)
+        objectives = instances[0].spec.scheduler.objectives
+        header = RouterHeader(instances=roles, settings=self._settings, objectives=objectives, watches_silence=False)
         self._core = RouterCore(header)
         if self._log is not None:
             self._recorder = self._log.router(header)

@@ -9,6 +9,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.step.actions import WakeAt
 
 
@@ -91,6 +92,36 @@ class Drained(DispatchAction, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class PathChosen(DispatchAction, frozen=True, kw_only=True):
+    """Predictions decided where the sequence goes, ``waited_s`` after its arrival. ``other``: the best one left out."""
+
+    request_id: RequestId
+    epoch: Epoch
+    chosen: Forecast
+    other: Forecast | None
+    waited_s: float
+
+
+class PathEnded(DispatchAction, frozen=True, kw_only=True):
+    """A sequence that went the way it was given has its last token: predictions beside what came.
+
+    TTFT from the arrival; TPOT None for an answer of one token. The regrets: what came, less what was predicted of the
+    best path that was left out; None without one.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    path: Path
+    follows_roles: bool
+    num_prompt_tokens: int
+    predicted_ttft_s: float
+    ttft_s: float
+    predicted_tpot_s: float
+    tpot_s: float | None = None
+    ttft_regret_s: float | None = None
+    tpot_regret_s: float | None = None
+
+
 class FailReason(enum.Enum):
     """Why a sequence ended without an answer, or with part of one."""
 
@@ -135,6 +166,8 @@ AnyDispatchAction = (
     | SendPeerLost
     | Deliver
     | Drop
+    | PathChosen
+    | PathEnded
     | Resume
     | Drained
     | Finish

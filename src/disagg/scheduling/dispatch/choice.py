@@ -38,7 +38,7 @@ def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -
     return _least_loaded(_fitting(instances, Role.DECODE, sequence))
 
 
-def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
@@ -46,11 +46,15 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
         return Role.DECODE in present
+    if not strict_roles:
+        return bool(present)
     return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
 
 
-def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True unless all instances that could serve the sequence in its state are known to be too small for it."""
+    if sequence.lease is None and not strict_roles:
+        return any(entry.can_hold(sequence.max_total_tokens) for entry in instances if entry.will_take)
     holds = {
         role: any(
             entry.can_hold(_needed(role, sequence)) for entry in instances if entry.role is role and entry.will_take

@@ -13,12 +13,13 @@ that wait for a dead instance wait on while it is being restarted, and fail with
 
 import math
 from collections.abc import Mapping
-from typing import assert_never
+from typing import Final, assert_never
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
@@ -37,7 +38,7 @@ from disagg.scheduling.dispatch.actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_decode, choose_start
+from disagg.scheduling.dispatch.choice import can_be_held, can_be_served
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -54,13 +55,17 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
+    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder
+from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
+_NO_OBJECTIVES: Final = Objectives()
 _FAIL_REASON = {
     FailureKind.TOO_LONG: FailReason.TOO_LONG,
     FailureKind.INVALID: FailReason.INVALID,
@@ -71,8 +76,11 @@ _FAIL_REASON = {
 class Dispatcher:
     """The state machine. It is changed through ``handle`` alone."""
 
-    def __init__(self, instances: Mapping[InstanceId, Role], settings: RouterSettings) -> None:
+    def __init__(
+        self, instances: Mapping[InstanceId, Role], settings: RouterSettings, objectives: Objectives = _NO_OBJECTIVES
+    ) -> None:
         self._settings = settings
+        self._paths = Pathfinder(settings, objectives)
         self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}
         self._num_arrived = 0
@@ -142,6 +150,8 @@ class Dispatcher:
             case ChangeRole(instance=instance, role=role):
                 self._fleet.entry(instance).role = role
                 self._place_waiting()
+            case StepsCost(lesson=lesson):
+                self._fleet.entry(lesson.instance).lesson = lesson
             case _:
                 assert_never(event)
 
@@ -156,6 +166,7 @@ class Dispatcher:
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
+            objectives=event.objectives,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
@@ -167,7 +178,10 @@ class Dispatcher:
         self._num_arrived += 1
         self._sequences[event.request_id] = sequence
         self._wake(sequence.deadline_s)
-        self._place(sequence)
+        if self._paths.predicts:
+            self._place_held_back()
+        else:
+            self._place(sequence)
 
     def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
         limit = self._settings.max_queued_requests
@@ -176,7 +190,7 @@ class Dispatcher:
             return Refuse(
                 request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
             )
-        if not can_be_served(self.instances, sequence):
+        if not can_be_served(self.instances, sequence, strict_roles=self._settings.strict_roles):
             return Refuse(
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
@@ -189,10 +203,11 @@ class Dispatcher:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
         if self._adopt(sequence) if sequence.lease else self._start(sequence):
             return
-        if not can_be_served(self.instances, sequence):
+        strict_roles = self._settings.strict_roles
+        if not can_be_served(self.instances, sequence, strict_roles=strict_roles):
             detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
             self._fail(sequence, FailReason.UNAVAILABLE, detail)
-        elif not can_be_held(self.instances, sequence):
+        elif not can_be_held(self.instances, sequence, strict_roles=strict_roles):
             detail = (
                 f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
                 f"can hold ({self._fleet.describe()}); ask for fewer tokens or raise --kv-memory"
@@ -204,35 +219,39 @@ class Dispatcher:
             self._wake(sequence.wait_until_s)
 
     def _start(self, sequence: SequenceEntry) -> bool:
-        """Give a queued sequence to an instance; return False when none can take it now."""
-        instance = choose_start(self.instances, sequence)
-        if instance is None:
+        """Give a queued sequence to an instance, or hold it back; return False when none can take it now."""
+        start = self._paths.start(self.instances, sequence, self._now)
+        if start is None:
             return False
-        hand_over = instance.role is Role.PREFILL
-        state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
-        sequence.move(state, self._now, f"started on {instance.instance}")
-        sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
-        self._charge(sequence, instance.instance, prefill_tokens=sequence.num_tokens)
+        if isinstance(start, HeldBack):
+            self._wake(start.until_s)
+            return True
+        instance = start.instance.instance
+        state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
+        sequence.start(state, instance, start.chosen, start.other, self._now)
+        self._charge(sequence, instance, Charge(prefill_tokens=sequence.num_tokens))
+        if start.chosen is not None:
+            self._actions.append(path_chosen(sequence, self._now))
         self._actions.append(
             SendGenerate(
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
-                instance=instance.instance,
-                hand_over=hand_over,
+                instance=instance,
+                hand_over=start.hands_over,
             )
         )
         return True
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
-        instance = choose_decode(self.instances, sequence)
+        instance = self._paths.adopt(self.instances, sequence, self._now)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
         sequence.holder = instance.instance
         sequence.wait_until_s = math.inf
-        self._charge(sequence, instance.instance, kv_tokens=sequence.num_tokens)
+        self._charge(sequence, instance.instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=True))
         self._actions.append(
             SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
         )
@@ -253,7 +272,11 @@ class Dispatcher:
             self._actions.append(Deliver(request_ids=tuple(progress.request_id for _, progress in current)))
         for sequence, progress in current:
             if progress.finished:
+                if (ended := path_ended(sequence)) is not None:
+                    self._actions.append(ended)
+                self._paths.experience.answer_ended(sequence.num_answer_tokens)
                 self._finish(sequence, "finished")
+        self._place_held_back()
 
     def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
         sequence.num_tokens += progress.num_tokens
@@ -261,7 +284,9 @@ class Dispatcher:
             return
         if sequence.state is Whereabouts.PREFILLING and not progress.finished:
             sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
-        self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
+        sequence.note_tokens(progress.num_tokens, self._now)
+        is_decoding = sequence.state not in (Whereabouts.PREFILLING, Whereabouts.OFFERING)
+        self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
 
     def _offer(self, event: OfferMade) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
@@ -279,6 +304,8 @@ class Dispatcher:
         if sequence is None:
             return
         sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
+        if event.duration_s is not None:
+            self._paths.experience.hand_over_ended(sequence.num_tokens, event.duration_s)
         self._end_lease(sequence)
 
     def _failed(self, event: SequenceFailed) -> None:
@@ -287,12 +314,14 @@ class Dispatcher:
             return
         sequence.holder = None
         self._fail(sequence, _FAIL_REASON[event.kind], event.detail)
+        self._place_held_back()
 
     def _cancel(self, event: SequenceCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is not None and sequence.epoch >= event.epoch:
             self._abort(sequence)
             self._finish(sequence, "cancelled")
+            self._place_held_back()
 
     # Instances ------------------------------------------------------------------------------------------------
 
@@ -302,6 +331,8 @@ class Dispatcher:
             raise InternalError(f"instance {event.instance} came up twice without going down")
         entry.state = InstanceState.READY
         entry.capacity = event.max_total_tokens
+        entry.pool_tokens = event.pool_tokens
+        entry.limits = event.limits
         self._place_waiting()
 
     def _drain(self, instance: InstanceId) -> None:
@@ -324,6 +355,15 @@ class Dispatcher:
             for sequence in list(self._sequences.values()):
                 self._lose(sequence, instance, detail)
         self._place_waiting()
+
+    def _place_held_back(self) -> None:
+        """Give sequences that wait for their turn to instances that have done something, or time enough has passed."""
+        if self._paths.predicts:
+            for sequence in self._waiting():
+                if sequence.state is Whereabouts.QUEUED:
+                    self._place(sequence)
+                    if sequence.state is Whereabouts.QUEUED and math.isinf(sequence.wait_until_s):
+                        return  # whoever waits for an instance to come up keeps nobody back
 
     def _place_waiting(self) -> None:
         for sequence in self._waiting():
@@ -378,6 +418,7 @@ class Dispatcher:
                 self._fail(sequence, FailReason.UNAVAILABLE, detail)
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
+        self._place_held_back()
 
     # Steps shared by several events ---------------------------------------------------------------------------
 
@@ -432,13 +473,11 @@ class Dispatcher:
         if self._fleet.entry(instance).is_alive:
             self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
 
-    def _charge(
-        self, sequence: SequenceEntry, instance: InstanceId, *, prefill_tokens: int = 0, kv_tokens: int = 0
-    ) -> None:
-        self._fleet.charge(sequence, instance, Charge(prefill_tokens, kv_tokens))
+    def _charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge) -> None:
+        self._fleet.charge(sequence, instance, charge, self._now)
 
     def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
-        if self._fleet.discharge(sequence, instance):
+        if self._fleet.discharge(sequence, instance, self._now):
             self._actions.append(Drained(instance=instance))
 
     def validate(self) -> None:

@@ -6,7 +6,8 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import FailureKind
+from disagg.base.messages import CostsLearned, FailureKind, StepLimits
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.step.events import Tick
 
@@ -24,6 +25,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     max_total_tokens: int
     priority: int = 0
     """Lower is served earlier among those that wait."""
+    objectives: Objectives = Objectives()
+    """What is missing here is as the server says."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
@@ -56,6 +59,8 @@ class PullEnded(DispatchEvent, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
+    duration_s: float | None = None
+    """Of the copying; None where the blocks did not arrive."""
 
 
 class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
@@ -112,6 +117,9 @@ class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
 
     instance: InstanceId
     max_total_tokens: int
+    pool_tokens: int | None = None
+    """Tokens of its KV pool."""
+    limits: StepLimits = StepLimits()
 
 
 class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
@@ -122,7 +130,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
-AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
+class StepsCost(DispatchEvent, frozen=True, kw_only=True):
+    """``lesson.instance`` has learned what its steps cost."""
+
+    lesson: CostsLearned
+
+
+AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | StepsCost
 AnyDispatchEvent = (
     SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
 )

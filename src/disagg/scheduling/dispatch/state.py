@@ -7,7 +7,10 @@ from typing import Final, NoReturn
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.messages import CostsLearned, StepLimits
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.scheduling.dispatch.forecast import Forecast
 
 
 class Whereabouts(enum.Enum):
@@ -88,6 +91,18 @@ class InstanceEntry:
     """Tokens given to it that wait to be prefilled or are being so."""
     kv_tokens: int = 0
     """Tokens of the sequences whose KV blocks it holds or is about to."""
+    prefill_squares: int = 0
+    """Squares of those numbers of tokens, in sum, and of how many sequences they are."""
+    num_prefills: int = 0
+    prefilling_since_s: float = 0.0
+    """When the first of them could begin."""
+    num_decodes: int = 0
+    """Sequences that it decodes, or is about to."""
+    pool_tokens: int | None = None
+    """Tokens of its KV pool; unknown until it was up once."""
+    limits: StepLimits = field(default_factory=StepLimits)
+    lesson: CostsLearned | None = None
+    """What it said last of the cost of its steps."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 
@@ -122,6 +137,7 @@ class Charge:
 
     prefill_tokens: int = 0
     kv_tokens: int = 0
+    is_decoding: bool = False
 
 
 @dataclass(slots=True)
@@ -138,6 +154,15 @@ class SequenceEntry:
     """Position in the order of arrival."""
     arrived_s: float
     deadline_s: float
+    objectives: Objectives = field(default_factory=Objectives)
+    chosen: Forecast | None = None
+    """The path that it was given last, where predictions decided, and the best of the others then."""
+    other: Forecast | None = None
+    started_s: float = math.nan
+    """When it was given to an instance last."""
+    first_token_s: float = math.nan
+    last_token_s: float = math.nan
+    num_answer_tokens: int = 0
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
@@ -160,6 +185,21 @@ class SequenceEntry:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
         self.state = state
         self.story.append((now, f"{why} -> {state.value}"))
+
+    def start(
+        self, state: Whereabouts, instance: InstanceId, chosen: Forecast | None, other: Forecast | None, now: float
+    ) -> None:
+        """Give it to an instance, by these predictions."""
+        self.move(state, now, f"started on {instance}")
+        self.holder = instance
+        self.chosen, self.other, self.started_s = chosen, other, now
+
+    def note_tokens(self, count: int, now: float) -> None:
+        """Take account of tokens of the answer."""
+        if not self.num_answer_tokens:
+            self.first_token_s = now
+        self.last_token_s = now
+        self.num_answer_tokens += count
 
     def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
         """Remember that an instance died while the sequence was on it."""

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import Failed, Offered, Pulled, StageStamps
+from disagg.base.messages import CostsLearned, Failed, Offered, Pulled, StageStamps
 from disagg.scheduling.step.actions import BlockCopy, Forget, RunStep, WakeAt
 
 
@@ -52,5 +52,5 @@ class ForgetPeer(InstanceOutput, frozen=True, kw_only=True):
 
 
 AnyInstanceOutput = (
-    RunStep | Emitted | Offered | Pulled | Failed | Forget | StartCopy | CancelCopy | ForgetPeer | WakeAt
+    RunStep | Emitted | Offered | Pulled | Failed | Forget | StartCopy | CancelCopy | ForgetPeer | CostsLearned | WakeAt
 )

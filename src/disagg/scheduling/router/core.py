@@ -13,7 +13,8 @@ from msgspec import structs
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.messages import CostsLearned, Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
@@ -43,6 +44,7 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
+    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
@@ -71,6 +73,8 @@ from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
+_FromReady = Offered | Pulled | Failed | LoadReport | CostsLearned
+
 
 class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """Everything that the core of the router is made from, at ``started_s``.
@@ -80,6 +84,8 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     instances: dict[InstanceId, Role]
     settings: RouterSettings
+    objectives: Objectives = Objectives()
+    """Of requests that bring none."""
     started_s: float = 0.0
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
@@ -90,7 +96,7 @@ class RouterCore:
 
     def __init__(self, header: RouterHeader) -> None:
         self._watches_silence = header.watches_silence
-        self._dispatcher = Dispatcher(header.instances, header.settings)
+        self._dispatcher = Dispatcher(header.instances, header.settings, header.objectives)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -165,7 +171,7 @@ class RouterCore:
             return
         self._dispatch_from(member, event)
 
-    def _on_message(self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport) -> None:
+    def _on_message(self, member: Member, message: Loading | Ready | _FromReady) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
             member.detail = message.stage
@@ -176,7 +182,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport) -> None:
+    def _take(self, member: Member, message: _FromReady) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -198,13 +204,20 @@ class RouterCore:
                         failure=message.failure,
                     )
                 )
-                self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
+                duration_s = None if message.failure else message.duration_s
+                ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
+                self._dispatch_from(member, ended)
             case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
                 failed = SequenceFailed(request_id=request_id, epoch=epoch, instance=instance, kind=kind, detail=detail)
                 self._dispatch_from(member, failed)
             case LoadReport():
                 if message.incarnation == member.incarnation:
                     member.load = message.load
+                else:
+                    self._drop(member, DropReason.STALE)
+            case CostsLearned():
+                if (message.instance, message.incarnation) == (instance, member.incarnation):
+                    self._dispatch(StepsCost(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
             case _:
@@ -229,7 +242,14 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
-        self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
+        self._dispatch(
+            InstanceUp(
+                instance=member.instance,
+                max_total_tokens=capacity,
+                pool_tokens=facts.num_blocks * facts.block_size,
+                limits=facts.limits,
+            )
+        )
         self._outputs.append(InstanceWelcomed(instance=member.instance))
 
     # Lives and deaths -----------------------------------------------------------------------------------------

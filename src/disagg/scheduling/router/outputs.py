@@ -11,6 +11,8 @@ from disagg.scheduling.dispatch.actions import (
     Drained,
     Fail,
     Finish,
+    PathChosen,
+    PathEnded,
     Refuse,
     Resume,
     SendAbort,
@@ -105,6 +107,8 @@ AnyRouterOutput = (
     | Finish
     | Fail
     | Refuse
+    | PathChosen
+    | PathEnded
     | Resume
     | SendGenerate
     | SendOffer

@@ -13,8 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
+from disagg.scheduling.dispatch.actions import PathEnded
 from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.api.instance_metrics import InstanceCollector
+from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
 
@@ -56,6 +58,7 @@ class ServerMetrics:
         ProcessCollector(registry=self.registry)
         self._add_request_metrics()
         self._add_server_metrics()
+        self._predictions = PredictionMetrics(self.registry, model_name)
 
     def watch(self, router: Router) -> None:
         """Export what the instances report about themselves."""
@@ -103,6 +106,10 @@ class ServerMetrics:
         self.hand_overs.seconds_total += duration_s
         self._hand_over.observe(duration_s)
         self._hand_over_bytes.inc(num_bytes)
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """Account for a sequence that went by predictions."""
+        self._predictions.add(ended)
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""

@@ -15,6 +15,7 @@ from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Loading, Ready, StepOutput, Stop, decode_for_router, encode
+from disagg.base.objectives import Objectives
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -36,6 +37,7 @@ class LiveRouter:
     """The Router that the API uses. ``start`` binds the socket; ``close`` ends what is left.
 
     ``event_log`` names a file that receives every decision; ConfigurationError is raised where it cannot be written.
+    ``objectives`` are those of requests that bring none.
     ``instance_starting`` and ``instance_exited`` are for whoever runs the processes.
     """
 
@@ -49,11 +51,13 @@ class LiveRouter:
         clock: Clock | None = None,
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
+        objectives: Objectives | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
             instances=dict(instances),
             settings=settings,
+            objectives=objectives or Objectives(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
         )

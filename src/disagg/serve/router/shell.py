@@ -28,6 +28,7 @@ from disagg.scheduling.dispatch.actions import (
     Fail,
     FailReason,
     Finish,
+    PathEnded,
     Refuse,
     RefuseReason,
     Resume,
@@ -109,6 +110,7 @@ class RouterShell:
                 num_tokens=request.num_tokens,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                objectives=request.objectives,
             )
         )
         if stream.refusal is not None:
@@ -177,9 +179,8 @@ class RouterShell:
             match output:
                 case Deliver(request_ids=request_ids):
                     assert isinstance(one, TokensEmitted), "only a step's outputs are delivered"
-                    role = self._core.members[one.instance].role
                     for request_id in request_ids:
-                        pause_s = self._records[request_id].accept(values[request_id], one.instance, role, now)
+                        pause_s = self._records[request_id].accept(values[request_id], one.instance, now)
                         if pause_s is not None:
                             self._sink.pause_ended(pause_s)
                 case Resume(request_id=request_id, epoch=epoch, why=why):
@@ -221,6 +222,8 @@ class RouterShell:
                 self.watcher.restart_instance(instance, delay_s)
             case GiveUpInstance(instance=instance, nothing_left=nothing_left):
                 self.watcher.give_up_instance(instance, nothing_left)
+            case PathEnded():
+                self._sink.path_ended(output)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
 
@@ -233,7 +236,9 @@ class RouterShell:
     def _message(self, output: _AnySend) -> Message:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
-                return Generate(request=self._records[request_id].request_now(), hand_over=hand_over)
+                record = self._records[request_id]
+                record.start(hands_over=hand_over)
+                return Generate(request=record.request_now(), hand_over=hand_over)
             case SendOffer(request_id=request_id, offer=offer):
                 return Adopt(request=self._records[request_id].request_now(), offer=offer)
             case SendAbort(request_id=request_id, epoch=epoch):

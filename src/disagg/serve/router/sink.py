@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
+from disagg.scheduling.dispatch.actions import PathEnded
 from disagg.scheduling.router.outputs import DropReason
 
 
@@ -13,6 +14,9 @@ class RouterSink(Protocol):
         self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
     ) -> None:
         """``target`` pulled KV blocks from ``source``, or did not: then ``failure`` says why."""
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """A sequence that went by predictions has its last token."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
@@ -33,6 +37,9 @@ class NullSink:
     def hand_over_ended(
         self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
     ) -> None:
+        """See RouterSink."""
+
+    def path_ended(self, ended: PathEnded) -> None:
         """See RouterSink."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
