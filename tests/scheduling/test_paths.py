@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepCosts, StepLimits
 from disagg.base.objectives import Objectives
@@ -121,7 +121,7 @@ class Story:
     def __init__(self, *, strict_roles: bool = False, roles: dict[InstanceId, Role] | None = None, **limits) -> None:
         roles = roles or {P: Role.PREFILL, D: Role.DECODE}
         settings = RouterSettings(strict_roles=strict_roles)
-        self.dispatcher = Dispatcher(roles, settings, OBJECTIVES)
+        self.dispatcher = Dispatcher(roles, settings, SchedulerSettings(objectives=OBJECTIVES))
         self.now = 100.0
         for name in roles:
             self.send(

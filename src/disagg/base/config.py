@@ -169,6 +169,14 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The instance ends when this process is gone; 0 watches nobody."""
 
 
+class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of those who share a server: its part where all want more than there is, and how much it may have at once."""
+
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    max_requests: Annotated[int, Meta(ge=1)] | None = None
+    """Sequences under way or waiting; more are refused with 429."""
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
@@ -182,6 +190,8 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     overload: Annotated[
         Overload, Meta(description="what becomes of a request that is predicted to miss its TTFT objective")
     ] = Overload.QUEUE
+    tenants: dict[str, TenantSettings] = {}
+    """Those with a weight or a bound of their own, by name."""
     max_queued_requests: Annotated[
         int,
         Meta(ge=1, description="sequences that may be under way or wait at once; more are refused with 429"),
@@ -209,7 +219,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def predicts(self) -> bool:
         """True when dispatch goes by predicted latency, which instances have to tell costs for."""
-        return not self.strict_roles or self.overload is not Overload.QUEUE
+        return not self.strict_roles or self.overload is not Overload.QUEUE or bool(self.tenants)
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

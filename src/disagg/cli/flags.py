@@ -27,6 +27,8 @@ _UNITS: Final = {"": 1} | {
 }
 
 
+NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants"})
+"""Settings that commands work out, from other flags and from files."""
 _MANY_BYTES: Final = 1 << 60
 _MOST_INTEGERS: Final = 1 << 16
 _METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}

@@ -15,7 +15,7 @@ from disagg.base.config import (
     ServeSettings,
 )
 from disagg.base.request import Role
-from disagg.cli.flags import build, flags_of
+from disagg.cli.flags import NOT_FLAGS, build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
@@ -38,7 +38,7 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     metavar="SLO",
     help="Latency objectives, such as ttft=500ms,tpot=50ms.",
 )
-@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without={"objectives", "tells_costs"})
+@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without=NOT_FLAGS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
     "--log-level",

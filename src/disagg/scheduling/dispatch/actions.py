@@ -142,10 +142,20 @@ class Fail(DispatchAction, frozen=True, kw_only=True):
     detail: str
 
 
+class Degrade(DispatchAction, frozen=True, kw_only=True):
+    """The sequence is predicted to miss its objectives, and has none any more: whoever computes it is told so."""
+
+    request_id: RequestId
+    epoch: Epoch
+    why: str
+
+
 class RefuseReason(enum.Enum):
     """Why a sequence was not taken."""
 
     OVERLOADED = "overloaded"
+    SHED = "shed"
+    """It was predicted to miss its objectives."""
     UNAVAILABLE = "unavailable"
 
 
@@ -156,6 +166,10 @@ class Refuse(DispatchAction, frozen=True, kw_only=True):
     epoch: Epoch
     reason: RefuseReason
     detail: str
+    retry_after_s: float = 1.0
+    """When to try again."""
+    tenant: str = ""
+    priority: int = 0
 
 
 AnyDispatchAction = (
@@ -166,6 +180,7 @@ AnyDispatchAction = (
     | SendPeerLost
     | Deliver
     | Drop
+    | Degrade
     | PathChosen
     | PathEnded
     | Resume

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
+from disagg.scheduling.dispatch.actions import FailReason
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
@@ -65,6 +66,21 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, 
         return holds[Role.DECODE]
     pair = holds[Role.PREFILL] and (holds[Role.DECODE] or sequence.ends_at_first_token)
     return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
+
+
+def why_unplaceable(
+    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool
+) -> tuple[FailReason, str] | None:
+    """Return why a sequence that no instance can take now need not wait for one; None where it may."""
+    known = ", ".join(entry.describe() for entry in instances)
+    if not can_be_served(instances, sequence, strict_roles=strict_roles):
+        return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({known})"
+    if not can_be_held(instances, sequence, strict_roles=strict_roles):
+        return FailReason.TOO_LONG, (
+            f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
+            f"can hold ({known}); ask for fewer tokens or raise --kv-memory"
+        )
+    return None
 
 
 def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:

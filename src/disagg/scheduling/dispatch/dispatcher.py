@@ -13,16 +13,16 @@ that wait for a dead instance wait on while it is being restarted, and fail with
 
 import math
 from collections.abc import Mapping
-from typing import Final, assert_never
+from typing import assert_never
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import Overload, RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
-from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
+    Degrade,
     Deliver,
     Drained,
     Drop,
@@ -30,7 +30,6 @@ from disagg.scheduling.dispatch.actions import (
     FailReason,
     Finish,
     Refuse,
-    RefuseReason,
     Resume,
     SendAbort,
     SendAdopt,
@@ -38,7 +37,8 @@ from disagg.scheduling.dispatch.actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import can_be_held, can_be_served
+from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
+from disagg.scheduling.dispatch.choice import can_be_served, why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -62,10 +62,10 @@ from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
+from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-_NO_OBJECTIVES: Final = Objectives()
 _FAIL_REASON = {
     FailureKind.TOO_LONG: FailReason.TOO_LONG,
     FailureKind.INVALID: FailReason.INVALID,
@@ -77,10 +77,14 @@ class Dispatcher:
     """The state machine. It is changed through ``handle`` alone."""
 
     def __init__(
-        self, instances: Mapping[InstanceId, Role], settings: RouterSettings, objectives: Objectives = _NO_OBJECTIVES
+        self,
+        instances: Mapping[InstanceId, Role],
+        settings: RouterSettings,
+        scheduler: SchedulerSettings | None = None,
     ) -> None:
         self._settings = settings
-        self._paths = Pathfinder(settings, objectives)
+        self._paths = Pathfinder(settings, scheduler or SchedulerSettings())
+        self._room = WaitingRoom(settings.tenants)
         self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}
         self._num_arrived = 0
@@ -166,53 +170,50 @@ class Dispatcher:
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
+            tenant=event.tenant,
             objectives=event.objectives,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived")],
         )
+        sequence.rank = self._paths.rank_of(sequence)
         if refusal := self._refusal(sequence):
             self._actions.append(refusal)
             return
         self._num_arrived += 1
         self._sequences[event.request_id] = sequence
         self._wake(sequence.deadline_s)
-        if self._paths.predicts:
-            self._place_held_back()
-        else:
-            self._place(sequence)
+        self._room.enter(sequence)
+        self._paths.note_arrival(self._now)
+        self._place_queued()
 
     def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
-        limit = self._settings.max_queued_requests
-        if len(self._sequences) >= limit:
-            detail = f"{limit} sequences are under way, which is the limit (--max-queued-requests)"
-            return Refuse(
-                request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
-            )
-        if not can_be_served(self.instances, sequence, strict_roles=self._settings.strict_roles):
-            return Refuse(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                reason=RefuseReason.UNAVAILABLE,
-                detail=f"no instances are left that could serve a request ({self._fleet.describe()})",
-            )
+        """Return why a sequence that arrives is not taken; one that is may have become one for best effort."""
+        settings = self._settings
+        num_own = self._room.num_under_way(sequence.tenant)
+        if refusal := over_bounds(sequence, settings, len(self._sequences), num_own):
+            return refusal
+        if not can_be_served(self.instances, sequence, strict_roles=settings.strict_roles):
+            return unserved(sequence, self._fleet.describe())
+        if settings.overload is Overload.QUEUE:
+            return None
+        miss = self._paths.miss(self.instances, sequence, self._room, self._now)
+        if miss is None:
+            return None
+        if settings.overload is Overload.SHED:
+            return shed(sequence, miss)
+        sequence.degrade()
+        self._actions.append(Degrade(request_id=sequence.request_id, epoch=sequence.epoch, why=miss.why))
         return None
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
         if self._adopt(sequence) if sequence.lease else self._start(sequence):
             return
-        strict_roles = self._settings.strict_roles
-        if not can_be_served(self.instances, sequence, strict_roles=strict_roles):
-            detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
-            self._fail(sequence, FailReason.UNAVAILABLE, detail)
-        elif not can_be_held(self.instances, sequence, strict_roles=strict_roles):
-            detail = (
-                f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
-                f"can hold ({self._fleet.describe()}); ask for fewer tokens or raise --kv-memory"
-            )
-            self._fail(sequence, FailReason.TOO_LONG, detail)
+        why = why_unplaceable(self.instances, sequence, strict_roles=self._settings.strict_roles)
+        if why is not None:
+            self._fail(sequence, *why)
         else:
             if math.isinf(sequence.wait_until_s):
                 sequence.wait_until_s = self._now + self._settings.instance_wait_s
@@ -228,6 +229,9 @@ class Dispatcher:
             self._wake(start.until_s)
             return True
         instance = start.instance.instance
+        self._room.stop_waiting(sequence)
+        self._room.served(sequence, num_input=sequence.num_tokens)
+        self._paths.note_start(self.instances, sequence, self._room, self._now)
         state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
         sequence.start(state, instance, start.chosen, start.other, self._now)
         self._charge(sequence, instance, Charge(prefill_tokens=sequence.num_tokens))
@@ -276,7 +280,7 @@ class Dispatcher:
                     self._actions.append(ended)
                 self._paths.experience.answer_ended(sequence.num_answer_tokens)
                 self._finish(sequence, "finished")
-        self._place_held_back()
+        self._place_queued()
 
     def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
         sequence.num_tokens += progress.num_tokens
@@ -285,6 +289,7 @@ class Dispatcher:
         if sequence.state is Whereabouts.PREFILLING and not progress.finished:
             sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
         sequence.note_tokens(progress.num_tokens, self._now)
+        self._room.served(sequence, num_output=progress.num_tokens)
         is_decoding = sequence.state not in (Whereabouts.PREFILLING, Whereabouts.OFFERING)
         self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
 
@@ -314,14 +319,14 @@ class Dispatcher:
             return
         sequence.holder = None
         self._fail(sequence, _FAIL_REASON[event.kind], event.detail)
-        self._place_held_back()
+        self._place_queued()
 
     def _cancel(self, event: SequenceCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is not None and sequence.epoch >= event.epoch:
             self._abort(sequence)
             self._finish(sequence, "cancelled")
-            self._place_held_back()
+            self._place_queued()
 
     # Instances ------------------------------------------------------------------------------------------------
 
@@ -356,18 +361,21 @@ class Dispatcher:
                 self._lose(sequence, instance, detail)
         self._place_waiting()
 
-    def _place_held_back(self) -> None:
-        """Give sequences that wait for their turn to instances that have done something, or time enough has passed."""
-        if self._paths.predicts:
-            for sequence in self._waiting():
-                if sequence.state is Whereabouts.QUEUED:
-                    self._place(sequence)
-                    if sequence.state is Whereabouts.QUEUED and math.isinf(sequence.wait_until_s):
-                        return  # whoever waits for an instance to come up keeps nobody back
+    def _place_queued(self) -> None:
+        """Give those whose turn it is to instances. Who waits for an instance to come up keeps nobody back."""
+        passed: set[RequestId] = set()
+        while (sequence := self._room.head(passed)) is not None:
+            self._place(sequence)
+            if sequence.state is Whereabouts.QUEUED:
+                if math.isinf(sequence.wait_until_s):
+                    return
+                passed.add(sequence.request_id)
 
     def _place_waiting(self) -> None:
-        for sequence in self._waiting():
+        """The instances have changed: give those that nobody holds to one, or fail them."""
+        for sequence in [one for one in self._sequences.values() if one.state is Whereabouts.OFFERED]:
             self._place(sequence)
+        self._place_queued()
 
     def _lose(self, sequence: SequenceEntry, lost: InstanceId, why: str) -> None:
         """Settle what the death of an instance means for one sequence."""
@@ -399,6 +407,7 @@ class Dispatcher:
         sequence.move(Whereabouts.QUEUED, self._now, why)
         sequence.epoch = Epoch(sequence.epoch + 1)
         sequence.wait_until_s = math.inf
+        self._room.wait(sequence)
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
     def _tick(self) -> None:
@@ -418,7 +427,7 @@ class Dispatcher:
                 self._fail(sequence, FailReason.UNAVAILABLE, detail)
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
-        self._place_held_back()
+        self._place_queued()
 
     # Steps shared by several events ---------------------------------------------------------------------------
 
@@ -429,11 +438,6 @@ class Dispatcher:
             self._actions.append(Drop(request_id=request_id, epoch=epoch, instance=instance))
             return None
         return sequence
-
-    def _waiting(self) -> list[SequenceEntry]:
-        """Return the sequences that no instance holds, in the order in which they are served."""
-        waiting = [sequence for sequence in self._sequences.values() if sequence.holder is None]
-        return sorted(waiting, key=lambda sequence: (sequence.priority, sequence.order))
 
     def _wake(self, time_s: float) -> None:
         """Ask for a Tick at ``time_s`` unless an earlier one is asked for already."""
@@ -456,6 +460,9 @@ class Dispatcher:
         self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch))
 
     def _end(self, sequence: SequenceEntry, why: str) -> None:
+        if sequence.state is Whereabouts.QUEUED:
+            self._room.stop_waiting(sequence)
+        self._room.leave(sequence)
         sequence.move(Whereabouts.ENDED, self._now, why)
         self._end_lease(sequence)
         sequence.holder = None

@@ -25,6 +25,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     max_total_tokens: int
     priority: int = 0
     """Lower is served earlier among those that wait."""
+    tenant: str = ""
+    """Who shares fairly with others of other names."""
     objectives: Objectives = Objectives()
     """What is missing here is as the server says."""
 

@@ -50,6 +50,11 @@ class Forecaster:
         # The first of them is under way; how far is not told.
         return given_s - min(self._now - entry.prefilling_since_s, given_s / entry.num_prefills)
 
+    def prompt_s(self, num_tokens: int) -> float:
+        """Return the seconds of a prompt on the instance that knows best, alone."""
+        costs = self._prefill_costs(None)
+        return costs.step_s + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
+
     def first_token_s(self, entry: InstanceEntry, num_tokens: int) -> float:
         """Return the seconds to the first token of a prompt of which ``num_tokens`` have to be computed."""
         costs = self._prefill_costs(entry)
@@ -121,8 +126,8 @@ class Forecaster:
             return 0.0
         return decode_work_s(self._decode_costs(entry), entry.num_decodes, entry.kv_tokens)
 
-    def _prefill_costs(self, entry: InstanceEntry) -> StepCosts:
-        lesson = entry.lesson
+    def _prefill_costs(self, entry: InstanceEntry | None) -> StepCosts:
+        lesson = None if entry is None else entry.lesson
         if lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS:
             return lesson.costs
         known = [one.lesson for one in self._instances if one.lesson is not None and one.lesson.num_prefill_steps]

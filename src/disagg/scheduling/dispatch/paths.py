@@ -8,6 +8,7 @@ leaves to those who decode there already to theirs. All that are good enough cou
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from disagg.base.objectives import Objectives
@@ -75,24 +76,37 @@ def forecast_paths(
     return forecasts
 
 
-def best_path(forecasts: Iterable[Forecast], objectives: Objectives, num_later_tokens: float) -> Forecast | None:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a path is judged by: the sequence's objectives, those of the others, and the tokens after the first."""
+
+    objectives: Objectives
+    others: Objectives
+    num_later_tokens: float
+
+
+def best_path(forecasts: Iterable[Forecast], wanted: Wanted) -> Forecast | None:
     """Return the forecast to go by; None where there is none. Ties go to the first."""
-    return min(forecasts, key=lambda one: _order(one, objectives, num_later_tokens), default=None)
+    return min(forecasts, key=lambda one: _order(one, wanted), default=None)
 
 
-def stress(forecast: Forecast, objectives: Objectives) -> float | None:
+def stress(forecast: Forecast, wanted: Wanted) -> float | None:
     """Return the worst ratio of what is predicted to its objective; None where there is no objective."""
-    ratios = []
-    if objectives.ttft_s is not None:
-        ratios.append(forecast.ttft_s / objectives.ttft_s)
-    if objectives.tpot_s is not None:
-        ratios.append(max(forecast.tpot_s, forecast.others_tpot_s) / objectives.tpot_s)
+    ratios = [
+        predicted_s / objective_s
+        for predicted_s, objective_s in (
+            (forecast.ttft_s, wanted.objectives.ttft_s),
+            (forecast.tpot_s, wanted.objectives.tpot_s),
+            (forecast.others_tpot_s, wanted.others.tpot_s),
+        )
+        if objective_s is not None
+    ]
     return max(ratios, default=None)
 
 
-def _order(forecast: Forecast, objectives: Objectives, num_later_tokens: float) -> tuple[float, bool, float]:
-    total_s = forecast.ttft_s + num_later_tokens * forecast.tpot_s
-    worst = stress(forecast, objectives)
+def _order(forecast: Forecast, wanted: Wanted) -> tuple[float, bool, float]:
+    total_s = forecast.ttft_s + wanted.num_later_tokens * forecast.tpot_s
+    worst = stress(forecast, wanted)
     if worst is None:
         return (total_s * (1.0 if forecast.follows_roles else _LEANING), not forecast.follows_roles, total_s)
     return (max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)

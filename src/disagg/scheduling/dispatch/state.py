@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from disagg.base.config import MAX_OVERTAKE_S
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepLimits
-from disagg.base.objectives import Objectives
+from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.forecast import Forecast
 
@@ -154,7 +155,12 @@ class SequenceEntry:
     """Position in the order of arrival."""
     arrived_s: float
     deadline_s: float
+    tenant: str = ""
     objectives: Objectives = field(default_factory=Objectives)
+    rank: tuple[int, float, int] = (0, 0.0, 0)
+    """Its place among those of its tenant that wait."""
+    is_best_effort: bool = False
+    """It was predicted to miss, and is served when others leave time."""
     chosen: Forecast | None = None
     """The path that it was given last, where predictions decided, and the best of the others then."""
     other: Forecast | None = None
@@ -193,6 +199,12 @@ class SequenceEntry:
         self.move(state, now, f"started on {instance}")
         self.holder = instance
         self.chosen, self.other, self.started_s = chosen, other, now
+
+    def degrade(self) -> None:
+        """Make it one that is served when others leave time, and at the latest so much later."""
+        self.is_best_effort, self.objectives = True, BEST_EFFORT
+        priority, rank_s, order = self.rank
+        self.rank = (priority, rank_s + MAX_OVERTAKE_S, order)
 
     def note_tokens(self, count: int, now: float) -> None:
         """Take account of tokens of the answer."""

@@ -10,11 +10,10 @@ from typing import assert_never
 import msgspec
 from msgspec import structs
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import CostsLearned, Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
-from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
@@ -84,8 +83,8 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     instances: dict[InstanceId, Role]
     settings: RouterSettings
-    objectives: Objectives = Objectives()
-    """Of requests that bring none."""
+    scheduler: SchedulerSettings = SchedulerSettings()
+    """What the instances are told in common."""
     started_s: float = 0.0
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
@@ -96,7 +95,7 @@ class RouterCore:
 
     def __init__(self, header: RouterHeader) -> None:
         self._watches_silence = header.watches_silence
-        self._dispatcher = Dispatcher(header.instances, header.settings, header.objectives)
+        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)

@@ -7,6 +7,7 @@ import msgspec
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
 from disagg.scheduling.dispatch.actions import (
+    Degrade,
     Deliver,
     Drained,
     Fail,
@@ -107,6 +108,7 @@ AnyRouterOutput = (
     | Finish
     | Fail
     | Refuse
+    | Degrade
     | PathChosen
     | PathEnded
     | Resume

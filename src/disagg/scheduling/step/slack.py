@@ -4,8 +4,9 @@ An answer's next token is due one TPOT objective after the one before it was due
 answer that is ahead of its schedule lends time to prompts, up to a gap of ``MOST_GAP`` objectives, and one that is late
 takes some back. A prompt gets ``MIN_CHUNK`` tokens of a step whatever else is due: none starves.
 
-Without a running answer a step takes as much prefill as the device needs to work at full speed, and no more: what goes
-beyond delays the first tokens of the step, and brings none forward.
+Further prompts join the first of a step only while the device needs more tokens to work at full speed: beyond that they
+delay its first token, and bring none forward. The first itself is cut by the slack alone: in smaller chunks it would
+only read its own KV, and the weights, more often.
 """
 
 import math
@@ -53,7 +54,9 @@ class Slack:
     def size(self, sequence: Sequence) -> int:
         """Return how many tokens of a prompt go into the step; 0 for none."""
         shape = self._builder.shape()
-        most = min(self._builder.chunk_size(sequence), self._saturated_tokens() - shape.num_prefill_tokens)
+        most = self._builder.chunk_size(sequence)
+        if shape.num_prefills:
+            most = min(most, self._saturated_tokens() - shape.num_prefill_tokens)
         if most <= 0 or self._fits(shape, sequence.num_planned, most):
             return max(0, most)
         least = min(MIN_CHUNK, most)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
-from disagg.scheduling.dispatch.actions import PathEnded
+from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
@@ -107,6 +107,14 @@ class ServerMetrics:
         self._hand_over.observe(duration_s)
         self._hand_over_bytes.inc(num_bytes)
 
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """Count a sequence that was not taken."""
+        self._refused.labels(self._model_name, reason.value, str(min(max(priority, -3), 3))).inc()
+
+    def sequence_degraded(self) -> None:
+        """Count a sequence that is served as best effort."""
+        self._degraded.inc()
+
     def path_ended(self, ended: PathEnded) -> None:
         """Account for a sequence that went by predictions."""
         self._predictions.add(ended)
@@ -175,6 +183,13 @@ class ServerMetrics:
         self._lost_instances = Counter(
             "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
         )
+        self._refused = Counter(
+            "disagg:refused_sequences",
+            "Sequences that were not taken; priorities beyond 3 count as 3",
+            labels("reason", "priority"),
+            registry=self.registry,
+        )
+        self._degraded = self._counter("disagg:degraded_sequences", "Sequences served as best effort")
         self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
         self._pause = self._histogram(
             "disagg:resume_pause_seconds", "Loss of the instance to the next token", REQUEST_BUCKETS

@@ -80,7 +80,7 @@ class LiveServer:
                 self._deployment.router,
                 ZmqControlSocket(endpoint, control_key),
                 sink=self._sink,
-                objectives=self._deployment.scheduler.objectives,
+                scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
             )
             resources.callback(self._router.close)

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Loading, Ready, StepOutput, Stop, decode_for_router, encode
-from disagg.base.objectives import Objectives
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -37,7 +36,7 @@ class LiveRouter:
     """The Router that the API uses. ``start`` binds the socket; ``close`` ends what is left.
 
     ``event_log`` names a file that receives every decision; ConfigurationError is raised where it cannot be written.
-    ``objectives`` are those of requests that bring none.
+    ``scheduler`` is what the instances are told in common.
     ``instance_starting`` and ``instance_exited`` are for whoever runs the processes.
     """
 
@@ -51,13 +50,13 @@ class LiveRouter:
         clock: Clock | None = None,
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
-        objectives: Objectives | None = None,
+        scheduler: SchedulerSettings | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
             instances=dict(instances),
             settings=settings,
-            objectives=objectives or Objectives(),
+            scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
         )

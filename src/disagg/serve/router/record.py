@@ -11,6 +11,7 @@ from msgspec import structs
 
 from disagg.base.ids import Epoch, InstanceId
 from disagg.base.messages import SequenceOutput
+from disagg.base.objectives import BEST_EFFORT
 from disagg.base.request import GenerationRequest
 from disagg.serve.router.stream import LiveStream
 
@@ -38,6 +39,10 @@ class SequenceRecord:
     def start(self, *, hands_over: bool) -> None:
         """An instance is told to compute it; with ``hands_over`` up to its first token."""
         self._hands_over, self._is_prefilled = hands_over, False
+
+    def degrade(self) -> None:
+        """Give up its objectives."""
+        self.request = structs.replace(self.request, objectives=BEST_EFFORT)
 
     def resume(self, epoch: Epoch, now: float) -> None:
         """Begin a new attempt: the instance that the sequence was on is lost."""

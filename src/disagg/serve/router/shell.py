@@ -23,6 +23,7 @@ from disagg.base.messages import Abort, Adopt, Generate, Message, PeerLost, Rele
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
+    Degrade,
     Deliver,
     Drained,
     Fail,
@@ -62,15 +63,13 @@ from disagg.serve.router.watcher import InstanceWatcher, NullWatcher
 
 logger = logging.getLogger(__name__)
 
-_ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
+_ERRORS: Final[dict[FailReason, type[DisaggError]]] = {
     FailReason.INSTANCE_LOST: InstanceLostError,
     FailReason.UNAVAILABLE: UnavailableError,
     FailReason.TIMEOUT: RequestTimeoutError,
     FailReason.TOO_LONG: ContextLengthError,
     FailReason.INVALID: InvalidRequestError,
     FailReason.INTERNAL: InternalError,
-    RefuseReason.OVERLOADED: OverloadedError,
-    RefuseReason.UNAVAILABLE: UnavailableError,
 }
 
 _AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
@@ -110,6 +109,7 @@ class RouterShell:
                 num_tokens=request.num_tokens,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                tenant=request.tenant,
                 objectives=request.objectives,
             )
         )
@@ -191,8 +191,9 @@ class RouterShell:
                     self._records.pop(request_id).stream.end()
                 case Fail(request_id=request_id, reason=reason, detail=detail):
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
-                case Refuse(request_id=request_id, reason=refusal, detail=detail):
-                    self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
+                case Refuse(request_id=request_id):
+                    self._sink.sequence_refused(output.reason, output.priority)
+                    self._records.pop(request_id).stream.refuse(_refusal(output))
                 case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
                     self._send(output)
                 case WakeAt(time_s=time_s):
@@ -222,6 +223,10 @@ class RouterShell:
                 self.watcher.restart_instance(instance, delay_s)
             case GiveUpInstance(instance=instance, nothing_left=nothing_left):
                 self.watcher.give_up_instance(instance, nothing_left)
+            case Degrade(request_id=request_id, why=why):
+                logger.debug("sequence %s is served as best effort: %s", request_id, why)
+                self._records[request_id].degrade()
+                self._sink.sequence_degraded()
             case PathEnded():
                 self._sink.path_ended(output)
             case Drained(instance=instance):
@@ -254,3 +259,9 @@ class RouterShell:
         if self._wake_up is not None:
             self._wake_up.cancel()
         self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self.tick)
+
+
+def _refusal(output: Refuse) -> DisaggError:
+    if output.reason is RefuseReason.UNAVAILABLE:
+        return UnavailableError(output.detail)
+    return OverloadedError(output.detail, output.retry_after_s)

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
-from disagg.scheduling.dispatch.actions import PathEnded
+from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason
 
 
@@ -14,6 +14,12 @@ class RouterSink(Protocol):
         self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
     ) -> None:
         """``target`` pulled KV blocks from ``source``, or did not: then ``failure`` says why."""
+
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """A sequence of this priority was not taken."""
+
+    def sequence_degraded(self) -> None:
+        """A sequence is served as best effort."""
 
     def path_ended(self, ended: PathEnded) -> None:
         """A sequence that went by predictions has its last token."""
@@ -37,6 +43,12 @@ class NullSink:
     def hand_over_ended(
         self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
     ) -> None:
+        """See RouterSink."""
+
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """See RouterSink."""
+
+    def sequence_degraded(self) -> None:
         """See RouterSink."""
 
     def path_ended(self, ended: PathEnded) -> None:
