@@ -1,12 +1,14 @@
 """Roles as walls or as leanings: ``python benchmarks/leanings.py --profile profile.json``.
 
 Simulates one prefill and one decode instance, with strict roles and without, beside two colocated instances, on the
-machine of a profile; chat, code and summarise of the standard workloads, tight and loose objectives, ``--seeds`` runs
-each. Prints attainment (with the 95% interval of its mean), latencies, and what came of the predictions.
+machine of a profile: chat, code and summarise of the standard workloads, tight and loose objectives, ``--seeds`` runs
+each. Rates are parts (``--loads``) of what one prefill instance that does nothing else can do. Prints attainment (with
+the 95% interval of its mean), latencies, and what came of the predictions.
 """
 
 import argparse
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Final
@@ -26,13 +28,12 @@ from disagg.base.config import (
 from disagg.base.request import Role
 from disagg.costs.latency import StepShape
 from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import Slo
 from disagg.measure.standard import SloKind, slo_from_unloaded, standard_workload
 from disagg.simulator.engines import build_cluster, own_rules
 from disagg.simulator.evaluate import Evaluation, evaluate
 
-RATES: Final = {"chat": 1.5, "code": 1.0, "summarise": 0.4}
-"""Requests/s, those of benchmarks/compare/placements.yaml."""
 MEDIAN_PROMPTS: Final = {"chat": 516, "code": 750, "summarise": 1389}
 PAIR: Final = {Role.PREFILL: 1, Role.DECODE: 1}
 SYSTEMS: Final[dict[str, tuple[dict[Role, int], SchedulingMode, bool]]] = {
@@ -48,10 +49,22 @@ class Case(msgspec.Struct, frozen=True):
     """One row."""
 
     workload: str
+    load: float
     kind: SloKind
     slo: Slo
     system: str
     evaluation: Evaluation
+
+
+def prefill_rate(platform: ProfiledPlatform, workload: OpenLoop) -> float:
+    """Return the requests/s of a workload that one instance can prefill, whole prompts one after the other."""
+    latency = platform.latency(1, 1)
+    times_s = []
+    for request in workload.draw(0):
+        shape = StepShape()
+        shape.add_prefill(0, request.prompt_len)
+        times_s.append(sum(latency.stage_times_s(shape)))
+    return 1 / fmean(times_s)
 
 
 def objectives(platform: ProfiledPlatform, workload: str, kind: SloKind) -> Slo:
@@ -67,8 +80,9 @@ def objectives(platform: ProfiledPlatform, workload: str, kind: SloKind) -> Slo:
 def cases(platform: ProfiledPlatform, args: argparse.Namespace) -> Iterator[Case]:
     """Simulate one case after the other."""
     for name in args.workloads:
-        workload = standard_workload(name, RATES[name] * args.load, args.requests, args.traces)
-        for kind in SloKind:
+        workload = standard_workload(name, 1.0, args.requests, args.traces)
+        rate = prefill_rate(platform, workload)
+        for load, kind in product(args.loads, SloKind):
             slo = objectives(platform, name, kind)
             for system, (roles, mode, strict_roles) in SYSTEMS.items():
                 placement = Placement(groups=tuple(InstanceGroup(role=role, count=n) for role, n in roles.items()))
@@ -78,7 +92,8 @@ def cases(platform: ProfiledPlatform, args: argparse.Namespace) -> Iterator[Case
                     RouterSettings(strict_roles=strict_roles),
                 )
                 spec = build_cluster(placement, platform, rules)
-                yield Case(name, kind, slo, system, evaluate(spec, workload, slo, num_seeds=args.seeds))
+                evaluation = evaluate(spec, workload.at_rate(load * rate), slo, num_seeds=args.seeds)
+                yield Case(name, load, kind, slo, system, evaluation)
 
 
 def row(case: Case) -> tuple[str, ...]:
@@ -88,7 +103,7 @@ def row(case: Case) -> tuple[str, ...]:
     estimate = case.evaluation.attainment
     slo = f"{case.slo.ttft_s:.2f} s, {case.slo.tpot_s * 1e3:.1f} ms"
     return (
-        f"{case.workload}, {case.kind.value} ({slo})",
+        f"{case.workload} at {case.load:g}, {case.kind.value} ({slo})",
         case.system,
         f"{estimate.mean:.0%} ± {estimate.half_width:.0%}",
         f"{fmean(run.ttft.p50 for run in runs) * 1e3:,.0f} / {fmean(run.ttft.p90 for run in runs) * 1e3:,.0f}",
@@ -104,10 +119,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--workloads", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--workloads", nargs="+", choices=list(MEDIAN_PROMPTS), default=list(MEDIAN_PROMPTS))
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--load", type=float, default=1.0, help="factor on the rates")
+    parser.add_argument("--loads", nargs="+", type=float, default=[0.5, 0.9])
     parser.add_argument("--traces", type=Path, help="folder whose traces are replayed; without it lengths are drawn")
     args = parser.parse_args()
     platform = ProfiledPlatform(load_profile(args.profile), CacheSettings().kv_memory_bytes)

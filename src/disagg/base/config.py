@@ -228,6 +228,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    tenant_keys: dict[str, str] = {}
+    """Further keys, each with the name of its tenant."""
     cors_origin: Annotated[
         tuple[str, ...],
         Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
@@ -257,12 +259,13 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 5.0
 
     def __post_init__(self) -> None:
-        key = self.api_key
-        if key is not None and (not key.isprintable() or key != key.strip() or not key):
-            raise ConfigurationError(
-                "--api-key: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
-                "choose another, or leave the option out to serve everybody"
-            )
+        keys = {"--api-key": self.api_key} | {f"the key of {name}": key for key, name in self.tenant_keys.items()}
+        for what, key in keys.items():
+            if key is not None and (not key.isprintable() or key != key.strip() or not key):
+                raise ConfigurationError(
+                    f"{what}: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
+                    "choose another, or leave it out"
+                )
         for origin in self.cors_origin:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise ConfigurationError(

@@ -27,7 +27,7 @@ _UNITS: Final = {"": 1} | {
 }
 
 
-NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants"})
+NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants", "tenant_keys"})
 """Settings that commands work out, from other flags and from files."""
 _MANY_BYTES: Final = 1 << 60
 _MOST_INTEGERS: Final = 1 << 16

@@ -17,6 +17,7 @@ from disagg.base.config import (
 from disagg.base.request import Role
 from disagg.cli.flags import NOT_FLAGS, build, flags_of
 from disagg.cli.placement_file import choose_placement
+from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo
@@ -31,12 +32,19 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
 @click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
-@flags_of(ServeSettings, ModelSettings, without={"model"}, environment={"api_key": "DISAGG_API_KEY"})
+@flags_of(ServeSettings, ModelSettings, without={"model"} | NOT_FLAGS, environment={"api_key": "DISAGG_API_KEY"})
 @click.option(
     "--slo",
     type=SloType(),
     metavar="SLO",
     help="Latency objectives, such as ttft=500ms,tpot=50ms.",
+)
+@click.option(
+    "--tenants",
+    "tenants_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keys, weights and bounds of those who share the server, from a YAML file.",
 )
 @flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without=NOT_FLAGS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
@@ -55,14 +63,15 @@ def serve(
 
     Starts the instances and an OpenAI-compatible API. Ctrl-C drains and ends all, a second one ends at once.
     """
+    tenants = read_tenants(values.pop("tenants_file"))
     counts = {role: values[role.value] for role in Role}
     deployment = Deployment(
         placement=choose_placement(placement, counts),
         model=build(ModelSettings, values),
         cache=build(CacheSettings, values),
         scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
-        router=build(RouterSettings, values),
-        serve=build(ServeSettings, values),
+        router=build(RouterSettings, values | {"tenants": tenants.settings()}),
+        serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),
         host=build(HostSettings, values),
     )
     from disagg.cli.serve_output import make_display

@@ -99,8 +99,8 @@ def _stages(runs: Sequence[RunReport]) -> str:
 def _paths(paths: PathUse) -> str:
     return (
         f"paths by prediction  {paths.leaning_share:.0%} of prompt tokens prefilled against the roles; predictions off "
-        f"by {paths.ttft_error:.0%} of TTFT, {paths.tpot_error:.0%} of TPOT; mean regret {paths.ttft_regret_s * 1e3:.0f} ms "
-        f"of TTFT, {paths.tpot_regret_s * 1e3:.1f} ms of TPOT"
+        f"by {paths.ttft_error:.0%} of TTFT, {paths.tpot_error:.0%} of TPOT; "
+        f"mean regret {paths.ttft_regret_s * 1e3:.0f} ms of TTFT, {paths.tpot_regret_s * 1e3:.1f} ms of TPOT"
     )
 
 

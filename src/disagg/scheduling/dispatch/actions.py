@@ -118,6 +118,9 @@ class PathEnded(DispatchAction, frozen=True, kw_only=True):
     ttft_s: float
     predicted_tpot_s: float
     tpot_s: float | None = None
+    predicted_hand_over_s: float = 0.0
+    hand_over_s: float | None = None
+    """None where nothing was handed over, or the blocks did not arrive."""
     ttft_regret_s: float | None = None
     tpot_regret_s: float | None = None
 

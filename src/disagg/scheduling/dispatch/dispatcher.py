@@ -310,6 +310,7 @@ class Dispatcher:
             return
         sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
         if event.duration_s is not None:
+            sequence.hand_over_s = event.duration_s
             self._paths.experience.hand_over_ended(sequence.num_tokens, event.duration_s)
         self._end_lease(sequence)
 

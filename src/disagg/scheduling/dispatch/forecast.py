@@ -24,5 +24,6 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     follows_roles: bool
     ttft_s: float
     tpot_s: float
+    hand_over_s: float = 0.0
     others_tpot_s: float = 0.0
     """Of those who decode there already; 0 without any."""

@@ -56,7 +56,14 @@ def forecast_paths(
             ttft_s = forecaster.first_token_s(entry, sequence.num_tokens - cached(entry, sequence))
             path = Path(entry.instance, target.instance)
             forecasts.append(
-                Forecast(path=path, follows_roles=True, ttft_s=ttft_s, tpot_s=tpot_s, others_tpot_s=others_tpot_s)
+                Forecast(
+                    path=path,
+                    follows_roles=True,
+                    ttft_s=ttft_s,
+                    tpot_s=tpot_s,
+                    hand_over_s=hand_over_s,
+                    others_tpot_s=others_tpot_s,
+                )
             )
     for role in Role:
         follows_roles = role is Role.COLOCATED or (role is Role.PREFILL and sequence.ends_at_first_token)

@@ -35,6 +35,8 @@ def path_ended(sequence: SequenceEntry) -> PathEnded | None:
         ttft_s=ttft_s,
         predicted_tpot_s=chosen.tpot_s,
         tpot_s=tpot_s,
+        predicted_hand_over_s=chosen.hand_over_s,
+        hand_over_s=sequence.hand_over_s,
         ttft_regret_s=None if other is None else ttft_s - waited_s - other.ttft_s,
         tpot_regret_s=None if other is None or tpot_s is None else tpot_s - other.tpot_s,
     )

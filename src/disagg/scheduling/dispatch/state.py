@@ -169,6 +169,8 @@ class SequenceEntry:
     first_token_s: float = math.nan
     last_token_s: float = math.nan
     num_answer_tokens: int = 0
+    hand_over_s: float | None = None
+    """How long its KV blocks travelled, once they have."""
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None

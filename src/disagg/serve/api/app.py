@@ -1,7 +1,7 @@
 """The application: routes, and the handlers that turn errors into responses."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -41,20 +41,21 @@ def create_app(
     *,
     preparers: Preparers | None = None,
     api_key: str | None = None,
+    tenant_keys: Mapping[str, str] | None = None,
     cors_origins: Sequence[str] = (),
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
-    With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
-    ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
+    With ``api_key`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
+    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the one by which the router stamps timelines.
     Without ``preparers``, bodies are prepared by the event loop.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
     app = Starlette(
         routes=_routes(router, model, Preparation(model, preparers), accounts),
-        middleware=[Middleware(Gate, api_key=api_key)],
+        middleware=[Middleware(Gate, api_key=api_key, tenant_keys=tenant_keys)],
         exception_handlers=_exception_handlers(metrics),
     )
     if not cors_origins:

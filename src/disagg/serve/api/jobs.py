@@ -108,6 +108,7 @@ class JobFactory:
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
                     priority=request.priority or 0,
+                    tenant=request.user or "",
                     objectives=own,
                     arrival_s=arrival_s,
                 ),

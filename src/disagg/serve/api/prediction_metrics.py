@@ -1,4 +1,4 @@
-"""Predicted beside actual latencies of sequences, and where they were prefilled, as Prometheus metrics."""
+"""Predicted beside measured latencies of sequences, and where they were prefilled, as Prometheus metrics."""
 
 from typing import Final
 
@@ -6,34 +6,43 @@ from prometheus_client import CollectorRegistry, Counter
 
 from disagg.scheduling.dispatch.actions import PathEnded
 
-_LABELS: Final = ("model_name",)
+_LATENCIES: Final = ("ttft", "tpot", "hand_over")
+_PATHS: Final = ("roles", "leaning")
 
 
 class PredictionMetrics:
     """Sums over the sequences whose path was chosen by predictions: their ratios are the means."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        def counter(name: str, text: str, *more: str) -> Counter:
-            return Counter(name, text, (*_LABELS, *more), registry=registry)
+        def counters(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Counter]:
+            family = Counter(name, text, ("model_name", label), registry=registry)
+            return {value: family.labels(model_name, value) for value in values}
 
-        paths = counter("disagg:paths", "Sequences by the path that predictions chose", "path")
-        self._paths = {name: paths.labels(model_name, name) for name in ("roles", "leaning")}
-        self._leaning_tokens = counter(
-            "disagg:leaning_prompt_tokens", "Prompt tokens of sequences that went against the roles"
-        ).labels(model_name)
-        self._predicted_ttft = counter("disagg:predicted_ttft_seconds", "Sum of predicted TTFT").labels(model_name)
-        self._ttft = counter("disagg:predicted_paths_ttft_seconds", "Sum of the TTFT that came").labels(model_name)
-        self._ttft_error = counter("disagg:ttft_error_seconds", "Sum of the absolute errors").labels(model_name)
-        self._regret = counter(
-            "disagg:path_regret_seconds", "Sum of TTFT beyond what the best other path was predicted to bring"
-        ).labels(model_name)
+        self._paths = counters("disagg:paths", "Sequences by the path that predictions chose", "path", _PATHS)
+        self._tokens = counters("disagg:path_prompt_tokens", "Their prompt tokens", "path", _PATHS)
+        self._predicted = counters("disagg:predicted_seconds", "Latencies as predicted", "latency", _LATENCIES)
+        self._measured = counters("disagg:measured_seconds", "The same latencies as they came", "latency", _LATENCIES)
+        self._error = counters("disagg:prediction_error_seconds", "Absolute differences", "latency", _LATENCIES)
+        self._regret = counters(
+            "disagg:path_regret_seconds",
+            "Latency beyond what the best other path was predicted to bring",
+            "latency",
+            ("ttft", "tpot"),
+        )
 
     def add(self, ended: PathEnded) -> None:
         """Account for one sequence."""
-        self._paths["roles" if ended.follows_roles else "leaning"].inc()
-        if not ended.follows_roles:
-            self._leaning_tokens.inc(ended.num_prompt_tokens)
-        self._predicted_ttft.inc(ended.predicted_ttft_s)
-        self._ttft.inc(max(0.0, ended.ttft_s))
-        self._ttft_error.inc(abs(ended.predicted_ttft_s - ended.ttft_s))
-        self._regret.inc(max(0.0, ended.ttft_regret_s or 0.0))
+        path = "roles" if ended.follows_roles else "leaning"
+        self._paths[path].inc()
+        self._tokens[path].inc(ended.num_prompt_tokens)
+        for latency, predicted_s, measured_s in (
+            ("ttft", ended.predicted_ttft_s, ended.ttft_s),
+            ("tpot", ended.predicted_tpot_s, ended.tpot_s),
+            ("hand_over", ended.predicted_hand_over_s, ended.hand_over_s),
+        ):
+            if measured_s is not None:
+                self._predicted[latency].inc(max(0.0, predicted_s))
+                self._measured[latency].inc(max(0.0, measured_s))
+                self._error[latency].inc(abs(predicted_s - measured_s))
+        for latency, regret_s in (("ttft", ended.ttft_regret_s), ("tpot", ended.tpot_regret_s)):
+            self._regret[latency].inc(max(0.0, regret_s or 0.0))

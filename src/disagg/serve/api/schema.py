@@ -23,7 +23,6 @@ MAX_MESSAGES: Final = 4096
 
 IGNORED: Final = frozenset(
     {
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -131,6 +130,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """Lower is served earlier, as in vLLM."""
+    user: Annotated[str, Meta(max_length=1024)] | None = None
+    """Users share fairly, where keys do not say who asks."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
     x_slo_tpot_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
 

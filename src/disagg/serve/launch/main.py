@@ -44,6 +44,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 metrics,
                 preparers=preparers,
                 api_key=deployment.serve.api_key,
+                tenant_keys=deployment.serve.tenant_keys,
                 cors_origins=deployment.serve.cors_origin,
             )
 
