@@ -48,7 +48,7 @@ def create_app(
     """Return the ASGI application over a router.
 
     With ``api_key`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
-    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the one by which the router stamps timelines.
+    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
     Without ``preparers``, bodies are prepared by the event loop.
     """
     metrics.watch(router)

@@ -58,7 +58,7 @@ class ServerMetrics:
         ProcessCollector(registry=self.registry)
         self._add_request_metrics()
         self._add_server_metrics()
-        self._predictions = PredictionMetrics(self.registry, model_name)
+        self.predictions = PredictionMetrics(self.registry, model_name)
 
     def watch(self, router: Router) -> None:
         """Export what the instances report about themselves."""
@@ -109,15 +109,15 @@ class ServerMetrics:
 
     def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
         """Count a sequence that was not taken."""
-        self._refused.labels(self._model_name, reason.value, str(min(max(priority, -3), 3))).inc()
+        self.predictions.refused(reason, priority)
 
     def sequence_degraded(self) -> None:
         """Count a sequence that is served as best effort."""
-        self._degraded.inc()
+        self.predictions.degraded()
 
     def path_ended(self, ended: PathEnded) -> None:
         """Account for a sequence that went by predictions."""
-        self._predictions.add(ended)
+        self.predictions.add(ended)
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
@@ -183,13 +183,6 @@ class ServerMetrics:
         self._lost_instances = Counter(
             "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
         )
-        self._refused = Counter(
-            "disagg:refused_sequences",
-            "Sequences that were not taken; priorities beyond 3 count as 3",
-            labels("reason", "priority"),
-            registry=self.registry,
-        )
-        self._degraded = self._counter("disagg:degraded_sequences", "Sequences served as best effort")
         self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
         self._pause = self._histogram(
             "disagg:resume_pause_seconds", "Loss of the instance to the next token", REQUEST_BUCKETS
