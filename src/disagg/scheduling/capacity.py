@@ -28,6 +28,8 @@ def most_tokens(num_tokens: int, max_total_tokens: int, *, hand_over: bool) -> i
     return num_tokens if hand_over else max_total_tokens
 
 
-def serves_requests(roles: set[Role]) -> bool:
+def serves_requests(roles: set[Role], *, strict_roles: bool = True) -> bool:
     """Return whether instances of these roles together can serve a request from prompt to last token."""
+    if not strict_roles:
+        return bool(roles)
     return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles

@@ -47,9 +47,7 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
         return Role.DECODE in present
-    if not strict_roles:
-        return bool(present)
-    return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
+    return serves_requests(present, strict_roles=strict_roles) or (bool(sequence.losses) and Role.DECODE in present)
 
 
 def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:

@@ -94,6 +94,7 @@ class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
+        self._strict_roles = header.settings.strict_roles
         self._watches_silence = header.watches_silence
         self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler)
         self._members = Membership(header.settings, header.restarts)
@@ -118,7 +119,10 @@ class RouterCore:
 
     def can_serve(self) -> bool:
         """True when ready instances can serve a request from prompt to last token."""
-        return serves_requests(self._members.roles({InstanceState.READY}))
+        return self._serves(self._members.roles({InstanceState.READY}))
+
+    def _serves(self, roles: set[Role]) -> bool:
+        return serves_requests(roles, strict_roles=self._strict_roles)
 
     def validate(self) -> None:
         """Raise InternalError unless all books agree."""
@@ -264,7 +268,7 @@ class RouterCore:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
             return
         left = self._members.roles({InstanceState.READY, InstanceState.DRAINING, *COMING})
-        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not serves_requests(left)))
+        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not self._serves(left)))
 
     def _broke_protocol(self, member: Member, how: str) -> None:
         self._declare_lost(member, f"it broke the protocol: {how}")
