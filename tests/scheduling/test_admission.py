@@ -12,11 +12,11 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, RefuseReason, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
+    CostsKnown,
     InstanceUp,
     Progress,
     SequenceArrived,
     SequenceCancelled,
-    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.state import SequenceEntry
@@ -111,7 +111,7 @@ class Story:
         self.now = 100.0
         self.send(InstanceUp(instance=C, max_total_tokens=10_000))
         self.send(
-            StepsCost(
+            CostsKnown(
                 lesson=CostsLearned(instance=C, incarnation="", costs=COSTS, num_prefill_steps=99, num_decode_steps=99)
             )
         )

@@ -12,12 +12,12 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import PathChosen, PathEnded, SendAdopt, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
+    CostsKnown,
     InstanceUp,
     OfferMade,
     Progress,
     PullEnded,
     SequenceArrived,
-    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.experience import Experience
@@ -127,7 +127,7 @@ class Story:
             self.send(
                 InstanceUp(instance=name, max_total_tokens=10_000, pool_tokens=50_000, limits=StepLimits(**limits))
             )
-            self.send(StepsCost(lesson=lesson(name)))
+            self.send(CostsKnown(lesson=lesson(name)))
 
     def send(self, event):
         actions = self.dispatcher.handle(event, self.now)

@@ -43,6 +43,7 @@ from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
     ChangeRole,
+    CostsKnown,
     Drain,
     InstanceDown,
     InstanceUp,
@@ -55,7 +56,6 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
-    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
@@ -154,7 +154,7 @@ class Dispatcher:
             case ChangeRole(instance=instance, role=role):
                 self._fleet.entry(instance).role = role
                 self._place_waiting()
-            case StepsCost(lesson=lesson):
+            case CostsKnown(lesson=lesson):
                 self._fleet.entry(lesson.instance).lesson = lesson
             case _:
                 assert_never(event)

@@ -132,13 +132,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
-class StepsCost(DispatchEvent, frozen=True, kw_only=True):
+class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
     """``lesson.instance`` has learned what its steps cost."""
 
     lesson: CostsLearned
 
 
-AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | StepsCost
+AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
 AnyDispatchEvent = (
     SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
 )

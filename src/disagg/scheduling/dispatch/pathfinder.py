@@ -27,7 +27,7 @@ _SHORTEST_WAIT_S: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Placed:
     """Where a sequence starts; by predictions with those of the path, and of the best other one."""
 
     instance: InstanceEntry
@@ -85,11 +85,13 @@ class Pathfinder:
         rate = self._drain.rate(num_prefilling)
         return judge(sequence, best, forecaster, room.ahead_of(sequence), rate, wanted.objectives)
 
-    def start(self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float) -> Start | HeldBack | None:
+    def start(
+        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float
+    ) -> Placed | HeldBack | None:
         """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
         if not self.predicts:
             instance = choose_start(instances, sequence)
-            return None if instance is None else Start(instance, instance.role is Role.PREFILL)
+            return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
         forecaster = self._forecaster(instances, now)
         forecasts, wanted = self._forecasts(instances, sequence, forecaster)
         chosen = best_path(forecasts, wanted)
@@ -102,7 +104,7 @@ class Pathfinder:
         if self._is_in_the_way(sequence, chosen, now):
             return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S)
         other = best_path((one for one in forecasts if one is not chosen), wanted)
-        return Start(instance, chosen.path.hands_over, chosen, other)
+        return Placed(instance, chosen.path.hands_over, chosen, other)
 
     def note_start(
         self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, room: WaitingRoom, now: float

@@ -32,6 +32,7 @@ from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     ChangeRole,
+    CostsKnown,
     Drain,
     InstanceDown,
     InstanceUp,
@@ -43,7 +44,6 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     SequenceFailed,
-    StepsCost,
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
@@ -220,7 +220,7 @@ class RouterCore:
                     self._drop(member, DropReason.STALE)
             case CostsLearned():
                 if (message.instance, message.incarnation) == (instance, member.incarnation):
-                    self._dispatch(StepsCost(lesson=message))
+                    self._dispatch(CostsKnown(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
             case _:
