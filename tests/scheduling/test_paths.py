@@ -164,7 +164,7 @@ class TestChoice:
 
     def test_strict_roles_let_it_wait_in_the_router_until_its_instance_has_room(self) -> None:
         story = Story(strict_roles=True)
-        story.dispatcher._paths.predicts = True
+        story.dispatcher._turns._paths.predicts = True
         story.arrive("a", num_tokens=900)
         assert story.where(story.arrive("b", num_tokens=300)) == []
         story.now += 0.5
@@ -192,7 +192,7 @@ class TestChoice:
 
     def test_without_any_objective_the_quickest_end_counts(self) -> None:
         story = Story()
-        story.dispatcher._paths._objectives = Objectives()
+        story.dispatcher._turns._paths._objectives = Objectives()
         story.arrive("a", num_tokens=2000)
         assert story.where(story.arrive("b", num_tokens=300)) == [(D, False)]
 

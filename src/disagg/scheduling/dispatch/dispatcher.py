@@ -15,14 +15,13 @@ import math
 from collections.abc import Mapping
 from typing import assert_never
 
-from disagg.base.config import Overload, RouterSettings, SchedulerSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
-    Degrade,
     Deliver,
     Drained,
     Drop,
@@ -37,8 +36,7 @@ from disagg.scheduling.dispatch.actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
-from disagg.scheduling.dispatch.choice import can_be_served, why_unplaceable
+from disagg.scheduling.dispatch.choice import why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -59,10 +57,10 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder
+from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
-from disagg.scheduling.dispatch.waiting_room import WaitingRoom
+from disagg.scheduling.dispatch.turns import Turns
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -83,9 +81,8 @@ class Dispatcher:
         scheduler: SchedulerSettings | None = None,
     ) -> None:
         self._settings = settings
-        self._paths = Pathfinder(settings, scheduler or SchedulerSettings())
-        self._room = WaitingRoom(settings.tenants)
         self._fleet = Fleet(instances)
+        self._turns = Turns(settings, scheduler or SchedulerSettings(), self._fleet)
         self._sequences: dict[RequestId, SequenceEntry] = {}
         self._num_arrived = 0
         self._wake_at_s = math.inf
@@ -177,35 +174,15 @@ class Dispatcher:
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived")],
         )
-        sequence.rank = self._paths.rank_of(sequence)
-        if refusal := self._refusal(sequence):
-            self._actions.append(refusal)
+        verdict = self._turns.take(sequence, len(self._sequences), self._now)
+        if verdict is not None:
+            self._actions.append(verdict)
+        if isinstance(verdict, Refuse):
             return
         self._num_arrived += 1
         self._sequences[event.request_id] = sequence
         self._wake(sequence.deadline_s)
-        self._room.enter(sequence)
-        self._paths.note_arrival(self._now)
         self._place_queued()
-
-    def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
-        """Return why a sequence that arrives is not taken; one that is may have become one for best effort."""
-        settings = self._settings
-        num_own = self._room.num_under_way(sequence.tenant)
-        if refusal := over_bounds(sequence, settings, len(self._sequences), num_own):
-            return refusal
-        if not can_be_served(self.instances, sequence, strict_roles=settings.strict_roles):
-            return unserved(sequence, self._fleet.describe())
-        if settings.overload is Overload.QUEUE:
-            return None
-        miss = self._paths.miss(self.instances, sequence, self._room, self._now)
-        if miss is None:
-            return None
-        if settings.overload is Overload.SHED:
-            return shed(sequence, miss)
-        sequence.degrade()
-        self._actions.append(Degrade(request_id=sequence.request_id, epoch=sequence.epoch, why=miss.why))
-        return None
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
@@ -221,7 +198,7 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance, or hold it back; return False when none can take it now."""
-        start = self._paths.start(self.instances, sequence, self._now)
+        start = self._turns.start(sequence, self._now)
         if start is None:
             return False
         sequence.wait_until_s = math.inf
@@ -229,11 +206,6 @@ class Dispatcher:
             self._wake(start.until_s)
             return True
         instance = start.instance.instance
-        self._room.stop_waiting(sequence)
-        self._room.served(sequence, num_input=sequence.num_tokens)
-        self._paths.note_start(self.instances, sequence, self._room, self._now)
-        state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
-        sequence.start(state, instance, start.chosen, start.other, self._now)
         self._charge(sequence, instance, Charge(prefill_tokens=sequence.num_tokens))
         if start.chosen is not None:
             self._actions.append(path_chosen(sequence, self._now))
@@ -249,7 +221,7 @@ class Dispatcher:
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
-        instance = self._paths.adopt(self.instances, sequence, self._now)
+        instance = self._turns.adopter(sequence, self._now)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
@@ -278,7 +250,7 @@ class Dispatcher:
             if progress.finished:
                 if (ended := path_ended(sequence)) is not None:
                     self._actions.append(ended)
-                self._paths.experience.answer_ended(sequence.num_answer_tokens)
+                self._turns.finished(sequence)
                 self._finish(sequence, "finished")
         self._place_queued()
 
@@ -288,8 +260,7 @@ class Dispatcher:
             return
         if sequence.state is Whereabouts.PREFILLING and not progress.finished:
             sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
-        sequence.note_tokens(progress.num_tokens, self._now)
-        self._room.served(sequence, num_output=progress.num_tokens)
+        self._turns.note_tokens(sequence, progress.num_tokens, self._now)
         is_decoding = sequence.state not in (Whereabouts.PREFILLING, Whereabouts.OFFERING)
         self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
 
@@ -310,8 +281,7 @@ class Dispatcher:
             return
         sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
         if event.duration_s is not None:
-            sequence.hand_over_s = event.duration_s
-            self._paths.experience.hand_over_ended(sequence.num_tokens, event.duration_s)
+            self._turns.note_hand_over(sequence, event.duration_s)
         self._end_lease(sequence)
 
     def _failed(self, event: SequenceFailed) -> None:
@@ -365,7 +335,7 @@ class Dispatcher:
     def _place_queued(self) -> None:
         """Give those whose turn it is to instances. Who waits for an instance to come up keeps nobody back."""
         passed: set[RequestId] = set()
-        while (sequence := self._room.head(passed)) is not None:
+        while (sequence := self._turns.next(passed)) is not None:
             self._place(sequence)
             if sequence.state is Whereabouts.QUEUED:
                 if math.isinf(sequence.wait_until_s):
@@ -408,7 +378,7 @@ class Dispatcher:
         sequence.move(Whereabouts.QUEUED, self._now, why)
         sequence.epoch = Epoch(sequence.epoch + 1)
         sequence.wait_until_s = math.inf
-        self._room.wait(sequence)
+        self._turns.start_again(sequence)
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
     def _tick(self) -> None:
@@ -461,9 +431,7 @@ class Dispatcher:
         self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch))
 
     def _end(self, sequence: SequenceEntry, why: str) -> None:
-        if sequence.state is Whereabouts.QUEUED:
-            self._room.stop_waiting(sequence)
-        self._room.leave(sequence)
+        self._turns.leave(sequence)
         sequence.move(Whereabouts.ENDED, self._now, why)
         self._end_lease(sequence)
         sequence.holder = None

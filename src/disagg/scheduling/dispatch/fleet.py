@@ -60,6 +60,24 @@ class Fleet:
         entry.num_sequences -= 1
         return entry.state is InstanceState.DRAINING and not entry.num_sequences
 
+    def expect(self, sequence: SequenceEntry, instance: InstanceId) -> None:
+        """Let an instance expect a sequence that another one prefills."""
+        entry = self._by_name[instance]
+        entry.num_expected += 1
+        entry.expected_tokens += sequence.num_tokens
+        sequence.expected = (instance, sequence.num_tokens)
+
+    def expect_no_more(self, sequence: SequenceEntry) -> None:
+        """The sequence has come, or goes elsewhere."""
+        if sequence.expected is None:
+            return
+        instance, num_tokens = sequence.expected
+        sequence.expected = None
+        entry = self._by_name.get(instance)
+        if entry is not None:
+            entry.num_expected -= 1
+            entry.expected_tokens -= num_tokens
+
     def describe(self) -> str:
         """Return names, states and capacities in words."""
         return ", ".join(entry.describe() for entry in self.entries)

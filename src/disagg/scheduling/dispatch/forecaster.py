@@ -76,8 +76,8 @@ class Forecaster:
         """
         num_tokens = self.num_answer_tokens(sequence)
         costs = self._decode_costs(entry)
-        context = entry.kv_tokens + sequence.num_tokens + int(num_tokens / 2)
-        step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + 1, context)
+        context = entry.kv_tokens + entry.expected_tokens + sequence.num_tokens + int(num_tokens / 2)
+        step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + entry.num_expected + 1, context)
         return step_s + (self._kept_off_s(entry, work_s, step_s, num_tokens) + self._no_room_s(entry, sequence, step_s))
 
     def gap_beside_s(self, entry: InstanceEntry, sequence: SequenceEntry, prefill_tokens: int) -> float:
@@ -88,8 +88,8 @@ class Forecaster:
         if not entry.num_decodes:
             return 0.0
         costs = self._decode_costs(entry)
-        context = entry.kv_tokens + sequence.num_tokens
-        step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + 1, context)
+        context = entry.kv_tokens + entry.expected_tokens + sequence.num_tokens
+        step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + entry.num_expected + 1, context)
         work_s = self.backlog_s(entry)
         if prefill_tokens:
             work_s += prefill_work_s(self._prefill_costs(entry), prefill_tokens, prefill_tokens**2, 1)
@@ -113,10 +113,12 @@ class Forecaster:
         Places and blocks come back as answers end, evenly.
         """
         lacking = 0.0
-        if entry.num_decodes >= entry.limits.max_batch_size:
-            lacking = (entry.num_decodes + 1) / entry.limits.max_batch_size - 1
+        num_places = entry.num_decodes + entry.num_expected + 1
+        if num_places > entry.limits.max_batch_size:
+            lacking = num_places / entry.limits.max_batch_size - 1
         if entry.pool_tokens is not None:
-            lacking = max(lacking, (entry.kv_tokens + sequence.max_total_tokens) / entry.pool_tokens - 1)
+            num_tokens = entry.kv_tokens + entry.expected_tokens + sequence.max_total_tokens
+            lacking = max(lacking, num_tokens / entry.pool_tokens - 1)
         answer_s = self._experience.answer_tokens * step_s
         return lacking * answer_s / self.num_answer_tokens(sequence)
 

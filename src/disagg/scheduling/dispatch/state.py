@@ -99,6 +99,9 @@ class InstanceEntry:
     """When the first of them could begin."""
     num_decodes: int = 0
     """Sequences that it decodes, or is about to."""
+    num_expected: int = 0
+    """Sequences that are on their way to being handed over to it, and their tokens."""
+    expected_tokens: int = 0
     pool_tokens: int | None = None
     """Tokens of its KV pool; unknown until it was up once."""
     limits: StepLimits = field(default_factory=StepLimits)
@@ -164,6 +167,8 @@ class SequenceEntry:
     chosen: Forecast | None = None
     """The path that it was given last, where predictions decided, and the best of the others then."""
     other: Forecast | None = None
+    expected: tuple[InstanceId, int] | None = None
+    """Who is expected to go on with it, and with how many tokens, until somebody does."""
     started_s: float = math.nan
     """When it was given to an instance last."""
     first_token_s: float = math.nan
