@@ -20,6 +20,8 @@ ADMITTED_UP_TO: Final = 0.9
 """Part of an objective up to which a prediction is trusted to be kept."""
 _SHORTEST_RETRY_S: Final = 0.5
 _MEMORY_S: Final = 10.0
+_PRIOR_S: Final = 5.0
+"""Seconds for which the instances' number stands, as if it had been seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class DrainRate:
         self._seen_s, self._somebody_waits = now, somebody_waits
 
     def rate(self, num_instances: int) -> float:
-        """Return the rate, given how many instances are there to prefill: what is assumed of the first second."""
-        return max(0.1, (self._work_s + max(1, num_instances)) / (self._time_s + 1.0))
+        """Return the rate, given how many instances are there to prefill."""
+        return max(0.1, (self._work_s + _PRIOR_S * max(1, num_instances)) / (self._time_s + _PRIOR_S))
 
 
 def judge(

@@ -27,3 +27,5 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     hand_over_s: float = 0.0
     others_tpot_s: float = 0.0
     """Of those who decode there already; 0 without any."""
+    num_harmed: int = 0
+    """Of those, who keep their objective now and would not any more."""

@@ -80,20 +80,27 @@ class Forecaster:
         step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + entry.num_expected + 1, context)
         return step_s + (self._kept_off_s(entry, work_s, step_s, num_tokens) + self._no_room_s(entry, sequence, step_s))
 
-    def gap_beside_s(self, entry: InstanceEntry, sequence: SequenceEntry, prefill_tokens: int) -> float:
-        """Return the mean gap that remains to the answers of an instance which takes in this sequence.
+    def harm(self, entry: InstanceEntry, sequence: SequenceEntry, prefill_tokens: int) -> tuple[float, int]:
+        """Return the mean gap left to the answers of an instance that takes in this sequence, and whom that makes late.
 
-        ``prefill_tokens`` are those that it has to compute for it; 0 where it is handed over. 0 where nobody decodes.
+        ``prefill_tokens`` are those that it has to compute for it; 0 where it is handed over. Zeros where nobody
+        decodes there.
         """
         if not entry.num_decodes:
-            return 0.0
+            return 0.0, 0
         costs = self._decode_costs(entry)
-        context = entry.kv_tokens + entry.expected_tokens + sequence.num_tokens
-        step_s = costs.step_s + decode_work_s(costs, entry.num_decodes + entry.num_expected + 1, context)
-        work_s = self.backlog_s(entry)
+        num_decodes, context = entry.num_decodes + entry.num_expected, entry.kv_tokens + entry.expected_tokens
+        num_left = max(1.0, self._experience.answer_tokens / 2)
+        before_s = costs.step_s + decode_work_s(costs, num_decodes, context)
+        after_s = costs.step_s + decode_work_s(costs, num_decodes + 1, context + sequence.num_tokens)
+        backlog_s, work_s = self.backlog_s(entry), 0.0
         if prefill_tokens:
-            work_s += prefill_work_s(self._prefill_costs(entry), prefill_tokens, prefill_tokens**2, 1)
-        return step_s + self._kept_off_s(entry, work_s, step_s, max(1.0, self._experience.answer_tokens / 2))
+            work_s = prefill_work_s(self._prefill_costs(entry), prefill_tokens, prefill_tokens**2, 1)
+        before_s += self._kept_off_s(entry, backlog_s, before_s, num_left)
+        after_s += self._kept_off_s(entry, backlog_s + work_s, after_s, num_left)
+        tpot_s = self._objectives.tpot_s
+        is_harm = tpot_s is not None and before_s <= tpot_s < after_s
+        return after_s, entry.num_decodes if is_harm else 0
 
     def hand_over_s(self, sequence: SequenceEntry) -> float:
         """Return the seconds that the KV blocks of a sequence travel."""

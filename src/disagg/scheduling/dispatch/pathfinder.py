@@ -115,8 +115,8 @@ class Pathfinder:
         work_s = self._forecaster(instances, now).prompt_s(sequence.num_tokens)
         self._drain.note(now, somebody_waits=len(room) > 0, started_s=work_s)
 
-    def note_arrival(self, now: float) -> None:
-        """Take account of somebody who waits from now on."""
+    def note_held_back(self, now: float) -> None:
+        """Take account of somebody who waits on."""
         self._drain.note(now, somebody_waits=True)
 
     def adopt(self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float) -> InstanceEntry | None:

@@ -3,8 +3,9 @@
 Strict roles allow paths from a prefill to a decode instance, and all on a colocated one. Where roles are leanings any
 instance may do everything (TaiChi, DynaServe: between disaggregation and aggregation).
 
-A path is judged by the worst of three ratios: its TTFT and its TPOT to the sequence's objectives, and the TPOT that it
-leaves to those who decode there already to theirs. All that are good enough count as equal: then the role decides.
+A path is judged by how many would miss an objective by it: the sequence itself, and those who decode there already and
+keep theirs now. Among equals by the worst of three ratios: its TTFT and its TPOT to the sequence's objectives, and the
+TPOT that it leaves to the others to theirs. All that are good enough count as equal: then the role decides, and time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -51,7 +52,7 @@ def forecast_paths(
         hand_over_s = forecaster.hand_over_s(sequence)
         targets = [(forecaster.later_token_s(one, sequence, hand_over_s), one) for one in decode]
         tpot_s, target = min(targets, key=lambda pair: pair[0])
-        others_tpot_s = forecaster.gap_beside_s(target, sequence, 0)
+        others_tpot_s, num_harmed = forecaster.harm(target, sequence, 0)
         for entry in prefill:
             ttft_s = forecaster.first_token_s(entry, sequence.num_tokens - cached(entry, sequence))
             path = Path(entry.instance, target.instance)
@@ -63,6 +64,7 @@ def forecast_paths(
                     tpot_s=tpot_s,
                     hand_over_s=hand_over_s,
                     others_tpot_s=others_tpot_s,
+                    num_harmed=num_harmed,
                 )
             )
     for role in Role:
@@ -71,13 +73,15 @@ def forecast_paths(
             continue
         for entry in open_to(instances, sequence, role, hand_over=False):
             num_tokens = sequence.num_tokens - cached(entry, sequence)
+            others_tpot_s, num_harmed = forecaster.harm(entry, sequence, num_tokens)
             forecasts.append(
                 Forecast(
                     path=Path(entry.instance, entry.instance),
                     follows_roles=follows_roles,
                     ttft_s=forecaster.first_token_s(entry, num_tokens),
                     tpot_s=forecaster.later_token_s(entry, sequence, forecaster.backlog_s(entry)),
-                    others_tpot_s=forecaster.gap_beside_s(entry, sequence, num_tokens),
+                    others_tpot_s=others_tpot_s,
+                    num_harmed=num_harmed,
                 )
             )
     return forecasts
@@ -111,12 +115,16 @@ def stress(forecast: Forecast, wanted: Wanted) -> float | None:
     return max(ratios, default=None)
 
 
-def _order(forecast: Forecast, wanted: Wanted) -> tuple[float, bool, float]:
+def _order(forecast: Forecast, wanted: Wanted) -> tuple[int, float, bool, float]:
     total_s = forecast.ttft_s + wanted.num_later_tokens * forecast.tpot_s
     worst = stress(forecast, wanted)
     if worst is None:
-        return (total_s * (1.0 if forecast.follows_roles else _LEANING), not forecast.follows_roles, total_s)
-    return (max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)
+        return (0, total_s * (1.0 if forecast.follows_roles else _LEANING), not forecast.follows_roles, total_s)
+    objectives = wanted.objectives
+    is_late = (objectives.ttft_s is not None and forecast.ttft_s > objectives.ttft_s) or (
+        objectives.tpot_s is not None and forecast.tpot_s > objectives.tpot_s
+    )
+    return (is_late + forecast.num_harmed, max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)
 
 
 def open_to(

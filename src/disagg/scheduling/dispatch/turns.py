@@ -34,7 +34,6 @@ class Turns:
         verdict = self._verdict(sequence, num_all, now)
         if not isinstance(verdict, Refuse):
             self._room.enter(sequence)
-            self._paths.note_arrival(now)
         return verdict
 
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
@@ -69,6 +68,8 @@ class Turns:
             sequence.start(state, start.instance.instance, start.chosen, start.other, now)
             if start.hands_over and start.chosen is not None:
                 self._fleet.expect(sequence, start.chosen.path.decode)
+        elif start is not None:
+            self._paths.note_held_back(now)
         return start
 
     def start_again(self, sequence: SequenceEntry) -> None:
