@@ -61,6 +61,10 @@ def sequence(num_tokens: int = 100, num_output: int = 100) -> SequenceEntry:
     )
 
 
+def answers(count: int) -> dict[RequestId, SequenceEntry]:
+    return {RequestId(f"answer{number}"): sequence() for number in range(count)}
+
+
 def forecaster(*entries: InstanceEntry, objectives: Objectives = OBJECTIVES, now: float = 0.0) -> Forecaster:
     return Forecaster(entries, Experience(), objectives, now)
 
@@ -74,18 +78,18 @@ class TestForecasts:
         assert forecaster(one, now=10.0).first_token_s(one, 100) == pytest.approx(0.5 + COSTS.step_s)
 
     def test_decodes_beside_it_lengthen_each_of_a_prompts_steps(self) -> None:
-        one = entry(D, Role.DECODE, num_decodes=10, kv_tokens=1000)
+        one = entry(D, Role.DECODE, answers=answers(10), kv_tokens=1000)
         alone_s = forecaster(entry(D, Role.DECODE)).first_token_s(entry(D, Role.DECODE), 1000)
         # Two steps, each with ten decodes of a millisecond and their context.
         assert forecaster(one).first_token_s(one, 1000) == pytest.approx(alone_s + 2 * (0.010 + 0.001))
 
     def test_steps_sized_by_slack_give_a_prompt_what_the_objective_leaves(self) -> None:
-        one = entry(D, Role.DECODE, num_decodes=20, limits=StepLimits(sized_by_slack=True))
+        one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))
         # 4 ms of the step and 20 of the decodes leave 26 of 50.
         assert forecaster(one).first_token_s(one, 260) == pytest.approx(0.260 * 50 / 26)
 
     def test_an_answer_is_slowed_by_those_beside_it_by_the_hand_over_and_by_prompts(self) -> None:
-        one = entry(D, Role.DECODE, num_decodes=9)
+        one = entry(D, Role.DECODE, answers=answers(9))
         alone_s = forecaster(one).later_token_s(one, sequence(), 0.0)
         assert alone_s == pytest.approx(0.004 + 0.010 + 149.5e-6, rel=0.01)
         assert forecaster(one).later_token_s(one, sequence(), 0.99) == pytest.approx(alone_s + 0.01)

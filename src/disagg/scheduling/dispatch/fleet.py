@@ -49,7 +49,10 @@ class Fleet:
                 entry.prefilling_since_s = now
             entry.num_prefills += change
         entry.kv_tokens += charge.kv_tokens - before.kv_tokens
-        entry.num_decodes += charge.is_decoding - before.is_decoding
+        if charge.is_decoding:
+            entry.answers[sequence.request_id] = sequence
+        elif before.is_decoding:
+            del entry.answers[sequence.request_id]
         sequence.charges[instance] = charge
 
     def discharge(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> bool:
@@ -63,7 +66,7 @@ class Fleet:
     def expect(self, sequence: SequenceEntry, instance: InstanceId) -> None:
         """Let an instance expect a sequence that another one prefills."""
         entry = self._by_name[instance]
-        entry.num_expected += 1
+        entry.expected[sequence.request_id] = sequence
         entry.expected_tokens += sequence.num_tokens
         sequence.expected = (instance, sequence.num_tokens)
 
@@ -75,7 +78,7 @@ class Fleet:
         sequence.expected = None
         entry = self._by_name.get(instance)
         if entry is not None:
-            entry.num_expected -= 1
+            del entry.expected[sequence.request_id]
             entry.expected_tokens -= num_tokens
 
     def describe(self) -> str:

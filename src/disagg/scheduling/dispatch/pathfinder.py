@@ -107,12 +107,13 @@ class Pathfinder:
         return Placed(instance, chosen.path.hands_over, chosen, other)
 
     def note_start(
-        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, room: WaitingRoom, now: float
+        self, instances: Sequence[InstanceEntry], start: Placed, sequence: SequenceEntry, room: WaitingRoom, now: float
     ) -> None:
         """Take account of a sequence that was given to an instance, and of who waits on."""
         if not self.predicts:
             return
         work_s = self._forecaster(instances, now).prompt_s(sequence.num_tokens)
+        start.instance.prefill_work.add(work_s, now)
         self._drain.note(now, somebody_waits=len(room) > 0, started_s=work_s)
 
     def note_held_back(self, now: float) -> None:

@@ -19,7 +19,7 @@ from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
-GOOD_ENOUGH: Final = 0.7
+GOOD_ENOUGH: Final = 1.0
 """Part of an objective up to which predictions, which have their errors, count as equally good."""
 _LEANING: Final = 1.25
 """How much slower a path within the roles may be, where no objective says what is good enough."""
@@ -52,9 +52,11 @@ def forecast_paths(
         hand_over_s = forecaster.hand_over_s(sequence)
         targets = [(forecaster.later_token_s(one, sequence, hand_over_s), one) for one in decode]
         tpot_s, target = min(targets, key=lambda pair: pair[0])
-        others_tpot_s, num_harmed = forecaster.harm(target, sequence, 0)
+        harm = forecaster.harm(target, 0, sequence.num_tokens)
         for entry in prefill:
-            ttft_s = forecaster.first_token_s(entry, sequence.num_tokens - cached(entry, sequence))
+            num_tokens = sequence.num_tokens - cached(entry, sequence)
+            ttft_s = forecaster.first_token_s(entry, num_tokens)
+            harms = forecaster.harm(entry, num_tokens, 0).and_also(harm)
             path = Path(entry.instance, target.instance)
             forecasts.append(
                 Forecast(
@@ -63,8 +65,8 @@ def forecast_paths(
                     ttft_s=ttft_s,
                     tpot_s=tpot_s,
                     hand_over_s=hand_over_s,
-                    others_tpot_s=others_tpot_s,
-                    num_harmed=num_harmed,
+                    others_tpot_s=harms.tpot_s,
+                    num_harmed=harms.num_late,
                 )
             )
     for role in Role:
@@ -73,15 +75,15 @@ def forecast_paths(
             continue
         for entry in open_to(instances, sequence, role, hand_over=False):
             num_tokens = sequence.num_tokens - cached(entry, sequence)
-            others_tpot_s, num_harmed = forecaster.harm(entry, sequence, num_tokens)
+            harms = forecaster.harm(entry, num_tokens, sequence.num_tokens)
             forecasts.append(
                 Forecast(
                     path=Path(entry.instance, entry.instance),
                     follows_roles=follows_roles,
                     ttft_s=forecaster.first_token_s(entry, num_tokens),
                     tpot_s=forecaster.later_token_s(entry, sequence, forecaster.backlog_s(entry)),
-                    others_tpot_s=others_tpot_s,
-                    num_harmed=num_harmed,
+                    others_tpot_s=harms.tpot_s,
+                    num_harmed=harms.num_late,
                 )
             )
     return forecasts

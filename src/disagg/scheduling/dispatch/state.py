@@ -75,8 +75,30 @@ class InstanceState(enum.Enum):
 
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
+_MEMORY_S: Final = 20.0
+"""For which work that came is remembered."""
 COMING: Final = frozenset({InstanceState.STARTING, InstanceState.LOST})
 """States from which an instance will be ready."""
+
+
+@dataclass(slots=True)
+class RecentWork:
+    """How much work came in a second, lately."""
+
+    _work_s: float = 0.0
+    _seen_s: float = -math.inf
+
+    def add(self, work_s: float, now: float) -> None:
+        """Take account of work that came now."""
+        self._work_s = self._left(now) + work_s
+        self._seen_s = now
+
+    def share(self, now: float) -> float:
+        """Return the seconds of work in a second."""
+        return self._left(now) / _MEMORY_S
+
+    def _left(self, now: float) -> float:
+        return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
 
 
 @dataclass(slots=True)
@@ -97,10 +119,12 @@ class InstanceEntry:
     num_prefills: int = 0
     prefilling_since_s: float = 0.0
     """When the first of them could begin."""
-    num_decodes: int = 0
+    answers: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
     """Sequences that it decodes, or is about to."""
-    num_expected: int = 0
-    """Sequences that are on their way to being handed over to it, and their tokens."""
+    prefill_work: RecentWork = field(default_factory=RecentWork)
+    """Seconds of prefill that it was given."""
+    expected: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Sequences that are being prefilled elsewhere, to be handed over to it, and their tokens in sum."""
     expected_tokens: int = 0
     pool_tokens: int | None = None
     """Tokens of its KV pool; unknown until it was up once."""
@@ -124,6 +148,11 @@ class InstanceEntry:
     def will_take(self) -> bool:
         """True when it takes new sequences, now or once it is up."""
         return self.state is InstanceState.READY or self.is_coming
+
+    @property
+    def num_decodes(self) -> int:
+        """How many sequences it decodes, or is about to."""
+        return len(self.answers)
 
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""
