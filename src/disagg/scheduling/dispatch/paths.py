@@ -19,7 +19,7 @@ from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
-GOOD_ENOUGH: Final = 1.0
+GOOD_ENOUGH: Final = 0.8
 """Part of an objective up to which predictions, which have their errors, count as equally good."""
 _LEANING: Final = 1.25
 """How much slower a path within the roles may be, where no objective says what is good enough."""
