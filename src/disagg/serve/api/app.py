@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,6 +30,9 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.watching import Watching
 from disagg.serve.router.interface import Router
 
+if TYPE_CHECKING:  # its library is an extra
+    from disagg.serve.api.tracing import Traces
+
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
@@ -43,16 +47,17 @@ def create_app(
     api_key: str | None = None,
     tenant_keys: Mapping[str, str] | None = None,
     cors_origins: Sequence[str] = (),
+    traces: "Traces | None" = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
     With ``api_key`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
     Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
-    Without ``preparers``, bodies are prepared by the event loop.
+    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there.
     """
     metrics.watch(router)
-    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
+    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
     app = Starlette(
         routes=_routes(router, model, Preparation(model, preparers), accounts),
         middleware=[Middleware(Gate, api_key=api_key, tenant_keys=tenant_keys)],
@@ -67,7 +72,7 @@ def create_app(
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+        expose_headers=(REQUEST_ID_HEADER, "Retry-After", "traceparent"),
     )
 
 
