@@ -15,7 +15,7 @@ from disagg.base.config import (
     ServeSettings,
 )
 from disagg.base.request import Role
-from disagg.cli.flags import NOT_FLAGS, build, flags_of
+from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
@@ -32,7 +32,7 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
 @click.option("--decode", type=_COUNT, metavar="N", help="Decode instances.  [default: 1, or 0 with --colocated]")
 @click.option("--colocated", type=_COUNT, metavar="N", help="Instances that do both, the baseline.  [default: 0]")
 @click.option("--placement", type=click.Path(path_type=Path), metavar="FILE", help="Instances from a YAML file.")
-@flags_of(ServeSettings, ModelSettings, without={"model"} | NOT_FLAGS, environment={"api_key": "DISAGG_API_KEY"})
+@flags_of(ServeSettings, ModelSettings, without={"model"}, environment={"api_key": "DISAGG_API_KEY"})
 @click.option(
     "--slo",
     type=SloType(),
@@ -46,7 +46,7 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     metavar="FILE",
     help="Keys, weights and bounds of those who share the server, from a YAML file.",
 )
-@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings, without=NOT_FLAGS)
+@flags_of(CacheSettings, SchedulerSettings, HostSettings, RouterSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
     "--log-level",

@@ -8,7 +8,7 @@ import click
 
 from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.request import Role
-from disagg.cli.flags import NOT_FLAGS, build, flags_of
+from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
@@ -83,7 +83,7 @@ _FILE: Final = click.Path(path_type=Path)
     "--html", type=OutputPath("the page"), metavar="FILE", help="Write the course of the first run as a page."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@flags_of(CacheSettings, SchedulerSettings, RouterSettings, without=NOT_FLAGS)
+@flags_of(CacheSettings, SchedulerSettings, RouterSettings)
 def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 

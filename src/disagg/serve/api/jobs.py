@@ -16,7 +16,7 @@ from disagg.serve.api.objectives import objectives_of_ms
 from disagg.serve.api.preparers import Preparation
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
-from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
+from disagg.serve.api.schema import MAX_TENANT_CHARACTERS, ChatCompletionRequest, CompletionRequest, StreamOptions
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.shapes import ChatShape, CompletionShape, Heading, Shape
 from disagg.serve.api.text_stream import StopString, TextStream
@@ -108,7 +108,7 @@ class JobFactory:
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
                     priority=request.priority or 0,
-                    tenant=request.user or "",
+                    tenant=(request.user or "")[:MAX_TENANT_CHARACTERS],
                     objectives=own,
                     arrival_s=arrival_s,
                 ),

@@ -87,6 +87,8 @@ NEUTRAL_IN_MESSAGES: Final[dict[str, tuple[object, ...]]] = {
 
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+MAX_TENANT_CHARACTERS: Final = 128
+"""of a ``user``; what is longer is told apart by its beginning."""
 MAX_OBJECTIVE_MS: Final = 86_400_000
 NumTokens = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -130,7 +132,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """Lower is served earlier, as in vLLM."""
-    user: Annotated[str, Meta(max_length=1024)] | None = None
+    user: str | None = None
     """Users share fairly, where keys do not say who asks."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
     x_slo_tpot_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
