@@ -32,4 +32,4 @@ def serves_requests(roles: set[Role], *, strict_roles: bool = True) -> bool:
     """Return whether instances of these roles together can serve a request from prompt to last token."""
     if not strict_roles:
         return bool(roles)
-    return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+    return Role.COLOCATED in roles or (Role.PREFILL in roles and Role.DECODE in roles)

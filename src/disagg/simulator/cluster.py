@@ -79,6 +79,7 @@ class SimulatedCluster:
             on_ended,
             message_s=spec.message_s,
             log=recording.log,
+            instances_may_die=bool(spec.faults.deaths),
         )
         places = spec.places()
         links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))

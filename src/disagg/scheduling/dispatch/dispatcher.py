@@ -172,7 +172,7 @@ class Dispatcher:
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
-            story=[(self._now, "arrived")],
+            story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
         verdict = self._turns.take(sequence, len(self._sequences), self._now)
         if verdict is not None:
@@ -354,7 +354,8 @@ class Dispatcher:
             sequence.lease = None
             self._discharge(sequence, lost)
             if sequence.holder is not None:
-                sequence.story.append((self._now, f"{lost} died while its blocks were being pulled"))
+                why_still = f"{lost} died while its blocks were being pulled"
+                sequence.story.append((self._now, why_still, sequence.state))
                 return
         elif sequence.holder == lost:
             sequence.holder = None
