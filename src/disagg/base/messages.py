@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ProtocolError
-from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import AnyKvEvent, EventNumber
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
@@ -59,10 +60,14 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks.
+
+    Another instance lends the KV blocks of ``prefix``, its first tokens.
+    """
 
     request: GenerationRequest
     hand_over: bool = False
+    prefix: KvOffer | None = None
 
 
 class Adopt(Message, frozen=True, kw_only=True):
@@ -70,6 +75,16 @@ class Adopt(Message, frozen=True, kw_only=True):
 
     request: GenerationRequest
     offer: KvOffer
+
+
+class Lend(Message, frozen=True, kw_only=True):
+    """Keep the cached KV blocks of these names, as far as they are there from the first on, for another instance that
+    computes this sequence; answer with Offered, or with NotHeld where there is none.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    block_hashes: tuple[BlockHash, ...]
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -91,6 +106,10 @@ class PeerLost(Message, frozen=True, kw_only=True):
 
     instance: InstanceId
     incarnation: Name
+
+
+class ReportBlocks(Message, frozen=True, kw_only=True):
+    """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
 
 
 class Stop(Message, frozen=True, kw_only=True):
@@ -123,6 +142,9 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     load_s: Seconds
     pool: bytes
     limits: StepLimits = StepLimits()
+    max_disk_blocks: Count = 0
+    """KV blocks that it may keep on disk, and how many are there from a life before."""
+    num_saved_blocks: Count = 0
 
 
 class Loading(Message, frozen=True, kw_only=True):
@@ -183,6 +205,13 @@ class Offered(Message, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class NotHeld(Message, frozen=True, kw_only=True):
+    """None of the KV blocks that were to be lent is cached any more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class Pulled(Message, frozen=True, kw_only=True):
     """The KV blocks of an adopted sequence have arrived, or will never be read: the source may free them.
 
@@ -235,6 +264,10 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_decode_tokens_total: Count = 0
     num_prefix_queries_total: Count = 0
     num_prefix_hits_total: Count = 0
+    num_prefix_pulled_total: Count = 0
+    """Tokens whose KV another instance lent, and those whose KV came from disk."""
+    num_prefix_loaded_total: Count = 0
+    blocks_on_disk: Count = 0
     num_leases_expired_total: Count = 0
     num_steps_timed_total: Count = 0
     """Steps that were predicted and measured; their seconds, and the predicted ones."""
@@ -278,8 +311,17 @@ class CostsLearned(Message, frozen=True, kw_only=True):
     num_decode_steps: Count
 
 
-ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport | CostsLearned
+class KvEvents(Message, frozen=True, kw_only=True):
+    """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
+
+    instance: InstanceId
+    incarnation: Name
+    number: EventNumber
+    events: tuple[AnyKvEvent, ...]
+
+
+ToEngine = Generate | Adopt | Lend | Abort | Release | PeerLost | ReportBlocks | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "chat": ("disagg.cli.chat", "Talk to a running server in the terminal."),
     "top": ("disagg.cli.top", "Watch a running server: load, hand-overs, latencies, stages."),
     "simulate": ("disagg.cli.simulate", "Predict what a placement does under a workload."),
+    "plan": ("disagg.cli.plan", "Find the placement that serves the most within latency objectives."),
     "profile": ("disagg.cli.profile", "Measure this machine's steps, for simulations of it."),
     "bench": ("disagg.cli.bench", "Measure the engine on this machine."),
     "models": ("disagg.cli.models", "List the models that can be loaded."),

@@ -1,6 +1,9 @@
-"""Placements from flags or from a YAML file."""
+"""Placements from flags, and from and to YAML files."""
 
 from pathlib import Path
+
+import msgspec
+import yaml
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
@@ -28,3 +31,18 @@ def choose_placement(file: Path | None, counts: dict[Role, int | None]) -> Place
 def read_placement(file: Path) -> Placement:
     """Read a placement. Raises ConfigurationError, naming the place in the file, when it is none."""
     return read_yaml(file, Placement, "placement")
+
+
+def write_placement(placement: Placement, file: Path) -> None:
+    """Write what ``read_placement`` reads, without what is as usual. Raises ConfigurationError when it cannot."""
+    groups = []
+    for group in placement.groups:
+        usual = msgspec.to_builtins(InstanceGroup(role=group.role, count=1))
+        said = msgspec.to_builtins(group)
+        groups.append(
+            {name: value for name, value in said.items() if name in ("role", "count") or value != usual[name]}
+        )
+    try:
+        file.write_text(yaml.safe_dump({"groups": groups}, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write the placement {file}: {error.strerror}") from error

@@ -14,7 +14,8 @@ from disagg.costs.topology import DeviceRef, Place, Topology
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
-from disagg.simulator.instance import InstanceSpec, SimulatedInstance
+from disagg.simulator.instance import SimulatedInstance
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter

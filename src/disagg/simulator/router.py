@@ -9,7 +9,7 @@ from typing import Final, assert_never
 from disagg.base.config import RouterSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Offered, PeerLost, Release
+from disagg.base.messages import Abort, Lend, Offered, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import BEST_EFFORT
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
@@ -23,6 +23,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -30,7 +31,16 @@ from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
-from disagg.scheduling.router.outputs import AnyRouterOutput, HandOverEnded, RestartInstance, SendOffer, TellPeerLost
+from disagg.scheduling.router.outputs import (
+    AnyRouterOutput,
+    AnySend,
+    AskForBlocks,
+    HandOverEnded,
+    RestartInstance,
+    SendOffer,
+    SendWithPrefix,
+    TellPeerLost,
+)
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.simulator.event_log import EventLogFolder
@@ -40,8 +50,6 @@ from disagg.simulator.instance import SimulatedInstance
 from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
 
 _DEATH: Final = "killed by the simulation"
-
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
 
 
 class SimulatedRouter:
@@ -76,6 +84,7 @@ class SimulatedRouter:
         """Let all instances come up."""
         self._instances = {instance.spec.name: instance for instance in instances}
         predicts = self._settings.predicts
+        self._block_size = instances[0].spec.block_size
         self._compared = [instance for instance in instances if predicts or instance.spec.role is not Role.PREFILL]
         roles = {name: instance.spec.role for name, instance in self._instances.items()}
         # Simulated instances give no signs of life: their deaths are known at once.
@@ -107,6 +116,7 @@ class SimulatedRouter:
                 priority=request.priority,
                 tenant=request.tenant,
                 objectives=request.objectives,
+                block_hashes=request.prompt_names(self._block_size),
             )
         )
 
@@ -192,10 +202,10 @@ class SimulatedRouter:
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
-            case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
-                self._send(output)
             case RestartInstance(instance=instance, delay_s=delay_s):
                 self._queue.push(now + delay_s, partial(self._restart, instance))
+            case _ if isinstance(output, AnySend):
+                self._send(output)
             case _:
                 pass  # the rest is for who counts and shows
 
@@ -208,29 +218,40 @@ class SimulatedRouter:
         self._feed(ProcessStarting(instance=instance))
         self._queue.push(self._queue.now() + self._start_s[instance], self._instances[instance].start)
 
-    def _send(self, output: _AnySend) -> None:
+    def _send(self, output: AnySend) -> None:
         call = self._message(output)
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, call)
         else:
             call()
 
-    def _message(self, output: _AnySend) -> Callable[[], None]:
+    def _message(self, output: AnySend) -> Callable[[], None]:
         """Return what delivers the message, as it is now."""
         instance = self._instances[output.instance]
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Start(sequence=request.facts(), hand_over=hand_over))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
+            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
+                request = self._requests[request_id]
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over, prefix=prefix))
+            case SendLend(request_id=request_id, epoch=epoch):
+                names = self._requests[request_id].prompt_names(self._block_size)
+                return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
             case SendOffer(request_id=request_id, offer=offer):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Continue(sequence=request.facts(), offer=offer))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Continue(sequence=facts, offer=offer))
             case SendAbort(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Release(request_id=request_id, epoch=epoch))
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
+            case AskForBlocks():
+                return partial(instance.deliver, ReportBlocks())
             case _:
                 assert_never(output)
 

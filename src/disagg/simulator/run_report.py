@@ -7,6 +7,7 @@ from statistics import fmean
 
 import msgspec
 
+from disagg.base.messages import InstanceLoad
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
@@ -54,6 +55,19 @@ class PathUse(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class PromptTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prompts' KV came from, in tokens. A prompt that is computed again, after a preemption, counts again."""
+
+    total: int = 0
+    computed: int = 0
+    cached: int = 0
+    """Found in the pool of the instance that computed the rest."""
+    pulled: int = 0
+    """Lent by another instance."""
+    loaded: int = 0
+    """Read from disk."""
+
+
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run. ``attainment`` counts every request that was sent; refused and failed ones are misses."""
 
@@ -68,6 +82,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     e2e: Percentiles
     stage_shares: dict[str, float]
     """Part of all requests' time that each stage took; they add up to 1."""
+    prompt_tokens: PromptTokens
     num_preemptions: int
     span_s: float
     """From the start to the end of the last request."""
@@ -75,6 +90,10 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     kv: tuple[KvUse, ...]
     num_refused: int = 0
     paths: PathUse | None = None
+
+    def percentiles(self) -> dict[str, Percentiles]:
+        """Return the latencies by the names that a target calls them."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
 
 
 class Collector:
@@ -86,7 +105,7 @@ class Collector:
         self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
         self._stages = dict.fromkeys(Stage, 0.0)
         self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
-        self._num_output_tokens = self._num_refused = 0
+        self._num_output_tokens = self._num_prompt_tokens = self._num_refused = 0
         self._paths: list[PathEnded] = []
         self._last_end_s = 0.0
 
@@ -96,6 +115,7 @@ class Collector:
         self._num_refused += request.outcome is Outcome.REFUSED
         if request.path_ended is not None:
             self._paths.append(request.path_ended)
+        self._num_prompt_tokens += request.prompt_len
         self._last_end_s = max(self._last_end_s, request.timeline.finished_s)
         for stage, duration_s in request.timeline.stages().items():
             self._stages[stage] += duration_s
@@ -114,12 +134,17 @@ class Collector:
         self._num_met += ttft_met and tpot_met
 
     @property
+    def num_missed(self) -> int:
+        """Requests that did not keep both objectives."""
+        return self._num_requests - self._num_met
+
+    @property
     def last_end_s(self) -> float:
         """When the last request ended."""
         return self._last_end_s
 
-    def report(self, num_preemptions: int, kv: Sequence[KvUse]) -> RunReport:
-        """Return the report of all requests so far."""
+    def report(self, loads: Sequence[InstanceLoad], kv: Sequence[KvUse]) -> RunReport:
+        """Return the report of all requests so far, given the counters of every life of every instance."""
         total_s = sum(self._stages.values())
         span_s = self._last_end_s
         count = max(1, self._num_requests)
@@ -136,7 +161,14 @@ class Collector:
             stage_shares={
                 stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()
             },
-            num_preemptions=num_preemptions,
+            prompt_tokens=PromptTokens(
+                total=self._num_prompt_tokens,
+                computed=sum(load.num_prefill_tokens_total for load in loads),
+                cached=sum(load.num_prefix_hits_total for load in loads),
+                pulled=sum(load.num_prefix_pulled_total for load in loads),
+                loaded=sum(load.num_prefix_loaded_total for load in loads),
+            ),
+            num_preemptions=sum(load.num_preemptions_total for load in loads),
             span_s=span_s,
             output_tokens_per_s=self._num_output_tokens / span_s if span_s else 0.0,
             kv=tuple(kv),

@@ -20,6 +20,8 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
+from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
+from disagg.scheduling.dispatch import borrowing
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
@@ -32,7 +34,6 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendAdopt,
-    SendGenerate,
     SendPeerLost,
     SendRelease,
 )
@@ -47,6 +48,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     Progress,
@@ -59,6 +61,7 @@ from disagg.scheduling.dispatch.events import (
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
+from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.turns import Turns
 from disagg.scheduling.step.actions import WakeAt
@@ -79,7 +82,9 @@ class Dispatcher:
         instances: Mapping[InstanceId, Role],
         settings: RouterSettings,
         scheduler: SchedulerSettings | None = None,
+        prefixes: PrefixIndex | None = None,
     ) -> None:
+        self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._settings = settings
         self._fleet = Fleet(instances)
         self._turns = Turns(settings, scheduler or SchedulerSettings(), self._fleet)
@@ -119,6 +124,10 @@ class Dispatcher:
                 self._emit(event)
             case OfferMade():
                 self._offer(event)
+            case NothingLent():
+                borrower = self._sequences.get(event.request_id)
+                if borrower is not None and borrowing.waits_for(borrower, event):
+                    self._lent(borrower, has_lent=False)
             case PullEnded():
                 self._pull_ended(event)
             case SequenceFailed():
@@ -169,11 +178,13 @@ class Dispatcher:
             priority=event.priority,
             tenant=event.tenant,
             objectives=event.objectives,
+            block_hashes=event.block_hashes,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
+        sequence.held = self._held(sequence)
         verdict = self._turns.take(sequence, len(self._sequences), self._now)
         if verdict is not None:
             self._actions.append(verdict)
@@ -198,6 +209,7 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance, or hold it back; return False when none can take it now."""
+        sequence.held = self._held(sequence)
         start = self._turns.start(sequence, self._now)
         if start is None:
             return False
@@ -205,22 +217,32 @@ class Dispatcher:
         if isinstance(start, HeldBack):
             self._wake(start.until_s)
             return True
-        instance = start.instance.instance
-        self._charge(sequence, instance, Charge(prefill_tokens=sequence.num_tokens))
+        instance = start.instance
+        lender = choose_lender(self.instances, sequence, instance)
+        num_new = num_to_compute(sequence, instance, lender)
+        self._charge(sequence, instance.instance, Charge(prefill_tokens=num_new))
         if start.chosen is not None:
             self._actions.append(path_chosen(sequence, self._now))
-        self._actions.append(
-            SendGenerate(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                instance=instance,
-                hand_over=start.hands_over,
-            )
-        )
+        state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
+        if lender is None:
+            self._actions.append(borrowing.start(sequence, state, self._now))
+        else:
+            self._charge(sequence, lender.instance, Charge())
+            self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
+
+    def _held(self, sequence: SequenceEntry) -> Mapping[InstanceId, HeldPrefix]:
+        return held_prefixes(self._prefixes, sequence.block_hashes, self._settings.cache_routing)
+
+    def _lent(self, sequence: SequenceEntry, *, has_lent: bool) -> None:
+        """Let a sequence that borrows start, with what was lent or without."""
+        if not has_lent:
+            self._end_lease(sequence)
+        self._actions.append(borrowing.answered(sequence, self._now, has_lent=has_lent))
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
+        sequence.held = self._held(sequence)
         instance = self._turns.adopter(sequence, self._now)
         if instance is None:
             return False
@@ -265,6 +287,10 @@ class Dispatcher:
         self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
 
     def _offer(self, event: OfferMade) -> None:
+        borrower = self._sequences.get(event.request_id)
+        if borrower is not None and borrowing.waits_for(borrower, event):
+            self._lent(borrower, has_lent=True)
+            return
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             # It was cancelled while the offer was on its way: nobody will read these blocks.
@@ -279,8 +305,11 @@ class Dispatcher:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
-        sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
-        if event.duration_s is not None:
+        if sequence.state is not Whereabouts.PULLING:
+            sequence.refuse_event(f"a pull by {event.instance}")
+        state, sequence.borrows_for = sequence.borrows_for or Whereabouts.DECODING, None
+        sequence.move(state, self._now, f"pulled by {event.instance}")
+        if state is Whereabouts.DECODING and event.duration_s is not None:
             self._turns.note_hand_over(sequence, event.duration_s)
         self._end_lease(sequence)
 
@@ -353,6 +382,9 @@ class Dispatcher:
         if sequence.lease == lost:
             sequence.lease = None
             self._discharge(sequence, lost)
+            if sequence.state is Whereabouts.BORROWING:
+                self._lent(sequence, has_lent=False)
+                return
             if sequence.holder is not None:
                 why_still = f"{lost} died while its blocks were being pulled"
                 sequence.story.append((self._now, why_still, sequence.state))
@@ -362,6 +394,9 @@ class Dispatcher:
             self._discharge(sequence, lost)
             self._end_lease(sequence)
         else:
+            return
+        if sequence.state is Whereabouts.BORROWING:
+            self._resume(sequence, f"{lost}, which was to compute it, died: {why}")
             return
         sequence.note_loss(lost, self._now, why)
         limit = self._settings.max_instance_losses
@@ -377,6 +412,7 @@ class Dispatcher:
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
+        sequence.borrows_for = None
         sequence.epoch = Epoch(sequence.epoch + 1)
         sequence.wait_until_s = math.inf
         self._turns.start_again(sequence)

@@ -5,7 +5,7 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 
 import msgspec
 
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, FailureKind, StepLimits
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
@@ -29,6 +29,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     """Who shares fairly with others of other names."""
     objectives: Objectives = Objectives()
     """What is missing here is as the server says."""
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Names of the full KV blocks of its known tokens."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +51,14 @@ class TokensEmitted(DispatchEvent, frozen=True, kw_only=True):
 
 class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has prefilled a sequence and leases its KV blocks to whoever continues it."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class NothingLent(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` has nothing cached any more of what it was to lend."""
 
     request_id: RequestId
     epoch: Epoch
@@ -140,5 +150,13 @@ class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
 
 AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
 AnyDispatchEvent = (
-    SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
+    SequenceArrived
+    | TokensEmitted
+    | OfferMade
+    | NothingLent
+    | PullEnded
+    | SequenceFailed
+    | SequenceCancelled
+    | AnyMemberEvent
+    | Tick
 )

@@ -17,6 +17,7 @@ from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths, open_to
+from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.queue_order import queue_order, rank_of
@@ -50,6 +51,7 @@ class Pathfinder:
         self.predicts = settings.predicts
         self.experience = Experience()
         self._strict_roles = settings.strict_roles
+        self._append_turns = settings.append_turns
         self._objectives = scheduler.objectives
         self._order = queue_order(scheduler.queue, scheduler.objectives)
         self._drain = DrainRate()
@@ -90,7 +92,7 @@ class Pathfinder:
     ) -> Placed | HeldBack | None:
         """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
         if not self.predicts:
-            instance = choose_start(instances, sequence)
+            instance = choose_start(instances, sequence, append_turns=self._append_turns)
             return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
         forecaster = self._forecaster(instances, now)
         forecasts, wanted = self._forecasts(instances, sequence, forecaster)
@@ -136,7 +138,13 @@ class Pathfinder:
     ) -> tuple[list[Forecast], Wanted]:
         # A sequence that lost an instance need not wait for one of the right role.
         strict_roles = self._strict_roles and not sequence.losses
-        forecasts = forecast_paths(instances, sequence, forecaster, strict_roles=strict_roles)
+
+        def cached(entry: InstanceEntry, sequence: SequenceEntry) -> int:
+            if not sequence.held:
+                return 0
+            return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
+
+        forecasts = forecast_paths(instances, sequence, forecaster, strict_roles=strict_roles, cached=cached)
         wanted = Wanted(self.objectives_of(sequence), self._objectives, forecaster.num_answer_tokens(sequence))
         return forecasts, wanted
 

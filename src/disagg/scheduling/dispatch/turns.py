@@ -64,8 +64,7 @@ class Turns:
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
             self._paths.note_start(self._fleet.entries, start, sequence, self._room, now)
-            state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
-            sequence.start(state, start.instance.instance, start.chosen, start.other, now)
+            sequence.assign(start.instance.instance, start.chosen, start.other, now)
             if start.hands_over and start.chosen is not None:
                 self._fleet.expect(sequence, start.chosen.path.decode)
         elif start is not None:

@@ -3,8 +3,8 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, Offered, Pulled, StageStamps
-from disagg.scheduling.step.actions import BlockCopy, Forget, RunStep, WakeAt
+from disagg.base.messages import CostsLearned, Failed, KvEvents, NotHeld, Offered, Pulled, StageStamps
+from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
 class InstanceOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -38,6 +38,16 @@ class StartCopy(InstanceOutput, frozen=True, kw_only=True):
     copies: tuple[BlockCopy, ...]
 
 
+class CacheChanged(InstanceOutput, frozen=True, kw_only=True):
+    """Tell the router what became of cached blocks. Its events' ``token_ids`` are left to whoever knows tokens.
+
+    ``owners``, one for each event: a sequence that has the blocks, and which of its blocks is the first.
+    """
+
+    message: KvEvents
+    owners: tuple[tuple[RequestId, int] | None, ...] = ()
+
+
 class CancelCopy(InstanceOutput, frozen=True, kw_only=True):
     """Stop a copy as soon as possible; its end is reported like any other."""
 
@@ -52,5 +62,20 @@ class ForgetPeer(InstanceOutput, frozen=True, kw_only=True):
 
 
 AnyInstanceOutput = (
-    RunStep | Emitted | Offered | Pulled | Failed | Forget | StartCopy | CancelCopy | ForgetPeer | CostsLearned | WakeAt
+    RunStep
+    | Emitted
+    | Offered
+    | NotHeld
+    | Pulled
+    | Failed
+    | CacheChanged
+    | Forget
+    | StartCopy
+    | CancelCopy
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
+    | ForgetPeer
+    | CostsLearned
+    | WakeAt
 )

@@ -13,8 +13,20 @@ from msgspec import structs
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.messages import (
+    CostsLearned,
+    Failed,
+    KvEvents,
+    KvOffer,
+    Loading,
+    LoadReport,
+    NotHeld,
+    Offered,
+    Pulled,
+    Ready,
+)
 from disagg.base.request import Role
+from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
@@ -25,6 +37,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAdopt,
     SendGenerate,
+    SendLend,
     SendPeerLost,
     SendRelease,
 )
@@ -38,6 +51,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     PullEnded,
@@ -57,6 +71,7 @@ from disagg.scheduling.router.inputs import (
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AskForBlocks,
     DropReason,
     EndInstance,
     GiveUpInstance,
@@ -66,13 +81,14 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     TellPeerLost,
 )
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-_FromReady = Offered | Pulled | Failed | LoadReport | CostsLearned
+_FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 
 class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
@@ -96,7 +112,8 @@ class RouterCore:
     def __init__(self, header: RouterHeader) -> None:
         self._strict_roles = header.settings.strict_roles
         self._watches_silence = header.watches_silence
-        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler)
+        self._prefixes = PrefixIndex()
+        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -198,6 +215,8 @@ class RouterCore:
                 self._dispatch_from(
                     member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
                 )
+            case NotHeld(request_id=request_id, epoch=epoch):
+                self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
             case Pulled(request_id=request_id, epoch=epoch):
                 self._outputs.append(
                     HandOverEnded(
@@ -224,8 +243,21 @@ class RouterCore:
                     self._dispatch(CostsKnown(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
+            case KvEvents():
+                self._index(member, message)
             case _:
                 assert_never(message)
+
+    def _index(self, member: Member, message: KvEvents) -> None:
+        """Note what became of an instance's cached blocks; ask for all of them when a message was lost."""
+        if message.incarnation != member.incarnation:
+            self._drop(member, DropReason.STALE)
+            return
+        try:
+            if not self._prefixes.take(member.instance, message.number, message.events):
+                self._outputs.append(AskForBlocks(instance=member.instance))
+        except InternalError as error:
+            self._broke_protocol(member, str(error))
 
     def _on_malformed(self, event: MalformedMessage) -> None:
         member = self._members[event.instance]
@@ -246,6 +278,7 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
+        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
         self._dispatch(
             InstanceUp(
                 instance=member.instance,
@@ -255,6 +288,8 @@ class RouterCore:
             )
         )
         self._outputs.append(InstanceWelcomed(instance=member.instance))
+        if facts.num_saved_blocks:
+            self._outputs.append(AskForBlocks(instance=member.instance))
 
     # Lives and deaths -----------------------------------------------------------------------------------------
 
@@ -283,6 +318,7 @@ class RouterCore:
         if member.is_alive:
             self._outputs.append(InstanceLost(instance=member.instance))
         member.set_lost(detail)
+        self._prefixes.leave(member.instance)
         self._dispatch(InstanceDown(instance=member.instance, returning=returning, detail=detail))
 
     # Commands -------------------------------------------------------------------------------------------------
@@ -302,6 +338,7 @@ class RouterCore:
             case Leave(instance=instance):
                 if known.is_alive:
                     self._outputs.append(InstanceLost(instance=instance))
+                self._prefixes.leave(instance)
                 self._dispatch(command)
                 self._members.remove(instance)
             case ChangeRole():
@@ -330,23 +367,25 @@ class RouterCore:
 
     def _carry_out(self, action: AnyDispatchAction) -> None:
         match action:
-            case Deliver() | SendGenerate() | SendRelease():
+            case SendGenerate(with_prefix=True, request_id=request_id, epoch=epoch, instance=instance):
+                self._outputs.append(
+                    SendWithPrefix(
+                        request_id=request_id,
+                        epoch=epoch,
+                        instance=instance,
+                        hand_over=action.hand_over,
+                        prefix=self._take_offer(request_id),
+                    )
+                )
+            case Deliver() | SendGenerate() | SendLend() | SendRelease():
                 self._outputs.append(action)
             case WakeAt(time_s=time_s):
                 self._dispatch_wake_s = time_s
             case Drop(instance=instance):
                 self._drop(self._members[instance], DropReason.STALE)
             case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
-                offer, since_s = self._offers[request_id]
-                left_s = max(0.0, offer.lease_s - (self._now - since_s))
-                self._outputs.append(
-                    SendOffer(
-                        request_id=request_id,
-                        epoch=epoch,
-                        instance=instance,
-                        offer=structs.replace(offer, lease_s=left_s),
-                    )
-                )
+                offer = self._take_offer(request_id)
+                self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
@@ -355,6 +394,11 @@ class RouterCore:
                 self._outputs.append(action)
             case _:
                 self._outputs.append(action)
+
+    def _take_offer(self, request_id: RequestId) -> KvOffer:
+        """Return the offer that is kept of a sequence, with what is left of its lease, and keep it no more."""
+        offer, since_s = self._offers.pop(request_id)
+        return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
 
     def _keep(self, offer: KvOffer) -> None:
         """Remember the first offer of an attempt at a sequence, for the instance that will adopt it."""

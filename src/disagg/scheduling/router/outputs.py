@@ -18,6 +18,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -36,12 +37,28 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` compute the sequence from the KV blocks on that another instance lends of its beginning."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    hand_over: bool
+    prefix: KvOffer
+
+
 class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
     """Tell ``instance`` that this life of ``lost`` has ended."""
 
     instance: InstanceId
     lost: InstanceId
     incarnation: str
+
+
+class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` say anew which KV blocks it holds."""
+
+    instance: InstanceId
 
 
 class DropReason(enum.Enum):
@@ -103,6 +120,9 @@ class GiveUpInstance(RouterOutput, frozen=True, kw_only=True):
     nothing_left: bool = False
 
 
+AnySend = SendGenerate | SendWithPrefix | SendOffer | SendLend | SendAbort | SendRelease | TellPeerLost | AskForBlocks
+"""What becomes a message to an instance."""
+
 AnyRouterOutput = (
     Deliver
     | Finish
@@ -112,11 +132,7 @@ AnyRouterOutput = (
     | PathChosen
     | PathEnded
     | Resume
-    | SendGenerate
-    | SendOffer
-    | SendAbort
-    | SendRelease
-    | TellPeerLost
+    | AnySend
     | MessageDropped
     | HandOverEnded
     | InstanceWelcomed

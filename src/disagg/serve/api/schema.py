@@ -134,6 +134,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     """Lower is served earlier, as in vLLM."""
     user: str | None = None
     """Users share fairly, where keys do not say who asks."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    """Only requests of the same salt share cached KV blocks, as in vLLM."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
     x_slo_tpot_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
 

@@ -83,4 +83,7 @@ def _instance_view(status: InstanceStatus) -> InstanceView:
         num_leases_expired_total=load.num_leases_expired_total,
         num_prefix_queries_total=load.num_prefix_queries_total,
         num_prefix_hits_total=load.num_prefix_hits_total,
+        num_prefix_pulled_total=load.num_prefix_pulled_total,
+        num_prefix_loaded_total=load.num_prefix_loaded_total,
+        blocks_on_disk=load.blocks_on_disk,
     )

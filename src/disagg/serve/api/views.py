@@ -41,6 +41,9 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     num_leases_expired_total: int = 0
     num_prefix_queries_total: int = 0
     num_prefix_hits_total: int = 0
+    num_prefix_pulled_total: int = 0
+    num_prefix_loaded_total: int = 0
+    blocks_on_disk: int = 0
 
 
 class HandOverTotals(msgspec.Struct, kw_only=True):

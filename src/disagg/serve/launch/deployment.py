@@ -47,6 +47,13 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="profile (disagg profile) that predicts step times [default: learned from the steps that run]"
         ),
     ] = None
+    kv_events: Annotated[
+        str | None,
+        Meta(
+            description="ZeroMQ endpoint, such as tcp://127.0.0.1:5557, on which KV events are published in vLLM's "
+            "format, for other routers"
+        ),
+    ] = None
     event_log: Annotated[
         str | None, Meta(description="folder that receives every decision of router and schedulers, for replay")
     ] = None
@@ -96,6 +103,8 @@ def plan_instances(
             model=deployment.model,
             cache=group.cache(deployment.cache),
             scheduler=group.scheduler(common),
+            kv_disk=deployment.cache.disk(len(groups)),
+            tells_tokens=host.kv_events is not None,
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
@@ -118,6 +127,12 @@ def _groups(deployment: Deployment) -> list[InstanceGroup]:
             raise ConfigurationError(
                 f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
                 f"of the {group.role.value} instances: only 1 and 1 are supported"
+            )
+        if group.devices:
+            raise ConfigurationError(
+                f"the placement puts {group.role.value} instances on {', '.join(group.devices)} of a cluster: disagg "
+                "serve starts instances on this host's cores; leave out devices, or print the commands of another "
+                "engine with disagg plan --as"
             )
     return [group for group in groups for _ in range(group.count)]
 

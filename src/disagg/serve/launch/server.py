@@ -26,6 +26,7 @@ from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
 
@@ -82,11 +83,20 @@ class LiveServer:
                 sink=self._sink,
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
+                kv_events=self._publisher(resources),
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._router.start(self._launcher)
             await self._serve()
+
+    def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:
+        endpoint = self._deployment.host.kv_events
+        if endpoint is None:
+            return None
+        publisher = KvEventPublisher(endpoint, self._model_name)
+        resources.callback(publisher.close)
+        return publisher
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""

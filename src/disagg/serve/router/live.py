@@ -14,7 +14,7 @@ from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Loading, Ready, StepOutput, Stop, decode_for_router, encode
+from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, Stop, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -23,6 +23,7 @@ from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
+from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink, RouterSink
 from disagg.serve.router.start_gate import StartGate
@@ -51,6 +52,7 @@ class LiveRouter:
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
         scheduler: SchedulerSettings | None = None,
+        kv_events: KvEventPublisher | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
@@ -61,6 +63,7 @@ class LiveRouter:
             restarts=restarts or RestartSettings(),
         )
         self._socket = socket
+        self._kv_events = kv_events
         self._core = RouterCore(header)
         self._shell = RouterShell(
             self._core,
@@ -163,7 +166,9 @@ class LiveRouter:
             self._shell.emit(instance, message.outputs)
             return
         self._shell.feed(InstanceSaid(instance=instance, message=message))
-        if isinstance(message, Loading):
+        if isinstance(message, KvEvents) and self._kv_events is not None:
+            self._kv_events.publish(message)
+        elif isinstance(message, Loading):
             self._shell.watcher.instance_loading(instance, message.stage, message.fraction)
         elif isinstance(message, Ready) and self._core.can_serve():
             self._start_gate.open()

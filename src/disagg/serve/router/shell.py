@@ -19,7 +19,18 @@ from disagg.base.errors import (
 )
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Adopt, Generate, Message, PeerLost, Release, SequenceOutput, encode
+from disagg.base.messages import (
+    Abort,
+    Adopt,
+    Generate,
+    Lend,
+    Message,
+    PeerLost,
+    Release,
+    ReportBlocks,
+    SequenceOutput,
+    encode,
+)
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
@@ -35,6 +46,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -43,6 +55,8 @@ from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AnySend,
+    AskForBlocks,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
@@ -51,6 +65,7 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -71,8 +86,6 @@ _ERRORS: Final[dict[FailReason, type[DisaggError]]] = {
     FailReason.INVALID: InvalidRequestError,
     FailReason.INTERNAL: InternalError,
 }
-
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
 
 
 class RouterShell:
@@ -111,6 +124,7 @@ class RouterShell:
                 priority=request.priority,
                 tenant=request.tenant,
                 objectives=request.objectives,
+                block_hashes=request.block_hashes,
             )
         )
         if stream.refusal is not None:
@@ -194,10 +208,10 @@ class RouterShell:
                 case Refuse(request_id=request_id):
                     self._sink.sequence_refused(output.reason, output.priority)
                     self._records.pop(request_id).stream.refuse(_refusal(output))
-                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
-                    self._send(output)
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
+                case _ if isinstance(output, AnySend):
+                    self._send(output)
                 case _:
                     self._report(output)
 
@@ -232,18 +246,21 @@ class RouterShell:
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
 
-    def _send(self, output: _AnySend) -> None:
+    def _send(self, output: AnySend) -> None:
         try:
             self._socket.send(output.instance, encode(self._message(output)))
         except UnavailableError as error:
             self._waiting.append((Unreachable(instance=output.instance, why=str(error)), {}))
 
-    def _message(self, output: _AnySend) -> Message:
+    def _message(self, output: AnySend) -> Message:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
-                record = self._records[request_id]
-                record.start(hands_over=hand_over)
-                return Generate(request=record.request_now(), hand_over=hand_over)
+                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over)
+            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
+                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over, prefix=prefix)
+            case SendLend(request_id=request_id, epoch=epoch):
+                names = self._records[request_id].request.block_hashes
+                return Lend(request_id=request_id, epoch=epoch, block_hashes=names)
             case SendOffer(request_id=request_id, offer=offer):
                 return Adopt(request=self._records[request_id].request_now(), offer=offer)
             case SendAbort(request_id=request_id, epoch=epoch):
@@ -252,8 +269,15 @@ class RouterShell:
                 return Release(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
+            case AskForBlocks():
+                return ReportBlocks()
             case _:
                 assert_never(output)
+
+    def _started(self, request_id: RequestId, hands_over: bool) -> GenerationRequest:
+        record = self._records[request_id]
+        record.start(hands_over=hands_over)
+        return record.request_now()
 
     def _wake_at(self, time_s: float, now: float) -> None:
         if self._wake_up is not None:
