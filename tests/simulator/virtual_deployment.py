@@ -11,6 +11,7 @@ from msgspec import structs
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
+    KvOffer,
     LoadReport,
     Message,
     StepOutput,
@@ -24,7 +25,7 @@ from disagg.base.sampling import SamplingParams
 from disagg.costs.latency import StepShape
 from disagg.costs.links import SerialLinks
 from disagg.engine.executor import ChunkResult, Work
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import EndedPull
 from disagg.engine.steps import CompletedStep, run_step
 from disagg.scheduling.dispatch.events import ProcessStarting
@@ -87,7 +88,7 @@ class VirtualEngine:
             self,  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]
             deployment.queue,
-            self._log,
+            Accessories(self._log),
         )
 
     def kill(self) -> None:
@@ -173,7 +174,7 @@ class VirtualEngine:
         return [self._outcome(copy, pull) for copy, pull in ended]
 
     def _outcome(self, copy: StartCopy, pull: EndedPull) -> EndedPull:
-        if copy.incarnation not in self._lost_peers:
+        if copy.offer.incarnation not in self._lost_peers:
             return pull
         result = pull.result
         lost = CopyEnded(
@@ -185,6 +186,9 @@ class VirtualEngine:
             failure=result.failure or LOST_PEER,
         )
         return EndedPull(lost, pull.targets)
+
+    def seal(self, offer: KvOffer) -> KvOffer:
+        return offer
 
     def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
         """A copy under way takes its time all the same."""

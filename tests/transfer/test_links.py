@@ -1,85 +1,69 @@
 """The link contract over every kind of link, and what is special to each."""
 
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from link_contract import CONTRACT, Ended, Ends, pairs, pattern, small_layout
+from link_contract import CONTRACT, DEADLINE_S, Ended, Ends, grant_all, pairs, pattern, small_layout
+from owner_process import PEER_LAYOUT, OwnerProcess
 
 from disagg.base.clock import MonotonicClock
+from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat
-from disagg.transfer.link import Transfer, TransferState
+from disagg.transfer.address import encode_address
+from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 from disagg.transfer.shm_link import runs
 
-PEER_LAYOUT = small_layout(num_blocks=12)
 LOCAL_LAYOUT = small_layout(num_blocks=8)
 
 
-class OwnerProcess:
-    """A peer in a process of its own."""
-
-    def __init__(self, incarnation: str) -> None:
-        script = Path(__file__).with_name("pool_owner.py")
-        layout = msgspec.json.encode(PEER_LAYOUT).decode()
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), layout, incarnation],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address = bytes.fromhex(self._line())
-
-    def close_pool(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        assert self._line() == "closed"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=30)
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+def in_one_process(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
+    peer = KvPool(PEER_LAYOUT, "aa")
+    np.frombuffer(peer.data, dtype=np.uint8)[:] = pattern(PEER_LAYOUT)
+    owner = stack.enter_context(ExitStack())
+    owner.callback(peer.close)
+    shared = SharedBlocks(peer, TransferSettings(kv_link=kv_link), None, MonotonicClock(), owner)
+    return connect(stack, shared.address, owner.close, grant_all(shared, PEER_LAYOUT, DEADLINE_S))
 
 
 def shm_in_one_process(stack: ExitStack) -> Ends:
-    peer = KvPool(PEER_LAYOUT, "aa")
-    np.frombuffer(peer.data, dtype=np.uint8)[:] = pattern(PEER_LAYOUT)
-    stack.callback(peer.close)
-    return _ends(stack, peer.address(), peer.close)
+    return in_one_process(stack, KvLinkChoice.SHM)
 
 
 def shm_between_processes(stack: ExitStack) -> Ends:
     owner = OwnerProcess("bb")
     stack.callback(owner.kill)
-    return _ends(stack, owner.address, owner.close_pool)
+    return connect(stack, owner.address, owner.close_pool, owner.access)
 
 
-def _ends(stack: ExitStack, address: bytes, close_peer: Callable[[], None]) -> Ends:
+def tcp_in_one_process(stack: ExitStack) -> Ends:
+    return in_one_process(stack, KvLinkChoice.TCP)
+
+
+def connect(stack: ExitStack, address: bytes, close_peer: Callable[[], None], access: bytes) -> Ends:
     pool = KvPool(LOCAL_LAYOUT, "cc")
     stack.callback(pool.close)
     thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     links = Links(pool, thread, MonotonicClock(), maps_ahead=True)
     stack.callback(links.close)
-    return Ends(links.open(address), pool, PEER_LAYOUT, close_peer)
+    return Ends(links.open(address), pool, PEER_LAYOUT, close_peer, access)
 
 
-@pytest.fixture(params=[shm_in_one_process, shm_between_processes], ids=lambda make: make.__name__)
+LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process]
+
+
+@pytest.fixture(params=LINKS, ids=lambda make: make.__name__)
 def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
     with ExitStack() as stack:
         yield request.param(stack)
@@ -90,15 +74,16 @@ def test_contract(ends: Ends, clause: Callable[[Ends], None]) -> None:
     clause(ends)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("make", [shm_in_one_process, tcp_in_one_process], ids=lambda make: make.__name__)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_random_copies_land_exactly(data: st.DataObject) -> None:
+def test_random_copies_land_exactly(make: Callable[[ExitStack], Ends], data: st.DataObject) -> None:
     targets = data.draw(st.lists(st.integers(0, 7), unique=True))
     sources = data.draw(st.lists(st.integers(0, 11), min_size=len(targets), max_size=len(targets)))
     first = data.draw(st.integers(0, 3))
     layers = range(first, data.draw(st.integers(first, 3)))
     with ExitStack() as stack:
-        ends = shm_in_one_process(stack)
+        ends = make(stack)
         expected = ends.local.copy()
         for source, target in zip(sources, targets, strict=True):
             expected[layers.start : layers.stop, target] = ends.peer[layers.start : layers.stop, source]
@@ -148,12 +133,12 @@ class TestLinks:
 
     def test_a_link_is_opened_once_and_again_after_the_peer_was_closed(self, links: Links) -> None:
         peer = KvPool(PEER_LAYOUT, "aa")
-        first = links.open(peer.address())
-        assert links.open(peer.address()) is first
+        first = links.open(encode_address(peer.address()))
+        assert links.open(encode_address(peer.address())) is first
         links.close_peer("bb")
-        assert links.open(peer.address()) is first
+        assert links.open(encode_address(peer.address())) is first
         links.close_peer("aa")
-        assert links.open(peer.address()) is not first
+        assert links.open(encode_address(peer.address())) is not first
         peer.close()
 
     def test_closing_a_link_ends_what_maps_the_peers_pages(self) -> None:
@@ -162,7 +147,7 @@ class TestLinks:
         peer = KvPool(layout, "aa")
         with ThreadPoolExecutor(max_workers=1) as thread:
             others = Links(pool, thread, MonotonicClock(), maps_ahead=True)
-            others.open(peer.address())
+            others.open(encode_address(peer.address()))
             others.close()
             assert wait_until_touched(timeout_s=0.0)
         peer.close()
@@ -182,7 +167,7 @@ class TestLinks:
     def test_another_layout_is_refused_by_the_name_of_its_field(self, links: Links, name: str, value: object) -> None:
         peer = KvPool(small_layout(num_blocks=12, **{name: value}), "aa")
         with pytest.raises(TransferError, match=f"differ in {name}"):
-            links.open(peer.address())
+            links.open(encode_address(peer.address()))
         peer.close()
 
     def test_a_killed_peer_cannot_be_opened(self, links: Links) -> None:
@@ -196,11 +181,30 @@ class TestLinks:
         link = links.open(owner.address)
         owner.kill()
         ended = Ended()
-        link.read([(BlockId(3), BlockId(2))], range(3), ended)
+        link.read(KvRead([(BlockId(3), BlockId(2))], range(3)), ended)
         assert ended.wait().state is TransferState.DONE
         expected = pattern(PEER_LAYOUT).reshape(3, 12, -1)[:, 3]
         received = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1)[:, 2]
         assert np.array_equal(received, expected)
+
+    def test_a_read_from_a_frozen_peer_that_was_given_up_writes_nothing_when_the_peer_wakes(
+        self, links: Links, pool: KvPool
+    ) -> None:
+        owner = OwnerProcess("bb", "tcp")
+        link, blocks = links.open(owner.address), pairs((3, 2), (4, 5))
+        owner.process.send_signal(signal.SIGSTOP)
+        given_up = Ended()
+        link.read(KvRead(blocks, range(3), access=owner.access, timeout_s=0.2), given_up)
+        assert "took longer than the lease" in given_up.wait().failure
+        before = bytes(pool.data)
+        owner.process.send_signal(signal.SIGCONT)
+        ended = Ended()
+        link.read(KvRead(pairs((0, 0)), range(3), access=owner.access), ended)
+        assert ended.wait().state is TransferState.DONE  # the peer is awake, and has answered what came before
+        after = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1).copy()
+        after[:, 0] = 0
+        assert after.tobytes() == before
+        owner.kill()
 
     def test_bytes_that_are_no_address_are_refused(self, links: Links) -> None:
         with pytest.raises(ProtocolError, match="malformed pool address"):

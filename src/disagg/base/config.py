@@ -196,6 +196,50 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 120.0
 
 
+class KvLinkChoice(enum.Enum):
+    """Over what KV blocks are handed over."""
+
+    AUTO = "auto"
+    """Shared memory where it can be opened, else TCP."""
+    SHM = "shm"
+    TCP = "tcp"
+
+
+class KvTransferDtype(enum.Enum):
+    """In which form KV blocks travel over links that carry bytes."""
+
+    RAW = "raw"
+    """As they are in the pool."""
+    INT8 = "int8"
+    """A byte for each element, with scales: less to carry, and not quite the same answer."""
+    AUTO = "auto"
+    """Whichever is predicted to be there first, by what transfers over the link took."""
+
+
+class TransferSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV blocks get from one instance to another."""
+
+    kv_link: Annotated[
+        KvLinkChoice, Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP")
+    ] = KvLinkChoice.AUTO
+    kv_digests: Annotated[
+        bool, Meta(description="check every handed-over KV block against a digest made where it was computed")
+    ] = True
+    kv_transfer_dtype: Annotated[
+        KvTransferDtype,
+        Meta(description="form of KV blocks over TCP: raw, int8 (lossy), or auto, the quicker one on each link"),
+    ] = KvTransferDtype.RAW
+    kv_streams: Annotated[int, Meta(ge=1, le=64, description="TCP connections that share out a large hand-over")] = 2
+
+
+class CurveKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """With what an instance on another host shows itself to the server, and knows it: CURVE keys in Z85."""
+
+    server_public: str
+    public: str
+    secret: str
+
+
 class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything one engine instance is told at its start."""
 
@@ -205,9 +249,14 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """ZeroMQ endpoint on which the router listens."""
     control_key: str | None = None
     """What shows the router that this is an instance of its server; None where it does not ask."""
+    control_curve: CurveKeys | None = None
+    """The same over TCP."""
     model: ModelSettings
     cache: CacheSettings
     scheduler: SchedulerSettings
+    transfer: TransferSettings = TransferSettings()
+    kv_host: str | None = None
+    """Address of this host on which other hosts read KV blocks; None where none does."""
     device: Device = Device.CPU
     cpus: tuple[int, ...] = ()
     """Cores this instance is pinned to; empty pins nothing."""
@@ -224,6 +273,24 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """File that receives every scheduler event and action, for replay."""
     parent_pid: int = 0
     """The instance ends when this process is gone; 0 watches nobody."""
+
+
+class ToolCallParser(enum.Enum):
+    """The form in which the model writes calls of tools; the names are vLLM's."""
+
+    AUTO = "auto"
+    """As the chat template says."""
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+
+
+class ReasoningParser(enum.Enum):
+    """Whether what the model thinks is told from what it answers."""
+
+    AUTO = "auto"
+    """By the tags of the chat template."""
+    NONE = "none"
 
 
 class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -286,6 +353,11 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return not self.strict_roles or self.overload is not Overload.QUEUE or bool(self.tenants)
 
 
+def is_api_key(key: str) -> bool:
+    """Return whether a client can send a text as its key."""
+    return bool(key) and key.isprintable() and key == key.strip()
+
+
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side."""
 
@@ -294,6 +366,9 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
     tenant_keys: dict[str, str] = {}
     """Further keys, each with the name of its tenant."""
+    api_key_file: Annotated[
+        str | None, Meta(description="file with a key on each line, for clients with keys of their own")
+    ] = None
     cors_origin: Annotated[
         tuple[str, ...],
         Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
@@ -315,6 +390,12 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="sampling defaults: auto (the model's generation_config.json), vllm (none), a folder with one"
         ),
     ] = "auto"
+    tool_call_parser: Annotated[
+        ToolCallParser, Meta(description="how the model writes calls of tools; auto: as its chat template says")
+    ] = ToolCallParser.AUTO
+    reasoning_parser: Annotated[
+        ReasoningParser, Meta(description="tell reasoning from the answer; auto: by the tags of the chat template")
+    ] = ReasoningParser.AUTO
     trust_request_chat_template: Annotated[
         bool, Meta(description="run chat templates that requests bring: sandboxed programs, bounded in time and memory")
     ] = False
@@ -330,9 +411,9 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 5.0
 
     def __post_init__(self) -> None:
-        keys = {"--api-key": self.api_key} | {f"the key of {name}": key for key, name in self.tenant_keys.items()}
-        for what, key in keys.items():
-            if key is not None and (not key.isprintable() or key != key.strip() or not key):
+        own = {f"the key of {name}": key for key, name in self.tenant_keys.items()}
+        for what, key in ({"--api-key": self.api_key} | own).items():
+            if key is not None and not is_api_key(key):
                 raise ConfigurationError(
                     f"{what}: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
                     "choose another, or leave it out"
@@ -399,9 +480,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     groups: tuple[InstanceGroup, ...]
+    others_join: bool = False
+    """Instances on other hosts complete it, so that it need not serve anything alone."""
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))
+        if self.others_join and self.groups:
+            return
         if not colocated and not (prefill and decode):
             raise ConfigurationError(
                 f"placement of {prefill} prefill, {decode} decode and {colocated} colocated instances serves nothing: "

@@ -24,6 +24,9 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 
 PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+HEARTBEAT_MS: Final = 2000
+HEARTBEAT_TIMEOUT_MS: Final = 10_000
+"""Between hosts: a connection over which nothing comes for so long is made anew."""
 
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
 Positive = Annotated[int, Meta(ge=1, lt=2**62)]
@@ -43,7 +46,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     ``num_tokens`` tokens are in ``block_ids``, in order. ``pool`` is the source's pool address as the transfer room
     encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
-    duration, since another host's clock means nothing here.
+    duration, since another host's clock means nothing here. ``digests`` (8 bytes for each block, or none) and
+    ``access``, the capability to read the blocks, are the transfer room's too.
     """
 
     request_id: RequestId
@@ -54,6 +58,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
     lease_s: Seconds
     pool: bytes
+    digests: bytes = b""
+    access: bytes = b""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
@@ -142,6 +148,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     load_s: Seconds
     pool: bytes
     limits: StepLimits = StepLimits()
+    kv_layout: Name = ""
+    """In words: instances whose words differ cannot read each other's KV blocks."""
     max_disk_blocks: Count = 0
     """KV blocks that it may keep on disk, and how many are there from a life before."""
     num_saved_blocks: Count = 0
@@ -225,6 +233,10 @@ class Pulled(Message, frozen=True, kw_only=True):
     num_bytes: Count
     duration_s: Seconds
     failure: Words = ""
+    link: Name = ""
+    """What carried the blocks."""
+    num_repeated: Count = 0
+    """Blocks that came with another digest and were pulled again."""
 
 
 class FailureKind(enum.Enum):

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "plan": ("disagg.cli.plan", "Find the placement that serves the most within latency objectives."),
     "profile": ("disagg.cli.profile", "Measure this machine's steps, for simulations of it."),
     "bench": ("disagg.cli.bench", "Measure the engine on this machine."),
+    "keys": ("disagg.cli.keys", "Make the keys with which hosts of one deployment know each other."),
     "models": ("disagg.cli.models", "List the models that can be loaded."),
     "version": ("disagg.cli.version", "Print the version."),
 }

@@ -30,11 +30,12 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
 from disagg.engine.model_executor import ModelExecutor
@@ -42,13 +43,16 @@ from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
 from disagg.models.fingerprint import fingerprint
+from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import ModelFiles, load_config, locate_model
+from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
@@ -99,7 +103,8 @@ def build_loop(
     )
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
-    pulls = _make_pulls(settings, pool, device, channel, clock, stack)
+    shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
+    pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
     disk, room = _open_disk(settings, files, pool, channel, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
@@ -112,8 +117,9 @@ def build_loop(
         weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
-        pool=pool.address(),
+        pool=shared.address,
         limits=step_limits(settings.scheduler),
+        kv_layout=capacity.layout.describe(),
         max_disk_blocks=room.max_blocks,
         num_saved_blocks=len(room.saved),
     )
@@ -128,7 +134,8 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log, disk)
+    accessories = Accessories(log, disk, _make_grammars(files, config, stack))
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
 def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
@@ -230,10 +237,19 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 
 
+def _make_grammars(files: ModelFiles, config: ModelConfig, stack: ExitStack) -> Grammars:
+    """Return what compiles grammars; it reads the tokenizer when the first one comes."""
+
+    def make_compiler(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
+        return GrammarCompiler(load_tokenizer(files), config.vocab_size, eos_token_ids)
+
+    return Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
+
+
 def _make_pulls(
     settings: InstanceSettings,
     pool: KvPool,
-    device: torch.device,
+    shared: SharedBlocks,
     channel: ControlChannel,
     clock: Clock,
     stack: ExitStack,
@@ -242,8 +258,8 @@ def _make_pulls(
     num_threads = settings.scheduler.max_pulls_in_flight
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
-    links = Links(pool, threads, clock, maps_ahead=device.type == "cpu")
-    pulls = Pulls(links, pool.layout.num_layers, channel.wake)
+    links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU)
+    pulls = Pulls(links, shared, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls
 

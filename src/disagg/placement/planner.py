@@ -12,7 +12,7 @@ from disagg.placement.goodput_job import JobResult, run_goodput_job
 from disagg.placement.instance_choice import InstanceChoice
 from disagg.placement.judging import JudgedPlacement, attainment_behind_one_router, judge
 from disagg.placement.mixing import fill_up
-from disagg.placement.phases import PhaseChoice, bound_choice, other_batchings, phase_job
+from disagg.placement.phases import MOST_BUSY, PhaseChoice, bound_choice, other_batchings, phase_job
 from disagg.placement.problem import PlanProblem
 from disagg.placement.progress import OnProgress, PlanProgress
 from disagg.placement.shapes import FoundShapes, find_shapes
@@ -44,8 +44,8 @@ class PhaseSearch:
         return min(self.bound(choice), self.phases[choice].estimate * self._reached(choice.role))
 
     def bound(self, choice: InstanceChoice) -> float:
-        """Return what it can serve at most."""
-        return self.phases[choice].bound.rate
+        """Return what it can serve for long."""
+        return MOST_BUSY * self.phases[choice].bound.rate
 
     def _reached(self, role: Role) -> float:
         parts = [

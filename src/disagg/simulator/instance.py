@@ -26,6 +26,7 @@ from disagg.base.messages import (
 )
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import SerialLinks
@@ -64,7 +65,7 @@ class SimulatedInstance:
         self,
         spec: InstanceSpec,
         queue: EventQueue,
-        links: SerialLinks,
+        links: SerialLinks | CodedLinks,
         tell: Callable[[AnyRouterInput], None],
         *,
         host: SimulatedHost,
@@ -212,7 +213,9 @@ class SimulatedInstance:
         """Let the core decide once and do what it says."""
         self._is_turn_due = False
         now = self._queue.now()
-        inputs = self._steps_done + self._messages + self._pulls_done
+        inputs = self._steps_done
+        inputs += self._messages
+        inputs += self._pulls_done
         if now >= self._wake_s:
             self._wake_s = math.inf
             inputs.append(Tick())
@@ -361,7 +364,7 @@ class SimulatedInstance:
         self._request_turn()
 
     def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
-        if copy.incarnation in self._lost_peers:
+        if copy.offer.incarnation in self._lost_peers:
             ended = structs.replace(ended, num_bytes=0, failure=ended.failure or LOST_PEER)
         self._pulls_done.append(ended)
         self._request_turn()

@@ -107,7 +107,7 @@ class SimulatedRequest:
             priority=self.priority,
             objectives=self.objectives,
             arrival_s=self.arrival_s,
-            block_hashes=self.block_hashes[: self.num_tokens // block_size],
+            block_hashes=self.block_hashes[: self.num_tokens // block_size] if self.block_hashes else (),
         )
 
     def resume(self, epoch: Epoch, now: float) -> None:

@@ -13,7 +13,7 @@ computes it again, from its known tokens on.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
@@ -98,8 +98,7 @@ def why_unplaceable(
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
+class _Pair(NamedTuple):
     """A prefill instance and what comes after it, with the tokens to be computed until the first token, and in all.
 
     ``must_wait``: the decode instance is still to come up.

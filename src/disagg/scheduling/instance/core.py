@@ -103,6 +103,7 @@ class InstanceCore:
         )
         self._lesson_at = _FIRST_LESSON if header.settings.tells_costs else math.inf
         self._sequences: dict[RequestId, Tracked] = {}
+        self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
         self._not_scheduled: set[RequestId] = set()
         """No step of theirs has begun here."""
@@ -143,9 +144,8 @@ class InstanceCore:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
         self._tell_costs()
-        kv_events, owners = self._scheduler.take_kv_events()
-        if kv_events:
-            self._tell_kv_events(kv_events, owners, 0)
+        if self._journal.has_news:
+            self._tell_kv_events(*self._journal.take(), 0)
         return outputs
 
     @property
@@ -416,9 +416,9 @@ class InstanceCore:
                 request_id=action.request_id,
                 epoch=action.epoch,
                 source=action.source,
-                incarnation=offer.incarnation,
-                pool=offer.pool,
+                offer=offer,
                 copies=action.copies,
+                expires_s=action.expires_s,
             )
         )
 

@@ -60,6 +60,10 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     started_s: float
     ended_s: float
     failure: str = ""
+    link: str = ""
+    """What carried the blocks."""
+    num_repeated: int = 0
+    """Blocks that came with another digest and were copied again."""
 
 
 class LoadEnded(InstanceInput, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, KvEvents, NotHeld, Offered, Pulled, StageStamps
+from disagg.base.messages import CostsLearned, Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
 from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
@@ -27,15 +27,15 @@ class Emitted(InstanceOutput, frozen=True, kw_only=True):
 
 
 class StartCopy(InstanceOutput, frozen=True, kw_only=True):
-    """Copy blocks out of the pool at address ``pool`` into this instance's, then report CopyEnded."""
+    """Copy these blocks of an offer into this instance's pool, then report CopyEnded."""
 
     request_id: RequestId
     epoch: Epoch
     source: InstanceId
-    incarnation: str
-    """The life of the source in which the blocks are there."""
-    pool: bytes
+    offer: KvOffer
     copies: tuple[BlockCopy, ...]
+    expires_s: float
+    """When the offer ends, by this instance's clock."""
 
 
 class CacheChanged(InstanceOutput, frozen=True, kw_only=True):

@@ -63,6 +63,8 @@ def pulled_message(action: ReleaseLease, sequence: Tracked | None, now: float) -
         num_bytes=copy.num_bytes if copy is not None and succeeded else 0,
         duration_s=copy.ended_s - copy.started_s if copy is not None else 0.0,
         failure=failure,
+        link=copy.link if copy is not None else "",
+        num_repeated=copy.num_repeated if copy is not None else 0,
     )
 
 

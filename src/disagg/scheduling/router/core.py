@@ -5,7 +5,7 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 """
 
 import math
-from typing import assert_never
+from typing import Final, assert_never
 
 import msgspec
 from msgspec import structs
@@ -106,6 +106,9 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     watches_silence: bool = True
 
 
+_NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
+
+
 class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
@@ -153,6 +156,8 @@ class RouterCore:
         """
         self._outputs = []
         self._now = now
+        if isinstance(one, _NEWS_OF_A_MEMBER) and self._members.get(one.instance) is None:
+            return []  # it has left since
         if self._watches_silence and math.isinf(self._check_s):
             self._check_s = self._members.next_check_s(now)
         match one:
@@ -225,6 +230,8 @@ class RouterCore:
                         num_bytes=message.num_bytes,
                         duration_s=message.duration_s,
                         failure=message.failure,
+                        link=message.link,
+                        num_repeated=message.num_repeated,
                     )
                 )
                 duration_s = None if message.failure else message.duration_s
@@ -268,7 +275,7 @@ class RouterCore:
             self._declare_lost(member, why)
 
     def _welcome(self, member: Member, message: Ready) -> None:
-        if why := member.why_unfit(message):
+        if why := self._members.why_unfit(member, message):
             self._declare_lost(member, why)
             return
         if member.is_alive:

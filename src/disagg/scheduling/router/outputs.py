@@ -85,6 +85,8 @@ class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
     num_bytes: int
     duration_s: float
     failure: str
+    link: str = ""
+    num_repeated: int = 0
 
 
 class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
-from disagg.cache.journal import Owner
+from disagg.cache.journal import KvJournal
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
@@ -102,6 +102,7 @@ class StepScheduler:
         self._hand_over = HandOvers(self._books)
         self._disk = DiskMoves(self._books)
         self._pool = self._books.ledger.pool
+        self._has_disk = self._books.ledger.disk.max_blocks > 0
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -121,7 +122,8 @@ class StepScheduler:
         self._hand_over.start_pulls()
         if not (books.num_pulling and books.settings.pull_before_step):
             self._start_steps()
-        self._disk.start_saves()
+        if self._has_disk:
+            self._disk.start_saves()
         return books.actions
 
     @property
@@ -139,9 +141,10 @@ class StepScheduler:
         """Blocks that are neither free nor merely cached."""
         return self._pool.num_held
 
-    def take_kv_events(self) -> tuple[tuple[AnyKvEvent, ...], tuple[Owner | None, ...]]:
-        """Return what became of the cached blocks since the last call, and of whose."""
-        return self._books.ledger.journal.take()
+    @property
+    def journal(self) -> KvJournal:
+        """What became of the cached blocks, for the router."""
+        return self._books.ledger.journal
 
     def all_cached(self) -> tuple[AnyKvEvent, ...]:
         """Return events that say all that is cached now; those before need not be told any more."""

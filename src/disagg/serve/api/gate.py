@@ -22,17 +22,17 @@ _ACCEPTED_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. With ``api_key`` or ``tenant_keys``, all but ``OPEN_PATHS`` answers 401 without one of them.
+    """ASGI middleware. With ``api_keys`` or ``tenant_keys``, all but ``OPEN_PATHS`` answers 401 without one of them.
 
     A client's own request id is echoed and logged, never used as a key; one that is too long or not printable is
     replaced by one of ours.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, tenant_keys: Mapping[str, str] | None = None) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], tenant_keys: Mapping[str, str] | None = None) -> None:
         self._app = app
-        named = dict(tenant_keys or {})
-        if api_key is not None:
-            named.setdefault(api_key, "")
+        several = len(api_keys) > 1  # then each is a tenant of its own
+        named = {key: f"key {number}" if several else "" for number, key in enumerate(api_keys, start=1)}
+        named |= tenant_keys or {}
         self._keys = [(spelling, name) for key, name in named.items() for spelling in _spellings(key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -16,6 +16,7 @@ from disagg.base.config import (
     RouterSettings,
     SchedulerSettings,
     ServeSettings,
+    TransferSettings,
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -59,6 +60,26 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
 
 
+class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Instances on other hosts."""
+
+    listen_instances: Annotated[
+        str | None,
+        Meta(description="HOST:PORT at which instances on other hosts join (serve --join) [default: none may]"),
+    ] = None
+    keys: Annotated[
+        str | None,
+        Meta(description="folder of the keys with which hosts know each other [default: ~/.config/disagg/keys]"),
+    ] = None
+    kv_host: Annotated[
+        str | None,
+        Meta(
+            description="address of this host at which others read KV blocks [default: that of --listen-instances, "
+            "or the one from which --join reaches the server]"
+        ),
+    ] = None
+
+
 class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One server: its model, its instances, its address."""
 
@@ -66,9 +87,11 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     model: ModelSettings = ModelSettings()
     cache: CacheSettings = CacheSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    transfer: TransferSettings = TransferSettings()
     router: RouterSettings = RouterSettings()
     serve: ServeSettings = ServeSettings()
     host: HostSettings = HostSettings()
+    remote: RemoteSettings = RemoteSettings()
 
     def roles(self) -> dict[InstanceId, Role]:
         """Return the instances by name: prefill before decode before colocated, as cores are given out."""
@@ -84,6 +107,7 @@ def plan_instances(
     available_cores: Sequence[int],
     parent_pid: int,
     control_key: str | None = None,
+    kv_host: str | None = None,
 ) -> tuple[InstanceSettings, ...]:
     """Return what each instance is told at its start, in the order of ``Deployment.roles``.
 
@@ -103,6 +127,8 @@ def plan_instances(
             model=deployment.model,
             cache=group.cache(deployment.cache),
             scheduler=group.scheduler(common),
+            transfer=deployment.transfer,
+            kv_host=kv_host,
             kv_disk=deployment.cache.disk(len(groups)),
             tells_tokens=host.kv_events is not None,
             device=host.device,

@@ -23,9 +23,11 @@ from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
+from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
@@ -68,18 +70,20 @@ class LiveServer:
             resources.enter_context(self._handle_signals())
             endpoint = resources.enter_context(private_endpoint())
             control_key = secrets.token_hex()
+            self._outside = open_door(self._deployment)
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
                 available_cores=sorted(os.sched_getaffinity(0)),
                 parent_pid=os.getpid(),
                 control_key=control_key,
+                kv_host=kv_host_of(self._deployment.remote),
             )
             folder = self._deployment.host.event_log
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
-                ZmqControlSocket(endpoint, control_key),
+                control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside),
                 sink=self._sink,
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
@@ -87,7 +91,7 @@ class LiveServer:
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
-            self._router.start(self._launcher)
+            self._router.start(watcher_of(self._launcher, self._router, self._outside))
             await self._serve()
 
     def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:

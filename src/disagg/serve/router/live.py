@@ -16,7 +16,7 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, Stop, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
-from disagg.scheduling.dispatch.events import ProcessStarting
+from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
@@ -149,6 +149,18 @@ class LiveRouter:
     def instance_exited(self, instance: InstanceId, detail: str) -> None:
         """The instance's process is gone. The watcher is told, before this returns, whether to start it again."""
         self._shell.feed(ProcessExited(instance=instance, detail=detail))
+
+    def instance_joined(self, instance: InstanceId, role: Role) -> None:
+        """See MemberListener."""
+        self._shell.feed(Join(instance=instance, role=role))
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See MemberListener."""
+        self._shell.feed(Leave(instance=instance))
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        """See MemberListener."""
+        return self._core.members.get(instance) is not None
 
     # Messages -------------------------------------------------------------------------------------------------
 

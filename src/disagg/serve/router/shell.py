@@ -221,9 +221,7 @@ class RouterShell:
             case MessageDropped(instance=instance, reason=reason):
                 self._sink.message_dropped(instance, reason)
             case HandOverEnded():
-                self._sink.hand_over_ended(
-                    output.source, output.target, output.num_bytes, output.duration_s, output.failure
-                )
+                self._sink.hand_over_ended(output)
             case InstanceWelcomed(instance=instance):
                 facts = self._core.members[instance].facts
                 assert facts is not None, "a welcomed instance has said what it is"

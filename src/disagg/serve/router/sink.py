@@ -4,16 +4,14 @@ from typing import Protocol
 
 from disagg.base.ids import InstanceId
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 
 
 class RouterSink(Protocol):
     """Takes counts. No method may block or raise."""
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
-        """``target`` pulled KV blocks from ``source``, or did not: then ``failure`` says why."""
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
+        """An instance pulled KV blocks from another, or did not."""
 
     def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
         """A sequence of this priority was not taken."""
@@ -40,9 +38,7 @@ class RouterSink(Protocol):
 class NullSink:
     """A RouterSink that counts nothing."""
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
         """See RouterSink."""
 
     def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
