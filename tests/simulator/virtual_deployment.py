@@ -236,6 +236,7 @@ class VirtualDeployment(NullWatcher):
         header = RouterHeader(
             instances={instance.name: instance.role for instance in spec.instances},
             settings=spec.router,
+            scheduler=spec.instances[0].scheduler,
             watches_silence=False,
         )
         self.shell = RouterShell(

@@ -46,6 +46,7 @@ from disagg.models.fingerprint import fingerprint
 from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import ModelFiles, load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
+from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
@@ -117,6 +118,7 @@ def build_loop(
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=shared.address,
+        limits=step_limits(settings.scheduler),
         kv_layout=capacity.layout.describe(),
         max_disk_blocks=room.max_blocks,
         num_saved_blocks=len(room.saved),

@@ -74,8 +74,6 @@ def choose_append(sequence: SequenceEntry, decode: Iterable[InstanceEntry]) -> t
 
     None where none holds most of it: a prompt that merely begins like others is a prefill instance's work.
     """
-    if not sequence.held:
-        return None
     costs = [(_append_cost(entry, sequence), entry) for entry in decode if _holds_most(entry, sequence)]
     if not costs:
         return None

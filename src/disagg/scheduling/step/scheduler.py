@@ -96,7 +96,8 @@ class StepScheduler:
             disk if disk is not None else DiskTier(0),
         )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
-        self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
+        is_asked = settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._times = times or (StepTimes() if is_asked else None)
         self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
         self._disk = DiskMoves(self._books)
@@ -129,6 +130,11 @@ class StepScheduler:
     def capacity(self) -> int:
         """Longest sequence that is taken, in tokens."""
         return self._books.capacity
+
+    @property
+    def times(self) -> StepTimes | None:
+        """What predicts steps and learns from them; None where nobody asked for it."""
+        return self._times
 
     @property
     def num_held_blocks(self) -> int:
@@ -347,12 +353,12 @@ class StepScheduler:
 
         That holds when the step is the only one and decodes every running sequence, and while blocks last, so that
         none is preempted. What waits then goes on waiting: it was left out of this step for want of a place or of
-        blocks, and neither becomes more by decoding. 0 as well where what a step takes decides about the next.
+        blocks, and neither becomes more by decoding. 0 as well where each step is learned from.
         """
         books = self._books
         if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
             return 0
-        if books.settings.scheduling is SchedulingMode.SLACK:
+        if books.settings.scheduling is SchedulingMode.SLACK or books.settings.tells_costs:
             return 0
         step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):

@@ -1,7 +1,7 @@
 """The application: routes, and the handlers that turn errors into responses."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -46,21 +46,22 @@ def create_app(
     *,
     preparers: Preparers | None = None,
     api_keys: Sequence[str] = (),
+    tenant_keys: Mapping[str, str] | None = None,
     cors_origins: Sequence[str] = (),
     traces: "Traces | None" = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
-    With ``api_keys``, everything but health, readiness, version, metrics and the pages needs one of them. Pages of
-    ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
+    With ``api_keys`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
+    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
     Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
     app = Starlette(
         routes=_routes(router, model, Preparation(model, preparers), accounts),
-        middleware=[Middleware(Gate, api_keys=api_keys), Middleware(Inflate)],
+        middleware=[Middleware(Gate, api_keys=api_keys, tenant_keys=tenant_keys), Middleware(Inflate)],
         exception_handlers=_exception_handlers(metrics),
     )
     if not cors_origins:

@@ -54,6 +54,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 metrics,
                 preparers=preparers,
                 api_keys=api_keys,
+                tenant_keys=deployment.serve.tenant_keys,
                 cors_origins=deployment.serve.cors_origin,
                 traces=traces,
             )
