@@ -10,11 +10,14 @@ from simulated import cluster_spec, instance, poisson, serve, stamps
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
+from disagg.scheduling.router.inputs import AnyCommand
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.faults import Faults, InstanceDeath
+from disagg.simulator.faults import Faults, InstanceDeath, TimedCommand
 from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
 
 SLOW = LinkModel(bytes_per_s=2e7, latency_s=0.001)
+SPARE = instance(Role.COLOCATED, 9)
 DEPLOYMENTS = {
     "1x1": cluster_spec(instance(Role.PREFILL), instance(Role.DECODE, num_blocks=90), link=SLOW),
     "2x2": cluster_spec(
@@ -30,7 +33,7 @@ DEPLOYMENTS = {
 
 @st.composite
 def faulty(draw: st.DrawFn) -> tuple[ClusterSpec, int]:
-    """A deployment with deaths and failing pulls, and the seed of what is asked of it."""
+    """A deployment with deaths, commands and failing pulls, and the seed of what is asked of it."""
     spec = DEPLOYMENTS[draw(st.sampled_from(sorted(DEPLOYMENTS)))]
     names = st.sampled_from([one.name for one in spec.instances])
     deaths = st.builds(
@@ -40,9 +43,21 @@ def faulty(draw: st.DrawFn) -> tuple[ClusterSpec, int]:
         start_s=st.floats(0.01, 0.5),
     )
     chosen = draw(st.lists(deaths, max_size=3, unique_by=lambda death: death.instance))
+    commands = draw(st.lists(st.builds(TimedCommand, st.floats(0.01, 1.5), wishes(names), st.just(0.1)), max_size=6))
     seed = draw(st.integers(0, 10**6))
     failing = frozenset(request.request_id for request in asked(seed)[:: draw(st.integers(2, 9))])
-    return replace(spec, faults=Faults(tuple(chosen), failing)), seed
+    faults = Faults(tuple(chosen), tuple(sorted(commands, key=lambda one: one.time_s)), failing)
+    return replace(spec, faults=faults, spares=(SPARE,)), seed
+
+
+def wishes(names: st.SearchStrategy[InstanceId]) -> st.SearchStrategy[AnyCommand]:
+    """What an operator may want; what cannot be done is refused."""
+    return st.one_of(
+        st.just(Join(instance=SPARE.name, role=SPARE.role)),
+        st.builds(Drain, instance=names, leave=st.booleans()),
+        st.builds(Undrain, instance=names),
+        st.builds(ChangeRole, instance=names, role=st.sampled_from(Role)),
+    )
 
 
 def asked(seed: int) -> list[SimulatedRequest]:

@@ -21,7 +21,7 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
@@ -81,6 +81,13 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Release(Message, frozen=True, kw_only=True):
     """The offered KV blocks have been read, or nobody will read them: end the lease."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
+class Migrate(Message, frozen=True, kw_only=True):
+    """Stop computing this sequence after its next token and offer its KV blocks: another instance goes on."""
 
     request_id: RequestId
     epoch: Epoch
@@ -243,7 +250,7 @@ class LoadReport(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
-ToEngine = Generate | Adopt | Abort | Release | PeerLost | Stop
+ToEngine = Generate | Adopt | Abort | Release | Migrate | PeerLost | Stop
 ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)

@@ -49,10 +49,15 @@ class PlainDisplay:
     def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
         """See ServerObserver."""
         if restart_in_s is None:
-            what = "it died too often and is given up"
+            what = "it is given up"
         else:
             what = f"restarting it in {restart_in_s:g} s" if restart_in_s else "restarting it"
         say(f"{instance} died: {how}; {what}")
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See ServerObserver."""
+        self._stages.pop(instance, None)
+        say(f"{instance}: removed")
 
     def server_ready(self, url: str, model: str, instances: tuple[InstanceStatus, ...]) -> None:
         """See ServerObserver."""

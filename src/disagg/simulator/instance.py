@@ -149,11 +149,12 @@ class SimulatedInstance:
         self._host = host
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
-        self._may_die = any(death.instance == spec.name for death in faults.deaths)
+        self._may_die = bool(faults.commands) or any(death.instance == spec.name for death in faults.deaths)
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
-        # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
+        # What it computed is lost with it unless the router was told: an instance that may die, or give its answers
+        # away, tells every token at once.
         self._may_repeat = recording.allows_repeats and not self._may_die
         self._life = -1
         self._num_preemptions_before = 0

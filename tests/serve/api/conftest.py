@@ -17,6 +17,7 @@ from scripted_router import Script, ScriptedRouter
 from disagg.base.config import ServeSettings
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
+from disagg.serve.api.admin import Operator
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
@@ -73,6 +74,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
             settings: ServeSettings = DEFAULTS,
             max_connections: int = 1000,
             preparers: Preparers | None = None,
+            operator: Operator | None = None,
             **router: Any,
         ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
@@ -80,6 +82,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
                 scripted,
                 served_model,
                 ServerMetrics("tiny"),
+                operator=operator,
                 preparers=preparers,
                 api_key=api_key,
                 cors_origins=settings.cors_origin,

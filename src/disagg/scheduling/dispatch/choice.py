@@ -4,7 +4,7 @@ Prefill is compute-bound, so a prefill instance is judged by the tokens it still
 memory-bound, so a decode instance is judged by the KV tokens it holds. A colocated instance has both loads. Loads are
 compared between paths as sums of tokens. Ties go to the instance configured first, so equal logs give equal choices.
 
-A sequence that lost an instance need not wait for a prefill instance: where none can take it now, a decode instance
+A sequence that goes on elsewhere need not wait for a prefill instance: where none can take it now, a decode instance
 computes it again, from its known tokens on.
 """
 
@@ -24,7 +24,7 @@ def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) ->
     pair = _best_pair(instances, sequence)
     colocated = _least_loaded(_fitting(instances, Role.COLOCATED, sequence))
     if pair is None and colocated is None:
-        return choose_decode(instances, sequence) if sequence.losses else None
+        return choose_decode(instances, sequence) if sequence.is_resumed else None
     if pair is None or colocated is None:
         return colocated if pair is None else pair[0]
     prefill, decode_load = pair
@@ -34,8 +34,17 @@ def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) ->
 
 
 def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
-    """Return the live decode instance that adopts the sequence, or None when it has to wait."""
+    """Return the live decode instance that goes on with the sequence, or None when it has to wait."""
     return _least_loaded(_fitting(instances, Role.DECODE, sequence))
+
+
+def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    """Return the live instance that adopts an offered sequence, or None when it has to wait.
+
+    Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
+    """
+    others = [entry for entry in instances if entry.instance not in sequence.visited]
+    return choose_decode(others, sequence) or _least_loaded(_fitting(others, Role.COLOCATED, sequence))
 
 
 def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
@@ -45,8 +54,8 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -
     """
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
-        return Role.DECODE in present
-    return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
+        return not present.isdisjoint((Role.DECODE, Role.COLOCATED))
+    return serves_requests(present) or (sequence.is_resumed and Role.DECODE in present)
 
 
 def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
@@ -58,9 +67,9 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
         for role in Role
     }
     if sequence.lease is not None:
-        return holds[Role.DECODE]
+        return holds[Role.DECODE] or holds[Role.COLOCATED]
     pair = holds[Role.PREFILL] and (holds[Role.DECODE] or sequence.ends_at_first_token)
-    return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
+    return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
 
 
 def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:

@@ -34,10 +34,11 @@ from disagg.scheduling.dispatch.actions import (
     SendAbort,
     SendAdopt,
     SendGenerate,
+    SendMigrate,
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_decode, choose_start
+from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_adopter, choose_start
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -55,8 +56,10 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, movable
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
@@ -136,12 +139,16 @@ class Dispatcher:
                 self._fleet.join(instance, role)
             case Drain(instance=instance):
                 self._drain(instance)
+            case Undrain(instance=instance):
+                self._undrain(instance)
             case Leave(instance=instance):
                 self._down(instance, InstanceState.GONE, "it was removed")
                 self._fleet.remove(instance)
             case ChangeRole(instance=instance, role=role):
-                self._fleet.entry(instance).role = role
+                entry = self._fleet.entry(instance)
+                entry.role = role
                 self._place_waiting()
+                self._move_away(entry)
             case _:
                 assert_never(event)
 
@@ -187,7 +194,10 @@ class Dispatcher:
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
-        if self._adopt(sequence) if sequence.lease else self._start(sequence):
+        if sequence.lease and not self._adopt(sequence) and is_only_with_visited(self._fleet, sequence):
+            self._end_lease(sequence)
+            self._resume(sequence, "only instances that held it can go on with it")
+        if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
         if not can_be_served(self.instances, sequence):
             detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
@@ -211,8 +221,7 @@ class Dispatcher:
         hand_over = instance.role is Role.PREFILL
         state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
         sequence.move(state, self._now, f"started on {instance.instance}")
-        sequence.holder = instance.instance
-        sequence.wait_until_s = math.inf
+        sequence.hold(instance.instance)
         self._charge(sequence, instance.instance, prefill_tokens=sequence.num_tokens)
         self._actions.append(
             SendGenerate(
@@ -226,12 +235,11 @@ class Dispatcher:
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
-        instance = choose_decode(self.instances, sequence)
+        instance = choose_adopter(self.instances, sequence)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
-        sequence.holder = instance.instance
-        sequence.wait_until_s = math.inf
+        sequence.hold(instance.instance)
         self._charge(sequence, instance.instance, kv_tokens=sequence.num_tokens)
         self._actions.append(
             SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
@@ -280,6 +288,7 @@ class Dispatcher:
             return
         sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
         self._end_lease(sequence)
+        self._move_away()
 
     def _failed(self, event: SequenceFailed) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
@@ -300,18 +309,44 @@ class Dispatcher:
         entry = self._fleet.entry(event.instance)
         if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.state = InstanceState.READY
+        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
         entry.capacity = event.max_total_tokens
         self._place_waiting()
+        self._move_away()
 
     def _drain(self, instance: InstanceId) -> None:
         entry = self._fleet.entry(instance)
         if entry.state is not InstanceState.READY:
             raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
         entry.state = InstanceState.DRAINING
+        entry.is_cordoned = True
         if not entry.num_sequences:
             self._actions.append(Drained(instance=instance))
         self._place_waiting()
+        self._move_away()
+
+    def _undrain(self, instance: InstanceId) -> None:
+        entry = self._fleet.entry(instance)
+        entry.is_cordoned = False
+        if entry.state is InstanceState.DRAINING:
+            entry.state = InstanceState.READY
+        self._place_waiting()
+        self._move_away()
+
+    def _move_away(self, flipped: InstanceEntry | None = None) -> None:
+        """Let running answers go on elsewhere whose instances give them away, as far as others can take them now."""
+        for sequence in movable(self._fleet, self._sequences.values(), flipped):
+            source, how = sequence.holder, choose_move(self._fleet, sequence)
+            assert source is not None, "a running sequence is somewhere"
+            if how is Move.PULL:
+                sequence.move(Whereabouts.MIGRATING, self._now, f"{source} gives it away")
+                self._actions.append(SendMigrate(request_id=sequence.request_id, epoch=sequence.epoch, instance=source))
+            elif how is Move.RECOMPUTE:
+                self._abort(sequence)
+                sequence.holder = None
+                self._discharge(sequence, source)
+                self._resume(sequence, f"{source} gives it away")
+                self._place(sequence)
 
     def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
         entry = self._fleet.entry(instance)
@@ -357,8 +392,7 @@ class Dispatcher:
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
-        sequence.epoch = Epoch(sequence.epoch + 1)
-        sequence.wait_until_s = math.inf
+        sequence.begin_attempt()
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
     def _tick(self) -> None:

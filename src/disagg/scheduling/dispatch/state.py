@@ -19,10 +19,11 @@ class Whereabouts(enum.Enum):
     QUEUED     none              none     no live instance can start it, or start it again
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
-    OFFERED    none              prefill  no live decode instance can adopt it
-    PULLING    decode            prefill  the decode instance copies the KV blocks, or waits for room;
-                                          no lease any more when the prefill instance died meanwhile
+    OFFERED    none              source   no live decode instance can adopt it
+    PULLING    decode            source   the decode instance copies the KV blocks, or waits for room;
+                                          no lease any more when the source died meanwhile
     DECODING   decode            none     the decode instance owns all of it
+    MIGRATING  decode, colocated none     it goes on there until its blocks are offered, after its next token
     RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
     ENDED      none              none     finished, failed or cancelled; not remembered
     ========== ================= ======== ===================================================
@@ -35,6 +36,7 @@ class Whereabouts(enum.Enum):
     PULLING = "pulling"
     DECODING = "decoding"
     RUNNING = "running"
+    MIGRATING = "migrating"
     ENDED = "ended"
 
     __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
@@ -46,13 +48,14 @@ TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
     Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.DECODING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.RUNNING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.DECODING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.RUNNING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.MIGRATING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.ENDED: frozenset(),
 }
 """Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story.
 
-The way back to QUEUED is for sequences whose instance died: they start again in a new epoch.
+The way back to QUEUED is for sequences whose instance died or drains: they start again in a new epoch.
 """
 
 
@@ -62,7 +65,7 @@ class InstanceState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """It goes on with what it holds, and is given nothing new."""
+    """It is given nothing new, gives running answers away, and goes on with what is left."""
     LOST = "lost"
     """It died and will be started again."""
     GONE = "gone"
@@ -88,6 +91,8 @@ class InstanceEntry:
     """Tokens given to it that wait to be prefilled or are being so."""
     kv_tokens: int = 0
     """Tokens of the sequences whose KV blocks it holds or is about to."""
+    is_cordoned: bool = False
+    """An operator has it drained: it stays so through deaths."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 
@@ -98,8 +103,8 @@ class InstanceEntry:
 
     @property
     def is_coming(self) -> bool:
-        """True while it is starting, or will be started again."""
-        return self.state is InstanceState.STARTING or self.state is InstanceState.LOST
+        """True while it is starting, or will be started again, to take sequences."""
+        return self.state in COMING and not self.is_cordoned
 
     @property
     def will_take(self) -> bool:
@@ -148,6 +153,10 @@ class SequenceEntry:
     """What happened to it and when; its path is as long as the instances that it may lose allow."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
+    is_resumed: bool = False
+    """True from its second attempt on."""
+    visited: set[InstanceId] = field(default_factory=set)
+    """The instances that held it in this attempt. They remember that it ended there, and do not take it back."""
 
     @property
     def ends_at_first_token(self) -> bool:
@@ -160,6 +169,19 @@ class SequenceEntry:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
         self.state = state
         self.story.append((now, f"{why} -> {state.value}"))
+
+    def hold(self, instance: InstanceId) -> None:
+        """Note who computes it from now on."""
+        self.holder = instance
+        self.visited.add(instance)
+        self.wait_until_s = math.inf
+
+    def begin_attempt(self) -> None:
+        """Begin the next attempt, on no instance yet."""
+        self.epoch = Epoch(self.epoch + 1)
+        self.is_resumed = True
+        self.visited = set()
+        self.wait_until_s = math.inf
 
     def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
         """Remember that an instance died while the sequence was on it."""

@@ -15,7 +15,18 @@ import msgspec
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import Abort, Failed, FailureKind, InstanceLoad, KvOffer, Offered, PeerLost, Pulled, Release
+from disagg.base.messages import (
+    Abort,
+    Failed,
+    FailureKind,
+    InstanceLoad,
+    KvOffer,
+    Migrate,
+    Offered,
+    PeerLost,
+    Pulled,
+    Release,
+)
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.measured_steps import FittedLatency
@@ -38,6 +49,7 @@ from disagg.scheduling.step.events import (
     Cancelled,
     KvOffered,
     LeaseReleased,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -177,6 +189,8 @@ class InstanceCore:
                 self._on_copy_ended(one, events)
             case Release(request_id=request_id, epoch=epoch):
                 events.append(LeaseReleased(request_id=request_id, epoch=epoch))
+            case Migrate(request_id=request_id, epoch=epoch):
+                events.append(MigrationAsked(request_id=request_id, epoch=epoch))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
             case PeerLost():

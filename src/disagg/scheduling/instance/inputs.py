@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.base.messages import Abort, KvOffer, PeerLost, Release
+from disagg.base.messages import Abort, KvOffer, Migrate, PeerLost, Release
 from disagg.base.objectives import Objectives
 from disagg.scheduling.step.events import StepDone, Tick
 
@@ -58,4 +58,4 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     failure: str = ""
 
 
-AnyInstanceInput = Start | Continue | Abort | Release | PeerLost | StepDone | CopyEnded | Tick
+AnyInstanceInput = Start | Continue | Abort | Release | Migrate | PeerLost | StepDone | CopyEnded | Tick

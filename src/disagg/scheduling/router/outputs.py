@@ -15,6 +15,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendMigrate,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -100,6 +101,18 @@ class GiveUpInstance(RouterOutput, frozen=True, kw_only=True):
     nothing_left: bool = False
 
 
+class StopInstance(RouterOutput, frozen=True, kw_only=True):
+    """The instance is to leave and holds nothing any more: let its process end, and say when it has."""
+
+    instance: InstanceId
+
+
+class InstanceLeft(RouterOutput, frozen=True, kw_only=True):
+    """The instance does not belong to the deployment any more."""
+
+    instance: InstanceId
+
+
 AnyRouterOutput = (
     Deliver
     | Finish
@@ -110,6 +123,7 @@ AnyRouterOutput = (
     | SendOffer
     | SendAbort
     | SendRelease
+    | SendMigrate
     | TellPeerLost
     | MessageDropped
     | HandOverEnded
@@ -118,6 +132,8 @@ AnyRouterOutput = (
     | EndInstance
     | RestartInstance
     | GiveUpInstance
+    | StopInstance
+    | InstanceLeft
     | Drained
     | WakeAt
 )

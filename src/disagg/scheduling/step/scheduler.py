@@ -32,6 +32,7 @@ from disagg.scheduling.step.events import (
     Cancelled,
     KvOffered,
     LeaseReleased,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -150,6 +151,8 @@ class StepScheduler:
                 self._hand_over.on_lease_released(request_id, epoch)
             case SourceLost(instance=instance):
                 self._hand_over.on_source_lost(instance)
+            case MigrationAsked(request_id=request_id, epoch=epoch):
+                self._on_migration_asked(request_id, epoch)
             case Cancelled(request_id=request_id, epoch=epoch):
                 sequence = self._books.sequences.get(request_id)
                 if sequence is not None and sequence.epoch == epoch:
@@ -178,6 +181,12 @@ class StepScheduler:
         sequence.reuse_prefix = event.reuse_prefix
         sequence.num_prefill_tokens = event.num_tokens
         self._books.wait(sequence)
+
+    def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Let go of a sequence after its next token, wherever that token's turn is; one that is gone stays gone."""
+        sequence = self._books.sequences.get(request_id)
+        if sequence is not None and sequence.epoch == epoch:
+            sequence.hand_over = True
 
     def _take_step(self, event: StepDone) -> PlannedStep:
         """Return what was planned of a step that has ended, and learn from what it took."""
@@ -218,7 +227,7 @@ class StepScheduler:
                 emitted.append(sequence.request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
-                elif sequence.hand_over:
+                elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
                     handed_over.append(sequence)
         if emitted:
             books.actions.append(Emit(request_ids=tuple(emitted)))

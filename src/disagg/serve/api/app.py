@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, ExceptionHandler
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.errors import DisaggError
 from disagg.base.text import one_line
+from disagg.serve.api.admin import Administration, Operator
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.failures import as_disagg_error, error_response, plain_error_response
 from disagg.serve.api.gate import REQUEST_ID_HEADER, Gate
@@ -39,6 +40,7 @@ def create_app(
     model: ServedModel,
     metrics: ServerMetrics,
     *,
+    operator: Operator | None = None,
     preparers: Preparers | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
@@ -48,12 +50,15 @@ def create_app(
 
     With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
     ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
-    Without ``preparers``, bodies are prepared by the event loop.
+    Without ``preparers``, bodies are prepared by the event loop. With ``operator``, ``/admin`` takes commands.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
+    routes = _routes(router, model, Preparation(model, preparers), accounts)
+    if operator is not None:
+        routes += Administration(router, operator, has_key=api_key is not None).routes()
     app = Starlette(
-        routes=_routes(router, model, Preparation(model, preparers), accounts),
+        routes=routes,
         middleware=[Middleware(Gate, api_key=api_key)],
         exception_handlers=_exception_handlers(metrics),
     )

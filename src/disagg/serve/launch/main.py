@@ -18,6 +18,7 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.listening import listen
+from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.server import LiveServer
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.live import LiveRouter
@@ -37,11 +38,12 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
         preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
 
-        def make_app(router: LiveRouter) -> ASGIApp:
+        def make_app(router: LiveRouter, operator: LocalOperator) -> ASGIApp:
             return create_app(
                 router,
                 model,
                 metrics,
+                operator=operator,
                 preparers=preparers,
                 api_key=deployment.serve.api_key,
                 cors_origins=deployment.serve.cors_origin,

@@ -19,7 +19,18 @@ from disagg.base.errors import (
 )
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Adopt, Generate, Message, PeerLost, Release, SequenceOutput, encode
+from disagg.base.messages import (
+    Abort,
+    Adopt,
+    Generate,
+    Message,
+    Migrate,
+    PeerLost,
+    Release,
+    SequenceOutput,
+    Stop,
+    encode,
+)
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
@@ -33,6 +44,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendMigrate,
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -44,11 +56,13 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -72,7 +86,7 @@ _ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
     RefuseReason.UNAVAILABLE: UnavailableError,
 }
 
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | TellPeerLost
+_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | SendMigrate | TellPeerLost
 
 
 class RouterShell:
@@ -192,7 +206,7 @@ class RouterShell:
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
                 case Refuse(request_id=request_id, reason=refusal, detail=detail):
                     self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
-                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | TellPeerLost():
+                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | SendMigrate() | TellPeerLost():
                     self._send(output)
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
@@ -223,6 +237,18 @@ class RouterShell:
                 self.watcher.give_up_instance(instance, nothing_left)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
+            case StopInstance(instance=instance):
+                self.stop_instance(instance)
+                self.watcher.instance_leaving(instance)
+            case InstanceLeft(instance=instance):
+                self.watcher.instance_left(instance)
+
+    def stop_instance(self, instance: InstanceId) -> None:
+        """Ask an instance to end; one that reads no message is ended by whoever runs it."""
+        try:
+            self._socket.send(instance, encode(Stop()))
+        except UnavailableError as error:
+            logger.debug("no need to stop %s: %s", instance, error)
 
     def _send(self, output: _AnySend) -> None:
         try:
@@ -240,6 +266,9 @@ class RouterShell:
                 return Abort(request_id=request_id, epoch=epoch)
             case SendRelease(request_id=request_id, epoch=epoch):
                 return Release(request_id=request_id, epoch=epoch)
+            case SendMigrate(request_id=request_id, epoch=epoch):
+                self._sink.sequence_migrated()
+                return Migrate(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
             case _:
