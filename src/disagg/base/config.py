@@ -195,6 +195,13 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         tuple[str, ...],
         Meta(description="origin whose web pages may call the API, such as http://localhost:3000, or * for any"),
     ] = ()
+    otlp_endpoint: Annotated[
+        str | None,
+        Meta(description="collector that receives a trace of each request, such as http://127.0.0.1:4318"),
+    ] = None
+    trace_ratio: Annotated[
+        float, Meta(ge=0, le=1, description="share of requests to trace where the client's traceparent does not say")
+    ] = 1.0
     served_model_name: Annotated[
         str | None,
         Meta(description="name of the model in the API [default: from the model's folder or file]"),
@@ -232,6 +239,11 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                     f"--cors-origin {origin!r} is not an origin: write scheme, host and port as browsers do, "
                     "such as http://localhost:3000 (no path, no slash at the end), or *"
                 )
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"--otlp-endpoint {self.otlp_endpoint!r} is not the URL of a collector that takes OTLP over HTTP: "
+                "write one such as http://127.0.0.1:4318"
+            )
 
 
 MAX_INSTANCES: Final = 4096

@@ -22,6 +22,7 @@ from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.tracing import Traces
 from disagg.serve.launch.api_server import make_api_server
 from disagg.serve.launch.descriptors import DescriptorBudget
 
@@ -75,6 +76,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
             max_connections: int = 1000,
             preparers: Preparers | None = None,
             operator: Operator | None = None,
+            traces: Traces | None = None,
             **router: Any,
         ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
@@ -86,6 +88,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
                 preparers=preparers,
                 api_key=api_key,
                 cors_origins=settings.cors_origin,
+                traces=traces,
             )
             url = await stack.enter_async_context(listening(app, settings, max_connections))
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}

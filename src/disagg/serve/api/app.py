@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,6 +31,9 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.watching import Watching
 from disagg.serve.router.interface import Router
 
+if TYPE_CHECKING:  # its library is an extra
+    from disagg.serve.api.tracing import Traces
+
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
@@ -44,16 +48,18 @@ def create_app(
     preparers: Preparers | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    traces: "Traces | None" = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
     With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
     ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
-    Without ``preparers``, bodies are prepared by the event loop. With ``operator``, ``/admin`` takes commands.
+    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there. With
+    ``operator``, ``/admin`` takes commands.
     """
     metrics.watch(router)
-    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock())
+    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
     routes = _routes(router, model, Preparation(model, preparers), accounts)
     if operator is not None:
         routes += Administration(router, operator, has_key=api_key is not None).routes()
@@ -71,7 +77,7 @@ def create_app(
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+        expose_headers=(REQUEST_ID_HEADER, "Retry-After", "traceparent"),
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
@@ -21,6 +21,9 @@ from disagg.serve.api.responses import DONE, PromptTokensDetails, Usage, encode,
 from disagg.serve.api.sequences import Arrival, RunningSequences
 from disagg.serve.api.shapes import ShownUsage
 from disagg.serve.router.interface import Router
+
+if TYPE_CHECKING:  # its library is an extra
+    from disagg.serve.api.tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +44,24 @@ class GenerationEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. What goes wrong before the first output is raised, to become a proper status."""
+        if self._accounts.traces is None:
+            await self._serve(scope, receive, send)
+            return
+        trace = self._accounts.traces.begin(scope)
+        try:
+            await self._serve(scope, receive, trace.announced(send), trace)
+        except Exception as error:
+            trace.failed(error)
+            raise
+        finally:
+            trace.end()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, trace: "RequestTrace | None" = None) -> None:
         arrival_s = self._accounts.clock.now()
         request_id = scope["state"]["request_id"]
         try:
             job = await self._read_job(receive, arrival_s, objectives_of_headers(scope))
-            with RequestObserver(self._accounts, job, request_id, arrival_s) as observer:
+            with RequestObserver(self._accounts, job, request_id, arrival_s, trace) as observer:
                 await self._answer(job, observer, receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError, http_status
@@ -18,6 +19,9 @@ from disagg.serve.api.recent_requests import RecentRequests, with_stages
 from disagg.serve.api.views import RequestView
 from disagg.serve.router.interface import SequenceStream
 
+if TYPE_CHECKING:  # its library is an extra
+    from disagg.serve.api.tracing import RequestTrace, Traces
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +32,7 @@ class Accounts:
     metrics: ServerMetrics
     recent: RecentRequests
     clock: Clock
+    traces: "Traces | None" = None
 
 
 @dataclass(slots=True)
@@ -45,13 +50,16 @@ class RequestObserver:
     Times are seconds of the accounts' clock; TTFT and end-to-end times count from ``arrival_s``.
     """
 
-    def __init__(self, accounts: Accounts, job: Job, request_id: str, arrival_s: float) -> None:
+    def __init__(
+        self, accounts: Accounts, job: Job, request_id: str, arrival_s: float, trace: "RequestTrace | None" = None
+    ) -> None:
         self._metrics = accounts.metrics
         self._recent = accounts.recent
         self._clock = accounts.clock
         self._job = job
         self._request_id = request_id
         self._arrival_s = arrival_s
+        self._trace = trace
         self._ttft_s = math.nan
         self._streams: Sequence[SequenceStream] = ()
         self._progress: dict[int, _Progress] = {}
@@ -143,7 +151,11 @@ class RequestObserver:
             tpot_s=tpot_s,
             e2e_s=e2e_s,
         )
-        self._recent.add(with_stages(view, self._streams[choice], now) if self._streams else view)
+        if self._streams:
+            view = with_stages(view, self._streams[choice], now)
+        self._recent.add(view)
+        if self._trace is not None:
+            self._trace.choice_ended(view, len(self._job.answers))
 
     def _error_shown(self) -> str:
         """Return the words of what failed; those of a fault of ours are for the log alone."""

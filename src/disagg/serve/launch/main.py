@@ -2,10 +2,13 @@
 
 import asyncio
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import uvloop
 from starlette.types import ASGIApp
 
+from disagg.base.config import ServeSettings
+from disagg.base.errors import ConfigurationError
 from disagg.models.chat_template import load_chat_template
 from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.locate import load_config, locate_model
@@ -23,6 +26,9 @@ from disagg.serve.launch.server import LiveServer
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.live import LiveRouter
 
+if TYPE_CHECKING:
+    from disagg.serve.api.tracing import Traces
+
 
 def serve(deployment: Deployment, observer: ServerObserver) -> None:
     """Serve until a signal ends it.
@@ -37,6 +43,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
         observer.model_read(model.name, can_chat=model.chat_template.available)
         preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
+        traces = _open_traces(deployment.serve, model.name, resources)
 
         def make_app(router: LiveRouter, operator: LocalOperator) -> ASGIApp:
             return create_app(
@@ -47,11 +54,26 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 preparers=preparers,
                 api_key=deployment.serve.api_key,
                 cors_origins=deployment.serve.cors_origin,
+                traces=traces,
             )
 
         server = LiveServer(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.run())
+
+
+def _open_traces(settings: ServeSettings, model_name: str, resources: ExitStack) -> "Traces | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from disagg.serve.api.tracing import Traces
+    except ImportError as error:
+        raise ConfigurationError(
+            f"--otlp-endpoint needs OpenTelemetry's libraries ({error}): pip install 'disagg[otlp]'"
+        ) from error
+    traces = Traces(settings.otlp_endpoint, settings.trace_ratio, model_name)
+    resources.callback(traces.close)
+    return traces
 
 
 def load_served_model(deployment: Deployment) -> ServedModel:
