@@ -70,6 +70,7 @@ def _locked(path: str, clock: Clock) -> Iterator[int]:
             time.sleep(_POLL_S)
         yield descriptor
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a mapping has a descriptor of its own, and with it the lock
         os.close(descriptor)
 
 
