@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +22,8 @@ import psutil
 from server_process import ServerProcess, completion
 from test_lifecycle import wait_for
 
-INSTANCE_TIMEOUT_S = 2.0
+INSTANCE_TIMEOUT_S = 10.0
+"""More than a busy machine keeps a healthy instance from its turn."""
 SETTINGS = (
     *("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--block-size", "32", "--threads", "1"),
     *("--max-instance-losses", "1000", "--instance-timeout-s", str(INSTANCE_TIMEOUT_S)),
@@ -69,7 +70,7 @@ def questions(count: int, seed: int) -> list[Question]:
     drawn = []
     for number in range(count):
         sampled = {"temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.6, "frequency_penalty": 0.3}
-        length = rng.randint(16, 96)
+        length = rng.randint(16, 64)
         fields = {
             "max_tokens": length,
             "min_tokens": length,
@@ -77,7 +78,7 @@ def questions(count: int, seed: int) -> list[Question]:
             "return_token_ids": True,
             **(sampled if number % 2 else {"temperature": 0.0, "repetition_penalty": 1.2}),
         }
-        prompt = f"Story number {number}: " + "there was a house by the sea, " * rng.randint(1, 30)
+        prompt = f"Story number {number}: " + "there was a house by the sea, " * rng.randint(1, 20)
         drawn.append(Question(prompt, fields))
     return drawn
 
@@ -85,8 +86,11 @@ def questions(count: int, seed: int) -> list[Question]:
 class Campaign:
     """One server under ``concurrency`` clients, and one that brings faults."""
 
-    def __init__(self, server: ServerProcess, seed: int, concurrency: int = 6) -> None:
+    def __init__(
+        self, server: ServerProcess, seed: int, kinds: Collection[Fault] = tuple(Fault), concurrency: int = 6
+    ) -> None:
         self._server = server
+        self._kinds = list(kinds)
         self._rng = random.Random(seed)
         self._concurrency = concurrency
         self._over = threading.Event()
@@ -155,7 +159,7 @@ class Campaign:
 
     def _deck(self) -> Iterator[Fault]:
         while True:
-            yield from self._rng.sample(list(Fault), len(Fault))
+            yield from self._rng.sample(self._kinds, len(self._kinds))
 
     def _bring(self, fault: Fault) -> None:
         ready = [one for one in self._instances() if one["state"] == "ready"]
@@ -176,9 +180,9 @@ class Campaign:
                 send_signal(pid, signal.SIGKILL)
             case Fault.FREEZE:
                 self._deaths[name] += 1
-                self._freeze(pid, 2 * INSTANCE_TIMEOUT_S)
+                self._freeze(pid, 1.5 * INSTANCE_TIMEOUT_S)
             case Fault.PAUSE:
-                self._freeze(pid, self._rng.uniform(0.05, 0.5 * INSTANCE_TIMEOUT_S))
+                self._freeze(pid, self._rng.uniform(0.05, 1.0))
             case Fault.DRAIN:
                 return self._command(f"{name}/drain", {})
             case Fault.UNDRAIN:
