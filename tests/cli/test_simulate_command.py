@@ -87,6 +87,19 @@ def test_a_device_and_a_configuration_are_enough(trace: Path, model: Path) -> No
     assert h200["runs"][0]["ttft"]["p50"] < a100["runs"][0]["ttft"]["p50"]
 
 
+@pytest.mark.parametrize("engine", ["disagg", "distserve"])
+def test_a_well_known_model_needs_no_file(engine: str, trace: Path, tmp_path: Path) -> None:
+    placement = tmp_path / "placement.yaml"
+    placement.write_text(
+        "groups:\n- {role: prefill, count: 1, tensor_parallel: 3, pipeline_parallel: 3}\n"
+        "- {role: decode, count: 1, tensor_parallel: 4, pipeline_parallel: 3}\n"
+    )
+    flags = ["--latency", "a100-sxm", "--model", "opt-175b", "--engine", engine, "--placement", placement]
+    found = report("--workload", trace, *flags)
+    assert found["platform"] == "opt-175b on a100-sxm, roofline"
+    assert found["num_devices"] == 21
+
+
 def test_operator_tables(trace: Path, model: Path, reference_data: Path) -> None:
     tables = reference_data / "silicon" / "aiconfigurator" / "h100_sxm"
     found = report("--workload", trace, "--latency", tables, "--model", model)
@@ -253,8 +266,7 @@ def test_the_course_of_a_run_as_a_page(trace: Path, tmp_path: Path) -> None:
         (["--latency", "abacus"], "there are a100-sxm"),
         (["--latency", "h100"], "h200-sxm, l40s, zen5-core, published; did you mean h100-sxm?"),
         (["--engine", "distserve", "--model", "opt-14b"], "did you mean facebook/opt-13b?"),
-        (["--latency", "h100-sxm", "--model", "opt-13b"], "beside h100-sxm name a model that disagg runs"),
-        (["--latency", "h100-sxm", "--model", "facebook/opt-66b"], "its config.json, folder, GGUF file or hub id"),
+        (["--latency", "h100-sxm", "--model", "facebook/opt-66b"], "facebook/opt-66b (131.4 GB) leave no room for KV"),
         (["--latency", "published", "--model", "opt-13b"], "published latencies are those of other engines"),
         (["--latency", "nowhere.json"], "cannot read the profile"),
         (["--latency", "a100-sxm", "--model", "nowhere/config.json"], "cannot read nowhere/config.json"),

@@ -61,9 +61,7 @@ def test_attention_of_more_heads_than_measured_counts_as_more_sequences() -> Non
     ]
     table = AttentionTable(prefill, decode)
     assert table.prefill_curve(16, 16)(500**2) == pytest.approx(2 * 0.25e-3)
-    batches, curves, factor = table.decode_curves(16, 16)
-    assert (batches, factor) == ([1, 4, 16], 2)
-    assert curves[1](500) == pytest.approx(4 * 500 / 1e8)
+    assert table.decode(16, 16)(2, 500) == pytest.approx(4 * 500 / 1e8)
 
 
 def test_an_unmeasured_tensor_parallelism_is_refused() -> None:
@@ -80,7 +78,7 @@ def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def platform(reference_data: Path) -> TablePlatform:
     folder = reference_data / "silicon" / "aiconfigurator"
-    return TablePlatform(OperatorTables.read(folder, "a100_sxm", find_device("a100-sxm")), config(), "13b")
+    return TablePlatform.on(OperatorTables.read(folder, "a100_sxm", find_device("a100-sxm")), config(), "13b")
 
 
 def test_the_tables_say_how_well_they_interpolate(platform: TablePlatform) -> None:
@@ -111,7 +109,7 @@ def test_a_pipeline_has_the_layers_of_one_instance_and_sends(platform: TablePlat
 def test_other_heads_are_refused(platform: TablePlatform) -> None:
     small = msgspec.structs.replace(config(), head_dim=64)
     with pytest.raises(ConfigurationError, match="heads of 128"):
-        TablePlatform(platform.tables, small, "small")
+        TablePlatform.on(platform.tables, small, "small")
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:

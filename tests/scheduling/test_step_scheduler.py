@@ -188,6 +188,25 @@ class TestStepsInFlight:
         ]
         assert self.steps(self.done(driver, 1, "a", "b")) == [(3, [("a", 4, 1, True), ("b", 3, 1, True)])]
 
+    @pytest.mark.parametrize(("fixed", "third"), [(True, ["a", "c", "d"]), (False, ["a", "c"])])
+    def test_a_pipeline_shares_its_decodes_evenly_or_keeps_them_where_they_joined(
+        self, fixed: bool, third: list[str]
+    ) -> None:
+        driver = Driver(max_steps_in_flight=2, num_stages=2, max_pulls_in_flight=4, fixed_batches=fixed)
+
+        def batches(actions: list[AnyAction]) -> list[list[str]]:
+            return [[name for name, *_ in chunks] for _, chunks in self.steps(actions)]
+
+        def join(name: str) -> list[list[str]]:
+            driver.feed(offered(name, BLOCK))
+            return batches(driver.feed(done(name)))
+
+        assert [join(name) for name in "abc"] == [[["a"]], [["b"]], []]
+        assert batches(self.done(driver, 1, "a")) == [["a", "c"]]
+        assert batches(self.done(driver, 2, "b")) == [["b"]]
+        assert join("d") == []
+        assert batches(self.done(driver, 3, "a", "c")) == [third]
+
     def test_a_token_after_the_last_one_is_never_planned(self) -> None:
         driver = Driver(max_steps_in_flight=2)
         assert len(self.steps(driver.feed(arrived("a", 3, max_new=1)))) == 1

@@ -123,6 +123,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     pull_before_step: Annotated[
         bool, Meta(description="pull offered KV blocks before the next step starts, as DistServe does, not beside it")
     ] = False
+    fixed_batches: Annotated[
+        bool,
+        Meta(description="keep a sequence in the batch of the pipeline that it joined, as DistServe does; else share"),
+    ] = False
     lease_s: Annotated[
         float,
         Meta(gt=0, description="seconds that handed-over KV blocks wait to be pulled before they are freed"),

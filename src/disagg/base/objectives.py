@@ -18,6 +18,8 @@ class Objectives(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         """Return these, and those of ``others`` where one is missing."""
         if self.ttft_s is not None and self.tpot_s is not None:
             return self
+        if self.ttft_s is None and self.tpot_s is None:
+            return others
         return Objectives(
             ttft_s=others.ttft_s if self.ttft_s is None else self.ttft_s,
             tpot_s=others.tpot_s if self.tpot_s is None else self.tpot_s,

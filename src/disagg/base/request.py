@@ -16,6 +16,8 @@ class Role(enum.Enum):
     DECODE = "decode"
     COLOCATED = "colocated"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and every dispatch looks at the roles that there are
+
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence: ``n`` choices of an API request are ``n`` of these.

@@ -62,9 +62,9 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self._blocks = [_Block() for _ in range(num_blocks)]
-        self._free: list[int] = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        self._by_hash: dict[BlockHash, int] = {}
+        self._free = [BlockId(index) for index in range(num_blocks - 1, -1, -1)]
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+        self._by_hash: dict[BlockHash, BlockId] = {}
         self._counts = dict.fromkeys(BlockState, 0)
         self._counts[BlockState.FREE] = num_blocks
 
@@ -77,6 +77,11 @@ class BlockPool:
     def num_available(self) -> int:
         """Blocks that can be handed out now: free ones and evictable cached ones."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that are neither free nor merely cached."""
+        return len(self._blocks) - len(self._free) - len(self._cached)
 
     def state_of(self, index: BlockId) -> BlockState:
         """Return what a block is used for."""
@@ -94,8 +99,9 @@ class BlockPool:
         """Make FILLING blocks, now completely written, ACTIVE for the one sequence that reserved them."""
         num_committed = 0
         for index in blocks:
-            self._expect(index, BlockState.FILLING)
             block = self._blocks[index]
+            if block.state is not BlockState.FILLING:
+                self._expect(index, BlockState.FILLING)
             block.num_sequences = 1
             block.state = BlockState.ACTIVE
             num_committed += 1
@@ -118,40 +124,15 @@ class BlockPool:
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Drop one sequence's hold. The last block is let go first, so that eviction eats prefixes from their end."""
-        loose: list[BlockId] = []
-        for index in reversed(blocks):
-            block = self._blocks[index]
-            if block.state is not BlockState.ACTIVE:
-                self._expect(index, BlockState.ACTIVE)
-            block.num_sequences -= 1
-            if not block.num_sequences:
-                loose.append(index)
-        self._settle(loose)
+        self._change_holds(reversed(blocks), sequences=-1)
 
     def lease(self, blocks: Iterable[BlockId]) -> None:
         """Turn one sequence's hold on its blocks into a lease."""
-        loose: list[BlockId] = []
-        for index in blocks:
-            block = self._blocks[index]
-            if block.state is not BlockState.ACTIVE:
-                self._expect(index, BlockState.ACTIVE)
-            block.num_sequences -= 1
-            block.num_leases += 1
-            if not block.num_sequences:
-                loose.append(index)
-        self._settle(loose)
+        self._change_holds(blocks, sequences=-1, leases=1)
 
     def end_lease(self, blocks: Sequence[BlockId]) -> None:
         """Drop one lease on each block."""
-        loose: list[BlockId] = []
-        for index in reversed(blocks):
-            block = self._blocks[index]
-            if block.num_leases < 1:
-                raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
-            block.num_leases -= 1
-            if not block.num_leases and not block.num_sequences:
-                loose.append(index)
-        self._settle(loose)
+        self._change_holds(reversed(blocks), leases=-1)
 
     def publish(self, index: BlockId, block_hash: BlockHash) -> None:
         """Make the KV of a full ACTIVE block findable by its prefix, unless an equal block already is."""
@@ -173,7 +154,7 @@ class BlockPool:
             index = self._by_hash.get(block_hash)
             if index is None:
                 break
-            found.append(BlockId(index))
+            found.append(index)
         return tuple(found)
 
     def num_cached_among(self, blocks: Iterable[BlockId]) -> int:
@@ -219,7 +200,8 @@ class BlockPool:
         num_free = min(count, len(self._free))
         taken = self._free[len(self._free) - num_free :]
         del self._free[len(self._free) - num_free :]
-        taken += [self._evict() for _ in range(count - num_free)]
+        if num_free < count:
+            taken += [self._evict() for _ in range(count - num_free)]
         num_sequences = 1 if state is BlockState.ACTIVE else 0
         for index in taken:
             block = self._blocks[index]
@@ -229,9 +211,9 @@ class BlockPool:
         self._counts[BlockState.CACHED] -= count - num_free
         self._counts[state] += count
         taken.sort()  # neighbours stay neighbours: memory is read quickest in runs
-        return tuple(map(BlockId, taken))
+        return tuple(taken)
 
-    def _evict(self) -> int:
+    def _evict(self) -> BlockId:
         index, _ = self._cached.popitem(last=False)
         block = self._blocks[index]
         if block.hash is None:
@@ -244,22 +226,35 @@ class BlockPool:
             del self._by_hash[block.hash]
             block.hash = None
 
-    def _settle(self, loose: Iterable[BlockId]) -> None:
-        """Put blocks that no sequence holds any more into the states that leases and prefix index give them."""
-        blocks, counts = self._blocks, self._counts
-        for index in loose:
+    def _change_holds(self, indices: Iterable[BlockId], *, sequences: int = 0, leases: int = 0) -> None:
+        """Add so many holds of each kind to each block; one that no sequence holds goes where leases and index say."""
+        blocks, free, cached = self._blocks, self._free, self._cached
+        num_free, num_cached, num_loose = len(free), len(cached), 0
+        for index in indices:
             block = blocks[index]
+            if sequences and block.state is not BlockState.ACTIVE:
+                self._expect(index, BlockState.ACTIVE)
+            if block.num_leases + leases < 0:
+                raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
+            block.num_sequences += sequences
+            block.num_leases += leases
+            if block.num_sequences:
+                continue
+            num_loose += 1
             if block.num_leases:
-                state = BlockState.LEASED
+                block.state = BlockState.LEASED
             elif block.hash is not None:
-                state = BlockState.CACHED
-                self._cached[index] = None
+                block.state = BlockState.CACHED
+                cached[index] = None
             else:
-                state = BlockState.FREE
-                self._free.append(index)
-            counts[block.state] -= 1
-            counts[state] += 1
-            block.state = state
+                block.state = BlockState.FREE
+                free.append(index)
+        num_free, num_cached = len(free) - num_free, len(cached) - num_cached
+        counts = self._counts
+        counts[BlockState.ACTIVE if sequences else BlockState.LEASED] -= num_loose
+        counts[BlockState.FREE] += num_free
+        counts[BlockState.CACHED] += num_cached
+        counts[BlockState.LEASED] += num_loose - num_free - num_cached
 
     def _move(self, index: int, state: BlockState) -> None:
         block = self._blocks[index]

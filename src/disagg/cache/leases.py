@@ -1,14 +1,14 @@
 """Leases: blocks that are kept for another instance to read, each with an owner, an epoch and an expiry."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockId, Epoch, RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """The blocks of one handed-over sequence, kept until ``expires_s``."""
 
     request_id: RequestId

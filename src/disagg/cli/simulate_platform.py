@@ -13,8 +13,8 @@ from disagg.costs.cluster_file import PROFILED, ClusterFile
 from disagg.costs.devices import DEVICES, find_device
 from disagg.costs.platform import Platform
 from disagg.costs.topology import Topology
-from disagg.models.config import ModelConfig
-from disagg.simulator.engines import IMITATED, VLLM_PREFILL_FACTOR, EngineRules, own_rules
+from disagg.models.shape import ModelShape
+from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
 PUBLISHED: Final = "published"
 
@@ -105,24 +105,23 @@ def _published(model: str | None, engine: str) -> ChosenPlatform:
     if model is None:
         raise ConfigurationError(f"give --model: {' or '.join(PUBLISHED_MODELS)}")
     name = model if "/" in model else f"facebook/{model}"
-    factor = VLLM_PREFILL_FACTOR if engine == "vllm-0.2.3" else None
-    return ChosenPlatform(PublishedPlatform(engine, name, prefill_factor=factor), {}, "a100-sxm")
+    return ChosenPlatform(PublishedPlatform(engine, name), {}, "a100-sxm")
 
 
 def _roofline(device: str, model: str | None) -> ChosenPlatform:
     from disagg.costs.roofline import RooflinePlatform
 
-    config, name = _model_config(model, device)
-    return ChosenPlatform(RooflinePlatform(config, find_device(device), name), {}, device)
+    shape, name = _model_shape(model)
+    return ChosenPlatform(RooflinePlatform(shape, find_device(device), name), {}, device)
 
 
 def _tables(path: Path, model: str | None) -> ChosenPlatform:
     from disagg.costs.tables import OperatorTables, TablePlatform
 
-    config, name = _model_config(model, path.name)
+    shape, name = _model_shape(model)
     tables = OperatorTables.read(path.parent, path.name, find_device(path.name.replace("_", "-")))
     errors = {f"{operator}, from its neighbours": str(error) for operator, error in tables.errors().items()}
-    return ChosenPlatform(TablePlatform(tables, config, name), errors, tables.device.name)
+    return ChosenPlatform(TablePlatform.on(tables, shape, name), errors, tables.device.name)
 
 
 def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
@@ -133,19 +132,17 @@ def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
     return ChosenPlatform(platform, errors, PROFILED)
 
 
-def _model_config(model: str | None, latency: str) -> tuple[ModelConfig, str]:
-    from disagg.costs.published import PUBLISHED_MODELS
-    from disagg.models.hf_config import config_from_hf
+def _model_shape(model: str | None) -> tuple[ModelShape, str]:
+    """Return the shape of a ``config.json`` or its folder, a known name, or what ``serve`` would load; and its name."""
+    from disagg.models.known_shapes import known_shape, shape_from_hf
     from disagg.models.locate import load_config, locate_model, read_json
 
-    if model is not None and model.endswith(".json"):
-        path = Path(model)
-        return config_from_hf(read_json(path), source=str(path)), path.resolve().parent.name
-    published = {name.removeprefix("facebook/"): name for name in PUBLISHED_MODELS}
-    if model in (*published, *published.values()) and not Path(model).exists():
-        raise ConfigurationError(
-            f"--model {model} has step times of its own, with --engine {' or '.join(IMITATED)} and without --latency; "
-            f"beside {latency} name a model that disagg runs: its config.json, folder, GGUF file or hub id"
-        )
+    path = Path(model or "")
+    if model is not None and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return shape_from_hf(read_json(path), str(path)), path.resolve().parent.name
+    if model is not None and not path.exists() and (known := known_shape(model)) is not None:
+        return known, model.lower()
     files = locate_model(model)
     return load_config(files), files.name

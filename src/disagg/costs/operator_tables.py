@@ -113,21 +113,41 @@ class AttentionTable:
         heads, scale = _nearest(self._prefill, num_heads, num_kv_heads)
         return Curve({squares: time_s * scale for squares, time_s in self._prefill[heads].items()})
 
-    def decode_curves(self, num_heads: int, num_kv_heads: int) -> tuple[list[int], list[Curve], float]:
-        """Return batch sizes, the times over the context for each, and a factor on the batch.
+    def decode(self, num_heads: int, num_kv_heads: int) -> "DecodeAttention":
+        """Return the time over batch and context.
 
         More KV heads than measured make a sequence count as several, each with the most heads there are.
         """
         heads, factor = _nearest(self._decode, num_heads, num_kv_heads)
         batches = {batch: times for batch, times in self._decode[heads].items() if len(times) > 1}
-        sizes = sorted(batches)
-        return sizes, [Curve(batches[size]) for size in sizes], factor
+        return DecodeAttention({size: Curve(times) for size, times in sorted(batches.items())}, factor)
 
     def error(self) -> FitError:
         """Return how far each measured point is from what its neighbours would predict."""
         curves = [Curve(times) for times in self._prefill.values()]
         curves += [Curve(t) for by_batch in self._decode.values() for t in by_batch.values() if len(t) > 1]
         return _error(curves)
+
+
+class DecodeAttention:
+    """Time of a batch of decodes: ``curves`` over the context by measured batch size, in order."""
+
+    def __init__(self, curves: Mapping[int, Curve], factor: float) -> None:
+        self._batches = list(curves)
+        self._curves = list(curves.values())
+        self._factor = factor
+
+    def __call__(self, num_decodes: int, mean_context: float) -> float:
+        """Interpolate between the two measured batches round this one; beyond the largest, in proportion."""
+        batch = num_decodes * self._factor
+        above = bisect_right(self._batches, batch)
+        if above == 0:
+            return self._curves[0](mean_context)
+        if above == len(self._batches):
+            return self._curves[-1](mean_context) * batch / self._batches[-1]
+        low, high = self._batches[above - 1], self._batches[above]
+        share = (batch - low) / (high - low)
+        return (1 - share) * self._curves[above - 1](mean_context) + share * self._curves[above](mean_context)
 
 
 class AllReduceTable:

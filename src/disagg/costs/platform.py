@@ -50,3 +50,17 @@ class Platform(Protocol):
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """Return how many tokens the KV pool of an instance holds."""
+
+
+class OwnDevices:
+    """Base of platforms whose instances have devices of their own, and whose figures hold nothing of the host."""
+
+    @property
+    def interference(self) -> None:
+        """See ``Platform``."""
+        return None
+
+    @property
+    def host(self) -> HostCosts:
+        """See ``Platform``."""
+        return HostCosts()

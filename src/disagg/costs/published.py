@@ -5,7 +5,7 @@ The fits cover one pipeline stage count only; as their authors do, pipeline para
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.known_names import known_names
@@ -20,20 +20,46 @@ from disagg.costs.opt_a100_fits import (
     PREFILL_FACTOR,
     StepFit,
 )
-from disagg.costs.platform import HostCosts
+from disagg.costs.platform import OwnDevices
 
 PUBLISHED_MODELS: Final = tuple(dict.fromkeys(model for _, model in FITS))
-ENGINE_STEP_MS: Final = 2.0
-"""Cost of an iteration on the first stage, whatever it computes (``simdistserve/base/worker.py``)."""
-ENGINE_TOKEN_MS: Final = 1e-4
-"""The same for each token of its context."""
+
+
+class EngineHost(NamedTuple):
+    """Milliseconds that an engine's host adds to an iteration on its first stage, before the next can begin."""
+
+    step: float = 2.0
+    """Whatever it computes; like ``context_token`` from ``simdistserve/base/worker.py``."""
+    context_token: float = 1e-4
+    """For each token of its context."""
+    sequence: float = 0.0
+    """For each sequence of which it samples a token."""
+    prompt_token: float = 0.0
+
+
+class EngineChoice(NamedTuple):
+    """The factors on the fits before scaling, and the host, with which an engine is imitated."""
+
+    prefill_factor: float
+    decode_factor: float
+    host: EngineHost
+
+
+CHOICES: Final = {
+    "distserve": EngineChoice(PREFILL_FACTOR["distserve"], DECODE_FACTOR["distserve"], EngineHost()),
+    # The runs stream from vllm.entrypoints.api_server --engine-use-ray (2-start-api-server.py, backends.py): after each
+    # iteration every sequence's whole output, prompt included, passes through Ray and JSON, which the profiled forward
+    # passes do not contain. Both figures are fitted to the run at 1 request/s. The authors' factors, 1.4 and 1.2, stand
+    # for the same, but do not grow with the batch.
+    "vllm-0.2.3": EngineChoice(1.0, 1.0, EngineHost(sequence=0.6, prompt_token=0.025)),
+}
 PREFILL_STAGE_MS: Final = 1.0
 """Cost of a prefill on each stage, for each stage there is (``simdistserve/estimators/time_estimator.py``)."""
 
 MIGRATION_BYTES_PER_S: Final = 100e9
 """Chosen on the two measured DistServe runs: a third of NVLink's peak, for copies of one block at a time. At the peak
 itself, 300 GB/s, their TPOT comes out 4% to 7% too low, and most so after a hand-over."""
-MIGRATION_S: Final = ENGINE_STEP_MS / 1e3
+MIGRATION_S: Final = EngineHost().step / 1e3
 """A migration is one remote call to the decode workers: the fits' cost of such a call."""
 _MIGRATION: Final = LinkModel(MIGRATION_BYTES_PER_S, overhead_s=MIGRATION_S, kind=LinkKind.NVLINK)
 
@@ -46,6 +72,7 @@ class PublishedLatency:
     num_stages: int
     prefill_scale: float
     decode_scale: float
+    host: EngineHost
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``. A step of both phases pays the larger fixed part once: its weights are read once."""
@@ -61,15 +88,17 @@ class PublishedLatency:
             fixed_ms = max(fixed_ms, self.decode_scale * fixed)
             work_ms += self.decode_scale * (per_token * shape.decode_context + per_sequence * shape.num_decodes)
         stage_s = ((work_ms + fixed_ms) / self.num_stages + stage_ms) / 1e3
-        engine_ms = ENGINE_STEP_MS + ENGINE_TOKEN_MS * (shape.decode_context + shape.num_prefill_tokens)
-        return (stage_s + engine_ms / 1e3, *(stage_s,) * (self.num_stages - 1))
+        host = self.host
+        host_ms = host.step + host.context_token * (shape.decode_context + shape.num_prefill_tokens)
+        host_ms += host.sequence * shape.num_samples + host.prompt_token * shape.num_prefill_tokens
+        return (stage_s + host_ms / 1e3, *(stage_s,) * (self.num_stages - 1))
 
 
 @dataclass(frozen=True)
-class PublishedPlatform:
+class PublishedPlatform(OwnDevices):
     """An OPT model on A100-80GB SXM under one engine (``distserve`` or ``vllm-0.2.3``).
 
-    ``prefill_factor`` and ``decode_factor`` replace the factors by which the authors scaled their fits by hand.
+    ``prefill_factor`` and ``decode_factor`` replace those of ``CHOICES`` on the fits before the authors' scaling.
     """
 
     engine: str
@@ -82,16 +111,6 @@ class PublishedPlatform:
         if (self.engine, self.model) not in FITS:
             known = known_names(self.model, [model for engine, model in FITS if engine == self.engine])
             raise ConfigurationError(f"there are no published fits for {self.model} under {self.engine}; {known}")
-
-    @property
-    def interference(self) -> None:
-        """See ``Platform``: every instance has devices of its own."""
-        return None
-
-    @property
-    def host(self) -> HostCosts:
-        """See ``Platform``: the fits hold the engine's part, and nothing is known of the rest."""
-        return HostCosts()
 
     @property
     def name(self) -> str:
@@ -113,11 +132,13 @@ class PublishedPlatform:
                 f"there is no published latency of {self.model} under {self.engine} at tensor parallelism "
                 f"{tensor_parallel}; there is for {_listing(fits)}"
             )
+        choice = CHOICES[self.engine]
         return PublishedLatency(
             fit=fits[tensor_parallel],
             num_stages=pipeline_parallel,
-            prefill_scale=_scale(self.prefill_factor, PREFILL_FACTOR[self.engine]),
-            decode_scale=_scale(self.decode_factor, DECODE_FACTOR[self.engine]),
+            prefill_scale=(self.prefill_factor or choice.prefill_factor) / PREFILL_FACTOR[self.engine],
+            decode_scale=(self.decode_factor or choice.decode_factor) / DECODE_FACTOR[self.engine],
+            host=choice.host,
         )
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
@@ -130,10 +151,6 @@ class PublishedPlatform:
                 + ", ".join(f"{tensor} x {pipeline}" for tensor, pipeline in capacities)
             )
         return capacities[tensor_parallel, pipeline_parallel]
-
-
-def _scale(factor: float | None, published: float) -> float:
-    return 1.0 if factor is None else factor / published
 
 
 def _listing(values: Iterable[object]) -> str:

@@ -9,31 +9,21 @@ is taken to see the whole context.
 from dataclasses import dataclass
 from typing import Final
 
-from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import DeviceSheet
 from disagg.costs.latency import StepShape
-from disagg.costs.links import InstanceLinks, LinkModel
-from disagg.costs.platform import HostCosts
-from disagg.models.config import ModelConfig
+from disagg.costs.links import InstanceLinks
+from disagg.costs.sheet_platform import SheetPlatform, split_layers
+from disagg.models.shape import ModelShape
 
 KERNELS_PER_LAYER: Final = 10
 """Norms, projections, rotation, attention, activation and residuals, as usually fused."""
-MEMORY_UTILISATION: Final = 0.95
-WORKSPACE_SHARE: Final = 0.01
-"""Part of the memory that activations take: both as in DistServe's worker, for comparable capacities."""
-
-
-def split_layers(num_layers: int, num_stages: int) -> list[int]:
-    """Return the number of layers of each pipeline stage, the larger parts first."""
-    share, rest = divmod(num_layers, num_stages)
-    return [share + (stage < rest) for stage in range(num_stages)]
 
 
 @dataclass(frozen=True)
 class RooflineLatency:
     """One instance of ``tensor_parallel`` x ``num_stages`` devices."""
 
-    config: ModelConfig
+    config: ModelShape
     device: DeviceSheet
     tensor_parallel: int
     num_stages: int
@@ -51,8 +41,7 @@ class RooflineLatency:
 
     def _layer_s(self, shape: StepShape) -> float:
         config, device = self.config, self.device
-        num_weights = config.hidden_size * (2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size)
-        seconds = self._matmul_s(shape.num_tokens, num_weights)
+        seconds = self._matmul_s(shape.num_tokens, config.num_layer_weights)
         num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
         seconds += 4 * config.q_size * num_pairs / self.tensor_parallel / (device.flops_per_s * device.attention_share)
         kv_bytes = 2 * config.kv_size * self.itemsize * shape.decode_context / self.tensor_parallel
@@ -77,65 +66,17 @@ class RooflineLatency:
         return self.links.tensor.transfer_time_s(num_hops / self.tensor_parallel * num_bytes)
 
 
-@dataclass(frozen=True)
-class RooflinePlatform:
-    """Any model on a device with a data sheet, and the links of that between devices unless others are named."""
-
-    config: ModelConfig
-    device: DeviceSheet
-    model: str
-    itemsize: int = 2
-
-    @property
-    def link(self) -> LinkModel:
-        """See ``Platform``."""
-        return self.device.peer
-
-    @property
-    def interference(self) -> None:
-        """See ``Platform``: every instance has devices of its own."""
-        return None
-
-    @property
-    def host(self) -> HostCosts:
-        """See ``Platform``: a data sheet says nothing of it."""
-        return HostCosts()
+class RooflinePlatform(SheetPlatform):
+    """Any model on any device with a data sheet."""
 
     @property
     def name(self) -> str:
         """See ``Platform``."""
         return f"{self.model} on {self.device.name}, roofline"
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """See ``Platform``."""
-        return self.config.kv_bytes_per_token(self.itemsize)
-
     def latency(
         self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
     ) -> RooflineLatency:
-        """See ``Platform``. Raise ConfigurationError when heads or layers cannot be divided."""
-        if self.config.num_heads % tensor_parallel:
-            raise ConfigurationError(
-                f"{self.config.num_heads} attention heads of {self.model} do not divide by tensor parallelism "
-                f"{tensor_parallel}"
-            )
-        if pipeline_parallel > self.config.num_layers:
-            raise ConfigurationError(
-                f"{self.model} has {self.config.num_layers} layers, too few for pipeline parallelism "
-                f"{pipeline_parallel}"
-            )
-        links = links or InstanceLinks.alike(self.link, pipeline_parallel)
+        """See ``SheetPlatform``."""
+        links = self.instance_links(tensor_parallel, pipeline_parallel, links)
         return RooflineLatency(self.config, self.device, tensor_parallel, pipeline_parallel, self.itemsize, links)
-
-    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
-        """See ``Platform``: what the weights and a reserve leave of the devices' memory."""
-        num_devices = tensor_parallel * pipeline_parallel
-        usable = self.device.memory_bytes * (MEMORY_UTILISATION - WORKSPACE_SHARE) * num_devices
-        left = usable - self.config.num_parameters * self.itemsize
-        if left < self.kv_bytes_per_token:
-            raise ConfigurationError(
-                f"the weights of {self.model} ({self.config.num_parameters * self.itemsize / 1e9:.1f} GB) leave no "
-                f"room for KV on {num_devices} x {self.device.name}: use more devices per instance"
-            )
-        return int(left // self.kv_bytes_per_token)

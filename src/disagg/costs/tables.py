@@ -5,7 +5,6 @@ rotation, activation and residuals move. Not counted: the host, and what overlap
 kernel over the sum of their squared lengths, its decodes as a batch of equal contexts.
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,9 +24,8 @@ from disagg.costs.operator_tables import (
     MatmulTable,
     read_rows,
 )
-from disagg.costs.platform import HostCosts
-from disagg.costs.roofline import RooflinePlatform, split_layers
-from disagg.models.config import ModelConfig
+from disagg.costs.sheet_platform import SheetPlatform, split_layers
+from disagg.models.shape import ModelShape
 
 _ELEMENTWISE_KERNELS: Final = 5
 _ELEMENTWISE_PASSES: Final = 10
@@ -40,7 +38,7 @@ class TableLatency:
     def __init__(
         self,
         tables: "OperatorTables",
-        config: ModelConfig,
+        config: ModelShape,
         tensor_parallel: int,
         num_stages: int,
         stage_links: tuple[LinkModel, ...],
@@ -51,17 +49,17 @@ class TableLatency:
         self._stage_links = stage_links
         self._layers = split_layers(config.num_layers, num_stages)
         heads, kv_heads = config.num_heads // tensor_parallel, max(1, config.num_kv_heads // tensor_parallel)
-        hidden, inner = config.hidden_size, config.intermediate_size // tensor_parallel
+        hidden = config.hidden_size
         widths = (
             ((heads + 2 * kv_heads) * config.head_dim, hidden),
             (hidden, heads * config.head_dim),
-            (2 * inner, hidden),
-            (hidden, inner),
+            (config.mlp_input_size // tensor_parallel, hidden),
+            (hidden, config.intermediate_size // tensor_parallel),
         )
         self._matmuls = [tables.matmul.curve(n, k) for n, k in widths]
         self._logits = tables.matmul.curve(config.vocab_size // tensor_parallel, hidden)
         self._prefill = tables.attention.prefill_curve(heads, kv_heads)
-        self._batches, self._decode, self._batch_factor = tables.attention.decode_curves(heads, kv_heads)
+        self._decode = tables.attention.decode(heads, kv_heads)
         self._all_reduce: Curve | None = tables.all_reduce.curve(tensor_parallel) if tensor_parallel > 1 else None
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
@@ -78,7 +76,7 @@ class TableLatency:
         seconds = sum(curve(num_tokens) for curve in self._matmuls)
         seconds += self._prefill(shape.prefill_squares)
         if shape.num_decodes:
-            seconds += self._decode_s(shape.num_decodes * self._batch_factor, shape.decode_context / shape.num_decodes)
+            seconds += self._decode(shape.num_decodes, shape.decode_context / shape.num_decodes)
         if self._all_reduce is not None:
             seconds += 2 * self._all_reduce(num_tokens * self._config.hidden_size)
         moved_bytes = _ELEMENTWISE_PASSES * num_tokens * self._config.hidden_size * 2
@@ -87,17 +85,6 @@ class TableLatency:
             + _ELEMENTWISE_KERNELS * self._device.kernel_s
             + moved_bytes / (self._device.memory_bytes_per_s * self._device.weights_share)
         )
-
-    def _decode_s(self, batch: float, context: float) -> float:
-        """Interpolate between the two measured batches round this one; beyond the largest, in proportion."""
-        above = bisect_right(self._batches, batch)
-        if above == 0:
-            return self._decode[0](context)
-        if above == len(self._batches):
-            return self._decode[-1](context) * batch / self._batches[-1]
-        low, high = self._batches[above - 1], self._batches[above]
-        share = (batch - low) / (high - low)
-        return (1 - share) * self._decode[above - 1](context) + share * self._decode[above](context)
 
 
 @dataclass(frozen=True)
@@ -128,53 +115,26 @@ class OperatorTables:
 
 
 @dataclass(frozen=True)
-class TablePlatform:
-    """A model on a GPU with operator tables, in bf16 with heads of 128; memory and link are the data sheet's."""
+class TablePlatform(SheetPlatform):
+    """A model on a GPU with operator tables, in bf16 with heads of 128: see ``on``."""
 
-    tables: OperatorTables
-    config: ModelConfig
-    model: str
-    _sheet: RooflinePlatform = field(init=False, repr=False)
+    tables: OperatorTables = field(kw_only=True)
 
-    def __post_init__(self) -> None:
-        if self.config.head_dim != 128:
+    @classmethod
+    def on(cls, tables: OperatorTables, config: ModelShape, model: str) -> "TablePlatform":
+        """Return the model on the tables' GPU; raise ConfigurationError when its heads were not measured."""
+        if config.head_dim != 128:
             raise ConfigurationError(
-                f"the attention tables are for heads of 128, those of {self.model} have {self.config.head_dim}: "
-                "use the roofline"
+                f"the attention tables are for heads of 128, those of {model} have {config.head_dim}: use the roofline"
             )
-        object.__setattr__(self, "_sheet", RooflinePlatform(self.config, self.tables.device, self.model))
-
-    @property
-    def link(self) -> LinkModel:
-        """See ``Platform``."""
-        return self._sheet.link
-
-    @property
-    def interference(self) -> None:
-        """See ``Platform``: every instance has devices of its own."""
-        return None
-
-    @property
-    def host(self) -> HostCosts:
-        """See ``Platform``: the tables hold kernels alone."""
-        return HostCosts()
+        return cls(config, tables.device, model, tables=tables)
 
     @property
     def name(self) -> str:
         """See ``Platform``."""
-        return f"{self.model} on {self.tables.device.name}, measured operators"
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """See ``Platform``."""
-        return self._sheet.kv_bytes_per_token
+        return f"{self.model} on {self.device.name}, measured operators"
 
     def latency(self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None) -> TableLatency:
-        """See ``Platform``; all-reduces are as measured, over the links of the tables."""
-        # The roofline refuses what cannot be divided.
-        stage_links = self._sheet.latency(tensor_parallel, pipeline_parallel, links).links.stages
-        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel, stage_links)
-
-    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
-        """See ``Platform``."""
-        return self._sheet.capacity_tokens(tensor_parallel, pipeline_parallel)
+        """See ``SheetPlatform``; all-reduces are as measured, over the links of the tables."""
+        links = self.instance_links(tensor_parallel, pipeline_parallel, links)
+        return TableLatency(self.tables, self.config, tensor_parallel, pipeline_parallel, links.stages)

@@ -9,7 +9,7 @@ from disagg.base.errors import ConfigurationError, UnsupportedModelError
 from disagg.models.config import Architecture, FactorsRope, LinearRope, ModelConfig, RopeScaling, YarnRope
 from disagg.models.gguf_fields import check_keys, unsupported_key
 from disagg.models.gguf_file import GgufFile
-from disagg.models.hf_config import check_shape
+from disagg.models.hf_config import check_config
 from disagg.models.hf_rope import yarn_magnitude
 
 T = TypeVar("T", int, float, str)
@@ -70,7 +70,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         eos_token_ids=_eos_token_ids(file),
         stored_dtype=_commonest_format(file),
     )
-    check_shape(config, str(file.path))
+    check_config(config, str(file.path))
     return config
 
 

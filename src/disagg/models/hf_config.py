@@ -12,6 +12,7 @@ from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig, Ya
 from disagg.models.config_fields import check_fields, unsupported
 from disagg.models.hf_rope import read_rope
 from disagg.models.json_fields import JsonFields
+from disagg.models.shape import check_sizes
 
 _logger = logging.getLogger(__name__)
 
@@ -74,26 +75,17 @@ def config_from_hf(
         eos_token_ids=tuple(dict.fromkeys(generated.token_ids("eos_token_id") + fields.token_ids("eos_token_id"))),
         stored_dtype=fields.get("dtype", str, fields.get("torch_dtype", str, "unknown")),
     )
-    check_shape(config, source)
+    check_config(config, source)
     return config
 
 
-def check_shape(config: ModelConfig, source: str) -> None:
+def check_config(config: ModelConfig, source: str) -> None:
     """Raise ConfigurationError where sizes contradict each other, before any weight is read."""
-    sizes = (
-        "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position_embeddings"
-    )
-    for name in sizes.split():
-        if getattr(config, name) < 1:
-            raise ConfigurationError(f"{source}: {name} must be at least 1, got {getattr(config, name)}")
+    check_sizes(config, source)
     if config.rms_norm_eps < 0:
         raise ConfigurationError(f"{source}: rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
     if isinstance(config.rope_scaling, YarnRope) and config.rope_theta <= 1:
         raise ConfigurationError(f"{source}: YaRN needs a rope_theta above 1, got {config.rope_theta}")
-    if config.num_heads % config.num_kv_heads:
-        raise ConfigurationError(
-            f"{source}: {config.num_heads} query heads are not a multiple of {config.num_kv_heads} KV heads"
-        )
     if config.head_dim % 2:
         raise ConfigurationError(f"{source}: head_dim {config.head_dim} is odd; rotary embedding needs pairs")
 

@@ -19,4 +19,4 @@ def most_tokens(num_tokens: int, max_total_tokens: int, *, hand_over: bool) -> i
 
 def serves_requests(roles: set[Role]) -> bool:
     """Return whether instances of these roles together can serve a request from prompt to last token."""
-    return Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles
+    return Role.COLOCATED in roles or (Role.PREFILL in roles and Role.DECODE in roles)

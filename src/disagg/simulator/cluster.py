@@ -82,6 +82,7 @@ class SimulatedCluster:
             on_ended,
             message_s=spec.message_s,
             log=recording.log,
+            instances_may_die=bool(spec.faults.deaths or spec.faults.commands),
         )
         places = spec.places()
         links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))

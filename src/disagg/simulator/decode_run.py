@@ -8,6 +8,8 @@ from disagg.scheduling.step.actions import RunStep
 
 FIRST_STEPS: Final = 16
 """Timed at once; twice as many each time the run gets that far. What an interruption throws away was timed in vain."""
+MOST_STEPS: Final = 64
+"""Timed at once, however far a run gets."""
 
 
 class DecodeRun:
@@ -37,13 +39,14 @@ class DecodeRun:
         """Time further steps."""
         count = min(self._num_next, self._num_left)
         self._num_left -= count
-        self._num_next *= 2
-        shape, latency, time_s = self._shape, self._latency, self._time_s
+        self._num_next = min(2 * self._num_next, MOST_STEPS)
+        shape, time_s, num_decodes = self._shape, self._time_s, self._shape.num_decodes
+        stage_times_s, add = self._latency.stage_times_s, self.ends_s.append
         for _ in range(count):
-            for duration_s in latency.stage_times_s(shape):
+            for duration_s in stage_times_s(shape):
                 time_s += duration_s
-            self.ends_s.append(time_s)
-            shape.decode_context += shape.num_decodes
+            add(time_s)
+            shape.decode_context += num_decodes
         self._time_s = time_s
 
     def num_ended(self, now: float) -> int:

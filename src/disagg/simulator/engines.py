@@ -72,6 +72,7 @@ DISTSERVE: Final = EngineRules(
             max_batch_size=1024,
             max_pulls_in_flight=1024,
             pull_before_step=True,
+            fixed_batches=True,
             lease_s=_NEVER_S,
         ),
     },
@@ -82,6 +83,8 @@ DISTSERVE: Final = EngineRules(
         "a decode instance pulls when the prompt's blocks fit and one block in a hundred stays free; DistServe: when "
         "they fit and migrated requests that wait for a batch hold less than a twentieth of the blocks",
         "preempted KV comes back over PCIe 4 at 25 GB/s; leaving the device costs nothing",
+        "in a pipeline a sequence stays in the batch that it joined; here one that comes while a batch is empty joins "
+        "that, in DistServe the one that has just ended, so that it may take minutes until the pipeline holds two",
     ),
 )
 """DistServe: whole prompts in FCFS batches of up to 8,192 tokens, pulled hand-overs, swapping."""
@@ -102,11 +105,6 @@ VLLM_0_2_3: Final = EngineRules(
 """vLLM 0.2.3: prompts first, whole, hardly ever two in a step; preempted sequences are computed again."""
 
 IMITATED: Final = {rules.name: rules for rules in (DISTSERVE, VLLM_0_2_3)}
-
-VLLM_PREFILL_FACTOR: Final = 1.2
-"""Chosen on a measured run (vLLM 0.2.3, OPT-13B, ShareGPT, 1 request/s): the factor on the raw prefill
-fit. The published 1.4 puts that run's TTFT 18% too high at P50 and 16% at P90; with the factor published for decode,
-1.2, it is within 3%."""
 
 
 def build_cluster(

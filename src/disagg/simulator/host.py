@@ -16,7 +16,8 @@ class SimulatedHost:
         self, queue: EventQueue, interference: Interference | None = None, serving: ServingCost | None = None
     ) -> None:
         self._queue = queue
-        self._is_shared = interference is not None or serving is not None
+        self.is_shared = interference is not None or serving is not None
+        """Whether what one computes means anything to another."""
         self._contention = HostContention(interference, serving)
         self._on_change: dict[InstanceId, Callable[[], None]] = {}
 
@@ -29,7 +30,7 @@ class SimulatedHost:
         self, instance: InstanceId, activity: Activity | None, num_tokens: int = 0, step_s: float = math.inf
     ) -> None:
         """See ``HostContention.set_activity``; the neighbours are told."""
-        if not self._is_shared:
+        if not self.is_shared:
             return
         now = self._queue.now()
         was_due_s = self._contention.spread_at_s(instance)
@@ -45,7 +46,7 @@ class SimulatedHost:
 
     def latency_now(self, instance: InstanceId, alone: LatencyModel) -> LatencyModel:
         """See ``HostContention.latency``."""
-        if not self._is_shared:
+        if not self.is_shared:
             return alone
         return self._contention.latency(instance, alone, self._queue.now())
 

@@ -49,7 +49,7 @@ from disagg.scheduling.instance.outputs import (
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
 from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
 from disagg.scheduling.step.events import StepDone, StepResult, Tick
-from disagg.simulator.decode_run import DecodeRun
+from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
@@ -57,8 +57,6 @@ from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
 
-MAX_RUN_LENGTH: Final = 64
-"""Steps that are timed ahead: what an interruption throws away."""
 FAILED_PULL: Final = "the pull was made to fail"
 LOST_PEER: Final = "the instance that was read from died"
 
@@ -264,7 +262,8 @@ class SimulatedInstance:
     # Turns --------------------------------------------------------------------------------------------------
 
     def _request_turn(self) -> None:
-        self._end_equal_steps()
+        if self._run is not None:
+            self._end_equal_steps()
         if not self._is_turn_due and self._num_in_flight < self.spec.scheduler.max_steps_in_flight:
             self._plan_turn()
 
@@ -291,8 +290,9 @@ class SimulatedInstance:
             self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
         for output in outputs:
             self._carry_out(output, now)
-        activity = self._activity if self._num_in_flight else None
-        self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
+        if self._host.is_shared:
+            activity = self._activity if self._num_in_flight else None
+            self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
 
     def _carry_out(self, output: AnyInstanceOutput, now: float) -> None:
         match output:
@@ -340,8 +340,10 @@ class SimulatedInstance:
     def _run_step(self, step: RunStep, now: float) -> None:
         self._num_in_flight += 1
         shape, swap_s = self._price(step)
-        self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
-        latency = self._host.latency_now(self.spec.name, self.spec.latency)
+        latency = self.spec.latency
+        if self._host.is_shared:
+            self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
+            latency = self._host.latency_now(self.spec.name, latency)
         num_repeats = self._num_repeats(step, shape, latency)
         if num_repeats:
             self._run = DecodeRun(step, shape, latency, now, num_repeats)
@@ -359,29 +361,24 @@ class SimulatedInstance:
         """Return what the step computes, and the seconds to swap in what it need not compute again."""
         if self.spec.swap is None:
             return StepShape.of(step.chunks), 0.0
-        shape, swap_s = StepShape(), 0.0
+        swapped_s, known = 0.0, []
         for chunk in step.chunks:
-            request = self._requests[chunk.request_id]
             end = chunk.start + chunk.num_tokens
-            num_prompt = request.prompt_len
-            if end > num_prompt and chunk.num_tokens > 1:
-                swap_s += self.spec.swap.transfer_time_s((end - 1) * self.spec.kv_bytes_per_token)
-            if end > num_prompt or chunk.num_tokens == 1:
-                shape.num_decodes += 1
-                shape.decode_context += end
-                shape.num_samples += chunk.samples
-            else:
-                shape.add_prefill(chunk.start, chunk.num_tokens, chunk.samples)
-        return shape, swap_s
+            if chunk.num_tokens > 1 and end > self._requests[chunk.request_id].prompt_len:
+                swapped_s += self.spec.swap.transfer_time_s((end - 1) * self.spec.kv_bytes_per_token)
+                chunk = structs.replace(chunk, start=end - 1, num_tokens=1)
+            known.append(chunk)
+        return StepShape.of(known), swapped_s
 
     def _end_step(self, step: RunStep, duration_s: float) -> None:
         self._num_in_flight -= 1
-        results = []
+        results, requests = [], self._requests
         for chunk in step.chunks:
             if chunk.samples:
-                request = self._requests[chunk.request_id]
+                request = requests[chunk.request_id]
                 request.num_output_tokens += 1
-                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if request.is_complete else None))
+                is_complete = request.num_output_tokens >= request.output_len
+                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if is_complete else None))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
         if not self._is_turn_due:
             self._plan_turn()
@@ -417,11 +414,12 @@ class SimulatedInstance:
             return 0
         if isinstance(latency, LatencyBeside) and latency.is_for_one_step:
             return 0
-        num_repeats = min(self._core.num_repeats(), MAX_RUN_LENGTH)
+        num_repeats = self._core.num_repeats()
         for request in self._requests_of(step):
             # A first and a last token are news, and only the end of a single step tells them.
-            num_left = request.output_len - request.num_output_tokens - 1
-            num_repeats = min(num_repeats, num_left if request.num_output_tokens else 0)
+            if not num_repeats or not request.num_output_tokens:
+                return 0
+            num_repeats = min(num_repeats, request.output_len - request.num_output_tokens - 1)
         return num_repeats
 
     def _requests_of(self, step: RunStep) -> list[SimulatedRequest]:
@@ -453,13 +451,16 @@ class SimulatedInstance:
             self._later(run.ends_s[0], partial(self._end_step, run.step, run.ends_s[0] - run.started_s))
 
     def _end_run(self, run: DecodeRun) -> None:
-        if self._run is run and not run.is_complete:
-            run.extend()
-            self._later(run.ends_s[-1], partial(self._end_run, run))
-        elif self._run is run:
+        if self._run is not run:
+            return
+        if run.is_complete or len(run.ends_s) >= MOST_STEPS:
             self._book(run, len(run.ends_s) - 1)
+        if run.is_complete:
             self._run = None
             self._end_step(run.step, run.ends_s[-1] - run.started_s)
+        else:
+            run.extend()
+            self._later(run.ends_s[-1], partial(self._end_run, run))
 
 
 def _stamps_of(firsts: Sequence[FirstOutput]) -> dict[RequestId, StageStamps]:

@@ -62,12 +62,14 @@ class SimulatedRouter:
         *,
         message_s: float = 0.0,
         log: EventLogFolder | None = None,
+        instances_may_die: bool = False,
     ) -> None:
         self._settings = settings
         self._queue = queue
         self._on_ended = on_ended
         self._message_s = message_s
         self._log = log
+        self._instances_may_die = instances_may_die
         self._recorder: EventLog | None = None
         self._instances: Mapping[InstanceId, SimulatedInstance] = {}
         self._compared: list[SimulatedInstance] = []
@@ -161,13 +163,16 @@ class SimulatedRouter:
 
     def _feed(self, one: AnyRouterInput) -> None:
         """Let the core handle one input, and then those that its outputs caused."""
-        self._waiting.append(one)
         if self._is_handling:
+            self._waiting.append(one)
             return
         self._is_handling = True
+        now = self._queue.now()
+        current: AnyRouterInput | None = one
         try:
-            while self._waiting:
-                self._handle(self._waiting.popleft(), self._queue.now())
+            while current is not None:
+                self._handle(current, now)
+                current = self._waiting.popleft() if self._waiting else None
         finally:
             self._is_handling = False
 
@@ -177,12 +182,14 @@ class SimulatedRouter:
             self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
         for output in outputs:
             if isinstance(output, Deliver):
-                assert isinstance(current, TokensEmitted), "only a step's outputs are delivered"
-                self._note_delivered(current, output)
+                if self._instances_may_die:
+                    self._note_delivered(current, output)
             else:
                 self._carry_out(output, now)
 
-    def _note_delivered(self, emitted: TokensEmitted, delivered: Deliver) -> None:
+    def _note_delivered(self, emitted: AnyRouterInput, delivered: Deliver) -> None:
+        """Count what a sequence that loses its instance goes on from."""
+        assert isinstance(emitted, TokensEmitted), "only a step's outputs are delivered"
         for progress in emitted.progress:
             if progress.request_id in delivered.request_ids:
                 self._requests[progress.request_id].num_delivered_tokens += progress.num_tokens

@@ -166,7 +166,7 @@ class Dispatcher:
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
-            story=[(self._now, "arrived")],
+            story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
         if refusal := self._refusal(sequence):
             self._actions.append(refusal)
@@ -370,7 +370,8 @@ class Dispatcher:
             sequence.lease = None
             self._discharge(sequence, lost)
             if sequence.holder is not None:
-                sequence.story.append((self._now, f"{lost} died while its blocks were being pulled"))
+                why_still = f"{lost} died while its blocks were being pulled"
+                sequence.story.append((self._now, why_still, sequence.state))
                 return
         elif sequence.holder == lost:
             sequence.holder = None

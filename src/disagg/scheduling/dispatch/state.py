@@ -149,7 +149,7 @@ class SequenceEntry:
     wait_until_s: float = math.inf
     """When waiting for an instance ends with an error."""
     charges: dict[InstanceId, Charge] = field(default_factory=dict)
-    story: list[tuple[float, str]] = field(default_factory=list)
+    story: list[tuple[float, str, Whereabouts]] = field(default_factory=list)
     """What happened to it and when; its path is as long as the instances that it may lose allow."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
@@ -168,7 +168,7 @@ class SequenceEntry:
         if state not in TRANSITIONS[self.state]:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
         self.state = state
-        self.story.append((now, f"{why} -> {state.value}"))
+        self.story.append((now, why, state))
 
     def hold(self, instance: InstanceId) -> None:
         """Note who computes it from now on."""
@@ -201,5 +201,5 @@ class SequenceEntry:
 
     def refuse_event(self, what: str) -> NoReturn:
         """Raise InternalError: ``what`` cannot happen to this sequence in its state."""
-        story = "; ".join(f"{time_s:.3f} {line}" for time_s, line in self.story)
+        story = "; ".join(f"{time_s:.3f} {why} -> {state.value}" for time_s, why, state in self.story)
         raise InternalError(f"sequence {self.request_id} epoch {self.epoch} cannot take {what}; its story: {story}")

@@ -166,7 +166,8 @@ class RouterCore:
         if not member.is_alive:
             self._drop(member, DropReason.STALE)
             return
-        if len({progress.request_id for progress in event.progress}) != len(event.progress):
+        num_outputs = len(event.progress)
+        if num_outputs > 1 and len({progress.request_id for progress in event.progress}) != num_outputs:
             self._broke_protocol(member, "two outputs of one step are for the same sequence")
             return
         self._dispatch_from(member, event)

@@ -3,10 +3,11 @@
 With several steps in flight, a sequence whose next token is not known yet may take part in the next step all the same:
 the executor runs steps in order and knows the token by then (asynchronous scheduling). Not so in a pipeline, where a
 token is known when it leaves the last stage: there each step in flight takes its share of the decodes, or one would
-hold all of them and leave stages idle.
+hold all of them and leave stages idle. With ``fixed_batches`` that is so, as in DistServe.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from disagg.base.config import SchedulingMode
 from disagg.costs.step_times import StepTimes
@@ -18,19 +19,21 @@ from disagg.scheduling.step.slack import Slack
 
 
 class Batching:
-    """Plans steps from the waiting and running sequences of the books."""
+    """Plans steps from the waiting and running sequences of the books. Only mode SLACK needs ``times``."""
 
-    def __init__(self, books: Books, num_stages: int, times: StepTimes) -> None:
+    def __init__(self, books: Books, num_stages: int, times: StepTimes | None) -> None:
         self._books = books
-        self._slack = Slack(times, books.settings.max_batch_tokens)
         self._start_s = 0.0
+        self._last_batch = -1
         self._num_stages = num_stages
-        self._fill: Callable[[StepBuilder], None] = {
+        fills: dict[SchedulingMode, Callable[[StepBuilder], None]] = {
             SchedulingMode.CHUNKED: self._fill_chunked,
             SchedulingMode.PREFILL_FIRST: self._fill_prefill_first,
             SchedulingMode.DECODE_FIRST: self._fill_decode_first,
-            SchedulingMode.SLACK: self._fill_slack,
-        }[books.settings.scheduling]
+        }
+        if times is not None:
+            fills[SchedulingMode.SLACK] = partial(self._fill_slack, Slack(times, books.settings.max_batch_tokens))
+        self._fill = fills[books.settings.scheduling]
 
     def plan(self, start_s: float) -> tuple[tuple[Sequence, Chunk], ...]:
         """Return the next step, empty when there is nothing to compute; its tokens are in flight from now on.
@@ -44,41 +47,73 @@ class Batching:
         return builder.build()
 
     def _fill_chunked(self, builder: StepBuilder) -> None:
-        self._plan_decodes(builder)
-        for sequence in self._prefilling():
+        decoding, prefilling = self._ready()
+        self._plan_decodes(builder, decoding)
+        for sequence in prefilling:
             self._plan(builder, sequence, builder.chunk_size(sequence))
         self._admit(builder, builder.chunk_size)
 
     def _fill_prefill_first(self, builder: StepBuilder) -> None:
-        for sequence in self._prefilling():
+        decoding, prefilling = self._ready()
+        for sequence in prefilling:
             self._plan(builder, sequence, builder.whole_size(sequence))
         self._admit(builder, builder.whole_size)
         if not len(builder):
-            self._plan_decodes(builder)
+            self._plan_decodes(builder, decoding)
 
     def _fill_decode_first(self, builder: StepBuilder) -> None:
-        self._plan_decodes(builder)
+        decoding, _ = self._ready()
+        self._plan_decodes(builder, decoding)
         if not self._books.running:
             self._admit(builder, builder.whole_size)
 
-    def _fill_slack(self, builder: StepBuilder) -> None:
-        self._plan_decodes(builder)
-        self._slack.begin(builder, self._start_s)
-        for sequence in self._prefilling():
-            self._plan(builder, sequence, self._slack.size(sequence))
-        self._admit(builder, self._slack.size)
+    def _fill_slack(self, slack: Slack, builder: StepBuilder) -> None:
+        decoding, prefilling = self._ready()
+        self._plan_decodes(builder, decoding)
+        slack.begin(builder, self._start_s)
+        for sequence in prefilling:
+            self._plan(builder, sequence, slack.size(sequence))
+        self._admit(builder, slack.size)
 
-    def _plan_decodes(self, builder: StepBuilder) -> None:
-        decoding = [
-            s for s in self._books.running if s.num_remaining == 1 and (not s.num_in_flight or self._may_run_on(s))
-        ]
-        if self._num_stages > 1:
-            decoding = decoding[: -(-len(self._books.running) // self._books.settings.max_steps_in_flight)]
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Return the running sequences that may take part: those with one token to compute, and those with more."""
+        decoding, prefilling = [], []
+        for sequence in self._books.running:
+            if sequence.num_in_flight and not self._may_run_on(sequence):
+                continue
+            num_remaining = sequence.num_remaining
+            if num_remaining == 1:
+                decoding.append(sequence)
+            elif num_remaining > 1:
+                prefilling.append(sequence)
+        return decoding, prefilling
+
+    def _plan_decodes(self, builder: StepBuilder, decoding: list[Sequence]) -> None:
+        settings = self._books.settings
+        if self._num_stages > 1 and settings.fixed_batches:
+            decoding = self._next_fixed_batch(decoding)
+        elif self._num_stages > 1:
+            decoding = decoding[: -(-len(self._books.running) // settings.max_steps_in_flight)]
         for sequence in decoding:
-            self._plan(builder, sequence, builder.chunk_size(sequence))
+            if not builder.has_place:
+                return
+            self._plan(builder, sequence, 1)
 
-    def _prefilling(self) -> list[Sequence]:
-        return [s for s in self._books.running if s.num_remaining > 1 and (not s.num_in_flight or self._may_run_on(s))]
+    def _next_fixed_batch(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Return the next batch in turn that has sequences to decode; those that are in none yet join it.
+
+        So the batches take turns and grow apart: one that is larger takes longer, and more of what comes joins it
+        (DistServe, ``decoding_stage_scheduler.py``: ``batch_queues``, ``get_next_batch``).
+        """
+        num_batches = self._books.settings.max_steps_in_flight
+        for _ in range(num_batches):
+            self._last_batch = (self._last_batch + 1) % num_batches
+            batch = [sequence for sequence in decoding if sequence.batch in (None, self._last_batch)]
+            if batch:
+                for sequence in batch:
+                    sequence.batch = self._last_batch
+                return batch
+        return []
 
     def _may_run_on(self, sequence: Sequence) -> bool:
         """True unless a sequence has to wait for its step in flight: see the module's words."""
@@ -117,5 +152,6 @@ class Batching:
         books.statistics.num_preemptions += 1
         books.running.remove(sequence)
         books.ledger.free(sequence)
+        sequence.batch = None
         sequence.move(SequenceState.WAITING, books.now)
         books.wait(sequence)

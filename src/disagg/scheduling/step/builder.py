@@ -69,14 +69,9 @@ class StepBuilder:
         """Return the plan and mark its tokens as in flight."""
         step = []
         for sequence, num_tokens in self._planned.values():
-            samples = num_tokens == sequence.num_remaining
-            chunk = Chunk(
-                request_id=sequence.request_id,
-                start=sequence.num_computed + sequence.num_in_flight,
-                num_tokens=num_tokens,
-                block_ids=sequence.block_ids,
-                samples=samples,
-            )
+            start = sequence.num_computed + sequence.num_in_flight
+            samples = start + num_tokens == sequence.num_tokens + sequence.num_coming
+            chunk = Chunk(sequence.request_id, start, num_tokens, sequence.block_ids, samples)
             sequence.num_in_flight += num_tokens
             sequence.num_coming += samples
             step.append((sequence, chunk))

@@ -1,5 +1,6 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
+from disagg.base.errors import InternalError
 from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.cache.block_pool import BlockPool
 from disagg.cache.leases import Lease, LeaseTable
@@ -53,10 +54,10 @@ class KvLedger:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make a running sequence's blocks hold ``num_tokens`` tokens."""
-        missing = -(-num_tokens // self._block_size) - len(sequence.block_ids)
-        if missing <= 0:
+        num_held = len(sequence.block_ids)
+        if num_tokens <= num_held * self._block_size:
             return True
-        taken = self.pool.allocate(missing)
+        taken = self.pool.allocate(self.num_blocks_for(num_tokens) - num_held)
         if taken is None:
             return False
         sequence.block_ids += taken
@@ -108,12 +109,14 @@ class KvLedger:
         sequence.block_ids = reusable + taken
         sequence.num_published = len(reusable)
         missing = remote.blocks[len(reusable) :]
-        sequence.copies = tuple(BlockCopy(source, target) for source, target in zip(missing, taken, strict=True))
+        if len(missing) != len(taken):
+            raise InternalError(f"{len(taken)} blocks were taken for a copy of {len(missing)}")
+        sequence.copies = tuple(map(BlockCopy, missing, taken))
         return True
 
     def commit_pull(self, sequence: Sequence) -> None:
         """The copies are complete: the sequence holds its blocks like any other."""
-        self.pool.commit(copy.target for copy in sequence.copies)
+        self.pool.commit([copy.target for copy in sequence.copies])
         sequence.copies = ()
 
     def abandon_pull(self, sequence: Sequence, ended: bool) -> None:
@@ -145,7 +148,7 @@ class KvLedger:
     ) -> tuple[BlockId, ...] | None:
         """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack."""
         missing = num_blocks - len(reusable)
-        available = self.pool.num_available - self.pool.num_cached_among(reusable)
+        available = self.pool.num_available - (self.pool.num_cached_among(reusable) if reusable else 0)
         if missing + (self._headroom if keep_headroom else 0) > available:
             return None
         self.pool.acquire(reusable)

@@ -11,7 +11,6 @@ by release or by expiry. No sequence waits for one that is served after it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
@@ -42,19 +41,23 @@ from disagg.scheduling.step.events import (
 )
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 
-NO_SHAPE: Final = StepShape()
+
+@dataclass(slots=True)
+class StepForecast:
+    """What a step is expected to take, and when it is expected to end."""
+
+    shape: StepShape
+    predicted_s: float
+    end_s: float
 
 
 @dataclass(slots=True)
 class PlannedStep:
-    """What each sequence computes in a step, the chunks alone, and what the step is expected to take, where asked."""
+    """What each sequence computes in a step, the chunks alone, and a forecast where one is asked for."""
 
     parts: tuple[tuple[Sequence, Chunk], ...]
     chunks: tuple[Chunk, ...]
-    shape: StepShape
-    predicted_s: float
-    end_s: float
-    """Expected."""
+    forecast: StepForecast | None = None
 
 
 class StepScheduler:
@@ -78,8 +81,9 @@ class StepScheduler:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
-        self._batching = Batching(self._books, num_stages, self._times or StepTimes())
+        self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
+        self._pool = self._books.ledger.pool
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -97,7 +101,8 @@ class StepScheduler:
         if now >= books.alarm:
             self._hand_over.expire()
         self._hand_over.start_pulls()
-        self._start_steps()
+        if not (books.num_pulling and books.settings.pull_before_step):
+            self._start_steps()
         return books.actions
 
     @property
@@ -108,8 +113,7 @@ class StepScheduler:
     @property
     def num_held_blocks(self) -> int:
         """Blocks that are neither free nor merely cached."""
-        pool = self._books.ledger.pool
-        return pool.num_blocks - pool.num_available
+        return self._pool.num_held
 
     def is_news(self, request_id: RequestId, epoch: Epoch) -> bool:
         """Return False for an attempt that will be ignored: a repeated, ended or old one."""
@@ -193,38 +197,41 @@ class StepScheduler:
         planned = self._steps.pop(event.step_id, None)
         if planned is None:
             raise InternalError(f"step {event.step_id} ended but was not running")
-        if self._times is not None:
-            self._times.note(planned.shape, planned.predicted_s, event.duration_s)
+        if self._times is not None and planned.forecast is not None:
+            self._times.note(planned.forecast.shape, planned.forecast.predicted_s, event.duration_s)
         return planned
 
     def _on_step_done(self, event: StepDone) -> None:
         books = self._books
         planned = self._take_step(event)
-        failed = {failure.request_id for failure in event.failed}
+        failed = {failure.request_id for failure in event.failed} if event.failed else ()
         results = iter(event.results)
         emitted: list[RequestId] = []
         ended: list[tuple[Sequence, FinishReason]] = []
         handed_over: list[Sequence] = []
         for sequence, chunk in planned.parts:
+            request_id = sequence.request_id
+            has_failed = request_id in failed
             sequence.num_in_flight -= chunk.num_tokens
             sequence.num_coming -= chunk.samples
-            samples = chunk.samples and sequence.request_id not in failed
+            samples = chunk.samples and not has_failed
             result = next(results, None) if samples else None
-            if samples and (result is None or result.request_id != sequence.request_id):
-                raise InternalError(f"step {event.step_id} has no result for sequence {sequence.request_id}")
+            if samples and (result is None or result.request_id != request_id):
+                raise InternalError(f"step {event.step_id} has no result for sequence {request_id}")
             if sequence.discarded is not None:
                 self._let_go(sequence)
                 continue
-            if sequence.request_id in failed:
+            if has_failed:
                 books.ledger.retract(sequence)
                 ended.append((sequence, FinishReason.ERROR))
                 continue
             books.statistics.count_tokens(sequence, chunk)
             sequence.num_computed += chunk.num_tokens
-            books.ledger.publish(sequence)
+            if sequence.block_hashes:
+                books.ledger.publish(sequence)
             if result is not None:
                 sequence.add_token(books.now)
-                emitted.append(sequence.request_id)
+                emitted.append(request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
                 elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
@@ -268,22 +275,25 @@ class StepScheduler:
 
     def _start_steps(self) -> None:
         books = self._books
-        if books.num_pulling and books.settings.pull_before_step:
-            return
         while len(self._steps) < books.settings.max_steps_in_flight:
-            # An idle instance starts at once, a busy one when what is in flight is expected to end.
-            start_s = max([books.now, *(step.end_s for step in self._steps.values())])
-            step = self._batching.plan(start_s)
-            if not step:
+            if not books.running and not books.waiting:
+                return
+            start_s = books.now
+            for step in self._steps.values():
+                # An idle instance starts at once, a busy one when what is in flight is expected to end.
+                start_s = start_s if step.forecast is None else max(start_s, step.forecast.end_s)
+            parts = self._batching.plan(start_s)
+            if not parts:
                 return
             books.statistics.num_steps += 1
             step_id = books.statistics.num_steps
-            chunks = tuple([chunk for _, chunk in step])
-            shape, predicted_s = NO_SHAPE, 0.0
+            chunks = tuple([chunk for _, chunk in parts])
+            planned = PlannedStep(parts, chunks)
             if self._times is not None:
                 shape = StepShape.of(chunks)
                 predicted_s = self._times.predict_s(shape)
-            self._steps[step_id] = PlannedStep(step, chunks, shape, predicted_s, start_s + predicted_s)
+                planned.forecast = StepForecast(shape, predicted_s, start_s + predicted_s)
+            self._steps[step_id] = planned
             books.actions.append(RunStep(step_id=step_id, chunks=chunks))
 
     # Equal steps in one go ------------------------------------------------------------------------------------
@@ -303,8 +313,9 @@ class StepScheduler:
         step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):
             return 0
-        if any(chunk.num_tokens != 1 or sequence.hand_over or sequence.is_discarded for sequence, chunk in step):
-            return 0
+        for sequence, chunk in step:
+            if chunk.num_tokens != 1 or sequence.hand_over or sequence.discarded is not None:
+                return 0
         # Each sequence takes a block for every block_size tokens, and one more at most.
         num_blocks_each = books.ledger.pool.num_available // len(step)
         return max(0, num_blocks_each - 1) * books.ledger.block_size
@@ -318,10 +329,11 @@ class StepScheduler:
         """
         books = self._books
         ((step_id, step),) = self._steps.items()
+        grow = books.ledger.grow
         for sequence, _ in step.parts:
             sequence.num_tokens += count
             sequence.num_computed += count
-            if not books.ledger.grow(sequence, sequence.num_tokens):
+            if not grow(sequence, sequence.num_tokens):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
         books.statistics.num_steps += count
         books.statistics.num_decode_tokens += count * len(step.parts)

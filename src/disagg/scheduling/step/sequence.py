@@ -2,9 +2,10 @@
 
 import enum
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
@@ -31,6 +32,7 @@ class SequenceState(enum.Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
 
 
+_MOST_MOVES: Final = 16
 _State = SequenceState
 TRANSITIONS: Final = frozenset(
     {
@@ -50,8 +52,7 @@ TRANSITIONS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteKv:
+class RemoteKv(msgspec.Struct, frozen=True):
     """Where the KV blocks of an adopted sequence are."""
 
     source: InstanceId
@@ -91,18 +92,21 @@ class Sequence:
     """Leading blocks already findable by their prefix."""
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
+    batch: int | None = None
+    """Which of a pipeline's fixed batches it is in; None before it is in one, and where there are none."""
     num_in_flight: int = 0
     """Tokens of this sequence in steps that have not ended."""
     num_coming: int = 0
     """Tokens that those steps will sample."""
     discarded: FinishReason | None = None
-    """Why nobody wants what its steps in flight bring."""
+    """Why nobody wants what its steps in flight bring; None while somebody does."""
     first_token_s: float = math.nan
     """When the first token from this instance came, NaN before; and the last one."""
     last_token_s: float = math.nan
     num_later_tokens: int = 0
     """Tokens from here after the first."""
-    story: deque[tuple[float, SequenceState]] = field(default_factory=lambda: deque(maxlen=16))
+    story: list[tuple[float, SequenceState]] = field(default_factory=list)
+    """Its last moves."""
 
     @property
     def num_planned(self) -> int:
@@ -133,11 +137,6 @@ class Sequence:
         else:
             self.num_later_tokens += 1
 
-    @property
-    def is_discarded(self) -> bool:
-        """True when the sequence ended while a step in flight still computes it."""
-        return self.discarded is not None
-
     def move(self, state: SequenceState, now: float) -> None:
         """Change state; raise InternalError with the sequence's story when the move is not legal."""
         if (self.state, state) not in TRANSITIONS:
@@ -147,4 +146,6 @@ class Sequence:
                 f"(story: {told})"
             )
         self.state = state
+        if len(self.story) == _MOST_MOVES:
+            del self.story[0]
         self.story.append((now, state))

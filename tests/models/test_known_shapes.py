@@ -1,0 +1,78 @@
+"""Shapes for predictions: their sizes against transformers' own, and OPT, which is predicted and never computed."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagg.base.errors import ConfigurationError, UnsupportedModelError
+from disagg.costs.devices import find_device
+from disagg.costs.published import PUBLISHED_MODELS, PublishedPlatform
+from disagg.costs.roofline import RooflinePlatform
+from disagg.models.hf_config import config_from_hf
+from disagg.models.known_shapes import KNOWN_SHAPES, known_shape, shape_from_hf
+
+OPT_13B: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "activation_function": "relu",
+    "do_layer_norm_before": True,
+    "ffn_dim": 20_480,
+    "hidden_size": 5120,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "vocab_size": 50_272,
+    "word_embed_proj_dim": 5120,
+}
+
+
+def test_a_config_file_gives_the_known_shape() -> None:
+    assert shape_from_hf(OPT_13B, "config.json") == KNOWN_SHAPES["opt-13b"] == known_shape("facebook/OPT-13b")
+    assert known_shape("opt-14b") is None
+
+
+@pytest.mark.parametrize("name", ["opt-13b", "llama-2-7b", "llama-3-70b"])
+def test_parameters_are_counted_as_transformers_does(name: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+    shape = KNOWN_SHAPES[name]
+    sizes = {"num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads}
+    sizes |= {"hidden_size": shape.hidden_size, "vocab_size": shape.vocab_size}
+    config: Any
+    if name.startswith("opt"):
+        config = OPTConfig(ffn_dim=shape.intermediate_size, word_embed_proj_dim=shape.hidden_size, **sizes)
+    else:
+        kv = {"num_key_value_heads": shape.num_kv_heads, "intermediate_size": shape.intermediate_size}
+        config = LlamaConfig(**sizes, **kv)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == shape.num_parameters
+
+
+def test_what_opt_leaves_open_is_as_in_the_released_models() -> None:
+    for change in ({"do_layer_norm_before": False}, {"word_embed_proj_dim": 512}, {"activation_function": "gelu"}):
+        with pytest.raises(UnsupportedModelError, match=f"{next(iter(change))} = .* is not predicted; only"):
+            shape_from_hf({**OPT_13B, **change}, "config.json")
+    with pytest.raises(ConfigurationError, match="num_heads must be at least 1, got 0"):
+        shape_from_hf({**OPT_13B, "num_attention_heads": 0}, "config.json")
+
+
+def test_opt_is_not_served() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'OPTForCausalLM' .*is not supported; supported: Llama"):
+        config_from_hf(OPT_13B)
+
+
+def test_capacities_are_those_that_distserve_measured(reference_data: Path) -> None:
+    """DistServe's worker profiles what a forward pass needs; a data sheet takes 1% of the memory."""
+    with (reference_data / "distserve" / "max_num_tokens.csv").open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            name = row["model"].removeprefix("facebook/")
+            tensor, pipeline = int(row["tp"]), int(row["pp"])
+            platform = RooflinePlatform(KNOWN_SHAPES[name], find_device("a100-sxm"), name)
+            assert platform.capacity_tokens(tensor, pipeline) == pytest.approx(int(row["max_num_tokens"]), rel=0.1)
+    for model in PUBLISHED_MODELS:
+        shape = KNOWN_SHAPES[model.removeprefix("facebook/")]
+        assert PublishedPlatform("distserve", model).kv_bytes_per_token == shape.kv_bytes_per_token(itemsize=2)
