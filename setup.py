@@ -1,6 +1,7 @@
-"""Build the optional native kernels; everything else is in pyproject.toml.
+"""Build the optional native code; everything else is in pyproject.toml.
 
-``kernels.cpp`` is compiled once per instruction set and chosen at run time. Where there is no compiler, or one that is
+``kernels.cpp`` is compiled once per instruction set and chosen at run time; the codec of the transfer room is small
+enough for the compiler's own clones. Where there is no compiler, or one that is
 too old, installation goes on without: the PyTorch backend then takes over, and says so.
 """
 
@@ -47,6 +48,9 @@ class BuildNative(pybind11_build_ext):
                 depends=ext.depends,
             )
 
+        if ext is not kernels:
+            super().build_extension(ext)
+            return
         instruction_sets = {"portable": [], **(X86_FLAGS if IS_X86 else {})}
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for objects in pool.map(compile_for, instruction_sets.items()):
@@ -54,7 +58,7 @@ class BuildNative(pybind11_build_ext):
         super().build_extension(ext)
 
 
-extension = Pybind11Extension(
+kernels = Pybind11Extension(
     "disagg.engine.kernels._native",
     sources=[
         str(NATIVE / f"{name}.cpp")
@@ -68,4 +72,13 @@ extension = Pybind11Extension(
     optional=True,
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})
+codec = Pybind11Extension(
+    "disagg.transfer._native",
+    sources=["src/disagg/transfer/native/codec.cpp"],
+    # Without contraction it rounds as its NumPy form does.
+    extra_compile_args=[*FLAGS, "-ffp-contract=off"],
+    cxx_std=17,
+    optional=True,
+)
+
+setup(ext_modules=[kernels, codec], cmdclass={"build_ext": BuildNative})

@@ -2,7 +2,7 @@
 
 FOLDER holds ``opt13b_sharegpt_a100_calibration.csv``. Prints predicted / measured percentiles and attainment; the range
 of the pipeline's when arrivals move by a few milliseconds; its TPOT over time, beside what one batch or two equal ones
-would take; what measured TPOTs are made of; and what the same prompt took on an idle engine in the two vLLM runs.
+would take; what TPOTs are made of; and what the same prompt took on an idle engine in the two vLLM runs.
 """
 
 import argparse
@@ -188,20 +188,34 @@ def _done(row: Row, now: float) -> float:
 
 
 def parts(runs: dict[str, list[Row]]) -> Table:
-    """Return what measured TPOTs are made of, by least squares on the relative error."""
-    table = Table(title="Parts of a measured TPOT, ms", title_justify="left")
+    """Return what TPOTs are made of, measured and predicted, by least squares on the relative error."""
+    table = Table(title="Parts of a TPOT, ms", title_justify="left")
     table.add_column("run", no_wrap=True)
     for heading in ("fixed", "a sequence", "1,000 tokens of context", "a prompt that came", "its token", "error"):
         table.add_column(heading, justify="right")
     for run, rows in runs.items():
-        # A DistServe answer waits for its own hand-over, a vLLM answer begins after its own prefill.
-        features = [_met(row, rows, counts_own=run.startswith("distserve")) for row in rows if row["output_len"] >= 10]
-        tpots = np.array([row["tpot_ms"] for row in rows if row["output_len"] >= 10])
-        matrix = np.array(features)
-        found, *_ = np.linalg.lstsq(matrix / tpots[:, None], np.ones(len(tpots)), rcond=None)
-        error = float(np.mean(np.abs(matrix @ found / tpots - 1)))
-        table.add_row(run, *(f"{value:.3g}" for value in found * [1, 1, 1000, 1, 1]), f"{100 * error:.1f}%")
+        for name, told in ((run, rows), ("  predicted", as_rows(simulate(spec_of(run), rows), rows))):
+            # A DistServe answer waits for its own hand-over, a vLLM answer begins after its own prefill.
+            found, error = _fit(told, counts_own=run.startswith("distserve"))
+            table.add_row(name, *(f"{value:.3g}" for value in found * [1, 1, 1000, 1, 1]), f"{100 * error:.1f}%")
     return table
+
+
+def as_rows(latencies: Latencies, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with these latencies in place of theirs."""
+    return [
+        {**row, "ttft_ms": ttft, "tpot_ms": tpot, "latency_ms": ttft + (row["output_len"] - 1) * tpot}
+        for row, ttft, tpot in zip(rows, latencies.ttft, np.nan_to_num(latencies.tpot), strict=True)
+    ]
+
+
+def _fit(rows: Sequence[Row], *, counts_own: bool) -> tuple[NDArray[np.float64], float]:
+    """Return the milliseconds of each feature of ``_met``, and the mean error."""
+    long = [row for row in rows if row["output_len"] >= 10]
+    matrix = np.array([_met(row, rows, counts_own=counts_own) for row in long])
+    tpots = np.array([row["tpot_ms"] for row in long])
+    found, *_ = np.linalg.lstsq(matrix / tpots[:, None], np.ones(len(tpots)), rcond=None)
+    return found, float(np.mean(np.abs(matrix @ found / tpots - 1)))
 
 
 def _met(row: Row, rows: Sequence[Row], *, counts_own: bool) -> tuple[float, ...]:

@@ -67,7 +67,9 @@ def test_no_two_public_classes_have_one_name() -> None:
     assert shared == {}
 
 
-@pytest.mark.parametrize("room", ["cache", "costs", "scheduling", "simulator", "measure", "models", "serve"])
+@pytest.mark.parametrize(
+    "room", ["cache", "costs", "scheduling", "simulator", "placement", "measure", "models", "serve"]
+)
 def test_no_module_of_a_room_without_tensors_loads_torch(room: str) -> None:
     modules = sorted(module for module in GRAPH.modules if module.startswith(f"disagg.{room}"))
     program = (

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.base.block_hash import hash_blocks
+from disagg.base.block_hash import first_link, hash_blocks
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=70)
 
@@ -24,4 +24,4 @@ def test_the_name_is_the_same_in_every_process() -> None:
 
 
 def test_a_salt_separates() -> None:
-    assert hash_blocks([1, 2], 2) != hash_blocks([1, 2], 2, salt=b"tenant")
+    assert hash_blocks([1, 2], 2) != hash_blocks([1, 2], 2, first_link("tenant"))

@@ -71,7 +71,7 @@ def test_a_file_and_flags_contradict_each_other(tmp_path):
         ("groups: [{role: prefill, count: 1, colour: red}]", r"unknown field `colour`.*groups\[0\]"),
         ("groups: [{role: prefil, count: 1}]", "Invalid enum value 'prefil'"),
         ("groups: [{role: prefil, count: 1}]", r"there are .*prefill.*; did you mean prefill\?"),
-        ("instances: [{role: prefill, count: 1}]", "unknown field `instances`; there is groups"),
+        ("instances: [{role: prefill, count: 1}]", "unknown field `instances`; there are groups"),
         ("groups: [{rol: prefill, count: 1}]", r"unknown field `rol`.*there are role, count.*did you mean role\?"),
         ("groups: [{role: prefill, count: 1, tensor_paralel: 2}]", r"did you mean tensor_parallel\?"),
         ("groups: [{role: prefill, count: 99999999999}]", "`int` <= 4096"),

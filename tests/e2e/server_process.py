@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ END_DEADLINE_S = 30.0
 class ServerProcess:
     """One running server; its log is kept for failure messages."""
 
-    def __init__(self, *arguments: str, max_files: int | None = None) -> None:
+    def __init__(self, *arguments: str, max_files: int | None = None, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", "--json", *arguments],
+            [*prefix, sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", "--json", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,9 +92,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(*arguments: str, max_files: int | None = None) -> Iterator[ServerProcess]:
-    """Run a server for the length of a block, with at most so many open files."""
-    server = ServerProcess(*arguments, max_files=max_files)
+def serving(*arguments: str, max_files: int | None = None, prefix: Sequence[str] = ()) -> Iterator[ServerProcess]:
+    """Run a server for the length of a block, with at most so many open files, perhaps behind a command."""
+    server = ServerProcess(*arguments, max_files=max_files, prefix=prefix)
     try:
         yield server
     finally:

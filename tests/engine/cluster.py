@@ -15,9 +15,9 @@ from fake_executor import FakeExecutor, HeldExecutor
 from msgspec import structs
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import SchedulerSettings
+from disagg.base.config import SchedulerSettings, TransferSettings
 from disagg.base.event_log import EventLog
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -42,13 +42,17 @@ from disagg.base.sampling import SamplingParams
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.control import ControlChannel
+from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
+from disagg.engine.kv_disk import KvDisk
 from disagg.engine.loop import EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 DEADLINE_S = 30.0
 BLOCK_SIZE = 4
@@ -61,10 +65,11 @@ def request(name: str, num_tokens: int, max_tokens: int = 6, epoch: int = 1, **c
     """A prompt of ``num_tokens`` tokens that differs from name to name."""
     sampling = {name: changes.pop(name) for name in SamplingParams.__struct_fields__ if name in changes}
     start = sum(name.encode()) % 97
+    prompt = changes.pop("prompt_token_ids", tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)))
     return GenerationRequest(
         request_id=RequestId(name),
         epoch=Epoch(epoch),
-        prompt_token_ids=tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)),
+        prompt_token_ids=prompt,
         sampling=SamplingParams(**{"max_tokens": max_tokens, "seed": 1, **sampling}),
         **changes,
     )
@@ -172,7 +177,11 @@ class Instance:
     settings: SchedulerSettings = field(
         default_factory=lambda: SchedulerSettings(max_batch_tokens=16, max_batch_size=8, lease_s=100.0)
     )
+    transfer: TransferSettings = field(default_factory=TransferSettings)
     prefix_caching: bool = False
+    disk_folder: Path | None = None
+    max_disk_blocks: int = 16
+    tells_tokens: bool = False
     log_path: Path | None = None
     audit: BlockAudit | None = None
     error: BaseException | None = None
@@ -211,7 +220,9 @@ class Instance:
         channel = ControlChannel(self.router.endpoint, InstanceId(self.name))
         stack.callback(channel.close)
         stack.enter_context(self.pull_thread)
-        pulls = Pulls(Links(self.pool, self.pull_thread, clock), self.pool.layout.num_layers, channel.wake)
+        self.shared = SharedBlocks(self.pool, self.transfer, None, clock, stack)
+        links = Links(self.pool, self.pull_thread, clock, self.transfer)
+        pulls = Pulls(links, self.shared, self.pool.layout.num_layers, channel.wake)
         stack.callback(pulls.close)
         ready = Ready(
             version=PROTOCOL_VERSION,
@@ -220,6 +231,7 @@ class Instance:
             role=Role.COLOCATED,
             facts=self._facts(),
         )
+        disk, saved = self._disk(channel, stack)
         header = InstanceHeader(
             instance=ready.instance,
             incarnation=self.incarnation,
@@ -229,14 +241,25 @@ class Instance:
             prefix_caching=self.prefix_caching,
             max_model_len=self.model.max_model_len,
             pool=ready.facts.pool,
+            max_disk_blocks=0 if disk is None else self.max_disk_blocks,
+            saved_blocks=saved,
+            tells_tokens=self.tells_tokens,
         )
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
         steps = self._steps(channel, clock, stack)
-        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log)
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log, disk)
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()
+
+    def _disk(self, channel: ControlChannel, stack: ExitStack) -> tuple[KvDisk | None, tuple[BlockHash, ...]]:
+        if self.disk_folder is None:
+            return None, ()
+        files = BlockFiles(self.disk_folder, self.name, b"fake model", self.pool.layout)
+        disk = KvDisk(files, self.pool, channel.wake)
+        stack.callback(disk.close)
+        return disk, files.scan(self.max_disk_blocks)
 
     def _steps(self, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Steps:
         if self.settings.max_steps_in_flight == 1:
@@ -257,7 +280,7 @@ class Instance:
             weight_bytes=0,
             kv_bytes=self.pool.layout.total_bytes,
             load_s=0.0,
-            pool=self.pool.address(),
+            pool=self.shared.address,
         )
 
     def send(self, *messages: Message) -> None:

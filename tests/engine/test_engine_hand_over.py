@@ -21,7 +21,7 @@ from fake_executor import continue_prompt
 from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import SchedulerSettings
+from disagg.base.config import KvLinkChoice, SchedulerSettings, TransferSettings
 from disagg.base.ids import InstanceId
 from disagg.base.messages import (
     Adopt,
@@ -45,14 +45,20 @@ def router() -> Iterator[RouterEnd]:
 
 
 @pytest.fixture
-def prefill(router: RouterEnd) -> Iterator[Instance]:
-    with Instance(router, "prefill-0", incarnation="b1") as instance:
+def kv_link() -> KvLinkChoice:
+    return KvLinkChoice.AUTO
+
+
+@pytest.fixture
+def prefill(router: RouterEnd, kv_link: KvLinkChoice) -> Iterator[Instance]:
+    with Instance(router, "prefill-0", incarnation="b1", transfer=TransferSettings(kv_link=kv_link)) as instance:
         yield instance
 
 
 @pytest.fixture
-def decode(router: RouterEnd) -> Iterator[Instance]:
-    with Instance(router, "decode-0", incarnation="c1", num_blocks=40) as instance:
+def decode(router: RouterEnd, kv_link: KvLinkChoice) -> Iterator[Instance]:
+    settings = TransferSettings(kv_link=kv_link)
+    with Instance(router, "decode-0", incarnation="c1", num_blocks=40, transfer=settings) as instance:
         yield instance
     assert instance.audit is not None
     assert instance.audit.free + instance.audit.cached == instance.audit.total
@@ -64,9 +70,14 @@ def answer(sequence: GenerationRequest) -> list[int]:
 
 
 class TestHandOver:
+    @pytest.fixture(params=[KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+    def kv_link(self, request: pytest.FixtureRequest) -> KvLinkChoice:
+        """Every test of this class runs over every link."""
+        return KvLinkChoice(request.param)
+
     @pytest.mark.parametrize("num_tokens", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 16, 17, 50])
     def test_the_answer_is_the_one_of_a_single_instance(
-        self, router: RouterEnd, prefill: Instance, decode: Instance, num_tokens: int
+        self, router: RouterEnd, prefill: Instance, decode: Instance, num_tokens: int, kv_link: KvLinkChoice
     ) -> None:
         sequence = request("a", num_tokens)
         offer = hand_over(router, prefill, decode, sequence)
@@ -75,7 +86,7 @@ class TestHandOver:
         assert router.tokens("a") == answer(sequence)
         pulled = router.expect(Pulled)
         num_blocks = -(-num_tokens // BLOCK_SIZE)
-        assert (pulled.source, pulled.failure) == ("prefill-0", "")
+        assert (pulled.source, pulled.failure, pulled.link) == ("prefill-0", "", kv_link.value)
         assert pulled.num_bytes == num_blocks * decode.pool.layout.block_bytes
         assert decode.executor.steps[0] == {"a": (num_tokens, 1)}
         prefill.send(release(offer))

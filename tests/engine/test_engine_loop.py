@@ -18,7 +18,7 @@ from cluster import (
 )
 from fake_executor import continue_prompt
 
-from disagg.base.block_hash import hash_blocks
+from disagg.base.block_hash import first_link, hash_blocks
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.messages import (
@@ -117,6 +117,37 @@ class TestGenerate:
             assert router.outputs("same")[0].num_cached_tokens == 0
             assert router.outputs("again")[0].num_cached_tokens == 12
             assert engine.executor.steps == [{"same": (0, 14)}, {"again": (12, 2)}]
+
+    def test_an_answer_is_a_prefix_of_the_next_turn(self, router: RouterEnd) -> None:
+        prompt = request("first", 10).prompt_token_ids
+        first = request("first", 10, max_tokens=11, block_hashes=hash_blocks(prompt, BLOCK_SIZE))
+        with Instance(router, "caching", prefix_caching=True) as engine:
+            engine.send(Generate(request=first))
+            router.wait_for_end("first")
+            conversation = (*first.prompt_token_ids, *router.tokens("first"), 5, 6, 7)
+            names = hash_blocks(conversation, BLOCK_SIZE)
+            second = request("second", 24, max_tokens=11, prompt_token_ids=conversation, block_hashes=names)
+            engine.send(Generate(request=second))
+            router.wait_for_end("second")
+            # 21 tokens are known after the first answer, 20 of them computed: five full blocks.
+            assert router.outputs("second")[0].num_cached_tokens == 20
+            assert engine.executor.steps[-11] == {"second": (20, 4)}
+            assert router.tokens("second") == answer(second)
+
+    @pytest.mark.parametrize(("salt", "num_cached"), [("tenant", 4), ("other", 0)])
+    def test_a_short_prompt_and_its_answer_are_found_by_the_same_salt_alone(
+        self, router: RouterEnd, salt: str, num_cached: int
+    ) -> None:
+        first = request("first", 2, max_tokens=4, cache_salt="tenant")
+        with Instance(router, "caching", prefix_caching=True) as engine:
+            engine.send(Generate(request=first))
+            router.wait_for_end("first")
+            conversation = (*first.prompt_token_ids, *router.tokens("first"))
+            names = hash_blocks(conversation, BLOCK_SIZE, first_link(salt))
+            second = request("second", 2, prompt_token_ids=conversation, block_hashes=names)
+            engine.send(Generate(request=second))
+            router.wait_for_end("second")
+            assert router.outputs("second")[0].num_cached_tokens == num_cached
 
     def test_a_resumed_sequence_goes_on_where_it_was(self, router: RouterEnd, engine: Instance) -> None:
         sequence = request("a", 7, max_tokens=8)

@@ -16,7 +16,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.api.instance_metrics import BLOCK_STATES
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.router.interface import InstanceStatus, SequenceStream
@@ -58,7 +58,16 @@ def exported() -> dict[str, dict[str, set[str]]]:
     """Each exported sample's labels and their values, of a server that has seen everything once."""
     metrics = ServerMetrics("tiny")
     metrics.watch(OneOfEach())
-    metrics.hand_over_ended(InstanceId("prefill-0"), InstanceId("decode-0"), 1, 0.1, "")
+    metrics.hand_over_ended(
+        HandOverEnded(
+            source=InstanceId("prefill-0"),
+            target=InstanceId("decode-0"),
+            num_bytes=1,
+            duration_s=0.1,
+            failure="",
+            link="shm",
+        )
+    )
     for reason in DropReason:
         metrics.message_dropped(InstanceId("decode-0"), reason)
     metrics.instance_lost(InstanceId("decode-0"))

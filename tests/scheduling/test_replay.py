@@ -14,7 +14,8 @@ from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.scheduling.dispatch.events import PullEnded, SequenceArrived, SequenceCancelled
 from disagg.scheduling.event_log import CoreLog, InstanceRecord, RouterRecord, parse_log, replay
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput, SequenceFacts, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import ProcessExited

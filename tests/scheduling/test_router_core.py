@@ -90,7 +90,7 @@ class Story:
     def say(self, instance: InstanceId, message: Loading | Ready | Offered | Pulled | LoadReport):
         return self.tell(InstanceSaid(instance=instance, message=message))
 
-    def ready(self, instance: InstanceId, role: Role, incarnation: str = "1", **changes: object):
+    def ready(self, instance: InstanceId, role: Role, incarnation: str = "1", kv_layout: str = "", **changes: object):
         facts = InstanceFacts(
             pid=1,
             device="cpu",
@@ -103,6 +103,7 @@ class Story:
             kv_bytes=0,
             load_s=0.0,
             pool=b"",
+            kv_layout=kv_layout,
         )
         fields = {"version": PROTOCOL_VERSION, "instance": instance, "role": role, **changes}
         return self.say(instance, Ready(incarnation=incarnation, facts=facts, **fields))  # type: ignore[arg-type]
@@ -298,6 +299,19 @@ class TestMembership:
         outputs = story.tell(Leave(instance=C0))
         assert [output.epoch for output in outputs if isinstance(output, Resume)] == [1]
         assert TellPeerLost(instance=C1, lost=C0, incarnation="1") in outputs
+
+    def test_what_an_instance_says_after_it_has_left_is_nothing(self, pair: Story) -> None:
+        pair.tell(Leave(instance=D0))
+        assert pair.say(D0, LoadReport(instance=D0, incarnation="1", load=InstanceLoad())) == []
+        assert pair.tell(Unreachable(instance=D0, why="it is not connected")) == []
+        assert pair.emit(D0) == []
+
+    def test_an_instance_whose_blocks_the_others_cannot_read_is_refused_in_words(self) -> None:
+        story = Story(PAIR)
+        story.ready(P0, Role.PREFILL, kv_layout="64 tokens, bfloat16")
+        (ended,) = story.ready(D0, Role.DECODE, kv_layout="32 tokens, bfloat16")
+        assert isinstance(ended, EndInstance)
+        assert "(32 tokens, bfloat16) are not those of prefill-0 (64 tokens, bfloat16)" in ended.why
 
     def test_a_role_changes_for_what_comes_and_what_is_held_goes_on_as_it_began(self) -> None:
         story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})

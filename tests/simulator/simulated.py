@@ -13,7 +13,7 @@ from disagg.costs.latency import StepShape
 from disagg.costs.links import LinkModel
 from disagg.costs.topology import Topology
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
-from disagg.simulator.instance import InstanceSpec
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 

@@ -12,6 +12,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
+    KvOffer,
     LoadReport,
     Message,
     StepOutput,
@@ -42,7 +43,8 @@ from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import InstanceDeath, TimedCommand
-from disagg.simulator.instance import FAILED_PULL, LOST_PEER, InstanceSpec
+from disagg.simulator.instance import FAILED_PULL, LOST_PEER
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 
 TOKEN = 1
@@ -154,8 +156,9 @@ class VirtualEngine:
     def start(self, copy: StartCopy, now: float) -> None:
         num_bytes = len(copy.copies) * self._spec.block_size * self._spec.kv_bytes_per_token
         end_s = self._deployment.links.start(copy.source, self._spec.name, num_bytes, now)
-        failure = FAILED_PULL if copy.request_id in self._deployment.failing_pulls else ""
-        self._deployment.failing_pulls.discard(copy.request_id)
+        failing_pulls = self._deployment.failing_pulls[self._spec.name]
+        failure = FAILED_PULL if copy.request_id in failing_pulls else ""
+        failing_pulls.discard(copy.request_id)
         result = CopyEnded(
             request_id=copy.request_id,
             epoch=copy.epoch,
@@ -173,7 +176,7 @@ class VirtualEngine:
         return [self._outcome(copy, pull) for copy, pull in ended]
 
     def _outcome(self, copy: StartCopy, pull: EndedPull) -> EndedPull:
-        if copy.incarnation not in self._lost_peers:
+        if copy.offer.incarnation not in self._lost_peers:
             return pull
         result = pull.result
         lost = CopyEnded(
@@ -185,6 +188,9 @@ class VirtualEngine:
             failure=result.failure or LOST_PEER,
         )
         return EndedPull(lost, pull.targets)
+
+    def seal(self, offer: KvOffer) -> KvOffer:
+        return offer
 
     def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
         """A copy under way takes its time all the same."""
@@ -221,7 +227,8 @@ class VirtualDeployment(NullWatcher):
         self.queue = EventQueue()
         places = spec.places()
         self.links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
-        self.failing_pulls = set(spec.faults.failing_pulls)
+        everybody = (*spec.instances, *spec.spares)
+        self.failing_pulls = {instance.name: set(spec.faults.failing_pulls) for instance in everybody}
         self.streams: dict[RequestId, LiveStream] = {}
         self.token_times: dict[RequestId, list[float]] = {}
         self._spec = spec
@@ -263,10 +270,12 @@ class VirtualDeployment(NullWatcher):
         self.shell.close()
 
     def _submit(self, request: SimulatedRequest) -> None:
+        num_named = request.prompt_len // self._spec.instances[0].block_size
         generation = GenerationRequest(
             request_id=request.request_id,
             epoch=FIRST_EPOCH,
             prompt_token_ids=(0,) * request.prompt_len,
+            block_hashes=request.block_hashes[:num_named],
             sampling=SamplingParams(max_tokens=request.output_len, seed=0),
             arrival_s=request.arrival_s,
         )

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from disagg.base.errors import TransferError
-from disagg.base.ids import BlockId
+from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.messages import KvOffer
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
-from disagg.transfer.link import BlockPair, Link, Transfer, TransferState
+from disagg.transfer.digests import join_digests
+from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 DEADLINE_S = 30.0
 
@@ -38,6 +41,21 @@ def pairs(*blocks: tuple[int, int]) -> list[BlockPair]:
     return [(BlockId(source), BlockId(target)) for source, target in blocks]
 
 
+def grant_all(shared: SharedBlocks, layout: KvLayout, lease_s: float) -> bytes:
+    """The capability to read every block of a pool."""
+    offer = KvOffer(
+        request_id=RequestId("all"),
+        epoch=Epoch(1),
+        source=InstanceId("peer"),
+        incarnation="aa",
+        num_tokens=1,
+        block_ids=tuple(BlockId(block) for block in range(layout.num_blocks)),
+        lease_s=lease_s,
+        pool=shared.address,
+    )
+    return shared.seal(offer).access
+
+
 @dataclass
 class Ended:
     """Waits for a transfer's end and counts how often it was told."""
@@ -62,6 +80,7 @@ class Ends:
     pool: KvPool
     peer_layout: KvLayout
     close_peer: Callable[[], None]
+    access: bytes = b""
 
     def __post_init__(self) -> None:
         self.peer = pattern(self.peer_layout).reshape(self.peer_layout.num_layers, self.peer_layout.num_blocks, -1)
@@ -71,10 +90,20 @@ class Ends:
         layout = self.pool.layout
         return np.frombuffer(self.pool.data, dtype=np.uint8).reshape(layout.num_layers, layout.num_blocks, -1)
 
-    def read(self, blocks: list[BlockPair], layers: range | None = None) -> Transfer:
+    def start(
+        self, blocks: list[BlockPair], ended: Ended, layers: range | None = None, digests: bytes = b""
+    ) -> Transfer:
+        wanted = range(self.pool.layout.num_layers) if layers is None else layers
+        return self.link.read(KvRead(blocks, wanted, digests=digests, access=self.access, timeout_s=DEADLINE_S), ended)
+
+    def read(self, blocks: list[BlockPair], layers: range | None = None, digests: bytes = b"") -> Transfer:
         ended = Ended()
-        self.link.read(blocks, range(self.pool.layout.num_layers) if layers is None else layers, ended)
+        self.start(blocks, ended, layers, digests)
         return ended.wait()
+
+    def digests(self, *sources: int) -> bytes:
+        """What these blocks of the peer were offered with."""
+        return join_digests(self.peer, [BlockId(source) for source in sources])
 
 
 def copies_land_exactly_and_nothing_else_is_written(ends: Ends) -> None:
@@ -104,7 +133,7 @@ def an_empty_read_is_done(ends: Ends) -> None:
 
 def the_end_is_told_once_with_its_time(ends: Ends) -> None:
     ended = Ended()
-    started = ends.link.read(pairs((0, 0)), range(3), ended)
+    started = ends.start(pairs((0, 0)), ended)
     assert ended.wait() is started
     assert started.ended_s >= started.started_s
     assert ends.read(pairs((1, 1))).state is TransferState.DONE  # the link has moved on
@@ -119,22 +148,22 @@ def blocks_that_do_not_exist_are_refused(ends: Ends) -> None:
         (pairs((0, -1)), "there is no KV block -1"),
     ):
         with pytest.raises(TransferError, match=words):
-            ends.link.read(blocks, range(3), Ended())
+            ends.start(blocks, Ended())
     for layers in (range(4), range(-1, 2), range(0, 3, 2)):
         with pytest.raises(TransferError, match="layers"):
-            ends.link.read(pairs((0, 0)), layers, Ended())
+            ends.start(pairs((0, 0)), Ended(), layers)
 
 
 def a_cancelled_read_ends_and_says_so(ends: Ends) -> None:
     """It may be done before the cancellation reaches it; what counts is that it ends, and that it knows how."""
     ended = Ended()
-    ends.link.read(pairs((0, 0), (2, 1)), range(3), ended).cancel()
+    ends.start(pairs((0, 0), (2, 1)), ended).cancel()
     assert ended.wait().state in (TransferState.CANCELLED, TransferState.DONE)
 
 
 def reads_started_before_close_still_end(ends: Ends) -> None:
     ended = Ended()
-    ends.link.read(pairs((0, 0)), range(3), ended)
+    ends.start(pairs((0, 0)), ended)
     ends.link.close()
     assert ended.wait().state in (TransferState.DONE, TransferState.FAILED)
 
@@ -146,6 +175,27 @@ def a_peer_that_ended_fails_the_read_in_words(ends: Ends) -> None:
     assert "has ended" in transfer.failure
 
 
+def blocks_that_come_as_they_were_offered_are_read_once(ends: Ends) -> None:
+    transfer = ends.read(pairs((0, 5), (9, 2)), digests=ends.digests(0, 9))
+    assert (transfer.state, transfer.num_repeated) == (TransferState.DONE, 0), transfer.failure
+    assert np.array_equal(ends.local[:, 2], ends.peer[:, 9])
+
+
+def a_block_that_comes_otherwise_is_read_again_and_then_fails_the_read(ends: Ends) -> None:
+    transfer = ends.read(pairs((0, 5), (9, 2), (4, 4)), digests=ends.digests(0, 8, 4))
+    assert transfer.state is TransferState.FAILED
+    assert "KV block 9 of the peer came twice with another digest" in transfer.failure
+    assert transfer.num_repeated == 1
+    assert ends.read(pairs((4, 4)), digests=ends.digests(4)).state is TransferState.DONE  # the link goes on
+
+
+def digests_that_cannot_be_checked_are_refused(ends: Ends) -> None:
+    with pytest.raises(TransferError, match="are not the digests of 2 blocks"):
+        ends.start(pairs((0, 0), (1, 1)), Ended(), digests=ends.digests(0))
+    with pytest.raises(TransferError, match="over all 3 layers"):
+        ends.start(pairs((0, 0)), Ended(), range(1, 2), ends.digests(0))
+
+
 CONTRACT: tuple[Callable[[Ends], None], ...] = (
     copies_land_exactly_and_nothing_else_is_written,
     only_the_wanted_layers_are_copied,
@@ -154,5 +204,8 @@ CONTRACT: tuple[Callable[[Ends], None], ...] = (
     blocks_that_do_not_exist_are_refused,
     a_cancelled_read_ends_and_says_so,
     reads_started_before_close_still_end,
+    blocks_that_come_as_they_were_offered_are_read_once,
+    a_block_that_comes_otherwise_is_read_again_and_then_fails_the_read,
+    digests_that_cannot_be_checked_are_refused,
     a_peer_that_ended_fails_the_read_in_words,
 )

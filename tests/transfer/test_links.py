@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from link_contract import CONTRACT, Ended, Ends, pairs, pattern, small_layout
+from link_contract import CONTRACT, DEADLINE_S, Ended, Ends, grant_all, pairs, pattern, small_layout
 
 from disagg.base.clock import MonotonicClock
+from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat
-from disagg.transfer.link import Transfer, TransferState
+from disagg.transfer.address import encode_address
+from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 from disagg.transfer.shm_link import runs
 
 PEER_LAYOUT = small_layout(num_blocks=12)
@@ -41,6 +44,7 @@ class OwnerProcess:
             text=True,
         )
         self.address = bytes.fromhex(self._line())
+        self.access = bytes.fromhex(self._line())
 
     def close_pool(self) -> None:
         assert self.process.stdin is not None
@@ -57,29 +61,42 @@ class OwnerProcess:
         return self.process.stdout.readline().strip()
 
 
-def shm_in_one_process(stack: ExitStack) -> Ends:
+def in_one_process(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
     peer = KvPool(PEER_LAYOUT, "aa")
     np.frombuffer(peer.data, dtype=np.uint8)[:] = pattern(PEER_LAYOUT)
-    stack.callback(peer.close)
-    return _ends(stack, peer.address(), peer.close)
+    owner = stack.enter_context(ExitStack())
+    owner.callback(peer.close)
+    shared = SharedBlocks(peer, TransferSettings(kv_link=kv_link), None, MonotonicClock(), owner)
+    return connect(stack, shared.address, owner.close, grant_all(shared, PEER_LAYOUT, DEADLINE_S))
+
+
+def shm_in_one_process(stack: ExitStack) -> Ends:
+    return in_one_process(stack, KvLinkChoice.SHM)
 
 
 def shm_between_processes(stack: ExitStack) -> Ends:
     owner = OwnerProcess("bb")
     stack.callback(owner.kill)
-    return _ends(stack, owner.address, owner.close_pool)
+    return connect(stack, owner.address, owner.close_pool, owner.access)
 
 
-def _ends(stack: ExitStack, address: bytes, close_peer: Callable[[], None]) -> Ends:
+def tcp_in_one_process(stack: ExitStack) -> Ends:
+    return in_one_process(stack, KvLinkChoice.TCP)
+
+
+def connect(stack: ExitStack, address: bytes, close_peer: Callable[[], None], access: bytes) -> Ends:
     pool = KvPool(LOCAL_LAYOUT, "cc")
     stack.callback(pool.close)
     thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     links = Links(pool, thread, MonotonicClock(), maps_ahead=True)
     stack.callback(links.close)
-    return Ends(links.open(address), pool, PEER_LAYOUT, close_peer)
+    return Ends(links.open(address), pool, PEER_LAYOUT, close_peer, access)
 
 
-@pytest.fixture(params=[shm_in_one_process, shm_between_processes], ids=lambda make: make.__name__)
+LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process]
+
+
+@pytest.fixture(params=LINKS, ids=lambda make: make.__name__)
 def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
     with ExitStack() as stack:
         yield request.param(stack)
@@ -90,15 +107,16 @@ def test_contract(ends: Ends, clause: Callable[[Ends], None]) -> None:
     clause(ends)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("make", [shm_in_one_process, tcp_in_one_process], ids=lambda make: make.__name__)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_random_copies_land_exactly(data: st.DataObject) -> None:
+def test_random_copies_land_exactly(make: Callable[[ExitStack], Ends], data: st.DataObject) -> None:
     targets = data.draw(st.lists(st.integers(0, 7), unique=True))
     sources = data.draw(st.lists(st.integers(0, 11), min_size=len(targets), max_size=len(targets)))
     first = data.draw(st.integers(0, 3))
     layers = range(first, data.draw(st.integers(first, 3)))
     with ExitStack() as stack:
-        ends = shm_in_one_process(stack)
+        ends = make(stack)
         expected = ends.local.copy()
         for source, target in zip(sources, targets, strict=True):
             expected[layers.start : layers.stop, target] = ends.peer[layers.start : layers.stop, source]
@@ -148,12 +166,12 @@ class TestLinks:
 
     def test_a_link_is_opened_once_and_again_after_the_peer_was_closed(self, links: Links) -> None:
         peer = KvPool(PEER_LAYOUT, "aa")
-        first = links.open(peer.address())
-        assert links.open(peer.address()) is first
+        first = links.open(encode_address(peer.address()))
+        assert links.open(encode_address(peer.address())) is first
         links.close_peer("bb")
-        assert links.open(peer.address()) is first
+        assert links.open(encode_address(peer.address())) is first
         links.close_peer("aa")
-        assert links.open(peer.address()) is not first
+        assert links.open(encode_address(peer.address())) is not first
         peer.close()
 
     def test_closing_a_link_ends_what_maps_the_peers_pages(self) -> None:
@@ -162,7 +180,7 @@ class TestLinks:
         peer = KvPool(layout, "aa")
         with ThreadPoolExecutor(max_workers=1) as thread:
             others = Links(pool, thread, MonotonicClock(), maps_ahead=True)
-            others.open(peer.address())
+            others.open(encode_address(peer.address()))
             others.close()
             assert wait_until_touched(timeout_s=0.0)
         peer.close()
@@ -182,7 +200,7 @@ class TestLinks:
     def test_another_layout_is_refused_by_the_name_of_its_field(self, links: Links, name: str, value: object) -> None:
         peer = KvPool(small_layout(num_blocks=12, **{name: value}), "aa")
         with pytest.raises(TransferError, match=f"differ in {name}"):
-            links.open(peer.address())
+            links.open(encode_address(peer.address()))
         peer.close()
 
     def test_a_killed_peer_cannot_be_opened(self, links: Links) -> None:
@@ -196,7 +214,7 @@ class TestLinks:
         link = links.open(owner.address)
         owner.kill()
         ended = Ended()
-        link.read([(BlockId(3), BlockId(2))], range(3), ended)
+        link.read(KvRead([(BlockId(3), BlockId(2))], range(3)), ended)
         assert ended.wait().state is TransferState.DONE
         expected = pattern(PEER_LAYOUT).reshape(3, 12, -1)[:, 3]
         received = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1)[:, 2]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from link_contract import small_layout
 
 from disagg.base.errors import ConfigurationError, DisaggError, ProtocolError, TransferError
-from disagg.transfer.address import ShmAddress, decode_address, encode_address
+from disagg.transfer.address import ADDRESS_VERSION, PoolAddress, ShmWay, decode_address, encode_address
 from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
 
@@ -28,7 +28,11 @@ def pool():
 
 
 def open_peer(pool: KvPool, **changes: object) -> PeerPool:
-    return PeerPool(msgspec.structs.replace(decode_address(pool.address()), **changes))
+    address = pool.address()
+    way = msgspec.structs.replace(
+        pool.shm_way, **{name: changes.pop(name) for name in ("pid", "fd") if name in changes}
+    )
+    return PeerPool(msgspec.structs.replace(address, **changes), way)
 
 
 def test_a_peer_sees_what_the_owner_writes_and_cannot_write_itself(pool: KvPool) -> None:
@@ -78,8 +82,8 @@ def test_every_block_size_has_a_word_to_copy_it_in(head_dim: int) -> None:
 
 
 def test_nobody_can_change_the_size_or_map_it_writable(pool: KvPool) -> None:
-    address = decode_address(pool.address())
-    descriptor = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR)
+    way = pool.shm_way
+    descriptor = os.open(f"/proc/{way.pid}/fd/{way.fd}", os.O_RDWR)
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)
     with pytest.raises(PermissionError):
@@ -149,18 +153,21 @@ def test_more_memory_than_an_address_space_is_refused_with_the_flag_to_change() 
 
 
 def test_an_address_survives_the_wire(pool: KvPool) -> None:
-    address = decode_address(pool.address())
-    assert (address.pid, address.layout, address.incarnation) == (os.getpid(), LAYOUT, "0a")
-    assert encode_address(address) == pool.address()
+    address = decode_address(encode_address(pool.address()))
+    assert address == pool.address()
+    assert (address.layout, address.incarnation) == (LAYOUT, "0a")
+    assert address.ways == (ShmWay(pid=os.getpid(), fd=pool.shm_way.fd),)
 
 
 def test_another_version_is_refused(pool: KvPool) -> None:
-    address = msgspec.structs.replace(decode_address(pool.address()), version=2)
-    with pytest.raises(ProtocolError, match="version 2"):
+    address = msgspec.structs.replace(pool.address(), version=1)
+    with pytest.raises(ProtocolError, match="version 1"):
         decode_address(encode_address(address))
 
 
-VALID = encode_address(ShmAddress(version=1, pid=2**22, fd=3, incarnation="0a", layout=LAYOUT))
+VALID = encode_address(
+    PoolAddress(version=ADDRESS_VERSION, incarnation="0a", layout=LAYOUT, ways=(ShmWay(pid=2**22, fd=3),))
+)
 
 
 @given(st.binary(max_size=200))
@@ -175,7 +182,10 @@ def test_garbage_is_a_protocol_error(data: bytes) -> None:
 def test_a_damaged_address_is_an_error_of_ours_and_never_a_crash(position: int, damage: bytes) -> None:
     data = VALID[:position] + damage + VALID[position + len(damage) :]
     try:
-        PeerPool(decode_address(data))
+        address = decode_address(data)
+        for way in address.ways:
+            if isinstance(way, ShmWay):
+                PeerPool(address, way)
     except DisaggError:
         return
     raise AssertionError("a pool of a process that does not exist was opened")

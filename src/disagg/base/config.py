@@ -15,6 +15,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.units import parse_bytes
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
 
@@ -72,6 +73,18 @@ class QueueOrder(enum.Enum):
 MAX_OVERTAKE_S: Final = 30.0
 
 
+class CacheRouting(enum.Enum):
+    """What dispatch makes of the prefixes that instances have cached.
+
+    ``BLIND``: nothing. ``AFFINITY``: a request goes where its prefix is, unless the queue there is longer than what it
+    saves. ``PULL``: as well, and an instance without the prefix pulls it from one that has it rather than compute it.
+    """
+
+    BLIND = "blind"
+    AFFINITY = "affinity"
+    PULL = "pull"
+
+
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and in which precision."""
 
@@ -91,14 +104,50 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ) = None
 
 
+class DiskSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where KV blocks are kept on disk, and how many bytes of them at most."""
+
+    folder: str
+    max_bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> "DiskSettings":
+        """Return what PATH,SIZE says. Raises ConfigurationError when it says neither."""
+        folder, comma, size = text.rpartition(",")
+        if not comma or not folder.strip():
+            raise ConfigurationError(f"--kv-disk {text!r} is not PATH,SIZE, such as /var/cache/disagg,20GiB")
+        return cls(folder=folder.strip(), max_bytes=parse_bytes(size))
+
+
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The KV pool of each instance."""
 
     kv_memory_bytes: Annotated[int, Meta(ge=1, description="memory for the KV pool of each instance")] = 1 << 30
     block_size: Annotated[int, Meta(ge=2, le=1024, description="tokens of a KV block (even)")] = 64
     prefix_caching: Annotated[
-        bool, Meta(description="keep full KV blocks of finished prompts and reuse them for equal prefixes")
+        bool, Meta(description="keep full KV blocks of prompts and answers and reuse them for equal prefixes")
     ] = True
+    kv_disk: (
+        Annotated[
+            str,
+            Meta(
+                description="PATH,SIZE: keep KV blocks on disk too, such as /var/cache/disagg,20GiB, shared out among "
+                "the instances; they are found again after a restart"
+            ),
+        ]
+        | None
+    ) = None
+
+    def __post_init__(self) -> None:
+        if self.kv_disk is not None and not self.prefix_caching:
+            raise ConfigurationError("--kv-disk keeps what --no-prefix-caching does not want to find: leave one out")
+
+    def disk(self, num_instances: int) -> DiskSettings | None:
+        """Return what each of so many instances may use; None without a disk. Raises ConfigurationError."""
+        if self.kv_disk is None:
+            return None
+        whole = DiskSettings.parse(self.kv_disk)
+        return msgspec.structs.replace(whole, max_bytes=whole.max_bytes // num_instances)
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,6 +182,50 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 120.0
 
 
+class KvLinkChoice(enum.Enum):
+    """Over what KV blocks are handed over."""
+
+    AUTO = "auto"
+    """Shared memory where it can be opened, else TCP."""
+    SHM = "shm"
+    TCP = "tcp"
+
+
+class KvTransferDtype(enum.Enum):
+    """In which form KV blocks travel over links that carry bytes."""
+
+    RAW = "raw"
+    """As they are in the pool."""
+    INT8 = "int8"
+    """A byte for each element, with scales: less to carry, and not quite the same answer."""
+    AUTO = "auto"
+    """Whichever is predicted to be there first, by what transfers over the link took."""
+
+
+class TransferSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV blocks get from one instance to another."""
+
+    kv_link: Annotated[
+        KvLinkChoice, Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP")
+    ] = KvLinkChoice.AUTO
+    kv_digests: Annotated[
+        bool, Meta(description="check every handed-over KV block against a digest made where it was computed")
+    ] = True
+    kv_transfer_dtype: Annotated[
+        KvTransferDtype,
+        Meta(description="form of KV blocks over TCP: raw, int8 (lossy), or auto, the quicker one on each link"),
+    ] = KvTransferDtype.RAW
+    kv_streams: Annotated[int, Meta(ge=1, le=64, description="TCP connections that share out a large hand-over")] = 2
+
+
+class CurveKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """With what an instance on another host shows itself to the server, and knows it: CURVE keys in Z85."""
+
+    server_public: str
+    public: str
+    secret: str
+
+
 class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything one engine instance is told at its start."""
 
@@ -142,15 +235,24 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """ZeroMQ endpoint on which the router listens."""
     control_key: str | None = None
     """What shows the router that this is an instance of its server; None where it does not ask."""
+    control_curve: CurveKeys | None = None
+    """The same over TCP."""
     model: ModelSettings
     cache: CacheSettings
     scheduler: SchedulerSettings
+    transfer: TransferSettings = TransferSettings()
+    kv_host: str | None = None
+    """Address of this host on which other hosts read KV blocks; None where none does."""
     device: Device = Device.CPU
     cpus: tuple[int, ...] = ()
     """Cores this instance is pinned to; empty pins nothing."""
     num_threads: int = 1
     kernel_backend: str | None = None
     """``native`` or ``torch``; None takes the best that is there."""
+    kv_disk: DiskSettings | None = None
+    """Its own share."""
+    tells_tokens: bool = False
+    """With the names of the KV blocks that it keeps: somebody publishes them."""
     latency: str | None = None
     """Profile that predicts step times; None learns them."""
     event_log: str | None = None
@@ -181,6 +283,13 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds after which an unfinished request is given up with 408")
     ] = 600.0
+    cache_routing: Annotated[
+        CacheRouting, Meta(description="what dispatch makes of the prefixes that instances have cached")
+    ] = CacheRouting.PULL
+    append_turns: Annotated[
+        bool,
+        Meta(description="let the decode instance that holds a conversation compute its next turn if that is quicker"),
+    ] = True
     max_instance_losses: Annotated[
         int,
         Meta(
@@ -255,6 +364,10 @@ MAX_PARALLEL: Final = 1024
 """Of a placement: what is over is a slip, and would only be found when memory ends."""
 
 
+DeviceRange = Annotated[str, Meta(pattern=r"^[^:\s]+:\d+(-\d+)?$", max_length=256)]
+"""One device of a node, ``gpu-0:3``, or several, ``gpu-0:0-3``."""
+
+
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Equal instances of one role. What is None here is as for all instances."""
 
@@ -267,6 +380,9 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_batch_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_batch_size: Annotated[int, Meta(ge=1)] | None = None
     kv_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    devices: tuple[DeviceRange, ...] = ()
+    """Of a cluster file's nodes: those of the first instance, stage after stage, then those of the next. None named:
+    whoever starts or simulates the instances chooses."""
 
     def scheduler(self, common: SchedulerSettings) -> SchedulerSettings:
         """Return the scheduler's settings of this group, given those of all."""
@@ -292,9 +408,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     groups: tuple[InstanceGroup, ...]
+    others_join: bool = False
+    """Instances on other hosts complete it, so that it need not serve anything alone."""
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))
+        if self.others_join and self.groups:
+            return
         if not colocated and not (prefill and decode):
             raise ConfigurationError(
                 f"placement of {prefill} prefill, {decode} decode and {colocated} colocated instances serves nothing: "

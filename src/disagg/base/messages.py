@@ -17,12 +17,16 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ProtocolError
-from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import AnyKvEvent, EventNumber
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
 PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+HEARTBEAT_MS: Final = 2000
+HEARTBEAT_TIMEOUT_MS: Final = 10_000
+"""Between hosts: a connection over which nothing comes for so long is made anew."""
 
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
 Positive = Annotated[int, Meta(ge=1, lt=2**62)]
@@ -42,7 +46,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     ``num_tokens`` tokens are in ``block_ids``, in order. ``pool`` is the source's pool address as the transfer room
     encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
-    duration, since another host's clock means nothing here.
+    duration, since another host's clock means nothing here. ``digests`` (8 bytes for each block, or none) and
+    ``access``, the capability to read the blocks, are the transfer room's too.
     """
 
     request_id: RequestId
@@ -53,16 +58,22 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
     lease_s: Seconds
     pool: bytes
+    digests: bytes = b""
+    access: bytes = b""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+    """Compute this sequence. With ``hand_over``, stop after the first token and offer the KV blocks.
+
+    Another instance lends the KV blocks of ``prefix``, its first tokens.
+    """
 
     request: GenerationRequest
     hand_over: bool = False
+    prefix: KvOffer | None = None
 
 
 class Adopt(Message, frozen=True, kw_only=True):
@@ -70,6 +81,16 @@ class Adopt(Message, frozen=True, kw_only=True):
 
     request: GenerationRequest
     offer: KvOffer
+
+
+class Lend(Message, frozen=True, kw_only=True):
+    """Keep the cached KV blocks of these names, as far as they are there from the first on, for another instance that
+    computes this sequence; answer with Offered, or with NotHeld where there is none.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    block_hashes: tuple[BlockHash, ...]
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -100,6 +121,10 @@ class PeerLost(Message, frozen=True, kw_only=True):
     incarnation: Name
 
 
+class ReportBlocks(Message, frozen=True, kw_only=True):
+    """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """End the instance; what it still holds is dropped."""
 
@@ -121,6 +146,11 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: Count
     load_s: Seconds
     pool: bytes
+    kv_layout: Name = ""
+    """In words: instances whose words differ cannot read each other's KV blocks."""
+    max_disk_blocks: Count = 0
+    """KV blocks that it may keep on disk, and how many are there from a life before."""
+    num_saved_blocks: Count = 0
 
 
 class Loading(Message, frozen=True, kw_only=True):
@@ -181,6 +211,13 @@ class Offered(Message, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class NotHeld(Message, frozen=True, kw_only=True):
+    """None of the KV blocks that were to be lent is cached any more."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class Pulled(Message, frozen=True, kw_only=True):
     """The KV blocks of an adopted sequence have arrived, or will never be read: the source may free them.
 
@@ -194,6 +231,10 @@ class Pulled(Message, frozen=True, kw_only=True):
     num_bytes: Count
     duration_s: Seconds
     failure: Words = ""
+    link: Name = ""
+    """What carried the blocks."""
+    num_repeated: Count = 0
+    """Blocks that came with another digest and were pulled again."""
 
 
 class FailureKind(enum.Enum):
@@ -233,6 +274,10 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_decode_tokens_total: Count = 0
     num_prefix_queries_total: Count = 0
     num_prefix_hits_total: Count = 0
+    num_prefix_pulled_total: Count = 0
+    """Tokens whose KV another instance lent, and those whose KV came from disk."""
+    num_prefix_loaded_total: Count = 0
+    blocks_on_disk: Count = 0
     num_leases_expired_total: Count = 0
     num_steps_timed_total: Count = 0
     """Steps that were predicted and measured; their seconds, and the predicted ones."""
@@ -250,8 +295,17 @@ class LoadReport(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
-ToEngine = Generate | Adopt | Abort | Release | Migrate | PeerLost | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | Pulled | Failed | LoadReport
+class KvEvents(Message, frozen=True, kw_only=True):
+    """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
+
+    instance: InstanceId
+    incarnation: Name
+    number: EventNumber
+    events: tuple[AnyKvEvent, ...]
+
+
+ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

@@ -33,6 +33,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
     block_hashes: tuple[BlockHash, ...] = ()
+    """Names of the prompt's full KV blocks: see ``block_hash``. Without them, nothing of the sequence is reused."""
+    cache_salt: str = ""
+    """Only sequences of the same salt share KV blocks."""
     priority: int = 0
     """Lower is served earlier, as in vLLM."""
     objectives: Objectives = Objectives()

@@ -13,7 +13,7 @@ free. At any moment every block is in exactly one state: ``audit`` counts them, 
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -58,9 +58,13 @@ class _Block:
 
 
 class BlockPool:
-    """All blocks of one instance. No method blocks or partly succeeds: it does all or returns None."""
+    """All blocks of one instance. No method blocks or partly succeeds: it does all or returns None.
 
-    def __init__(self, num_blocks: int) -> None:
+    ``on_removed`` is told the name of each block that can be found no more.
+    """
+
+    def __init__(self, num_blocks: int, on_removed: Callable[[BlockHash], None] = lambda name: None) -> None:
+        self._on_removed = on_removed
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free = [BlockId(index) for index in range(num_blocks - 1, -1, -1)]
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
@@ -134,12 +138,19 @@ class BlockPool:
         """Drop one lease on each block."""
         self._change_holds(reversed(blocks), leases=-1)
 
-    def publish(self, index: BlockId, block_hash: BlockHash) -> None:
-        """Make the KV of a full ACTIVE block findable by its prefix, unless an equal block already is."""
+    def publish(self, index: BlockId, block_hash: BlockHash) -> bool:
+        """Make the KV of a full ACTIVE block findable by its prefix; return False when an equal block already is."""
         self._expect(index, BlockState.ACTIVE)
-        if self._blocks[index].hash is None and block_hash not in self._by_hash:
-            self._blocks[index].hash = block_hash
-            self._by_hash[block_hash] = index
+        if self._blocks[index].hash is not None or block_hash in self._by_hash:
+            return False
+        self._blocks[index].hash = block_hash
+        self._by_hash[block_hash] = index
+        return True
+
+    @property
+    def published(self) -> tuple[BlockHash, ...]:
+        """Names of the blocks that can be found."""
+        return tuple(self._by_hash)
 
     def retract(self, blocks: Iterable[BlockId]) -> None:
         """Make ACTIVE blocks that may have been published findable no more. Who holds them keeps them."""
@@ -156,6 +167,11 @@ class BlockPool:
                 break
             found.append(index)
         return tuple(found)
+
+    def find(self, name: BlockHash) -> BlockId | None:
+        """Return the block that holds the prefix of this name, if one does."""
+        index = self._by_hash.get(name)
+        return None if index is None else BlockId(index)
 
     def num_cached_among(self, blocks: Iterable[BlockId]) -> int:
         """Return how many of these blocks are CACHED, and so would stop being available if acquired."""
@@ -224,6 +240,7 @@ class BlockPool:
     def _unpublish(self, block: _Block) -> None:
         if block.hash is not None:
             del self._by_hash[block.hash]
+            self._on_removed(block.hash)
             block.hash = None
 
     def _change_holds(self, indices: Iterable[BlockId], *, sequences: int = 0, leases: int = 0) -> None:

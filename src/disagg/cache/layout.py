@@ -82,6 +82,13 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of the whole pool."""
         return self.num_layers * self.layer_bytes
 
+    def describe(self) -> str:
+        """Return in words what blocks of one pool share with those of another that can be handed over to it."""
+        return (
+            f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens, "
+            f"{self.dtype.value}, {self.format.value}"
+        )
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)

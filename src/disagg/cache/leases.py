@@ -29,6 +29,10 @@ class LeaseTable:
     def __iter__(self) -> Iterator[Lease]:
         return iter(self._leases.values())
 
+    def find(self, request_id: RequestId) -> Lease | None:
+        """Return the lease of a sequence, of whatever epoch."""
+        return self._leases.get(request_id)
+
     def grant(self, lease: Lease) -> None:
         """Record a new lease."""
         if lease.request_id in self._leases:

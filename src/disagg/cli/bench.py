@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 COMMANDS: Final = {
     "serve": ("disagg.cli.bench_serve", "Send a workload to a server and measure what comes back."),
     "goodput": ("disagg.cli.bench_goodput", "Search the highest rate at which a server keeps its objectives."),
+    "transfer": ("disagg.cli.bench_transfer", "Time the hand-over of KV blocks over each link."),
+    "kv-quality": ("disagg.cli.bench_kv_quality", "Compare answers over coded KV blocks with those over raw ones."),
     "compare": ("disagg.cli.bench_compare", "Send the same requests to several servers on the same cores."),
     "report": ("disagg.cli.bench_report", "Draw saved results as one page."),
 }
@@ -34,7 +36,7 @@ class BenchCommands(CommandGroup):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 

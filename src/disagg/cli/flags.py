@@ -14,20 +14,12 @@ import msgspec
 from msgspec import inspect
 
 from disagg.base.errors import ConfigurationError
-from disagg.base.units import format_bytes
+from disagg.base.units import format_bytes, parse_bytes
 from disagg.cli.values import Count, Name, Number
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=msgspec.Struct)
 
-_UNITS: Final = {"": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
-}
-
-
-_MANY_BYTES: Final = 1 << 60
 _MOST_INTEGERS: Final = 1 << 16
 _METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}
 """How a value is shown in the help; all our floats are seconds."""
@@ -42,14 +34,10 @@ class ByteSize(click.ParamType[int]):
         """Return the number of bytes."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", str(value).strip(), re.IGNORECASE)
-        unit = _UNITS.get(_canonical_unit(match[2])) if match else None
-        if match is None or unit is None:
-            self.fail(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB", param, ctx)
-        num_bytes = float(match[1]) * unit
-        if num_bytes >= _MANY_BYTES:
-            self.fail(f"{value!r} is more than any machine has", param, ctx)
-        return int(num_bytes)
+        try:
+            return parse_bytes(str(value))
+        except ConfigurationError as error:
+            self.fail(str(error), param, ctx)
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
@@ -171,7 +159,3 @@ def _unwrap(kind: inspect.Type) -> tuple[inspect.Type, str]:
                 (kind,) = (member for member in kind.types if not isinstance(member, inspect.NoneType))
             case _:
                 return kind, description
-
-
-def _canonical_unit(unit: str) -> str:
-    return unit.upper().replace("IB", "iB").removeprefix("B")

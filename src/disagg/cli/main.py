@@ -15,8 +15,10 @@ COMMANDS: Final = {
     "top": ("disagg.cli.top", "Watch a running server: load, hand-overs, latencies, stages."),
     "ctl": ("disagg.cli.ctl", "Change a running server: add, drain, remove or flip an instance."),
     "simulate": ("disagg.cli.simulate", "Predict what a placement does under a workload."),
+    "plan": ("disagg.cli.plan", "Find the placement that serves the most within latency objectives."),
     "profile": ("disagg.cli.profile", "Measure this machine's steps, for simulations of it."),
     "bench": ("disagg.cli.bench", "Measure the engine on this machine."),
+    "keys": ("disagg.cli.keys", "Make the keys with which hosts of one deployment know each other."),
     "models": ("disagg.cli.models", "List the models that can be loaded."),
     "version": ("disagg.cli.version", "Print the version."),
 }

@@ -1,12 +1,13 @@
 """``disagg simulate``: what a placement would do under a workload, by running the real policies in virtual time."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
+from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings, TransferSettings
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
@@ -83,6 +84,7 @@ _FILE: Final = click.Path(path_type=Path)
     "--html", type=OutputPath("the page"), metavar="FILE", help="Write the course of the first run as a page."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@flags_of(TransferSettings, without={"kv_link", "kv_digests", "kv_streams"})
 @flags_of(CacheSettings, SchedulerSettings, RouterSettings, without={"objectives"})
 def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
@@ -99,6 +101,7 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(values["cluster"], *source)
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
+    spec = replace(spec, kv_transfer_dtype=build(TransferSettings, values).kv_transfer_dtype)
     workload = choose_load(values)
     evaluation = _evaluate(spec, workload, slo, values["seeds"], values["events"], values["html"])
     goodput = None

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate, Percentiles
-from disagg.simulator.run_report import RunReport
+from disagg.simulator.run_report import PromptTokens, RunReport
 
 
 class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +56,19 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     console.print(_stages(report.runs))
     for use in first.kv:
         console.print(f"KV of {use.instance}: mean {use.mean:.0%}, peak {use.peak:.0%}  {_sparkline(use.course)}")
+    if first.prompt_tokens.computed < first.prompt_tokens.total:
+        console.print(_prompts(first.prompt_tokens))
     if first.num_preemptions:
         console.print(f"{first.num_preemptions} preemptions")
+
+
+def _prompts(tokens: PromptTokens) -> str:
+    found = ", ".join(
+        f"{count / tokens.total:.1%} {how}"
+        for count, how in ((tokens.cached, "cached"), (tokens.pulled, "pulled"), (tokens.loaded, "read from disk"))
+        if count
+    )
+    return f"prompt tokens  {tokens.computed / tokens.total:.1%} computed, {found}"
 
 
 def _latencies(runs: Sequence[RunReport]) -> Table:

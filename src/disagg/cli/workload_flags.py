@@ -14,7 +14,7 @@ from disagg.cli.values import Count, Name, Number
 from disagg.measure.arrivals import ArrivalKind, Arrivals
 from disagg.measure.open_loop import FixedLengths, LengthLimits, OpenLoop, RequestSource
 from disagg.measure.sessions import SessionWorkload
-from disagg.measure.slo import Slo, parse_slo
+from disagg.measure.slo import Slo, SloTarget, parse_slo, parse_target
 from disagg.measure.standard import STANDARD_WORKLOADS, standard_workload
 from disagg.measure.trace import Trace
 
@@ -43,6 +43,21 @@ class SloType(click.ParamType[Slo]):
             return value
         try:
             return parse_slo(str(value))
+        except ConfigurationError as error:
+            self.fail(str(error), param, ctx)
+
+
+class SloTargetType(click.ParamType[SloTarget]):
+    """Objectives with the part of requests that keeps them, and limits on percentiles: ttft=250ms,tpot=100ms@90%."""
+
+    name = "slo"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> SloTarget:
+        """Return the target."""
+        if isinstance(value, SloTarget):
+            return value
+        try:
+            return parse_target(str(value))
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
 

@@ -26,6 +26,15 @@ class LinkKind(enum.Enum):
     TCP = "tcp"
 
 
+class KvCodec(enum.Enum):
+    """In which form KV blocks travel."""
+
+    RAW = "raw"
+    """As they are in the pool."""
+    INT8 = "int8"
+    """A byte for each element, and scales."""
+
+
 @dataclass(frozen=True)
 class LinkModel:
     """What a transfer that has the link for itself takes: ``overhead_s`` + ``latency_s`` + bytes / ``bytes_per_s``.
@@ -148,9 +157,7 @@ class SerialLinks:
     def start(self, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
         """Queue a transfer at ``now`` and return when it ends."""
         pair = (source, target)
-        route = self._routes.get(pair)
-        if route is None:
-            route = self._routes[pair] = self._route(source, target)
+        route = self._way(source, target)
         begin_s = max(now, self._free_at_s.get(pair, 0.0))
         for passage in route.passages:
             if passage.ports is not None:
@@ -166,3 +173,13 @@ class SerialLinks:
         end_s = begin_s + route.transfer_time_s(num_bytes)
         self._free_at_s[pair] = end_s
         return end_s
+
+    def kind(self, source: InstanceId, target: InstanceId) -> LinkKind:
+        """Return what carries the bytes: of several links one after the other, the last."""
+        return self._way(source, target).passages[-1].link.kind
+
+    def _way(self, source: InstanceId, target: InstanceId) -> Route:
+        route = self._routes.get((source, target))
+        if route is None:
+            route = self._routes[source, target] = self._route(source, target)
+        return route

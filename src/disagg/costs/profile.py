@@ -119,6 +119,11 @@ class ProfiledPlatform:
         """See ``Platform``."""
         return self.profile.kv_bytes_per_token
 
+    @property
+    def most_tokens(self) -> int:
+        """New tokens of the largest step that was measured."""
+        return max(sample.shape().num_tokens for steps in self.profile.steps for sample in steps.samples)
+
     def latency(
         self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
     ) -> FittedLatency:

@@ -209,6 +209,27 @@ def first_fit(topology: Topology, instances: Sequence[InstanceSize]) -> list[Pla
     return places
 
 
+def read_devices(ranges: Sequence[str]) -> Place:
+    """Return the devices that ``gpu-0:0-3`` or ``gpu-0:0``, ``gpu-0:1`` name, in order."""
+    devices: list[DeviceRef] = []
+    for text in ranges:
+        node, _, indices = text.rpartition(":")
+        first, _, last = indices.partition("-")
+        devices += [DeviceRef(NodeName(node), index) for index in range(int(first), int(last or first) + 1)]
+    return tuple(devices)
+
+
+def write_devices(place: Place) -> tuple[str, ...]:
+    """Return what ``read_devices`` reads, with ranges where devices follow each other."""
+    runs: list[tuple[DeviceRef, int]] = []
+    for device in place:
+        if runs and (runs[-1][0].node, runs[-1][1] + 1) == (device.node, device.index):
+            runs[-1] = runs[-1][0], device.index
+        else:
+            runs.append((device, device.index))
+    return tuple(str(first) if first.index == last else f"{first}-{last}" for first, last in runs)
+
+
 def _take(free: dict[NodeName, list[int]], count: int) -> Place | None:
     for name, indices in free.items():
         if len(indices) >= count:

@@ -48,7 +48,7 @@ def _run(settings: InstanceSettings) -> None:
     pin_to_cores(settings.cpus)
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # PyTorch reads it while it is imported
-    channel = ControlChannel(settings.control_endpoint, settings.instance, settings.control_key)
+    channel = ControlChannel(settings.control_endpoint, settings.instance, settings.control_key, settings.control_curve)
     try:
         channel.send(Loading(instance=settings.instance, stage="libraries", fraction=0.0))
         import torch

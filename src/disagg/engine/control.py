@@ -7,9 +7,18 @@ from typing import Final
 
 import zmq
 
+from disagg.base.config import CurveKeys
 from disagg.base.errors import InternalError, ProtocolError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import MAX_MESSAGE_BYTES, Message, ToEngine, decode_for_engine, encode
+from disagg.base.messages import (
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    MAX_MESSAGE_BYTES,
+    Message,
+    ToEngine,
+    decode_for_engine,
+    encode,
+)
 
 SEND_DEADLINE_S: Final = 10.0
 """A router that takes nothing for this long, with a full queue, counts as gone."""
@@ -23,14 +32,22 @@ logger = logging.getLogger(__name__)
 class ControlChannel:
     """Messages from and to the router. All methods but ``wake`` belong to the thread that made it."""
 
-    def __init__(self, endpoint: str, instance: InstanceId, key: str | None = None) -> None:
-        """Connect; the router knows the socket by the instance's name, and lets it in for the server's key."""
+    def __init__(
+        self, endpoint: str, instance: InstanceId, key: str | None = None, curve: CurveKeys | None = None
+    ) -> None:
+        """Connect; the router knows the socket by the instance's name, and lets it in for the server's key, or keys."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, instance.encode())
         if key is not None:
             self._socket.setsockopt(zmq.PLAIN_USERNAME, instance.encode())
             self._socket.setsockopt(zmq.PLAIN_PASSWORD, key.encode())
+        if curve is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, curve.server_public.encode())
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, curve.secret.encode())
+            self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_DEADLINE_S * 1000))
         self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)

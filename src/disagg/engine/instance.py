@@ -7,9 +7,11 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 
@@ -17,16 +19,21 @@ from disagg.base.clock import Clock
 from disagg.base.config import Device, InstanceSettings, ModelSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
+from disagg.base.ids import BlockHash
+from disagg.base.kv_events import Medium
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
+from disagg.base.units import format_bytes
 from disagg.costs.measured_steps import StepSample, fit_latency
 from disagg.costs.profile import load_profile
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
+from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
 from disagg.engine.kernels.select import select_backend
+from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.loop import EngineLoop
 from disagg.engine.model.decoder import Decoder
@@ -36,11 +43,14 @@ from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
+from disagg.models.fingerprint import fingerprint
 from disagg.models.locate import ModelFiles, load_config, locate_model
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
@@ -83,7 +93,9 @@ def build_loop(
     weights = _load(settings, files, config, backend, progress, clock)
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
-    pulls = _make_pulls(settings, pool, device, channel, clock, stack)
+    shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
+    pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
+    disk, room = _open_disk(settings, files, pool, channel, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
         device=settings.device.value,
@@ -95,7 +107,10 @@ def build_loop(
         weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
-        pool=pool.address(),
+        pool=shared.address,
+        kv_layout=capacity.layout.describe(),
+        max_disk_blocks=room.max_blocks,
+        num_saved_blocks=len(room.saved),
     )
     ready = Ready(
         version=PROTOCOL_VERSION,
@@ -104,11 +119,11 @@ def build_loop(
         role=settings.role,
         facts=facts,
     )
-    header = core_header(settings, ready)
+    header = core_header(settings, ready, room.saved)
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log)
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log, disk)
 
 
 def _load(
@@ -137,8 +152,11 @@ def _load(
     return load_shared(settings.weights, key, most_weight_bytes(config), lambda memory: load(memory=memory), clock)
 
 
-def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
-    """Return what the core of an instance is made from, which an event log begins with."""
+def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
+    """Return what the core of an instance is made from, which an event log begins with.
+
+    ``saved_blocks`` are on its disk from a life before.
+    """
     facts = ready.facts
     return InstanceHeader(
         instance=ready.instance,
@@ -149,6 +167,10 @@ def core_header(settings: InstanceSettings, ready: Ready) -> InstanceHeader:
         prefix_caching=settings.cache.prefix_caching,
         max_model_len=facts.max_model_len,
         pool=facts.pool,
+        max_disk_blocks=facts.max_disk_blocks,
+        saved_blocks=saved_blocks,
+        tells_tokens=settings.tells_tokens,
+        medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
         latency=None if settings.latency is None else fit_latency(_own_steps(Path(settings.latency)))[0],
     )
 
@@ -232,7 +254,7 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
 def _make_pulls(
     settings: InstanceSettings,
     pool: KvPool,
-    device: torch.device,
+    shared: SharedBlocks,
     channel: ControlChannel,
     clock: Clock,
     stack: ExitStack,
@@ -241,7 +263,41 @@ def _make_pulls(
     num_threads = settings.scheduler.max_pulls_in_flight
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
-    links = Links(pool, threads, clock, maps_ahead=device.type == "cpu")
-    pulls = Pulls(links, pool.layout.num_layers, channel.wake)
+    links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU)
+    pulls = Pulls(links, shared, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
     return pulls
+
+
+@dataclass(frozen=True, slots=True)
+class _DiskRoom:
+    """How many KV blocks an instance may keep on disk, and the names of those that are there."""
+
+    max_blocks: int = 0
+    saved: tuple[BlockHash, ...] = ()
+
+
+def _open_disk(
+    settings: InstanceSettings, files: ModelFiles, pool: KvPool, channel: ControlChannel, stack: ExitStack
+) -> tuple[KvDisk | None, _DiskRoom]:
+    """Open an instance's share of the disk, if it has one. Raises ConfigurationError when it cannot be used."""
+    share = settings.kv_disk
+    if share is None:
+        return None, _DiskRoom()
+    folder = Path(share.folder).expanduser()
+    blocks = BlockFiles(folder, settings.instance, _contents(files, settings.model), pool.layout)
+    stack.callback(blocks.close)
+    max_blocks = share.max_bytes // blocks.file_bytes
+    if not max_blocks:
+        raise ConfigurationError(
+            f"--kv-disk: the share of {settings.instance}, {format_bytes(share.max_bytes)}, is less than one KV block "
+            f"of {format_bytes(blocks.file_bytes)}: raise it"
+        )
+    disk = KvDisk(blocks, pool, channel.wake)
+    stack.callback(disk.close)
+    return disk, _DiskRoom(max_blocks, blocks.scan(max_blocks))
+
+
+def _contents(files: ModelFiles, model: ModelSettings) -> bytes:
+    """Return a name for all that the contents of a KV block hang on, but for their layout."""
+    return fingerprint(files) + msgspec.json.encode((model.dtype, model.quantization))

@@ -10,18 +10,37 @@ from typing import assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
-from disagg.base.messages import Adopt, Failed, Generate, Offered, Pulled, Ready, StepOutput, Stop, ToEngine
+from disagg.base.messages import (
+    Adopt,
+    Failed,
+    Generate,
+    NotHeld,
+    Offered,
+    Pulled,
+    Ready,
+    StepOutput,
+    Stop,
+    ToEngine,
+)
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
+from disagg.engine.kv_disk import KvDisk
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
 from disagg.engine.sequence_table import SequenceTable
 from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Start
-from disagg.scheduling.instance.outputs import AnyInstanceOutput, CancelCopy, Emitted, ForgetPeer, StartCopy
-from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, LoadEnded, Start
+from disagg.scheduling.instance.outputs import (
+    AnyInstanceOutput,
+    CacheChanged,
+    CancelCopy,
+    Emitted,
+    ForgetPeer,
+    StartCopy,
+)
+from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 from disagg.scheduling.step.events import Tick
 
 
@@ -38,6 +57,7 @@ class EngineLoop:
         channel: ControlChannel,
         clock: Clock,
         log: EventLog | None = None,
+        disk: KvDisk | None = None,
     ) -> None:
         self._ready = ready
         self._core = core
@@ -47,7 +67,8 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = log
-        self._sequences = SequenceTable(ready.facts.vocab_size)
+        self._disk = disk
+        self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
         self._wake_s = math.inf
@@ -90,14 +111,24 @@ class EngineLoop:
             if not ended.result.failure:
                 self._blocks.receive_blocks(ended.targets)
             inputs.append(ended.result)
+        if self._disk is not None:
+            inputs += self._collect_from(self._disk)
         if self._clock.now() >= self._wake_s:
             inputs.append(Tick())
         return inputs
 
+    def _collect_from(self, disk: KvDisk) -> list[AnyInstanceInput]:
+        inputs: list[AnyInstanceInput] = []
+        for ended in disk.take_ended():
+            if isinstance(ended.result, LoadEnded) and not ended.result.unreadable:
+                self._blocks.receive_blocks(ended.targets)
+            inputs.append(ended.result)
+        return inputs
+
     def _input(self, message: ToEngine) -> AnyInstanceInput:
         match message:
-            case Generate(request=request, hand_over=hand_over):
-                return Start(sequence=self._sequences.add(request), hand_over=hand_over)
+            case Generate(request=request, hand_over=hand_over, prefix=prefix):
+                return Start(sequence=self._sequences.add(request), hand_over=hand_over, prefix=prefix)
             case Adopt(request=request, offer=offer):
                 return Continue(sequence=self._sequences.add(request), offer=offer)
             case Stop():
@@ -126,21 +157,36 @@ class EngineLoop:
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
+                self._channel.send(Offered(offer=self._pulls.seal(offer)))
+            case NotHeld() | Pulled() | Failed():
                 self._channel.send(output)
-            case Pulled() | Failed():
-                self._channel.send(output)
+            case CacheChanged(message=message, owners=owners):
+                self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)
             case StartCopy():
                 self._pulls.start(output, now)
             case CancelCopy(request_id=request_id, epoch=epoch):
                 self._pulls.cancel(request_id, epoch)
+            case LoadBlocks() | SaveBlock() | DropSaved():
+                self._use_disk(output)
             case ForgetPeer(incarnation=incarnation):
                 self._pulls.close_peer(incarnation)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
             case _:
                 assert_never(output)
+
+    def _use_disk(self, output: LoadBlocks | SaveBlock | DropSaved) -> None:
+        assert self._disk is not None, "a core without room on disk wants nothing from it"
+        match output:
+            case LoadBlocks():
+                self._disk.load(output)
+            case SaveBlock(block=block):
+                self._blocks.publish_blocks((block,))
+                self._disk.save(output)
+            case DropSaved(names=names):
+                self._disk.drop(names)
 
     def _emit(self, output: Emitted) -> None:
         assert self._completed is not None, "tokens come from the step that was collected in this turn"

@@ -1,16 +1,25 @@
 """Pulls of KV blocks under way: started by the loop, copied by the transfer room, their ends collected by the loop."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec import structs
+
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.messages import KvOffer
+from disagg.costs.links import LinkKind
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
-from disagg.transfer.link import Transfer, TransferState
+from disagg.transfer.digests import split_digests
+from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
+from disagg.transfer.shared_blocks import SharedBlocks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +31,31 @@ class EndedPull:
 
 
 class Pulls:
-    """The pulls of one instance. ``wake`` is called from the copying thread when one has ended."""
+    """The pulls of one instance. ``wake`` is called from the copying thread when one has ended.
 
-    def __init__(self, links: Links, num_layers: int, wake: Callable[[], None]) -> None:
+    ``shared`` is what others may pull from it.
+    """
+
+    def __init__(self, links: Links, shared: SharedBlocks, num_layers: int, wake: Callable[[], None]) -> None:
         self._links = links
+        self._shared = shared
         self._layers = range(num_layers)
         self._wake = wake
         self._running: dict[tuple[RequestId, Epoch], Transfer] = {}
         self._ended: deque[EndedPull] = deque()
 
+    def seal(self, offer: KvOffer) -> KvOffer:
+        """Return an offer of this instance with what its reader needs beside the block ids."""
+        return self._shared.seal(offer)
+
     def start(self, pull: StartCopy, now: float) -> None:
         """Start copying. A pull that cannot start has ended, failed."""
-        blocks = [(copy.source, copy.target) for copy in pull.copies]
-        on_end = partial(self._on_end, pull)
         try:
-            transfer = self._links.open(pull.pool).read(blocks, self._layers, on_end)
+            link = self._links.open(pull.offer.pool, pull.source)
+            read = _wanted(pull, self._layers, pull.expires_s - now)
+            transfer = link.read(read, partial(self._on_end, pull, link.kind))
         except (TransferError, ProtocolError) as error:
-            self._ended.append(_ended(pull, 0, (now, now), str(error)))
+            self._ended.append(EndedPull(_ended(pull, 0, (now, now), str(error)), _targets(pull)))
             self._wake()
         else:
             self._running[pull.request_id, pull.epoch] = transfer
@@ -68,23 +85,46 @@ class Pulls:
             transfer.cancel()
         self._links.close()
 
-    def _on_end(self, pull: StartCopy, transfer: Transfer) -> None:
+    def _on_end(self, pull: StartCopy, kind: LinkKind, transfer: Transfer) -> None:
+        link = transfer.describe(kind)
         times = (transfer.started_s, transfer.ended_s)
         is_done = transfer.state is TransferState.DONE
         failure = "" if is_done else transfer.failure or f"the pull was {transfer.state.value}"
-        self._ended.append(_ended(pull, transfer.num_bytes if is_done else 0, times, failure))
+        ended = _ended(pull, transfer.num_bytes if is_done else 0, times, failure)
+        if transfer.num_repeated:
+            logger.error(
+                "%d KV blocks of %s came from %s over %s with another digest than they were offered with",
+                transfer.num_repeated,
+                pull.request_id,
+                pull.source,
+                link,
+            )
+        ended = structs.replace(ended, link=link, num_repeated=transfer.num_repeated)
+        self._ended.append(EndedPull(ended, _targets(pull)))
         self._wake()
 
 
-def _ended(pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str) -> EndedPull:
-    return EndedPull(
-        result=CopyEnded(
-            request_id=pull.request_id,
-            epoch=pull.epoch,
-            num_bytes=num_bytes,
-            started_s=times[0],
-            ended_s=times[1],
-            failure=failure,
-        ),
-        targets=tuple(copy.target for copy in pull.copies),
+def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
+    """Return what a pull reads; raise TransferError when the digests are not those of the offered blocks."""
+    offer = pull.offer
+    digests = b""
+    if offer.digests:
+        of_block = dict(zip(offer.block_ids, split_digests(offer.digests, len(offer.block_ids)), strict=True))
+        digests = b"".join([of_block[copy.source] for copy in pull.copies])
+    blocks = [(copy.source, copy.target) for copy in pull.copies]
+    return KvRead(blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s)
+
+
+def _targets(pull: StartCopy) -> tuple[BlockId, ...]:
+    return tuple(copy.target for copy in pull.copies)
+
+
+def _ended(pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str) -> CopyEnded:
+    return CopyEnded(
+        request_id=pull.request_id,
+        epoch=pull.epoch,
+        num_bytes=num_bytes,
+        started_s=times[0],
+        ended_s=times[1],
+        failure=failure,
     )

@@ -1,17 +1,27 @@
 """The token values of the sequences that an instance's core knows, and what the core may know of them."""
 
+from collections.abc import Sequence
+
+from msgspec import structs
+
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
+from disagg.base.kv_events import BlockStored
+from disagg.base.messages import KvEvents
 from disagg.base.request import GenerationRequest
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.instance.inputs import SequenceFacts
 
 
 class SequenceTable:
-    """Live sequences by name; a newer attempt takes the place of an older one."""
+    """Live sequences by name; a newer attempt takes the place of an older one.
 
-    def __init__(self, vocab_size: int) -> None:
+    ``block_size`` is that of the KV blocks which are kept for reuse; 0 keeps none.
+    """
+
+    def __init__(self, vocab_size: int, block_size: int = 0) -> None:
         self._vocab_size = vocab_size
+        self._block_size = block_size
         self._sequences: dict[RequestId, LiveSequence] = {}
 
     def __getitem__(self, request_id: RequestId) -> LiveSequence:
@@ -22,9 +32,10 @@ class SequenceTable:
 
     def add(self, request: GenerationRequest) -> SequenceFacts:
         """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""
-        known = self._sequences.get(request.request_id)
-        if known is None or known.epoch < request.epoch:
-            self._sequences[request.request_id] = LiveSequence(request)
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None or sequence.epoch < request.epoch:
+            sequence = LiveSequence(request, self._block_size)
+            self._sequences[request.request_id] = sequence
         return SequenceFacts(
             request_id=request.request_id,
             epoch=request.epoch,
@@ -32,7 +43,7 @@ class SequenceTable:
             max_total_tokens=request.max_total_tokens,
             priority=request.priority,
             arrival_s=request.arrival_s,
-            block_hashes=request.block_hashes,
+            block_hashes=sequence.block_hashes,
             reuse_prefix=not LiveSequence.reports_prompt_logprobs(request),
             objectives=request.objectives,
             fault=self._fault(request),
@@ -43,6 +54,24 @@ class SequenceTable:
         known = self._sequences.get(request_id)
         if known is not None and known.epoch == epoch:
             del self._sequences[request_id]
+
+    def with_tokens(self, message: KvEvents, owners: Sequence[tuple[RequestId, int] | None]) -> KvEvents:
+        """Return the message with the tokens of the blocks that were stored, where their sequence is still known."""
+        events = [
+            structs.replace(event, token_ids=self._tokens(owner, len(event.block_hashes)))
+            if isinstance(event, BlockStored) and owner is not None
+            else event
+            for event, owner in zip(message.events, owners, strict=True)
+        ]
+        return structs.replace(message, events=tuple(events))
+
+    def _tokens(self, owner: tuple[RequestId, int], num_blocks: int) -> tuple[int, ...]:
+        request_id, first_block = owner
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return ()
+        start = first_block * self._block_size
+        return tuple(sequence.tokens[start : start + num_blocks * self._block_size].tolist())
 
     def _fault(self, request: GenerationRequest) -> str:
         """Return why a request cannot be computed, if so; a wrong token id would otherwise end the whole instance."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.block_hash import first_link, hash_blocks
+from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
@@ -23,10 +24,11 @@ class SequenceFailure:
 class LiveSequence:
     """One sequence on this instance.
 
-    ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known.
+    ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known. ``block_size`` is that of the
+    KV blocks which are named for reuse; 0 where none is.
     """
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, block_size: int = 0) -> None:
         self.request = request
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_tokens = request.num_tokens
@@ -36,6 +38,9 @@ class LiveSequence:
         self.finished: FinishReason | None = None
         """Why no further token is wanted."""
         self.failure: SequenceFailure | None = None
+        self._block_size = block_size if self._is_named(block_size) else 0
+        self._block_hashes = request.block_hashes if block_size else ()
+        self._name_blocks()
         self._prompt_logprobs: list[PositionLogprobs] = []
         self._block_ids: tuple[BlockId, ...] = ()
         self._block_table = np.empty(0, dtype=np.int32)
@@ -76,8 +81,11 @@ class LiveSequence:
         """See ``wants_prompt_logprobs``."""
         return request.sampling.prompt_logprobs is not None and not request.output_token_ids
 
-    def append(self, token_id: int) -> None:
-        """Add a sampled token; ``finished`` says afterwards whether the sequence ends with it."""
+    def append(self, token_id: int) -> tuple[BlockHash, ...]:
+        """Add a sampled token; ``finished`` says afterwards whether the sequence ends with it.
+
+        Returns the names of the KV blocks, at most one, that it fills.
+        """
         if self.num_tokens == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         may_stop = self.num_output_tokens >= self.sampling.min_tokens
@@ -87,6 +95,26 @@ class LiveSequence:
             self.finished = FinishReason.STOP
         elif self.num_output_tokens >= self.sampling.max_tokens:
             self.finished = FinishReason.LENGTH
+        return self._name_blocks()
+
+    @property
+    def block_hashes(self) -> tuple[BlockHash, ...]:
+        """Names of the KV blocks that the known tokens fill."""
+        return self._block_hashes
+
+    def _is_named(self, block_size: int) -> bool:
+        """Return whether all full blocks of the prompt have names, to which those of the answer can be chained."""
+        return bool(block_size) and len(self.request.block_hashes) == self.num_prompt_tokens // block_size
+
+    def _name_blocks(self) -> tuple[BlockHash, ...]:
+        """Name the blocks that the known tokens fill and that have no names; return the new names."""
+        size, known = self._block_size, self._block_hashes
+        if not size or self.num_tokens // size == len(known):
+            return ()
+        last = known[-1] if known else first_link(self.request.cache_salt)
+        names = hash_blocks(self.tokens[len(known) * size : self.num_tokens].tolist(), size, last)
+        self._block_hashes = known + names
+        return names
 
     def block_table(self, block_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
         """Return ``block_ids`` as an array. The scheduler hands out the same tuple until the blocks change."""

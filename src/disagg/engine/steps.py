@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from disagg.base.clock import Clock
-from disagg.base.ids import RequestId
+from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import SequenceOutput, StageStamps
 from disagg.base.sampling import FinishReason, PositionLogprobs
 from disagg.engine.executor import ChunkResult, Executor, Work
@@ -30,6 +30,8 @@ class NewToken:
     token_id: int
     logprobs: PositionLogprobs | None
     finished: FinishReason | None
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Names of the KV blocks that it fills."""
 
     def output(self, stamps: StageStamps | None = None, num_cached_tokens: int = 0) -> SequenceOutput:
         """Return what the router is told; ``stamps`` come with the first token of this instance."""
@@ -147,7 +149,8 @@ def run_step(executor: Executor, clock: Clock, step_id: int, step: Sequence[Work
         if sequence.failure is not None:
             failed.append(StepFailure(work.chunk.request_id, sequence.failure.kind, sequence.failure.message))
         elif work.chunk.samples:
-            sampled.append(StepResult(work.chunk.request_id, sequence.finished))
+            names = () if token is None else token.block_hashes
+            sampled.append(StepResult(work.chunk.request_id, sequence.finished, names))
         if token is not None:
             tokens[work.chunk.request_id] = token
     done = StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed), duration_s=clock.now() - started_s)
@@ -163,5 +166,5 @@ def _accept(work: Work, result: ChunkResult) -> NewToken | None:
         sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
     if result.token_id is None:
         return None
-    sequence.append(result.token_id)
-    return NewToken(sequence, result.token_id, result.logprobs, sequence.finished)
+    names = sequence.append(result.token_id)
+    return NewToken(sequence, result.token_id, result.logprobs, sequence.finished, names)

@@ -35,19 +35,21 @@ def bracket_goodput(
     *,
     tolerance: float = RATE_TOLERANCE,
     max_doublings: int = MAX_DOUBLINGS,
+    growth: float = 2.0,
 ) -> RateBracket:
     """Return the rates between which the goodput lies, as near as ``tolerance``, or open where all rates met or missed.
 
     ``meets(rate)`` is asked at most once for a rate and taken to be true below some rate and false above. From
-    ``start_rate`` the rate is doubled or halved up to ``max_doublings`` times, then the bracket is halved.
+    ``start_rate`` the rate is doubled or halved up to ``max_doublings`` times, or, where the start is a good guess,
+    changed by the factor ``growth``; then the bracket is halved.
     """
     bracket = RateBracket(0.0, math.inf)
     rate = start_rate
     for _ in range(max_doublings):
         if meets(rate):
-            bracket, rate = RateBracket(rate, bracket.missed), rate * 2
+            bracket, rate = RateBracket(rate, bracket.missed), rate * growth
         else:
-            bracket, rate = RateBracket(bracket.met, rate), rate / 2
+            bracket, rate = RateBracket(bracket.met, rate), rate / growth
         if bracket.is_closed:
             break
     while bracket.is_closed and not bracket.is_within(tolerance):

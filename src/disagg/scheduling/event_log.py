@@ -11,7 +11,8 @@ from typing import TypeVar
 import msgspec
 
 from disagg.base.errors import ProtocolError
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput
 from disagg.scheduling.instance.outputs import AnyInstanceOutput
 from disagg.scheduling.router.core import RouterCore, RouterHeader

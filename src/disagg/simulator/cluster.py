@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import KvTransferDtype, RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId
+from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.links import SerialLinks
 from disagg.costs.topology import DeviceRef, Place, Topology
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
-from disagg.simulator.instance import InstanceSpec, SimulatedInstance
+from disagg.simulator.instance import SimulatedInstance
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter
@@ -34,6 +36,8 @@ class ClusterSpec:
     router: RouterSettings = field(default_factory=RouterSettings)
     topology: Topology = field(default_factory=Topology.one_node)
     """The router and what serves are on its first node."""
+    kv_transfer_dtype: KvTransferDtype = KvTransferDtype.RAW
+    """In which form KV blocks travel over networks."""
     accept_s: float = 0.0
     message_s: float = 0.0
     deliver_s: float = 0.0
@@ -85,7 +89,10 @@ class SimulatedCluster:
             instances_may_die=bool(spec.faults.deaths or spec.faults.commands),
         )
         places = spec.places()
+        links: SerialLinks | CodedLinks
         links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
+        if spec.kv_transfer_dtype is not KvTransferDtype.RAW:
+            links = CodedLinks(links, spec.kv_transfer_dtype)
         hosts = {node.name: SimulatedHost(self.queue, spec.interference) for node in spec.topology.nodes}
         first = spec.topology.nodes[0].name
         self._router_host = hosts[first] = SimulatedHost(self.queue, spec.interference, spec.serving)

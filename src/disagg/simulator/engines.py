@@ -1,13 +1,14 @@
 """Engines that can be imitated: each is a choice of settings for the same policies, not a policy of its own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 
 from disagg.base.config import (
     CacheSettings,
+    DiskSettings,
     InstanceGroup,
     Placement,
     RouterSettings,
@@ -19,10 +20,12 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
-from disagg.costs.topology import InstanceSize, Place, Topology, first_fit
+from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read_devices
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.instance import InstanceSpec
+from disagg.simulator.instance_spec import InstanceSpec
 
+NVME: Final = LinkModel(bytes_per_s=2e9, latency_s=1e-4)
+"""A disk of the kind that servers have, as read and written block by block."""
 _NEVER_S: Final = 1e9
 _NO_LIMIT: Final = 10**9
 _PATIENT_ROUTER: Final = RouterSettings(max_queued_requests=_NO_LIMIT, request_timeout_s=_NEVER_S)
@@ -40,6 +43,8 @@ class EngineRules:
     block_size: int
     prefix_caching: bool = False
     router: RouterSettings = _PATIENT_ROUTER
+    kv_disk: DiskSettings | None = None
+    """Of all instances together."""
     swap: LinkModel | None = None
     """How preempted KV comes back; None computes it again."""
     notes: tuple[str, ...] = field(default=())
@@ -57,6 +62,7 @@ def own_rules(
         schedulers=dict.fromkeys(Role, scheduler),
         block_size=cache.block_size,
         prefix_caching=cache.prefix_caching,
+        kv_disk=cache.disk(1),
         router=router or RouterSettings(),
     )
 
@@ -116,28 +122,24 @@ def build_cluster(
 ) -> ClusterSpec:
     """Return the cluster in which ``rules`` serve ``placement`` on ``platform``.
 
-    Instances are placed on the nodes of ``topology`` in the order of the placement: see ``first_fit``. None puts all on
-    one node whose devices the platform's link joins. ``by_kind`` names platforms of other kinds of devices, the same
-    model on each; ``platform`` is that of the kinds that are not in it.
+    Instances have the devices that the placement names, or else are placed on the nodes of ``topology`` in the order of
+    the placement: see ``first_fit``. None puts all on one node whose devices the platform's link joins. ``by_kind``
+    names platforms of other kinds of devices, the same model on each; ``platform`` is that of the kinds that are not in
+    it.
     Raises ConfigurationError when the engine has no such role, the platform no figures for a parallelism, or the
     cluster no room.
     """
     groups = [group for group in placement.groups for _ in range(group.count)]
     names = _names(groups)
-    places: list[Place] = [()] * len(groups)
-    if topology is not None:
-        sizes = [
-            InstanceSize(name, group.tensor_parallel, group.pipeline_parallel)
-            for name, group in zip(names, groups, strict=True)
-        ]
-        places = first_fit(topology, sizes)
+    disk_bytes = 0 if rules.kv_disk is None else rules.kv_disk.max_bytes // len(groups)
     instances = []
-    for name, group, place in zip(names, groups, places, strict=True):
+    for name, group, place in zip(names, groups, _places(placement, names, topology), strict=True):
         its_platform, links = platform, None
         if topology is not None:
             its_platform = by_kind.get(topology.node(place[0].node).device, platform)
             links = topology.instance_links(place, group.tensor_parallel)
-        instances.append(_instance(name, group, place, its_platform, rules, links))
+        spec = build_instance(name, group, its_platform, rules, place, links)
+        instances.append(replace(spec, max_disk_blocks=disk_bytes // (spec.block_size * spec.kv_bytes_per_token)))
     num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
@@ -151,6 +153,36 @@ def build_cluster(
     )
 
 
+def _places(placement: Placement, names: Sequence[InstanceId], topology: Topology | None) -> list[Place]:
+    """Return where each instance is; nowhere in particular without a topology."""
+    named = [group for group in placement.groups if group.devices]
+    if topology is None:
+        if named:
+            raise ConfigurationError(
+                f"the placement names devices, such as {named[0].devices[0]}: give the --cluster that they are of, or "
+                "leave out devices"
+            )
+        return [()] * len(names)
+    if not named:
+        groups = [group for group in placement.groups for _ in range(group.count)]
+        sizes = [
+            InstanceSize(name, group.tensor_parallel, group.pipeline_parallel)
+            for name, group in zip(names, groups, strict=True)
+        ]
+        return first_fit(topology, sizes)
+    places: list[Place] = []
+    for group in placement.groups:
+        size = group.tensor_parallel * group.pipeline_parallel
+        devices = read_devices(group.devices)
+        if len(devices) != group.count * size:
+            raise ConfigurationError(
+                f"{group.count} {group.role.value} instance(s) of {size} device(s) each need {group.count * size} "
+                f"devices, and the placement names {len(devices)}: name all devices of every group, or none"
+            )
+        places += [devices[start : start + size] for start in range(0, len(devices), size)]
+    return places
+
+
 def _names(groups: Sequence[InstanceGroup]) -> list[InstanceId]:
     """Return a name for each: its role and its number among those of that role."""
     names, counts = [], dict.fromkeys(Role, 0)
@@ -160,14 +192,15 @@ def _names(groups: Sequence[InstanceGroup]) -> list[InstanceId]:
     return names
 
 
-def _instance(
+def build_instance(
     name: InstanceId,
     group: InstanceGroup,
-    place: Place,
     platform: Platform,
     rules: EngineRules,
-    links: InstanceLinks | None,
+    place: Place = (),
+    links: InstanceLinks | None = None,
 ) -> InstanceSpec:
+    """Return one instance of a group. Raises what ``build_cluster`` raises of it."""
     scheduler = rules.schedulers.get(group.role)
     if scheduler is None:
         can_be = ", ".join(role.value for role in rules.schedulers)
@@ -192,5 +225,6 @@ def _instance(
         num_devices=tensor * pipeline,
         place=place,
         prefix_caching=rules.prefix_caching,
+        disk=NVME,
         swap=rules.swap,
     )

@@ -65,14 +65,23 @@ def run_workload(
     *,
     log: EventLogFolder | None = None,
     timeline: TimelineRecorder | None = None,
+    most_misses: float = math.inf,
 ) -> RunReport:
-    """Serve the requests, or the sessions, that a seed draws."""
+    """Serve the requests, or the sessions, that a seed draws. Raises TargetLostError as ``simulate`` does."""
     block_size = spec.instances[0].block_size
     if isinstance(workload, OpenLoop):
         requests = simulated_requests(workload.draw(seed), workload.name, block_size)
-        return simulate(spec, requests, slo, log=log, timeline=timeline)
+        return simulate(spec, requests, slo, log=log, timeline=timeline, most_misses=most_misses)
     load = SimulatedSessions(workload.draw(seed), block_size)
-    return simulate(spec, load.first_calls(), slo, log=log, timeline=timeline, next_call=load.next_call)
+    return simulate(
+        spec,
+        load.first_calls(),
+        slo,
+        log=log,
+        timeline=timeline,
+        next_call=load.next_call,
+        most_misses=most_misses,
+    )
 
 
 def search_goodput(

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from disagg.base.event_log import EventLog
-from disagg.scheduling.instance.core import InstanceHeader
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.router.core import RouterHeader
 
 

@@ -7,39 +7,34 @@ flight; what comes in between waits for the next turn.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Final, assert_never
 
 from msgspec import structs
 
-from disagg.base.config import SchedulerSettings
-from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
-    PROTOCOL_VERSION,
     Failed,
-    InstanceFacts,
     InstanceLoad,
+    NotHeld,
     Offered,
     Pulled,
-    Ready,
     StageStamps,
 )
-from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Activity, LatencyBeside
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
-from disagg.costs.links import LinkModel, SerialLinks
-from disagg.costs.topology import Place
+from disagg.costs.links import SerialLinks
 from disagg.scheduling.event_log import InstanceRecord
-from disagg.scheduling.instance.core import InstanceCore, InstanceHeader
-from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, LoadEnded
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
+    CacheChanged,
     CancelCopy,
     Emitted,
     FirstOutput,
@@ -47,83 +42,19 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
-from disagg.scheduling.step.actions import Forget, RunStep, WakeAt
-from disagg.scheduling.step.events import StepDone, StepResult, Tick
+from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
+from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
 from disagg.simulator.event_queue import EventQueue, Priority
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
+from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
 
 FAILED_PULL: Final = "the pull was made to fail"
 LOST_PEER: Final = "the instance that was read from died"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstanceSpec:
-    """What one simulated instance is made from."""
-
-    name: InstanceId
-    role: Role
-    scheduler: SchedulerSettings
-    num_blocks: int
-    block_size: int
-    latency: LatencyModel
-    kv_bytes_per_token: int = 0
-    num_devices: int = 1
-    place: Place = ()
-    """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
-    of its first stage, where hosts matter."""
-    prefix_caching: bool = True
-    swap: LinkModel | None = None
-    """Where the KV of preempted sequences waits; None computes it again."""
-
-    def __post_init__(self) -> None:
-        if self.place and len(self.place) != self.num_devices:
-            raise ConfigurationError(
-                f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
-            )
-
-    @property
-    def capacity(self) -> int:
-        """Longest sequence that the KV pool holds, in tokens."""
-        return self.num_blocks * self.block_size
-
-    def header(self, incarnation: str) -> InstanceHeader:
-        """Return what the core of one life of the instance is made from."""
-        return InstanceHeader(
-            instance=self.name,
-            incarnation=incarnation,
-            settings=self.scheduler,
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            prefix_caching=self.prefix_caching,
-            num_stages=self.latency.num_stages,
-        )
-
-    def ready(self, incarnation: str) -> Ready:
-        """Return what it says when it takes requests."""
-        return Ready(
-            version=PROTOCOL_VERSION,
-            instance=self.name,
-            incarnation=incarnation,
-            role=self.role,
-            facts=InstanceFacts(
-                pid=1,
-                device="simulated",
-                kernel_backend="simulated",
-                num_blocks=self.num_blocks,
-                block_size=self.block_size,
-                max_model_len=self.capacity,
-                vocab_size=1,
-                weight_bytes=0,
-                kv_bytes=0,
-                load_s=0.0,
-                pool=b"",
-            ),
-        )
 
 
 class SimulatedInstance:
@@ -133,7 +64,7 @@ class SimulatedInstance:
         self,
         spec: InstanceSpec,
         queue: EventQueue,
-        links: SerialLinks,
+        links: SerialLinks | CodedLinks,
         tell: Callable[[AnyRouterInput], None],
         *,
         host: SimulatedHost,
@@ -155,7 +86,7 @@ class SimulatedInstance:
         # away, tells every token at once.
         self._may_repeat = recording.allows_repeats and not self._may_die
         self._life = -1
-        self._num_preemptions_before = 0
+        self._loads_before: list[InstanceLoad] = []
         self.kv_use = UsageSeries()
         """Blocks that sequences, leases and pulls hold, looked at whenever the core is asked or books a run."""
         host.join(spec.name, self._end_equal_steps)
@@ -180,6 +111,8 @@ class SimulatedInstance:
         self._is_turn_due = False
         self._wake_s = math.inf
         self._lost_peers: set[str] = set()
+        self._disk_free_s = {LoadBlocks: 0.0, SaveBlock: 0.0}
+        """Until when the disk reads, and writes, what it was given."""
         self._run: DecodeRun | None = None
         self.is_alive = True
 
@@ -198,7 +131,7 @@ class SimulatedInstance:
         """End this life: what it computed, pulled and held is gone."""
         self.sync()
         self._run = None
-        self._num_preemptions_before += self._core.load().num_preemptions_total
+        self._loads_before.append(self._core.load())
         self.is_alive = False
         self._requests = {}
         self.kv_use.record(self._queue.now(), 0)
@@ -246,10 +179,9 @@ class SimulatedInstance:
         """Return how busy the instance is, and the counters of its present life."""
         return self._core.load()
 
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions over all its lives."""
-        return self._num_preemptions_before + (self._core.load().num_preemptions_total if self.is_alive else 0)
+    def loads(self) -> list[InstanceLoad]:
+        """Return the counters of all its lives."""
+        return self._loads_before + ([self._core.load()] if self.is_alive else [])
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
@@ -300,14 +232,18 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | Pulled() | Failed():
+            case Offered() | NotHeld() | Pulled() | Failed():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
+            case CacheChanged(message=message):
+                self._tell(InstanceSaid(instance=self.spec.name, message=message))
             case StartCopy():
                 self._copy(output, now)
+            case LoadBlocks() | SaveBlock():
+                self._use_disk(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
-            case CancelCopy():
-                pass  # a copy under way takes its time all the same
+            case CancelCopy() | DropSaved():
+                pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
                 self._lost_peers.add(incarnation)
             case WakeAt(time_s=time_s):
@@ -377,8 +313,9 @@ class SimulatedInstance:
             if chunk.samples:
                 request = requests[chunk.request_id]
                 request.num_output_tokens += 1
-                is_complete = request.num_output_tokens >= request.output_len
-                results.append(StepResult(chunk.request_id, FinishReason.LENGTH if is_complete else None))
+                finished = FinishReason.LENGTH if request.num_output_tokens >= request.output_len else None
+                names = request.names_of_new(1, self.spec.block_size) if request.block_hashes else ()
+                results.append(StepResult(chunk.request_id, finished, names))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
         if not self._is_turn_due:
             self._plan_turn()
@@ -400,8 +337,24 @@ class SimulatedInstance:
         )
         self._later(end_s, partial(self._end_copy, copy, ended))
 
+    def _use_disk(self, output: LoadBlocks | SaveBlock, now: float) -> None:
+        """Read or write blocks, after what is being read or written before them."""
+        ended: LoadEnded | BlockSaved
+        if isinstance(output, LoadBlocks):
+            num_blocks, ended = len(output.blocks), LoadEnded(request_id=output.request_id, epoch=output.epoch)
+        else:
+            num_blocks, ended = 1, BlockSaved(name=output.name)
+        num_bytes = num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token
+        end_s = max(now, self._disk_free_s[type(output)]) + self.spec.disk.transfer_time_s(num_bytes)
+        self._disk_free_s[type(output)] = end_s
+        self._later(end_s, partial(self._end_disk, ended))
+
+    def _end_disk(self, ended: LoadEnded | BlockSaved) -> None:
+        self._pulls_done.append(ended)
+        self._request_turn()
+
     def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
-        if copy.incarnation in self._lost_peers:
+        if copy.offer.incarnation in self._lost_peers:
             ended = structs.replace(ended, num_bytes=0, failure=ended.failure or LOST_PEER)
         self._pulls_done.append(ended)
         self._request_turn()
@@ -427,12 +380,17 @@ class SimulatedInstance:
 
     def _book(self, run: DecodeRun, count: int) -> None:
         if count:
-            run.step, firsts = self._core.repeat(count, run.ends_s[0])
+            requests = self._requests_of(run.step)
+            names: dict[RequestId, tuple[BlockHash, ...]] = {}
+            for request in requests:
+                request.num_output_tokens += count
+                if request.block_hashes:
+                    names[request.request_id] = request.names_of_new(count, self.spec.block_size)
+            run.step, firsts = self._core.repeat(count, run.ends_s[0], names)
             self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
             ends_s = run.take(count)
             stamps = _stamps_of(firsts) if firsts else None
-            for request in self._requests_of(run.step):
-                request.num_output_tokens += count
+            for request in requests:
                 gap_s = request.add_tokens(
                     count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None
                 )

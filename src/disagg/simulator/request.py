@@ -37,6 +37,7 @@ class SimulatedRequest:
     prompt_len: int
     output_len: int
     block_hashes: tuple[BlockHash, ...] = ()
+    """Names of its full KV blocks, as far as somebody else's can be equal: of the prompt, and on into the answer."""
     priority: int = 0
     num_output_tokens: int = 0
     num_reported_tokens: int = 0
@@ -78,16 +79,29 @@ class SimulatedRequest:
             return math.nan
         return (self.timeline.last_token_s - self.timeline.first_token_s) / (self.num_output_tokens - 1)
 
-    def facts(self) -> SequenceFacts:
-        """Return what policy knows of it now."""
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt, and answer so far."""
+        return self.prompt_len + self.num_output_tokens
+
+    def prompt_names(self, block_size: int) -> tuple[BlockHash, ...]:
+        """Return the names of the prompt's full KV blocks."""
+        return self.block_hashes[: self.prompt_len // block_size]
+
+    def names_of_new(self, count: int, block_size: int) -> tuple[BlockHash, ...]:
+        """Return the names of the KV blocks that the last ``count`` tokens have filled."""
+        return self.block_hashes[(self.num_tokens - count) // block_size : self.num_tokens // block_size]
+
+    def facts(self, block_size: int) -> SequenceFacts:
+        """Return what policy knows of it now, where KV blocks hold ``block_size`` tokens."""
         return SequenceFacts(
             request_id=self.request_id,
             epoch=self.epoch,
-            num_tokens=self.prompt_len + self.num_output_tokens,
+            num_tokens=self.num_tokens,
             max_total_tokens=self.max_total_tokens,
             priority=self.priority,
             arrival_s=self.arrival_s,
-            block_hashes=self.block_hashes,
+            block_hashes=self.block_hashes[: self.num_tokens // block_size],
         )
 
     def resume(self, epoch: Epoch, now: float) -> None:

@@ -10,7 +10,7 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Migrate, Offered, PeerLost, Release
+from disagg.base.messages import Abort, Lend, Migrate, Offered, PeerLost, Release, ReportBlocks
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     Deliver,
@@ -21,6 +21,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendMigrate,
     SendRelease,
 )
@@ -31,9 +32,12 @@ from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AnySend,
+    AskForBlocks,
     HandOverEnded,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     StopInstance,
     TellPeerLost,
 )
@@ -47,8 +51,6 @@ from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
 
 _DEATH: Final = "killed by the simulation"
 _LEFT: Final = "it was removed"
-
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | SendMigrate | TellPeerLost
 
 
 class SimulatedRouter:
@@ -82,6 +84,7 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance], spares: Sequence[SimulatedInstance] = ()) -> None:
         """Let all instances come up but for the spares, which may join later."""
         self._instances = {instance.spec.name: instance for instance in (*instances, *spares)}
+        self._block_size = instances[0].spec.block_size
         self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
         roles = {instance.spec.name: instance.spec.role for instance in instances}
         # Simulated instances give no signs of life: their deaths are known at once.
@@ -110,6 +113,7 @@ class SimulatedRouter:
                 num_tokens=request.prompt_len,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                block_hashes=request.prompt_names(self._block_size),
             )
         )
 
@@ -209,12 +213,12 @@ class SimulatedRouter:
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
-            case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | SendMigrate() | TellPeerLost():
-                self._send(output)
-            case StopInstance(instance=instance):
-                self._queue.push(now, partial(self._stop, instance))
             case RestartInstance(instance=instance, delay_s=delay_s):
                 self._queue.push(now + delay_s, partial(self._restart, instance))
+            case StopInstance(instance=instance):
+                self._queue.push(now, partial(self._stop, instance))
+            case _ if isinstance(output, AnySend):
+                self._send(output)
             case _:
                 pass  # the rest is for who counts and shows
 
@@ -241,23 +245,32 @@ class SimulatedRouter:
         if self._core.members.get(instance) is not None:
             self._feed(ProcessExited(instance=instance, detail=_LEFT))
 
-    def _send(self, output: _AnySend) -> None:
+    def _send(self, output: AnySend) -> None:
         call = self._message(output)
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, call)
         else:
             call()
 
-    def _message(self, output: _AnySend) -> Callable[[], None]:
+    def _message(self, output: AnySend) -> Callable[[], None]:
         """Return what delivers the message, as it is now."""
         instance = self._instances[output.instance]
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Start(sequence=request.facts(), hand_over=hand_over))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
+            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
+                request = self._requests[request_id]
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over, prefix=prefix))
+            case SendLend(request_id=request_id, epoch=epoch):
+                names = self._requests[request_id].prompt_names(self._block_size)
+                return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
             case SendOffer(request_id=request_id, offer=offer):
                 request = self._requests[request_id]
-                return partial(instance.take, request, Continue(sequence=request.facts(), offer=offer))
+                facts = request.facts(instance.spec.block_size)
+                return partial(instance.take, request, Continue(sequence=facts, offer=offer))
             case SendAbort(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
@@ -266,6 +279,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, Migrate(request_id=request_id, epoch=epoch))
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
+            case AskForBlocks():
+                return partial(instance.deliver, ReportBlocks())
             case _:
                 assert_never(output)
 

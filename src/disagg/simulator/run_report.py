@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from disagg.base.messages import InstanceLoad
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
@@ -22,6 +23,19 @@ class KvUse(msgspec.Struct, frozen=True, kw_only=True):
     course: tuple[float, ...]
 
 
+class PromptTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prompts' KV came from, in tokens. A prompt that is computed again, after a preemption, counts again."""
+
+    total: int = 0
+    computed: int = 0
+    cached: int = 0
+    """Found in the pool of the instance that computed the rest."""
+    pulled: int = 0
+    """Lent by another instance."""
+    loaded: int = 0
+    """Read from disk."""
+
+
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run. ``attainment`` counts every request that was sent; refused and failed ones are misses."""
 
@@ -36,11 +50,16 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     e2e: Percentiles
     stage_shares: dict[str, float]
     """Part of all requests' time that each stage took; they add up to 1."""
+    prompt_tokens: PromptTokens
     num_preemptions: int
     span_s: float
     """From the start to the end of the last request."""
     output_tokens_per_s: float
     kv: tuple[KvUse, ...]
+
+    def percentiles(self) -> dict[str, Percentiles]:
+        """Return the latencies by the names that a target calls them."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
 
 
 class Collector:
@@ -52,12 +71,13 @@ class Collector:
         self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
         self._stages = dict.fromkeys(Stage, 0.0)
         self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
-        self._num_output_tokens = 0
+        self._num_output_tokens = self._num_prompt_tokens = 0
         self._last_end_s = 0.0
 
     def add(self, request: SimulatedRequest) -> None:
         """Count one ended request."""
         self._num_requests += 1
+        self._num_prompt_tokens += request.prompt_len
         self._last_end_s = max(self._last_end_s, request.timeline.finished_s)
         for stage, duration_s in request.timeline.stages().items():
             self._stages[stage] += duration_s
@@ -76,12 +96,17 @@ class Collector:
         self._num_met += ttft_met and tpot_met
 
     @property
+    def num_missed(self) -> int:
+        """Requests that did not keep both objectives."""
+        return self._num_requests - self._num_met
+
+    @property
     def last_end_s(self) -> float:
         """When the last request ended."""
         return self._last_end_s
 
-    def report(self, num_preemptions: int, kv: Sequence[KvUse]) -> RunReport:
-        """Return the report of all requests so far."""
+    def report(self, loads: Sequence[InstanceLoad], kv: Sequence[KvUse]) -> RunReport:
+        """Return the report of all requests so far, given the counters of every life of every instance."""
         total_s = sum(self._stages.values())
         span_s = self._last_end_s
         count = max(1, self._num_requests)
@@ -98,7 +123,14 @@ class Collector:
             stage_shares={
                 stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()
             },
-            num_preemptions=num_preemptions,
+            prompt_tokens=PromptTokens(
+                total=self._num_prompt_tokens,
+                computed=sum(load.num_prefill_tokens_total for load in loads),
+                cached=sum(load.num_prefix_hits_total for load in loads),
+                pulled=sum(load.num_prefix_pulled_total for load in loads),
+                loaded=sum(load.num_prefix_loaded_total for load in loads),
+            ),
+            num_preemptions=sum(load.num_preemptions_total for load in loads),
             span_s=span_s,
             output_tokens_per_s=self._num_output_tokens / span_s if span_s else 0.0,
             kv=tuple(kv),

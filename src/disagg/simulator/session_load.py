@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from disagg.base.ids import RequestId
-from disagg.measure.workload import Session
+from disagg.base.ids import BlockHash, RequestId
+from disagg.measure.workload import Session, SessionCall
 from disagg.simulator.request import Outcome, SimulatedRequest
 from disagg.simulator.simulated_requests import block_hashes
 
@@ -41,12 +41,21 @@ class SimulatedSessions:
 
     def _request(self, turn: _Turn, arrival_s: float) -> SimulatedRequest:
         call = turn.session.calls[turn.index]
+        names = self._names(call)
+        if turn.index + 1 < len(turn.session.calls):
+            # The next call brings this one's answer along, unless its prompt is not this one's, gone on with.
+            following = self._names(turn.session.calls[turn.index + 1])
+            if following[: len(names)] == names:
+                names = following[: (call.prompt_len + call.output_len) // self._block_size]
         request = SimulatedRequest(
             request_id=RequestId(f"{turn.session.name}:{turn.index}"),
             arrival_s=arrival_s,
             prompt_len=call.prompt_len,
             output_len=call.output_len,
-            block_hashes=block_hashes(call.prefix, call.prompt_len, self._block_size),
+            block_hashes=names,
         )
         self._turns[request.request_id] = turn
         return request
+
+    def _names(self, call: SessionCall) -> tuple[BlockHash, ...]:
+        return block_hashes(call.prefix, call.prompt_len, self._block_size)

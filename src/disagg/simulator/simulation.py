@@ -1,5 +1,6 @@
 """One simulation from specification to report."""
 
+import math
 from collections.abc import Callable, Iterable
 
 from disagg.base.errors import ConfigurationError
@@ -13,6 +14,10 @@ from disagg.simulator.run_report import Collector, KvUse, RunReport
 from disagg.simulator.timeline_page import TimelineRecorder
 
 
+class TargetLostError(Exception):
+    """A run was given up: more of its requests have missed their objectives than may."""
+
+
 def simulate(
     spec: ClusterSpec,
     requests: Iterable[SimulatedRequest],
@@ -21,10 +26,12 @@ def simulate(
     log: EventLogFolder | None = None,
     timeline: TimelineRecorder | None = None,
     next_call: Callable[[SimulatedRequest], SimulatedRequest | None] = lambda ended: None,
+    most_misses: float = math.inf,
 ) -> RunReport:
     """Serve the requests, given in order of arrival, and report. Raise ConfigurationError when one can never fit.
 
-    ``next_call`` may name a request that follows from one that ended, as in a closed loop.
+    ``next_call`` may name a request that follows from one that ended, as in a closed loop. Raise TargetLostError as
+    soon as more than ``most_misses`` requests have missed their objectives.
     """
     collector = Collector(slo)
 
@@ -35,6 +42,8 @@ def simulate(
                 f"{request.detail}; leave it out, or give the instances more memory or devices"
             )
         collector.add(request)
+        if collector.num_missed > most_misses:
+            raise TargetLostError
         following = next_call(request)
         if following is not None:
             cluster.submit_later(following)
@@ -55,5 +64,5 @@ def simulate(
                 course=tuple(peak / num_blocks for peak in use.peaks),
             )
         )
-    num_preemptions = sum(instance.num_preemptions for instance in cluster.instances)
-    return collector.report(num_preemptions, kv)
+    loads = [load for instance in cluster.instances for load in instance.loads()]
+    return collector.report(loads, kv)

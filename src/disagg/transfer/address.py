@@ -8,26 +8,36 @@ from msgspec import Meta
 from disagg.base.errors import ConfigurationError, ProtocolError
 from disagg.cache.layout import KvLayout
 
-ADDRESS_VERSION: Final = 1
+ADDRESS_VERSION: Final = 2
 MAX_ADDRESS_BYTES: Final = 4096
 
 
-class ShmAddress(msgspec.Struct, frozen=True, kw_only=True, tag="shm", forbid_unknown_fields=True):
-    """A pool in an anonymous memory file of another process on this host.
+class ShmWay(msgspec.Struct, frozen=True, kw_only=True, tag="shm", forbid_unknown_fields=True):
+    """An anonymous memory file of another process on this host.
 
     The reader opens ``/proc/<pid>/fd/<fd>``: the file has no name in any directory, so nothing is left behind when
-    its owner is killed. ``incarnation`` is that of the instance which made it, new at every start.
+    its owner is killed.
     """
 
-    version: int
     pid: Annotated[int, Meta(ge=1)]
     fd: Annotated[int, Meta(ge=0)]
+
+
+class TcpWay(msgspec.Struct, frozen=True, kw_only=True, tag="tcp", forbid_unknown_fields=True):
+    """A ``KvServer`` that listens there."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)]
+    port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class PoolAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pool, and every way in which it can be reached; ``incarnation`` is new at every start of its instance."""
+
+    version: int
     incarnation: Annotated[str, Meta(min_length=1, max_length=32, pattern="^[0-9a-f]+$")]
     layout: KvLayout
+    ways: Annotated[tuple[ShmWay | TcpWay, ...], Meta(max_length=8)]
 
-
-PoolAddress = ShmAddress
-"""Every kind of address: a tagged union, to which each new kind of link adds its own."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(PoolAddress)

@@ -4,17 +4,39 @@ import enum
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvLayout
+from disagg.costs.links import KvCodec, LinkKind
+from disagg.transfer.digests import split_digests
 
 logger = logging.getLogger(__name__)
 
 BlockPair = tuple[BlockId, BlockId]
 """A block of the peer's pool and the block of the own pool that receives its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvRead:
+    """What is to be read: ``layers`` of the first blocks of ``blocks``, into the second ones.
+
+    ``digests`` are those of the peer's blocks, one after the other, or empty to check nothing; they need all layers.
+    ``access`` is the capability that came with the offer, for links on which it is asked for.
+    """
+
+    blocks: Sequence[BlockPair]
+    layers: range
+    digests: bytes = b""
+    access: bytes = b""
+    timeout_s: float = 120.0
+
+    def num_bytes(self, layout: KvLayout) -> int:
+        """Return how many bytes of such a pool are read."""
+        return len(self.blocks) * len(self.layers) * layout.layer_block_bytes
 
 
 class TransferState(enum.Enum):
@@ -35,6 +57,12 @@ class Transfer:
 
     def __init__(self, num_bytes: int, clock: Clock, on_end: Callable[["Transfer"], None]) -> None:
         self.num_bytes = num_bytes
+        """Of the blocks in the pool."""
+        self.num_wire_bytes = num_bytes
+        """Which the link carried for them."""
+        self.num_repeated = 0
+        """Blocks that were read again because they came with another digest."""
+        self.codec = KvCodec.RAW
         self.failure = ""
         self.state = TransferState.RUNNING
         self.started_s = clock.now()
@@ -42,6 +70,10 @@ class Transfer:
         self._clock = clock
         self._on_end = on_end
         self._cancelled = threading.Event()
+
+    def describe(self, kind: LinkKind) -> str:
+        """Return what carried the blocks, and in which form where that is not their own."""
+        return kind.value if self.codec is KvCodec.RAW else f"{kind.value} {self.codec.value}"
 
     @property
     def is_cancelled(self) -> bool:
@@ -71,8 +103,10 @@ class Transfer:
 class Link(Protocol):
     """A way to one peer's pool. Methods do not block."""
 
-    def read(self, blocks: Sequence[BlockPair], layers: range, on_end: Callable[[Transfer], None]) -> Transfer:
-        """Start copying ``layers`` of the peer's blocks into the own blocks.
+    kind: LinkKind
+
+    def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
+        """Start copying blocks of the peer into the own pool. A block that comes with another digest is read again.
 
         Raises TransferError at once, and copies nothing, when a block or layer does not exist.
         """
@@ -81,12 +115,27 @@ class Link(Protocol):
         """Let go of the peer. Transfers that were started still end, and say so."""
 
 
-def check_ranges(blocks: Sequence[BlockPair], layers: range, remote: KvLayout, local: KvLayout) -> None:
-    """Raise TransferError when a copy would reach outside one of the pools."""
+def check_compatible(remote: KvLayout, local: KvLayout) -> None:
+    """Raise TransferError, naming the field, unless blocks of one layout are blocks of the other."""
+    for name in local.__struct_fields__:
+        theirs, ours = getattr(remote, name), getattr(local, name)
+        if name != "num_blocks" and theirs != ours:
+            raise TransferError(
+                f"KV layouts differ in {name}: the peer has {theirs}, this instance {ours}; "
+                "start both with the same model, dtype, block size and kernel backend"
+            )
+
+
+def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> Sequence[bytes]:
+    """Return each block's digest, or none; raise TransferError when a copy would reach outside one of the pools."""
+    layers = read.layers
     if layers.step != 1 or not 0 <= layers.start <= layers.stop <= local.num_layers:
         raise TransferError(f"layers {layers} are not within the {local.num_layers} of the KV pool")
-    for source, target in blocks:
+    for source, target in read.blocks:
         if not 0 <= source < remote.num_blocks:
             raise TransferError(f"the peer has no KV block {source}: its pool has {remote.num_blocks}")
         if not 0 <= target < local.num_blocks:
             raise TransferError(f"there is no KV block {target} here: the pool has {local.num_blocks}")
+    if read.digests and len(layers) != local.num_layers:
+        raise TransferError(f"a digest is over all {local.num_layers} layers of a block, not over {len(layers)}")
+    return split_digests(read.digests, len(read.blocks))

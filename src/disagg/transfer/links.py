@@ -1,19 +1,26 @@
-"""The links of one instance, opened at first use and chosen by the kind of the peer's address."""
+"""The links of one instance: opened at first use, each over the best way to the peer's pool that works."""
 
-from collections.abc import Callable
+import logging
 from concurrent.futures import Executor
 from typing import Final
 
 from disagg.base.clock import Clock
-from disagg.transfer.address import PoolAddress, ShmAddress, decode_address
+from disagg.base.config import KvLinkChoice, TransferSettings
+from disagg.base.errors import TransferError
+from disagg.transfer.address import PoolAddress, ShmWay, TcpWay, decode_address
 from disagg.transfer.link import Link
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import ShmLink
+from disagg.transfer.tcp_link import TcpLink
 
-OPENERS: Final[dict[type[PoolAddress], Callable[[PoolAddress, KvPool, Executor, Clock, bool], Link]]] = {
-    ShmAddress: ShmLink,
+logger = logging.getLogger(__name__)
+
+_USABLE: Final = {
+    KvLinkChoice.AUTO: (ShmWay, TcpWay),
+    KvLinkChoice.SHM: (ShmWay,),
+    KvLinkChoice.TCP: (TcpWay,),
 }
-"""How each kind of address is opened."""
+"""The kinds of ways that may be taken, best first: one copy before two and a network between them."""
 
 
 class Links:
@@ -23,25 +30,57 @@ class Links:
     takes all of that memory anyway.
     """
 
-    def __init__(self, pool: KvPool, threads: Executor, clock: Clock, *, maps_ahead: bool = False) -> None:
+    def __init__(
+        self,
+        pool: KvPool,
+        threads: Executor,
+        clock: Clock,
+        settings: TransferSettings | None = None,
+        *,
+        maps_ahead: bool = False,
+    ) -> None:
         self._pool = pool
         self._threads = threads
         self._clock = clock
+        self._settings = settings or TransferSettings()
         self._maps_ahead = maps_ahead
         self._links: dict[PoolAddress, Link] = {}
 
-    def open(self, address: bytes) -> Link:
-        """Return the link to the pool at ``address``.
+    def open(self, address: bytes, peer: str = "a peer") -> Link:
+        """Return the link to the pool at ``address``; ``peer`` is whom a log names.
 
-        Raises ProtocolError for bytes that are no address, TransferError when the peer is gone or its pool is of
-        another layout.
+        Raises ProtocolError for bytes that are no address, TransferError when the peer is gone, its pool is of
+        another layout, or no way to it may be taken.
         """
         decoded = decode_address(address)
         link = self._links.get(decoded)
         if link is None:
-            link = OPENERS[type(decoded)](decoded, self._pool, self._threads, self._clock, self._maps_ahead)
-            self._links[decoded] = link
+            link = self._links[decoded] = self._open(decoded, peer)
         return link
+
+    def _open(self, address: PoolAddress, peer: str) -> Link:
+        failures = []
+        for kind in _USABLE[self._settings.kv_link]:
+            for way in address.ways:
+                if isinstance(way, kind):
+                    try:
+                        link = self._over(address, way)
+                    except TransferError as error:
+                        failures.append(str(error))
+                    else:
+                        why = f" ({'; '.join(failures)})" if failures else ""
+                        logger.info("KV blocks of %s are read over %s%s", peer, link.kind.value, why)
+                        return link
+        offered = ", ".join(sorted({str(way.__struct_config__.tag) for way in address.ways})) or "no way"
+        raise TransferError(
+            "; ".join(failures)
+            or f"the KV pool of {peer} can be read over {offered}, this instance takes {self._settings.kv_link.value}"
+        )
+
+    def _over(self, address: PoolAddress, way: ShmWay | TcpWay) -> Link:
+        if isinstance(way, ShmWay):
+            return ShmLink(address, way, self._pool, self._threads, self._clock, maps_ahead=self._maps_ahead)
+        return TcpLink(address, way, self._pool, self._threads, self._clock, self._settings)
 
     def close_peer(self, incarnation: str) -> None:
         """Let go of a peer that died, or do nothing if it was never read from."""

@@ -7,33 +7,21 @@ import stat
 from typing import Final
 
 from disagg.base.errors import TransferError
-from disagg.cache.layout import KvLayout
-from disagg.transfer.address import ShmAddress
+from disagg.transfer.address import PoolAddress, ShmWay
 from disagg.transfer.pool import FILE_NAME, SEALS, file_bytes, header, populate, view_blocks
 
 _MADV_POPULATE_READ: Final = 22
 
 
-def check_compatible(remote: KvLayout, local: KvLayout) -> None:
-    """Raise TransferError, naming the field, unless blocks of one layout are blocks of the other."""
-    for name in local.__struct_fields__:
-        theirs, ours = getattr(remote, name), getattr(local, name)
-        if name != "num_blocks" and theirs != ours:
-            raise TransferError(
-                f"KV layouts differ in {name}: the peer has {theirs}, this instance {ours}; "
-                "start both with the same model, dtype, block size and kernel backend"
-            )
-
-
 class PeerPool:
     """A peer's pool. The mapping stays readable when the peer dies; ``check_alive`` tells when it ended by itself."""
 
-    def __init__(self, address: ShmAddress) -> None:
+    def __init__(self, address: PoolAddress, way: ShmWay) -> None:
         """Map the pool; raise TransferError when the peer is gone or what is there is not the pool announced."""
         self.layout = address.layout
         self.incarnation = address.incarnation
         self._header = header(address.layout, address.incarnation)
-        self._file = _map(f"/proc/{address.pid}/fd/{address.fd}", file_bytes(address.layout))
+        self._file = _map(f"/proc/{way.pid}/fd/{way.fd}", file_bytes(address.layout))
         self.check_alive()
         self.blocks = view_blocks(self._file, address.layout)
         """Read-only."""

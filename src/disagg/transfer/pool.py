@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvLayout
-from disagg.transfer.address import ADDRESS_VERSION, ShmAddress, encode_address
+from disagg.transfer.address import ADDRESS_VERSION, PoolAddress, ShmWay, TcpWay
 
 HEADER_BYTES: Final = mmap.PAGESIZE
 FILE_NAME: Final = "disagg-kv"
@@ -96,16 +96,19 @@ class KvPool:
         """The bytes after the header, writable."""
         return memoryview(self._file)[HEADER_BYTES:]
 
-    def address(self) -> bytes:
-        """Return what a peer on this host needs to open the pool for reading."""
-        address = ShmAddress(
+    @property
+    def shm_way(self) -> ShmWay:
+        """How a peer on this host opens the pool."""
+        return ShmWay(pid=os.getpid(), fd=self._fd)
+
+    def address(self, *ways: ShmWay | TcpWay) -> PoolAddress:
+        """Return what a peer needs to read the pool: over shared memory, or in these ways, best first."""
+        return PoolAddress(
             version=ADDRESS_VERSION,
-            pid=os.getpid(),
-            fd=self._fd,
             incarnation=self.incarnation,
             layout=self.layout,
+            ways=ways or (self.shm_way,),
         )
-        return encode_address(address)
 
     def touch(self, layer: int, first_block: int, num_blocks: int) -> None:
         """Let the kernel provide the memory of some blocks of one layer now; their contents do not change.

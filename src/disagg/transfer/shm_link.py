@@ -1,9 +1,8 @@
 """The link between two instances of one host: one copy, straight from the peer's pool into the own one.
 
 The copy runs on a thread of its own, in NumPy calls that release the GIL, each over all layers of a run of
-neighbouring blocks. On one core of a Zen 5 server, for 32 blocks of 24 KB per layer, ``benchmarks/kv_pull.py`` prints
-20 GB/s for neighbours and 12 for scattered blocks, where a plain copy makes 20-25. Blocks whose pages are not
-mapped yet are read at 9 or 5 GB/s: so a peer's pool can be mapped in the background when the link is opened.
+neighbouring blocks. Pages that are not mapped yet are read at half the speed: so a peer's pool can be mapped in the
+background when the link is opened. ``disagg bench transfer`` prints how fast it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +13,25 @@ from typing import Final
 import numpy as np
 
 from disagg.base.clock import Clock
-from disagg.transfer.address import ShmAddress
-from disagg.transfer.link import BlockPair, Transfer, TransferState, check_ranges
+from disagg.costs.links import LinkKind
+from disagg.transfer.address import PoolAddress, ShmWay
+from disagg.transfer.digests import bad_blocks, block_digest, corrupt
+from disagg.transfer.link import (
+    BlockPair,
+    KvRead,
+    Transfer,
+    TransferState,
+    check_compatible,
+    check_read,
+)
 from disagg.transfer.page_toucher import PageToucher
-from disagg.transfer.peer_pool import PeerPool, check_compatible
+from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
 
 MAX_RUN_BYTES: Final = 64 << 20
 """Most bytes copied between two looks at whether the transfer was cancelled: a few milliseconds."""
+MAX_CHECKED_BYTES: Final = 4 << 20
+"""Most bytes copied before their digests are checked: they are still in the cache then."""
 
 
 def runs(blocks: Sequence[BlockPair], longest: int) -> Iterator[tuple[int, int, int]]:
@@ -43,23 +53,26 @@ def runs(blocks: Sequence[BlockPair], longest: int) -> Iterator[tuple[int, int, 
 class ShmLink:
     """Reads one peer's pool through shared memory."""
 
-    def __init__(self, address: ShmAddress, pool: KvPool, thread: Executor, clock: Clock, maps_ahead: bool) -> None:
+    kind = LinkKind.SHM
+
+    def __init__(
+        self, address: PoolAddress, way: ShmWay, pool: KvPool, threads: Executor, clock: Clock, *, maps_ahead: bool
+    ) -> None:
         """Map the peer's pool; raise TransferError when it is gone or holds other blocks than ``pool``."""
         check_compatible(address.layout, pool.layout)
-        self._peer = PeerPool(address)
+        self._peer = PeerPool(address, way)
         self._pool = pool
-        self._thread = thread
+        self._threads = threads
         self._clock = clock
         self._toucher = PageToucher(self._peer) if maps_ahead else None
         if self._toucher is not None:
             self._toucher.start()
 
-    def read(self, blocks: Sequence[BlockPair], layers: range, on_end: Callable[[Transfer], None]) -> Transfer:
+    def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
-        check_ranges(blocks, layers, self._peer.layout, self._pool.layout)
-        num_bytes = len(blocks) * len(layers) * self._pool.layout.layer_block_bytes
-        transfer = Transfer(num_bytes, self._clock, on_end)
-        self._thread.submit(transfer.run, partial(self._copy, transfer, tuple(blocks), layers))
+        digests = check_read(read, self._peer.layout, self._pool.layout)
+        transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
+        self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
         return transfer
 
     def close(self) -> None:
@@ -67,13 +80,22 @@ class ShmLink:
         if self._toucher is not None:
             self._toucher.stop()
 
-    def _copy(self, transfer: Transfer, blocks: Sequence[BlockPair], layers: range) -> TransferState:
-        source = self._peer.blocks[layers.start : layers.stop]
-        target = self._pool.blocks[layers.start : layers.stop]
-        longest = max(1, MAX_RUN_BYTES // (max(1, len(layers)) * self._pool.layout.layer_block_bytes))
-        for first_source, first_target, count in runs(blocks, longest):
+    def _copy(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
+        source = self._peer.blocks[read.layers.start : read.layers.stop]
+        target = self._pool.blocks[read.layers.start : read.layers.stop]
+        most_bytes = MAX_CHECKED_BYTES if digests else MAX_RUN_BYTES
+        longest = max(1, most_bytes // (max(1, len(read.layers)) * self._pool.layout.layer_block_bytes))
+        done = 0
+        for first_source, first_target, count in runs(read.blocks, longest):
             if transfer.is_cancelled:
                 return TransferState.CANCELLED
             np.copyto(target[:, first_target : first_target + count], source[:, first_source : first_source + count])
+            for index in bad_blocks(target, range(first_target, first_target + count), digests[done : done + count]):
+                transfer.num_repeated += 1
+                block = first_target + index
+                np.copyto(target[:, block], source[:, first_source + index])
+                if block_digest(target, block) != digests[done + index]:
+                    raise corrupt(first_source + index)
+            done += count
         self._peer.check_alive()
         return TransferState.DONE

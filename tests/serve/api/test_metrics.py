@@ -6,12 +6,13 @@ import math
 
 import pytest
 from api_site import Serve, ids_of
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagg.base.errors import UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.measure.timeline import RequestTimeline
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.router.sink import RouterSink
 
@@ -71,12 +72,20 @@ def test_the_router_counts_hand_overs_drops_and_deaths() -> None:
     metrics = ServerMetrics("tiny")
     sink: RouterSink = metrics
     prefill, decode = InstanceId("prefill-0"), InstanceId("decode-0")
-    sink.hand_over_ended(prefill, decode, num_bytes=1000, duration_s=0.002, failure="")
-    sink.hand_over_ended(prefill, decode, num_bytes=0, duration_s=0.0, failure="the lease expired")
+    done = HandOverEnded(
+        source=prefill, target=decode, num_bytes=1000, duration_s=0.002, failure="", link="shm", num_repeated=3
+    )
+    sink.hand_over_ended(done)
+    assert value(metrics, "disagg:kv_link", source="prefill-0", target="decode-0", link="shm") == 1
+    sink.hand_over_ended(structs.replace(done, num_bytes=0, failure="the lease expired", num_repeated=1))
+    sink.hand_over_ended(structs.replace(done, num_bytes=0, link="tcp", num_repeated=0))
+    assert value(metrics, "disagg:kv_link", source="prefill-0", target="decode-0", link="tcp") == 1
+    assert b'link="shm"' not in metrics.exposition()  # what carried them before is not shown any more
+    assert value(metrics, "disagg:kv_blocks_repeated_total") == 4
     sink.message_dropped(decode, DropReason.STALE)
     sink.instance_lost(decode)
     assert value(metrics, "disagg:hand_over_bytes_total") == 1000
-    assert value(metrics, "disagg:hand_over_seconds_count") == 1
+    assert value(metrics, "disagg:hand_over_seconds_count") == 2
     assert value(metrics, "disagg:hand_over_failures_total") == 1
     assert value(metrics, "disagg:dropped_messages_total", instance="decode-0", reason="stale") == 1
     assert value(metrics, "disagg:instance_losses_total", instance="decode-0") == 1

@@ -25,6 +25,7 @@ from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint
 from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.live import LiveRouter
 
 KEY = "known to the router and its instances"
@@ -40,7 +41,7 @@ class Cluster:
         self.router = LiveRouter(
             deployment.roles(),
             deployment.router,
-            ZmqControlSocket(endpoint, KEY),
+            ZmqControlSocket(endpoint, SharedKey(KEY)),
             restarts=RestartSettings(max_quick_deaths=3, first_delay_s=0.01),
         )
         settings = plan_instances(

@@ -12,6 +12,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.messages import Loading, Stop, encode
 from disagg.engine.control import ControlChannel
 from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.doorkeeper import SharedKey
 
 KEY = "k" * 64
 P0 = InstanceId("prefill-0")
@@ -29,7 +30,7 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.endpoint = f"ipc://{folder}/control"
-        self.socket = ZmqControlSocket(self.endpoint, KEY)
+        self.socket = ZmqControlSocket(self.endpoint, SharedKey(KEY))
         self.heard: list[tuple[InstanceId, bytes]] = []
         self.socket.open(lambda instance, data: self.heard.append((instance, data)))
 

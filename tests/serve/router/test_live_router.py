@@ -44,7 +44,7 @@ from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.event_log import parse_log, replay
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.interface import Router, ServedBy
 from disagg.serve.router.live import LiveRouter
@@ -76,10 +76,8 @@ class Tally(NullWatcher):
         self.loading: list[tuple[str, str, float]] = []
         self.ready: list[str] = []
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
-        self.hand_overs.append((source, target, num_bytes, failure))
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
+        self.hand_overs.append((ended.source, ended.target, ended.num_bytes, ended.failure))
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         self.dropped.append((instance, reason))

@@ -31,6 +31,8 @@ class GoodputPlan:
     tolerance: float = 0.05
     """The bracket is closed to this part of its lower end."""
     max_doublings: int = 8
+    growth: float = 2.0
+    """From rate to rate until the goodput is bracketed; less than 2 where the start is a good guess."""
     drain_s: float = 60.0
     """How long after a run's last request answers may take; what comes later is a miss."""
     num_unloaded: int = 8
@@ -170,7 +172,11 @@ def find_goodput(asked: GoodputPlan, run: RunLoad) -> GoodputFound:
     is_interrupted = is_hopeless = False
     try:
         bracket = bracket_goodput(
-            search.meets, asked.start_rate, tolerance=asked.tolerance, max_doublings=asked.max_doublings
+            search.meets,
+            asked.start_rate,
+            tolerance=asked.tolerance,
+            max_doublings=asked.max_doublings,
+            growth=asked.growth,
         )
         for factor in asked.grid if bracket.met > 0 else ():
             search.try_rate(factor * bracket.met, gives_up=False)

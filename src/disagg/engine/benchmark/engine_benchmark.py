@@ -9,11 +9,12 @@ from typing import Final
 import torch
 
 from disagg.base.config import DType, Quantization
-from disagg.cache.layout import KvDtype, KvLayout
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.benchmark.cases import ElementSizes, StepCase, StepTime, with_floors
 from disagg.engine.benchmark.peaks import MachinePeaks, measure_peaks
 from disagg.engine.kernels.interface import KernelBackend, StepBatch
 from disagg.engine.kernels.select import select_backend
+from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.sampler import chooser_of, most_likely
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights
@@ -51,19 +52,22 @@ class EngineBenchmark:
 
     def make_pool(self, num_blocks: int) -> torch.Tensor:
         """Return a scratch KV pool of noise: [num_layers, num_blocks, 2, Hk, block_size * D]."""
-        config = self.config
-        layout = KvLayout(
-            num_layers=config.num_layers,
-            num_blocks=num_blocks,
-            num_kv_heads=config.num_kv_heads,
-            block_size=self.block_size,
-            head_dim=config.head_dim,
-            dtype=KvDtype(str(self.dtype).removeprefix("torch.")),
-            format=self.backend.kv_format,
-        )
+        layout = self.layout(num_blocks)
         elements = layout.block_size * layout.head_dim
         shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, elements)
         return torch.empty(shape, dtype=self.dtype).normal_()
+
+    def layout(self, num_blocks: int) -> KvLayout:
+        """Return the layout of such a pool."""
+        return KvLayout(
+            num_layers=self.config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=self.config.num_kv_heads,
+            block_size=self.block_size,
+            head_dim=self.config.head_dim,
+            dtype=KvDtype(str(self.dtype).removeprefix("torch.")),
+            format=self.backend.kv_format,
+        )
 
 
 def prepare(
@@ -74,13 +78,21 @@ def prepare(
     num_threads: int,
     block_size: int,
     kernel_backend: str | None = None,
+    kv_format: KvFormat | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> EngineBenchmark:
-    """Load a model and measure what the machine can do. Raises ConfigurationError when the model cannot be run."""
+    """Load a model and measure what the machine can do. Raises ConfigurationError when the model cannot be run.
+
+    With ``kv_format`` the PyTorch kernels compute over such a pool.
+    """
     torch.set_num_threads(num_threads)
     config = load_config(files)
     torch_dtype = TORCH_DTYPES[dtype]
-    backend = select_backend(torch.device("cpu"), torch_dtype, kernel_backend)
+    backend: KernelBackend
+    if kv_format is None:
+        backend = select_backend(torch.device("cpu"), torch_dtype, kernel_backend)
+    else:
+        backend = TorchBackend(kv_format)
     weights = load_weights(files, config, backend, dtype=dtype, quantization=quantization, progress=progress)
     decoder = Decoder(config, weights, backend)
     peaks = measure_peaks(backend, torch_dtype)

@@ -17,12 +17,24 @@ class DispatchAction(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_d
 
 
 class SendGenerate(DispatchAction, frozen=True, kw_only=True):
-    """Let ``instance`` compute the sequence; with ``hand_over`` up to its first token."""
+    """Let ``instance`` compute the sequence; with ``hand_over`` up to its first token.
+
+    ``with_prefix``: from the KV blocks on that were offered of its beginning.
+    """
 
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
     hand_over: bool
+    with_prefix: bool = False
+
+
+class SendLend(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` lend what it has cached of the sequence's beginning."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
 
 
 class SendAdopt(DispatchAction, frozen=True, kw_only=True):
@@ -137,6 +149,7 @@ class Refuse(DispatchAction, frozen=True, kw_only=True):
 
 AnyDispatchAction = (
     SendGenerate
+    | SendLend
     | SendAdopt
     | SendAbort
     | SendRelease

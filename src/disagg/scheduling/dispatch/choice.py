@@ -1,41 +1,54 @@
 """Which instance gets a sequence: the one with the least load of the kind that its role suffers from.
 
-Prefill is compute-bound, so a prefill instance is judged by the tokens it still has to prefill; decode is
-memory-bound, so a decode instance is judged by the KV tokens it holds. A colocated instance has both loads. Loads are
-compared between paths as sums of tokens. Ties go to the instance configured first, so equal logs give equal choices.
+Prefill is compute-bound, so a prefill instance is judged by the tokens that it would have to prefill until the first
+token: those given to it, and the sequence's own without what is cached. Decode is memory-bound, so a decode instance is
+judged by the KV tokens it would hold. A colocated instance has both loads. Loads are compared between paths as sums of
+tokens. Ties go to the instance configured first, so equal logs give equal choices.
+
+A later turn of a conversation goes straight to the decode instance that holds it, where the new tokens cost less there
+than on a prefill instance: see ``prefixes``.
 
 A sequence that goes on elsewhere need not wait for a prefill instance: where none can take it now, a decode instance
 computes it again, from its known tokens on.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
+from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_added, start_cost
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
-def choose_start(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+def choose_start(
+    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, append_turns: bool = False
+) -> InstanceEntry | None:
     """Return the live instance on which the sequence starts, or None when it has to wait.
 
     A prefill instance is taken only when a decode instance can continue (or nothing is left to decode); one that is
-    restarting counts, unless a live colocated instance offers a path without waiting.
+    restarting counts, unless a live colocated instance offers a path without waiting. With ``append_turns`` a decode
+    instance may start what it holds the beginning of.
     """
     pair = _best_pair(instances, sequence)
-    colocated = _least_loaded(_fitting(instances, Role.COLOCATED, sequence))
+    colocated = _best_colocated(instances, sequence)
     if pair is None and colocated is None:
         return choose_decode(instances, sequence) if sequence.is_resumed else None
-    if pair is None or colocated is None:
-        return colocated if pair is None else pair[0]
-    prefill, decode_load = pair
-    if decode_load is None or _load(colocated) < _load(prefill) + decode_load:
+    if pair is None:
         return colocated
-    return prefill
+    if append_turns:
+        append = choose_append(sequence, _fitting(instances, Role.DECODE, sequence))
+        if append is not None and append[1] < pair.first_token_cost:
+            return append[0]
+    if colocated is None:
+        return pair.prefill
+    alone = start_cost(instances, sequence, colocated) + colocated.kv_tokens
+    return colocated if pair.must_wait or alone < pair.cost else pair.prefill
 
 
 def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
-    """Return the live decode instance that goes on with the sequence, or None when it has to wait."""
-    return _least_loaded(_fitting(instances, Role.DECODE, sequence))
+    """Return the live decode instance that adopts the sequence, or None when it has to wait."""
+    return _least_held(_fitting(instances, Role.DECODE, sequence), sequence)
 
 
 def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
@@ -44,7 +57,7 @@ def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) 
     Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
     """
     others = [entry for entry in instances if entry.instance not in sequence.visited]
-    return choose_decode(others, sequence) or _least_loaded(_fitting(others, Role.COLOCATED, sequence))
+    return choose_decode(others, sequence) or _least_held(_fitting(others, Role.COLOCATED, sequence), sequence)
 
 
 def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
@@ -72,21 +85,51 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
     return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
 
 
-def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> tuple[InstanceEntry, int | None] | None:
-    """Return the best prefill instance and the load of the decode side, None where that is still to come up."""
-    prefill = _least_loaded(_fitting(instances, Role.PREFILL, sequence))
-    if prefill is None:
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A prefill instance and what comes after it, with the tokens to be computed until the first token, and in all.
+
+    ``must_wait``: the decode instance is still to come up.
+    """
+
+    prefill: InstanceEntry
+    first_token_cost: float
+    cost: float
+    must_wait: bool = False
+
+
+def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> _Pair | None:
+    costs = [(start_cost(instances, sequence, entry), entry) for entry in _fitting(instances, Role.PREFILL, sequence)]
+    if not costs:
         return None
+    cost, prefill = min(costs, key=lambda pair: (pair[0], pair[1].kv_tokens))
     if sequence.ends_at_first_token:
-        return prefill, 0
+        return _Pair(prefill, cost, cost)
     decode = choose_decode(instances, sequence)
     if decode is not None:
-        return prefill, _load(decode)
+        travel = hand_over_cost(sequence, decode)
+        return _Pair(prefill, cost + travel, cost + decode.prefill_tokens + decode.kv_tokens)
     coming = any(
         entry.role is Role.DECODE and entry.is_coming and entry.can_hold(_needed(Role.DECODE, sequence))
         for entry in instances
     )
-    return (prefill, None) if coming else None
+    return _Pair(prefill, cost, cost, must_wait=True) if coming else None
+
+
+def _best_colocated(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    return min(
+        _fitting(instances, Role.COLOCATED, sequence),
+        key=lambda entry: (start_cost(instances, sequence, entry) + entry.kv_tokens, entry.kv_tokens),
+        default=None,
+    )
+
+
+def _least_held(entries: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    return min(
+        entries,
+        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
+        default=None,
+    )
 
 
 def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceEntry) -> list[InstanceEntry]:
@@ -100,23 +143,3 @@ def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceE
 
 def _needed(role: Role, sequence: SequenceEntry) -> int:
     return most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=role is Role.PREFILL)
-
-
-def _least_loaded(entries: list[InstanceEntry]) -> InstanceEntry | None:
-    return min(entries, key=_order, default=None)
-
-
-def _order(entry: InstanceEntry) -> tuple[int, int]:
-    """Return the sort key: first the load that the role suffers from, then the other one."""
-    if entry.role is Role.PREFILL:
-        return (entry.prefill_tokens, entry.kv_tokens)
-    if entry.role is Role.DECODE:
-        return (entry.kv_tokens, entry.prefill_tokens)
-    return (_load(entry), entry.kv_tokens)
-
-
-def _load(entry: InstanceEntry) -> int:
-    """Return the tokens that stand between a new sequence and its turn on this instance."""
-    if entry.role is Role.PREFILL:
-        return entry.prefill_tokens
-    return entry.prefill_tokens + entry.kv_tokens

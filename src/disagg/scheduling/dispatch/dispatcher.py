@@ -20,6 +20,8 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
+from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
+from disagg.scheduling.dispatch import borrowing
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
@@ -28,17 +30,14 @@ from disagg.scheduling.dispatch.actions import (
     Fail,
     FailReason,
     Finish,
-    Refuse,
-    RefuseReason,
     Resume,
     SendAbort,
     SendAdopt,
-    SendGenerate,
     SendMigrate,
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_adopter, choose_start
+from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -48,6 +47,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     Progress,
@@ -60,6 +60,8 @@ from disagg.scheduling.dispatch.events import (
 )
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, movable
+from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
+from disagg.scheduling.dispatch.refusals import refusal, why_hopeless
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
@@ -74,7 +76,13 @@ _FAIL_REASON = {
 class Dispatcher:
     """The state machine. It is changed through ``handle`` alone."""
 
-    def __init__(self, instances: Mapping[InstanceId, Role], settings: RouterSettings) -> None:
+    def __init__(
+        self,
+        instances: Mapping[InstanceId, Role],
+        settings: RouterSettings,
+        prefixes: PrefixIndex | None = None,
+    ) -> None:
+        self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._settings = settings
         self._fleet = Fleet(instances)
         self._sequences: dict[RequestId, SequenceEntry] = {}
@@ -113,6 +121,10 @@ class Dispatcher:
                 self._emit(event)
             case OfferMade():
                 self._offer(event)
+            case NothingLent():
+                borrower = self._sequences.get(event.request_id)
+                if borrower is not None and borrowing.waits_for(borrower, event):
+                    self._lent(borrower, has_lent=False)
             case PullEnded():
                 self._pull_ended(event)
             case SequenceFailed():
@@ -163,34 +175,20 @@ class Dispatcher:
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
+            block_hashes=event.block_hashes,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
-        if refusal := self._refusal(sequence):
-            self._actions.append(refusal)
+        refused = refusal(self._fleet, sequence, len(self._sequences), self._settings.max_queued_requests)
+        if refused is not None:
+            self._actions.append(refused)
             return
         self._num_arrived += 1
         self._sequences[event.request_id] = sequence
         self._wake(sequence.deadline_s)
         self._place(sequence)
-
-    def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
-        limit = self._settings.max_queued_requests
-        if len(self._sequences) >= limit:
-            detail = f"{limit} sequences are under way, which is the limit (--max-queued-requests)"
-            return Refuse(
-                request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
-            )
-        if not can_be_served(self.instances, sequence):
-            return Refuse(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                reason=RefuseReason.UNAVAILABLE,
-                detail=f"no instances are left that could serve a request ({self._fleet.describe()})",
-            )
-        return None
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
@@ -199,15 +197,9 @@ class Dispatcher:
             self._resume(sequence, "only instances that held it can go on with it")
         if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
-        if not can_be_served(self.instances, sequence):
-            detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
-            self._fail(sequence, FailReason.UNAVAILABLE, detail)
-        elif not can_be_held(self.instances, sequence):
-            detail = (
-                f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
-                f"can hold ({self._fleet.describe()}); ask for fewer tokens or raise --kv-memory"
-            )
-            self._fail(sequence, FailReason.TOO_LONG, detail)
+        hopeless = why_hopeless(self._fleet, sequence)
+        if hopeless is not None:
+            self._fail(sequence, *hopeless)
         else:
             if math.isinf(sequence.wait_until_s):
                 sequence.wait_until_s = self._now + self._settings.instance_wait_s
@@ -215,26 +207,36 @@ class Dispatcher:
 
     def _start(self, sequence: SequenceEntry) -> bool:
         """Give a queued sequence to an instance; return False when none can take it now."""
-        instance = choose_start(self.instances, sequence)
+        sequence.held = self._held(sequence)
+        instance = choose_start(self.instances, sequence, append_turns=self._settings.append_turns)
         if instance is None:
             return False
+        lender = choose_lender(self.instances, sequence, instance)
         hand_over = instance.role is Role.PREFILL
         state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
-        sequence.move(state, self._now, f"started on {instance.instance}")
         sequence.hold(instance.instance)
-        self._charge(sequence, instance.instance, prefill_tokens=sequence.num_tokens)
-        self._actions.append(
-            SendGenerate(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                instance=instance.instance,
-                hand_over=hand_over,
-            )
-        )
+        num_new = num_to_compute(sequence, instance, lender)
+        self._charge(sequence, instance.instance, prefill_tokens=num_new)
+        if lender is None:
+            self._actions.append(borrowing.start(sequence, state, self._now))
+        else:
+            sequence.visited.add(lender.instance)
+            self._charge(sequence, lender.instance)
+            self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
+
+    def _held(self, sequence: SequenceEntry) -> Mapping[InstanceId, HeldPrefix]:
+        return held_prefixes(self._prefixes, sequence.block_hashes, self._settings.cache_routing)
+
+    def _lent(self, sequence: SequenceEntry, *, has_lent: bool) -> None:
+        """Let a sequence that borrows start, with what was lent or without."""
+        if not has_lent:
+            self._end_lease(sequence)
+        self._actions.append(borrowing.answered(sequence, self._now, has_lent=has_lent))
 
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
+        sequence.held = self._held(sequence)
         instance = choose_adopter(self.instances, sequence)
         if instance is None:
             return False
@@ -272,6 +274,10 @@ class Dispatcher:
         self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
 
     def _offer(self, event: OfferMade) -> None:
+        borrower = self._sequences.get(event.request_id)
+        if borrower is not None and borrowing.waits_for(borrower, event):
+            self._lent(borrower, has_lent=True)
+            return
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             # It was cancelled while the offer was on its way: nobody will read these blocks.
@@ -286,7 +292,10 @@ class Dispatcher:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
-        sequence.move(Whereabouts.DECODING, self._now, f"pulled by {event.instance}")
+        if sequence.state is not Whereabouts.PULLING:
+            sequence.refuse_event(f"a pull by {event.instance}")
+        state, sequence.borrows_for = sequence.borrows_for or Whereabouts.DECODING, None
+        sequence.move(state, self._now, f"pulled by {event.instance}")
         self._end_lease(sequence)
         self._move_away()
 
@@ -369,6 +378,9 @@ class Dispatcher:
         if sequence.lease == lost:
             sequence.lease = None
             self._discharge(sequence, lost)
+            if sequence.state is Whereabouts.BORROWING:
+                self._lent(sequence, has_lent=False)
+                return
             if sequence.holder is not None:
                 why_still = f"{lost} died while its blocks were being pulled"
                 sequence.story.append((self._now, why_still, sequence.state))
@@ -378,6 +390,9 @@ class Dispatcher:
             self._discharge(sequence, lost)
             self._end_lease(sequence)
         else:
+            return
+        if sequence.state is Whereabouts.BORROWING:
+            self._resume(sequence, f"{lost}, which was to compute it, died: {why}")
             return
         sequence.note_loss(lost, self._now, why)
         limit = self._settings.max_instance_losses
@@ -393,6 +408,7 @@ class Dispatcher:
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
+        sequence.borrows_for = None
         sequence.begin_attempt()
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 

@@ -5,7 +5,7 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 
 import msgspec
 
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.scheduling.step.events import Tick
@@ -24,6 +24,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     max_total_tokens: int
     priority: int = 0
     """Lower is served earlier among those that wait."""
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Names of the full KV blocks of its known tokens."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
@@ -44,6 +46,14 @@ class TokensEmitted(DispatchEvent, frozen=True, kw_only=True):
 
 class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has prefilled a sequence and leases its KV blocks to whoever continues it."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
+class NothingLent(DispatchEvent, frozen=True, kw_only=True):
+    """``instance`` has nothing cached any more of what it was to lend."""
 
     request_id: RequestId
     epoch: Epoch
@@ -141,5 +151,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
 
 AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
 AnyDispatchEvent = (
-    SequenceArrived | TokensEmitted | OfferMade | PullEnded | SequenceFailed | SequenceCancelled | AnyMemberEvent | Tick
+    SequenceArrived
+    | TokensEmitted
+    | OfferMade
+    | NothingLent
+    | PullEnded
+    | SequenceFailed
+    | SequenceCancelled
+    | AnyMemberEvent
+    | Tick
 )

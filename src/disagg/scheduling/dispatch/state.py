@@ -2,12 +2,14 @@
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.request import Role
+from disagg.cache.prefix_index import HeldPrefix
 
 
 class Whereabouts(enum.Enum):
@@ -17,19 +19,23 @@ class Whereabouts(enum.Enum):
     state      holder            lease    meaning
     ========== ================= ======== ===================================================
     QUEUED     none              none     no live instance can start it, or start it again
+    BORROWING  chosen            lender   another instance looks for the blocks of the sequence's beginning;
+                                          the chosen one was told nothing yet
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
     OFFERED    none              source   no live decode instance can adopt it
-    PULLING    decode            source   the decode instance copies the KV blocks, or waits for room;
-                                          no lease any more when the source died meanwhile
+    PULLING    decode, or chosen source,  the holder copies the KV blocks, or waits for room; no lease any more when
+                                 lender   the instance that it copies from died meanwhile
     DECODING   decode            none     the decode instance owns all of it
     MIGRATING  decode, colocated none     it goes on there until its blocks are offered, after its next token
     RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
+                                          or one whose beginning it holds
     ENDED      none              none     finished, failed or cancelled; not remembered
     ========== ================= ======== ===================================================
     """
 
     QUEUED = "queued"
+    BORROWING = "borrowing"
     PREFILLING = "prefilling"
     OFFERING = "offering"
     OFFERED = "offered"
@@ -43,11 +49,24 @@ class Whereabouts(enum.Enum):
 
 
 TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
-    Whereabouts.QUEUED: frozenset({Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}),
+    Whereabouts.QUEUED: frozenset(
+        {Whereabouts.BORROWING, Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.ENDED}
+    ),
+    Whereabouts.BORROWING: frozenset(
+        {Whereabouts.PULLING, Whereabouts.PREFILLING, Whereabouts.RUNNING, Whereabouts.QUEUED, Whereabouts.ENDED}
+    ),
     Whereabouts.PREFILLING: frozenset({Whereabouts.OFFERING, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.OFFERING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.OFFERED: frozenset({Whereabouts.PULLING, Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.PULLING: frozenset({Whereabouts.DECODING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.PULLING: frozenset(
+        {
+            Whereabouts.DECODING,
+            Whereabouts.PREFILLING,
+            Whereabouts.RUNNING,
+            Whereabouts.QUEUED,
+            Whereabouts.ENDED,
+        }
+    ),
     Whereabouts.DECODING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.RUNNING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.MIGRATING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
@@ -146,11 +165,17 @@ class SequenceEntry:
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
+    borrows_for: Whereabouts | None = None
+    """While it borrows its beginning: what its holder does then."""
     wait_until_s: float = math.inf
     """When waiting for an instance ends with an error."""
     charges: dict[InstanceId, Charge] = field(default_factory=dict)
     story: list[tuple[float, str, Whereabouts]] = field(default_factory=list)
     """What happened to it and when; its path is as long as the instances that it may lose allow."""
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Names of its leading KV blocks."""
+    held: Mapping[InstanceId, HeldPrefix] = field(default_factory=dict)
+    """Who holds its first blocks, as known when it was last placed."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
     is_resumed: bool = False
@@ -162,6 +187,11 @@ class SequenceEntry:
     def ends_at_first_token(self) -> bool:
         """True when nothing is left to decode after the prefill."""
         return self.max_total_tokens <= self.num_tokens + 1
+
+    def num_cached(self, instance: InstanceId) -> int:
+        """Return how many of its tokens an instance need not compute; at least the last one it does."""
+        held = self.held.get(instance)
+        return 0 if held is None else min(held.num_tokens, self.num_tokens - 1)
 
     def move(self, state: Whereabouts, now: float, why: str) -> None:
         """Change the state; raise InternalError with the story when ``TRANSITIONS`` does not allow it."""
@@ -191,8 +221,8 @@ class SequenceEntry:
         """Raise InternalError unless holder, lease and charges are what the state says."""
         held = self.state not in (Whereabouts.QUEUED, Whereabouts.OFFERED)
         leased = self.lease is not None
-        may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING)
-        must_be_leased = self.state is Whereabouts.OFFERED
+        may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING, Whereabouts.BORROWING)
+        must_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.BORROWING)
         present = {name for name in (self.holder, self.lease) if name is not None}
         if (self.holder is not None) != held or not must_be_leased <= leased <= may_be_leased:
             self.refuse_event(f"holder {self.holder} and lease {self.lease} in state {self.state.value}")

@@ -11,9 +11,9 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.step.actions import OfferKv, Pull, ReleaseLease
+from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
-from disagg.scheduling.step.events import KvOffered
+from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
 
 LEASE_GRACE_S: Final = 1.0
@@ -52,8 +52,28 @@ class HandOvers:
         )
         books.wake_at(expires_s)
 
+    def on_kv_wanted(self, event: KvWanted) -> None:
+        """Lend what is cached of another instance's sequence."""
+        books = self._books
+        lease_s = books.settings.lease_s
+        expires_s = books.now + lease_s + LEASE_GRACE_S
+        blocks = books.ledger.lend(event.request_id, event.epoch, event.block_hashes, expires_s)
+        if blocks:
+            books.wake_at(expires_s)
+        books.actions.append(
+            LendKv(
+                request_id=event.request_id,
+                epoch=event.epoch,
+                num_tokens=len(blocks) * books.ledger.block_size,
+                block_ids=blocks,
+                lease_s=lease_s,
+            )
+        )
+
     def on_lease_released(self, request_id: RequestId, epoch: Epoch) -> None:
         """The blocks were read, or never will be."""
+        if self._books.ledger.end_loan(request_id, epoch):
+            return
         sequence = self._books.find(request_id, epoch, SequenceState.LEASED)
         if sequence is not None:
             self.end_lease(sequence)
@@ -69,7 +89,7 @@ class HandOvers:
         """Adopt a sequence whose blocks are elsewhere."""
         books = self._books
         if books.rejects(event, most_tokens(event.num_tokens, event.max_total_tokens, hand_over=False)):
-            books.actions.append(ReleaseLease(request_id=event.request_id, epoch=event.epoch, source=event.source))
+            self.refuse(event.request_id, event.epoch, event.source)
             return
         sequence = books.enter(event, SequenceState.OFFERED)
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
@@ -80,30 +100,56 @@ class HandOvers:
         else:
             self._compute_here(sequence)
 
+    def refuse(self, request_id: RequestId, epoch: Epoch, source: InstanceId) -> None:
+        """Tell a source that its blocks will not be read: their sequence was not taken."""
+        self._books.actions.append(ReleaseLease(request_id=request_id, epoch=epoch, source=source))
+
+    def borrow(self, sequence: Sequence, prefix: LentKv) -> None:
+        """Let a sequence whose first blocks another instance lends wait for them, unless they are of no use."""
+        remote = RemoteKv(prefix.source, prefix.source_blocks, prefix.num_tokens, prefix.expires_s, is_prefix=True)
+        sequence.remote = remote
+        bisect.insort(self._offered, sequence, key=order_of)
+        is_whole = len(prefix.source_blocks) * self._books.ledger.block_size == prefix.num_tokens
+        if sequence.reuse_prefix and is_whole and prefix.num_tokens < sequence.num_tokens:
+            self._books.wake_at(prefix.expires_s)
+        else:
+            self._compute_here(sequence)
+
+    def read_disk(self, sequence: Sequence) -> None:
+        """Let a sequence, part of whose beginning is on disk, wait for its blocks."""
+        bisect.insort(self._offered, sequence, key=order_of)
+
     def start_pulls(self) -> None:
         """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
         books = self._books
         while self._offered and books.has_room:
             sequence = self._offered[0]
-            remote = sequence.remote
             served_before = bool(books.waiting) and books.waiting[0].order < sequence.order
-            if served_before or remote is None or not books.ledger.begin_pull(sequence, remote, books.is_busy):
+            if served_before or not self._begin(sequence, sequence.remote):
                 return
             del self._offered[0]
             sequence.move(SequenceState.PULLING, books.now)
             books.num_pulling += 1
-            if sequence.copies:
+            if sequence.loads:
+                books.actions.append(
+                    LoadBlocks(request_id=sequence.request_id, epoch=sequence.epoch, blocks=sequence.loads)
+                )
+            elif sequence.remote is not None and sequence.copies:
                 books.actions.append(
                     Pull(
                         request_id=sequence.request_id,
                         epoch=sequence.epoch,
-                        source=remote.source,
+                        source=sequence.remote.source,
                         copies=sequence.copies,
-                        expires_s=remote.expires_s,
+                        expires_s=sequence.remote.expires_s,
                     )
                 )
             else:
                 self.on_transfer_done(sequence.request_id, sequence.epoch)
+
+    def _begin(self, sequence: Sequence, remote: RemoteKv | None) -> bool:
+        ledger, is_busy = self._books.ledger, self._books.is_busy
+        return ledger.begin_load(sequence, is_busy) if remote is None else ledger.begin_pull(sequence, remote, is_busy)
 
     def on_transfer_done(self, request_id: RequestId, epoch: Epoch) -> None:
         """The blocks have arrived: the sequence runs."""
@@ -111,14 +157,13 @@ class HandOvers:
         if books.ledger.end_quarantine(request_id, epoch):
             return
         sequence = books.find(request_id, epoch, SequenceState.PULLING)
-        if sequence is None or sequence.remote is None:
+        if sequence is None:
             return
-        if books.now >= sequence.remote.expires_s:
+        if sequence.remote is not None and books.now >= sequence.remote.expires_s:
             # The source may have reused the blocks while they were read.
             self.on_transfer_failed(request_id, epoch, ended=True)
             return
         books.ledger.commit_pull(sequence)
-        sequence.num_computed = sequence.remote.num_tokens
         books.ledger.publish(sequence)
         self._release_remote(sequence)
         books.num_pulling -= 1
@@ -162,9 +207,9 @@ class HandOvers:
         for sequence in [s for s in self._offered if s.remote is not None and s.remote.expires_s <= books.now]:
             self._compute_here(sequence)
         books.alarm = math.inf
-        next_lease = books.ledger.leases.next_expiry()
-        if next_lease is not None:
-            books.wake_at(next_lease)
+        next_lease_s = books.ledger.next_expiry()
+        if next_lease_s < math.inf:
+            books.wake_at(next_lease_s)
         for sequence in self._offered:
             if sequence.remote is not None:
                 books.wake_at(sequence.remote.expires_s)

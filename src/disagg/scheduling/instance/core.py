@@ -7,34 +7,39 @@ model: one state machine, handed instructions to by several kinds of worker.)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-import msgspec
-
-from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
     Failed,
     FailureKind,
     InstanceLoad,
+    KvEvents,
     KvOffer,
+    Lend,
     Migrate,
+    NotHeld,
     Offered,
     PeerLost,
     Pulled,
     Release,
+    ReportBlocks,
 )
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
-from disagg.costs.measured_steps import FittedLatency
+from disagg.cache.disk_tier import DiskTier
+from disagg.cache.journal import Owner
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.instance.copy_queue import CopyQueue
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, SequenceFacts, Start
+from disagg.scheduling.instance.header import InstanceHeader
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, LoadEnded, SequenceFacts, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
+    CacheChanged,
     CancelCopy,
     Emitted,
     FirstOutput,
@@ -42,13 +47,30 @@ from disagg.scheduling.instance.outputs import (
     StartCopy,
 )
 from disagg.scheduling.instance.tracked import Tracked, pulled_message
-from disagg.scheduling.step.actions import Emit, Forget, OfferKv, Pull, Reject, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.step.actions import (
+    DropSaved,
+    Emit,
+    Forget,
+    LendKv,
+    LoadBlocks,
+    OfferKv,
+    Pull,
+    Reject,
+    ReleaseLease,
+    RunStep,
+    SaveBlock,
+    WakeAt,
+)
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
+    BlockSaved,
+    BlocksUnreadable,
     Cancelled,
     KvOffered,
+    KvWanted,
     LeaseReleased,
+    LentKv,
     MigrationAsked,
     SourceLost,
     StepDone,
@@ -58,27 +80,6 @@ from disagg.scheduling.step.events import (
     TransferFailed,
 )
 from disagg.scheduling.step.scheduler import StepScheduler
-
-
-class InstanceHeader(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True
-):
-    """Everything that the core of an instance is made from.
-
-    ``pool`` is the address at which others read its KV blocks; ``num_stages`` are those of the executor's pipeline.
-    """
-
-    instance: InstanceId
-    settings: SchedulerSettings
-    num_blocks: int
-    block_size: int
-    prefix_caching: bool = True
-    max_model_len: int | None = None
-    num_stages: int = 1
-    incarnation: str = ""
-    pool: bytes = b""
-    latency: FittedLatency | None = None
-    """Predicts its steps; None learns from those that run."""
 
 
 class InstanceCore:
@@ -94,6 +95,8 @@ class InstanceCore:
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
             times=None if header.latency is None else StepTimes(header.latency),
+            medium=header.medium,
+            disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
         self._sequences: dict[RequestId, Tracked] = {}
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -101,6 +104,7 @@ class InstanceCore:
         """No step of theirs has begun here."""
         self._silent: set[RequestId] = set()
         """No token of theirs has come from here."""
+        self._num_kv_events = 0
         self._outputs: list[AnyInstanceOutput] = []
         self._now = -math.inf
 
@@ -127,19 +131,27 @@ class InstanceCore:
                 case Emit(request_ids=request_ids):
                     firsts = self._first_outputs(request_ids, now) if self._silent else ()
                     outputs.append(Emitted(request_ids=request_ids, firsts=firsts))
-                case WakeAt():
+                case WakeAt() | LoadBlocks() | SaveBlock() | DropSaved():
                     outputs.append(action)
                 case _:
                     self._carry_out(action)
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
+        kv_events, owners = self._scheduler.take_kv_events()
+        if kv_events:
+            self._tell_kv_events(kv_events, owners, 0)
         return outputs
 
     @property
     def capacity(self) -> int:
         """Longest sequence that is taken, in tokens."""
         return self._scheduler.capacity
+
+    @property
+    def named_block_size(self) -> int:
+        """Tokens of a KV block, where full ones are kept under their names for reuse; 0 where none is."""
+        return self._header.block_size if self._header.prefix_caching else 0
 
     @property
     def num_held_blocks(self) -> int:
@@ -162,12 +174,14 @@ class InstanceCore:
         """See ``StepScheduler.num_repeats``."""
         return self._scheduler.num_repeats()
 
-    def repeat(self, count: int, first_end_s: float) -> tuple[RunStep, tuple[FirstOutput, ...]]:
+    def repeat(
+        self, count: int, first_end_s: float, names: Mapping[RequestId, tuple[BlockHash, ...]]
+    ) -> tuple[RunStep, tuple[FirstOutput, ...]]:
         """See ``StepScheduler.repeat``; the first of these steps ended at ``first_end_s``.
 
         Returns the step in flight, which is now the last repetition, and what goes with first tokens.
         """
-        step = self._scheduler.repeat(count)
+        step = self._scheduler.repeat(count, names)
         if not self._silent:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
@@ -187,23 +201,30 @@ class InstanceCore:
                 self._on_continue(one, events)
             case CopyEnded():
                 self._on_copy_ended(one, events)
-            case Release(request_id=request_id, epoch=epoch):
-                events.append(LeaseReleased(request_id=request_id, epoch=epoch))
-            case Migrate(request_id=request_id, epoch=epoch):
-                events.append(MigrationAsked(request_id=request_id, epoch=epoch))
+            case LoadEnded(request_id=request_id, epoch=epoch, unreadable=names):
+                events.append(BlocksUnreadable(names=names))
+                make = TransferFailed if names else TransferDone
+                events.append(make(request_id=request_id, epoch=epoch))
+            case Lend() | Release() | Migrate() | BlockSaved() | Tick():
+                events.append(_event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
             case PeerLost():
                 self._on_peer_lost(one, events)
-            case Tick():
-                events.append(one)
+            case ReportBlocks():
+                self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
             case _:
                 assert_never(one)
 
     def _on_start(self, message: Start, events: list[AnyEvent]) -> None:
-        facts = message.sequence
-        if not self._admit(facts, None, events):
+        facts, offer = message.sequence, message.prefix
+        if not self._admit(facts, offer, events):
             return
+        prefix = None
+        if offer is not None:
+            tracked = self._sequences[facts.request_id]
+            tracked.expires_s, tracked.is_offer_prefix = self._now + offer.lease_s, True
+            prefix = LentKv(offer.source, offer.block_ids, offer.num_tokens, tracked.expires_s)
         events.append(
             Arrived(
                 request_id=facts.request_id,
@@ -215,6 +236,7 @@ class InstanceCore:
                 hand_over=message.hand_over,
                 block_hashes=facts.block_hashes,
                 reuse_prefix=facts.reuse_prefix,
+                prefix=prefix,
                 objectives=facts.objectives,
             )
         )
@@ -299,10 +321,16 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(self, action: OfferKv | Pull | ReleaseLease | Reject | Forget) -> None:
+    def _carry_out(self, action: OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget) -> None:
         match action:
             case OfferKv():
-                self._offer(action)
+                # From here on the sequence is another instance's.
+                self._outputs.append(Offered(offer=self._kv_offer(action)))
+                self._drop(action.request_id, action.epoch)
+                self._forget(action.request_id, action.epoch)
+            case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
+                offered = Offered(offer=self._kv_offer(action)) if num_tokens else None
+                self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
             case Pull():
                 self._pull(action)
             case ReleaseLease(request_id=request_id, epoch=epoch):
@@ -333,9 +361,16 @@ class InstanceCore:
         silent.difference_update(firsts)
         return tuple(self._sequences[request_id].first_output(now) for request_id in firsts)
 
-    def _offer(self, action: OfferKv) -> None:
-        """Say where the blocks are; from here on the sequence is another instance's."""
-        offer = KvOffer(
+    def _tell_kv_events(self, events: tuple[AnyKvEvent, ...], owners: tuple[Owner | None, ...], place: int) -> None:
+        """Put the news at this place among the outputs: before sequences that they are about are forgotten."""
+        header, number = self._header, self._num_kv_events
+        self._num_kv_events += 1
+        message = KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
+        self._outputs.insert(place, CacheChanged(message=message, owners=owners if header.tells_tokens else ()))
+
+    def _kv_offer(self, action: OfferKv | LendKv) -> KvOffer:
+        """Return what says where the blocks are."""
+        return KvOffer(
             request_id=action.request_id,
             epoch=action.epoch,
             source=self._header.instance,
@@ -345,9 +380,6 @@ class InstanceCore:
             lease_s=action.lease_s,
             pool=self._header.pool,
         )
-        self._outputs.append(Offered(offer=offer))
-        self._drop(action.request_id, action.epoch)
-        self._forget(action.request_id, action.epoch)
 
     def _pull(self, action: Pull) -> None:
         offer = self._sequences[action.request_id].offer
@@ -358,9 +390,9 @@ class InstanceCore:
                 request_id=action.request_id,
                 epoch=action.epoch,
                 source=action.source,
-                incarnation=offer.incarnation,
-                pool=offer.pool,
+                offer=offer,
                 copies=action.copies,
+                expires_s=action.expires_s,
             )
         )
 
@@ -389,6 +421,19 @@ class InstanceCore:
             del self._sequences[request_id]
             self._not_scheduled.discard(request_id)
             self._silent.discard(request_id)
+
+
+def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
+    """Return what a message means to the scheduler that means nothing more to the core."""
+    match message:
+        case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
+            return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
+        case Release(request_id=request_id, epoch=epoch):
+            return LeaseReleased(request_id=request_id, epoch=epoch)
+        case Migrate(request_id=request_id, epoch=epoch):
+            return MigrationAsked(request_id=request_id, epoch=epoch)
+        case BlockSaved() | Tick():
+            return message
 
 
 def _mismatch(offer: KvOffer, facts: SequenceFacts) -> str:

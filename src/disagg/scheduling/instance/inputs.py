@@ -3,9 +3,9 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.base.messages import Abort, KvOffer, Migrate, PeerLost, Release
+from disagg.base.messages import Abort, KvOffer, Lend, Migrate, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
-from disagg.scheduling.step.events import StepDone, Tick
+from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
 
 class SequenceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -34,10 +34,14 @@ class InstanceInput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_de
 
 
 class Start(InstanceInput, frozen=True, kw_only=True):
-    """Compute a sequence. With ``hand_over``, stop after the first token and offer the KV blocks."""
+    """Compute a sequence. With ``hand_over``, stop after the first token and offer the KV blocks.
+
+    Another instance lends the KV blocks of ``prefix``, its first tokens.
+    """
 
     sequence: SequenceFacts
     hand_over: bool = False
+    prefix: KvOffer | None = None
 
 
 class Continue(InstanceInput, frozen=True, kw_only=True):
@@ -56,6 +60,32 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     started_s: float
     ended_s: float
     failure: str = ""
+    link: str = ""
+    """What carried the blocks."""
+    num_repeated: int = 0
+    """Blocks that came with another digest and were copied again."""
 
 
-AnyInstanceInput = Start | Continue | Abort | Release | Migrate | PeerLost | StepDone | CopyEnded | Tick
+class LoadEnded(InstanceInput, frozen=True, kw_only=True):
+    """The reading of blocks from disk ended: none is written to any more. ``unreadable``: those that are not there."""
+
+    request_id: RequestId
+    epoch: Epoch
+    unreadable: tuple[BlockHash, ...] = ()
+
+
+AnyInstanceInput = (
+    Start
+    | Continue
+    | Lend
+    | Abort
+    | Release
+    | Migrate
+    | PeerLost
+    | ReportBlocks
+    | StepDone
+    | CopyEnded
+    | LoadEnded
+    | BlockSaved
+    | Tick
+)

@@ -3,8 +3,8 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import Failed, Offered, Pulled, StageStamps
-from disagg.scheduling.step.actions import BlockCopy, Forget, RunStep, WakeAt
+from disagg.base.messages import Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
+from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
 class InstanceOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -27,15 +27,25 @@ class Emitted(InstanceOutput, frozen=True, kw_only=True):
 
 
 class StartCopy(InstanceOutput, frozen=True, kw_only=True):
-    """Copy blocks out of the pool at address ``pool`` into this instance's, then report CopyEnded."""
+    """Copy these blocks of an offer into this instance's pool, then report CopyEnded."""
 
     request_id: RequestId
     epoch: Epoch
     source: InstanceId
-    incarnation: str
-    """The life of the source in which the blocks are there."""
-    pool: bytes
+    offer: KvOffer
     copies: tuple[BlockCopy, ...]
+    expires_s: float
+    """When the offer ends, by this instance's clock."""
+
+
+class CacheChanged(InstanceOutput, frozen=True, kw_only=True):
+    """Tell the router what became of cached blocks. Its events' ``token_ids`` are left to whoever knows tokens.
+
+    ``owners``, one for each event: a sequence that has the blocks, and which of its blocks is the first.
+    """
+
+    message: KvEvents
+    owners: tuple[tuple[RequestId, int] | None, ...] = ()
 
 
 class CancelCopy(InstanceOutput, frozen=True, kw_only=True):
@@ -52,5 +62,19 @@ class ForgetPeer(InstanceOutput, frozen=True, kw_only=True):
 
 
 AnyInstanceOutput = (
-    RunStep | Emitted | Offered | Pulled | Failed | Forget | StartCopy | CancelCopy | ForgetPeer | WakeAt
+    RunStep
+    | Emitted
+    | Offered
+    | NotHeld
+    | Pulled
+    | Failed
+    | CacheChanged
+    | Forget
+    | StartCopy
+    | CancelCopy
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
+    | ForgetPeer
+    | WakeAt
 )

@@ -18,6 +18,8 @@ class Tracked:
     epoch: Epoch
     received_s: float
     offer: KvOffer | None = None
+    is_offer_prefix: bool = False
+    """True when the offer is of blocks that are lent of its beginning."""
     expires_s: float = 0.0
     pull_started_s: float = 0.0
     copy: CopyEnded | None = None
@@ -32,7 +34,7 @@ class Tracked:
     def start_step(self, start: int, now: float) -> None:
         """Note its first step here; what lies before its first chunk was not computed."""
         self.scheduled_s = now
-        self.num_cached_tokens = start if self.offer is None else 0
+        self.num_cached_tokens = start if self.offer is None or self.is_offer_prefix else 0
 
     def first_output(self, now: float) -> FirstOutput:
         """Return what goes with its first token here, which is there ``now``."""
@@ -61,6 +63,8 @@ def pulled_message(action: ReleaseLease, sequence: Tracked | None, now: float) -
         num_bytes=copy.num_bytes if copy is not None and succeeded else 0,
         duration_s=copy.ended_s - copy.started_s if copy is not None else 0.0,
         failure=failure,
+        link=copy.link if copy is not None else "",
+        num_repeated=copy.num_repeated if copy is not None else 0,
     )
 
 

@@ -5,7 +5,7 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 """
 
 import math
-from typing import assert_never
+from typing import Final, assert_never
 
 import msgspec
 from msgspec import structs
@@ -13,8 +13,9 @@ from msgspec import structs
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
+from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
 from disagg.base.request import Role
+from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
@@ -26,6 +27,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAdopt,
     SendGenerate,
+    SendLend,
     SendMigrate,
     SendPeerLost,
     SendRelease,
@@ -39,6 +41,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    NothingLent,
     OfferMade,
     ProcessStarting,
     PullEnded,
@@ -60,6 +63,7 @@ from disagg.scheduling.router.inputs import (
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AskForBlocks,
     DropReason,
     EndInstance,
     GiveUpInstance,
@@ -70,6 +74,7 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     StopInstance,
     TellPeerLost,
 )
@@ -91,12 +96,16 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     watches_silence: bool = True
 
 
+_NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
+
+
 class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
         self._watches_silence = header.watches_silence
-        self._dispatcher = Dispatcher(header.instances, header.settings)
+        self._prefixes = PrefixIndex()
+        self._dispatcher = Dispatcher(header.instances, header.settings, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -133,6 +142,8 @@ class RouterCore:
         """
         self._outputs = []
         self._now = now
+        if isinstance(one, _NEWS_OF_A_MEMBER) and self._members.get(one.instance) is None:
+            return []  # it has left since
         if self._watches_silence and math.isinf(self._check_s):
             self._check_s = self._members.next_check_s(now)
         match one:
@@ -172,7 +183,9 @@ class RouterCore:
             return
         self._dispatch_from(member, event)
 
-    def _on_message(self, member: Member, message: Loading | Ready | Offered | Pulled | Failed | LoadReport) -> None:
+    def _on_message(
+        self, member: Member, message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
+    ) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
             member.detail = message.stage
@@ -183,7 +196,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | Pulled | Failed | LoadReport) -> None:
+    def _take(self, member: Member, message: Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -195,6 +208,8 @@ class RouterCore:
                 self._dispatch_from(
                     member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
                 )
+            case NotHeld(request_id=request_id, epoch=epoch):
+                self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
             case Pulled(request_id=request_id, epoch=epoch):
                 self._outputs.append(
                     HandOverEnded(
@@ -203,6 +218,8 @@ class RouterCore:
                         num_bytes=message.num_bytes,
                         duration_s=message.duration_s,
                         failure=message.failure,
+                        link=message.link,
+                        num_repeated=message.num_repeated,
                     )
                 )
                 self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
@@ -214,8 +231,21 @@ class RouterCore:
                     member.load = message.load
                 else:
                     self._drop(member, DropReason.STALE)
+            case KvEvents():
+                self._index(member, message)
             case _:
                 assert_never(message)
+
+    def _index(self, member: Member, message: KvEvents) -> None:
+        """Note what became of an instance's cached blocks; ask for all of them when a message was lost."""
+        if message.incarnation != member.incarnation:
+            self._drop(member, DropReason.STALE)
+            return
+        try:
+            if not self._prefixes.take(member.instance, message.number, message.events):
+                self._outputs.append(AskForBlocks(instance=member.instance))
+        except InternalError as error:
+            self._broke_protocol(member, str(error))
 
     def _on_malformed(self, event: MalformedMessage) -> None:
         member = self._members[event.instance]
@@ -226,7 +256,7 @@ class RouterCore:
             self._declare_lost(member, why)
 
     def _welcome(self, member: Member, message: Ready) -> None:
-        if why := member.why_unfit(message):
+        if why := self._members.why_unfit(member, message):
             self._declare_lost(member, why)
             return
         if member.is_alive:
@@ -236,8 +266,11 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
+        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
         self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
         self._outputs.append(InstanceWelcomed(instance=member.instance))
+        if facts.num_saved_blocks:
+            self._outputs.append(AskForBlocks(instance=member.instance))
 
     # Lives and deaths -----------------------------------------------------------------------------------------
 
@@ -269,6 +302,7 @@ class RouterCore:
         if member.is_alive:
             self._outputs.append(InstanceLost(instance=member.instance))
         member.set_lost(detail)
+        self._prefixes.leave(member.instance)
         self._dispatch(InstanceDown(instance=member.instance, returning=returning, detail=detail))
 
     # Commands -------------------------------------------------------------------------------------------------
@@ -339,6 +373,7 @@ class RouterCore:
 
     def _let_go(self, member: Member) -> None:
         """Strike a member off the list; what it still holds goes on elsewhere."""
+        self._prefixes.leave(member.instance)
         self._dispatch(Leave(instance=member.instance))
         self._members.remove(member.instance)
         self._outputs.append(InstanceLeft(instance=member.instance))
@@ -358,7 +393,17 @@ class RouterCore:
 
     def _carry_out(self, action: AnyDispatchAction) -> None:
         match action:
-            case Deliver() | SendGenerate() | SendRelease() | SendMigrate():
+            case SendGenerate(with_prefix=True, request_id=request_id, epoch=epoch, instance=instance):
+                self._outputs.append(
+                    SendWithPrefix(
+                        request_id=request_id,
+                        epoch=epoch,
+                        instance=instance,
+                        hand_over=action.hand_over,
+                        prefix=self._take_offer(request_id),
+                    )
+                )
+            case Deliver() | SendGenerate() | SendLend() | SendRelease() | SendMigrate():
                 self._outputs.append(action)
             case Drained(instance=instance):
                 self._outputs.append(action)
@@ -369,16 +414,8 @@ class RouterCore:
             case Drop(instance=instance):
                 self._drop(self._members[instance], DropReason.STALE)
             case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
-                offer, since_s = self._offers[request_id]
-                left_s = max(0.0, offer.lease_s - (self._now - since_s))
-                self._outputs.append(
-                    SendOffer(
-                        request_id=request_id,
-                        epoch=epoch,
-                        instance=instance,
-                        offer=structs.replace(offer, lease_s=left_s),
-                    )
-                )
+                offer = self._take_offer(request_id)
+                self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
@@ -387,6 +424,11 @@ class RouterCore:
                 self._outputs.append(action)
             case _:
                 self._outputs.append(action)
+
+    def _take_offer(self, request_id: RequestId) -> KvOffer:
+        """Return the offer that is kept of a sequence, with what is left of its lease, and keep it no more."""
+        offer, since_s = self._offers.pop(request_id)
+        return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
 
     def _keep(self, offer: KvOffer) -> None:
         """Remember an instance's first offer of an attempt at a sequence, for the instance that will adopt it."""

@@ -120,6 +120,18 @@ class Membership:
         """Let a member go."""
         del self._members[instance]
 
+    def why_unfit(self, member: Member, message: Ready) -> str:
+        """Return why this Ready of a member cannot be accepted, or an empty string."""
+        ours = message.facts.kv_layout
+        for other in self:
+            theirs = other.facts.kv_layout if other.facts is not None and other is not member and other.is_alive else ""
+            if ours and theirs and ours != theirs:
+                return (
+                    f"its KV blocks ({ours}) are not those of {other.instance} ({theirs}): start it with the same "
+                    "--dtype, --block-size and --kernels"
+                )
+        return member.why_unfit(message)
+
     def roles(self, states: Iterable[InstanceState]) -> set[Role]:
         """Return the roles of the members in one of these states."""
         wanted = set(states)

@@ -15,6 +15,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendMigrate,
     SendRelease,
 )
@@ -34,12 +35,28 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` compute the sequence from the KV blocks on that another instance lends of its beginning."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    hand_over: bool
+    prefix: KvOffer
+
+
 class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
     """Tell ``instance`` that this life of ``lost`` has ended."""
 
     instance: InstanceId
     lost: InstanceId
     incarnation: str
+
+
+class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` say anew which KV blocks it holds."""
+
+    instance: InstanceId
 
 
 class DropReason(enum.Enum):
@@ -66,6 +83,8 @@ class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
     num_bytes: int
     duration_s: float
     failure: str
+    link: str = ""
+    num_repeated: int = 0
 
 
 class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):
@@ -113,18 +132,26 @@ class InstanceLeft(RouterOutput, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+AnySend = (
+    SendGenerate
+    | SendWithPrefix
+    | SendOffer
+    | SendLend
+    | SendAbort
+    | SendRelease
+    | SendMigrate
+    | TellPeerLost
+    | AskForBlocks
+)
+"""What becomes a message to an instance."""
+
 AnyRouterOutput = (
     Deliver
     | Finish
     | Fail
     | Refuse
     | Resume
-    | SendGenerate
-    | SendOffer
-    | SendAbort
-    | SendRelease
-    | SendMigrate
-    | TellPeerLost
+    | AnySend
     | MessageDropped
     | HandOverEnded
     | InstanceWelcomed

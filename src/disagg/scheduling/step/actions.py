@@ -4,7 +4,7 @@ import enum
 
 import msgspec
 
-from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
 
 
@@ -54,6 +54,16 @@ class OfferKv(Action, frozen=True, kw_only=True):
     lease_s: float
 
 
+class LendKv(Action, frozen=True, kw_only=True):
+    """Tell the world that the first ``num_tokens`` tokens of another's sequence wait in ``block_ids``; 0: none does."""
+
+    request_id: RequestId
+    epoch: Epoch
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+    lease_s: float
+
+
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     """One block to copy: all layers and heads of ``source`` into ``target``."""
 
@@ -69,6 +79,34 @@ class Pull(Action, frozen=True, kw_only=True):
     source: InstanceId
     copies: tuple[BlockCopy, ...]
     expires_s: float
+
+
+class BlockLoad(msgspec.Struct, frozen=True, array_like=True):
+    """One block to read from disk: that of this name into ``target``."""
+
+    name: BlockHash
+    target: BlockId
+
+
+class LoadBlocks(Action, frozen=True, kw_only=True):
+    """Read blocks from disk into this instance's pool, then report TransferDone or TransferFailed."""
+
+    request_id: RequestId
+    epoch: Epoch
+    blocks: tuple[BlockLoad, ...]
+
+
+class SaveBlock(Action, frozen=True, kw_only=True):
+    """Write a block, which keeps its contents meanwhile, to disk under this name; then report BlockSaved."""
+
+    block: BlockId
+    name: BlockHash
+
+
+class DropSaved(Action, frozen=True, kw_only=True):
+    """Remove the blocks of these names from disk."""
+
+    names: tuple[BlockHash, ...]
 
 
 class ReleaseLease(Action, frozen=True, kw_only=True):
@@ -109,4 +147,17 @@ class WakeAt(Action, frozen=True, kw_only=True):
     time_s: float
 
 
-AnyAction = RunStep | Emit | OfferKv | Pull | ReleaseLease | Reject | Forget | WakeAt
+AnyAction = (
+    RunStep
+    | Emit
+    | OfferKv
+    | LendKv
+    | Pull
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
+    | ReleaseLease
+    | Reject
+    | Forget
+    | WakeAt
+)

@@ -6,7 +6,9 @@ import math
 from disagg.base.config import MAX_OVERTAKE_S, QueueOrder, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.sampling import FinishReason
+from disagg.cache.disk_tier import DiskTier
 from disagg.scheduling.capacity import capacity_tokens
 from disagg.scheduling.epoch_memory import EpochMemory
 from disagg.scheduling.step.actions import AnyAction, Forget, Reject, RejectReason, WakeAt
@@ -37,9 +39,11 @@ class Books:
         block_size: int,
         prefix_caching: bool,
         max_model_len: int | None,
+        medium: Medium,
+        disk: DiskTier,
     ) -> None:
         self.settings = settings
-        self.ledger = KvLedger(num_blocks, block_size, prefix_caching)
+        self.ledger = KvLedger(num_blocks, block_size, prefix_caching, medium, disk)
         self.capacity = capacity_tokens(num_blocks, block_size, max_model_len)
         self.sequences: dict[RequestId, Sequence] = {}
         self.waiting: list[Sequence] = []

@@ -12,6 +12,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     """Base of all events: the tag is the class name."""
 
 
+class LentKv(msgspec.Struct, frozen=True, array_like=True):
+    """The first ``num_tokens`` tokens of a sequence are in ``source_blocks`` of ``source``, until ``expires_s``."""
+
+    source: InstanceId
+    source_blocks: tuple[BlockId, ...]
+    num_tokens: int
+    expires_s: float
+
+
 class Arrived(Event, frozen=True, kw_only=True):
     """A sequence to compute here. With ``hand_over`` its KV blocks are offered after the first sampled token.
 
@@ -28,6 +37,7 @@ class Arrived(Event, frozen=True, kw_only=True):
     hand_over: bool = False
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
+    prefix: LentKv | None = None
     objectives: Objectives = Objectives()
     """What is missing here is as the settings say."""
 
@@ -51,10 +61,14 @@ class KvOffered(Event, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of one sequence; ``finished`` when it is the last."""
+    """One sampled token of one sequence; ``finished`` when it is the last.
+
+    ``block_hashes`` name the KV blocks that the known tokens fill now and did not before.
+    """
 
     request_id: RequestId
     finished: FinishReason | None = None
+    block_hashes: tuple[BlockHash, ...] = ()
 
 
 class StepFailure(msgspec.Struct, frozen=True, array_like=True):
@@ -100,6 +114,14 @@ class TransferEnded(Event, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class KvWanted(Event, frozen=True, kw_only=True):
+    """Another instance, which computes this sequence, wants to read the cached blocks of these names."""
+
+    request_id: RequestId
+    epoch: Epoch
+    block_hashes: tuple[BlockHash, ...]
+
+
 class LeaseReleased(Event, frozen=True, kw_only=True):
     """The other side has read the offered blocks, or never will."""
 
@@ -120,6 +142,19 @@ class SourceLost(Event, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class BlockSaved(Event, frozen=True, kw_only=True):
+    """A block was written to disk; it is not there when ``failure`` says why."""
+
+    name: BlockHash
+    failure: str = ""
+
+
+class BlocksUnreadable(Event, frozen=True, kw_only=True):
+    """What is on disk under these names is torn, foreign or gone."""
+
+    names: tuple[BlockHash, ...]
+
+
 class Cancelled(Event, frozen=True, kw_only=True):
     """Nobody wants this sequence any more."""
 
@@ -138,9 +173,12 @@ AnyEvent = (
     | TransferDone
     | TransferFailed
     | TransferEnded
+    | KvWanted
     | LeaseReleased
     | MigrationAsked
     | SourceLost
+    | BlockSaved
+    | BlocksUnreadable
     | Cancelled
     | Tick
 )

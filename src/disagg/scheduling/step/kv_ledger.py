@@ -1,23 +1,46 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
+import math
+from collections.abc import Collection
+from itertools import groupby
+
 from disagg.base.errors import InternalError
-from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
+from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
 from disagg.cache.block_pool import BlockPool
+from disagg.cache.disk_tier import DiskTier
+from disagg.cache.journal import KvJournal
 from disagg.cache.leases import Lease, LeaseTable
-from disagg.scheduling.step.actions import BlockCopy
+from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 from disagg.scheduling.step.sequence import RemoteKv, Sequence
 
 
 class KvLedger:
     """Books blocks in and out for sequences. It decides nothing: a refusal is a False, never a preemption."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        medium: Medium = Medium.GPU,
+        disk: DiskTier | None = None,
+    ) -> None:
+        self.disk = DiskTier(0) if disk is None else disk
+        self._saving: dict[BlockHash, BlockId] = {}
+        self._found_again: list[BlockHash] = []
+        self.journal = KvJournal(block_size, medium)
+        self.pool = BlockPool(num_blocks, self.journal.removed)
         self.leases = LeaseTable()
+        self.loans = LeaseTable()
+        """Cached blocks that others read, under the names of their sequences."""
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_prefix_pulled = 0
+        self.num_prefix_loaded = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
+        self._medium = medium
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
@@ -41,12 +64,10 @@ class KvLedger:
         Taking them all at once means that a prompt, once begun, is never stopped half-way for want of blocks.
         """
         reusable = self._reusable(sequence, sequence.num_tokens - 1)
-        taken = self._hold(reusable, self.num_blocks_for(sequence.num_tokens), keep_headroom, for_pull=False)
+        taken = self._hold(reusable, self.num_blocks_for(sequence.num_tokens), keep_headroom)
         if taken is None:
             return False
-        if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
-            self.num_prefix_queries += sequence.num_tokens
-            self.num_prefix_hits += len(reusable) * self._block_size
+        self._count_query(sequence, len(reusable))
         sequence.block_ids = reusable + taken
         sequence.num_computed = len(reusable) * self._block_size
         sequence.num_published = len(reusable)
@@ -64,13 +85,28 @@ class KvLedger:
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """Make the prompt blocks that are completely computed findable for other sequences."""
+        """Make the blocks, of prompt and answer, that are completely computed findable for other sequences."""
         if not self._prefix_caching or not sequence.block_hashes:
             return
         num_full = min(sequence.num_computed // self._block_size, len(sequence.block_hashes))
-        for index in range(sequence.num_published, num_full):
-            self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
+        names, first = sequence.block_hashes, sequence.num_published
+        if num_full <= first:
+            return
+        new = [self.pool.publish(sequence.block_ids[index], names[index]) for index in range(first, num_full)]
+        for is_new, run in groupby(range(first, num_full), lambda index: new[index - first]):
+            if is_new:
+                indices = list(run)
+                parent = names[indices[0] - 1] if indices[0] else None
+                owner = (sequence.request_id, indices[0])
+                self.journal.stored([names[index] for index in indices], parent, owner)
+        sequence.num_published = num_full
+
+    def all_cached(self) -> tuple[AnyKvEvent, ...]:
+        """Return, in place of the events so far, all that can be found now."""
+        self.journal.take()
+        cached = ((self.pool.published, self._medium), (self.disk.names, Medium.DISK))
+        stored = [BlockStored(names, None, (), self._block_size, None, medium) for names, medium in cached if names]
+        return (AllBlocksCleared(), *stored)
 
     def retract(self, sequence: Sequence) -> None:
         """Let no other sequence find the blocks of one that failed: what they hold may be why."""
@@ -94,40 +130,119 @@ class KvLedger:
         return lease is not None
 
     def end_expired_leases(self, now: float) -> list[Lease]:
-        """End the leases whose time is over and return them."""
+        """End the leases and loans whose time is over; return those of this instance's own sequences."""
         expired = self.leases.end_expired(now)
-        for lease in expired:
+        for lease in (*expired, *self.loans.end_expired(now)):
             self.pool.end_lease(lease.blocks)
         return expired
 
+    def next_expiry(self) -> float:
+        """Return when the next lease or loan ends; infinity without any."""
+        return min(table.next_expiry() or math.inf for table in (self.leases, self.loans))
+
+    def lend(
+        self, request_id: RequestId, epoch: Epoch, names: Collection[BlockHash], expires_s: float
+    ) -> tuple[BlockId, ...]:
+        """Keep the cached blocks of these names, as far as there are any, for another instance to read."""
+        known = self.loans.find(request_id)
+        if known is not None:
+            self.end_loan(request_id, known.epoch)
+        blocks = self.pool.match_prefix(tuple(names))
+        if blocks:
+            self.pool.acquire(blocks)
+            self.pool.lease(blocks)
+            self.loans.grant(Lease(request_id, epoch, blocks, expires_s))
+        return blocks
+
+    def end_loan(self, request_id: RequestId, epoch: Epoch) -> bool:
+        """End one loan; False when there is none of this name and epoch."""
+        loan = self.loans.end(request_id, epoch)
+        if loan is not None:
+            self.pool.end_lease(loan.blocks)
+        return loan is not None
+
     def begin_pull(self, sequence: Sequence, remote: RemoteKv, keep_headroom: bool) -> bool:
-        """Reserve blocks for a remote sequence; what is already here by its prefix is not copied again."""
-        reusable = self._reusable(sequence, remote.num_tokens)
-        taken = self._hold(reusable, len(remote.blocks), keep_headroom, for_pull=True)
+        """Reserve blocks for a remote sequence; what is already here by its prefix is not copied again.
+
+        Where a prefix is lent, the blocks of all known tokens are taken: see ``admit``.
+        """
+        longest = sequence.num_tokens - 1 if remote.is_prefix else remote.num_tokens
+        num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else len(remote.blocks)
+        reusable = self._reusable(sequence, longest)
+        missing = remote.blocks[len(reusable) :]
+        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(missing))
         if taken is None:
             return False
+        if remote.is_prefix:
+            self._count_query(sequence, len(reusable))
+            self.num_prefix_pulled += len(missing) * self._block_size
         sequence.block_ids = reusable + taken
+        sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
         sequence.num_published = len(reusable)
-        missing = remote.blocks[len(reusable) :]
-        if len(missing) != len(taken):
-            raise InternalError(f"{len(taken)} blocks were taken for a copy of {len(missing)}")
-        sequence.copies = tuple(map(BlockCopy, missing, taken))
+        targets = taken[: len(missing)]
+        if len(missing) != len(targets):
+            raise InternalError(f"{len(targets)} blocks were taken for a copy of {len(missing)}")
+        sequence.copies = tuple(map(BlockCopy, missing, targets))
         return True
+
+    def num_on_disk(self, sequence: Sequence) -> int:
+        """Return how many blocks of a waiting sequence are on disk behind those that are in the pool."""
+        if not (self.disk.max_blocks and self._prefix_caching and sequence.reuse_prefix):
+            return 0
+        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
+        return len(self.disk.following(names, len(self.pool.match_prefix(names))))
+
+    def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
+        """Reserve the blocks that a sequence reads from disk, and take those for the rest of its known tokens."""
+        reusable = self._reusable(sequence, sequence.num_tokens - 1)
+        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
+        on_disk = self.disk.following(names, len(reusable))
+        num_blocks = self.num_blocks_for(sequence.num_tokens)
+        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(on_disk))
+        if taken is None:
+            return False
+        self._count_query(sequence, len(reusable))
+        self.num_prefix_loaded += len(on_disk) * self._block_size
+        self.disk.touch(on_disk)
+        sequence.block_ids = reusable + taken
+        sequence.num_computed = (len(reusable) + len(on_disk)) * self._block_size
+        sequence.num_published = len(reusable)
+        sequence.loads = tuple(map(BlockLoad, on_disk, taken))
+        return True
+
+    def take_found_again(self) -> list[BlockHash]:
+        """Return the names of the blocks that sequences have found since the last call."""
+        found, self._found_again = self._found_again, []
+        return found
+
+    def begin_save(self, name: BlockHash) -> BlockId | None:
+        """Keep a block as it is while it is written to disk; None when it is not cached any more."""
+        block = self.pool.find(name)
+        if block is not None:
+            self.pool.acquire((block,))
+            self.pool.lease((block,))
+            self._saving[name] = block
+        return block
+
+    def end_save(self, name: BlockHash) -> None:
+        """The block need not be kept for its writer any more."""
+        self.pool.end_lease((self._saving.pop(name),))
 
     def commit_pull(self, sequence: Sequence) -> None:
         """The copies are complete: the sequence holds its blocks like any other."""
-        self.pool.commit([copy.target for copy in sequence.copies])
-        sequence.copies = ()
+        self.pool.commit(_targets(sequence))
+        sequence.copies = sequence.loads = ()
 
     def abandon_pull(self, sequence: Sequence, ended: bool) -> None:
         """Give up a pull. Until it has ``ended``, its target blocks are quarantined."""
-        targets = tuple(copy.target for copy in sequence.copies)
+        targets = _targets(sequence)
         if ended:
             self.pool.abandon(targets)
         else:
             self.pool.quarantine(targets)
             self._quarantine[sequence.request_id, sequence.epoch] = targets
-        self.pool.release(sequence.block_ids[: len(sequence.block_ids) - len(targets)])
+        being_written = set(targets)
+        self.pool.release([block for block in sequence.block_ids if block not in being_written])
         self._forget(sequence)
 
     def end_quarantine(self, request_id: RequestId, epoch: Epoch) -> bool:
@@ -144,19 +259,39 @@ class KvLedger:
         return self.pool.match_prefix(sequence.block_hashes[: num_tokens // self._block_size])
 
     def _hold(
-        self, reusable: tuple[BlockId, ...], num_blocks: int, keep_headroom: bool, *, for_pull: bool
+        self, reusable: tuple[BlockId, ...], num_blocks: int, keep_headroom: bool, num_pulled: int = 0
     ) -> tuple[BlockId, ...] | None:
-        """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack."""
+        """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack.
+
+        The first ``num_pulled`` of those taken are for a remote writer.
+        """
         missing = num_blocks - len(reusable)
         available = self.pool.num_available - (self.pool.num_cached_among(reusable) if reusable else 0)
         if missing + (self._headroom if keep_headroom else 0) > available:
             return None
         self.pool.acquire(reusable)
-        return self.pool.reserve(missing) if for_pull else self.pool.allocate(missing)
+        pulled = self.pool.reserve(num_pulled) if num_pulled else ()
+        own = self.pool.allocate(missing - num_pulled) if missing > num_pulled else ()
+        if pulled is None or own is None:
+            raise InternalError(f"{missing} blocks were available and then were not")
+        return pulled + own
+
+    def _count_query(self, sequence: Sequence, num_found: int) -> None:
+        if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
+            self.num_prefix_queries += sequence.num_tokens
+            self.num_prefix_hits += num_found * self._block_size
+            if self.disk.max_blocks:
+                self._found_again.extend(sequence.block_hashes[:num_found])
 
     @staticmethod
     def _forget(sequence: Sequence) -> None:
         sequence.block_ids = ()
-        sequence.copies = ()
+        sequence.copies = sequence.loads = ()
         sequence.num_computed = 0
         sequence.num_published = 0
+
+
+def _targets(sequence: Sequence) -> tuple[BlockId, ...]:
+    """Return the blocks that somebody else writes for a sequence."""
+    copied = tuple(copy.target for copy in sequence.copies)
+    return copied + tuple(load.target for load in sequence.loads)

@@ -9,18 +9,22 @@ takes it from the latest one of lowest priority, which is computed again later; 
 by release or by expiry. No sequence waits for one that is served after it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
-from disagg.base.ids import Epoch, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.kv_events import AnyKvEvent, Medium
 from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
+from disagg.cache.disk_tier import DiskTier
+from disagg.cache.journal import Owner
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.hand_over.disk_moves import DiskMoves
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
@@ -28,8 +32,11 @@ from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
+    BlockSaved,
+    BlocksUnreadable,
     Cancelled,
     KvOffered,
+    KvWanted,
     LeaseReleased,
     MigrationAsked,
     SourceLost,
@@ -77,12 +84,23 @@ class StepScheduler:
         max_model_len: int | None = None,
         num_stages: int = 1,
         times: StepTimes | None = None,
+        medium: Medium = Medium.GPU,
+        disk: DiskTier | None = None,
     ) -> None:
-        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len)
+        self._books = Books(
+            settings,
+            num_blocks,
+            block_size,
+            prefix_caching,
+            max_model_len,
+            medium,
+            disk if disk is not None else DiskTier(0),
+        )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
         self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
+        self._disk = DiskMoves(self._books)
         self._pool = self._books.ledger.pool
         self._steps: dict[int, PlannedStep] = {}
 
@@ -103,6 +121,7 @@ class StepScheduler:
         self._hand_over.start_pulls()
         if not (books.num_pulling and books.settings.pull_before_step):
             self._start_steps()
+        self._disk.start_saves()
         return books.actions
 
     @property
@@ -114,6 +133,14 @@ class StepScheduler:
     def num_held_blocks(self) -> int:
         """Blocks that are neither free nor merely cached."""
         return self._pool.num_held
+
+    def take_kv_events(self) -> tuple[tuple[AnyKvEvent, ...], tuple[Owner | None, ...]]:
+        """Return what became of the cached blocks since the last call, and of whose."""
+        return self._books.ledger.journal.take()
+
+    def all_cached(self) -> tuple[AnyKvEvent, ...]:
+        """Return events that say all that is cached now; those before need not be told any more."""
+        return self._books.ledger.all_cached()
 
     def is_news(self, request_id: RequestId, epoch: Epoch) -> bool:
         """Return False for an attempt that will be ignored: a repeated, ended or old one."""
@@ -145,24 +172,37 @@ class StepScheduler:
                 self._on_step_done(event)
             case Arrived() | KvOffered():
                 self._on_new(event)
-            case TransferDone(request_id=request_id, epoch=epoch):
-                self._hand_over.on_transfer_done(request_id, epoch)
-            case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
-                self._hand_over.on_transfer_failed(request_id, epoch, ended)
-            case TransferEnded(request_id=request_id, epoch=epoch):
-                self._hand_over.on_transfer_ended(request_id, epoch)
-            case LeaseReleased(request_id=request_id, epoch=epoch):
-                self._hand_over.on_lease_released(request_id, epoch)
-            case SourceLost(instance=instance):
-                self._hand_over.on_source_lost(instance)
-            case MigrationAsked(request_id=request_id, epoch=epoch):
-                self._on_migration_asked(request_id, epoch)
             case Cancelled(request_id=request_id, epoch=epoch):
                 sequence = self._books.sequences.get(request_id)
                 if sequence is not None and sequence.epoch == epoch:
                     self._cancel(sequence)
             case Tick():
                 pass  # handle() looks at the alarm after every batch of events
+            case BlockSaved(name=name, failure=failure):
+                self._disk.on_saved(name, is_there=not failure)
+            case BlocksUnreadable(names=names):
+                self._disk.on_unreadable(names)
+            case MigrationAsked(request_id=request_id, epoch=epoch):
+                self._on_migration_asked(request_id, epoch)
+            case _:
+                self._apply_transfer(event)
+
+    def _apply_transfer(
+        self, event: TransferDone | TransferFailed | TransferEnded | KvWanted | LeaseReleased | SourceLost
+    ) -> None:
+        match event:
+            case TransferDone(request_id=request_id, epoch=epoch):
+                self._hand_over.on_transfer_done(request_id, epoch)
+            case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
+                self._hand_over.on_transfer_failed(request_id, epoch, ended)
+            case TransferEnded(request_id=request_id, epoch=epoch):
+                self._hand_over.on_transfer_ended(request_id, epoch)
+            case KvWanted():
+                self._hand_over.on_kv_wanted(event)
+            case LeaseReleased(request_id=request_id, epoch=epoch):
+                self._hand_over.on_lease_released(request_id, epoch)
+            case SourceLost(instance=instance):
+                self._hand_over.on_source_lost(instance)
 
     def _on_new(self, event: Arrived | KvOffered) -> None:
         """Take a sequence unless it is old news; a newer attempt first replaces the older one."""
@@ -179,12 +219,20 @@ class StepScheduler:
     def _on_arrived(self, event: Arrived) -> None:
         needed = most_tokens(event.num_tokens, event.max_total_tokens, hand_over=event.hand_over)
         if self._books.rejects(event, needed):
+            if event.prefix is not None:
+                self._hand_over.refuse(event.request_id, event.epoch, event.prefix.source)
             return
-        sequence = self._books.enter(event, SequenceState.WAITING)
+        sequence = self._books.enter(event, SequenceState.WAITING if event.prefix is None else SequenceState.OFFERED)
         sequence.hand_over = event.hand_over
         sequence.reuse_prefix = event.reuse_prefix
         sequence.num_prefill_tokens = event.num_tokens
-        self._books.wait(sequence)
+        if event.prefix is not None:
+            self._hand_over.borrow(sequence, event.prefix)
+        elif self._books.ledger.num_on_disk(sequence):
+            sequence.move(SequenceState.OFFERED, self._books.now)
+            self._hand_over.read_disk(sequence)
+        else:
+            self._books.wait(sequence)
 
     def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
         """Let go of a sequence after its next token, wherever that token's turn is; one that is gone stays gone."""
@@ -230,7 +278,7 @@ class StepScheduler:
             if sequence.block_hashes:
                 books.ledger.publish(sequence)
             if result is not None:
-                sequence.add_token(books.now)
+                sequence.add_token(books.now, result.block_hashes)
                 emitted.append(request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
@@ -270,6 +318,8 @@ class StepScheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         if not sequence.num_in_flight and sequence.discarded is not None:
+            if sequence.discarded is not FinishReason.ERROR:
+                self._disk.sequence_ended(sequence)
             self._books.ledger.free(sequence)
             self._books.end(sequence, sequence.discarded)
 
@@ -320,12 +370,13 @@ class StepScheduler:
         num_blocks_each = books.ledger.pool.num_available // len(step)
         return max(0, num_blocks_each - 1) * books.ledger.block_size
 
-    def repeat(self, count: int) -> RunStep:
+    def repeat(self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]]) -> RunStep:
         """Do what ``count`` ends of the step in flight, none of which ends a sequence, would have done.
 
         Between two changes of a decode batch every call would do the same: book one token for each sequence, take a
-        block here and there, and order the same step again. So a simulation costs by changes, not by tokens. Returns
-        the step in flight, which is now the last repetition; its chunks name the positions of the first.
+        block here and there, and order the same step again. So a simulation costs by changes, not by tokens. ``names``
+        are those of the blocks that the new tokens fill. Returns the step in flight, which is now the last repetition;
+        its chunks name the positions of the first.
         """
         books = self._books
         ((step_id, step),) = self._steps.items()
@@ -335,6 +386,8 @@ class StepScheduler:
             sequence.num_computed += count
             if not grow(sequence, sequence.num_tokens):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
+            sequence.block_hashes += names.get(sequence.request_id, ())
+            books.ledger.publish(sequence)
         books.statistics.num_steps += count
         books.statistics.num_decode_tokens += count * len(step.parts)
         self._steps = {step_id + count: step}

@@ -11,15 +11,15 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.step.actions import BlockCopy
+from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 
 
 class SequenceState(enum.Enum):
     """Where a sequence is on one instance.
 
-    ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: its
-    KV blocks are elsewhere and there was no room yet. ``PULLING``: they are being copied here. ``LEASED``: computed
-    here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
+    ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: KV
+    blocks of it are elsewhere or on disk and there was no room yet. ``PULLING``: they are being copied here.
+    ``LEASED``: computed here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
     """
 
     WAITING = "waiting"
@@ -37,6 +37,7 @@ _State = SequenceState
 TRANSITIONS: Final = frozenset(
     {
         (_State.WAITING, _State.RUNNING),  # blocks found
+        (_State.WAITING, _State.OFFERED),  # just arrived, part of it is on disk
         (_State.RUNNING, _State.WAITING),  # preempted: will be computed again
         (_State.RUNNING, _State.LEASED),  # first token sampled, hand-over begins
         (_State.OFFERED, _State.PULLING),  # room found
@@ -53,12 +54,13 @@ TRANSITIONS: Final = frozenset(
 
 
 class RemoteKv(msgspec.Struct, frozen=True):
-    """Where the KV blocks of an adopted sequence are."""
+    """Where the KV blocks of an adopted sequence are, or with ``is_prefix`` those that are lent of its beginning."""
 
     source: InstanceId
     blocks: tuple[BlockId, ...]
     num_tokens: int
     expires_s: float
+    is_prefix: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +94,8 @@ class Sequence:
     """Leading blocks already findable by their prefix."""
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
+    loads: tuple[BlockLoad, ...] = ()
+    """What is being read from disk."""
     batch: int | None = None
     """Which of a pipeline's fixed batches it is in; None before it is in one, and where there are none."""
     num_in_flight: int = 0
@@ -128,8 +132,10 @@ class Sequence:
         """True when its prompt is computed, here or elsewhere."""
         return self.num_planned >= self.num_prefill_tokens
 
-    def add_token(self, now: float) -> None:
-        """Take account of a sampled token."""
+    def add_token(self, now: float, names: tuple[BlockHash, ...] = ()) -> None:
+        """Take account of a sampled token, and of the names of the blocks that it fills."""
+        if names:
+            self.block_hashes += names
         self.num_tokens += 1
         self.last_token_s = now
         if math.isnan(self.first_token_s):

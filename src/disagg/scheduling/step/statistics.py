@@ -35,7 +35,7 @@ class SchedulerStatistics:
         return InstanceLoad(
             num_running=num_running,
             num_waiting=num_waiting,
-            num_leases=len(ledger.leases),
+            num_leases=len(ledger.leases) + len(ledger.loans),
             blocks_total=audit.total,
             blocks_free=audit.free,
             blocks_active=audit.active,
@@ -49,6 +49,9 @@ class SchedulerStatistics:
             num_decode_tokens_total=self.num_decode_tokens,
             num_prefix_queries_total=ledger.num_prefix_queries,
             num_prefix_hits_total=ledger.num_prefix_hits,
+            num_prefix_pulled_total=ledger.num_prefix_pulled,
+            num_prefix_loaded_total=ledger.num_prefix_loaded,
+            blocks_on_disk=len(ledger.disk),
             num_leases_expired_total=self.num_leases_expired,
             num_steps_timed_total=times.num_steps if times else 0,
             step_seconds_total=times.measured_s if times else 0.0,

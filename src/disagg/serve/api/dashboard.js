@@ -145,7 +145,13 @@ function card(one) {
   if (one.role !== "decode") facts.append(fact(rate("prefillRate"), "prompt tok/s"));
   if (one.role !== "prefill") facts.append(fact(rate("decodeRate"), "output tok/s"));
   const minor = [`${number(rate("stepRate"))} steps/s`];
-  if (one.num_prefix_queries_total) minor.push(`${number(100 * one.num_prefix_hits_total / one.num_prefix_queries_total)}% of prompt tokens cached`);
+  if (one.num_prefix_queries_total) {
+    const share = (tokens) => `${number(100 * tokens / one.num_prefix_queries_total)}%`;
+    minor.push(`${share(one.num_prefix_hits_total)} of prompt tokens cached`);
+    if (one.num_prefix_pulled_total) minor.push(`${share(one.num_prefix_pulled_total)} pulled from others`);
+    if (one.num_prefix_loaded_total) minor.push(`${share(one.num_prefix_loaded_total)} read from disk`);
+  }
+  if (one.blocks_on_disk) minor.push(`${number(one.blocks_on_disk)} blocks on disk`);
   if (one.num_preemptions_total) minor.push(`${number(one.num_preemptions_total)} computed again`);
   if (one.num_leases_expired_total) minor.push(`${number(one.num_leases_expired_total)} leases expired`);
   if (one.num_restarts) minor.push(`died ${one.num_restarts === 1 ? "once" : `${one.num_restarts} times`}`);

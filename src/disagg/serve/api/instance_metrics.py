@@ -35,12 +35,23 @@ _GAUGES: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ("vllm:num_requests_waiting", "Sequences that wait for blocks, a place or KV", lambda load: load.num_waiting),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks held (1 is full)", kv_usage),
     ("disagg:step_time_error", "Running mean error of predicted step times (0.1 is 10%)", lambda load: load.step_error),
+    ("disagg:kv_disk_blocks", "KV blocks on disk", lambda load: load.blocks_on_disk),
     ("disagg:kv_leases", "Sequences whose blocks wait to be pulled", lambda load: load.num_leases),
 )
 _COUNTERS: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ("vllm:num_preemptions", "Sequences computed again for want of blocks", lambda load: load.num_preemptions_total),
     ("vllm:prefix_cache_queries", "Tokens looked up", lambda load: load.num_prefix_queries_total),
     ("vllm:prefix_cache_hits", "Tokens found", lambda load: load.num_prefix_hits_total),
+    (
+        "disagg:prefix_cache_pulled",
+        "Prompt tokens whose KV another instance lent",
+        lambda load: load.num_prefix_pulled_total,
+    ),
+    (
+        "disagg:prefix_cache_loaded",
+        "Prompt tokens whose KV came from disk",
+        lambda load: load.num_prefix_loaded_total,
+    ),
     ("disagg:steps", "Model steps", lambda load: load.num_steps_total),
     (
         "disagg:steps_timed",

@@ -107,6 +107,7 @@ class JobFactory:
                     sampling=sampling,
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
+                    cache_salt=request.cache_salt or "",
                     priority=request.priority or 0,
                     objectives=own,
                     arrival_s=arrival_s,

@@ -8,12 +8,12 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
@@ -53,6 +53,7 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.hand_overs = HandOverTotals()
         self._model_name = model_name
+        self._links: dict[tuple[InstanceId, InstanceId], str] = {}
         ProcessCollector(registry=self.registry)
         self._add_request_metrics()
         self._add_server_metrics()
@@ -89,20 +90,30 @@ class ServerMetrics:
 
     # RouterSink -------------------------------------------------------------------------------------------------
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
         """Count one pull; a failed one is also logged, since it makes a request slower without failing it."""
-        if failure:
-            logger.warning("%s could not pull KV blocks from %s: %s", target, source, failure)
+        self._repeated_blocks.inc(ended.num_repeated)
+        if ended.failure:
+            logger.warning("%s could not pull KV blocks from %s: %s", ended.target, ended.source, ended.failure)
             self._hand_over_failures.inc()
             self.hand_overs.num_failures_total += 1
             return
         self.hand_overs.num_total += 1
-        self.hand_overs.bytes_total += num_bytes
-        self.hand_overs.seconds_total += duration_s
-        self._hand_over.observe(duration_s)
-        self._hand_over_bytes.inc(num_bytes)
+        self.hand_overs.bytes_total += ended.num_bytes
+        self.hand_overs.seconds_total += ended.duration_s
+        self._hand_over.observe(ended.duration_s)
+        self._hand_over_bytes.inc(ended.num_bytes)
+        if ended.link:
+            self._note_link(ended.source, ended.target, ended.link)
+
+    def _note_link(self, source: InstanceId, target: InstanceId, link: str) -> None:
+        """Show what carries the blocks from one instance to another, and nothing that did before."""
+        known = self._links.get((source, target))
+        if known != link:
+            if known is not None:
+                self._kv_link.remove(self._model_name, source, target, known)
+            self._links[source, target] = link
+            self._kv_link.labels(self._model_name, source, target, link).set(1)
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
@@ -163,6 +174,15 @@ class ServerMetrics:
         self._hand_over = self._histogram("disagg:hand_over_seconds", "Seconds of one KV pull", HAND_OVER_BUCKETS)
         self._hand_over_bytes = self._counter("disagg:hand_over_bytes", "KV bytes pulled")
         self._hand_over_failures = self._counter("disagg:hand_over_failures", "KV pulls that did not succeed")
+        self._repeated_blocks = self._counter(
+            "disagg:kv_blocks_repeated", "KV blocks that came with a wrong digest and were pulled again"
+        )
+        self._kv_link = Gauge(
+            "disagg:kv_link",
+            "1 for what carries KV blocks from one instance to another",
+            labels("source", "target", "link"),
+            registry=self.registry,
+        )
         self._dropped_messages = Counter(
             "disagg:dropped_messages",
             "Messages of instances not used",

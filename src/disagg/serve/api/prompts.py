@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from disagg.base.block_hash import hash_blocks
+from disagg.base.block_hash import first_link, hash_blocks
 from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from disagg.base.ids import BlockHash
 from disagg.models.chat_template import ChatTemplate
@@ -16,6 +16,7 @@ from disagg.serve.api.schema import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
+    GenerationFields,
     TokenizeRequest,
 )
 from disagg.serve.api.served_model import ServedModel
@@ -73,8 +74,8 @@ def _completion_prompt(
     if isinstance(given, str):
         check_bytes(given, "prompt", model, max_model_len)
         token_ids = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
-        return _prompt(token_ids, given if request.echo else None, model, max_model_len)
-    prompt = _prompt(given, None, model, max_model_len)
+        return _prompt(token_ids, given if request.echo else None, request, model, max_model_len)
+    prompt = _prompt(given, None, request, model, max_model_len)
     if not request.echo:
         return prompt
     text = model.tokenizer.decode(given, skip_special_tokens=request.skip_special_tokens is not False)
@@ -83,7 +84,7 @@ def _completion_prompt(
 
 def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> Prompt:
     """Return a chat as the model's template writes it."""
-    return _prompt(_chat_tokens(request.messages, request, model, max_model_len), None, model, max_model_len)
+    return _prompt(_chat_tokens(request.messages, request, model, max_model_len), None, request, model, max_model_len)
 
 
 def tokenize_prompt(request: TokenizeRequest, model: ServedModel, max_model_len: int | None) -> list[int]:
@@ -173,9 +174,12 @@ def _text(message: ChatMessage, index: int) -> str:
     return "\n".join(texts)
 
 
-def _prompt(token_ids: list[int], text: str | None, model: ServedModel, max_model_len: int) -> Prompt:
+def _prompt(
+    token_ids: list[int], text: str | None, request: GenerationFields, model: ServedModel, max_model_len: int
+) -> Prompt:
     check_fits(len(token_ids), max_model_len)
-    return Prompt(tuple(_checked(token_ids, model)), text, hash_blocks(token_ids, model.block_size))
+    names = hash_blocks(token_ids, model.block_size, first_link(request.cache_salt or ""))
+    return Prompt(tuple(_checked(token_ids, model)), text, names)
 
 
 def _mixed() -> InvalidRequestError:

@@ -131,6 +131,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """Lower is served earlier, as in vLLM."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    """Only requests of the same salt share cached KV blocks, as in vLLM."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
     x_slo_tpot_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
 

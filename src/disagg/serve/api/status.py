@@ -85,4 +85,7 @@ def instance_view(status: InstanceStatus) -> InstanceView:
         num_prefix_hits_total=load.num_prefix_hits_total,
         num_sequences=status.num_sequences,
         is_leaving=status.is_leaving,
+        num_prefix_pulled_total=load.num_prefix_pulled_total,
+        num_prefix_loaded_total=load.num_prefix_loaded_total,
+        blocks_on_disk=load.blocks_on_disk,
     )

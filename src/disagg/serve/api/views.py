@@ -44,6 +44,9 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
     is_leaving: bool = False
+    num_prefix_pulled_total: int = 0
+    num_prefix_loaded_total: int = 0
+    blocks_on_disk: int = 0
 
 
 class InstanceList(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from disagg.base.config import (
     RouterSettings,
     SchedulerSettings,
     ServeSettings,
+    TransferSettings,
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -47,8 +48,35 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="profile (disagg profile) that predicts step times [default: learned from the steps that run]"
         ),
     ] = None
+    kv_events: Annotated[
+        str | None,
+        Meta(
+            description="ZeroMQ endpoint, such as tcp://127.0.0.1:5557, on which KV events are published in vLLM's "
+            "format, for other routers"
+        ),
+    ] = None
     event_log: Annotated[
         str | None, Meta(description="folder that receives every decision of router and schedulers, for replay")
+    ] = None
+
+
+class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Instances on other hosts."""
+
+    listen_instances: Annotated[
+        str | None,
+        Meta(description="HOST:PORT at which instances on other hosts join (serve --join) [default: none may]"),
+    ] = None
+    keys: Annotated[
+        str | None,
+        Meta(description="folder of the keys with which hosts know each other [default: ~/.config/disagg/keys]"),
+    ] = None
+    kv_host: Annotated[
+        str | None,
+        Meta(
+            description="address of this host at which others read KV blocks [default: that of --listen-instances, "
+            "or the one from which --join reaches the server]"
+        ),
     ] = None
 
 
@@ -59,9 +87,11 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     model: ModelSettings = ModelSettings()
     cache: CacheSettings = CacheSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    transfer: TransferSettings = TransferSettings()
     router: RouterSettings = RouterSettings()
     serve: ServeSettings = ServeSettings()
     host: HostSettings = HostSettings()
+    remote: RemoteSettings = RemoteSettings()
 
     def roles(self) -> dict[InstanceId, Role]:
         """Return the instances by name: prefill before decode before colocated, as cores are given out."""
@@ -78,6 +108,7 @@ def plan_instances(
     parent_pid: int,
     control_key: str | None = None,
     weights: str | None = None,
+    kv_host: str | None = None,
 ) -> tuple[InstanceSettings, ...]:
     """Return what each instance is told at its start, in the order of ``Deployment.roles``.
 
@@ -96,6 +127,10 @@ def plan_instances(
             model=deployment.model,
             cache=group.cache(deployment.cache),
             scheduler=group.scheduler(deployment.scheduler),
+            transfer=deployment.transfer,
+            kv_host=kv_host,
+            kv_disk=deployment.cache.disk(len(groups)),
+            tells_tokens=host.kv_events is not None,
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
@@ -155,6 +190,12 @@ def _groups(deployment: Deployment) -> list[InstanceGroup]:
             raise ConfigurationError(
                 f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
                 f"of the {group.role.value} instances: only 1 and 1 are supported"
+            )
+        if group.devices:
+            raise ConfigurationError(
+                f"the placement puts {group.role.value} instances on {', '.join(group.devices)} of a cluster: disagg "
+                "serve starts instances on this host's cores; leave out devices, or print the commands of another "
+                "engine with disagg plan --as"
             )
     return [group for group in groups for _ in range(group.count)]
 

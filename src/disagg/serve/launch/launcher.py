@@ -185,8 +185,10 @@ class Launcher:
 
     def instance_left(self, instance: InstanceId) -> None:
         """See InstanceWatcher."""
-        self._children.pop(instance).has_left = True
-        self._observer.instance_left(instance)
+        child = self._children.pop(instance, None)
+        if child is not None:  # it was none of another host
+            child.has_left = True
+            self._observer.instance_left(instance)
 
     # Lives and deaths -----------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class LocalOperator:
     def add(self, role: Role) -> tuple[InstanceId, str]:
         """See Operator."""
         names = (InstanceId(f"{role.value}-{number}") for number in count())
-        name = next(name for name in names if name not in self._used)
+        name = next(name for name in names if name not in self._used and not self._router.has_instance(name))
         present = self._launcher.settings
         cores = sorted(os.sched_getaffinity(0))
         settings = plan_addition(self._deployment, self._planned, present, name, role, cores)

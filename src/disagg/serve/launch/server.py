@@ -24,10 +24,13 @@ from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.operator import LocalOperator
+from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.launch.weights_file import shared_weights
 from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.doorkeeper import SharedKey
+from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.sink import RouterSink
 
@@ -69,6 +72,7 @@ class LiveServer:
             resources.enter_context(self._handle_signals())
             endpoint = resources.enter_context(private_endpoint())
             control_key = secrets.token_hex()
+            self._outside = open_door(self._deployment)
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
@@ -76,20 +80,30 @@ class LiveServer:
                 parent_pid=os.getpid(),
                 control_key=control_key,
                 weights=resources.enter_context(shared_weights()),
+                kv_host=kv_host_of(self._deployment.remote),
             )
             folder = self._deployment.host.event_log
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
-                ZmqControlSocket(endpoint, control_key),
+                control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside),
                 sink=self._sink,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
+                kv_events=self._publisher(resources),
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher)
-            self._router.start(self._launcher)
+            self._router.start(watcher_of(self._launcher, self._router, self._outside))
             await self._serve()
+
+    def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:
+        endpoint = self._deployment.host.kv_events
+        if endpoint is None:
+            return None
+        publisher = KvEventPublisher(endpoint, self._model_name)
+        resources.callback(publisher.close)
+        return publisher
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""

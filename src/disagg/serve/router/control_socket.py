@@ -1,9 +1,10 @@
 """The router's end of the control plane: one ZeroMQ ROUTER socket that all instances connect to.
 
-Whatever carries the messages is behind ``ControlSocket``: ipc on one host now, tcp with CURVE keys between hosts later.
+Whatever carries the messages is behind ``ControlSocket``: ipc on one host, tcp with CURVE keys between hosts.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -12,7 +13,9 @@ import zmq
 from disagg.base.errors import ConfigurationError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import MAX_MESSAGE_BYTES
-from disagg.serve.router.doorkeeper import Doorkeeper
+from disagg.serve.router.doorkeeper import Doorkeeper, Guard
+
+logger = logging.getLogger(__name__)
 
 Receiver = Callable[[InstanceId, bytes], None]
 """Takes one message and the instance that it came from. A message that was not one frame arrives empty."""
@@ -40,14 +43,14 @@ class ControlSocket(Protocol):
 class ZmqControlSocket:
     """A ROUTER socket on an event loop, without a task: it is read when its descriptor says so, and after each send.
 
-    With ``key``, only those who have it are heard; without, whoever can open the endpoint.
+    With a ``guard``, only those that it admits are heard; without, whoever can open the endpoint.
 
     (A send may swallow the descriptor's signal for a message that arrived meanwhile; ZeroMQ's is edge-triggered.)
     """
 
-    def __init__(self, endpoint: str, key: str | None = None) -> None:
+    def __init__(self, endpoint: str, guard: Guard | None = None) -> None:
         self._endpoint = endpoint
-        self._key = key
+        self._guard = guard
         self._doorkeeper: Doorkeeper | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._descriptor: int | None = None
@@ -59,9 +62,9 @@ class ZmqControlSocket:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        if self._key is not None:
-            self._doorkeeper = Doorkeeper(self._context, self._key)
-            self._socket.setsockopt(zmq.PLAIN_SERVER, 1)
+        if self._guard is not None:
+            self._doorkeeper = Doorkeeper(self._context, self._guard)
+            self._guard.prepare(self._socket)
             self._socket.setsockopt(zmq.ZAP_DOMAIN, b"control")
         for option, value in (
             (zmq.LINGER, 0),
@@ -77,6 +80,10 @@ class ZmqControlSocket:
         except zmq.ZMQError as error:
             self.close()
             raise ConfigurationError(f"cannot listen for instances on {self._endpoint}: {error}") from error
+        if self._endpoint.startswith("tcp:"):
+            bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+            assert isinstance(bound, bytes), "the option is an address"
+            logger.info("instances on other hosts join at %s", bound.rstrip(b"\0").decode())
         descriptor = self._socket.getsockopt(zmq.FD)
         assert isinstance(descriptor, int), "the option is a file descriptor"
         self._descriptor = descriptor

@@ -14,15 +14,16 @@ from disagg.base.config import RouterSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Loading, Ready, StepOutput, decode_for_router
+from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
-from disagg.scheduling.dispatch.events import ProcessStarting
+from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
+from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink, RouterSink
 from disagg.serve.router.start_gate import StartGate
@@ -49,6 +50,7 @@ class LiveRouter:
         clock: Clock | None = None,
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
+        kv_events: KvEventPublisher | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
@@ -58,6 +60,7 @@ class LiveRouter:
             restarts=restarts or RestartSettings(),
         )
         self._socket = socket
+        self._kv_events = kv_events
         self._core = RouterCore(header)
         self._shell = RouterShell(
             self._core,
@@ -146,6 +149,18 @@ class LiveRouter:
         """The instance's process is gone. The watcher is told, before this returns, whether to start it again."""
         self._shell.feed(ProcessExited(instance=instance, detail=detail))
 
+    def instance_joined(self, instance: InstanceId, role: Role) -> None:
+        """See MemberListener."""
+        self._shell.feed(Join(instance=instance, role=role))
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See MemberListener."""
+        self._shell.feed(Leave(instance=instance))
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        """See MemberListener."""
+        return self._core.members.get(instance) is not None
+
     # Messages -------------------------------------------------------------------------------------------------
 
     def _receive(self, instance: InstanceId, data: bytes) -> None:
@@ -162,7 +177,9 @@ class LiveRouter:
             self._shell.emit(instance, message.outputs)
             return
         self._shell.feed(InstanceSaid(instance=instance, message=message))
-        if isinstance(message, Loading):
+        if isinstance(message, KvEvents) and self._kv_events is not None:
+            self._kv_events.publish(message)
+        elif isinstance(message, Loading):
             self._shell.watcher.instance_loading(instance, message.stage, message.fraction)
         elif isinstance(message, Ready) and self._core.can_serve():
             self._start_gate.open()

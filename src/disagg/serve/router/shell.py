@@ -23,10 +23,12 @@ from disagg.base.messages import (
     Abort,
     Adopt,
     Generate,
+    Lend,
     Message,
     Migrate,
     PeerLost,
     Release,
+    ReportBlocks,
     SequenceOutput,
     Stop,
     encode,
@@ -44,6 +46,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAbort,
     SendGenerate,
+    SendLend,
     SendMigrate,
     SendRelease,
 )
@@ -53,6 +56,8 @@ from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
+    AnySend,
+    AskForBlocks,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
@@ -62,6 +67,7 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendWithPrefix,
     StopInstance,
     TellPeerLost,
 )
@@ -85,8 +91,6 @@ _ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
     RefuseReason.OVERLOADED: OverloadedError,
     RefuseReason.UNAVAILABLE: UnavailableError,
 }
-
-_AnySend = SendGenerate | SendOffer | SendAbort | SendRelease | SendMigrate | TellPeerLost
 
 
 class RouterShell:
@@ -123,6 +127,7 @@ class RouterShell:
                 num_tokens=request.num_tokens,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                block_hashes=request.block_hashes,
             )
         )
         if stream.refusal is not None:
@@ -206,10 +211,10 @@ class RouterShell:
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
                 case Refuse(request_id=request_id, reason=refusal, detail=detail):
                     self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
-                case SendGenerate() | SendOffer() | SendAbort() | SendRelease() | SendMigrate() | TellPeerLost():
-                    self._send(output)
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
+                case _ if isinstance(output, AnySend):
+                    self._send(output)
                 case _:
                     self._report(output)
 
@@ -219,9 +224,7 @@ class RouterShell:
             case MessageDropped(instance=instance, reason=reason):
                 self._sink.message_dropped(instance, reason)
             case HandOverEnded():
-                self._sink.hand_over_ended(
-                    output.source, output.target, output.num_bytes, output.duration_s, output.failure
-                )
+                self._sink.hand_over_ended(output)
             case InstanceWelcomed(instance=instance):
                 facts = self._core.members[instance].facts
                 assert facts is not None, "a welcomed instance has said what it is"
@@ -250,16 +253,21 @@ class RouterShell:
         except UnavailableError as error:
             logger.debug("no need to stop %s: %s", instance, error)
 
-    def _send(self, output: _AnySend) -> None:
+    def _send(self, output: AnySend) -> None:
         try:
             self._socket.send(output.instance, encode(self._message(output)))
         except UnavailableError as error:
             self._waiting.append((Unreachable(instance=output.instance, why=str(error)), {}))
 
-    def _message(self, output: _AnySend) -> Message:
+    def _message(self, output: AnySend) -> Message:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 return Generate(request=self._records[request_id].request_now(), hand_over=hand_over)
+            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
+                return Generate(request=self._records[request_id].request_now(), hand_over=hand_over, prefix=prefix)
+            case SendLend(request_id=request_id, epoch=epoch):
+                names = self._records[request_id].request.block_hashes
+                return Lend(request_id=request_id, epoch=epoch, block_hashes=names)
             case SendOffer(request_id=request_id, offer=offer):
                 return Adopt(request=self._records[request_id].request_now(), offer=offer)
             case SendAbort(request_id=request_id, epoch=epoch):
@@ -271,6 +279,8 @@ class RouterShell:
                 return Migrate(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
+            case AskForBlocks():
+                return ReportBlocks()
             case _:
                 assert_never(output)
 

@@ -3,16 +3,14 @@
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
-from disagg.scheduling.router.outputs import DropReason
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 
 
 class RouterSink(Protocol):
     """Takes counts. No method may block or raise."""
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
-        """``target`` pulled KV blocks from ``source``, or did not: then ``failure`` says why."""
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
+        """An instance pulled KV blocks from another, or did not."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
@@ -33,9 +31,7 @@ class RouterSink(Protocol):
 class NullSink:
     """A RouterSink that counts nothing."""
 
-    def hand_over_ended(
-        self, source: InstanceId, target: InstanceId, num_bytes: int, duration_s: float, failure: str
-    ) -> None:
+    def hand_over_ended(self, ended: HandOverEnded) -> None:
         """See RouterSink."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:

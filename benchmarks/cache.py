@@ -1,0 +1,207 @@
+"""What KV management saves, on traces: ``python benchmarks/cache.py --traces FOLDER``.
+
+Replays Mooncake's conversations and its synthetic trace, and sessions of coding agents of up to 128k tokens, in the
+simulator: Llama-70B's shape on H200 (roofline), two prefill and two decode instances of four devices each. The rows go
+from the blind dispatch of prompts alone to all there is. ``computed`` is the part of the prompts' tokens that was
+computed, ``of bound`` what was not computed as a part of what an endless cache for all instances together would have
+spared. Rates are chosen so that blind dispatch can just bear them.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from disagg.base.config import (
+    CacheRouting,
+    CacheSettings,
+    InstanceGroup,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+)
+from disagg.base.ids import BlockHash
+from disagg.base.request import Role
+from disagg.costs.devices import find_device
+from disagg.costs.roofline import RooflinePlatform
+from disagg.measure.arrivals import ArrivalKind, Arrivals
+from disagg.measure.open_loop import LengthLimits, OpenLoop
+from disagg.measure.sessions import SessionWorkload
+from disagg.measure.slo import parse_slo
+from disagg.measure.trace import Trace
+from disagg.models.config import Architecture, ModelConfig
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.engines import build_cluster, own_rules
+from disagg.simulator.request import SimulatedRequest
+from disagg.simulator.run_report import RunReport
+from disagg.simulator.session_load import SimulatedSessions
+from disagg.simulator.simulated_requests import simulated_requests
+from disagg.simulator.simulation import simulate
+
+LLAMA_70B: Final = ModelConfig(
+    architecture=Architecture.LLAMA,
+    vocab_size=128_256,
+    hidden_size=8192,
+    intermediate_size=28_672,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=500_000.0,
+    max_position_embeddings=131_072,
+    sliding_windows=(None,) * 80,
+    tie_word_embeddings=False,
+)
+PLACEMENT: Final = Placement(
+    groups=(
+        InstanceGroup(role=Role.PREFILL, count=2, tensor_parallel=4),
+        InstanceGroup(role=Role.DECODE, count=2, tensor_parallel=4),
+    )
+)
+SLO: Final = parse_slo("ttft=5s,tpot=100ms")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is switched on. Without ``answers`` a request's names end with its prompt."""
+
+    name: str
+    routing: CacheRouting
+    answers: bool = True
+    append_turns: bool = False
+    disk: str | None = None
+
+
+VARIANTS: Final = (
+    Variant("blind, prompts alone", CacheRouting.BLIND, answers=False),
+    Variant("blind, answers too", CacheRouting.BLIND),
+    Variant("affinity", CacheRouting.AFFINITY),
+    Variant("and pulled", CacheRouting.PULL),
+    Variant("and appended", CacheRouting.PULL, append_turns=True),
+    Variant("and 16 TiB of disk", CacheRouting.PULL, append_turns=True, disk="/,16TiB"),
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One trace: an open loop of requests, or sessions."""
+
+    name: str
+    workload: OpenLoop | SessionWorkload
+
+
+def loads(folder: Path, count: int | None) -> Iterator[Load]:
+    """Yield the traces, or the first ``count`` requests (a thirtieth of it as sessions) of each."""
+    for name, rate in (("mooncake_conversation", 1.2), ("mooncake_synthetic", 1.4)):
+        source = Trace(folder / f"{name}.jsonl.gz", count)
+        # The file rounds times to batches of 3 s.
+        arrivals = Arrivals(ArrivalKind.REPLAY, rate, batch_s=3.0)
+        yield Load(name, OpenLoop(source, arrivals, LengthLimits(max_total_len=131_072)))
+    num_sessions = None if count is None else max(1, count // 30)
+    sessions = SessionWorkload(
+        folder / "agent_coding_128k.jsonl.gz", 0.05, num_sessions=num_sessions, max_total_len=131_072
+    )
+    yield Load("agent_coding_128k", sessions)
+
+
+class Bound:
+    """Counts what a cache without end, shared by all, would have to compute."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._known: set[BlockHash] = set()
+        self.num_computed = 0
+
+    def add(self, request: SimulatedRequest) -> None:
+        """Take a request in the order of arrival."""
+        names = request.block_hashes
+        num_known = 0
+        for name in names[: (request.prompt_len - 1) // self._block_size]:
+            if name not in self._known:
+                break
+            num_known += self._block_size
+        self.num_computed += request.prompt_len - num_known
+        self._known.update(names)
+
+
+def run(spec: ClusterSpec, load: Load, variant: Variant) -> tuple[RunReport, Bound]:
+    """Serve a trace; return the report and the bound for what arrived."""
+    block_size = spec.instances[0].block_size
+    bound = Bound(block_size)
+
+    def seen(request: SimulatedRequest) -> SimulatedRequest:
+        bound.add(request)
+        if not variant.answers:
+            request.block_hashes = request.prompt_names(block_size)
+        return request
+
+    workload = load.workload
+    if isinstance(workload, OpenLoop):
+        requests = simulated_requests(workload.draw(0), workload.name, block_size)
+        return simulate(spec, map(seen, requests), SLO), bound
+    sessions = SimulatedSessions(workload.draw(0), block_size)
+
+    def following(ended: SimulatedRequest) -> SimulatedRequest | None:
+        request = sessions.next_call(ended)
+        return None if request is None else seen(request)
+
+    return simulate(spec, map(seen, sessions.first_calls()), SLO, next_call=following), bound
+
+
+def rows(load: Load, variants: Sequence[Variant]) -> Iterator[tuple[str, ...]]:
+    """Yield what each variant comes to."""
+    platform = RooflinePlatform(LLAMA_70B, find_device("h200-sxm"), "Llama-70B")
+    for variant in variants:
+        rules = own_rules(
+            SchedulerSettings(max_batch_tokens=8192, max_batch_size=256),
+            cache=CacheSettings(kv_disk=variant.disk),
+            router=RouterSettings(
+                cache_routing=variant.routing,
+                append_turns=variant.append_turns,
+                max_queued_requests=10**6,
+                request_timeout_s=1e6,
+            ),
+        )
+        spec = build_cluster(PLACEMENT, platform, rules)
+        report, bound = run(spec, load, variant)
+        tokens = report.prompt_tokens
+        spared = tokens.total - bound.num_computed
+        yield (
+            variant.name,
+            f"{tokens.computed / tokens.total:.1%}",
+            f"{(tokens.total - tokens.computed) / spared:.2f}" if spared else "-",
+            *(f"{count / tokens.total:.1%}" for count in (tokens.cached, tokens.pulled, tokens.loaded)),
+            f"{report.ttft.p50:.2f}",
+            f"{report.ttft.p90:.2f}",
+            f"{report.tpot.p90 * 1e3:.0f}",
+            f"{report.attainment:.1%}",
+        )
+
+
+def main() -> None:
+    """Print a table for each trace."""
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--traces", type=Path, required=True, help="folder of the trace files")
+    parser.add_argument("--requests", type=int, help="only the first N requests of each")
+    parser.add_argument("--only", help="one trace")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=120)
+    for load in loads(options.traces, options.requests):
+        if options.only not in (None, load.name):
+            continue
+        table = Table(box=None, pad_edge=False, title=f"{load.name}, {SLO}")
+        table.add_column("", no_wrap=True)
+        for heading in ("computed", "of bound", "cached", "pulled", "disk", "TTFT P50 s", "P90", "TPOT P90 ms", "kept"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows(load, VARIANTS):
+            table.add_row(*row)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

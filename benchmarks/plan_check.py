@@ -1,0 +1,296 @@
+"""Is what ``disagg plan`` chooses for this machine what a real server serves best? ``make plan-check``.
+
+For each standard workload and its tight and loose objectives: the plan, then the goodput of the live server in every
+placement that the plan puts near its first (``--near``), and of the best of each number of instances, role and mode.
+The objectives are factors on what a lone request of median length takes by the profile. Prints the chosen beside the
+measured best, and fails when more than one case in eight is off by more than 5%, noise aside.
+
+A search of one placement takes about six runs of ``--requests`` requests, so 6 x requests / goodput seconds and each
+seed again: at 0.4 requests/s and 40 requests ten minutes. Eight cases of about five placements with one seed take six
+to seven hours there, ``--workloads chat --slo tight --near 0.8`` a part of one. Nothing else should run meanwhile.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from disagg.base.config import CacheSettings
+from disagg.bench.client.goodput import GoodputFound, GoodputPlan, find_goodput
+from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.prompt_source import load_prompt_source
+from disagg.bench.client.run_load import run_load
+from disagg.bench.compare.server_process import running, serve_command
+from disagg.cli.placement_file import write_placement
+from disagg.costs.latency import StepShape
+from disagg.costs.platform import Platform
+from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.measure.slo import Slo, SloTarget
+from disagg.measure.standard import STANDARD_WORKLOADS, SloKind, slo_from_unloaded, standard_workload
+from disagg.measure.windows import with_requests
+from disagg.placement.bounds import decode_shape
+from disagg.placement.host_planner import HostProblem, JudgedHostPlacement, search_host
+from disagg.placement.problem import LengthSample
+from disagg.placement.workers import open_workers
+
+WITHIN: Final = 0.05
+TOLERANCE: Final = 0.05
+GROWTH: Final = 1.2
+SETTLE_S: Final = 3.0
+DRAIN_S: Final = 120.0
+UNSEEN: Final = 1000
+"""First seed of the live requests: the plan draws others."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One placement in one case: goodput by the plan, and by live searches with other requests each."""
+
+    words: str
+    predicted: float
+    measured: tuple[float, ...]
+
+    @property
+    def goodput(self) -> float:
+        """The median of the searches."""
+        return median(self.measured)
+
+
+class CheckedCase(msgspec.Struct, frozen=True):
+    """A workload under objectives. The first placement is the plan's."""
+
+    workload: str
+    kind: str
+    slo: str
+    placements: tuple[Measured, ...]
+
+    @property
+    def best(self) -> Measured:
+        """The placement that served the most."""
+        return max(self.placements, key=lambda one: one.goodput)
+
+    @property
+    def shortfall(self) -> float:
+        """What the chosen placement lacks of the best one's goodput."""
+        return 1 - self.placements[0].goodput / self.best.goodput if self.best.goodput else 0.0
+
+    @property
+    def noise(self) -> float:
+        """Half of what the searches of the chosen and of the best placement spread."""
+        spreads = [(max(one.measured) - min(one.measured)) / 2 for one in (self.placements[0], self.best)]
+        return max(spreads) / self.best.goodput if self.best.goodput else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Whether the plan was right."""
+        if self.shortfall <= WITHIN:
+            return "yes"
+        return "within noise" if self.shortfall <= self.noise else "NO"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Profiles of this machine by the threads of an instance."""
+
+    files: dict[int, Path]
+    platforms: dict[int, Platform]
+    num_cores: int
+    most_tokens: int
+
+
+def read_machine(files: Sequence[Path]) -> Machine:
+    """Read the profiles."""
+    platforms: dict[int, ProfiledPlatform] = {}
+    by_threads: dict[int, Path] = {}
+    for file in files:
+        platform = ProfiledPlatform(load_profile(file), CacheSettings().kv_memory_bytes)
+        num_threads = platform.profile.num_threads or 1
+        platforms[num_threads], by_threads[num_threads] = platform, file
+    first = platforms[min(platforms)]
+    return Machine(by_threads, dict(platforms), len(os.sched_getaffinity(0)), first.most_tokens)
+
+
+def make_profiles(folder: Path) -> list[Path]:
+    """Measure this machine with each number of threads up to all cores: four minutes each."""
+    files = []
+    num_cores = len(os.sched_getaffinity(0))
+    for num_threads in (2**power for power in range(num_cores.bit_length())):
+        files.append(folder / f"profile-{num_threads}.json")
+        command = ["profile", "--threads", str(num_threads), "-o", str(files[-1])]
+        subprocess.run([sys.executable, "-m", "disagg.cli.main", *command], check=True)
+    return files
+
+
+def objectives(machine: Machine, workload: str, kind: SloKind) -> Slo:
+    """Return factors on what a lone request of median length takes on the narrowest instance."""
+    sample = LengthSample.of(with_requests(standard_workload(workload, 1.0, 400), 400))
+    latency = machine.platforms[min(machine.platforms)].latency(1, 1)
+    prompt = StepShape()
+    prompt.add_prefill(0, sample.prompt_quantile(0.5))
+    ttft_s, tpot_s = (sum(latency.stage_times_s(shape)) for shape in (prompt, decode_shape(1, sample.mean_held)))
+    return slo_from_unloaded(kind, ttft_s, tpot_s)
+
+
+def plan_case(machine: Machine, workload: str, target: SloTarget) -> list[JudgedHostPlacement]:
+    """Return the plan's placements, best first."""
+    problem = HostProblem(
+        platforms=machine.platforms,
+        num_cores=machine.num_cores,
+        most_tokens=machine.most_tokens,
+        cache=CacheSettings(),
+        workload=standard_workload(workload, 1.0, 400),
+        target=target,
+    )
+    with open_workers() as workers:
+        judged, _ = search_host(problem, workers, lambda progress: None)
+    return judged
+
+
+def contenders(judged: Sequence[JudgedHostPlacement], near: float) -> list[JudgedHostPlacement]:
+    """Return the first, and of each kind the best that the plan puts near it."""
+    found: dict[object, JudgedHostPlacement] = {}
+    for one in judged:
+        groups = tuple((group.role, group.count, group.scheduling) for group in one.candidate.placement.groups)
+        if one.goodput.mean >= near * judged[0].goodput.mean:
+            found.setdefault((one.candidate.num_threads, groups), one)
+    return list(found.values())
+
+
+def measure(
+    machine: Machine, one: JudgedHostPlacement, workload: str, target: SloTarget, options: argparse.Namespace
+) -> Measured:
+    """Search the goodput of a live server in this placement, once for each seed."""
+    rates = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_placement(one.candidate.placement, folder / "placement.yaml")
+        arguments = ["--placement", str(folder / "placement.yaml"), "--slo", str(target.slo)]
+        if one.candidate.num_threads in machine.files:
+            arguments += ["--latency", str(machine.files[one.candidate.num_threads])]
+        for seed in range(options.seeds):
+            with running(serve_command(str(one.candidate), arguments), folder / "log") as server:
+                time.sleep(SETTLE_S)
+                found = search_live(server.command.url, one.goodput.mean, workload, target, options.requests, seed)
+            rates.append(found.bracket.met)
+    return Measured(str(one.candidate), one.goodput.mean, tuple(rates))
+
+
+def search_live(
+    url: str, start_rate: float, workload: str, target: SloTarget, num_requests: int, seed: int
+) -> GoodputFound:
+    """Search the goodput of a running server with requests that the plan has not seen."""
+
+    def load_at(rate: float, drawn: int) -> OpenLoad:
+        return OpenLoad(tuple(standard_workload(workload, rate, num_requests).draw(drawn)))
+
+    source = load_prompt_source()
+    asked = GoodputPlan(
+        plan=LoadPlan(
+            server=Server(url),
+            load=load_at(start_rate, UNSEEN + seed),
+            asking=Asking(temperature=0.0),
+            limits=Limits(slo=target.slo),
+            num_warmup=2,
+        ),
+        load_at=load_at,
+        start_rate=start_rate,
+        target=target.attainment,
+        seeds=(UNSEEN + seed,),
+        tolerance=TOLERANCE,
+        drain_s=DRAIN_S,
+        growth=GROWTH,
+    )
+    return find_goodput(asked, lambda plan, what: run_load(plan, source))
+
+
+def cases(options: argparse.Namespace, machine: Machine, console: Console) -> Iterator[CheckedCase]:
+    """Yield each workload under each pair of objectives, measured."""
+    for workload in options.workloads:
+        for kind in options.slo:
+            target = SloTarget(slo=objectives(machine, workload, SloKind(kind)))
+            judged = plan_case(machine, workload, target)
+            chosen = contenders(judged, options.near)
+            console.print(f"{workload}, {kind} ({target}): {len(chosen)} placements near {judged[0].candidate}")
+            measured = []
+            for one in chosen:
+                measured.append(measure(machine, one, workload, target, options))
+                told = ", ".join(f"{rate:.3g}" for rate in measured[-1].measured)
+                console.print(f"  {one.candidate}: predicted {one.goodput.mean:.3g}, measured {told} requests/s")
+            yield CheckedCase(workload, kind, str(target.slo), tuple(measured))
+
+
+def table(checked: Sequence[CheckedCase]) -> Table:
+    """Return the chosen beside the measured best."""
+    drawn = Table(title="goodput of the live server, requests/s")
+    for heading in (
+        "workload",
+        "objectives",
+        "chosen",
+        "predicted",
+        "measured",
+        "measured best",
+        "its",
+        "short",
+        "agrees",
+    ):
+        drawn.add_column(heading, overflow="fold")
+    for case in checked:
+        first, best = case.placements[0], case.best
+        drawn.add_row(
+            case.workload,
+            f"{case.kind}: {case.slo}",
+            first.words,
+            f"{first.predicted:.3g}",
+            f"{first.goodput:.3g}",
+            best.words,
+            f"{best.goodput:.3g}",
+            f"{case.shortfall:.0%} (noise {case.noise:.0%})",
+            case.verdict,
+        )
+    return drawn
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--profile", type=Path, nargs="+", help="of this machine, one for each --threads; measured when missing"
+    )
+    parser.add_argument("--workloads", nargs="+", choices=STANDARD_WORKLOADS, default=list(STANDARD_WORKLOADS))
+    kinds = [kind.value for kind in SloKind]
+    parser.add_argument("--slo", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--requests", type=int, default=40, help="of each run")
+    parser.add_argument("--seeds", type=int, default=1, help="searches of each placement, with other requests each")
+    parser.add_argument("--near", type=float, default=0.7, help="measure what the plan puts at this part of its first")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each case")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Check and print; return the exit status."""
+    options = parse()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        machine = read_machine(options.profile or make_profiles(Path(folder)))
+        checked = list(cases(options, machine, console))
+    if options.json:
+        for case in checked:
+            print(msgspec.json.encode(case).decode())
+    else:
+        Console(width=220).print(table(checked))
+    wrong = sum(case.verdict == "NO" for case in checked)
+    return 0 if wrong * 8 <= len(checked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""How an instance on another host becomes part of a running deployment: what its host and the router say.
+
+The host asks first, before it loads anything, and is admitted under a name or refused in words. From then on its
+instance speaks the control plane's own messages under that name, and the host says that it is still there.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from disagg.base.config import DType, Quantization
+from disagg.base.errors import ProtocolError
+from disagg.base.ids import InstanceId
+from disagg.base.messages import MAX_MESSAGE_BYTES, Message, Name, Words
+from disagg.base.request import Role
+
+HOST_PREFIX: Final = "host."
+"""What the names of hosts on the control socket begin with; no instance's does."""
+PING_S: Final = 2.0
+"""How often a host says that it is there, and is answered."""
+LOST_S: Final = 15.0
+"""Without an answer for so long, a host ends its instance and asks anew."""
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What two instances must agree on so that one can go on with the other's KV blocks."""
+
+    fingerprint: Annotated[str, Meta(max_length=64)]
+    """Of configuration and weights."""
+    dtype: DType
+    quantization: Quantization | None
+    block_size: int
+
+    def why_not(self, other: "ModelIdentity") -> str:
+        """Return why an instance of ``other`` cannot work with ones of this; an empty string where it can."""
+        for name, what in (
+            ("fingerprint", "model or other weights"),
+            ("dtype", "--dtype"),
+            ("quantization", "--quantization"),
+            ("block_size", "--block-size"),
+        ):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"another {what}: the server has {_words(ours)}, this host {_words(theirs)}"
+        return ""
+
+
+class AskToJoin(Message, frozen=True, kw_only=True):
+    """A host offers an instance."""
+
+    version: int
+    release: Name
+    role: Role
+    model: ModelIdentity
+    host: Name
+
+
+class StillHere(Message, frozen=True, kw_only=True):
+    """Either side: nothing but a sign of life."""
+
+
+class InstanceEnded(Message, frozen=True, kw_only=True):
+    """The host's instance has ended; it gives up the name."""
+
+    detail: Words
+
+
+class Admitted(Message, frozen=True, kw_only=True):
+    """The host is to start an instance of this name."""
+
+    instance: InstanceId
+
+
+class NotAdmitted(Message, frozen=True, kw_only=True):
+    """The host's instance would not fit."""
+
+    why: Words
+
+
+class EndYourInstance(Message, frozen=True, kw_only=True):
+    """The router does not know, or no longer wants, the host's instance."""
+
+    why: Words
+
+
+FromHost = AskToJoin | StillHere | InstanceEnded
+ToHost = Admitted | NotAdmitted | EndYourInstance | StillHere
+
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
+_to_host: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
+
+
+def decode_from_host(data: bytes) -> FromHost:
+    """Decode what a host sent; raise ProtocolError on anything else."""
+    _check_length(data)
+    try:
+        return _from_host.decode(data)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"malformed message of a host: {error}") from error
+
+
+def decode_for_host(data: bytes) -> ToHost:
+    """Decode what the router sent to a host; raise ProtocolError on anything else."""
+    _check_length(data)
+    try:
+        return _to_host.decode(data)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"malformed message to a host: {error}") from error
+
+
+def _check_length(data: bytes) -> None:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+
+
+def _words(value: object) -> str:
+    if isinstance(value, DType | Quantization):
+        return str(value.value)
+    return "none" if value is None else str(value)

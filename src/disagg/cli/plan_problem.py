@@ -1,0 +1,132 @@
+"""From the flags of ``disagg plan`` to what is to be planned: a cluster, or the cores of a profiled host."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings, SchedulingMode
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.cli.flags import flag_name
+from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform
+from disagg.cli.workload_flags import choose_workload
+from disagg.costs.platform import Platform
+from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.costs.thread_scaling import ThreadScaledPlatform
+from disagg.costs.topology import Topology
+from disagg.measure.slo import SloTarget
+from disagg.measure.windows import keep_rows
+from disagg.placement.host_planner import HostProblem
+from disagg.placement.instance_choice import BatchLimits
+from disagg.placement.problem import CostUnit, PlanProblem
+from disagg.simulator.engines import IMITATED, EngineRules, own_rules
+
+_MANY: Final = 10**9
+_PATIENT: Final = RouterSettings(max_queued_requests=_MANY, request_timeout_s=1e9)
+_SEQUENCES: Final = 512
+"""In a decode step of a GPU, at most: objectives and KV memory end batches before."""
+_BATCHINGS: Final[Mapping[Role, tuple[BatchLimits, ...]]] = {
+    Role.PREFILL: (BatchLimits(None, 2048, 64), BatchLimits(None, 512, 64), BatchLimits(None, 8192, 128)),
+    Role.DECODE: (BatchLimits(None, _SEQUENCES, _SEQUENCES),),
+    Role.COLOCATED: (
+        BatchLimits(SchedulingMode.CHUNKED.value, 1024, _SEQUENCES),
+        BatchLimits(SchedulingMode.CHUNKED.value, 512, _SEQUENCES),
+        BatchLimits(SchedulingMode.CHUNKED.value, 2048, _SEQUENCES),
+        BatchLimits(SchedulingMode.PREFILL_FIRST.value, 8192, _SEQUENCES),
+    ),
+}
+"""What a GPU's instances may be told, the usual first."""
+
+
+def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> PlanProblem:
+    """Return the problem. Raises ConfigurationError when flags are missing or contradict each other."""
+    on = _platform(values, cache)
+    topology = on.topology or Topology.one_node(on.platform.link, _num_devices(values))
+    kinds = dict.fromkeys(node.device for node in topology.nodes)
+    engine = values["engine"]
+    return PlanProblem(
+        topology=topology,
+        platforms={kind: on.by_kind.get(kind, on.platform) for kind in kinds},
+        rules=_rules(engine, cache),
+        batchings=dict.fromkeys(Role, (BatchLimits(),)) if engine in IMITATED else _BATCHINGS,
+        workload=keep_rows(_workload(values)),
+        target=target,
+        target_rate=values["target_rate"],
+        per=None if values["per"] is None else CostUnit(values["per"]),
+        max_nodes=values["max_nodes"],
+        min_requests=values["num_requests"] or PlanProblem.min_requests,
+        num_seeds=values["seeds"],
+    )
+
+
+def is_for_a_host(values: Mapping[str, Any]) -> bool:
+    """Return whether step times are those of a profile, and so the plan one for the cores of its machine."""
+    return values["cluster"] is None and any(name.endswith(".json") for name in values["latency"])
+
+
+def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> HostProblem:
+    """Return the problem of the host that profiles are of. Raises ConfigurationError for flags that it has not."""
+    for name in ("target_rate", "per", "model", "launch_as"):
+        if values[name] is not None:
+            flag = "--as" if name == "launch_as" else flag_name(name)
+            raise ConfigurationError(
+                f"a profile is of one model on one machine, and its plan for all of it: leave out {flag}"
+            )
+    measured = {}
+    for file in values["latency"]:
+        platform = ProfiledPlatform(load_profile(Path(file)), cache.kv_memory_bytes)
+        num_threads = platform.profile.num_threads or 1
+        if num_threads in measured:
+            raise ConfigurationError(f"{file} is a second profile of {num_threads} thread(s): give one of each number")
+        measured[num_threads] = platform
+    first = measured[min(measured)]
+    num_cores = values["num_devices"] or first.profile.num_cores or len(os.sched_getaffinity(0))
+    platforms: dict[int, Platform] = dict(measured)
+    for num_threads in (2**power for power in range(num_cores.bit_length())):
+        if num_threads not in measured and num_threads > min(measured):
+            platforms[num_threads] = ThreadScaledPlatform(first, num_threads)
+    return HostProblem(
+        platforms=platforms,
+        num_cores=num_cores,
+        most_tokens=max(first.most_tokens, 1),
+        cache=cache,
+        workload=keep_rows(_workload(values)),
+        target=target,
+        num_requests=values["num_requests"] or HostProblem.num_requests,
+        num_seeds=values["seeds"],
+    )
+
+
+def _platform(values: Mapping[str, Any], cache: CacheSettings) -> ChosenPlatform:
+    if len(values["latency"]) > 1:
+        raise ConfigurationError(
+            "several --latency are profiles of one machine at several --threads: leave out --cluster"
+        )
+    latency = next(iter(values["latency"]), None)
+    source = latency, values["model"], values["engine"], cache.kv_memory_bytes
+    if values["cluster"] is None:
+        return choose_platform(*source)
+    if values["num_devices"] is not None:
+        raise ConfigurationError("--cluster says how many devices there are: leave out --devices")
+    return choose_cluster(values["cluster"], *source)
+
+
+def _num_devices(values: Mapping[str, Any]) -> int:
+    if values["num_devices"] is None:
+        raise ConfigurationError("which devices are there? Give --cluster FILE, or --devices N for one node of N")
+    return int(values["num_devices"])
+
+
+def _rules(engine: str, cache: CacheSettings) -> EngineRules:
+    return IMITATED[engine] if engine in IMITATED else own_rules(SchedulerSettings(), cache, _PATIENT)
+
+
+def _workload(values: Mapping[str, Any]) -> Any:
+    if values["sessions"] is not None:
+        raise ConfigurationError(
+            "plans are made for requests that arrive by themselves: give --workload, not --sessions"
+        )
+    # The search sets the rate; the workload says the lengths, and how unevenly requests arrive.
+    rate = values["rate"] or (None if values["scale"] else 1.0)
+    return choose_workload({**values, "rate": rate, "num_requests": None})

@@ -1,0 +1,108 @@
+"""The report of ``disagg plan``, for people and as JSON."""
+
+import math
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from disagg.measure.statistics import Estimate
+from disagg.placement.plan import Plan, PlannedPlacement
+
+
+def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
+    """Write the plan to stdout."""
+    if as_json:
+        click.echo(msgspec.json.encode(plan).decode())
+        return
+    console = Console(highlight=False)
+    wanted = "as much as the cluster can" if plan.target_rate is None else f"{plan.target_rate:g} requests/s"
+    console.print(f"[bold]{plan.model}[/]\n{plan.workload}, {plan.target}, {wanted}\n")
+    console.print(_placements(plan))
+    best = plan.best
+    console.print(f"\nbest: [bold]{best.words}[/] ({best.family.value})")
+    for group in best.placement.groups:
+        where = f" on {', '.join(group.devices)}" if group.devices else ""
+        console.print(f"  {group.count} x {group.role.value}{where}")
+    if plan.target_rate is not None and best.goodput.mean < plan.target_rate:
+        console.print(f"[bold]the cluster does not reach {plan.target_rate:g} requests/s[/]")
+    if best.objective_costs:
+        told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
+        console.print(f"of its requests at that rate miss: {told}")
+    if plan.behind_one_router is not None:
+        console.print(
+            f"{best.num_units} equal units, a router for each. One router for all, which hands over from unit to unit: "
+            f"{_percent(plan.behind_one_router)} of requests keep the objectives at that rate"
+        )
+    console.print("\nwhy not")
+    for other in plan.losing:
+        console.print(f"  {other.words}\n    {other.reason}")
+    _print_shifts(plan, console)
+    console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
+
+
+def _print_shifts(plan: Plan, console: Console) -> None:
+    """Print what the answer would be at other rates, and with other prompts."""
+    if plan.rate_shifts:
+        console.print("\nif the rate were")
+    for other in plan.rate_shifts:
+        verdict = "more than the cluster serves" if not other.is_reached else f"{other.num_devices} devices"
+        same = "the same instances" if other.has_same_instances else other.best
+        console.print(f"  {other.rate:.3g} requests/s: {same}, {verdict}")
+    if plan.prompt_shifts:
+        console.print("\nif prompts were")
+    for shift in plan.prompt_shifts:
+        verdict = "the same" if shift.is_same else f"{shift.best}, this answer {shift.chosen_per_device:.3g}"
+        reached = f"{shift.goodput_per_device:.3g} requests/s per device"
+        console.print(f"  {shift.factor:g} times as long: {verdict}; {reached}")
+
+
+def _placements(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("placement")
+    for heading in ("devices", "requests/s", "per device", "per $/h", "per kW", "TTFT P90", "TPOT P90"):
+        table.add_column(heading, justify="right")
+    table.add_column("held back by")
+    for one in plan.placements:
+        table.add_row(
+            one.words,
+            str(one.num_devices),
+            _estimate(one.goodput),
+            _estimate(one.goodput_per_device),
+            _or_dash(one.goodput_per_dollar),
+            _or_dash(None if one.goodput_per_watt is None else one.goodput_per_watt * 1e3),
+            *_latencies(one),
+            one.bottleneck,
+        )
+    return table
+
+
+def _latencies(one: PlannedPlacement) -> tuple[str, str]:
+    values = (one.ttft_p90_s, one.tpot_p90_s)
+    ttft, tpot = ("-" if math.isnan(value) else f"{value * 1e3:.0f} ms" for value in values)
+    return ttft, tpot
+
+
+def _estimate(value: Estimate) -> str:
+    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.2g}"
+    return f"{value.mean:.3g}{interval}"
+
+
+def _percent(value: Estimate) -> str:
+    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.1%}"
+    return f"{value.mean:.1%}{interval}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def effort_words(plan: Plan) -> str:
+    """Return what the search did, for people."""
+    effort = plan.effort
+    stopped = "" if effort.is_complete else "stopped before the end: "
+    return (
+        f"{stopped}{effort.num_choices} instances fit the model ({effort.num_refused} do not), {effort.num_ruled_out} "
+        f"ruled out by bounds, {effort.num_compositions} placements compared, {effort.num_runs} runs simulated"
+    )

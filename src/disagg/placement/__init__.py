@@ -1,0 +1,1 @@
+"""Placements: which instances on which devices serve a workload best within its objectives."""

@@ -1,0 +1,216 @@
+"""Plans for the cores of one host, from a profile of it: threads, roles, scheduling modes, batch budgets.
+
+Instances of one host disturb each other, so nothing is simulated in phases: every placement is simulated whole. Few
+fit on few cores, and they are halved round by round: the better part goes on to more requests and seeds.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+from disagg.base.config import (
+    CacheSettings,
+    InstanceGroup,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+    SchedulingMode,
+)
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.costs.platform import Platform
+from disagg.measure.open_loop import OpenLoop
+from disagg.measure.slo import SloTarget
+from disagg.measure.statistics import Estimate
+from disagg.placement.bounds import decode_shape, prefill_shape
+from disagg.placement.goodput_job import GoodputJob, JobResult, run_goodput_job
+from disagg.placement.problem import LengthSample
+from disagg.placement.progress import OnProgress, PlanProgress
+from disagg.placement.workers import Workers
+from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.engines import build_cluster, own_rules
+
+BUDGETS: Final = (64, 128, 256, 512, 1024, 2048)
+"""Tokens of a step that are tried, as far as the profile measured steps so large."""
+_ROUNDS: Final = ((0.2, 1, 12), (0.6, 1, 5), (1.0, 3, 5))
+"""Part of the requests of a run, seeds, and how many placements remain after it."""
+_COARSE: Final = 0.1
+_BATCH: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostProblem:
+    """A profiled model on ``num_cores`` cores, under a workload, held to a target.
+
+    ``platforms`` are by the threads of an instance. ``most_tokens`` is the largest step that was measured.
+    """
+
+    platforms: Mapping[int, Platform]
+    num_cores: int
+    most_tokens: int
+    cache: CacheSettings
+    workload: OpenLoop
+    target: SloTarget
+    num_requests: int = 300
+    """Of a run, in the last round."""
+    num_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.platforms) > self.num_cores:
+            raise ConfigurationError(
+                f"the profile is of {min(self.platforms)} threads and there are {self.num_cores} cores: give more"
+            )
+
+
+@dataclass(frozen=True)
+class HostPlacement:
+    """Instances of ``num_threads`` each."""
+
+    placement: Placement
+    num_threads: int
+
+    @property
+    def num_cores(self) -> int:
+        """Cores of all instances."""
+        return sum(group.count for group in self.placement.groups) * self.num_threads
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
+        return " + ".join(_words(group) for group in self.placement.groups) + f", {threads} each"
+
+
+@dataclass(frozen=True)
+class JudgedHostPlacement:
+    """A placement with its goodput, and the searches of each seed."""
+
+    candidate: HostPlacement
+    goodput: Estimate
+    results: tuple[JobResult, ...]
+
+
+def host_placements(problem: HostProblem) -> list[HostPlacement]:
+    """Return every placement that is tried: all roles, threads, modes and budgets for as many cores as there are."""
+    found = []
+    budgets = [tokens for tokens in BUDGETS if tokens <= problem.most_tokens] or [problem.most_tokens]
+    for num_threads in sorted(problem.platforms):
+        most = problem.num_cores // num_threads
+        for count in range(1, most + 1):
+            groups = [*_colocated(count, num_threads, budgets), *_disaggregated(count, num_threads, budgets)]
+            found += [HostPlacement(Placement(groups=tuple(one)), num_threads) for one in groups]
+    return found
+
+
+def _colocated(count: int, num_threads: int, budgets: Sequence[int]) -> Iterator[list[InstanceGroup]]:
+    for mode, tokens in product(SchedulingMode, budgets):
+        # Whole prompts go whatever the budget.
+        if mode in (SchedulingMode.PREFILL_FIRST, SchedulingMode.DECODE_FIRST) and tokens != budgets[-1]:
+            continue
+        yield [
+            InstanceGroup(
+                role=Role.COLOCATED, count=count, num_threads=num_threads, scheduling=mode, max_batch_tokens=tokens
+            )
+        ]
+
+
+def _disaggregated(count: int, num_threads: int, budgets: Sequence[int]) -> Iterator[list[InstanceGroup]]:
+    for num_prefill, tokens in product(range(1, count), budgets):
+        prefill = InstanceGroup(role=Role.PREFILL, count=num_prefill, num_threads=num_threads, max_batch_tokens=tokens)
+        yield [prefill, InstanceGroup(role=Role.DECODE, count=count - num_prefill, num_threads=num_threads)]
+
+
+def search_host(
+    problem: HostProblem, workers: Workers, on_progress: OnProgress
+) -> tuple[list[JudgedHostPlacement], bool]:
+    """Return the best placements, best first, and whether the search ended by itself: Ctrl-C gives what is known.
+
+    Raises ConfigurationError when no placement keeps the target at any rate that was tried.
+    """
+    candidates = host_placements(problem)
+    judged: list[JudgedHostPlacement] = []
+    starts: dict[HostPlacement, float] = {}
+    is_complete = True
+    total = _num_searches(problem, len(candidates))
+    done = 0
+    try:
+        for part, seeds, kept in _ROUNDS:
+            num_requests = max(1, round(part * problem.num_requests))
+            num_seeds = min(seeds, problem.num_seeds)
+            keys = [(one, seed) for one in candidates for seed in range(num_seeds)]
+            jobs = [_job(problem, one, starts.get(one), num_requests, seed) for one, seed in keys]
+            results: dict[HostPlacement, list[JobResult]] = {}
+            for (one, _), result in zip(keys, workers.map(run_goodput_job, jobs), strict=True):
+                results.setdefault(one, []).append(result)
+                done += 1
+                best = str(judged[0].candidate) if judged else str(one)
+                on_progress(PlanProgress(done, total, best))
+            # Those that were left behind stay behind, in the order in which they were.
+            judged = _judged(results) + [one for one in judged if one.candidate not in results]
+            candidates = [one.candidate for one in judged[:kept] if one.goodput.mean > 0]
+            starts = {one.candidate: one.goodput.mean for one in judged}
+    except KeyboardInterrupt:
+        if not judged:
+            raise
+        is_complete = False
+    if not judged or judged[0].goodput.mean <= 0:
+        raise ConfigurationError(
+            f"no placement on {problem.num_cores} core(s) keeps {problem.target} at any rate that was tried: loosen "
+            "the objectives"
+        )
+    return [one for one in judged if one.goodput.mean > 0], is_complete
+
+
+def cluster_of_host(problem: HostProblem, candidate: HostPlacement) -> ClusterSpec:
+    """Return the simulated deployment."""
+    scheduler = SchedulerSettings(objectives=problem.target.slo.objectives())
+    rules = own_rules(scheduler, problem.cache, RouterSettings())
+    return build_cluster(candidate.placement, problem.platforms[candidate.num_threads], rules)
+
+
+def _num_searches(problem: HostProblem, num_candidates: int) -> int:
+    total = 0
+    for _, seeds, kept in _ROUNDS:
+        total += num_candidates * min(seeds, problem.num_seeds)
+        num_candidates = min(num_candidates, kept)
+    return total
+
+
+def _job(
+    problem: HostProblem, candidate: HostPlacement, start_rate: float | None, num_requests: int, seed: int
+) -> GoodputJob:
+    spec = cluster_of_host(problem, candidate)
+    return GoodputJob(
+        spec=spec,
+        workload=problem.workload,
+        target=problem.target,
+        start_rate=start_rate or _first_rate(problem, spec),
+        seed=seed,
+        min_requests=num_requests,
+        max_requests=num_requests,
+        requests_per_rate=0.0,
+        tolerance=_COARSE if start_rate is None else GoodputJob.tolerance,
+    )
+
+
+def _first_rate(problem: HostProblem, spec: ClusterSpec) -> float:
+    """Return the rate of which the computing alone takes half the time of all instances."""
+    sample = LengthSample.of(problem.workload)
+    latency = spec.instances[0].latency
+    prefill_s = sum(latency.stage_times_s(prefill_shape(1, sample)))
+    token_s = sum(latency.stage_times_s(decode_shape(_BATCH, sample.mean_held))) / _BATCH
+    return len(spec.instances) / 2 / (prefill_s + token_s * sample.mean_output)
+
+
+def _judged(results: Mapping[HostPlacement, Sequence[JobResult]]) -> list[JudgedHostPlacement]:
+    judged = [
+        JudgedHostPlacement(one, Estimate.of([result.rate for result in found]), tuple(found))
+        for one, found in results.items()
+    ]
+    return sorted(judged, key=lambda one: -one.goodput.mean)
+
+
+def _words(group: InstanceGroup) -> str:
+    words = f"{group.count} {group.role.value}"
+    if group.scheduling is not None:
+        words += f" {group.scheduling.value}"
+    return words if group.max_batch_tokens is None else f"{words} {group.max_batch_tokens}"

@@ -1,0 +1,235 @@
+"""Instances on other hosts: their hosts ask to join over TCP, and are admitted under a name or refused in words.
+
+An ``OutsideDoor`` stands beside the ipc socket of local instances. What comes from an admitted instance goes where
+local instances' messages go; what comes from a host is answered here. Names are kept apart: nobody outside can speak
+for a local instance, nor for one of another host without its key.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from disagg.base.errors import ConfigurationError, ProtocolError, UnavailableError
+from disagg.base.ids import InstanceId
+from disagg.base.joining import (
+    HOST_PREFIX,
+    Admitted,
+    AskToJoin,
+    EndYourInstance,
+    InstanceEnded,
+    ModelIdentity,
+    NotAdmitted,
+    StillHere,
+    decode_from_host,
+)
+from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Message, encode
+from disagg.base.request import Role
+from disagg.serve.router.control_socket import ControlSocket, Receiver
+from disagg.serve.router.watcher import InstanceWatcher
+
+logger = logging.getLogger(__name__)
+
+
+class MemberListener(Protocol):
+    """The router's side: who belongs to the deployment."""
+
+    def instance_joined(self, instance: InstanceId, role: Role) -> None:
+        """An instance is about to start on another host; raise ConfigurationError when it cannot belong."""
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """It does not belong any more; what it held is lost."""
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        """True while an instance of this name belongs to the deployment."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guest:
+    """One admitted instance, and what to call its host on the socket and in words."""
+
+    socket_name: InstanceId
+    host: str
+
+
+class OutsideDoor:
+    """Admits hosts. ``listener`` is set before it is opened."""
+
+    listener: MemberListener
+
+    def __init__(self, socket: ControlSocket, identity: ModelIdentity) -> None:
+        self._socket = socket
+        self._identity = identity
+        self._guests: dict[InstanceId, _Guest] = {}
+
+    def __contains__(self, instance: InstanceId) -> bool:
+        return instance in self._guests
+
+    def open(self, receive: Receiver) -> None:
+        """Listen; ``receive`` gets what admitted instances say. Raises ConfigurationError when that is impossible."""
+        self._receive = receive
+        self._socket.open(self._take)
+
+    def send(self, instance: InstanceId, data: bytes) -> None:
+        """See ControlSocket."""
+        self._socket.send(instance, data)
+
+    def close(self) -> None:
+        """See ControlSocket."""
+        self._socket.close()
+
+    def turn_out(self, instance: InstanceId, why: str) -> None:
+        """Let go of an instance, and tell its host if that can be reached."""
+        guest = self._guests.pop(instance)
+        logger.error("instance %s on %s does not belong to this server any more: %s", instance, guest.host, why)
+        self._answer(guest.socket_name, EndYourInstance(why=why))
+        self.listener.instance_left(instance)
+
+    def host_of(self, instance: InstanceId) -> str:
+        """Return in words where an admitted instance is."""
+        return self._guests[instance].host
+
+    def _take(self, sender: InstanceId, data: bytes) -> None:
+        if sender in self._guests:
+            self._receive(sender, data)
+        elif sender.startswith(HOST_PREFIX):
+            self._take_from_host(sender, data)
+        else:
+            logger.debug("a message from %r outside, which was not admitted, was dropped", sender)
+
+    def _take_from_host(self, sender: InstanceId, data: bytes) -> None:
+        try:
+            message = decode_from_host(data)
+        except ProtocolError as error:
+            logger.warning("a message from %s was dropped: %s", sender, error)
+            self._answer(sender, NotAdmitted(why=f"the server does not understand this host: {error}"))
+            return
+        instance = next((name for name, guest in self._guests.items() if guest.socket_name == sender), None)
+        match message:
+            case AskToJoin():
+                if instance is not None:
+                    self._let_go(instance, "its host asks to join anew")
+                self._answer(sender, self._admit(sender, message))
+            case StillHere():
+                known = StillHere() if instance is not None else EndYourInstance(why="the server does not know it")
+                self._answer(sender, known)
+            case InstanceEnded(detail=detail):
+                if instance is not None:
+                    self._let_go(instance, detail)
+
+    def _admit(self, sender: InstanceId, asked: AskToJoin) -> Admitted | NotAdmitted:
+        why = self._why_not(asked)
+        if not why:
+            instance = self._free_name(asked.role)
+            try:
+                self.listener.instance_joined(instance, asked.role)
+            except ConfigurationError as error:
+                why = str(error)
+        if why:
+            logger.warning("a %s instance on %s was not admitted: %s", asked.role.value, asked.host, why)
+            return NotAdmitted(why=why)
+        self._guests[instance] = _Guest(sender, asked.host)
+        logger.info("%s on %s joins", instance, asked.host)
+        return Admitted(instance=instance)
+
+    def _why_not(self, asked: AskToJoin) -> str:
+        if asked.version != PROTOCOL_VERSION:
+            return (
+                f"another protocol: the server speaks version {PROTOCOL_VERSION}, this host {asked.version} "
+                f"(disagg {asked.release}); install the same release on both"
+            )
+        return self._identity.why_not(asked.model)
+
+    def _free_name(self, role: Role) -> InstanceId:
+        number = 0
+        while self.listener.has_instance(name := InstanceId(f"{role.value}-{number}")):
+            number += 1
+        return name
+
+    def _let_go(self, instance: InstanceId, detail: str) -> None:
+        guest = self._guests.pop(instance)
+        logger.warning("%s on %s left: %s", instance, guest.host, detail)
+        self.listener.instance_left(instance)
+
+    def _answer(self, sender: InstanceId, message: Message) -> None:
+        try:
+            self._socket.send(sender, encode(message))
+        except UnavailableError as error:
+            logger.debug("no answer could be sent to %s: %s", sender, error)
+
+
+class TwoDoors:
+    """The control socket of a server that has instances here and on other hosts."""
+
+    def __init__(self, inside: ControlSocket, outside: OutsideDoor) -> None:
+        self._inside = inside
+        self._outside = outside
+
+    def open(self, receive: Receiver) -> None:
+        """See ControlSocket."""
+        self._inside.open(partial(self._receive_inside, receive))
+        self._outside.open(receive)
+
+    def send(self, instance: InstanceId, data: bytes) -> None:
+        """See ControlSocket."""
+        (self._outside if instance in self._outside else self._inside).send(instance, data)
+
+    def close(self) -> None:
+        """See ControlSocket."""
+        self._inside.close()
+        self._outside.close()
+
+    def _receive_inside(self, receive: Receiver, instance: InstanceId, data: bytes) -> None:
+        if instance in self._outside:
+            logger.warning("a local process speaks as %s, which is on another host: dropped", instance)
+            return
+        receive(instance, data)
+
+
+class TwoWatchers:
+    """Tells whoever runs the local instances about those, and the hosts of the others about theirs."""
+
+    def __init__(self, local: InstanceWatcher, outside: OutsideDoor) -> None:
+        self._local = local
+        self._outside = outside
+
+    def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
+        """See InstanceWatcher."""
+        if instance not in self._outside:
+            self._local.instance_loading(instance, stage, fraction)
+
+    def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
+        """See InstanceWatcher."""
+        if instance in self._outside:
+            logger.info("%s on %s takes requests", instance, self._outside.host_of(instance))
+        else:
+            self._local.instance_ready(instance, facts)
+
+    def instance_faulty(self, instance: InstanceId, why: str) -> None:
+        """See InstanceWatcher."""
+        if instance in self._outside:
+            self._outside.turn_out(instance, why)
+        else:
+            self._local.instance_faulty(instance, why)
+
+    def restart_instance(self, instance: InstanceId, delay_s: float) -> None:
+        """See InstanceWatcher: what is on another host is started again there."""
+        if instance not in self._outside:
+            self._local.restart_instance(instance, delay_s)
+
+    def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
+        """See InstanceWatcher."""
+        if instance not in self._outside:
+            self._local.give_up_instance(instance, nothing_left)
+
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """See InstanceWatcher: what is on another host is ended there."""
+        if instance in self._outside:
+            self._outside.turn_out(instance, "an operator removed it")
+        else:
+            self._local.instance_leaving(instance)
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        if instance not in self._outside:
+            self._local.instance_left(instance)

@@ -1,0 +1,83 @@
+"""What one simulated instance is made from."""
+
+from dataclasses import dataclass, field
+
+from disagg.base.config import SchedulerSettings
+from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
+from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Ready
+from disagg.base.request import Role
+from disagg.costs.latency import LatencyModel
+from disagg.costs.links import LinkModel
+from disagg.costs.topology import Place
+from disagg.scheduling.instance.header import InstanceHeader
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceSpec:
+    """What one simulated instance is made from."""
+
+    name: InstanceId
+    role: Role
+    scheduler: SchedulerSettings
+    num_blocks: int
+    block_size: int
+    latency: LatencyModel
+    kv_bytes_per_token: int = 0
+    num_devices: int = 1
+    place: Place = ()
+    """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
+    of its first stage, where hosts matter."""
+    prefix_caching: bool = True
+    disk: LinkModel = field(default_factory=LinkModel)
+    """How quick its disk is, in each direction, and how many KV blocks it may keep there."""
+    max_disk_blocks: int = 0
+    swap: LinkModel | None = None
+    """Where the KV of preempted sequences waits; None computes it again."""
+
+    def __post_init__(self) -> None:
+        if self.place and len(self.place) != self.num_devices:
+            raise ConfigurationError(
+                f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """Longest sequence that the KV pool holds, in tokens."""
+        return self.num_blocks * self.block_size
+
+    def header(self, incarnation: str) -> InstanceHeader:
+        """Return what the core of one life of the instance is made from."""
+        return InstanceHeader(
+            instance=self.name,
+            incarnation=incarnation,
+            settings=self.scheduler,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            prefix_caching=self.prefix_caching,
+            max_disk_blocks=self.max_disk_blocks,
+            num_stages=self.latency.num_stages,
+        )
+
+    def ready(self, incarnation: str) -> Ready:
+        """Return what it says when it takes requests."""
+        return Ready(
+            version=PROTOCOL_VERSION,
+            instance=self.name,
+            incarnation=incarnation,
+            role=self.role,
+            facts=InstanceFacts(
+                pid=1,
+                device="simulated",
+                kernel_backend="simulated",
+                num_blocks=self.num_blocks,
+                block_size=self.block_size,
+                max_model_len=self.capacity,
+                vocab_size=1,
+                weight_bytes=0,
+                kv_bytes=0,
+                load_s=0.0,
+                pool=b"",
+                max_disk_blocks=self.max_disk_blocks,
+            ),
+        )

@@ -1,0 +1,275 @@
+// KV blocks as one byte for each element and a float32 scale for each row (K: channel, V: token), at memory speed.
+//
+// A layer of a block is a number of matrices (K and V of each head), each seen as [outer, inner, lane] elements with a
+// scale for each (outer, lane): that is K per channel and V per token in every order of elements that a pool has (see
+// Int8Codec in int8_codec.py, whose NumPy form gives the same bits). 32 elements are worked on at a time.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int kChunk = 32;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+
+struct Bf16 {
+    using Bits = uint16_t;
+    static constexpr Bits kMagnitude = 0x7fff;
+    static constexpr Bits kLargest = 0x7f7f;
+    static INLINE float to_float(Bits bits) {
+        uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    static INLINE Bits from_float(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return static_cast<Bits>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+};
+
+struct F32 {
+    using Bits = uint32_t;
+    static constexpr Bits kMagnitude = 0x7fffffff;
+    static constexpr Bits kLargest = 0x7f7fffff;
+    static INLINE float to_float(Bits bits) {
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    static INLINE Bits from_float(float value) {
+        Bits bits;
+        std::memcpy(&bits, &value, 4);
+        return bits;
+    }
+};
+
+// Elements that share scales: `count` chunks, `stride` elements apart; lane n of a chunk has scale n % Period.
+struct Strip {
+    int count;
+    int stride;
+};
+
+template <class Type, int Period>
+INLINE void encode_strip(const typename Type::Bits* source, int8_t* target, float* scales, Strip strip) {
+    using Bits = typename Type::Bits;
+    Bits most[kChunk] = {};
+    for (int chunk = 0; chunk < strip.count; ++chunk) {
+        const Bits* row = source + static_cast<int64_t>(chunk) * strip.stride;
+        for (int lane = 0; lane < kChunk; ++lane) {
+            Bits magnitude = row[lane] & Type::kMagnitude;
+            most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
+        }
+    }
+#pragma GCC unroll 5
+    for (int width = kChunk / 2; width >= Period; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) {
+            most[lane] = most[lane] > most[lane + width] ? most[lane] : most[lane + width];
+        }
+    }
+    float factors[Period];
+    for (int scale = 0; scale < Period; ++scale) {
+        // Of what is not finite nothing can be kept.
+        const Bits largest = most[scale] < Type::kLargest ? most[scale] : Type::kLargest;
+        scales[scale] = Type::to_float(largest) / 127.0f;
+        factors[scale] = scales[scale] > 0.0f ? 1.0f / scales[scale] : 0.0f;
+    }
+    float inverse[kChunk];
+    for (int lane = 0; lane < kChunk; ++lane) inverse[lane] = factors[lane % Period];
+    for (int chunk = 0; chunk < strip.count; ++chunk) {
+        const int64_t start = static_cast<int64_t>(chunk) * strip.stride;
+        for (int lane = 0; lane < kChunk; ++lane) {
+            float rounded = Type::to_float(source[start + lane]) * inverse[lane] + kRound;
+            int32_t bits;
+            std::memcpy(&bits, &rounded, 4);
+            target[start + lane] = static_cast<int8_t>(bits);
+        }
+    }
+}
+
+template <class Type, int Period>
+INLINE void decode_strip(const int8_t* source, typename Type::Bits* target, const float* scales, Strip strip) {
+    float factor[kChunk];
+    for (int lane = 0; lane < kChunk; ++lane) factor[lane] = scales[lane % Period];
+    for (int chunk = 0; chunk < strip.count; ++chunk) {
+        const int64_t start = static_cast<int64_t>(chunk) * strip.stride;
+        for (int lane = 0; lane < kChunk; ++lane) {
+            target[start + lane] = Type::from_float(static_cast<float>(source[start + lane]) * factor[lane]);
+        }
+    }
+}
+
+struct Matrix {
+    int outer;
+    int inner;
+    int lanes;
+    int64_t elements() const { return static_cast<int64_t>(outer) * inner * lanes; }
+    int64_t scales() const { return static_cast<int64_t>(outer) * lanes; }
+};
+
+struct Encode {
+    template <class Type, int Period>
+    static INLINE void strip(const typename Type::Bits* raw, int8_t* coded, float* scales, Strip strip) {
+        encode_strip<Type, Period>(raw, coded, scales, strip);
+    }
+};
+
+struct Decode {
+    template <class Type, int Period>
+    static INLINE void strip(typename Type::Bits* raw, const int8_t* coded, const float* scales, Strip strip) {
+        decode_strip<Type, Period>(coded, raw, scales, strip);
+    }
+};
+
+// Works on each strip of one head.
+template <class Work, class Type, class Raw, class Coded, class Scale>
+INLINE void for_strips(const Matrix& matrix, Raw* raw, Coded* coded, Scale* scales) {
+    const int64_t row = static_cast<int64_t>(matrix.inner) * matrix.lanes;
+    for (int outer = 0; outer < matrix.outer; ++outer, raw += row, coded += row, scales += matrix.lanes) {
+        const Strip whole{static_cast<int>(row / kChunk), kChunk};
+        if (matrix.lanes == 1) {
+            Work::template strip<Type, 1>(raw, coded, scales, whole);
+        } else if (matrix.lanes == 2) {
+            Work::template strip<Type, 2>(raw, coded, scales, whole);
+        } else {
+            for (int lane = 0; lane < matrix.lanes; lane += kChunk) {
+                const Strip column{matrix.inner, matrix.lanes};
+                Work::template strip<Type, kChunk>(raw + lane, coded + lane, scales + lane, column);
+            }
+        }
+    }
+}
+
+// One layer of one block: `heads` matrices of K, then as many of V; all bytes first, then all scales.
+template <class Type>
+INLINE void encode_block(const typename Type::Bits* source, int8_t* target, int heads, const Matrix* kinds) {
+    const int64_t elements = heads * (kinds[0].elements() + kinds[1].elements());
+    float* scales = reinterpret_cast<float*>(target + elements);
+    for (int kind = 0; kind < 2; ++kind) {
+        for (int head = 0; head < heads; ++head) {
+            for_strips<Encode, Type>(kinds[kind], source, target, scales);
+            source += kinds[kind].elements();
+            target += kinds[kind].elements();
+            scales += kinds[kind].scales();
+        }
+    }
+}
+
+template <class Type>
+INLINE void decode_block(const int8_t* source, typename Type::Bits* target, int heads, const Matrix* kinds) {
+    const int64_t elements = heads * (kinds[0].elements() + kinds[1].elements());
+    const float* scales = reinterpret_cast<const float*>(source + elements);
+    for (int kind = 0; kind < 2; ++kind) {
+        for (int head = 0; head < heads; ++head) {
+            for_strips<Decode, Type>(kinds[kind], target, source, scales);
+            source += kinds[kind].elements();
+            target += kinds[kind].elements();
+            scales += kinds[kind].scales();
+        }
+    }
+}
+
+CLONES void encode_bf16(const uint16_t* source, int8_t* target, int heads, const Matrix* kinds) {
+    encode_block<Bf16>(source, target, heads, kinds);
+}
+CLONES void encode_f32(const uint32_t* source, int8_t* target, int heads, const Matrix* kinds) {
+    encode_block<F32>(source, target, heads, kinds);
+}
+CLONES void decode_bf16(const int8_t* source, uint16_t* target, int heads, const Matrix* kinds) {
+    decode_block<Bf16>(source, target, heads, kinds);
+}
+CLONES void decode_f32(const int8_t* source, uint32_t* target, int heads, const Matrix* kinds) {
+    decode_block<F32>(source, target, heads, kinds);
+}
+
+class Int8Blocks {
+public:
+    Int8Blocks(int itemsize, int heads, std::array<int, 3> k, std::array<int, 3> v)
+        : itemsize_(itemsize), heads_(heads), kinds_{{k[0], k[1], k[2]}, {v[0], v[1], v[2]}} {
+        for (const Matrix& kind : kinds_) {
+            const bool is_narrow = kind.lanes == 1 || kind.lanes == 2;
+            const bool fits = is_narrow ? kind.inner * kind.lanes % kChunk == 0 : kind.lanes % kChunk == 0;
+            if (!fits) throw std::invalid_argument("the rows are no multiple of 32 elements");
+        }
+        if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
+    }
+
+    int64_t raw_bytes() const { return heads_ * (kinds_[0].elements() + kinds_[1].elements()) * itemsize_; }
+    int64_t coded_bytes() const {
+        return heads_ * (kinds_[0].elements() + kinds_[1].elements() + 4 * (kinds_[0].scales() + kinds_[1].scales()));
+    }
+
+    // Layers of blocks that begin at `from` in `source` to those that begin at `to` in `target`.
+    void encode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
+        run(source, from, raw_bytes(), target, to, coded_bytes(), [this](const uint8_t* in, uint8_t* out) {
+            int8_t* bytes = reinterpret_cast<int8_t*>(out);
+            if (itemsize_ == 2) encode_bf16(reinterpret_cast<const uint16_t*>(in), bytes, heads_, kinds_);
+            else encode_f32(reinterpret_cast<const uint32_t*>(in), bytes, heads_, kinds_);
+        });
+    }
+
+    void decode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
+        run(source, from, coded_bytes(), target, to, raw_bytes(), [this](const uint8_t* in, uint8_t* out) {
+            const int8_t* bytes = reinterpret_cast<const int8_t*>(in);
+            if (itemsize_ == 2) decode_bf16(bytes, reinterpret_cast<uint16_t*>(out), heads_, kinds_);
+            else decode_f32(bytes, reinterpret_cast<uint32_t*>(out), heads_, kinds_);
+        });
+    }
+
+private:
+    template <class One>
+    void run(py::buffer source, py::array_t<int64_t>& from, int64_t from_bytes, py::buffer target,
+             py::array_t<int64_t>& to, int64_t to_bytes, One one) const {
+        const py::buffer_info in = source.request();
+        const py::buffer_info out = target.request(true);
+        const int64_t in_bytes = in.size * in.itemsize, out_bytes = out.size * out.itemsize;
+        if (from.size() != to.size()) throw std::invalid_argument("as many sources as targets are needed");
+        const int64_t* starts = from.data();
+        const int64_t* ends = to.data();
+        for (py::ssize_t index = 0; index < from.size(); ++index) {
+            if (starts[index] < 0 || starts[index] % 4 || starts[index] + from_bytes > in_bytes || ends[index] < 0 ||
+                ends[index] % 4 || ends[index] + to_bytes > out_bytes)
+                throw std::out_of_range("a block lies outside its buffer");
+        }
+        const uint8_t* first = static_cast<const uint8_t*>(in.ptr);
+        uint8_t* last = static_cast<uint8_t*>(out.ptr);
+        const py::ssize_t count = from.size();
+        py::gil_scoped_release released;
+        for (py::ssize_t index = 0; index < count; ++index) one(first + starts[index], last + ends[index]);
+    }
+
+    int itemsize_;
+    int heads_;
+    Matrix kinds_[2];
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    py::class_<Int8Blocks>(module, "Int8Blocks")
+        .def(py::init([](int itemsize, int heads, py::tuple k, py::tuple v) {
+            auto three = [](const py::tuple& t) {
+                return std::array<int, 3>{t[0].cast<int>(), t[1].cast<int>(), t[2].cast<int>()};
+            };
+            return new Int8Blocks(itemsize, heads, three(k), three(v));
+        }))
+        .def_property_readonly("raw_bytes", &Int8Blocks::raw_bytes)
+        .def_property_readonly("coded_bytes", &Int8Blocks::coded_bytes)
+        .def("encode", &Int8Blocks::encode)
+        .def("decode", &Int8Blocks::decode);
+}

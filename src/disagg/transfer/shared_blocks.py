@@ -1,0 +1,50 @@
+"""What an instance lets others read of its pool: the address, and what goes with each offer."""
+
+from contextlib import ExitStack
+
+from msgspec import structs
+
+from disagg.base.clock import Clock
+from disagg.base.config import KvLinkChoice, TransferSettings
+from disagg.base.messages import KvOffer
+from disagg.transfer.address import ShmWay, TcpWay, encode_address
+from disagg.transfer.digests import join_digests
+from disagg.transfer.grants import Grants
+from disagg.transfer.kv_server import KvServer
+from disagg.transfer.pool import KvPool
+
+_LOOPBACK = "127.0.0.1"
+
+
+class SharedBlocks:
+    """Opens the ways to a pool, and seals offers of its blocks. ``stack`` takes what must be closed.
+
+    ``host`` is an address of this host on which other hosts read; without one, only this host does.
+    """
+
+    def __init__(
+        self, pool: KvPool, settings: TransferSettings, host: str | None, clock: Clock, stack: ExitStack
+    ) -> None:
+        self._pool = pool
+        self._has_digests = settings.kv_digests
+        self._grants = Grants(clock)
+        self._is_open = False
+        ways: list[ShmWay | TcpWay] = []
+        if settings.kv_link is not KvLinkChoice.TCP:
+            ways.append(pool.shm_way)
+        if settings.kv_link is KvLinkChoice.TCP or (settings.kv_link is KvLinkChoice.AUTO and host is not None):
+            server = KvServer(pool, self._grants, host or _LOOPBACK, clock)
+            stack.callback(server.close)
+            ways.append(server.way)
+            self._is_open = True
+        self.address = encode_address(pool.address(*ways))
+        """Where the pool is, for peers' ``Links``."""
+
+    def seal(self, offer: KvOffer) -> KvOffer:
+        """Return an offer with the digests of its blocks, and the capability to read them while it lasts."""
+        blocks = offer.block_ids
+        return structs.replace(
+            offer,
+            digests=join_digests(self._pool.blocks, blocks) if self._has_digests else b"",
+            access=self._grants.issue(offer.request_id, offer.epoch, blocks, offer.lease_s) if self._is_open else b"",
+        )

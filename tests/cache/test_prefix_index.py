@@ -1,0 +1,109 @@
+"""The router's index of who holds which prefixes, against a plain model of it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg.base.errors import InternalError
+from disagg.base.ids import BlockHash, InstanceId
+from disagg.base.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Medium
+from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
+
+A, B = InstanceId("a"), InstanceId("b")
+NAMES = tuple(BlockHash(bytes([number])) for number in range(6))
+SIZE = 16
+
+
+def stored(*names: BlockHash, medium: Medium = Medium.CPU) -> BlockStored:
+    return BlockStored(names, None, (), SIZE, None, medium)
+
+
+@pytest.fixture
+def index() -> PrefixIndex:
+    index = PrefixIndex()
+    for instance in (A, B):
+        index.join(instance, SIZE, max_blocks=8)
+    return index
+
+
+def test_a_prefix_is_held_as_far_as_it_has_no_gap(index: PrefixIndex) -> None:
+    assert index.take(A, 0, (stored(*NAMES[:3]), stored(NAMES[4])))
+    assert index.take(B, 0, (stored(NAMES[0]), BlockRemoved((NAMES[0],), Medium.CPU), stored(NAMES[1])))
+    assert index.find(NAMES) == {A: HeldPrefix(3 * SIZE, 3 * SIZE)}
+    assert index.find(NAMES[:2]) == {A: HeldPrefix(2 * SIZE, 2 * SIZE)}
+    assert index.find(()) == {}
+
+
+def test_blocks_on_disk_are_held_but_not_lent(index: PrefixIndex) -> None:
+    index.take(A, 0, (stored(NAMES[0], NAMES[2]), stored(NAMES[0], NAMES[1], medium=Medium.DISK)))
+    assert index.find(NAMES) == {A: HeldPrefix(3 * SIZE, SIZE)}
+
+
+def test_a_lost_message_makes_the_index_ask_once_and_believe_nothing_until_told_all(index: PrefixIndex) -> None:
+    index.take(A, 0, (stored(NAMES[0]),))
+    assert not index.take(A, 2, (stored(NAMES[1]),))
+    assert index.find(NAMES) == {}
+    assert index.take(A, 3, (stored(NAMES[0]),))
+    assert index.find(NAMES) == {}
+    assert index.take(A, 4, (AllBlocksCleared(), stored(*NAMES[:2])))
+    assert index.find(NAMES) == {A: HeldPrefix(2 * SIZE, 2 * SIZE)}
+
+
+def test_an_instance_that_leaves_takes_its_blocks_along(index: PrefixIndex) -> None:
+    index.take(A, 0, (stored(*NAMES),))
+    index.take(B, 0, (stored(NAMES[0]),))
+    index.leave(A)
+    assert index.find(NAMES) == {B: HeldPrefix(SIZE, SIZE)}
+    index.join(A, SIZE, max_blocks=8)
+    assert index.find(NAMES) == {B: HeldPrefix(SIZE, SIZE)}
+    assert len(index) == 1
+
+
+def test_an_instance_cannot_hold_more_than_it_has_room_for(index: PrefixIndex) -> None:
+    many = tuple(BlockHash(bytes([1, number])) for number in range(9))
+    with pytest.raises(InternalError, match="holds 9 blocks and can hold 8"):
+        index.take(A, 0, (stored(*many),))
+
+
+EVENTS = st.one_of(
+    st.builds(
+        lambda names, on_disk: stored(*names, medium=Medium.DISK if on_disk else Medium.CPU),
+        st.lists(st.sampled_from(NAMES), max_size=4),
+        st.booleans(),
+    ),
+    st.builds(
+        lambda names, on_disk: BlockRemoved(tuple(names), Medium.DISK if on_disk else Medium.CPU),
+        st.lists(st.sampled_from(NAMES), max_size=4),
+        st.booleans(),
+    ),
+    st.just(AllBlocksCleared()),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from((A, B)), EVENTS), max_size=30))
+def test_the_index_is_what_the_events_say(story: list) -> None:
+    index = PrefixIndex()
+    held: dict[InstanceId, dict[bool, set[BlockHash]]] = {}
+    numbers = dict.fromkeys((A, B), 0)
+    for instance in (A, B):
+        index.join(instance, SIZE, max_blocks=100)
+        held[instance] = {False: set(), True: set()}
+    for instance, event in story:
+        assert index.take(instance, numbers[instance], (event,))
+        numbers[instance] += 1
+        if isinstance(event, AllBlocksCleared):
+            held[instance] = {False: set(), True: set()}
+            continue
+        names = held[instance][event.medium is Medium.DISK]
+        (names.update if isinstance(event, BlockStored) else names.difference_update)(event.block_hashes)
+    expected = {}
+    for instance, by_medium in held.items():
+        somewhere = by_medium[False] | by_medium[True]
+        lengths = [
+            next((count for count, name in enumerate(NAMES) if name not in names), len(NAMES)) * SIZE
+            for names in (somewhere, by_medium[False])
+        ]
+        if lengths[0]:
+            expected[instance] = HeldPrefix(*lengths)
+    assert index.find(NAMES) == expected
+    assert len(index) == sum(len(names) for by_medium in held.values() for names in by_medium.values())

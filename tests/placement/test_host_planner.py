@@ -1,0 +1,93 @@
+"""Plans for the cores of one host: every role, number of threads and scheduling mode, simulated whole."""
+
+import pytest
+from planning import EvenPlatform, workload
+
+from disagg.base.config import CacheSettings, SchedulingMode
+from disagg.base.errors import ConfigurationError
+from disagg.base.request import Role
+from disagg.costs.latency import StepShape
+from disagg.costs.measured_steps import StepSample
+from disagg.costs.memory import MemorySample
+from disagg.costs.profile import ParallelSamples, Profile, ProfiledPlatform
+from disagg.costs.thread_scaling import ThreadScaledPlatform
+from disagg.measure.slo import parse_target
+from disagg.placement.describe_host import describe_host
+from disagg.placement.host_planner import HostProblem, host_placements, search_host
+from disagg.placement.progress import PlanProgress
+from disagg.placement.workers import Workers
+
+DECODES = StepShape(num_decodes=4, decode_context=400, num_samples=4)
+
+
+def host(**changes: object) -> HostProblem:
+    fields = {
+        "platforms": {1: EvenPlatform(tokens=100_000), 2: EvenPlatform(5e-5, 5e-3, tokens=100_000)},
+        "num_cores": 2,
+        "most_tokens": 64,
+        "cache": CacheSettings(prefix_caching=False),
+        "workload": workload(prompt_len=400, output_len=30),
+        "target": parse_target("ttft=300ms,tpot=30ms"),
+        "num_requests": 30,
+        "num_seeds": 1,
+    }
+    return HostProblem(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_all_roles_threads_and_modes_are_tried() -> None:
+    found = host_placements(host())
+    groups = {(one.num_threads, tuple((group.role, group.count) for group in one.placement.groups)) for one in found}
+    assert groups == {
+        (1, ((Role.COLOCATED, 1),)),
+        (1, ((Role.COLOCATED, 2),)),
+        (1, ((Role.PREFILL, 1), (Role.DECODE, 1))),
+        (2, ((Role.COLOCATED, 1),)),
+    }
+    assert {group.scheduling for one in found for group in one.placement.groups} == {*SchedulingMode, None}
+    assert {group.max_batch_tokens for one in found for group in one.placement.groups} == {64, None}
+    assert all(one.num_cores <= 2 for one in found)
+
+
+def test_the_best_are_judged_and_told() -> None:
+    """Two threads halve every step: one instance of both serves each request in half the time."""
+    seen: list[PlanProgress] = []
+    judged, is_complete = search_host(host(), Workers(1), seen.append)
+    plan = describe_host(host(), judged, is_complete)
+    assert is_complete
+    assert plan.best.placement.groups[0].num_threads == 2
+    assert plan.best.num_devices == 2
+    assert any("prefill" in one.words for one in plan.losing)
+    assert 0 < seen[-1].done <= seen[-1].total
+
+
+def test_objectives_that_no_placement_keeps_are_told() -> None:
+    with pytest.raises(ConfigurationError, match=r"no placement on 2 core\(s\) keeps tpot=1ms@90%"):
+        search_host(host(target=parse_target("tpot=1ms")), Workers(1), lambda progress: None)
+
+
+def test_a_profile_of_more_threads_than_cores_is_told() -> None:
+    with pytest.raises(ConfigurationError, match="of 2 threads and there are 1 cores"):
+        host(platforms={2: EvenPlatform()}, num_cores=1)
+
+
+@pytest.mark.parametrize(("together", "factor"), [(20e9, 0.5), (10e9, 1.0), (12.5e9, 0.8)])
+def test_more_threads_share_arithmetic_but_not_memory(together: float, factor: float) -> None:
+    """A core alone reads 10 GB/s: what two read together decides what two threads gain."""
+    samples = tuple(
+        StepSample(chunks=((100 * number, 1 + number % 7),), time_s=0.01 * (1 + number % 7)) for number in range(1, 40)
+    )
+    profile = Profile(
+        model="m",
+        device="d",
+        dtype="bfloat16",
+        num_threads=1,
+        kv_bytes_per_token=1000,
+        steps=(ParallelSamples(tensor_parallel=1, samples=samples),),
+        link_bytes_per_s=1e9,
+        memory=(MemorySample(alone=10e9, together=together),),
+    )
+    measured = ProfiledPlatform(profile, 1 << 30)
+    scaled = ThreadScaledPlatform(measured, 2)
+    assert scaled.factor == pytest.approx(factor / 0.95)
+    (before,), (after,) = (one.latency(1, 1).stage_times_s(DECODES) for one in (measured, scaled))
+    assert after == pytest.approx(before * scaled.factor)

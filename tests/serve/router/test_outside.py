@@ -1,0 +1,192 @@
+"""Instances of other hosts at the outer door: admitted, refused in words, kept apart from local ones, let go."""
+
+from collections.abc import Sequence
+
+import pytest
+from msgspec import structs
+
+from disagg.base.config import DType, Quantization
+from disagg.base.errors import ConfigurationError, UnavailableError
+from disagg.base.ids import InstanceId
+from disagg.base.joining import (
+    Admitted,
+    AskToJoin,
+    EndYourInstance,
+    InstanceEnded,
+    ModelIdentity,
+    NotAdmitted,
+    StillHere,
+    ToHost,
+    decode_for_host,
+)
+from disagg.base.messages import PROTOCOL_VERSION, Message, encode
+from disagg.base.request import Role
+from disagg.serve.router.control_socket import Receiver
+from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
+from disagg.serve.router.watcher import NullWatcher
+
+OURS = ModelIdentity(fingerprint="ab" * 16, dtype=DType.BFLOAT16, quantization=None, block_size=64)
+ASK = AskToJoin(version=PROTOCOL_VERSION, release="0.1.0", role=Role.DECODE, model=OURS, host="beta (10.0.0.2)")
+BETA, GAMMA = "host.beta", "host.gamma"
+D1 = InstanceId("decode-1")
+
+
+class Wire:
+    """A control socket whose other ends are the test."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bytes]] = []
+        self.absent: set[str] = set()
+
+    def open(self, receive: Receiver) -> None:
+        self._receive = receive
+
+    def send(self, instance: InstanceId, data: bytes) -> None:
+        if instance in self.absent:
+            raise UnavailableError("it is not connected")
+        self.sent.append((instance, data))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def say(self, sender: str, data: bytes | Message) -> None:
+        self._receive(InstanceId(sender), data if isinstance(data, bytes) else encode(data))
+
+    def answers(self, host: str) -> Sequence[ToHost]:
+        return [decode_for_host(data) for instance, data in self.sent if instance == host]
+
+
+class Deployment(NullWatcher):
+    """Both doors of a server with prefill-0 and decode-0 of its own, and what its router and launcher are told."""
+
+    def __init__(self) -> None:
+        self.inner, self.outer = Wire(), Wire()
+        self.members: list[tuple[str, Role]] = []
+        self.left: list[str] = []
+        self.heard: list[tuple[str, bytes]] = []
+        self.faulty: list[str] = []
+        self.refusal = ""
+        self.door = OutsideDoor(self.outer, OURS)
+        self.door.listener = self
+        self.socket = TwoDoors(self.inner, self.door)
+        self.socket.open(lambda instance, data: self.heard.append((instance, data)))
+        self.watcher = TwoWatchers(self, self.door)
+
+    def instance_joined(self, instance: InstanceId, role: Role) -> None:
+        if self.refusal:
+            raise ConfigurationError(self.refusal)
+        self.members.append((instance, role))
+
+    def instance_left(self, instance: InstanceId) -> None:
+        self.left.append(instance)
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        return instance in ("prefill-0", "decode-0") or (instance in self.door and instance not in self.left)
+
+    def instance_faulty(self, instance: InstanceId, why: str) -> None:
+        self.faulty.append(instance)
+
+
+@pytest.fixture
+def server() -> Deployment:
+    return Deployment()
+
+
+def test_a_host_is_admitted_under_the_next_free_name(server: Deployment) -> None:
+    for number, host in ((1, BETA), (2, GAMMA)):
+        server.outer.say(host, ASK)
+        assert server.outer.answers(host) == [Admitted(instance=InstanceId(f"decode-{number}"))]
+    server.outer.say("host.delta", structs.replace(ASK, role=Role.PREFILL))
+    assert server.members == [("decode-1", Role.DECODE), ("decode-2", Role.DECODE), ("prefill-1", Role.PREFILL)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (structs.replace(ASK, version=1), f"another protocol: the server speaks version {PROTOCOL_VERSION}"),
+        (structs.replace(ASK, model=structs.replace(OURS, fingerprint="cd")), "another model or other weights"),
+        (structs.replace(ASK, model=structs.replace(OURS, dtype=DType.FLOAT32)), "--dtype: the server has bfloat16"),
+        (structs.replace(ASK, model=structs.replace(OURS, quantization=Quantization.INT8)), "this host int8"),
+        (structs.replace(ASK, model=structs.replace(OURS, block_size=32)), "the server has 64, this host 32"),
+    ],
+)
+def test_what_would_not_fit_is_refused_in_words(server: Deployment, asked: AskToJoin, words: str) -> None:
+    server.outer.say(BETA, asked)
+    (answer,) = server.outer.answers(BETA)
+    assert isinstance(answer, NotAdmitted)
+    assert words in answer.why
+    assert server.members == []
+
+
+def test_what_the_router_refuses_is_told(server: Deployment) -> None:
+    server.refusal = "there is an instance decode-1 already"
+    server.outer.say(BETA, ASK)
+    assert server.outer.answers(BETA) == [NotAdmitted(why=server.refusal)]
+    assert D1 not in server.door
+
+
+def test_messages_go_to_and_from_an_admitted_instance(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say("decode-1", b"hello")
+    server.inner.say("decode-0", b"local")
+    assert server.heard == [("decode-1", b"hello"), ("decode-0", b"local")]
+    server.socket.send(D1, b"there")
+    server.socket.send(InstanceId("decode-0"), b"here")
+    assert server.outer.sent[-1] == ("decode-1", b"there")
+    assert server.inner.sent == [("decode-0", b"here")]
+
+
+def test_nobody_outside_speaks_for_a_local_instance_and_the_reverse(server: Deployment) -> None:
+    server.outer.say("decode-0", b"forged")
+    server.outer.say("decode-1", b"not admitted yet")
+    server.outer.say(BETA, ASK)
+    server.inner.say("decode-1", b"forged")
+    assert server.heard == []
+
+
+def test_a_host_whose_instance_ended_gives_up_the_name(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, InstanceEnded(detail="killed by SIGKILL"))
+    assert server.left == ["decode-1"]
+    server.outer.say("decode-1", b"late")
+    assert server.heard == []
+    server.outer.say(BETA, ASK)
+    assert server.members == [("decode-1", Role.DECODE)] * 2
+
+
+def test_a_host_that_asks_anew_has_lost_its_instance(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, ASK)
+    assert server.left == ["decode-1"]
+    assert server.outer.answers(BETA) == [Admitted(instance=D1)] * 2
+
+
+def test_signs_of_life_are_answered_to_those_who_belong(server: Deployment) -> None:
+    server.outer.say(BETA, StillHere())
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, StillHere())
+    assert server.outer.answers(BETA)[0] == EndYourInstance(why="the server does not know it")
+    assert server.outer.answers(BETA)[-1] == StillHere()
+
+
+def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.watcher.instance_faulty(D1, "no sign of life for 30 s")
+    assert server.outer.answers(BETA)[-1] == EndYourInstance(why="no sign of life for 30 s")
+    assert (server.left, server.faulty) == (["decode-1"], [])
+    server.watcher.instance_faulty(InstanceId("decode-0"), "broken")
+    assert server.faulty == ["decode-0"]
+
+
+def test_a_host_that_is_gone_is_let_go_all_the_same(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.absent.add(BETA)
+    server.watcher.instance_faulty(D1, "no sign of life for 30 s")
+    assert server.left == ["decode-1"]
+
+
+def test_bytes_that_are_no_message_are_answered_in_words(server: Deployment) -> None:
+    server.outer.say(BETA, b"\x81\xa4type\xa3Foo")
+    (answer,) = server.outer.answers(BETA)
+    assert isinstance(answer, NotAdmitted)
+    assert "does not understand" in answer.why
