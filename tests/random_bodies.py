@@ -4,7 +4,7 @@ import json
 import random
 from typing import Any
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
 LONG_TEXTS = ("a", " ", "\n", "1", "\u00e9", "\U0001f600", " the", "<|im_start|>", "\t x", "\u0000", "a\u0301")
 MAX_BYTES = 8 << 20
 WRONG: tuple[Any, ...] = (
@@ -51,6 +51,16 @@ class BodyMaker:
                 "add_special_tokens": self._bool,
             }
             return {"prompt": self._prompt()} | shared | self._some(own)
+        if path == "/v1/responses":
+            shared["max_output_tokens"] = shared.pop("max_tokens")
+            for name in ("n", "stream_options"):
+                shared.pop(name, None)
+            own = {
+                "instructions": self._text,
+                "tools": lambda: [{"type": "function", "name": "f", "parameters": self._schema()}],
+                "text": lambda: {"format": {"type": "json_schema", "name": "x", "schema": self._schema()}},
+            }
+            return {"input": self._text() if self._bool() else self._messages()} | shared | self._some(own)
         own = {"logprobs": self._bool, "top_logprobs": lambda: self._random.randint(0, 20), **self._chat()}
         return {"messages": self._messages()} | shared | self._some(own)
 
@@ -82,11 +92,40 @@ class BodyMaker:
             "return_token_ids": self._bool,
             "priority": lambda: pick((0, -(2**31), 2**31 - 1)),
             "user": self._text,
-            "tools": lambda: pick((None, [])),
+            **self._constraints(),
         }
 
-    def _chat(self) -> dict[str, Any]:
+    def _constraints(self) -> dict[str, Any]:
+        pick = self._random.choice
         return {
+            "response_format": lambda: pick(({"type": "text"}, {"type": "json_object"}, {"type": "json_schema"})),
+            "guided_json": self._schema,
+            "guided_regex": lambda: pick(("[a-c]+", "(a|b", "(?=a)", "(a{1000}){1000}", self._text())),
+            "structured_outputs": lambda: pick(({"choice": [self._text()]}, {"grammar": "start: start"}, {})),
+            "allowed_token_ids": lambda: [self._token_id() for _ in range(pick((1, 3, 300)))],
+            "bad_words": lambda: [self._text()[:1000] or "a" for _ in range(pick((0, 1, 3)))],
+            "prompt_logprobs": lambda: pick((0, 1, 20)),
+            "truncate_prompt_tokens": lambda: pick((-1, 1, 10, 2**31)),
+        }
+
+    def _schema(self) -> Any:
+        properties = {self._text()[:20]: {"type": self._random.choice(("string", "integer", "strng", None))}}
+        made = ({}, True, False, {"type": "object", "properties": properties}, {"$ref": "#"}, {"enum": [self._text()]})
+        return self._random.choice((*made, {"items": {"pattern": self._text()}}, {"not": {}}, {"anyOf": [{}] * 300}))
+
+    def _chat(self) -> dict[str, Any]:
+        named = {"type": "function", "function": {"name": "f"}}
+        return {
+            "tools": lambda: self._random.choice(
+                (
+                    None,
+                    [],
+                    [{"type": "function", "function": {"name": "f", "parameters": self._schema()}}],
+                    [named] * 200,
+                )
+            ),
+            "tool_choice": lambda: self._random.choice(("none", "auto", "required", named)),
+            "parallel_tool_calls": self._bool,
             "add_generation_prompt": self._bool,
             "continue_final_message": self._bool,
             "chat_template": lambda: self._random.choice((None, "{{ 'a' * 10 ** 10 }}", "{{ messages }}")),

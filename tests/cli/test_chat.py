@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from disagg.cli.chat import Conversation
-from disagg.cli.chat_client import ChatAnswer, ChatClient
+from disagg.cli.chat_client import ChatAnswer, ChatClient, ShownPiece
 from disagg.cli.main import main
 
 Event = dict[str, Any]
@@ -178,11 +178,42 @@ def test_the_speed_is_shown_and_unknown_commands_are_explained(server, converse,
     assert "/clear forgets" in stderr
 
 
+def call(name: str | None, arguments: str, call_id: str | None = None) -> Event:
+    function = {"name": name, "arguments": arguments} if name else {"arguments": arguments}
+    return {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": call_id, "function": function}]}}]}
+
+
+def test_reasoning_and_calls_are_shown_and_what_the_user_says_goes_back(server, converse, capsys):
+    reasoning = {"choices": [{"index": 0, "delta": {"reasoning_content": "Hm."}}]}
+    server.events = [reasoning, call("weather", "", "x1"), call(None, '{"city": '), call(None, '"Ulm"}'), usage(9)]
+    converse("How is it in Ulm?", "21 degrees")
+    stdout, stderr = capsys.readouterr()
+    assert stdout.count("Hm.") == 2
+    assert '→ weather({"city": "Ulm"})' in stdout
+    assert "9 tokens" in stderr
+    *_, answer, result = server.asked[1]["messages"]
+    assert answer["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    assert result == {"role": "tool", "tool_call_id": "x1", "content": "21 degrees"}
+
+
+def test_tools_are_read_from_a_file(server, tmp_path):
+    file = tmp_path / "tools.json"
+    file.write_text('[{"type": "function", "function": {"name": "f"}}]')
+    chat(server, "--tools", str(file))
+    assert server.asked[0]["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    for text in ("{", "{}"):
+        file.write_text(text)
+        result = chat(server, "--tools", str(file))
+        assert result.exit_code == 2
+        assert str(file) in result.stderr
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_what_came():
     class Interrupted:
-        def stream(self, messages: list[dict[str, str]], answer: ChatAnswer) -> Iterator[str]:
-            answer.add("Hel")
-            yield "Hel"
+        def stream(self, messages: list[dict[str, str]], answer: ChatAnswer) -> Iterator[ShownPiece]:
+            piece = ShownPiece("Hel")
+            answer.add(piece)
+            yield piece
             raise KeyboardInterrupt
 
     conversation = Conversation(Interrupted(), None)

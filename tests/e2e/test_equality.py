@@ -55,6 +55,8 @@ def cases() -> list[Case]:
         Case("stop", story, {**greedy, "max_tokens": 40, "stop": ["ived in", "zebra"]}),
         Case("logprobs", story, {**greedy, "logprobs": 5}),
         Case("echo", story, {**greedy, "logprobs": 2, "echo": True}),
+        Case("grammar", story, {**seeded, "ignore_eos": False, "max_tokens": 40, "guided_regex": "( [a-z]{2,6})*[.]"}),
+        Case("words", story, {**greedy, "bad_words": ["little", "time"], "allowed_token_ids": list(range(200, 9000))}),
         Case("penalties", story, {**seeded, "repetition_penalty": 1.2, "presence_penalty": 0.5}),
     ]
 

@@ -148,6 +148,7 @@ def two_namespaces() -> Iterator[tuple[tuple[Sequence[str], str], tuple[Sequence
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_decode_instance_across_a_network(tmp_path: Path) -> None:
     """Prefill on one host, decode on another: control with CURVE, KV over TCP, and real addresses of two namespaces."""
     keys = ("--keys", str(tmp_path / "keys"))

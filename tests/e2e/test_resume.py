@@ -16,7 +16,7 @@ NUM_TOKENS = 160
 
 
 def fields(number: int) -> dict[str, Any]:
-    """Every second one samples, with all that depends on the position or on earlier tokens."""
+    """Every second one samples, with all that depends on position or earlier tokens; half of them by a grammar."""
     sampled = {"temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.6, "frequency_penalty": 0.3}
     return {
         "max_tokens": NUM_TOKENS,
@@ -27,6 +27,7 @@ def fields(number: int) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
         **(sampled if number % 2 else {"temperature": 0.0, "repetition_penalty": 1.2}),
+        **({"guided_regex": r"( [a-z]{2,9}\.?)*"} if number % 4 == 3 else {}),
     }
 
 

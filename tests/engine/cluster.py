@@ -45,7 +45,7 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.kv_disk import KvDisk
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.scheduling.instance.core import InstanceCore
@@ -248,7 +248,7 @@ class Instance:
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
         steps = self._steps(channel, clock, stack)
-        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, log, disk)
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, Accessories(log, disk))
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()

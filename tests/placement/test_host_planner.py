@@ -24,7 +24,7 @@ def host(**changes: object) -> HostProblem:
     fields = {
         "platforms": {1: EvenPlatform(tokens=100_000), 2: EvenPlatform(5e-5, 5e-3, tokens=100_000)},
         "num_cores": 2,
-        "most_tokens": 64,
+        "most_tokens": 128,
         "cache": CacheSettings(prefix_caching=False),
         "workload": workload(prompt_len=400, output_len=30),
         "target": parse_target("ttft=300ms,tpot=30ms"),
@@ -44,7 +44,7 @@ def test_all_roles_threads_and_modes_are_tried() -> None:
         (2, ((Role.COLOCATED, 1),)),
     }
     assert {group.scheduling for one in found for group in one.placement.groups} == {*SchedulingMode, None}
-    assert {group.max_batch_tokens for one in found for group in one.placement.groups} == {64, None}
+    assert {group.max_batch_tokens for one in found for group in one.placement.groups} == {128, None}
     assert all(one.num_cores <= 2 for one in found)
 
 

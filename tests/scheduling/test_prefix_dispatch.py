@@ -228,7 +228,7 @@ class TestEvents:
         story = Story(P0, D0)
         many = hash_blocks(range(2001), 1)
         outputs = story.say_events(P0, BlockStored(many, None, (), SIZE))
-        assert any(isinstance(output, EndInstance) and "can hold 2000" in output.why for output in outputs)
+        assert any(isinstance(output, EndInstance) and "more than the 2000 blocks" in output.why for output in outputs)
 
 
 def _offer_of(request_id: RequestId, source: InstanceId, num_tokens: int) -> KvOffer:

@@ -14,7 +14,7 @@ from simulated import LinearLatency, cluster_spec, instance, poisson, serve
 from virtual_deployment import TOKEN, VirtualDeployment, VirtualLoop
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import SchedulingMode
+from disagg.base.config import RouterSettings, SchedulingMode
 from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
@@ -123,6 +123,23 @@ def test_two_prefill_instances_into_one_decode_instance(
     live = run_both(TWO_AND_ONE, requests, tmp_path, monkeypatch)
     check_stages(live, requests)
     assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
+
+
+@pytest.mark.parametrize("mode", [SchedulingMode.CHUNKED, SchedulingMode.SLACK])
+def test_paths_by_prediction(mode: SchedulingMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"tells_costs": True, "scheduling": mode, "objectives": Objectives(ttft_s=0.02, tpot_s=0.004)}
+    spec = cluster_spec(
+        instance(Role.PREFILL, **told),
+        instance(Role.DECODE, num_blocks=300, **told),
+        link=LINK,
+        router=RouterSettings(max_queued_requests=10**6, request_timeout_s=1e6, strict_roles=False),
+    )
+    requests = poisson(rate=250, count=150, seed=2, prompt=(16, 400))
+    live = run_both(spec, requests, tmp_path, monkeypatch)
+    check_stages(live, requests)
+    ended = [request.path_ended for request in requests if request.path_ended is not None]
+    assert len(ended) == len(requests)
+    assert {one.follows_roles for one in ended} == {True, False}
 
 
 @pytest.mark.parametrize("seed", range(3))

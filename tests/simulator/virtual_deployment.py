@@ -27,7 +27,7 @@ from disagg.base.sampling import SamplingParams
 from disagg.costs.latency import StepShape
 from disagg.costs.links import SerialLinks
 from disagg.engine.executor import ChunkResult, Work
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import EndedPull
 from disagg.engine.steps import CompletedStep, run_step
 from disagg.scheduling.dispatch.events import Join, ProcessStarting
@@ -90,7 +90,7 @@ class VirtualEngine:
             self,  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]
             deployment.queue,
-            self._log,
+            Accessories(self._log),
         )
 
     def kill(self) -> None:
@@ -239,6 +239,7 @@ class VirtualDeployment(NullWatcher):
         header = RouterHeader(
             instances={instance.name: instance.role for instance in spec.instances},
             settings=spec.router,
+            scheduler=spec.instances[0].scheduler,
             watches_silence=False,
         )
         self.core = RouterCore(header)

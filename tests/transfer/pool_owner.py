@@ -1,7 +1,7 @@
 """A process that owns a pool filled with the contract's pattern.
 
-Told the layout and its incarnation; prints where the pool is, then a capability to read all of it; closes the pool at
-the first line on stdin, ends at the second.
+Told the layout, its incarnation, the link that it offers and an address of its host; prints where the pool is, then a
+capability to read all of it; closes the pool at the first line on stdin, ends at the second.
 """
 
 import sys
@@ -12,19 +12,21 @@ import numpy as np
 from link_contract import DEADLINE_S, grant_all, pattern
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import TransferSettings
+from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.cache.layout import KvLayout
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def main() -> None:
-    layout = msgspec.json.decode(sys.argv[1], type=KvLayout)
-    pool = KvPool(layout, sys.argv[2])
+    layout_json, incarnation, kv_link, host = sys.argv[1:]
+    layout = msgspec.json.decode(layout_json, type=KvLayout)
+    pool = KvPool(layout, incarnation)
     np.frombuffer(pool.data, dtype=np.uint8)[:] = pattern(layout)
     with ExitStack() as stack:
         stack.callback(pool.close)
-        shared = SharedBlocks(pool, TransferSettings(), None, MonotonicClock(), stack)
+        settings = TransferSettings(kv_link=KvLinkChoice(kv_link))
+        shared = SharedBlocks(pool, settings, host, MonotonicClock(), stack)
         print(shared.address.hex(), flush=True)  # noqa: T201 (stdout is how the test gets it)
         print(grant_all(shared, layout, DEADLINE_S).hex(), flush=True)  # noqa: T201
         sys.stdin.readline()

@@ -1,18 +1,16 @@
 """The link contract over every kind of link, and what is special to each."""
 
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from link_contract import CONTRACT, DEADLINE_S, Ended, Ends, grant_all, pairs, pattern, small_layout
+from owner_process import PEER_LAYOUT, OwnerProcess
 
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import KvLinkChoice, TransferSettings
@@ -27,38 +25,7 @@ from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
 from disagg.transfer.shm_link import runs
 
-PEER_LAYOUT = small_layout(num_blocks=12)
 LOCAL_LAYOUT = small_layout(num_blocks=8)
-
-
-class OwnerProcess:
-    """A peer in a process of its own."""
-
-    def __init__(self, incarnation: str) -> None:
-        script = Path(__file__).with_name("pool_owner.py")
-        layout = msgspec.json.encode(PEER_LAYOUT).decode()
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), layout, incarnation],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address = bytes.fromhex(self._line())
-        self.access = bytes.fromhex(self._line())
-
-    def close_pool(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        assert self._line() == "closed"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=30)
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
 
 
 def in_one_process(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
@@ -219,6 +186,25 @@ class TestLinks:
         expected = pattern(PEER_LAYOUT).reshape(3, 12, -1)[:, 3]
         received = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1)[:, 2]
         assert np.array_equal(received, expected)
+
+    def test_a_read_from_a_frozen_peer_that_was_given_up_writes_nothing_when_the_peer_wakes(
+        self, links: Links, pool: KvPool
+    ) -> None:
+        owner = OwnerProcess("bb", "tcp")
+        link, blocks = links.open(owner.address), pairs((3, 2), (4, 5))
+        owner.process.send_signal(signal.SIGSTOP)
+        given_up = Ended()
+        link.read(KvRead(blocks, range(3), access=owner.access, timeout_s=0.2), given_up)
+        assert "took longer than the lease" in given_up.wait().failure
+        before = bytes(pool.data)
+        owner.process.send_signal(signal.SIGCONT)
+        ended = Ended()
+        link.read(KvRead(pairs((0, 0)), range(3), access=owner.access), ended)
+        assert ended.wait().state is TransferState.DONE  # the peer is awake, and has answered what came before
+        after = np.frombuffer(pool.data, dtype=np.uint8).reshape(3, 8, -1).copy()
+        after[:, 0] = 0
+        assert after.tobytes() == before
+        owner.kill()
 
     def test_bytes_that_are_no_address_are_refused(self, links: Links) -> None:
         with pytest.raises(ProtocolError, match="malformed pool address"):

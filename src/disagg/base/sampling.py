@@ -45,6 +45,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    """Grammar, in llguidance's form, of which the answer is a text; empty allows every text."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that may be chosen; empty allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that may not come up in the answer."""
 
     @property
     def truncates(self) -> bool:

@@ -8,7 +8,9 @@ States of a block and the moves between them (DESIGN contract "Ownership of KV b
 
 An ACTIVE block is held by one or more sequences (equal prefixes share blocks), a LEASED one by hand-overs alone.
 CACHED blocks hold the KV of a known prefix and nobody; they are evicted, least recently used first, when no block is
-free. At any moment every block is in exactly one state: ``audit`` counts them, ``validate`` proves it.
+free. One that was found since it was last passed over is passed over once (second chance): prompts that never come
+back do not drive out those that do. ``benchmarks/eviction.py`` compares. At any moment every block is in exactly one
+state: ``audit`` counts them, ``validate`` proves it.
 """
 
 import enum
@@ -55,6 +57,8 @@ class _Block:
     num_sequences: int = 0
     num_leases: int = 0
     hash: BlockHash | None = None
+    was_found: bool = False
+    """Another sequence has found it since it was published, or since eviction passed it over."""
 
 
 class BlockPool:
@@ -134,6 +138,15 @@ class BlockPool:
         """Turn one sequence's hold on its blocks into a lease."""
         self._change_holds(blocks, sequences=-1, leases=1)
 
+    def pin(self, index: BlockId) -> None:
+        """Put one more lease on a published block, whoever holds it, that ``end_lease`` ends."""
+        block = self._blocks[index]
+        if block.hash is None:
+            raise InternalError(f"block {index} is {block.state.value}: it holds no published prefix")
+        block.num_leases += 1
+        if self._cached.pop(index, 0) is None:
+            self._move(index, BlockState.LEASED)
+
     def end_lease(self, blocks: Sequence[BlockId]) -> None:
         """Drop one lease on each block."""
         self._change_holds(reversed(blocks), leases=-1)
@@ -184,6 +197,7 @@ class BlockPool:
             if block.state not in (BlockState.ACTIVE, BlockState.LEASED, BlockState.CACHED):
                 raise InternalError(f"block {index} is {block.state.value}: it holds no published prefix")
             self._cached.pop(index, None)
+            block.was_found = True
             block.num_sequences += 1
             self._move(index, BlockState.ACTIVE)
 
@@ -232,6 +246,11 @@ class BlockPool:
     def _evict(self) -> BlockId:
         index, _ = self._cached.popitem(last=False)
         block = self._blocks[index]
+        while block.was_found:
+            block.was_found = False
+            self._cached[index] = None
+            index, _ = self._cached.popitem(last=False)
+            block = self._blocks[index]
         if block.hash is None:
             raise InternalError(f"cached block {index} has no hash")
         self._unpublish(block)
@@ -242,6 +261,7 @@ class BlockPool:
             del self._by_hash[block.hash]
             self._on_removed(block.hash)
             block.hash = None
+            block.was_found = False
 
     def _change_holds(self, indices: Iterable[BlockId], *, sequences: int = 0, leases: int = 0) -> None:
         """Add so many holds of each kind to each block; one that no sequence holds goes where leases and index say."""

@@ -19,16 +19,20 @@ class KvJournal:
         self._owners: list[Owner | None] = []
         self._removed: list[BlockHash] = []
         self._removed_from = pool
+        self.has_news = False
+        """Whether ``take`` would return any event."""
 
     def stored(self, names: Sequence[BlockHash], parent: BlockHash | None, owner: Owner) -> None:
         """Blocks of a sequence, behind the block ``parent``, can be found in the pool from now on."""
         self._end_removals()
+        self.has_news = True
         self._events.append(BlockStored(tuple(names), parent, (), self._block_size, None, self._pool))
         self._owners.append(owner)
 
     def saved(self, name: BlockHash) -> None:
         """A block can be found on disk from now on."""
         self._end_removals()
+        self.has_news = True
         self._events.append(BlockStored((name,), None, (), self._block_size, None, Medium.DISK))
         self._owners.append(None)
 
@@ -38,16 +42,15 @@ class KvJournal:
         if source is not self._removed_from:
             self._end_removals()
             self._removed_from = source
+        self.has_news = True
         self._removed.append(name)
 
     def take(self) -> tuple[tuple[AnyKvEvent, ...], tuple[Owner | None, ...]]:
         """Return the events since the last call, and whose blocks each is about, where that is known."""
         if self._removed:
             self._end_removals()
-        if not self._events:
-            return (), ()
         events, owners = tuple(self._events), tuple(self._owners)
-        self._events, self._owners = [], []
+        self._events, self._owners, self.has_news = [], [], False
         return events, owners
 
     def _end_removals(self) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import httpx
 
@@ -12,6 +13,23 @@ from disagg.base.errors import DisaggError, ProtocolError, UnavailableError
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class ShownPiece:
+    """A piece of an answer for the eyes: of its text, or of what the model thinks before it."""
+
+    text: str
+    is_reasoning: bool = False
+
+
+@dataclass
+class ShownCall:
+    """A call of a tool, whose arguments grow."""
+
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass
@@ -24,13 +42,29 @@ class ChatAnswer:
     text: str = ""
     num_tokens: int = 0
     stopped: bool = False
+    calls: dict[int, ShownCall] = field(default_factory=dict)
 
-    def add(self, text: str) -> None:
-        """Note text that arrived now."""
+    def add(self, piece: ShownPiece) -> None:
+        """Note a piece that arrived now."""
+        self.arrived()
+        if not piece.is_reasoning:
+            self.text += piece.text
+
+    def arrived(self) -> None:
+        """Note that something arrived now."""
         self.last_s = time.monotonic()
         if self.first_s is None:
             self.first_s = self.last_s
-        self.text += text
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the answer as the conversation goes on with it."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.calls:
+            message["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls.values()
+            ]
+        return message
 
     def describe(self) -> str:
         """Return how fast it came, in words."""
@@ -51,7 +85,7 @@ class ChatClient:
     Raises UnavailableError when there is no server at ``url``, DisaggError with its words when it refuses.
     """
 
-    def __init__(self, url: str, api_key: str | None, model: str | None, settings: Mapping[str, float]) -> None:
+    def __init__(self, url: str, api_key: str | None, model: str | None, settings: Mapping[str, object]) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._url = url.rstrip("/").removesuffix("/v1")
@@ -70,7 +104,7 @@ class ChatClient:
     ) -> None:
         self._http.close()
 
-    def stream(self, messages: Sequence[Mapping[str, str]], answer: ChatAnswer) -> Iterator[str]:
+    def stream(self, messages: Sequence[Mapping[str, Any]], answer: ChatAnswer) -> Iterator[ShownPiece]:
         """Yield the pieces of an answer and keep them in ``answer``. Leaving early aborts it on the server."""
         body = {
             "model": self.model,
@@ -85,10 +119,9 @@ class ChatClient:
                     response.read()
                     raise DisaggError(_error_message(response))
                 for event in _events(response.iter_lines()):
-                    text = _take(event, answer)
-                    if text:
-                        answer.add(text)
-                        yield text
+                    for piece in _take(event, answer):
+                        answer.add(piece)
+                        yield piece
         except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
             raise self._unreachable(error) from error
 
@@ -125,17 +158,33 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, object]]:
             yield event
 
 
-def _take(event: Mapping[str, object], answer: ChatAnswer) -> str:
-    """Return the text of an event, and note its usage. Raises DisaggError for an error."""
+def _take(event: Mapping[str, object], answer: ChatAnswer) -> Iterator[ShownPiece]:
+    """Yield what an event shows, and note its usage and its calls. Raises DisaggError for an error."""
     match event:
         case {"error": {"message": message}}:
             raise DisaggError(str(message))
         case {"usage": {"completion_tokens": int(num_tokens)}}:
             answer.num_tokens = num_tokens
     match event:
-        case {"choices": [{"delta": {"content": str(text)}}, *_]}:
-            return text
-    return ""
+        case {"choices": [{"delta": dict(delta)}, *_]}:
+            reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+            if isinstance(reasoning, str) and reasoning:
+                yield ShownPiece(reasoning, is_reasoning=True)
+            for call in delta.get("tool_calls") or ():
+                _add_call(call, answer)
+            content = delta.get("content")
+            if isinstance(content, str) and content:
+                yield ShownPiece(content)
+
+
+def _add_call(delta: Any, answer: ChatAnswer) -> None:
+    match delta:
+        case {"index": int(index), "function": dict(function)}:
+            answer.arrived()
+            call = answer.calls.setdefault(index, ShownCall())
+            call.call_id = str(delta.get("id") or call.call_id)
+            call.name = str(function.get("name") or call.name)
+            call.arguments += str(function.get("arguments") or "")
 
 
 def _error_message(response: httpx.Response) -> str:

@@ -64,7 +64,7 @@ def page(plan: Plan) -> str:
         if plan.target_rate is None
         else f"{plan.target_rate:g} requests/s",
         nodes=draw_nodes(plan.best),
-        pictures=list(_pictures(plan)),
+        rows=_rows(list(_pictures(plan))),
         effort=effort_words(plan),
     )
 
@@ -86,6 +86,12 @@ def draw_nodes(placement: PlannedPlacement) -> list[DrawnNode]:
         DrawnNode(name, tuple(found.get(index) or DrawnDevice(index, "", "grid") for index in range(max(found) + 1)))
         for name, found in sorted(taken.items())
     ]
+
+
+def _rows(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Return the figures as they stand on the page: narrow ones side by side, below the others."""
+    narrow = [picture for picture in pictures if picture.is_narrow]
+    return [*([picture] for picture in pictures if not picture.is_narrow), *([narrow] if narrow else [])]
 
 
 def _pictures(plan: Plan) -> Iterator[Picture]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg.measure.statistics import Estimate
-from disagg.placement.plan import Plan, PlannedPlacement
+from disagg.placement.plan import CORE, Plan, PlannedPlacement
 
 
 def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
@@ -20,8 +20,14 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
     wanted = "as much as the cluster can" if plan.target_rate is None else f"{plan.target_rate:g} requests/s"
     console.print(f"[bold]{plan.model}[/]\n{plan.workload}, {plan.target}, {wanted}\n")
     console.print(_placements(plan))
+    console.print()
+    for number, one in enumerate(plan.placements, start=1):
+        console.print(f"{number}  [bold]{one.words}[/] ({one.family.value})\n   held back by {one.bottleneck}")
+        steps = [f"{part.role}: {part.batching}" for part in one.instances if part.batching]
+        if steps and one.instances[0].kind != CORE:
+            console.print(f"   steps of {'; '.join(steps)}")
     best = plan.best
-    console.print(f"\nbest: [bold]{best.words}[/] ({best.family.value})")
+    console.print("\nthe first")
     for group in best.placement.groups:
         where = f" on {', '.join(group.devices)}" if group.devices else ""
         console.print(f"  {group.count} x {group.role.value}{where}")
@@ -31,9 +37,11 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
         told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
         console.print(f"of its requests at that rate miss: {told}")
     if plan.behind_one_router is not None:
+        behind = _percent(plan.behind_one_router)
+        crossing = " (it hands over from unit to unit)" if len(best.instances) > 1 else ""
         console.print(
-            f"{best.num_units} equal units, a router for each. One router for all, which hands over from unit to unit: "
-            f"{_percent(plan.behind_one_router)} of requests keep the objectives at that rate"
+            f"{best.num_units} equal units, a router for each; with one router for all{crossing} {behind} of requests "
+            "keep the objectives at that rate"
         )
     console.print("\nwhy not")
     for other in plan.losing:
@@ -60,20 +68,25 @@ def _print_shifts(plan: Plan, console: Console) -> None:
 
 def _placements(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("placement")
-    for heading in ("devices", "requests/s", "per device", "per $/h", "per kW", "TTFT P90", "TPOT P90"):
+    is_of_cores = plan.best.instances[0].kind == CORE
+    for heading in (
+        "",
+        "cores" if is_of_cores else "devices",
+        "requests/s",
+        "per core" if is_of_cores else "per device",
+    ):
         table.add_column(heading, justify="right")
-    table.add_column("held back by")
-    for one in plan.placements:
+    for heading in ("per $/h", "per kW", "TTFT P90", "TPOT P90"):
+        table.add_column(heading, justify="right")
+    for number, one in enumerate(plan.placements, start=1):
         table.add_row(
-            one.words,
+            str(number),
             str(one.num_devices),
             _estimate(one.goodput),
             _estimate(one.goodput_per_device),
             _or_dash(one.goodput_per_dollar),
             _or_dash(None if one.goodput_per_watt is None else one.goodput_per_watt * 1e3),
             *_latencies(one),
-            one.bottleneck,
         )
     return table
 
@@ -102,6 +115,8 @@ def effort_words(plan: Plan) -> str:
     """Return what the search did, for people."""
     effort = plan.effort
     stopped = "" if effort.is_complete else "stopped before the end: "
+    if plan.best.instances and plan.best.instances[0].kind == CORE:
+        return f"{stopped}{effort.num_compositions} placements compared, {effort.num_runs} runs simulated"
     return (
         f"{stopped}{effort.num_choices} instances fit the model ({effort.num_refused} do not), {effort.num_ruled_out} "
         f"ruled out by bounds, {effort.num_compositions} placements compared, {effort.num_runs} runs simulated"

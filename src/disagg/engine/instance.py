@@ -30,12 +30,13 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
-from disagg.engine.loop import EngineLoop
+from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.shared_weights import load_shared
 from disagg.engine.model.weights import TORCH_DTYPES, load_weights, most_weight_bytes
@@ -44,7 +45,10 @@ from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
 from disagg.models.fingerprint import fingerprint
+from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import ModelFiles, load_config, locate_model
+from disagg.models.tokenizer import load_tokenizer
+from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
@@ -108,6 +112,7 @@ def build_loop(
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=shared.address,
+        limits=step_limits(settings.scheduler),
         kv_layout=capacity.layout.describe(),
         max_disk_blocks=room.max_blocks,
         num_saved_blocks=len(room.saved),
@@ -123,7 +128,8 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, log, disk)
+    accessories = Accessories(log, disk, _make_grammars(files, config, stack))
+    return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
 def _load(
@@ -249,6 +255,15 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
         device=device,
     )
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
+
+
+def _make_grammars(files: ModelFiles, config: ModelConfig, stack: ExitStack) -> Grammars:
+    """Return what compiles grammars; it reads the tokenizer when the first one comes."""
+
+    def make_compiler(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
+        return GrammarCompiler(load_tokenizer(files), config.vocab_size, eos_token_ids)
+
+    return Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
 
 
 def _make_pulls(

@@ -6,12 +6,14 @@ here but what needs token values: whether a sequence ends with the token just sa
 
 import math
 from collections.abc import Sequence
-from typing import assert_never
+from dataclasses import dataclass
+from typing import Final, assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
 from disagg.base.messages import (
     Adopt,
+    CostsLearned,
     Failed,
     Generate,
     NotHeld,
@@ -24,6 +26,7 @@ from disagg.base.messages import (
 )
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
+from disagg.engine.grammar import Grammars
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
@@ -44,6 +47,18 @@ from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunSte
 from disagg.scheduling.step.events import Tick
 
 
+@dataclass(frozen=True, slots=True)
+class Accessories:
+    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars."""
+
+    log: EventLog | None = None
+    disk: KvDisk | None = None
+    grammars: Grammars | None = None
+
+
+_NO_ACCESSORIES: Final = Accessories()
+
+
 class EngineLoop:
     """Drives one core until it is told to stop."""
 
@@ -56,8 +71,7 @@ class EngineLoop:
         pulls: Pulls,
         channel: ControlChannel,
         clock: Clock,
-        log: EventLog | None = None,
-        disk: KvDisk | None = None,
+        accessories: Accessories = _NO_ACCESSORIES,
     ) -> None:
         self._ready = ready
         self._core = core
@@ -66,9 +80,9 @@ class EngineLoop:
         self._pulls = pulls
         self._channel = channel
         self._clock = clock
-        self._log = log
-        self._disk = disk
-        self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size)
+        self._log = accessories.log
+        self._disk = accessories.disk
+        self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size, accessories.grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
         self._wake_s = math.inf
@@ -158,7 +172,7 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(Offered(offer=self._pulls.seal(offer)))
-            case NotHeld() | Pulled() | Failed():
+            case NotHeld() | Pulled() | Failed() | CostsLearned():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)

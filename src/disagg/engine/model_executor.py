@@ -66,7 +66,11 @@ class ModelExecutor:
         if row is None:
             request = sequence.request
             row = SamplingRow(
-                request.sampling, request.prompt_token_ids, request.output_token_ids, request.eos_token_ids
+                request.sampling,
+                request.prompt_token_ids,
+                request.output_token_ids,
+                request.eos_token_ids,
+                sequence.grammar,
             )
             self._rows[sequence] = row
         for token_id in sequence.tokens[row.position : sequence.num_tokens].tolist():
@@ -97,12 +101,14 @@ def _prompt_logprobs(
 
 
 def _why_unsampled(row: SamplingRow, logits: torch.Tensor) -> SequenceFailure:
+    if row.grammar is not None and row.grammar.failure:
+        return SequenceFailure(FailureKind.INVALID, row.grammar.failure)
     if not row.is_to_blame(logits):
         return _broken_model(row.position)
     return SequenceFailure(
         FailureKind.INVALID,
         f"the sampling parameters leave no token to choose for position {row.position}: "
-        "ease the penalties, 'logit_bias', or 'stop_token_ids' with 'min_tokens'",
+        "ease the penalties, 'logit_bias', 'allowed_token_ids', 'bad_words', or 'stop_token_ids' with 'min_tokens'",
     )
 
 

@@ -1,6 +1,7 @@
 """The token values of the sequences that an instance's core knows, and what the core may know of them."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from msgspec import structs
 
@@ -9,6 +10,7 @@ from disagg.base.ids import Epoch, RequestId
 from disagg.base.kv_events import BlockStored
 from disagg.base.messages import KvEvents
 from disagg.base.request import GenerationRequest
+from disagg.engine.grammar import Grammars
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.instance.inputs import SequenceFacts
 
@@ -19,9 +21,10 @@ class SequenceTable:
     ``block_size`` is that of the KV blocks which are kept for reuse; 0 keeps none.
     """
 
-    def __init__(self, vocab_size: int, block_size: int = 0) -> None:
+    def __init__(self, vocab_size: int, block_size: int = 0, grammars: Grammars | None = None) -> None:
         self._vocab_size = vocab_size
         self._block_size = block_size
+        self._grammars = grammars
         self._sequences: dict[RequestId, LiveSequence] = {}
 
     def __getitem__(self, request_id: RequestId) -> LiveSequence:
@@ -34,7 +37,8 @@ class SequenceTable:
         """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""
         sequence = self._sequences.get(request.request_id)
         if sequence is None or sequence.epoch < request.epoch:
-            sequence = LiveSequence(request, self._block_size)
+            grammar = None if self._grammars is None else self._grammars.state_of(request)
+            sequence = LiveSequence(request, self._block_size, grammar)
             self._sequences[request.request_id] = sequence
         return SequenceFacts(
             request_id=request.request_id,
@@ -79,6 +83,8 @@ class SequenceTable:
             return "the prompt has no tokens"
         if len(request.output_token_ids) >= request.sampling.max_tokens:
             return f"all of max_tokens ({request.sampling.max_tokens}) are already generated"
+        if request.sampling.grammar and self._grammars is None:
+            return "this instance has no tokenizer, which a grammar needs"
         if bad := _outside(request, self._vocab_size):
             return f"token id {bad[0]} is outside the vocabulary of {self._vocab_size}"
         return ""
@@ -88,6 +94,14 @@ def _outside(request: GenerationRequest, vocab_size: int) -> list[int]:
     """Return ids, of tokens or in sampling parameters, that the model has no logit for."""
     sampling = request.sampling
     biased = [token_id for token_id, _ in sampling.logit_bias]
-    ids = (*request.output_token_ids, *request.eos_token_ids, *sampling.stop_token_ids, *biased)
+    words = chain.from_iterable(sampling.bad_words)
+    ids = (
+        *request.output_token_ids,
+        *request.eos_token_ids,
+        *sampling.stop_token_ids,
+        *sampling.allowed_token_ids,
+        *biased,
+        *words,
+    )
     extremes = (min(request.prompt_token_ids), max(request.prompt_token_ids))
     return [token_id for token_id in (*extremes, *ids) if not 0 <= token_id < vocab_size]

@@ -11,6 +11,7 @@ from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
+from disagg.engine.grammar import GrammarState
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,9 @@ class LiveSequence:
     KV blocks which are named for reuse; 0 where none is.
     """
 
-    def __init__(self, request: GenerationRequest, block_size: int = 0) -> None:
+    def __init__(self, request: GenerationRequest, block_size: int = 0, grammar: GrammarState | None = None) -> None:
         self.request = request
+        self.grammar = grammar
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_tokens = request.num_tokens
         self.tokens = np.empty(request.num_tokens + 64, dtype=np.int64)
@@ -37,6 +39,8 @@ class LiveSequence:
         self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_token_ids
         self.finished: FinishReason | None = None
         """Why no further token is wanted."""
+        self.stop_token_id: int | None = None
+        """The token that ended it, where one did."""
         self.failure: SequenceFailure | None = None
         self._block_size = block_size if self._is_named(block_size) else 0
         self._block_hashes = request.block_hashes if block_size else ()
@@ -91,7 +95,12 @@ class LiveSequence:
         may_stop = self.num_output_tokens >= self.sampling.min_tokens
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         if may_stop and token_id in self._stop_token_ids:
+            self.finished = FinishReason.STOP
+            self.stop_token_id = token_id
+        elif self.grammar is not None and self.grammar.is_complete:
             self.finished = FinishReason.STOP
         elif self.num_output_tokens >= self.sampling.max_tokens:
             self.finished = FinishReason.LENGTH

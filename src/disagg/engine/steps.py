@@ -41,7 +41,7 @@ class NewToken:
             epoch=sequence.epoch,
             token_ids=(self.token_id,),
             finish_reason=finished,
-            stop_token_id=self.token_id if finished is FinishReason.STOP else None,
+            stop_token_id=sequence.stop_token_id,
             logprobs=(self.logprobs,) if self.logprobs is not None else (),
             prompt_logprobs=sequence.take_prompt_logprobs() if stamps is not None else (),
             num_cached_tokens=num_cached_tokens,

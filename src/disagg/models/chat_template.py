@@ -76,7 +76,11 @@ class ChatTemplate:
             raise InvalidRequestError(f"the chat template refuses these messages: {words}", "messages") from error
 
     def render_continued(
-        self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] | None = None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """Return the prompt up to the end of the final message's text, for an answer that goes on from there.
 
@@ -85,7 +89,7 @@ class ChatTemplate:
         """
         mark = f"{_MARK} "
         marked = {**messages[-1], "content": f"{messages[-1]['content']}{mark}"}
-        text = self.render([*messages[:-1], marked], add_generation_prompt=False, variables=variables)
+        text = self.render([*messages[:-1], marked], add_generation_prompt=False, tools=tools, variables=variables)
         end = text.rfind(_MARK)
         if end < 0:
             raise InvalidRequestError(

@@ -52,6 +52,11 @@ class Tokenizer:
         self._bytes_of: dict[int, bytes] = {}
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are control, not text."""
+        return self._special_ids
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids that have a text; a model's own vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
@@ -114,13 +119,18 @@ class IncrementalDecoder:
 
     A token costs time in its own length alone. All that ``push`` returned, and ``flush`` at the end, add up to
     ``decode`` of the tokens after ``prompt_token_ids``. (Under byte fallback, bytes that are no UTF-8 may show as
-    another number of U+FFFD.)
+    another number of U+FFFD.) ``marks`` are special tokens that are never skipped.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        marks: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_next = tokenizer.strips_leading_space and not prompt_token_ids
@@ -129,7 +139,7 @@ class IncrementalDecoder:
 
     def push(self, token_id: int) -> str:
         """Return the text that is complete with this token; often the token's own, sometimes nothing yet."""
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id) and token_id not in self._marks:
             return ""
         return self._stripped(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 

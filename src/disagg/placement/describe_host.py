@@ -6,7 +6,7 @@ from disagg.base.request import Role
 from disagg.measure.statistics import Estimate
 from disagg.placement.composition import Family
 from disagg.placement.host_planner import HostProblem, JudgedHostPlacement, host_placements
-from disagg.placement.plan import LosingPlacement, Plan, PlannedInstance, PlannedPlacement, SearchEffort
+from disagg.placement.plan import CORE, LosingPlacement, Plan, PlannedInstance, PlannedPlacement, SearchEffort
 
 _SHOWN = 5
 
@@ -44,7 +44,7 @@ def _planned(judged: JudgedHostPlacement) -> PlannedPlacement:
         instances=tuple(
             PlannedInstance(
                 role=group.role.value,
-                kind="core",
+                kind=CORE,
                 count=group.count,
                 tensor_parallel=1,
                 pipeline_parallel=1,

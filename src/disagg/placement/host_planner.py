@@ -31,9 +31,9 @@ from disagg.placement.workers import Workers
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_cluster, own_rules
 
-BUDGETS: Final = (64, 128, 256, 512, 1024, 2048)
+BUDGETS: Final = (128, 256, 512, 1024, 2048)
 """Tokens of a step that are tried, as far as the profile measured steps so large."""
-_ROUNDS: Final = ((0.2, 1, 12), (0.6, 1, 5), (1.0, 3, 5))
+_ROUNDS: Final = ((0.2, 1, 8), (0.6, 1, 4), (1.0, 3, 4))
 """Part of the requests of a run, seeds, and how many placements remain after it."""
 _COARSE: Final = 0.1
 _BATCH: Final = 8
@@ -103,8 +103,8 @@ def host_placements(problem: HostProblem) -> list[HostPlacement]:
 
 def _colocated(count: int, num_threads: int, budgets: Sequence[int]) -> Iterator[list[InstanceGroup]]:
     for mode, tokens in product(SchedulingMode, budgets):
-        # Whole prompts go whatever the budget.
-        if mode in (SchedulingMode.PREFILL_FIRST, SchedulingMode.DECODE_FIRST) and tokens != budgets[-1]:
+        # The others take whole prompts whatever the budget, or size their chunks themselves.
+        if mode is not SchedulingMode.CHUNKED and tokens != budgets[-1]:
             continue
         yield [
             InstanceGroup(

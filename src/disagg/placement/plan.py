@@ -1,11 +1,16 @@
 """What a planner found: the best placements with their figures, and why others lose. Times in seconds."""
 
+from typing import Final
+
 import msgspec
 
 from disagg.base.config import Placement
 from disagg.measure.slo import SloTarget
 from disagg.measure.statistics import Estimate, Share
 from disagg.placement.composition import Family
+
+CORE: Final = "core"
+"""The kind of device of a plan for one host."""
 
 
 class PlannedInstance(msgspec.Struct, frozen=True, kw_only=True):

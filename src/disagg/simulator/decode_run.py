@@ -42,9 +42,13 @@ class DecodeRun:
         self._num_next = min(2 * self._num_next, MOST_STEPS)
         shape, time_s, num_decodes = self._shape, self._time_s, self._shape.num_decodes
         stage_times_s, add = self._latency.stage_times_s, self.ends_s.append
+        is_pipeline = self._latency.num_stages > 1
         for _ in range(count):
-            for duration_s in stage_times_s(shape):
-                time_s += duration_s
+            if is_pipeline:
+                for duration_s in stage_times_s(shape):
+                    time_s += duration_s
+            else:
+                time_s += stage_times_s(shape)[0]
             add(time_s)
             shape.decode_context += num_decodes
         self._time_s = time_s

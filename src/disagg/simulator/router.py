@@ -11,12 +11,15 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Abort, Lend, Migrate, Offered, PeerLost, Release, ReportBlocks
+from disagg.base.objectives import BEST_EFFORT
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
+    Degrade,
     Deliver,
     Fail,
     FailReason,
     Finish,
+    PathEnded,
     Refuse,
     Resume,
     SendAbort,
@@ -84,11 +87,13 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance], spares: Sequence[SimulatedInstance] = ()) -> None:
         """Let all instances come up but for the spares, which may join later."""
         self._instances = {instance.spec.name: instance for instance in (*instances, *spares)}
+        predicts = self._settings.predicts
         self._block_size = instances[0].spec.block_size
-        self._compared = [instance for instance in instances if instance.spec.role is not Role.PREFILL]
+        self._compared = [instance for instance in instances if predicts or instance.spec.role is not Role.PREFILL]
         roles = {instance.spec.name: instance.spec.role for instance in instances}
         # Simulated instances give no signs of life: their deaths are known at once.
-        header = RouterHeader(instances=roles, settings=self._settings, watches_silence=False)
+        scheduler = instances[0].spec.scheduler
+        header = RouterHeader(instances=roles, settings=self._settings, scheduler=scheduler, watches_silence=False)
         self._core = RouterCore(header)
         if self._log is not None:
             self._recorder = self._log.router(header)
@@ -113,6 +118,8 @@ class SimulatedRouter:
                 num_tokens=request.prompt_len,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                tenant=request.tenant,
+                objectives=request.objectives,
                 block_hashes=request.prompt_names(self._block_size),
             )
         )
@@ -208,6 +215,10 @@ class SimulatedRouter:
                 self._end(request_id, Outcome.FAILED, now, detail, reason)
             case Refuse(request_id=request_id, detail=detail):
                 self._end(request_id, Outcome.REFUSED, now, detail)
+            case PathEnded(request_id=request_id):
+                self._requests[request_id].path_ended = output
+            case Degrade(request_id=request_id):
+                self._requests[request_id].objectives = BEST_EFFORT
             case Resume(request_id=request_id, epoch=epoch):
                 self._requests[request_id].resume(epoch, now)
             case WakeAt(time_s=time_s):

@@ -58,8 +58,6 @@ class Transfer:
     def __init__(self, num_bytes: int, clock: Clock, on_end: Callable[["Transfer"], None]) -> None:
         self.num_bytes = num_bytes
         """Of the blocks in the pool."""
-        self.num_wire_bytes = num_bytes
-        """Which the link carried for them."""
         self.num_repeated = 0
         """Blocks that were read again because they came with another digest."""
         self.codec = KvCodec.RAW

@@ -17,6 +17,7 @@ from scripted_router import Script, ScriptedRouter
 from disagg.base.config import ServeSettings
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
+from disagg.models.tool_calls.syntax import syntax_of
 from disagg.serve.api.admin import Operator
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
@@ -61,6 +62,7 @@ def served_model(tokenizer: Tokenizer) -> ServedModel:
         eos_token_ids=(EOS,),
         vocab_size=tokenizer.vocab_size,
         block_size=32,
+        syntax=syntax_of(TEMPLATE),
     )
 
 
@@ -72,6 +74,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
         async def start(
             script: Script | None = None,
             api_key: str | None = None,
+            further_keys: tuple[str, ...] = (),
             settings: ServeSettings = DEFAULTS,
             max_connections: int = 1000,
             preparers: Preparers | None = None,
@@ -86,7 +89,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
                 ServerMetrics("tiny"),
                 operator=operator,
                 preparers=preparers,
-                api_key=api_key,
+                api_keys=() if api_key is None else (api_key, *further_keys),
                 cors_origins=settings.cors_origin,
                 traces=traces,
             )

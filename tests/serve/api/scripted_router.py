@@ -22,14 +22,14 @@ PAIR = ServedBy(InstanceId("prefill-0"), InstanceId("decode-0"))
 Script = Callable[[GenerationRequest], Sequence[int]]
 
 
-def facts() -> InstanceFacts:
+def facts(max_model_len: int = MAX_MODEL_LEN) -> InstanceFacts:
     return InstanceFacts(
         pid=1,
         device="cpu",
         kernel_backend="native",
         num_blocks=100,
         block_size=32,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         vocab_size=258,
         weight_bytes=1,
         kv_bytes=1,
@@ -103,6 +103,7 @@ class ScriptedRouter:
     gate: asyncio.Semaphore | None = None
     live: bool = True
     instance_wait_s: float = 20.0
+    max_model_len: int = MAX_MODEL_LEN
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -142,7 +143,7 @@ class ScriptedRouter:
                 instance=InstanceId(f"{role.value}-0"),
                 role=role,
                 state=state,
-                facts=facts() if self.live else None,
+                facts=facts(self.max_model_len) if self.live else None,
                 load=load,
                 detail="" if self.live else "reading weights",
             )

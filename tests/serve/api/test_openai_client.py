@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 from api_site import ANSWER, BOS, EOS, Serve, ids_of
-from scripted_router import NUM_CACHED
+from scripted_router import MAX_MODEL_LEN, NUM_CACHED
 
 from disagg.base.errors import InstanceLostError, OverloadedError, RequestTimeoutError, UnavailableError
 
@@ -286,3 +286,47 @@ async def test_an_api_key_is_asked_for(serve: Serve) -> None:
         with pytest.raises(openai.AuthenticationError, match="wrong API key"):
             await stranger.chat.completions.create(**CHAT)
     assert site.router.requests == []
+
+
+async def test_prompt_logprobs_as_vllm_has_them(serve: Serve) -> None:
+    site = await serve()
+    extra = {"prompt_logprobs": 1}
+    answer = await site.client.completions.create(model="tiny", prompt=[97, 98], max_tokens=1, extra_body=extra)
+    expected = [None, {"98": {"logprob": -0.5, "rank": 1, "decoded_token": "b"}}]
+    assert answer.choices[0].prompt_logprobs == expected  # type: ignore[attr-defined]
+    chat = await site.client.chat.completions.create(**CHAT, max_tokens=1, extra_body=extra)
+    assert len(chat.prompt_logprobs) == len(site.router.requests[1].prompt_token_ids)  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError, match="whole answers alone"):
+        await site.client.chat.completions.create(**CHAT, stream=True, extra_body=extra)
+
+
+async def test_prompts_are_cut_from_the_left(serve: Serve) -> None:
+    site = await serve()
+    for wanted, kept in ((2, [98, 99]), (-1, [97, 98, 99])):
+        extra = {"truncate_prompt_tokens": wanted}
+        asked = {"model": "tiny", "prompt": [97, 98, 99], "max_tokens": 1, "echo": True}
+        answer = await site.client.completions.create(**asked, extra_body=extra)
+        assert site.router.requests[-1].prompt_token_ids == tuple(kept)
+        assert answer.choices[0].text == bytes(kept).decode() + ANSWER[0]
+    await site.client.completions.create(
+        model="tiny", prompt=[97] * 1000, max_tokens=6, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert len(site.router.requests[-1].prompt_token_ids) == MAX_MODEL_LEN - 6
+    for wanted in (0, MAX_MODEL_LEN):
+        extra = {"truncate_prompt_tokens": wanted}
+        with pytest.raises(openai.BadRequestError, match="'truncate_prompt_tokens' is"):
+            await site.client.completions.create(model="tiny", prompt="x", extra_body=extra)
+
+
+async def test_words_and_tokens_that_may_and_may_not_come(serve: Serve) -> None:
+    site = await serve()
+    extra: dict[str, Any] = {"bad_words": ["ab", " c"], "allowed_token_ids": [1, 2]}
+    await site.client.completions.create(model="tiny", prompt="x", max_tokens=1, extra_body=extra)
+    sampling = site.router.requests[0].sampling
+    assert sampling.bad_words == ((97, 98), (32, 99))
+    assert sampling.allowed_token_ids == (1, 2)
+    extra = {"allowed_token_ids": [300]}
+    with pytest.raises(openai.BadRequestError, match="'allowed_token_ids': token id 300 is outside"):
+        await site.client.completions.create(model="tiny", prompt="x", extra_body=extra)
+    with pytest.raises(openai.BadRequestError, match="'suffix' is not supported"):
+        await site.client.completions.create(model="tiny", prompt="x", suffix="y")

@@ -65,19 +65,18 @@ def test_a_malformed_body_is_refused(body: bytes, words: str) -> None:
         ({"stop": "a" * 1001}, "'stop': expected str of length <= 1000", "stop"),
         ({"stop": ["a", "a" * 1001]}, r"'stop\[1\]': expected str of length <= 1000", "stop"),
         ({"stop_token_ids": [1] * 257}, "'stop_token_ids': expected array of length <= 256", "stop_token_ids"),
-        ({"tools": [{}], "tool_choice": "auto"}, "'tools' is not supported", "tools"),
-        (
-            {"messages": [{"role": "tool", "tool_call_id": "x"}]},
-            r"unknown parameter 'messages\[0\].tool_call_id'",
-            "messages",
-        ),
+        ({"tools": [{}], "tool_choice": "auto"}, r"missing parameter 'tools\[0\].type'", "tools"),
         ({"stream_options": {"foo": 1}}, "unknown parameter 'stream_options.foo'", "stream_options"),
         ({"logit_bias": {"5": 101}}, "expected float <= 100", "logit_bias"),
         ({"stream": "yes"}, "'stream': expected bool.*got \"yes\"", "stream"),
         ({"guidance": 3}, "unknown parameter 'guidance'", "guidance"),
-        ({"tools": [{"type": "function"}]}, r"'tools' is not supported, got .*give \[\]", "tools"),
-        ({"tool_choice": "required"}, "'tool_choice' is not supported, got \"required\"", "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported", "response_format"),
+        ({"tools": [{"type": "function"}]}, r"missing parameter 'tools\[0\].function'", "tools"),
+        ({"tools": [{"type": "custom"}]}, r"'tools\[0\].type': .*got \"custom\"", "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, r"'tools\[0\].function.name'", "tools"),
+        ({"tool_choice": "perhaps"}, "'tool_choice': .*got \"perhaps\"", "tool_choice"),
+        ({"response_format": {"type": "json"}}, "'response_format.type': .*got \"json\"", "response_format"),
+        ({"structured_outputs": {"yaml": 1}}, "unknown parameter 'structured_outputs.yaml'", "structured_outputs"),
+        ({"guided_choice": []}, "'guided_choice': expected array of length >= 1", "guided_choice"),
         ({"messages": []}, "'messages': expected array of length >= 1", "messages"),
         ({"messages": [{"role": "user", "cargo": 1}]}, r"unknown parameter 'messages\[0\].cargo'", "messages"),
     ],
@@ -137,8 +136,9 @@ def test_what_is_not_supported_is_taken_unused_and_refused_used(name: str) -> No
 
 
 def test_no_parameter_is_both_served_and_in_a_table() -> None:
-    served = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
-    assert not served & (IGNORED | NEUTRAL.keys())
+    of_completions, of_chats = {*CompletionRequest.__struct_fields__}, {*ChatCompletionRequest.__struct_fields__}
+    assert not of_completions & (IGNORED | NEUTRAL.keys())
+    assert of_chats & (IGNORED | NEUTRAL.keys()) == {"tools", "tool_choice", "parallel_tool_calls"}, "of chats alone"
     assert not IGNORED & NEUTRAL.keys()
 
 

@@ -19,7 +19,7 @@ USER = {"role": "user", "content": "Hi"}
 def rendered(model: ServedModel, messages: list[dict[str, Any]], **fields: Any) -> str:
     body = json.dumps({"messages": messages, **fields}).encode()
     request = decode_body(body, ChatCompletionRequest)
-    return model.tokenizer.decode(chat_prompt(request, model, 10_000).token_ids, skip_special_tokens=False)
+    return model.tokenizer.decode(chat_prompt(request, model, 10_000).prompt.token_ids, skip_special_tokens=False)
 
 
 def prompts(model: ServedModel, prompt: Any, max_model_len: int = 10_000, **fields: Any) -> list[tuple[int, ...]]:

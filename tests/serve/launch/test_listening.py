@@ -70,3 +70,19 @@ def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigurationError, match="TMPDIR"), private_endpoint():
         pass
     assert not list(long.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("::1", "http://[::1]:"), ("[::1]", "http://[::1]:"), ("::", "http://[::1]:")]
+)
+def test_ipv6_has_brackets_in_its_url(host: str, shown: str) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    try:
+        bound = listen(ServeSettings(host=host, port=0))
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+    with bound:
+        assert url_of(bound).startswith(shown)
+        with socket.create_connection(("::1", bound.getsockname()[1]), timeout=5.0) as client:
+            assert client.family == socket.AF_INET6

@@ -48,6 +48,7 @@ from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.interface import Router, ServedBy
 from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.sink import NullSink
 from disagg.serve.router.watcher import NullWatcher
 
 PAIR = {InstanceId("prefill-0"): Role.PREFILL, InstanceId("decode-0"): Role.DECODE}
@@ -62,7 +63,7 @@ class ManualClock:
         return self.now_s
 
 
-class Tally(NullWatcher):
+class Tally(NullSink, NullWatcher):
     """A sink and watcher that remembers everything it is told."""
 
     def __init__(self) -> None:

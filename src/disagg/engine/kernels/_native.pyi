@@ -51,6 +51,7 @@ class Kernels:
     def draw(
         self, logits: int, settings: DrawSettings, tokens: int, rows: int, width: int, num_threads: int
     ) -> None: ...
+    def forbid(self, logits: int, allowed: int, numbers: int, count: int, width: int, num_threads: int) -> None: ...
 
 class Linear:
     def __init__(

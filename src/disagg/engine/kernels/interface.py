@@ -193,3 +193,9 @@ class ChoosesTokens(Protocol):
 
         Tokens with log-probabilities above ``head_floor`` are likely, see the sampler.
         """
+
+    def forbid(self, logits: torch.Tensor, rows: npt.NDArray[np.int64], allowed: npt.NDArray[np.uint32]) -> None:
+        """Give minus infinity to what is not allowed, in place.
+
+        ``allowed`` [len(rows), vocab / 32, rounded up] has a bit for each token, the lowest of a word first.
+        """

@@ -222,6 +222,17 @@ class NativeBackend:
         )
         return tokens
 
+    def forbid(self, logits: torch.Tensor, rows: npt.NDArray[np.int64], allowed: npt.NDArray[np.uint32]) -> None:
+        """See ``ChoosesTokens``."""
+        num_rows, width = logits.shape
+        check_tensor(logits, logits.dtype, num_rows * width)
+        count = len(rows)
+        if count and not 0 <= rows.min() <= rows.max() < num_rows:
+            raise ValueError(f"rows {rows.tolist()} are not all of {num_rows}")
+        numbers = _address(rows, np.int64, count)
+        bits = _address(allowed.reshape(-1), np.uint32, count * -(-width // 32))
+        self._kernels[logits.dtype].forbid(logits.data_ptr(), bits, numbers, count, width, torch.get_num_threads())
+
     def _pack(
         self,
         weight: torch.Tensor,

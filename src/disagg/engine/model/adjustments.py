@@ -4,6 +4,7 @@ Every adjustment touches a few tokens of a row, so each is one gather and one sc
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,21 @@ import torch
 from disagg.base.sampling import SamplingParams
 
 
+class AllowsTokens(Protocol):
+    """What a grammar says of the next token of its sequence."""
+
+    failure: str
+    """Why it allows none any more, if so."""
+
+    def fill(self, allowed: npt.NDArray[np.uint32]) -> None:
+        """Set the bits of the tokens that may come next, and no others."""
+
+
 class SamplingRow:
     """What sampling knows of one sequence. Made once per sequence; ``append`` keeps it up to date.
 
     ``position`` is the index that the next token will have: the number of tokens so far. Token ids (those of
-    ``logit_bias`` included) must be below the vocabulary's size.
+    ``logit_bias`` included) must be below the vocabulary's size. ``grammar`` keeps itself up to date.
     """
 
     def __init__(
@@ -25,8 +36,11 @@ class SamplingRow:
         prompt_token_ids: Sequence[int],
         output_token_ids: Sequence[int] = (),
         eos_token_ids: Sequence[int] = (),
+        grammar: AllowsTokens | None = None,
     ) -> None:
         self.params = params
+        self.grammar = grammar
+        self.restriction = _Restriction(params) if params.allowed_token_ids or params.bad_words else None
         self.position = len(prompt_token_ids)
         self.num_output_tokens = 0
         self.end_token_ids = np.unique(np.asarray([*eos_token_ids, *params.stop_token_ids], dtype=np.int64))
@@ -41,6 +55,22 @@ class SamplingRow:
         self.num_output_tokens += 1
         if self.seen is not None:
             self.seen.count(token_id)
+        if self.restriction is not None:
+            self.restriction.append(token_id)
+
+    @property
+    def restricts(self) -> bool:
+        """Whether only some tokens may be chosen; ``fill`` says which."""
+        return self.grammar is not None or self.restriction is not None
+
+    def fill(self, allowed: npt.NDArray[np.uint32]) -> None:
+        """Set the bits of the tokens that may be chosen, the lowest of a word first, and no others."""
+        if self.grammar is not None:
+            self.grammar.fill(allowed)
+        else:
+            allowed.fill(0xFFFFFFFF)
+        if self.restriction is not None:
+            self.restriction.narrow(allowed)
 
     @property
     def adjusts(self) -> bool:
@@ -57,6 +87,8 @@ class SamplingRow:
 
         Then all logits that they do not touch are sound, if there are any.
         """
+        if self.restricts:
+            return True
         if not self.adjusts:
             return False
         touched = [token_id for token_id, _ in self.params.logit_bias]
@@ -65,6 +97,30 @@ class SamplingRow:
         others = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
         others[touched] = False
         return not bool(others.any()) or bool(logits[others].max().isfinite())
+
+
+class _Restriction:
+    """``allowed_token_ids`` and ``bad_words`` of one sequence, and as much of its output's end as these look at."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._allowed_ids = np.array(params.allowed_token_ids, dtype=np.int64)
+        self._bad_words = params.bad_words
+        self._num_remembered = max(map(len, params.bad_words), default=1) - 1
+        self._end: tuple[int, ...] = ()
+
+    def append(self, token_id: int) -> None:
+        self._end = (*self._end, token_id)[-self._num_remembered :] if self._num_remembered else ()
+
+    def narrow(self, allowed: npt.NDArray[np.uint32]) -> None:
+        """Clear the bits of tokens that may not be chosen."""
+        if self._allowed_ids.size:
+            listed = np.zeros_like(allowed)
+            bits = np.left_shift(np.uint32(1), (self._allowed_ids & 31).astype(np.uint32))
+            np.bitwise_or.at(listed, self._allowed_ids >> 5, bits)
+            allowed &= listed
+        for word in self._bad_words:
+            if word[:-1] == self._end[len(self._end) - len(word) + 1 :]:
+                allowed[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
 
 
 class _SeenTokens:

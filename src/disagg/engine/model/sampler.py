@@ -62,6 +62,9 @@ def sample(
     if any(row.adjusts for row in rows):
         logits = logits.clone() if raw is logits and reported else logits.float()
         adjust_logits(logits, rows)
+    if restricted := [index for index, row in enumerate(rows) if row.restricts]:
+        logits = logits.clone() if raw is logits and reported else logits
+        _forbid(logits, rows, restricted, chooser)
     token_ids = _choose(logits, rows, chooser)
     if not reported:
         return [SampledToken(token_id) if token_id != NOT_FINITE else None for token_id in token_ids]
@@ -72,6 +75,26 @@ def sample(
         SampledToken(token_id, of_row.get(index)) if token_id != NOT_FINITE else None
         for index, token_id in enumerate(token_ids)
     ]
+
+
+def _forbid(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], restricted: Sequence[int], chooser: ChoosesTokens | None
+) -> None:
+    """Give minus infinity to all tokens that the rows numbered ``restricted`` do not allow, in place.
+
+    On an accelerator the forward pass is still at work while the bits are found.
+    """
+    allowed = np.zeros((len(restricted), -(-logits.shape[1] // 32)), dtype=np.uint32)
+    for bits, index in zip(allowed, restricted, strict=True):
+        rows[index].fill(bits)
+    numbers = np.array(restricted, dtype=np.int64)
+    if chooser is not None:
+        chooser.forbid(logits, numbers, allowed)
+        return
+    each = np.unpackbits(allowed.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    forbidden = torch.from_numpy(~each).to(logits.device)
+    of_rows = torch.from_numpy(numbers).to(logits.device)
+    logits[of_rows] = logits[of_rows].masked_fill(forbidden, float("-inf"))
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:

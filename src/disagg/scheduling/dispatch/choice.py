@@ -13,10 +13,11 @@ computes it again, from its known tokens on.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
+from disagg.scheduling.dispatch.actions import FailReason
 from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_added, start_cost
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
@@ -36,7 +37,7 @@ def choose_start(
         return choose_decode(instances, sequence) if sequence.is_resumed else None
     if pair is None:
         return colocated
-    if append_turns:
+    if append_turns and sequence.held:
         append = choose_append(sequence, _fitting(instances, Role.DECODE, sequence))
         if append is not None and append[1] < pair.first_token_cost:
             return append[0]
@@ -60,7 +61,7 @@ def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) 
     return choose_decode(others, sequence) or _least_held(_fitting(others, Role.COLOCATED, sequence), sequence)
 
 
-def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
@@ -68,11 +69,13 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
         return not present.isdisjoint((Role.DECODE, Role.COLOCATED))
-    return serves_requests(present) or (sequence.is_resumed and Role.DECODE in present)
+    return serves_requests(present, strict_roles=strict_roles) or (sequence.is_resumed and Role.DECODE in present)
 
 
-def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True unless all instances that could serve the sequence in its state are known to be too small for it."""
+    if sequence.lease is None and not strict_roles:
+        return any(entry.can_hold(sequence.max_total_tokens) for entry in instances if entry.will_take)
     holds = {
         role: any(
             entry.can_hold(_needed(role, sequence)) for entry in instances if entry.role is role and entry.will_take
@@ -85,8 +88,22 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
     return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
+def why_unplaceable(
+    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool
+) -> tuple[FailReason, str] | None:
+    """Return why a sequence that no instance can take now need not wait for one; None where it may."""
+    known = ", ".join(entry.describe() for entry in instances)
+    if not can_be_served(instances, sequence, strict_roles=strict_roles):
+        return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({known})"
+    if not can_be_held(instances, sequence, strict_roles=strict_roles):
+        return FailReason.TOO_LONG, (
+            f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
+            f"can hold ({known}); ask for fewer tokens or raise --kv-memory"
+        )
+    return None
+
+
+class _Pair(NamedTuple):
     """A prefill instance and what comes after it, with the tokens to be computed until the first token, and in all.
 
     ``must_wait``: the decode instance is still to come up.

@@ -6,7 +6,8 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import FailureKind
+from disagg.base.messages import CostsLearned, FailureKind, StepLimits
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.step.events import Tick
 
@@ -24,6 +25,10 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     max_total_tokens: int
     priority: int = 0
     """Lower is served earlier among those that wait."""
+    tenant: str = ""
+    """Who shares fairly with others of other names."""
+    objectives: Objectives = Objectives()
+    """What is missing here is as the server says."""
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of the full KV blocks of its known tokens."""
 
@@ -66,6 +71,8 @@ class PullEnded(DispatchEvent, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
+    duration_s: float | None = None
+    """Of the copying; None where the blocks did not arrive."""
 
 
 class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
@@ -139,6 +146,9 @@ class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
 
     instance: InstanceId
     max_total_tokens: int
+    pool_tokens: int | None = None
+    """Tokens of its KV pool."""
+    limits: StepLimits = StepLimits()
 
 
 class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
@@ -149,7 +159,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
-AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
+class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
+    """``lesson.instance`` has learned what its steps cost."""
+
+    lesson: CostsLearned
+
+
+AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
 AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted

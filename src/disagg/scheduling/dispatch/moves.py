@@ -8,7 +8,9 @@ live migration). An answer stays where it is while no other instance can take it
 import enum
 from collections.abc import Iterable
 
+from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.scheduling.dispatch.actions import SendMigrate
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry, Whereabouts
@@ -60,3 +62,9 @@ def is_only_with_visited(fleet: Fleet, sequence: SequenceEntry) -> bool:
         entry.instance in sequence.visited and entry.role is not Role.PREFILL and entry.will_take
         for entry in fleet.entries
     )
+
+
+def migrate(sequence: SequenceEntry, source: InstanceId, now: float) -> SendMigrate:
+    """Let the source offer a running sequence, after its next token."""
+    sequence.move(Whereabouts.MIGRATING, now, f"{source} gives it away")
+    return SendMigrate(request_id=sequence.request_id, epoch=sequence.epoch, instance=source)

@@ -7,6 +7,7 @@ another instance holds is pulled where that beats computing it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final
 
 from disagg.base.config import CacheRouting
@@ -17,6 +18,7 @@ from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 PULL_COST: Final = 1 / 16
 """Tokens computed in the time that one token's KV travels: a cautious guess. A 70B model on 8 H100 prefills a token in
 about 100 us, whose 320 KB take 6 us at 50 GB/s."""
+_NONE_HELD: Final[Mapping[InstanceId, HeldPrefix]] = MappingProxyType({})
 MIN_LOAN: Final = 128
 """Fewer tokens are not worth the messages."""
 BUSY_COST: Final = 2.0
@@ -27,8 +29,8 @@ def held_prefixes(
     index: PrefixIndex, names: Sequence[BlockHash], routing: CacheRouting
 ) -> Mapping[InstanceId, HeldPrefix]:
     """Return who holds how much of a sequence's beginning, as far as dispatch is to know."""
-    if routing is CacheRouting.BLIND:
-        return {}
+    if not names or routing is CacheRouting.BLIND:
+        return _NONE_HELD
     held = index.find(names)
     if routing is CacheRouting.AFFINITY:
         return {instance: replace(prefix, num_in_pool=0) for instance, prefix in held.items()}
@@ -42,6 +44,8 @@ def choose_lender(
 
     The one that holds most of it in its pool; of equals the one with the fewest sequences.
     """
+    if not sequence.held:
+        return None
     lender = max(
         (entry for entry in instances if entry is not borrower and entry.is_alive),
         key=lambda entry: (_num_lent(entry, sequence), -entry.num_sequences),

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from disagg.base.config import MAX_OVERTAKE_S
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.messages import CostsLearned, StepLimits
+from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix
+from disagg.scheduling.dispatch.forecast import Forecast
 
 
 class Whereabouts(enum.Enum):
@@ -93,8 +97,30 @@ class InstanceState(enum.Enum):
 
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
+_MEMORY_S: Final = 20.0
+"""For which work that came is remembered."""
 COMING: Final = frozenset({InstanceState.STARTING, InstanceState.LOST})
 """States from which an instance will be ready."""
+
+
+@dataclass(slots=True)
+class RecentWork:
+    """How much work came in a second, lately."""
+
+    _work_s: float = 0.0
+    _seen_s: float = -math.inf
+
+    def add(self, work_s: float, now: float) -> None:
+        """Take account of work that came now."""
+        self._work_s = self._left(now) + work_s
+        self._seen_s = now
+
+    def share(self, now: float) -> float:
+        """Return the seconds of work in a second."""
+        return self._left(now) / _MEMORY_S
+
+    def _left(self, now: float) -> float:
+        return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
 
 
 @dataclass(slots=True)
@@ -112,6 +138,23 @@ class InstanceEntry:
     """Tokens of the sequences whose KV blocks it holds or is about to."""
     is_cordoned: bool = False
     """An operator has it drained: it stays so through deaths."""
+    prefill_squares: int = 0
+    """Squares of those numbers of tokens, in sum, and of how many sequences they are."""
+    num_prefills: int = 0
+    prefilling_since_s: float = 0.0
+    """When the first of them could begin."""
+    answers: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Sequences that it decodes, or is about to."""
+    prefill_work: RecentWork = field(default_factory=RecentWork)
+    """Seconds of prefill that it was given."""
+    expected: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Sequences that are being prefilled elsewhere, to be handed over to it, and their tokens in sum."""
+    expected_tokens: int = 0
+    pool_tokens: int | None = None
+    """Tokens of its KV pool; unknown until it was up once."""
+    limits: StepLimits = field(default_factory=StepLimits)
+    lesson: CostsLearned | None = None
+    """What it said last of the cost of its steps."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 
@@ -130,6 +173,11 @@ class InstanceEntry:
         """True when it takes new sequences, now or once it is up."""
         return self.state is InstanceState.READY or self.is_coming
 
+    @property
+    def num_decodes(self) -> int:
+        """How many sequences it decodes, or is about to."""
+        return len(self.answers)
+
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""
         return self.capacity is None or num_tokens <= self.capacity
@@ -146,6 +194,7 @@ class Charge:
 
     prefill_tokens: int = 0
     kv_tokens: int = 0
+    is_decoding: bool = False
 
 
 @dataclass(slots=True)
@@ -162,6 +211,24 @@ class SequenceEntry:
     """Position in the order of arrival."""
     arrived_s: float
     deadline_s: float
+    tenant: str = ""
+    objectives: Objectives = field(default_factory=Objectives)
+    rank: tuple[int, float, int] = (0, 0.0, 0)
+    """Its place among those of its tenant that wait."""
+    is_best_effort: bool = False
+    """It was predicted to miss, and is served when others leave time."""
+    chosen: Forecast | None = None
+    """The path that it was given last, where predictions decided, and the best of the others then."""
+    other: Forecast | None = None
+    expected: tuple[InstanceId, int] | None = None
+    """Who is expected to go on with it, and with how many tokens, until somebody does."""
+    started_s: float = math.nan
+    """When it was given to an instance last."""
+    first_token_s: float = math.nan
+    last_token_s: float = math.nan
+    num_answer_tokens: int = 0
+    hand_over_s: float | None = None
+    """How long its KV blocks travelled, once they have."""
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
@@ -212,6 +279,30 @@ class SequenceEntry:
         self.is_resumed = True
         self.visited = set()
         self.wait_until_s = math.inf
+
+    def assign(self, instance: InstanceId, chosen: Forecast | None, other: Forecast | None, now: float) -> None:
+        """Let an instance start it, by these predictions."""
+        self.holder = instance
+        self.chosen, self.other, self.started_s = chosen, other, now
+
+    def degrade(self) -> None:
+        """Make it one that is served when others leave time, and at the latest so much later."""
+        self.is_best_effort, self.objectives = True, BEST_EFFORT
+        priority, rank_s, order = self.rank
+        self.rank = (priority, rank_s + MAX_OVERTAKE_S, order)
+
+    def note_tokens(self, count: int, now: float) -> None:
+        """Take account of tokens of the answer."""
+        if not self.num_answer_tokens:
+            self.first_token_s = now
+        self.last_token_s = now
+        self.num_answer_tokens += count
+
+    @property
+    def loss_story(self) -> str:
+        """Why it is given up for what died with it, in words."""
+        number, story = len(self.losses), "; ".join(self.losses)
+        return f"the request was on {number} instance(s) that died, which is the limit (--max-instance-losses): {story}"
 
     def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
         """Remember that an instance died while the sequence was on it."""

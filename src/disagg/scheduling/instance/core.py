@@ -8,13 +8,14 @@ model: one state machine, handed instructions to by several kinds of worker.)
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import assert_never
+from typing import Final, assert_never
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
+    CostsLearned,
     Failed,
     FailureKind,
     InstanceLoad,
@@ -81,6 +82,10 @@ from disagg.scheduling.step.events import (
 )
 from disagg.scheduling.step.scheduler import StepScheduler
 
+_FIRST_LESSON: Final = 4
+"""Steps after which the router is told what was learned; then at twice as many, or after ``_LESSON_EVERY`` more."""
+_LESSON_EVERY: Final = 64
+
 
 class InstanceCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
@@ -94,11 +99,13 @@ class InstanceCore:
             header.prefix_caching,
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
-            times=None if header.latency is None else StepTimes(header.latency),
+            times=self._given_times(header),
             medium=header.medium,
             disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
+        self._lesson_at = _FIRST_LESSON if header.settings.tells_costs else math.inf
         self._sequences: dict[RequestId, Tracked] = {}
+        self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
         self._not_scheduled: set[RequestId] = set()
         """No step of theirs has begun here."""
@@ -138,9 +145,9 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
-        kv_events, owners = self._scheduler.take_kv_events()
-        if kv_events:
-            self._tell_kv_events(kv_events, owners, 0)
+        self._tell_costs()
+        if self._journal.has_news:
+            self._tell_kv_events(*self._journal.take(), 0)
         return outputs
 
     @property
@@ -185,6 +192,27 @@ class InstanceCore:
         if not self._silent:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
+
+    @staticmethod
+    def _given_times(header: InstanceHeader) -> StepTimes | None:
+        if header.latency is None:
+            return None
+        return StepTimes(header.latency, always_learns=header.settings.tells_costs)
+
+    def _tell_costs(self) -> None:
+        times = self._scheduler.times
+        if times is None or times.num_steps < self._lesson_at:
+            return
+        self._lesson_at = times.num_steps + min(times.num_steps, _LESSON_EVERY)
+        self._outputs.append(
+            CostsLearned(
+                instance=self._header.instance,
+                incarnation=self._header.incarnation,
+                costs=times.costs(),
+                num_prefill_steps=times.num_prefill_steps,
+                num_decode_steps=times.num_steps - times.num_prefill_steps,
+            )
+        )
 
     # In: from messages and results to the scheduler's events --------------------------------------------------
 

@@ -10,10 +10,21 @@ from typing import Final, assert_never
 import msgspec
 from msgspec import structs
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import (
+    CostsLearned,
+    Failed,
+    KvEvents,
+    KvOffer,
+    Loading,
+    LoadReport,
+    NotHeld,
+    Offered,
+    Pulled,
+    Ready,
+)
 from disagg.base.request import Role
 from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
@@ -36,6 +47,7 @@ from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     ChangeRole,
+    CostsKnown,
     Drain,
     InstanceDown,
     InstanceUp,
@@ -82,6 +94,8 @@ from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
+_FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
+
 
 class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """Everything that the core of the router is made from, at ``started_s``.
@@ -91,6 +105,8 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     instances: dict[InstanceId, Role]
     settings: RouterSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    """What the instances are told in common."""
     started_s: float = 0.0
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
@@ -103,9 +119,10 @@ class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
+        self._strict_roles = header.settings.strict_roles
         self._watches_silence = header.watches_silence
         self._prefixes = PrefixIndex()
-        self._dispatcher = Dispatcher(header.instances, header.settings, self._prefixes)
+        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -128,7 +145,10 @@ class RouterCore:
 
     def can_serve(self) -> bool:
         """True when ready instances can serve a request from prompt to last token."""
-        return serves_requests(self._members.roles({InstanceState.READY}))
+        return self._serves(self._members.roles({InstanceState.READY}))
+
+    def _serves(self, roles: set[Role]) -> bool:
+        return serves_requests(roles, strict_roles=self._strict_roles)
 
     def validate(self) -> None:
         """Raise InternalError unless all books agree."""
@@ -183,9 +203,7 @@ class RouterCore:
             return
         self._dispatch_from(member, event)
 
-    def _on_message(
-        self, member: Member, message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
-    ) -> None:
+    def _on_message(self, member: Member, message: Loading | Ready | _FromReady) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
             member.detail = message.stage
@@ -196,7 +214,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents) -> None:
+    def _take(self, member: Member, message: _FromReady) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -222,13 +240,20 @@ class RouterCore:
                         num_repeated=message.num_repeated,
                     )
                 )
-                self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
+                duration_s = None if message.failure else message.duration_s
+                ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
+                self._dispatch_from(member, ended)
             case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
                 failed = SequenceFailed(request_id=request_id, epoch=epoch, instance=instance, kind=kind, detail=detail)
                 self._dispatch_from(member, failed)
             case LoadReport():
                 if message.incarnation == member.incarnation:
                     member.load = message.load
+                else:
+                    self._drop(member, DropReason.STALE)
+            case CostsLearned():
+                if (message.instance, message.incarnation) == (instance, member.incarnation):
+                    self._dispatch(CostsKnown(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
             case KvEvents():
@@ -267,7 +292,14 @@ class RouterCore:
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
         self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
-        self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
+        self._dispatch(
+            InstanceUp(
+                instance=member.instance,
+                max_total_tokens=capacity,
+                pool_tokens=facts.num_blocks * facts.block_size,
+                limits=facts.limits,
+            )
+        )
         self._outputs.append(InstanceWelcomed(instance=member.instance))
         if facts.num_saved_blocks:
             self._outputs.append(AskForBlocks(instance=member.instance))
@@ -288,7 +320,7 @@ class RouterCore:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
             return
         left = self._members.roles({InstanceState.READY, InstanceState.DRAINING, *COMING})
-        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not serves_requests(left)))
+        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not self._serves(left)))
 
     def _broke_protocol(self, member: Member, how: str) -> None:
         self._declare_lost(member, f"it broke the protocol: {how}")

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import InstanceId
-from disagg.base.messages import Failed, KvEvents, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import CostsLearned, Failed, KvEvents, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
 from disagg.scheduling.dispatch.events import (
     ChangeRole,
     Drain,
@@ -26,7 +26,7 @@ class InstanceSaid(RouterInput, frozen=True, kw_only=True):
     """A message of an instance, but for tokens: those are ``TokensEmitted``."""
 
     instance: InstanceId
-    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
+    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 
 class MalformedMessage(RouterInput, frozen=True, kw_only=True):

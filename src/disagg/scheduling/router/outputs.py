@@ -7,10 +7,13 @@ import msgspec
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
 from disagg.scheduling.dispatch.actions import (
+    Degrade,
     Deliver,
     Drained,
     Fail,
     Finish,
+    PathChosen,
+    PathEnded,
     Refuse,
     Resume,
     SendAbort,
@@ -150,6 +153,9 @@ AnyRouterOutput = (
     | Finish
     | Fail
     | Refuse
+    | Degrade
+    | PathChosen
+    | PathEnded
     | Resume
     | AnySend
     | MessageDropped

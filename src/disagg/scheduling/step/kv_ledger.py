@@ -219,8 +219,7 @@ class KvLedger:
         """Keep a block as it is while it is written to disk; None when it is not cached any more."""
         block = self.pool.find(name)
         if block is not None:
-            self.pool.acquire((block,))
-            self.pool.lease((block,))
+            self.pool.pin(block)
             self._saving[name] = block
         return block
 
@@ -269,7 +268,8 @@ class KvLedger:
         available = self.pool.num_available - (self.pool.num_cached_among(reusable) if reusable else 0)
         if missing + (self._headroom if keep_headroom else 0) > available:
             return None
-        self.pool.acquire(reusable)
+        if reusable:
+            self.pool.acquire(reusable)
         pulled = self.pool.reserve(num_pulled) if num_pulled else ()
         own = self.pool.allocate(missing - num_pulled) if missing > num_pulled else ()
         if pulled is None or own is None:
@@ -293,5 +293,4 @@ class KvLedger:
 
 def _targets(sequence: Sequence) -> tuple[BlockId, ...]:
     """Return the blocks that somebody else writes for a sequence."""
-    copied = tuple(copy.target for copy in sequence.copies)
-    return copied + tuple(load.target for load in sequence.loads)
+    return tuple([copy.target for copy in sequence.copies] + [load.target for load in sequence.loads])

@@ -20,7 +20,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
-from disagg.cache.journal import Owner
+from disagg.cache.journal import KvJournal
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
@@ -97,11 +97,13 @@ class StepScheduler:
             disk if disk is not None else DiskTier(0),
         )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
-        self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
+        is_asked = settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._times = times or (StepTimes() if is_asked else None)
         self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
         self._disk = DiskMoves(self._books)
         self._pool = self._books.ledger.pool
+        self._has_disk = self._books.ledger.disk.max_blocks > 0
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -121,7 +123,8 @@ class StepScheduler:
         self._hand_over.start_pulls()
         if not (books.num_pulling and books.settings.pull_before_step):
             self._start_steps()
-        self._disk.start_saves()
+        if self._has_disk:
+            self._disk.start_saves()
         return books.actions
 
     @property
@@ -130,13 +133,19 @@ class StepScheduler:
         return self._books.capacity
 
     @property
+    def times(self) -> StepTimes | None:
+        """What predicts steps and learns from them; None where nobody asked for it."""
+        return self._times
+
+    @property
     def num_held_blocks(self) -> int:
         """Blocks that are neither free nor merely cached."""
         return self._pool.num_held
 
-    def take_kv_events(self) -> tuple[tuple[AnyKvEvent, ...], tuple[Owner | None, ...]]:
-        """Return what became of the cached blocks since the last call, and of whose."""
-        return self._books.ledger.journal.take()
+    @property
+    def journal(self) -> KvJournal:
+        """What became of the cached blocks, for the router."""
+        return self._books.ledger.journal
 
     def all_cached(self) -> tuple[AnyKvEvent, ...]:
         """Return events that say all that is cached now; those before need not be told any more."""
@@ -353,12 +362,12 @@ class StepScheduler:
 
         That holds when the step is the only one and decodes every running sequence, and while blocks last, so that
         none is preempted. What waits then goes on waiting: it was left out of this step for want of a place or of
-        blocks, and neither becomes more by decoding. 0 as well where what a step takes decides about the next.
+        blocks, and neither becomes more by decoding. 0 as well where each step is learned from.
         """
         books = self._books
         if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
             return 0
-        if books.settings.scheduling is SchedulingMode.SLACK:
+        if books.settings.scheduling is SchedulingMode.SLACK or books.settings.tells_costs:
             return 0
         step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):

@@ -1,6 +1,7 @@
 """``/admin``: an operator looks at the instances, and adds, drains, removes or flips one while requests go on."""
 
 import ipaddress
+from collections.abc import Collection
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -73,9 +74,15 @@ class FlipBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Administration:
-    """Handlers of commands. Without ``has_key`` they answer this machine's own programs alone, and no web page."""
+    """Handlers of commands. Without ``has_key`` they answer this machine's own programs alone, and no web page.
 
-    def __init__(self, router: Router, operator: Operator, *, has_key: bool) -> None:
+    ``tenants`` have keys that give no commands.
+    """
+
+    def __init__(
+        self, router: Router, operator: Operator, *, has_key: bool, tenants: Collection[str] = frozenset()
+    ) -> None:
+        self._tenants = tenants
         self._router = router
         self._operator = operator
         self._has_key = has_key
@@ -128,6 +135,8 @@ class Administration:
     def _check_caller(self, request: Request) -> None:
         """Raise AuthenticationError for a caller who could not be asked for a key and may not go without one."""
         if self._has_key:
+            if request.scope.get("state", {}).get("tenant") in self._tenants:
+                raise AuthenticationError("a tenant's key gives no commands: send one of the server's own (--api-key)")
             return
         if not _is_local(request.client) or "origin" in request.headers:
             raise AuthenticationError(

@@ -30,6 +30,10 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
         """False when a client that did not ask for token ids would learn nothing: the text is held back."""
         return bool(self.text or self.logprobs or self.prompt_logprobs) or self.finish_reason is not None
 
+    def without_text(self) -> "Delta":
+        """Return what is left for a client where the text is held back."""
+        return msgspec.structs.replace(self, text="")
+
     @property
     def num_logprobs(self) -> int:
         """Log probabilities of the answer and of the prompt."""

@@ -1,7 +1,7 @@
 """The application: routes, and the handlers that turn errors into responses."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -21,6 +21,7 @@ from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.failures import as_disagg_error, error_response, plain_error_response
 from disagg.serve.api.gate import REQUEST_ID_HEADER, Gate
 from disagg.serve.api.generation import GenerationEndpoint
+from disagg.serve.api.inflate import Inflate
 from disagg.serve.api.jobs import JobFactory
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.observer import Accounts
@@ -39,22 +40,23 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     router: Router,
     model: ServedModel,
     metrics: ServerMetrics,
     *,
     operator: Operator | None = None,
     preparers: Preparers | None = None,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
+    tenant_keys: Mapping[str, str] | None = None,
     cors_origins: Sequence[str] = (),
     traces: "Traces | None" = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
-    With ``api_key``, everything but health, readiness, version, metrics and the pages needs it. Pages of
-    ``cors_origins`` may call it from a browser. ``clock`` must be the one that the router stamps timelines with.
+    With ``api_keys`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
+    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
     Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there. With
     ``operator``, ``/admin`` takes commands.
     """
@@ -62,10 +64,12 @@ def create_app(
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
     routes = _routes(router, model, Preparation(model, preparers), accounts)
     if operator is not None:
-        routes += Administration(router, operator, has_key=api_key is not None).routes()
+        routes += Administration(
+            router, operator, has_key=bool(api_keys or tenant_keys), tenants=set((tenant_keys or {}).values())
+        ).routes()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Gate, api_key=api_key)],
+        middleware=[Middleware(Gate, api_keys=api_keys, tenant_keys=tenant_keys), Middleware(Inflate)],
         exception_handlers=_exception_handlers(metrics),
     )
     if not cors_origins:
@@ -87,7 +91,9 @@ def _routes(router: Router, model: ServedModel, preparation: Preparation, accoun
     watching = Watching(router, model, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)
+    responses = GenerationEndpoint(jobs.response, router, accounts)
     return [
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", operations.models),

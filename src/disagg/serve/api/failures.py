@@ -54,7 +54,7 @@ def error_response(error: DisaggError) -> Response:
         headers["Retry-After"] = str(UNAVAILABLE_RETRY_S)
     elif isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(encode(_shape(error)), status, headers, media_type="application/json")
+    return Response(encode(ErrorResponse(error_body(error))), status, headers, media_type="application/json")
 
 
 def plain_error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -66,7 +66,7 @@ def plain_error_response(status: int, message: str, headers: dict[str, str] | No
 
 def error_event(error: DisaggError) -> bytes:
     """Return an error for a stream whose status is sent already, and the stream's end."""
-    return event(_shape(error)) + DONE
+    return event(ErrorResponse(error_body(error))) + DONE
 
 
 def as_disagg_error(error: Exception) -> DisaggError:
@@ -77,9 +77,10 @@ def as_disagg_error(error: Exception) -> DisaggError:
     return InternalError("internal error: the server's log has the details")
 
 
-def _shape(error: DisaggError) -> ErrorResponse:
+def error_body(error: DisaggError) -> ErrorBody:
+    """Return an error as clients see it, with OpenAI's types and codes."""
     status = http_status(error)
     code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), None)
     param = error.param if isinstance(error, InvalidRequestError) else None
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return ErrorResponse(ErrorBody(message=str(error), type=kind, param=param, code=code))
+    return ErrorBody(message=str(error), type=kind, param=param, code=code)

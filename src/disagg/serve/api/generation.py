@@ -5,19 +5,19 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from starlette.types import Receive, Scope, Send
 
 from disagg.base.errors import UnavailableError
 from disagg.base.objectives import Objectives
 from disagg.serve.api.answer import Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
-from disagg.serve.api.failures import as_disagg_error, error_event
+from disagg.serve.api.failures import as_disagg_error
 from disagg.serve.api.http import EventStream, read_body, send_json
 from disagg.serve.api.jobs import Job
 from disagg.serve.api.objectives import objectives_of_headers
 from disagg.serve.api.observer import Accounts, RequestObserver
-from disagg.serve.api.responses import DONE, PromptTokensDetails, Usage, encode, event
+from disagg.serve.api.responses import PromptTokensDetails, Usage, encode
 from disagg.serve.api.sequences import Arrival, RunningSequences
 from disagg.serve.api.shapes import ShownUsage
 from disagg.serve.router.interface import Router
@@ -62,7 +62,7 @@ class GenerationEndpoint:
         try:
             job = await self._read_job(receive, arrival_s, objectives_of_headers(scope))
             with RequestObserver(self._accounts, job, request_id, arrival_s, trace) as observer:
-                await self._answer(job, observer, receive, send)
+                await self._answer(job, observer, scope["state"].get("tenant", ""), receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
 
@@ -71,9 +71,12 @@ class GenerationEndpoint:
         body = await read_body(receive)
         return await self._make_job(body, arrival_s, longest_sequence(self._router), objectives)
 
-    async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
+    async def _answer(self, job: Job, observer: RequestObserver, tenant: str, receive: Receive, send: Send) -> None:
+        requests = [answer.request for answer in job.answers]
+        if tenant:  # a key says more than what a body calls itself
+            requests = [structs.replace(request, tenant=tenant) for request in requests]
         async with (
-            RunningSequences(self._router, [answer.request for answer in job.answers]) as running,
+            RunningSequences(self._router, requests) as running,
             noticing_disconnect(receive, running.cancel),
         ):
             observer.submitted(running.streams)
@@ -110,16 +113,12 @@ class Run:
 
         Before the first write, raises what a sequence met; later that becomes an event, since the status is sent.
         """
-        options = self._job.stream_options
-        assert options is not None, "a job that is not streamed"
         try:
             while arrivals := await self._running.take():
-                shown = [
-                    (delta, self._shown_usage()) for delta in self._deltas(arrivals) if self._job.shape.shows(delta)
-                ]
-                if shown:
-                    await events.write(await self._events(shown, is_first=not events.started))
-            await events.write((event(self._job.shape.closing(self._usage())) if options.include_usage else b"") + DONE)
+                deltas = [(delta, self._shown_usage()) for delta in self._deltas(arrivals)]
+                if written := await self._events(deltas, is_first=not events.started):
+                    await events.write(written)
+            await events.write(self._job.shape.ending(self._usage()))
         except ClientDisconnectedError:
             raise
         except Exception as error:
@@ -127,17 +126,18 @@ class Run:
                 raise
             failure = as_disagg_error(error)
             self._observer.failed_in_stream(failure)
-            await events.write(error_event(failure))
+            await events.write(self._job.shape.failure(failure))
         await events.end()
 
-    async def _events(self, shown: Sequence[tuple[Delta, ShownUsage]], *, is_first: bool) -> bytes:
-        openings = self._job.shape.openings(self._shown_usage()) if is_first else []
+    async def _events(self, deltas: Sequence[tuple[Delta, ShownUsage]], *, is_first: bool) -> bytes:
+        """Return the events of deltas, after those that a stream begins with; none where there is nothing to show."""
+        opening_usage = self._shown_usage()
 
         def write() -> bytes:
-            chunks = [self._job.shape.chunk(delta, usage) for delta, usage in shown]
-            return b"".join(event(one) for one in (*openings, *chunks))
+            chunks = b"".join(self._job.shape.chunk(delta, usage) for delta, usage in deltas)
+            return self._job.shape.openings(opening_usage) + chunks if is_first and chunks else chunks
 
-        return await _written(sum(delta.num_logprobs for delta, _ in shown), write)
+        return await _written(sum(delta.num_logprobs for delta, _ in deltas), write)
 
     def _deltas(self, arrivals: Iterable[Arrival]) -> Iterator[Delta]:
         """Turn outputs into deltas, count them, and end the sequences whose answers are complete."""

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from disagg.base.errors import InvalidRequestError
@@ -12,13 +12,17 @@ from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder
 from disagg.serve.api.answer import Answer
+from disagg.serve.api.chat_shape import ChatShape
+from disagg.serve.api.completion_shape import CompletionShape
 from disagg.serve.api.objectives import objectives_of_ms
 from disagg.serve.api.preparers import Preparation
+from disagg.serve.api.preparing import PreparedChat
 from disagg.serve.api.prompts import Prompt
+from disagg.serve.api.responses_api.shape import ResponsesShape
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
-from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
+from disagg.serve.api.schema import MAX_TENANT_CHARACTERS, ChatCompletionRequest, CompletionRequest, StreamOptions
 from disagg.serve.api.served_model import ServedModel
-from disagg.serve.api.shapes import ChatShape, CompletionShape, Heading, Shape
+from disagg.serve.api.shapes import Heading, Shape
 from disagg.serve.api.text_stream import StopString, TextStream
 
 
@@ -55,7 +59,9 @@ class JobFactory:
         answers: list[Answer] = []
         for prompt in prompts:
             length = completion_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
-            params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
+            params = sampling_params(
+                request, length, self._model.vocab_size, self._model.defaults, constraints=prepared.constraints
+            )
             answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s, objectives)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
@@ -71,14 +77,44 @@ class JobFactory:
     async def chat(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
         """Make the job of a ``/v1/chat/completions`` body. Raises as ``completion`` does."""
         prepared = await self._preparation.chat(body, max_model_len)
-        request, prompt = prepared.request, prepared.prompt
-        length = chat_length(request, len(prompt.token_ids), max_model_len, self._model.defaults)
-        params = sampling_params(request, length, self._model.vocab_size, self._model.defaults)
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
+        heading, tokenizer = self._heading(response_id), self._model.tokenizer
+
+        def shape(_: SamplingParams) -> Shape:
+            return ChatShape(prepared.request, heading, tokenizer, prepared.prompt, prepared.reading)
+
+        return self._chat_job(prepared, response_id, shape, arrival_s, max_model_len, objectives)
+
+    async def response(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
+        """Make the job of a ``/v1/responses`` body. Raises as ``completion`` does."""
+        prepared = await self._preparation.response(body, max_model_len)
+        response_id = f"resp_{uuid.uuid4().hex}"
+        heading = self._heading(response_id)
+
+        def shape(sampling: SamplingParams) -> Shape:
+            return ResponsesShape(prepared.request, heading, prepared.chat.reading, sampling)
+
+        return self._chat_job(prepared.chat, response_id, shape, arrival_s, max_model_len, objectives)
+
+    def _chat_job(
+        self,
+        prepared: PreparedChat,
+        response_id: str,
+        shape: Callable[[SamplingParams], Shape],
+        arrival_s: float,
+        max_model_len: int,
+        objectives: Objectives,
+    ) -> Job:
+        request, prompt, model = prepared.request, prepared.prompt, self._model
+        length = chat_length(request, len(prompt.token_ids), max_model_len, model.defaults)
+        params = sampling_params(request, length, model.vocab_size, model.defaults, constraints=prepared.constraints)
+        marks = prepared.reading.marks(model.tokenizer)
         return Job(
             response_id=response_id,
-            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s, objectives),
-            shape=ChatShape(request, self._heading(response_id), self._model.tokenizer, prompt),
+            answers=self._answers(
+                request, prompt, params, _stops(request), response_id, 0, arrival_s, objectives, marks
+            ),
+            shape=shape(params[0]),
             num_prompt_tokens=len(prompt.token_ids),
             num_choices=request.n or 1,
             stream_options=_stream_options(request),
@@ -94,8 +130,12 @@ class JobFactory:
         first: int,
         arrival_s: float,
         objectives: Objectives,
+        marks: frozenset[int] = frozenset(),
     ) -> list[Answer]:
-        """Return the choices of one prompt, numbered from ``first``. ``objectives`` are those of the headers."""
+        """Return the choices of one prompt, numbered from ``first``. ``objectives`` are those of the headers.
+
+        ``marks``: control tokens that are text all the same.
+        """
         own = objectives_of_ms(request.x_slo_ttft_ms, request.x_slo_tpot_ms).or_else(objectives)
         return [
             Answer(
@@ -109,12 +149,13 @@ class JobFactory:
                     block_hashes=prompt.block_hashes,
                     cache_salt=request.cache_salt or "",
                     priority=request.priority or 0,
+                    tenant=(request.user or "")[:MAX_TENANT_CHARACTERS],
                     objectives=own,
                     arrival_s=arrival_s,
                 ),
                 TextStream(
                     IncrementalDecoder(
-                        self._model.tokenizer, prompt.token_ids, request.skip_special_tokens is not False
+                        self._model.tokenizer, prompt.token_ids, request.skip_special_tokens is not False, marks
                     ),
                     stops,
                     include_stop_string=bool(request.include_stop_str_in_output),

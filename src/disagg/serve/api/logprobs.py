@@ -3,9 +3,18 @@
 from collections.abc import Sequence
 from typing import Final
 
+from msgspec import UNSET, UnsetType
+
 from disagg.base.sampling import PositionLogprobs, TokenLogprob
 from disagg.models.tokenizer import Tokenizer
-from disagg.serve.api.responses import ChatLogprobs, CompletionLogprobs, ContentLogprob, TopLogprob
+from disagg.serve.api.responses import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    ContentLogprob,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
 
 IMPOSSIBLE: Final = -9999.0
 """Stands for minus infinity, which JSON does not have; OpenAI and vLLM use the same."""
@@ -49,6 +58,26 @@ def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[PositionLogprobs], n
         top = [shown(one) for one in position.top[:num_top]]
         content.append(ContentLogprob(chosen.token, chosen.logprob, chosen.bytes, top))
     return ChatLogprobs(content)
+
+
+def prompt_logprobs_shown(
+    tokenizer: Tokenizer, positions: Sequence[PositionLogprobs], num_top: int | None
+) -> PromptLogprobs | UnsetType:
+    """Return vLLM's form of ``prompt_logprobs``, nothing where they were not asked for.
+
+    ``positions`` are those of the prompt's tokens from the second on.
+    """
+    if num_top is None:
+        return UNSET
+
+    def shown(position: PositionLogprobs) -> dict[str, PromptLogprob]:
+        likely = (position.chosen, *position.top[:num_top])
+        return {
+            str(one.token_id): PromptLogprob(_finite(one), one.rank, tokenizer.token_text(one.token_id))
+            for one in likely
+        }
+
+    return [None, *map(shown, positions)]
 
 
 def _top(tokenizer: Tokenizer, position: PositionLogprobs, num_top: int) -> dict[str, float]:

@@ -26,7 +26,9 @@ from disagg.serve.api.freed_memory import give_back
 from disagg.serve.api.preparing import (
     PreparedChat,
     PreparedCompletion,
+    PreparedResponse,
     Task,
+    may_need_grammar,
     prepare_completion,
 )
 from disagg.serve.api.preparing_process import ASK, CPU_S_PER_MIB, LARGE_BYTES, REPLY, Failure, perform
@@ -66,7 +68,7 @@ class Preparation:
 
     async def completion(self, body: bytes, max_model_len: int) -> PreparedCompletion:
         """See ``prepare_completion``."""
-        if len(body) <= SHORT_BODY_BYTES:
+        if len(body) <= SHORT_BODY_BYTES and not may_need_grammar(body):
             return prepare_completion(body, self._model, max_model_len)
         return msgspec.msgpack.decode(
             await self._perform(Task.COMPLETION, body, max_model_len), type=PreparedCompletion
@@ -75,6 +77,10 @@ class Preparation:
     async def chat(self, body: bytes, max_model_len: int) -> PreparedChat:
         """See ``prepare_chat``."""
         return msgspec.msgpack.decode(await self._perform(Task.CHAT, body, max_model_len), type=PreparedChat)
+
+    async def response(self, body: bytes, max_model_len: int) -> PreparedResponse:
+        """See ``prepare_response``."""
+        return msgspec.msgpack.decode(await self._perform(Task.RESPONSE, body, max_model_len), type=PreparedResponse)
 
     async def tokenize(self, body: bytes, max_model_len: int | None) -> bytes:
         """Return the answer to a ``/tokenize`` body."""
@@ -285,7 +291,7 @@ def _error(failure: Failure) -> DisaggError:
 
 
 def _overtime(task: Task, limit_s: float) -> DisaggError:
-    if task is Task.CHAT:
-        words = f"the chat template did not come to an end in {limit_s:.0f} s with these messages"
+    if task in (Task.CHAT, Task.RESPONSE):
+        words = f"the chat template, or the grammar, did not come to an end in {limit_s:.0f} s with these messages"
         return InvalidRequestError(words, "messages")
     return UnavailableError(f"this request could not be prepared in {limit_s:.0f} s: send less, or try again later")

@@ -21,7 +21,14 @@ import msgspec
 from disagg.base.errors import DisaggError, InternalError, InvalidRequestError
 from disagg.base.parent import end_with_parent
 from disagg.serve.api.freed_memory import give_back
-from disagg.serve.api.preparing import Task, detokenize, prepare_chat, prepare_completion, tokenize
+from disagg.serve.api.preparing import (
+    Task,
+    detokenize,
+    prepare_chat,
+    prepare_completion,
+    prepare_response,
+    tokenize,
+)
 from disagg.serve.api.served_model import ServedModel
 
 ASK: Final = struct.Struct("<BQQ")
@@ -106,8 +113,12 @@ def perform(task: Task, body: bytes, model: ServedModel, max_model_len: int | No
     if task is Task.DETOKENIZE:
         return msgspec.json.encode(detokenize(body, model, max_model_len))
     assert max_model_len is not None, "nothing is generated before an instance is known"
-    prepare = prepare_completion if task is Task.COMPLETION else prepare_chat
-    return msgspec.msgpack.encode(prepare(body, model, max_model_len))
+    match task:
+        case Task.COMPLETION:
+            return msgspec.msgpack.encode(prepare_completion(body, model, max_model_len))
+        case Task.RESPONSE:
+            return msgspec.msgpack.encode(prepare_response(body, model, max_model_len))
+    return msgspec.msgpack.encode(prepare_chat(body, model, max_model_len))
 
 
 @contextmanager

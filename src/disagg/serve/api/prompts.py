@@ -1,6 +1,7 @@
 """What a client asks about, as token ids: texts, token ids, chats."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -8,6 +9,9 @@ from disagg.base.block_hash import first_link, hash_blocks
 from disagg.base.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from disagg.base.ids import BlockHash
 from disagg.models.chat_template import ChatTemplate
+from disagg.models.tool_calls.syntax import AnswerSyntax, syntax_of
+from disagg.serve.api.chat_messages import plain_messages, tools_for_template
+from disagg.serve.api.reading import AnswerReading
 from disagg.serve.api.sampling import check_fits
 from disagg.serve.api.schema import (
     MAX_PROMPTS,
@@ -17,9 +21,11 @@ from disagg.serve.api.schema import (
     ChatMessage,
     CompletionRequest,
     GenerationFields,
+    NamedToolChoice,
     TokenizeRequest,
 )
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.tools import chat_grammar, offered_tools
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True):
@@ -73,24 +79,53 @@ def _completion_prompt(
 ) -> Prompt:
     if isinstance(given, str):
         check_bytes(given, "prompt", model, max_model_len)
-        token_ids = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
-        return _prompt(token_ids, given if request.echo else None, request, model, max_model_len)
-    prompt = _prompt(given, None, request, model, max_model_len)
+        whole = model.tokenizer.encode(given, add_special_tokens=request.add_special_tokens is not False)
+        token_ids = _truncated(whole, request, max_model_len)
+        if len(token_ids) == len(whole):
+            return _prompt(token_ids, given if request.echo else None, request, model, max_model_len)
+    else:
+        token_ids = _truncated(given, request, max_model_len)
+    prompt = _prompt(token_ids, None, request, model, max_model_len)
     if not request.echo:
         return prompt
-    text = model.tokenizer.decode(given, skip_special_tokens=request.skip_special_tokens is not False)
+    text = model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens is not False)
     return msgspec.structs.replace(prompt, text=text)
 
 
-def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> Prompt:
+class ChatPrompt(msgspec.Struct, frozen=True):
+    """A chat as a prompt, with what reads its answer and the grammar of it, "" where there is none."""
+
+    prompt: Prompt
+    reading: AnswerReading
+    grammar: str = ""
+
+
+def chat_prompt(request: ChatCompletionRequest, model: ServedModel, max_model_len: int) -> ChatPrompt:
     """Return a chat as the model's template writes it."""
-    return _prompt(_chat_tokens(request.messages, request, model, max_model_len), None, request, model, max_model_len)
+    template = _template(request, model)
+    syntax = template_syntax(template, model)
+    tools = offered_tools(request)
+    text = _render(request.messages, tools_for_template(tools), template, syntax, request)
+    check_bytes(text, "messages", model, max_model_len)
+    is_thinking = syntax.reasoning is not None and text.rstrip().endswith(syntax.reasoning.begin)
+    grammar = chat_grammar(request, tools, syntax, model.tokenizer, is_thinking=is_thinking)
+    token_ids = model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    names_call = isinstance(request.tool_choice, NamedToolChoice)
+    return ChatPrompt(
+        _prompt(_truncated(token_ids, request, max_model_len), None, request, model, max_model_len),
+        AnswerReading(syntax, bool(tools), is_thinking, names_call),
+        grammar,
+    )
 
 
 def tokenize_prompt(request: TokenizeRequest, model: ServedModel, max_model_len: int | None) -> list[int]:
     """Return the token ids that a prompt or a chat would have."""
     if request.messages is not None and request.prompt is None:
-        return _checked(_chat_tokens(request.messages, request, model, max_model_len), model)
+        template = _template(request, model)
+        tools = tools_for_template(request.tools or [])
+        text = _render(request.messages, tools, template, template_syntax(template, model), request)
+        check_bytes(text, "messages", model, max_model_len)
+        return _checked(model.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens)), model)
     if request.prompt is None or request.messages is not None:
         raise InvalidRequestError("give either 'prompt' or 'messages'", "prompt")
     check_bytes(request.prompt, "prompt", model, max_model_len)
@@ -110,32 +145,34 @@ def check_bytes(text: str, param: str, model: ServedModel, max_model_len: int | 
         )
 
 
-def _chat_tokens(
-    messages: Sequence[ChatMessage],
-    fields: ChatCompletionRequest | TokenizeRequest,
-    model: ServedModel,
-    max_model_len: int | None,
-) -> list[int]:
-    text = _render(messages, fields, model)
-    check_bytes(text, "messages", model, max_model_len)
-    return model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens))
-
-
 def _render(
-    messages: Sequence[ChatMessage], fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel
+    messages: Sequence[ChatMessage],
+    tools: Sequence[dict[str, Any]],
+    template: ChatTemplate,
+    syntax: AnswerSyntax,
+    fields: ChatCompletionRequest | TokenizeRequest,
 ) -> str:
     if fields.continue_final_message and fields.add_generation_prompt:
         raise InvalidRequestError(
             "'continue_final_message' and 'add_generation_prompt' exclude each other: give one of them",
             "continue_final_message",
         )
-    template = model.chat_template if fields.chat_template is None else _own_template(fields.chat_template, model)
-    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    plain = plain_messages(messages, tools, syntax)
+    given = tools if tools and syntax.describes_tools else None
     variables = fields.chat_template_kwargs
     if fields.continue_final_message:
-        return template.render_continued(plain, variables=variables)
+        return template.render_continued(plain, tools=given, variables=variables)
     begins_answer = fields.add_generation_prompt is not False
-    return template.render(plain, add_generation_prompt=begins_answer, variables=variables)
+    return template.render(plain, add_generation_prompt=begins_answer, tools=given, variables=variables)
+
+
+def _template(fields: ChatCompletionRequest | TokenizeRequest, model: ServedModel) -> ChatTemplate:
+    return model.chat_template if fields.chat_template is None else _own_template(fields.chat_template, model)
+
+
+def template_syntax(template: ChatTemplate, model: ServedModel) -> AnswerSyntax:
+    """Return how answers to a template are written: of the model's own, what the server was told or has found."""
+    return model.syntax if template is model.chat_template else syntax_of(template.source)
 
 
 def _own_template(source: str, model: ServedModel) -> ChatTemplate:
@@ -151,27 +188,20 @@ def _own_template(source: str, model: ServedModel) -> ChatTemplate:
         raise InvalidRequestError(f"'chat_template': {error}", "chat_template") from error
 
 
-def _plain(message: ChatMessage, index: int) -> dict[str, str]:
-    """Return a message as templates know it. OpenAI's ``developer`` is what models have learned as ``system``."""
-    role = "system" if message.role == "developer" else message.role
-    plain = {"role": role, "content": _text(message, index)}
-    if message.name is not None:
-        plain["name"] = message.name
-    if message.reasoning_content is not None:
-        plain["reasoning_content"] = message.reasoning_content
-    return plain
-
-
-def _text(message: ChatMessage, index: int) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    texts = []
-    for position, part in enumerate(message.content):
-        if part.type != "text" or part.text is None:
-            where = f"messages[{index}].content[{position}]"
-            raise InvalidRequestError(f"'{where}' of type '{part.type}' is not supported, only 'text'", "messages")
-        texts.append(part.text)
-    return "\n".join(texts)
+def _truncated(
+    token_ids: list[int], request: CompletionRequest | ChatCompletionRequest, max_model_len: int
+) -> list[int]:
+    """Return the last ``truncate_prompt_tokens`` of a prompt; -1 keeps what leaves room for the answer, as in vLLM."""
+    wanted = request.truncate_prompt_tokens
+    if wanted is None:
+        return token_ids
+    if wanted == 0 or wanted >= max_model_len:
+        raise InvalidRequestError(
+            f"'truncate_prompt_tokens' is {wanted}: give -1, or from 1 to {max_model_len - 1} tokens",
+            "truncate_prompt_tokens",
+        )
+    room = max_model_len - max(request.most_tokens or 1, 1)
+    return token_ids[-max(wanted if wanted > 0 else room, 1) :]
 
 
 def _prompt(

@@ -33,6 +33,18 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """One likely token in the place of a prompt's token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""vLLM's: for each token of a prompt the likely ones by id, null for the first, which nothing came before."""
+
+
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One text of ``/v1/completions``, or a piece of it in a stream. Token ids are there when asked for."""
 
@@ -43,6 +55,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None
     token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -68,11 +81,37 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     content: list[ContentLogprob]
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What is called, or a piece of it. ``arguments`` are JSON."""
+
+    name: str | UnsetType
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """What an event adds to call ``index``: id, type and name the first time, then arguments."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """The answer to a chat."""
+    """The answer to a chat. ``content`` is None where there are calls alone."""
 
     role: str
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,8 +129,10 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 class MessageDelta(msgspec.Struct, frozen=True):
     """What an event adds to an answer."""
 
-    content: str
+    content: str | UnsetType
     role: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +150,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 class Completion(msgspec.Struct, frozen=True):
     """An answer of either endpoint, or one event of its stream.
 
-    ``prompt_token_ids`` are those of a chat, where vLLM has them; they are in each choice, too.
+    ``prompt_token_ids`` and ``prompt_logprobs`` are those of a chat, where vLLM has them.
     """
 
     id: str
@@ -119,6 +160,7 @@ class Completion(msgspec.Struct, frozen=True):
     choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 # Everything else --------------------------------------------------------------------------------------------------

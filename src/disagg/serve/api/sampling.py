@@ -17,6 +17,16 @@ _LIMIT: Final = "this model's maximum context length is {} tokens, prompt and an
 _NO_DEFAULTS: Final = GenerationDefaults()
 
 
+class TokenConstraints(msgspec.Struct, frozen=True, array_like=True):
+    """What the tokens of an answer must keep to, as ``SamplingParams`` has it."""
+
+    grammar: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+_NO_CONSTRAINTS: Final = TokenConstraints()
+
+
 def check_defaults(defaults: GenerationDefaults, source: str) -> None:
     """Raise ConfigurationError for a default that a client could not have sent either."""
     try:
@@ -32,6 +42,8 @@ def sampling_params(
     max_tokens: int,
     vocab_size: int,
     defaults: GenerationDefaults = _NO_DEFAULTS,
+    *,
+    constraints: TokenConstraints = _NO_CONSTRAINTS,
 ) -> tuple[SamplingParams, ...]:
     """Return one set of parameters for each of the ``n`` choices; the choice k samples with seed + k.
 
@@ -45,6 +57,9 @@ def sampling_params(
     stop_token_ids = tuple(request.stop_token_ids or ())
     for token_id in stop_token_ids:
         _check_token(token_id, vocab_size, "stop_token_ids")
+    allowed_token_ids = tuple(request.allowed_token_ids or ())
+    for token_id in allowed_token_ids:
+        _check_token(token_id, vocab_size, "allowed_token_ids")
     logprobs, prompt_logprobs = _logprobs(request)
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
     logit_bias = _logit_bias(request, vocab_size)
@@ -65,6 +80,9 @@ def sampling_params(
             ignore_eos=bool(request.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=constraints.grammar,
+            bad_words=constraints.bad_words,
+            allowed_token_ids=allowed_token_ids,
         )
         for choice in range(request.n or 1)
     )
@@ -127,11 +145,17 @@ def _fitting(num_prompt_tokens: int, asked: int | None, default: int, limit: int
 
 
 def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[int | None, int | None]:
+    """Return how many alternatives are wanted for each token of the answer, and of the prompt."""
+    of_prompt = request.prompt_logprobs
+    if of_prompt is not None and request.stream:
+        raise InvalidRequestError("'prompt_logprobs' come with whole answers alone: leave 'stream' out", "stream")
     if isinstance(request, CompletionRequest):
-        return request.logprobs, request.logprobs if request.echo else None
+        if request.echo and request.logprobs is not None:
+            of_prompt = max(request.logprobs, of_prompt or 0)
+        return request.logprobs, of_prompt
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs")
-    return (request.top_logprobs or 0) if request.logprobs else None, None
+    return (request.top_logprobs or 0) if request.logprobs else None, of_prompt
 
 
 def _logit_bias(request: GenerationFields, vocab_size: int) -> tuple[tuple[int, float], ...]:

@@ -4,7 +4,7 @@ Names and meanings are OpenAI's; the sampling extras are spelled as in vLLM. A f
 of the two tables is refused by name: to ignore one silently could change the answer.
 """
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,10 +20,10 @@ MAX_TOKENS_OF_ALL_PROMPTS: Final = 1 << 21
 MAX_PROMPT_LOGPROBS: Final = 1 << 20
 """Probabilities of prompt tokens in one answer."""
 MAX_MESSAGES: Final = 4096
+MAX_TOOLS: Final = 128
 
 IGNORED: Final = frozenset(
     {
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -31,6 +31,7 @@ IGNORED: Final = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "parallel_tool_calls",
+        "guided_decoding_backend",
     }
 )
 """Parameters that never change what the model writes, whatever their value."""
@@ -40,7 +41,6 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
     "suffix": ("",),
@@ -52,22 +52,17 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "reasoning_effort": (),
     "verbosity": ("medium",),
     "web_search_options": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "logits_processors": ([],),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "documents": ([],),
     "detokenize": (True,),
     "spaces_between_special_tokens": (True,),
     "include_reasoning": (True,),
     "return_tokens_as_token_ids": (False,),
     "extra_body": ({},),
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "max_tool_calls": (),
 }
 """Parameters that are not supported, with the values (beside null) that stand for not using them."""
 
@@ -78,16 +73,15 @@ NEUTRAL_IN_MESSAGES: Final[dict[str, tuple[object, ...]]] = {
     "refusal": ("",),
     "audio": (),
     "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": ("",),
     "annotations": ([],),
-    "reasoning": ("",),
     "prefix": (False,),
 }
 """As ``NEUTRAL``, for a message: an answer that is sent back carries such fields."""
 
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+MAX_TENANT_CHARACTERS: Final = 128
+"""of a ``user``; what is longer is told apart by its beginning."""
 MAX_OBJECTIVE_MS: Final = 86_400_000
 NumTokens = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -101,6 +95,35 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
     """OpenAI pads events against eavesdroppers who measure them; here nothing is padded."""
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named schema; kept to whether ``strict`` or not."""
+
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+Choices = Annotated[list[str], Meta(min_length=1, max_length=4096)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's way to say what the answer has to be: one of these."""
+
+    json: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +154,18 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """Lower is served earlier, as in vLLM."""
+    user: str | None = None
+    """Users share fairly, where keys do not say who asks."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 18)] | None = None
+    bad_words: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1000)]], Meta(max_length=256)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     """Only requests of the same salt share cached KV blocks, as in vLLM."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
@@ -151,6 +186,50 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+class FunctionDefinition(msgspec.Struct, frozen=True):
+    """A tool. ``parameters`` is the JSON schema of its arguments; without one it has none."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, frozen=True):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    """A tool by its name."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class MessageFunction(msgspec.Struct, frozen=True):
+    """What was called. ``arguments`` are JSON, or already an object."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class MessageToolCall(msgspec.Struct, frozen=True):
+    """A call that an earlier answer has made."""
+
+    function: MessageFunction
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
 class ContentPart(msgspec.Struct, frozen=True):
     """One part of a message's content; only text is served."""
 
@@ -165,8 +244,12 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
 
+Tools = Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)]
 Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -176,6 +259,9 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -189,6 +275,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -8,6 +8,7 @@ import msgspec
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.generation_config import GenerationDefaults
 from disagg.models.tokenizer import Tokenizer
+from disagg.models.tool_calls.syntax import AnswerSyntax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class ServedModel:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What sampling fields are where a client does not send them."""
     trusts_request_templates: bool = False
+    syntax: AnswerSyntax = field(default_factory=AnswerSyntax)
+    """How it writes tool calls and reasoning."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def to_bytes(self) -> bytes:
@@ -40,6 +43,7 @@ class ServedModel:
                 vocab_size=self.vocab_size,
                 block_size=self.block_size,
                 trusts_request_templates=self.trusts_request_templates,
+                syntax=self.syntax,
                 created=self.created,
             )
         )
@@ -56,6 +60,7 @@ class ServedModel:
             vocab_size=written.vocab_size,
             block_size=written.block_size,
             trusts_request_templates=written.trusts_request_templates,
+            syntax=written.syntax,
             created=written.created,
         )
 
@@ -71,4 +76,5 @@ class _Written(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     block_size: int
     trusts_request_templates: bool
+    syntax: AnswerSyntax
     created: int

@@ -27,6 +27,7 @@ def server_view(router: Router, model: ServedModel, version: str, accounts: Acco
         num_under_way=accounts.recent.num_under_way,
         can_chat=model.chat_template.available,
         hand_overs=accounts.metrics.hand_overs,
+        predictions=accounts.metrics.predictions.totals,
     )
 
 

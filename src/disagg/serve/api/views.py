@@ -71,6 +71,23 @@ class HandOverTotals(msgspec.Struct, kw_only=True):
     seconds_total: float = 0.0
 
 
+class PredictionTotals(msgspec.Struct, kw_only=True):
+    """Requests whose path was chosen by prediction, and what admission did, since the server started."""
+
+    num_total: int = 0
+    num_leaning_total: int = 0
+    """Those that went against the roles, and their share of the prompt tokens."""
+    prompt_tokens_total: int = 0
+    leaning_prompt_tokens_total: int = 0
+    ttft_seconds_total: float = 0.0
+    ttft_error_seconds_total: float = 0.0
+    ttft_regret_seconds_total: float = 0.0
+    num_refused_total: int = 0
+    num_shed_total: int = 0
+    """Of those refused, what was predicted to miss its objectives."""
+    num_degraded_total: int = 0
+
+
 class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     """``/status``. ``num_under_way`` counts sequences that clients wait for, ``now_unix_s`` is the server's clock.
 
@@ -87,6 +104,7 @@ class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     num_under_way: int = 0
     can_chat: bool = True
     hand_overs: HandOverTotals = msgspec.field(default_factory=HandOverTotals)
+    predictions: PredictionTotals = msgspec.field(default_factory=PredictionTotals)
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

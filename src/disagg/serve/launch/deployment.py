@@ -117,6 +117,7 @@ def plan_instances(
     groups = _groups(deployment)
     wanted = [deployment.host.threads or group.num_threads for group in groups]
     host = deployment.host
+    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.predicts)
     cores = assign_cores(usable_cores(host.cpus, available_cores), wanted)
     return tuple(
         InstanceSettings(
@@ -126,7 +127,7 @@ def plan_instances(
             control_key=control_key,
             model=deployment.model,
             cache=group.cache(deployment.cache),
-            scheduler=group.scheduler(deployment.scheduler),
+            scheduler=group.scheduler(common),
             transfer=deployment.transfer,
             kv_host=kv_host,
             kv_disk=deployment.cache.disk(len(groups)),

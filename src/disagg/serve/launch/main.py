@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 import uvloop
 from starlette.types import ASGIApp
 
-from disagg.base.config import ServeSettings
+from disagg.base.config import ReasoningParser, ServeSettings, ToolCallParser
 from disagg.base.errors import ConfigurationError
-from disagg.models.chat_template import load_chat_template
+from disagg.models.chat_template import ChatTemplate, load_chat_template
 from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.locate import load_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
+from disagg.models.tool_calls.syntax import AnswerSyntax, ToolCallFormat, syntax_of
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.launch.api_keys import read_api_keys
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.listening import listen
@@ -40,6 +42,7 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
     with ExitStack() as resources:
         bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)
+        api_keys = read_api_keys(deployment.serve)
         observer.model_read(model.name, can_chat=model.chat_template.available)
         preparers = resources.enter_context(Preparers(model))
         metrics = ServerMetrics(model.name)
@@ -52,7 +55,8 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 metrics,
                 operator=operator,
                 preparers=preparers,
-                api_key=deployment.serve.api_key,
+                api_keys=api_keys,
+                tenant_keys=deployment.serve.tenant_keys,
                 cors_origins=deployment.serve.cors_origin,
                 traces=traces,
             )
@@ -87,13 +91,22 @@ def load_served_model(deployment: Deployment) -> ServedModel:
     tokenizer = load_tokenizer(files)
     generation = load_generation_config(files, deployment.serve.generation_config)
     check_defaults(generation.defaults, generation.source)
+    template = load_chat_template(files, tokenizer.special_tokens)
     return ServedModel(
         name=deployment.serve.served_model_name or files.name,
         tokenizer=tokenizer,
-        chat_template=load_chat_template(files, tokenizer.special_tokens),
+        chat_template=template,
         eos_token_ids=end_token_ids(config, tokenizer, generation),
         vocab_size=config.vocab_size,
         block_size=deployment.cache.block_size,
         defaults=generation.defaults,
         trusts_request_templates=deployment.serve.trust_request_chat_template,
+        syntax=_syntax(template, deployment.serve),
     )
+
+
+def _syntax(template: ChatTemplate, settings: ServeSettings) -> AnswerSyntax:
+    parser = settings.tool_call_parser
+    calls = None if parser is ToolCallParser.AUTO else ToolCallFormat(parser.value)
+    tells_reasoning = settings.reasoning_parser is ReasoningParser.AUTO
+    return syntax_of(template.source, calls, tells_reasoning=tells_reasoning)

@@ -88,6 +88,7 @@ class LiveServer:
                 self._deployment.router,
                 control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside),
                 sink=self._sink,
+                scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
                 kv_events=self._publisher(resources),
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
@@ -37,6 +37,7 @@ class LiveRouter:
     """The Router that the API uses. ``start`` binds the socket; ``close`` ends what is left.
 
     ``event_log`` names a file that receives every decision; ConfigurationError is raised where it cannot be written.
+    ``scheduler`` is what the instances are told in common.
     ``instance_starting`` and ``instance_exited`` are for whoever runs the processes.
     """
 
@@ -50,12 +51,14 @@ class LiveRouter:
         clock: Clock | None = None,
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
+        scheduler: SchedulerSettings | None = None,
         kv_events: KvEventPublisher | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
             instances=dict(instances),
             settings=settings,
+            scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
         )

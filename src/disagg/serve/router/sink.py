@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
+from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 
 
@@ -11,6 +12,15 @@ class RouterSink(Protocol):
 
     def hand_over_ended(self, ended: HandOverEnded) -> None:
         """An instance pulled KV blocks from another, or did not."""
+
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """A sequence of this priority was not taken."""
+
+    def sequence_degraded(self) -> None:
+        """A sequence is served as best effort."""
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """A sequence that went by predictions has its last token."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
@@ -32,6 +42,15 @@ class NullSink:
     """A RouterSink that counts nothing."""
 
     def hand_over_ended(self, ended: HandOverEnded) -> None:
+        """See RouterSink."""
+
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """See RouterSink."""
+
+    def sequence_degraded(self) -> None:
+        """See RouterSink."""
+
+    def path_ended(self, ended: PathEnded) -> None:
         """See RouterSink."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:

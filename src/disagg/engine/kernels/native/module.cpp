@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <climits>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -138,6 +139,21 @@ class BoundKernels {
     });
   }
 
+  // In the rows of logits that ``numbers`` names, minus infinity for every token that ``allowed``, a bit for each
+  // token of each of these rows, does not allow.
+  void forbid(uintptr_t logits, uintptr_t allowed, uintptr_t numbers, int64_t count, int64_t width,
+              int num_threads) const {
+    const int64_t words = (width + 31) / 32;
+    for_each_row(count, num_threads, [&](int64_t index) {
+      char* row = at<char>(logits) + at<int64_t>(numbers)[index] * width * item_bytes();
+      const uint32_t* bits = at<uint32_t>(allowed) + index * words;
+      if (bfloat16_)
+        forbid_tokens(reinterpret_cast<uint16_t*>(row), width, bits, uint16_t{0xFF80});
+      else
+        forbid_tokens(reinterpret_cast<float*>(row), width, bits, -std::numeric_limits<float>::infinity());
+    });
+  }
+
   const Kernels& table() const { return *kernels_; }
   int64_t item_bytes() const { return bfloat16_ ? 2 : 4; }
 
@@ -262,7 +278,8 @@ PYBIND11_MODULE(_native, module) {
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
       .def("attention", &BoundKernels::attention)
       .def("find_largest", &BoundKernels::find_largest)
-      .def("draw", &BoundKernels::draw);
+      .def("draw", &BoundKernels::draw)
+      .def("forbid", &BoundKernels::forbid);
   py::class_<BoundLinear>(module, "Linear")
       .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&>(),
            py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))

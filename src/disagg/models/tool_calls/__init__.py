@@ -1,0 +1,1 @@
+"""How models write tool calls and reasoning: told from the template, read as text comes, asked for by a grammar."""

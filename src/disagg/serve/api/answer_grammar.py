@@ -1,0 +1,154 @@
+"""What a request wants its answer to look like, as one grammar: OpenAI's ``response_format``, and vLLM's fields."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import llguidance
+import msgspec
+
+from disagg.base.errors import InvalidRequestError
+from disagg.models.grammar import grammar_fault
+from disagg.models.tool_calls.grammar import Part
+from disagg.serve.api.schema import GenerationFields, ResponseFormat, StructuredOutputs
+
+_WHITESPACE: Final = r" |\n[ \t]{0,40}"
+"""Between the parts of a JSON document: what writers use, and no more, as a small model may never end it."""
+_MAPS_OF_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS_OF_SCHEMAS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMAS: Final = ("items", "additionalProperties")
+_MAX_CHECKS: Final = 500
+"""Parts of a schema that are looked at to find the place of a fault."""
+
+
+def answer_part(request: GenerationFields) -> Part | None:
+    """Return what an answer has to be, None where it may be anything.
+
+    Raises InvalidRequestError, with the place, for what is no schema or grammar, is too large, or is asked for twice.
+    """
+    asked = list(_asked(request))
+    if not asked:
+        return None
+    if len(asked) > 1:
+        names = " and ".join(f"'{place}'" for place, _ in asked)
+        raise InvalidRequestError(f"{names} exclude each other: give one of them", asked[1][0].split(".")[0])
+    place, make = asked[0]
+    if request.ignore_eos:
+        raise InvalidRequestError(f"'ignore_eos' and '{place}' exclude each other: leave one out", "ignore_eos")
+    return make(place)
+
+
+def written(*parts: Part) -> str:
+    """Return the grammar of ``parts`` as instances are told it. The first may refer to others as ``@name``."""
+    return msgspec.json.encode({"grammars": parts}).decode()
+
+
+def json_part(schema: dict[str, Any] | bool, place: str) -> Part:
+    """Return what documents of a JSON schema are. Raises as ``answer_part`` does."""
+    part = _json_part(schema)
+    if not (fault := grammar_fault(written(part))):
+        return part
+    where, fault = _innermost(schema, place, fault) if isinstance(schema, dict) else (place, fault)
+    raise InvalidRequestError(f"'{where}' is no JSON schema that can be kept to: {fault}", place.split(".")[0])
+
+
+def _json_part(schema: dict[str, Any] | bool) -> Part:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return {"json_schema": {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
+
+
+def _innermost(schema: dict[str, Any], place: str, fault: str) -> tuple[str, str]:
+    """Return the innermost part of a faulty schema that is faulty by itself: its place, and what is said of it."""
+    shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    num_checks = 0
+    while True:
+        for step, inner in _inner(schema):
+            num_checks += 1
+            if num_checks > _MAX_CHECKS:
+                return place, fault
+            if found := grammar_fault(written(_json_part({**shared, **inner}))):
+                schema, place, fault = inner, f"{place}{step}", found
+                break
+        else:
+            return place, fault
+
+
+def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schemas right inside of one, with the way to them."""
+    for name in _MAPS_OF_SCHEMAS:
+        if isinstance(inner := schema.get(name), dict):
+            yield from ((f".{name}.{key}", one) for key, one in inner.items() if isinstance(one, dict))
+    for name in _LISTS_OF_SCHEMAS:
+        if isinstance(inner := schema.get(name), list):
+            yield from ((f".{name}[{index}]", one) for index, one in enumerate(inner) if isinstance(one, dict))
+    for name in _SCHEMAS:
+        if isinstance(inner := schema.get(name), dict):
+            yield f".{name}", inner
+
+
+def _asked(request: GenerationFields) -> Iterator[tuple[str, Callable[[str], Part]]]:
+    """Yield each field that says what the answer has to be, and what makes a grammar of it."""
+    if (wanted := request.response_format) is not None and wanted.type != "text":
+        yield _response_format(wanted)
+    if request.structured_outputs is not None:
+        yield from _structured(request.structured_outputs, "structured_outputs.")
+    older = StructuredOutputs(
+        json=request.guided_json,
+        regex=request.guided_regex,
+        choice=request.guided_choice,
+        grammar=request.guided_grammar,
+    )
+    yield from _structured(older, "guided_")
+
+
+def _response_format(wanted: ResponseFormat) -> tuple[str, Callable[[str], Part]]:
+    if wanted.type == "json_object":
+        return "response_format", lambda place: json_part({"type": "object"}, place)
+    described = wanted.json_schema
+    if described is None:
+        raise InvalidRequestError("missing parameter 'response_format.json_schema'", "response_format")
+    schema = {} if described.schema is None else described.schema
+    return "response_format.json_schema.schema", lambda place: json_part(schema, place)
+
+
+def _structured(wanted: StructuredOutputs, prefix: str) -> Iterator[tuple[str, Callable[[str], Part]]]:
+    if (schema := wanted.json) is not None:
+        yield f"{prefix}json", lambda place: json_part(_parsed(schema, place), place)
+    if wanted.json_object:
+        yield f"{prefix}json_object", lambda place: json_part({"type": "object"}, place)
+    if (regex := wanted.regex) is not None:
+        yield f"{prefix}regex", lambda place: _lark_part(_regex(regex), place)
+    if (choice := wanted.choice) is not None:
+        texts = " | ".join(msgspec.json.encode(text).decode() for text in choice)
+        yield f"{prefix}choice", lambda place: _lark_part(f"start: {texts}", place)
+    if (grammar := wanted.grammar) is not None:
+        yield f"{prefix}grammar", lambda place: _lark_part(_lark(grammar, place), place)
+
+
+def _parsed(schema: dict[str, Any] | bool | str, place: str) -> dict[str, Any] | bool:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return msgspec.json.decode(schema, type=dict[str, Any] | bool)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidRequestError(f"'{place}' is a text that is no JSON schema: {error}", place.split(".")[0]) from None
+
+
+def _lark(grammar: str, place: str) -> str:
+    """Return a grammar, which may be one of llama.cpp's, as Lark."""
+    try:
+        return llguidance.grammar_from("grammar", grammar)
+    except ValueError as error:
+        raise InvalidRequestError(f"'{place}': {error}", place.split(".")[0]) from None
+
+
+def _regex(pattern: str) -> str:
+    grammar = msgspec.json.decode(llguidance.LLMatcher.grammar_from_regex(pattern))
+    return str(grammar["grammars"][0]["lark_grammar"])
+
+
+def _lark_part(lark: str, place: str) -> Part:
+    part: Part = {"lark_grammar": lark}
+    if fault := grammar_fault(written(part)):
+        raise InvalidRequestError(f"'{place}' is no grammar that can be kept to: {fault}", place.split(".")[0])
+    return part
