@@ -145,7 +145,12 @@ class Pathfinder:
             return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
 
         forecasts = forecast_paths(instances, sequence, forecaster, strict_roles=strict_roles, cached=cached)
-        wanted = Wanted(self.objectives_of(sequence), self._objectives, forecaster.num_answer_tokens(sequence))
+        wanted = Wanted(
+            self.objectives_of(sequence),
+            self._objectives,
+            forecaster.num_answer_tokens(sequence),
+            waited_s=forecaster.now - sequence.arrived_s,
+        )
         return forecasts, wanted
 
     def _is_in_the_way(self, sequence: SequenceEntry, chosen: Forecast, now: float) -> bool:
