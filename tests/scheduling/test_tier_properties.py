@@ -151,7 +151,7 @@ class World:
         return StepResult(name, FinishReason.LENGTH if last else None, client.names(known, known + 1))
 
     def hear(self) -> None:
-        events, _ = self.scheduler.take_kv_events()
+        events, _ = self.scheduler.journal.take()
         for event in events:
             assert not isinstance(event, AllBlocksCleared)
             names = self.told[event.medium is Medium.DISK]

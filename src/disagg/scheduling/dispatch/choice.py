@@ -37,7 +37,7 @@ def choose_start(
         return choose_decode(instances, sequence) if sequence.losses else None
     if pair is None:
         return colocated
-    if append_turns:
+    if append_turns and sequence.held:
         append = choose_append(sequence, _fitting(instances, Role.DECODE, sequence))
         if append is not None and append[1] < pair.first_token_cost:
             return append[0]
