@@ -154,7 +154,12 @@ class Pathfinder:
             cached=cached,
             append_turns=self._append_turns,
         )
-        wanted = Wanted(self.objectives_of(sequence), self._objectives, forecaster.num_answer_tokens(sequence))
+        wanted = Wanted(
+            self.objectives_of(sequence),
+            self._objectives,
+            forecaster.num_answer_tokens(sequence),
+            waited_s=forecaster.now - sequence.arrived_s,
+        )
         return forecasts, wanted
 
     def _is_in_the_way(self, sequence: SequenceEntry, chosen: Forecast, now: float) -> bool:

@@ -103,6 +103,8 @@ class Wanted:
     objectives: Objectives
     others: Objectives
     num_later_tokens: float
+    waited_s: float = 0.0
+    """Since the sequence's arrival: counts as TTFT."""
 
 
 def best_path(forecasts: Iterable[Forecast], wanted: Wanted) -> Forecast | None:
@@ -115,7 +117,7 @@ def stress(forecast: Forecast, wanted: Wanted) -> float | None:
     ratios = [
         predicted_s / objective_s
         for predicted_s, objective_s in (
-            (forecast.ttft_s, wanted.objectives.ttft_s),
+            (wanted.waited_s + forecast.ttft_s, wanted.objectives.ttft_s),
             (forecast.tpot_s, wanted.objectives.tpot_s),
             (forecast.others_tpot_s, wanted.others.tpot_s),
         )
@@ -130,7 +132,7 @@ def _order(forecast: Forecast, wanted: Wanted) -> tuple[int, float, bool, float]
     if worst is None:
         return (0, total_s * (1.0 if forecast.follows_roles else _LEANING), not forecast.follows_roles, total_s)
     objectives = wanted.objectives
-    is_late = (objectives.ttft_s is not None and forecast.ttft_s > objectives.ttft_s) or (
+    is_late = (objectives.ttft_s is not None and wanted.waited_s + forecast.ttft_s > objectives.ttft_s) or (
         objectives.tpot_s is not None and forecast.tpot_s > objectives.tpot_s
     )
     return (is_late + forecast.num_harmed, max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)
