@@ -3,7 +3,7 @@
 import pytest
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import CacheRouting, RouterSettings
+from disagg.base.config import CacheRouting, Overload, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
@@ -158,6 +158,15 @@ class TestNextTurn:
         story.hold(D0, 3072, Medium.DISK)
         assert story.arrive() == [generate(D0, hand_over=False)]
         assert story.emit(D0, finished=True)[-1] == Finish(**IDS)
+
+    @pytest.mark.parametrize(("append_turns", "first"), [(True, D0), (False, P0)])
+    def test_predictions_judge_it_like_any_path(self, append_turns: bool, first: InstanceId) -> None:
+        story = Story(
+            P0, D0, overload=Overload.BEST_EFFORT, append_turns=append_turns, cache_routing=CacheRouting.AFFINITY
+        )
+        story.hold(D0, 3072)
+        (sent,) = [output for output in story.arrive() if isinstance(output, SendGenerate)]
+        assert sent.instance == first
 
     def test_a_busy_one_leaves_it_to_a_prefill_instance_that_holds_nearly_as_much(self) -> None:
         story = Story(P0, D0)

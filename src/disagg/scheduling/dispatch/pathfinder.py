@@ -144,7 +144,14 @@ class Pathfinder:
                 return 0
             return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
 
-        forecasts = forecast_paths(instances, sequence, forecaster, strict_roles=strict_roles, cached=cached)
+        forecasts = forecast_paths(
+            instances,
+            sequence,
+            forecaster,
+            strict_roles=strict_roles,
+            cached=cached,
+            append_turns=self._append_turns,
+        )
         wanted = Wanted(self.objectives_of(sequence), self._objectives, forecaster.num_answer_tokens(sequence))
         return forecasts, wanted
 
