@@ -15,6 +15,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
+from disagg.scheduling.dispatch.actions import RefuseReason
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.api.instance_metrics import BLOCK_STATES
@@ -71,6 +72,8 @@ def exported() -> dict[str, dict[str, set[str]]]:
     for reason in DropReason:
         metrics.message_dropped(InstanceId("decode-0"), reason)
     metrics.instance_lost(InstanceId("decode-0"))
+    for refusal in RefuseReason:
+        metrics.sequence_refused(refusal, 0)
     metrics.error_shown(503)
     metrics.choice_ended(FinishReason.ERROR)
     metrics.stages_passed(RequestTimeline(arrival_s=0.0))

@@ -141,6 +141,16 @@ def test_an_interruption_leaves_the_best_so_far() -> None:
     assert "is_complete=False" in str(describe(found).effort)
 
 
+def test_an_interruption_before_any_judgement_leaves_what_phases_promise() -> None:
+    def interrupt(progress: PlanProgress) -> None:
+        raise KeyboardInterrupt
+
+    (only,) = search(problem(), Workers(1), interrupt).judged
+    assert only.report is None
+    assert only.goodput.mean > 0
+    assert describe(search(problem(), Workers(1), interrupt)).best.attainment == 0.0
+
+
 def test_colocated_wins_where_prompts_are_nothing() -> None:
     """Prompts of two tokens: a prefill instance would idle, and two instances decode twice as much as one."""
     found = plan(problem(workload=workload(prompt_len=2, output_len=40), topology=topology(nodes(1, 2))))

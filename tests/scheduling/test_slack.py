@@ -126,8 +126,19 @@ class TestSizes:
             serve(one, scheduling=mode)
             for one, mode in zip(jobs, (SchedulingMode.SLACK, SchedulingMode.CHUNKED), strict=True)
         ]
+        assert same[0] == same[1]
+
+    def test_a_lone_prompt_is_cut_as_by_chunked_whatever_was_learned(self) -> None:
+        # What is learned of equal steps says nothing of smaller ones: they had looked as quick, and were not.
+        for learns in (True, False):
+            prompt = Job(0.0, 5000, 2)
+            steps = serve([prompt], learns=learns, objectives=Objectives(ttft_s=1.0, tpot_s=TPOT_S))
+            assert [chunk.num_tokens for step in steps[:9] for chunk in step.chunks] == [512] * 9
+
+    def test_a_second_prompt_joins_the_first_of_a_step_up_to_full_speed(self) -> None:
         # By these times a step of 128 is as fast, to 5%, as the largest.
-        assert [max(chunk.num_tokens for step in steps for chunk in step.chunks) for steps in same] == [128, 511]
+        steps = serve([Job(0.0, 100, 1), Job(0.0, 400, 1)], objectives=Objectives(tpot_s=TPOT_S))
+        assert [[chunk.num_tokens for chunk in step.chunks] for step in steps] == [[100, 28], [372]]
 
     def test_a_request_brings_its_own_objective(self) -> None:
         strict = Job(0.0, 20, 200, objectives=Objectives(tpot_s=0.02))

@@ -14,19 +14,20 @@ from simulated import LinearLatency, cluster_spec, instance, poisson, serve
 from virtual_deployment import TOKEN, VirtualDeployment, VirtualLoop
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import SchedulingMode
+from disagg.base.config import RouterSettings, SchedulingMode
 from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.measure.timeline import Stage
-from disagg.scheduling.dispatch.actions import Deliver, FailReason
+from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.scheduling.event_log import AnyRecord, parse_log, replay
 from disagg.scheduling.router.outputs import MessageDropped
 from disagg.serve.router import shell as shell_module
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLogFolder
-from disagg.simulator.faults import Faults, InstanceDeath
+from disagg.simulator.faults import Faults, InstanceDeath, TimedCommand
 from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
 
 LINK = LinkModel(bytes_per_s=2e8, latency_s=0.0007)
@@ -124,6 +125,23 @@ def test_two_prefill_instances_into_one_decode_instance(
     assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
 
 
+@pytest.mark.parametrize("mode", [SchedulingMode.CHUNKED, SchedulingMode.SLACK])
+def test_paths_by_prediction(mode: SchedulingMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"tells_costs": True, "scheduling": mode, "objectives": Objectives(ttft_s=0.02, tpot_s=0.004)}
+    spec = cluster_spec(
+        instance(Role.PREFILL, **told),
+        instance(Role.DECODE, num_blocks=300, **told),
+        link=LINK,
+        router=RouterSettings(max_queued_requests=10**6, request_timeout_s=1e6, strict_roles=False),
+    )
+    requests = poisson(rate=250, count=150, seed=2, prompt=(16, 400))
+    live = run_both(spec, requests, tmp_path, monkeypatch)
+    check_stages(live, requests)
+    ended = [request.path_ended for request in requests if request.path_ended is not None]
+    assert len(ended) == len(requests)
+    assert {one.follows_roles for one in ended} == {True, False}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_deaths_restarts_cancelled_requests_and_failed_pulls(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,3 +168,29 @@ def test_deaths_restarts_cancelled_requests_and_failed_pulls(
             assert request.detail.count(" died ") == 2
     assert any(request.epoch > FIRST_EPOCH and request.outcome is Outcome.FINISHED for request in requests)
     assert {path.name for path in (tmp_path / "live").iterdir()} >= {"prefill-1.2.jsonl", "decode-0.1.jsonl"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drains_joins_flips_and_a_removal_among_deaths(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p0, p1, d0, d1 = (InstanceId(name) for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"))
+    faults = Faults(
+        deaths=(InstanceDeath(0.93, d1, start_s=0.1),),
+        commands=(
+            TimedCommand(0.2, Join(instance=d1, role=Role.DECODE), start_s=0.1),
+            TimedCommand(0.5, Drain(instance=d0)),
+            TimedCommand(0.8, Undrain(instance=d0)),
+            TimedCommand(1.1, ChangeRole(instance=p1, role=Role.DECODE)),
+            TimedCommand(1.2, Drain(instance=p0)),  # nobody else prefills: it is refused
+            TimedCommand(1.4, ChangeRole(instance=d0, role=Role.PREFILL)),
+            TimedCommand(1.6, Drain(instance=p1, leave=True)),
+        ),
+    )
+    spec = replace(TWO_AND_ONE, spares=(instance(Role.DECODE, number=1, num_blocks=300),), faults=faults)
+    requests = named(poisson(rate=60, count=120, seed=seed))
+    run_both(spec, requests, tmp_path, monkeypatch)
+    assert {request.outcome for request in requests} == {Outcome.FINISHED}
+    assert [request.num_output_tokens for request in requests] == [request.output_len for request in requests]
+    told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
+    assert {output.instance for output in told if isinstance(output, SendMigrate)} == {d0, p1}

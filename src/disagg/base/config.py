@@ -73,6 +73,18 @@ class QueueOrder(enum.Enum):
 MAX_OVERTAKE_S: Final = 30.0
 
 
+class Overload(enum.Enum):
+    """What becomes of a request that is predicted to miss its TTFT objective.
+
+    ``QUEUE``: it waits. ``BEST_EFFORT``: it is served after those that can keep theirs, and at the latest
+    ``MAX_OVERTAKE_S`` late. ``SHED``: it is refused, with the time after which to try again.
+    """
+
+    QUEUE = "queue"
+    BEST_EFFORT = "best-effort"
+    SHED = "shed"
+
+
 class CacheRouting(enum.Enum):
     """What dispatch makes of the prefixes that instances have cached.
 
@@ -165,6 +177,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ) = None
     objectives: Objectives = Objectives()
     """Of requests that bring none."""
+    tells_costs: bool = False
+    """Learn what steps cost, and tell the router."""
     max_batch_tokens: Annotated[int, Meta(ge=1, description="most new tokens in one step")] = 512
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
@@ -257,6 +271,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Profile that predicts step times; None learns them."""
     event_log: str | None = None
     """File that receives every scheduler event and action, for replay."""
+    weights: str | None = None
+    """File in which the server's instances share their packed weights; None keeps them to itself."""
     parent_pid: int = 0
     """The instance ends when this process is gone; 0 watches nobody."""
 
@@ -279,9 +295,29 @@ class ReasoningParser(enum.Enum):
     NONE = "none"
 
 
+class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of those who share a server: its part where all want more than there is, and how much it may have at once."""
+
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    max_requests: Annotated[int, Meta(ge=1)] | None = None
+    """Sequences under way or waiting; more are refused with 429."""
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
+    strict_roles: Annotated[
+        bool,
+        Meta(
+            description="prefill on prefill instances and decode on decode instances alone; without, predicted latency "
+            "decides for each request, and the role is a leaning"
+        ),
+    ] = True
+    overload: Annotated[
+        Overload, Meta(description="what becomes of a request that is predicted to miss its TTFT objective")
+    ] = Overload.QUEUE
+    tenants: dict[str, TenantSettings] = {}
+    """Those with a weight or a bound of their own, by name."""
     max_queued_requests: Annotated[
         int,
         Meta(ge=1, description="sequences that may be under way or wait at once; more are refused with 429"),
@@ -313,6 +349,11 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = 2
 
+    @property
+    def predicts(self) -> bool:
+        """True when dispatch goes by predicted latency, which instances have to tell costs for."""
+        return not self.strict_roles or self.overload is not Overload.QUEUE or bool(self.tenants)
+
 
 def is_api_key(key: str) -> bool:
     """Return whether a client can send a text as its key."""
@@ -325,6 +366,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    tenant_keys: dict[str, str] = {}
+    """Further keys, each with the name of its tenant."""
     api_key_file: Annotated[
         str | None, Meta(description="file with a key on each line, for clients with keys of their own")
     ] = None
@@ -370,11 +413,13 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 5.0
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not is_api_key(self.api_key):
-            raise ConfigurationError(
-                "--api-key: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
-                "choose another, or leave the option out to serve everybody"
-            )
+        own = {f"the key of {name}": key for key, name in self.tenant_keys.items()}
+        for what, key in ({"--api-key": self.api_key} | own).items():
+            if key is not None and not is_api_key(key):
+                raise ConfigurationError(
+                    f"{what}: an empty key, or one with control characters or spaces at its ends, cannot be sent; "
+                    "choose another, or leave it out"
+                )
         for origin in self.cors_origin:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise ConfigurationError(

@@ -107,6 +107,13 @@ class Release(Message, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class Migrate(Message, frozen=True, kw_only=True):
+    """Stop computing this sequence after its next token and offer its KV blocks: another instance goes on."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class PeerLost(Message, frozen=True, kw_only=True):
     """An instance died: nothing more will come from this incarnation of it."""
 
@@ -125,6 +132,14 @@ class Stop(Message, frozen=True, kw_only=True):
 # Engine to router ---------------------------------------------------------------------------------------------
 
 
+class StepLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What bounds the steps of an instance. ``sized_by_slack``: prefill is sized by when answers' tokens are due."""
+
+    max_batch_tokens: Positive = 512
+    max_batch_size: Positive = 64
+    sized_by_slack: bool = False
+
+
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up found out about an instance."""
 
@@ -139,6 +154,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: Count
     load_s: Seconds
     pool: bytes
+    limits: StepLimits = StepLimits()
     kv_layout: Name = ""
     """In words: instances whose words differ cannot read each other's KV blocks."""
     max_disk_blocks: Count = 0
@@ -288,6 +304,32 @@ class LoadReport(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
+class StepCosts(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds that parts of a step take, which add up: see ``costs.step_costs``."""
+
+    step_s: Seconds
+    token_s: Seconds
+    """Of each new token."""
+    square_s: Seconds
+    """Of each square of prefill attention."""
+    prefill_s: Seconds
+    """Of each chunk of prefill."""
+    context_s: Seconds
+    """Of each token that decodes attend to."""
+    decode_s: Seconds
+    """Of each decode, beside its new token."""
+
+
+class CostsLearned(Message, frozen=True, kw_only=True):
+    """What the instance has learned of its steps, and from how many of them, with prefill and without."""
+
+    instance: InstanceId
+    incarnation: Name
+    costs: StepCosts
+    num_prefill_steps: Count
+    num_decode_steps: Count
+
+
 class KvEvents(Message, frozen=True, kw_only=True):
     """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
 
@@ -297,8 +339,8 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Lend | Abort | Release | PeerLost | ReportBlocks | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
+ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
+ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()

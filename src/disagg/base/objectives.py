@@ -5,7 +5,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-_Limit = Annotated[float, Meta(gt=0, le=86_400)]
+_LONGEST_S = 86_400
+_Limit = Annotated[float, Meta(gt=0, le=_LONGEST_S)]
 
 
 class Objectives(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -24,3 +25,7 @@ class Objectives(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
             ttft_s=others.ttft_s if self.ttft_s is None else self.ttft_s,
             tpot_s=others.tpot_s if self.tpot_s is None else self.tpot_s,
         )
+
+
+BEST_EFFORT = Objectives(ttft_s=_LONGEST_S, tpot_s=_LONGEST_S)
+"""Of a request that is served when others leave time for it."""

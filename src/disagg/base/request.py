@@ -40,6 +40,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     """Lower is served earlier, as in vLLM."""
     objectives: Objectives = Objectives()
     """What is missing here is as the server says."""
+    tenant: str = ""
+    """Who shares fairly with others; the router's business."""
     arrival_s: float = 0.0
     """When the API received it: monotonic seconds of the API's host."""
 

@@ -20,6 +20,8 @@ from disagg.cli.values import Count, Name, Number
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=msgspec.Struct)
 
+NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants", "tenant_keys"})
+"""Settings that commands work out, from other flags and from files."""
 _MOST_INTEGERS: Final = 1 << 16
 _METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}
 """How a value is shown in the help; all our floats are seconds."""
@@ -66,7 +68,7 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
 def flags_of(
     *kinds: type[msgspec.Struct], without: Collection[str] = (), environment: Mapping[str, str] | None = None
 ) -> Callable[[F], F]:
-    """Give a command one option for each field of these structs, but for those in ``without``.
+    """Give a command one option for each field of these structs, but for ``NOT_FLAGS`` and those in ``without``.
 
     The command receives the values by field name; ``build`` makes the structs of them. ``environment`` names the
     variables that may stand for a flag, for what should not show in a list of processes.
@@ -76,7 +78,7 @@ def flags_of(
         _option(field, variables.get(field.name))
         for kind in kinds
         for field in inspect.type_info(kind).fields  # type: ignore[attr-defined]
-        if field.name not in without
+        if field.name not in without and field.name not in NOT_FLAGS
     ]
 
     def decorate(command: F) -> F:

@@ -23,6 +23,9 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
     console.print()
     for number, one in enumerate(plan.placements, start=1):
         console.print(f"{number}  [bold]{one.words}[/] ({one.family.value})\n   held back by {one.bottleneck}")
+        steps = [f"{part.role}: {part.batching}" for part in one.instances if part.batching]
+        if steps and one.instances[0].kind != CORE:
+            console.print(f"   steps of {'; '.join(steps)}")
     best = plan.best
     console.print("\nthe first")
     for group in best.placement.groups:
@@ -34,11 +37,14 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
         told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
         console.print(f"of its requests at that rate miss: {told}")
     if plan.behind_one_router is not None:
+        behind = _percent(plan.behind_one_router)
+        crossing = " (it hands over from unit to unit)" if len(best.instances) > 1 else ""
         console.print(
-            f"{best.num_units} equal units, a router for each. One router for all, which hands over from unit to unit: "
-            f"{_percent(plan.behind_one_router)} of requests keep the objectives at that rate"
+            f"{best.num_units} equal units, a router for each; with one router for all{crossing} {behind} of requests "
+            "keep the objectives at that rate"
         )
-    console.print("\nwhy not")
+    if plan.losing:
+        console.print("\nwhy not")
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
     _print_shifts(plan, console)

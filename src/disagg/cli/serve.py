@@ -19,6 +19,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
+from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo
@@ -44,6 +45,13 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     metavar="SLO",
     help="Latency objectives, such as ttft=500ms,tpot=50ms.",
 )
+@click.option(
+    "--tenants",
+    "tenants_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keys, weights and bounds of those who share the server, from a YAML file.",
+)
 @flags_of(
     CacheSettings,
     TransferSettings,
@@ -51,7 +59,6 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     HostSettings,
     RemoteSettings,
     RouterSettings,
-    without={"objectives"},
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
@@ -77,6 +84,7 @@ def serve(
 
     Starts the instances and an OpenAI-compatible API. Ctrl-C drains and ends all, a second one ends at once.
     """
+    tenants = read_tenants(values.pop("tenants_file"))
     counts = {one: values[one.value] for one in Role}
     if (join is None) != (role is None):
         raise ConfigurationError("--join HOST:PORT and --role go together: an instance joins in one role")
@@ -90,8 +98,8 @@ def serve(
         cache=build(CacheSettings, values),
         transfer=build(TransferSettings, values),
         scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
-        router=build(RouterSettings, values),
-        serve=build(ServeSettings, values),
+        router=build(RouterSettings, values | {"tenants": tenants.settings()}),
+        serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),
         host=build(HostSettings, values),
         remote=remote,
     )

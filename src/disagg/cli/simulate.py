@@ -85,7 +85,7 @@ _FILE: Final = click.Path(path_type=Path)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @flags_of(TransferSettings, without={"kv_link", "kv_digests", "kv_streams"})
-@flags_of(CacheSettings, SchedulerSettings, RouterSettings, without={"objectives"})
+@flags_of(CacheSettings, SchedulerSettings, RouterSettings)
 def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Estimate, Percentiles
-from disagg.simulator.run_report import PromptTokens, RunReport
+from disagg.simulator.run_report import PathUse, PromptTokens, RunReport
 
 
 class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +56,10 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     console.print(_stages(report.runs))
     for use in first.kv:
         console.print(f"KV of {use.instance}: mean {use.mean:.0%}, peak {use.peak:.0%}  {_sparkline(use.course)}")
+    if first.num_refused:
+        console.print(f"{first.num_refused} requests were refused")
+    if first.paths is not None:
+        console.print(_paths(first.paths))
     if first.prompt_tokens.computed < first.prompt_tokens.total:
         console.print(_prompts(first.prompt_tokens))
     if first.num_preemptions:
@@ -101,6 +105,14 @@ def _stages(runs: Sequence[RunReport]) -> str:
     shares = {stage: _mean([run.stage_shares[stage] for run in runs]) for stage in runs[0].stage_shares}
     told = ", ".join(f"{stage.replace('_', ' ')} {share:.1%}" for stage, share in shares.items() if share >= 5e-4)
     return f"time spent  {told}"
+
+
+def _paths(paths: PathUse) -> str:
+    return (
+        f"paths by prediction  {paths.leaning_share:.0%} of prompt tokens prefilled against the roles; predictions off "
+        f"by {paths.ttft_error:.0%} of TTFT, {paths.tpot_error:.0%} of TPOT; "
+        f"mean regret {paths.ttft_regret_s * 1e3:.0f} ms of TTFT, {paths.tpot_regret_s * 1e3:.1f} ms of TPOT"
+    )
 
 
 def _sparkline(course: Sequence[float], width: int = 36) -> str:

@@ -12,7 +12,7 @@ from disagg.base.units import format_bytes
 from disagg.bench.report.words import number, objective, percent, seconds
 from disagg.cli.top_figures import Figures, LatencyFigures, keeps
 from disagg.measure.timeline import Stage
-from disagg.serve.api.views import InstanceView, RequestView
+from disagg.serve.api.views import InstanceView, PredictionTotals, RequestView
 
 NUM_FIXED_LINES: Final = 18
 """Lines of a frame but for its instances, what is said of them, and its requests, at most."""
@@ -47,6 +47,7 @@ STAGE_LOOKS: Final = {
     Stage.FIRST_DECODE.value: Look("▓", "#56b4e9", "second token"),
     Stage.DECODE.value: Look("▒", "#0072b2", "further tokens"),
     Stage.DELIVERY.value: Look("▪", "#cc79a7", "delivery"),
+    Stage.PAUSE.value: Look("×", "#d55e00", "pause"),
 }
 BLOCK_LOOKS: Final = {
     "active": Look("█", "#0072b2", "active"),
@@ -150,6 +151,7 @@ def _totals(figures: Figures, width: int) -> list[Text]:
         _figure(str(status.num_under_way), f"under way ({running} in a batch)"),
         _figure(str(waiting), "queued at instances"),
         _hand_overs(figures),
+        *_predictions(status.predictions),
     ]
     lines = [told[0]]
     for figure in told[1:]:
@@ -172,6 +174,23 @@ def _hand_overs(figures: Figures) -> Text:
         told.append(f", {seconds(figures.hand_over_s)} each", "not bold")
     if totals.num_failures_total:
         told.append(f", {totals.num_failures_total} failed", _BAD)
+    return told
+
+
+def _predictions(totals: PredictionTotals) -> list[Text]:
+    """Return what came of predictions, where there were any."""
+    told = []
+    if totals.num_total:
+        share = totals.leaning_prompt_tokens_total / max(1, totals.prompt_tokens_total)
+        told.append(_figure(percent(share), "of prompt tokens against roles"))
+        told.append(
+            _figure(percent(totals.ttft_error_seconds_total / max(1e-9, totals.ttft_seconds_total)), "TTFT error")
+        )
+        told.append(_figure(seconds(totals.ttft_regret_seconds_total / totals.num_total), "regret"))
+    if totals.num_refused_total:
+        told.append(_figure(str(totals.num_refused_total), f"refused ({totals.num_shed_total} shed)"))
+    if totals.num_degraded_total:
+        told.append(_figure(str(totals.num_degraded_total), "best effort"))
     return told
 
 

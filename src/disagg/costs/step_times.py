@@ -8,12 +8,13 @@ steps give the same bits on every machine, which the replay of an event log need
 
 from typing import Final
 
-from disagg.costs.latency import LatencyModel, StepShape
+from msgspec.structs import astuple
 
-_PRIOR_S: Final = (5e-3, 3e-4, 5e-8, 1e-3, 2e-6, 5e-4)
-"""Seconds for a step, a new token, a square of prefill attention, a prefill, a token of decode context, a decode: a
-small model on one CPU core. Whatever computes faster is known after its first steps."""
-_NUM: Final = len(_PRIOR_S)
+from disagg.base.messages import StepCosts
+from disagg.costs.latency import LatencyModel, StepShape
+from disagg.costs.step_costs import PRIOR_COSTS
+
+_NUM: Final = len(StepCosts.__struct_fields__)
 _PRIOR_WEIGHT: Final = 1e-3
 """Of each coefficient of the prior, in steps."""
 _KEPT: Final = 0.995
@@ -37,6 +38,11 @@ class OnlineFit:
         """By whether the steps had prefill in them."""
         self._num_steps = 0
         self._num_unfitted = 0
+
+    def costs(self) -> StepCosts:
+        """Return the coefficients as they are known now."""
+        self._refit()
+        return StepCosts(*(factor * part for factor, part in zip(self._factors, astuple(PRIOR_COSTS), strict=True)))
 
     def predict_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of this shape will take."""
@@ -82,12 +88,15 @@ class _Sums:
 class StepTimes:
     """Predicts the steps of one instance, and keeps count of how far the predictions are from what steps took.
 
-    By ``given`` where there is a model, and else by what is learned.
+    By ``given`` where there is a model, and else by what is learned; ``always_learns`` beside a given one.
     """
 
-    def __init__(self, given: LatencyModel | None = None) -> None:
+    def __init__(self, given: LatencyModel | None = None, *, always_learns: bool = False) -> None:
         self._given = given
+        self._learns = given is None or always_learns
         self._fit = OnlineFit()
+        self.num_prefill_steps = 0
+        """Of the steps that were learned from, those with prefill."""
         self.num_steps = 0
         """Steps that were predicted and measured."""
         self.measured_s = 0.0
@@ -115,20 +124,25 @@ class StepTimes:
         self.predicted_s += predicted_s
         kept = min(_ERROR_KEPT, 1 - 1 / (self.num_steps + 1))
         self.error = kept * self.error + (1 - kept) * min(abs(predicted_s - duration_s) / duration_s, 1.0)
-        if self._given is None:
+        if self._learns:
+            self.num_prefill_steps += shape.num_prefills > 0
             self._fit.learn(shape, duration_s)
+
+    def costs(self) -> StepCosts:
+        """Return what was learned."""
+        return self._fit.costs()
 
 
 def _prior_parts(shape: StepShape) -> tuple[float, ...]:
     """Return the seconds of each feature by the prior."""
-    step, token, square, prefill, context, decode = _PRIOR_S
+    prior = PRIOR_COSTS
     return (
-        step,
-        token * shape.num_tokens,
-        square * shape.prefill_squares,
-        prefill * shape.num_prefills,
-        context * shape.decode_context,
-        decode * shape.num_decodes,
+        prior.step_s,
+        prior.token_s * shape.num_tokens,
+        prior.square_s * shape.prefill_squares,
+        prior.prefill_s * shape.num_prefills,
+        prior.context_s * shape.decode_context,
+        prior.decode_s * shape.num_decodes,
     )
 
 

@@ -13,6 +13,7 @@ from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
 from disagg.base.messages import (
     Adopt,
+    CostsLearned,
     Failed,
     Generate,
     NotHeld,
@@ -171,7 +172,7 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(Offered(offer=self._pulls.seal(offer)))
-            case NotHeld() | Pulled() | Failed():
+            case NotHeld() | Pulled() | Failed() | CostsLearned():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)

@@ -37,8 +37,8 @@ class JudgedPlacement:
 
     @property
     def report(self) -> RunReport | None:
-        """The run of a unit at its goodput; None where no rate was kept."""
-        return self.results[0].report
+        """The run of a unit at its goodput; None where no rate was kept, or nothing was simulated."""
+        return self.results[0].report if self.results else None
 
     @property
     def num_runs(self) -> int:
@@ -82,6 +82,14 @@ def judge(
         results = (*one.results, *(next(more) for _ in seeds))
         yield _judged(goodputs, one.composition, one.placed, results)
     yield from others
+
+
+def unjudged(problem: PlanProblem, goodputs: Goodputs, composition: Composition) -> JudgedPlacement | None:
+    """Return a composition with the goodput that its phases alone promise; None where it does not fit."""
+    placed = _placed(problem, composition)
+    if placed is None:
+        return None
+    return JudgedPlacement(composition, tuple(placed), Estimate.of([composition.rate(goodputs)]), ())
 
 
 def attainment_behind_one_router(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from disagg.base.errors import ConfigurationError
@@ -10,7 +11,7 @@ from disagg.measure.statistics import Estimate
 from disagg.placement.composition import Composition, Family, compose, score
 from disagg.placement.goodput_job import JobResult, run_goodput_job
 from disagg.placement.instance_choice import InstanceChoice
-from disagg.placement.judging import JudgedPlacement, attainment_behind_one_router, judge
+from disagg.placement.judging import JudgedPlacement, attainment_behind_one_router, judge, unjudged
 from disagg.placement.mixing import fill_up
 from disagg.placement.phases import MOST_BUSY, PhaseChoice, bound_choice, other_batchings, phase_job
 from disagg.placement.problem import PlanProblem
@@ -110,6 +111,7 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
             behind_one_router = attainment_behind_one_router(problem, phases.goodput, judged[0], workers)
     except KeyboardInterrupt:
         is_complete = False
+        judged = judged or _best_of_known(problem, phases)
         if not judged:
             raise
         judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
@@ -169,6 +171,13 @@ def _search_phases(
         on_progress(PlanProgress(len(phases.known), len(phases.known) + len(set(unknown)), str(leaders[0])))
     known = [one for one in _ranked(problem, phases) if all(choice in phases.known for choice in one.choices)]
     return _leaders(known), count
+
+
+def _best_of_known(problem: PlanProblem, phases: PhaseSearch) -> list[JudgedPlacement]:
+    """Return the best placement as far as phases alone tell; nothing where too few of them are known."""
+    known = [one for one in _ranked(problem, phases) if all(choice in phases.known for choice in one.choices)]
+    found = (unjudged(problem, phases.goodput, one) for one in known)
+    return list(islice((one for one in found if one is not None), 1))
 
 
 def _ranked(problem: PlanProblem, phases: PhaseSearch) -> list[Composition]:

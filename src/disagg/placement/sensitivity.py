@@ -57,17 +57,15 @@ def prompt_shifts(search: Search, workers: Workers) -> tuple[PromptShift, ...]:
     results = workers.map(_rate_or_none, jobs)
     shifts = []
     for factor in PROMPT_FACTORS:
-        rates = {}
-        for one in shown:
-            rates[one] = next(results) * one.composition.num_units / one.composition.num_devices
-        best = max(rates, key=rates.__getitem__)
+        rates = [next(results) * one.composition.num_units / one.composition.num_devices for one in shown]
+        best = max(range(len(shown)), key=rates.__getitem__)
         shifts.append(
             PromptShift(
                 factor=factor,
-                best=str(best.composition),
-                is_same=best is shown[0],
+                best=str(shown[best].composition),
+                is_same=best == 0,
                 goodput_per_device=rates[best],
-                chosen_per_device=rates[shown[0]],
+                chosen_per_device=rates[0],
             )
         )
     return tuple(shifts)

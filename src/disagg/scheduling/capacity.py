@@ -1,6 +1,17 @@
 """What fits: how long a sequence an instance holds, and how many tokens of one it must hold."""
 
+from disagg.base.config import SchedulerSettings, SchedulingMode
+from disagg.base.messages import StepLimits
 from disagg.base.request import Role
+
+
+def step_limits(settings: SchedulerSettings) -> StepLimits:
+    """Return what bounds the steps of an instance with these settings, as it tells the router."""
+    return StepLimits(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_size=settings.max_batch_size,
+        sized_by_slack=settings.scheduling is SchedulingMode.SLACK,
+    )
 
 
 def capacity_tokens(num_blocks: int, block_size: int, max_model_len: int | None = None) -> int:
@@ -17,6 +28,8 @@ def most_tokens(num_tokens: int, max_total_tokens: int, *, hand_over: bool) -> i
     return num_tokens if hand_over else max_total_tokens
 
 
-def serves_requests(roles: set[Role]) -> bool:
+def serves_requests(roles: set[Role], *, strict_roles: bool = True) -> bool:
     """Return whether instances of these roles together can serve a request from prompt to last token."""
+    if not strict_roles:
+        return bool(roles)
     return Role.COLOCATED in roles or (Role.PREFILL in roles and Role.DECODE in roles)

@@ -55,15 +55,16 @@ def own_rules(
     scheduler: SchedulerSettings | None = None, cache: CacheSettings | None = None, router: RouterSettings | None = None
 ) -> EngineRules:
     """Return the rules of this package's engine, with the settings that ``disagg serve`` would be given."""
-    scheduler = scheduler or SchedulerSettings()
     cache = cache or CacheSettings()
+    router = router or RouterSettings()
+    scheduler = msgspec.structs.replace(scheduler or SchedulerSettings(), tells_costs=router.predicts)
     return EngineRules(
         name="disagg",
         schedulers=dict.fromkeys(Role, scheduler),
         block_size=cache.block_size,
         prefix_caching=cache.prefix_caching,
         kv_disk=cache.disk(1),
-        router=router or RouterSettings(),
+        router=router,
     )
 
 

@@ -16,6 +16,7 @@ from msgspec import structs
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
+    CostsLearned,
     Failed,
     InstanceLoad,
     NotHeld,
@@ -78,12 +79,14 @@ class SimulatedInstance:
         self._host = host
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
-        self._may_die = any(death.instance == spec.name for death in faults.deaths)
+        self._tells_all = spec.scheduler.tells_costs
+        self._may_die = bool(faults.commands) or any(death.instance == spec.name for death in faults.deaths)
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
-        # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
-        self._may_repeat = recording.allows_repeats and not self._may_die
+        # What it computed is lost with it unless the router was told: an instance that may die, or give its answers
+        # away, tells every token at once. Where predictions decide, every token's load counts.
+        self._may_repeat = recording.allows_repeats and not self._may_die and not self._tells_all
         self._life = -1
         self._loads_before: list[InstanceLoad] = []
         self.kv_use = UsageSeries()
@@ -233,7 +236,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | NotHeld() | Pulled() | Failed():
+            case Offered() | NotHeld() | Pulled() | Failed() | CostsLearned():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case CacheChanged(message=message):
                 self._tell(InstanceSaid(instance=self.spec.name, message=message))
@@ -267,7 +270,13 @@ class SimulatedInstance:
             if self._gaps is not None and gap_s > 0:
                 self._gaps.add(gap_s)
             resumed_here = stamps is not None and request.epoch != FIRST_EPOCH and request_id in stamps
-            if request.is_complete or request.num_output_tokens == 1 or resumed_here or self._may_die:
+            if (
+                request.is_complete
+                or request.num_output_tokens == 1
+                or resumed_here
+                or self._may_die
+                or self._tells_all
+            ):
                 news.append(request)
         if news:
             self._tell(tokens_emitted(self.spec.name, news))

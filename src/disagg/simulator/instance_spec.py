@@ -10,6 +10,7 @@ from disagg.base.request import Role
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import LinkModel
 from disagg.costs.topology import Place
+from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.header import InstanceHeader
 
 
@@ -78,6 +79,7 @@ class InstanceSpec:
                 kv_bytes=0,
                 load_s=0.0,
                 pool=b"",
+                limits=step_limits(self.scheduler),
                 max_disk_blocks=self.max_disk_blocks,
             ),
         )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import StageStamps
+from disagg.base.objectives import Objectives
 from disagg.measure.timeline import RequestTimeline
-from disagg.scheduling.dispatch.actions import FailReason
+from disagg.scheduling.dispatch.actions import FailReason, PathEnded
 from disagg.scheduling.dispatch.events import Progress, TokensEmitted
 from disagg.scheduling.instance.inputs import SequenceFacts
 
@@ -39,6 +40,8 @@ class SimulatedRequest:
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of its full KV blocks, as far as somebody else's can be equal: of the prompt, and on into the answer."""
     priority: int = 0
+    tenant: str = ""
+    objectives: Objectives = field(default_factory=Objectives)
     num_output_tokens: int = 0
     num_reported_tokens: int = 0
     """Output tokens that the dispatcher was told of."""
@@ -52,6 +55,8 @@ class SimulatedRequest:
     outcome: Outcome | None = None
     fail_reason: FailReason | None = None
     detail: str = ""
+    path_ended: PathEnded | None = None
+    """Predictions beside what came, where predictions chose its path."""
     timeline: RequestTimeline = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +105,7 @@ class SimulatedRequest:
             num_tokens=self.num_tokens,
             max_total_tokens=self.max_total_tokens,
             priority=self.priority,
+            objectives=self.objectives,
             arrival_s=self.arrival_s,
             block_hashes=self.block_hashes[: self.num_tokens // block_size] if self.block_hashes else (),
         )

@@ -3,6 +3,7 @@
 import math
 from array import array
 from collections.abc import Sequence
+from statistics import fmean
 
 import msgspec
 
@@ -10,6 +11,7 @@ from disagg.base.messages import InstanceLoad
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import LogHistogram, Percentiles
 from disagg.measure.timeline import Stage
+from disagg.scheduling.dispatch.actions import PathEnded
 from disagg.simulator.request import Outcome, SimulatedRequest
 
 
@@ -21,6 +23,36 @@ class KvUse(msgspec.Struct, frozen=True, kw_only=True):
     peak: float
     interval_s: float
     course: tuple[float, ...]
+
+
+class PathUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of predictions that chose paths. Seconds are means over the requests that ended."""
+
+    leaning_share: float
+    """Part of all prompt tokens that were prefilled against the roles."""
+    ttft_error: float
+    """Mean absolute error of predicted TTFT, as a part of the mean TTFT."""
+    tpot_error: float
+    ttft_regret_s: float
+    """By which TTFT was over what the best other path was predicted to bring; 0 where it was not."""
+    tpot_regret_s: float
+
+    @classmethod
+    def of(cls, ended: Sequence[PathEnded]) -> "PathUse | None":
+        """Return the sums of these; None where no predictions chose."""
+        if not ended:
+            return None
+        answers = [one for one in ended if one.tpot_s is not None]
+        num_tokens = sum(one.num_prompt_tokens for one in ended)
+        return cls(
+            leaning_share=sum(one.num_prompt_tokens for one in ended if not one.follows_roles) / num_tokens,
+            ttft_error=sum(abs(one.predicted_ttft_s - one.ttft_s) for one in ended)
+            / max(1e-9, sum(one.ttft_s for one in ended)),
+            tpot_error=sum(abs(one.predicted_tpot_s - (one.tpot_s or 0.0)) for one in answers)
+            / max(1e-9, sum(one.tpot_s or 0.0 for one in answers)),
+            ttft_regret_s=fmean(max(0.0, one.ttft_regret_s or 0.0) for one in ended),
+            tpot_regret_s=fmean(max(0.0, one.tpot_regret_s or 0.0) for one in ended),
+        )
 
 
 class PromptTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +88,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """From the start to the end of the last request."""
     output_tokens_per_s: float
     kv: tuple[KvUse, ...]
+    num_refused: int = 0
+    paths: PathUse | None = None
 
     def percentiles(self) -> dict[str, Percentiles]:
         """Return the latencies by the names that a target calls them."""
@@ -71,12 +105,16 @@ class Collector:
         self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
         self._stages = dict.fromkeys(Stage, 0.0)
         self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
-        self._num_output_tokens = self._num_prompt_tokens = 0
+        self._num_output_tokens = self._num_prompt_tokens = self._num_refused = 0
+        self._paths: list[PathEnded] = []
         self._last_end_s = 0.0
 
     def add(self, request: SimulatedRequest) -> None:
         """Count one ended request."""
         self._num_requests += 1
+        self._num_refused += request.outcome is Outcome.REFUSED
+        if request.path_ended is not None:
+            self._paths.append(request.path_ended)
         self._num_prompt_tokens += request.prompt_len
         self._last_end_s = max(self._last_end_s, request.timeline.finished_s)
         for stage, duration_s in request.timeline.stages().items():
@@ -134,4 +172,6 @@ class Collector:
             span_s=span_s,
             output_tokens_per_s=self._num_output_tokens / span_s if span_s else 0.0,
             kv=tuple(kv),
+            num_refused=self._num_refused,
+            paths=PathUse.of(self._paths),
         )

@@ -26,8 +26,47 @@ class _Instance(msgspec.Struct):
     state: str = ""
 
 
+class TotalPredictions(msgspec.Struct, frozen=True, kw_only=True):
+    """What our server says of predictions and admission since it started."""
+
+    num_total: int = 0
+    prompt_tokens_total: int = 0
+    leaning_prompt_tokens_total: int = 0
+    ttft_seconds_total: float = 0.0
+    ttft_error_seconds_total: float = 0.0
+    ttft_regret_seconds_total: float = 0.0
+    num_refused_total: int = 0
+    num_shed_total: int = 0
+    num_degraded_total: int = 0
+
+    def since(self, before: "TotalPredictions") -> "TotalPredictions":
+        """Return what came after an earlier answer of the same server."""
+        return TotalPredictions(
+            **{name: getattr(self, name) - getattr(before, name) for name in self.__struct_fields__}
+        )
+
+    def words(self) -> tuple[str, ...]:
+        """Return it as notes for a reader; none where there is nothing to say."""
+        notes = []
+        if self.num_total:
+            share = self.leaning_prompt_tokens_total / max(1, self.prompt_tokens_total)
+            error = self.ttft_error_seconds_total / max(1e-9, self.ttft_seconds_total)
+            regret_s = self.ttft_regret_seconds_total / self.num_total
+            notes.append(
+                f"paths by prediction: {share:.0%} of prompt tokens prefilled against the roles, TTFT predicted to "
+                f"{error:.0%}, mean regret {regret_s * 1e3:.0f} ms"
+            )
+        if self.num_refused_total or self.num_degraded_total:
+            notes.append(
+                f"{self.num_refused_total} refused, {self.num_shed_total} of them predicted to miss; "
+                f"{self.num_degraded_total} served as best effort"
+            )
+        return tuple(notes)
+
+
 class _Status(msgspec.Struct):
     instances: list[_Instance]
+    predictions: TotalPredictions = TotalPredictions()
 
 
 class RecentRequest(msgspec.Struct):
@@ -65,6 +104,12 @@ def num_instances(server: Server) -> int | None:
     """Return how many instances the server runs; None where it is not ours and does not tell."""
     status = _ours(server, "/status", _Status)
     return len(status.instances) if status is not None and status.instances else None
+
+
+def predictions(server: Server) -> TotalPredictions:
+    """Return what the server says of its predictions; zeros where it is not ours."""
+    status = _ours(server, "/status", _Status)
+    return TotalPredictions() if status is None else status.predictions
 
 
 def recent_requests(server: Server) -> Iterator[RecentRequest]:

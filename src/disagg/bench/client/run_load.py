@@ -18,7 +18,7 @@ import uvloop
 
 from disagg.bench.client.calls import Chain, chains_of, num_users_of
 from disagg.bench.client.connection import Address, ConnectionPool
-from disagg.bench.client.inquiries import recent_requests, served_model
+from disagg.bench.client.inquiries import predictions, recent_requests, served_model
 from disagg.bench.client.load_plan import LoadPlan
 from disagg.bench.client.preparing import LoadPreparation
 from disagg.bench.client.prompt_texts import PromptSource
@@ -86,10 +86,12 @@ def run_load(plan: LoadPlan, source: PromptSource, watch: Watch | None = None) -
     """
     chains = chains_of(plan.load)
     model = plan.server.model or served_model(plan.server)
+    before = predictions(plan.server)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(_prepare_and_run(plan, model, source, chains, watch))
     records = merge_stages(result.records, recent_requests(plan.server))
-    return dataclasses.replace(result, records=tuple(records))
+    notes = (*result.notes, *predictions(plan.server).since(before).words())
+    return dataclasses.replace(result, records=tuple(records), notes=notes)
 
 
 async def _prepare_and_run(

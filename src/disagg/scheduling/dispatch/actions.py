@@ -9,6 +9,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.step.actions import WakeAt
 
 
@@ -61,6 +62,14 @@ class SendRelease(DispatchAction, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class SendMigrate(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` offer the KV blocks of a running sequence after its next token."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
 class SendPeerLost(DispatchAction, frozen=True, kw_only=True):
     """Tell ``instance`` that ``lost`` died."""
 
@@ -103,6 +112,39 @@ class Drained(DispatchAction, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class PathChosen(DispatchAction, frozen=True, kw_only=True):
+    """Predictions decided where the sequence goes, ``waited_s`` after its arrival. ``other``: the best one left out."""
+
+    request_id: RequestId
+    epoch: Epoch
+    chosen: Forecast
+    other: Forecast | None
+    waited_s: float
+
+
+class PathEnded(DispatchAction, frozen=True, kw_only=True):
+    """A sequence that went the way it was given has its last token: predictions beside what came.
+
+    TTFT from the arrival; TPOT None for an answer of one token. The regrets: what came, less what was predicted of the
+    best path that was left out; None without one.
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    path: Path
+    follows_roles: bool
+    num_prompt_tokens: int
+    predicted_ttft_s: float
+    ttft_s: float
+    predicted_tpot_s: float
+    tpot_s: float | None = None
+    predicted_hand_over_s: float = 0.0
+    hand_over_s: float | None = None
+    """None where nothing was handed over, or the blocks did not arrive."""
+    ttft_regret_s: float | None = None
+    tpot_regret_s: float | None = None
+
+
 class FailReason(enum.Enum):
     """Why a sequence ended without an answer, or with part of one."""
 
@@ -123,10 +165,20 @@ class Fail(DispatchAction, frozen=True, kw_only=True):
     detail: str
 
 
+class Degrade(DispatchAction, frozen=True, kw_only=True):
+    """The sequence is predicted to miss its objectives, and has none any more: whoever computes it is told so."""
+
+    request_id: RequestId
+    epoch: Epoch
+    why: str
+
+
 class RefuseReason(enum.Enum):
     """Why a sequence was not taken."""
 
     OVERLOADED = "overloaded"
+    SHED = "shed"
+    """It was predicted to miss its objectives."""
     UNAVAILABLE = "unavailable"
 
 
@@ -137,6 +189,10 @@ class Refuse(DispatchAction, frozen=True, kw_only=True):
     epoch: Epoch
     reason: RefuseReason
     detail: str
+    retry_after_s: float = 1.0
+    """When to try again."""
+    tenant: str = ""
+    priority: int = 0
 
 
 AnyDispatchAction = (
@@ -145,9 +201,13 @@ AnyDispatchAction = (
     | SendAdopt
     | SendAbort
     | SendRelease
+    | SendMigrate
     | SendPeerLost
     | Deliver
     | Drop
+    | Degrade
+    | PathChosen
+    | PathEnded
     | Resume
     | Drained
     | Finish

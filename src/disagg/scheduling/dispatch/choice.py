@@ -8,7 +8,7 @@ tokens. Ties go to the instance configured first, so equal logs give equal choic
 A later turn of a conversation goes straight to the decode instance that holds it, where the new tokens cost less there
 than on a prefill instance: see ``prefixes``.
 
-A sequence that lost an instance need not wait for a prefill instance: where none can take it now, a decode instance
+A sequence that goes on elsewhere need not wait for a prefill instance: where none can take it now, a decode instance
 computes it again, from its known tokens on.
 """
 
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
+from disagg.scheduling.dispatch.actions import FailReason
 from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_added, start_cost
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
@@ -33,7 +34,7 @@ def choose_start(
     pair = _best_pair(instances, sequence)
     colocated = _best_colocated(instances, sequence)
     if pair is None and colocated is None:
-        return choose_decode(instances, sequence) if sequence.losses else None
+        return choose_decode(instances, sequence) if sequence.is_resumed else None
     if pair is None:
         return colocated
     if append_turns and sequence.held:
@@ -48,26 +49,33 @@ def choose_start(
 
 def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
     """Return the live decode instance that adopts the sequence, or None when it has to wait."""
-    return min(
-        _fitting(instances, Role.DECODE, sequence),
-        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
-        default=None,
-    )
+    return _least_held(_fitting(instances, Role.DECODE, sequence), sequence)
 
 
-def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    """Return the live instance that adopts an offered sequence, or None when it has to wait.
+
+    Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
+    """
+    others = [entry for entry in instances if entry.instance not in sequence.visited]
+    return choose_decode(others, sequence) or _least_held(_fitting(others, Role.COLOCATED, sequence), sequence)
+
+
+def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
     """
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
-        return Role.DECODE in present
-    return serves_requests(present) or (bool(sequence.losses) and Role.DECODE in present)
+        return not present.isdisjoint((Role.DECODE, Role.COLOCATED))
+    return serves_requests(present, strict_roles=strict_roles) or (sequence.is_resumed and Role.DECODE in present)
 
 
-def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> bool:
+def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True unless all instances that could serve the sequence in its state are known to be too small for it."""
+    if sequence.lease is None and not strict_roles:
+        return any(entry.can_hold(sequence.max_total_tokens) for entry in instances if entry.will_take)
     holds = {
         role: any(
             entry.can_hold(_needed(role, sequence)) for entry in instances if entry.role is role and entry.will_take
@@ -75,9 +83,24 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> 
         for role in Role
     }
     if sequence.lease is not None:
-        return holds[Role.DECODE]
+        return holds[Role.DECODE] or holds[Role.COLOCATED]
     pair = holds[Role.PREFILL] and (holds[Role.DECODE] or sequence.ends_at_first_token)
-    return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
+    return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
+
+
+def why_unplaceable(
+    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool
+) -> tuple[FailReason, str] | None:
+    """Return why a sequence that no instance can take now need not wait for one; None where it may."""
+    known = ", ".join(entry.describe() for entry in instances)
+    if not can_be_served(instances, sequence, strict_roles=strict_roles):
+        return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({known})"
+    if not can_be_held(instances, sequence, strict_roles=strict_roles):
+        return FailReason.TOO_LONG, (
+            f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
+            f"can hold ({known}); ask for fewer tokens or raise --kv-memory"
+        )
+    return None
 
 
 class _Pair(NamedTuple):
@@ -114,6 +137,14 @@ def _best_colocated(instances: Sequence[InstanceEntry], sequence: SequenceEntry)
     return min(
         _fitting(instances, Role.COLOCATED, sequence),
         key=lambda entry: (start_cost(instances, sequence, entry) + entry.kv_tokens, entry.kv_tokens),
+        default=None,
+    )
+
+
+def _least_held(entries: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    return min(
+        entries,
+        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
         default=None,
     )
 

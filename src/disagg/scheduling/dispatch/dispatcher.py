@@ -15,10 +15,9 @@ import math
 from collections.abc import Mapping
 from typing import assert_never
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch import borrowing
@@ -31,18 +30,18 @@ from disagg.scheduling.dispatch.actions import (
     FailReason,
     Finish,
     Refuse,
-    RefuseReason,
     Resume,
     SendAbort,
     SendAdopt,
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import can_be_held, can_be_served, choose_decode, choose_start
+from disagg.scheduling.dispatch.choice import why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
     ChangeRole,
+    CostsKnown,
     Drain,
     InstanceDown,
     InstanceUp,
@@ -57,18 +56,17 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, migrate, movable
+from disagg.scheduling.dispatch.pathfinder import HeldBack
+from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
+from disagg.scheduling.dispatch.turns import Turns
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
-
-_FAIL_REASON = {
-    FailureKind.TOO_LONG: FailReason.TOO_LONG,
-    FailureKind.INVALID: FailReason.INVALID,
-    FailureKind.INTERNAL: FailReason.INTERNAL,
-}
 
 
 class Dispatcher:
@@ -78,11 +76,13 @@ class Dispatcher:
         self,
         instances: Mapping[InstanceId, Role],
         settings: RouterSettings,
+        scheduler: SchedulerSettings | None = None,
         prefixes: PrefixIndex | None = None,
     ) -> None:
         self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._settings = settings
         self._fleet = Fleet(instances)
+        self._turns = Turns(settings, scheduler or SchedulerSettings(), self._fleet)
         self._sequences: dict[RequestId, SequenceEntry] = {}
         self._num_arrived = 0
         self._wake_at_s = math.inf
@@ -148,13 +148,21 @@ class Dispatcher:
             case Join(instance=instance, role=role):
                 self._fleet.join(instance, role)
             case Drain(instance=instance):
-                self._drain(instance)
+                if self._fleet.drain(instance):
+                    self._actions.append(Drained(instance=instance))
+                self._place_waiting()
+            case Undrain(instance=instance):
+                self._fleet.undrain(instance)
+                self._place_waiting()
             case Leave(instance=instance):
                 self._down(instance, InstanceState.GONE, "it was removed")
                 self._fleet.remove(instance)
             case ChangeRole(instance=instance, role=role):
-                self._fleet.entry(instance).role = role
-                self._place_waiting()
+                entry = self._fleet.entry(instance)
+                entry.role = role
+                self._place_waiting(entry)
+            case CostsKnown(lesson=lesson):
+                self._fleet.entry(lesson.instance).lesson = lesson
             case _:
                 assert_never(event)
 
@@ -169,71 +177,62 @@ class Dispatcher:
             num_tokens=event.num_tokens,
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
+            tenant=event.tenant,
+            objectives=event.objectives,
             block_hashes=event.block_hashes,
             order=self._num_arrived,
             arrived_s=self._now,
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
-        if refusal := self._refusal(sequence):
-            self._actions.append(refusal)
+        sequence.held = self._held(sequence)
+        verdict = self._turns.take(sequence, len(self._sequences), self._now)
+        if verdict is not None:
+            self._actions.append(verdict)
+        if isinstance(verdict, Refuse):
             return
         self._num_arrived += 1
         self._sequences[event.request_id] = sequence
         self._wake(sequence.deadline_s)
-        self._place(sequence)
-
-    def _refusal(self, sequence: SequenceEntry) -> Refuse | None:
-        limit = self._settings.max_queued_requests
-        if len(self._sequences) >= limit:
-            detail = f"{limit} sequences are under way, which is the limit (--max-queued-requests)"
-            return Refuse(
-                request_id=sequence.request_id, epoch=sequence.epoch, reason=RefuseReason.OVERLOADED, detail=detail
-            )
-        if not can_be_served(self.instances, sequence):
-            return Refuse(
-                request_id=sequence.request_id,
-                epoch=sequence.epoch,
-                reason=RefuseReason.UNAVAILABLE,
-                detail=f"no instances are left that could serve a request ({self._fleet.describe()})",
-            )
-        return None
+        self._place_queued()
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
-        if self._adopt(sequence) if sequence.lease else self._start(sequence):
+        if sequence.lease and not self._adopt(sequence) and is_only_with_visited(self._fleet, sequence):
+            self._end_lease(sequence)
+            self._resume(sequence, "only instances that held it can go on with it")
+        if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
-        if not can_be_served(self.instances, sequence):
-            detail = f"no instances are left that could serve the request ({self._fleet.describe()})"
-            self._fail(sequence, FailReason.UNAVAILABLE, detail)
-        elif not can_be_held(self.instances, sequence):
-            detail = (
-                f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
-                f"can hold ({self._fleet.describe()}); ask for fewer tokens or raise --kv-memory"
-            )
-            self._fail(sequence, FailReason.TOO_LONG, detail)
+        why = why_unplaceable(self.instances, sequence, strict_roles=self._settings.strict_roles)
+        if why is not None:
+            self._fail(sequence, *why)
         else:
-            if math.isinf(sequence.wait_until_s):
-                sequence.wait_until_s = self._now + self._settings.instance_wait_s
+            sequence.wait_until_s = min(sequence.wait_until_s, self._now + self._settings.instance_wait_s)
             self._wake(sequence.wait_until_s)
 
     def _start(self, sequence: SequenceEntry) -> bool:
-        """Give a queued sequence to an instance; return False when none can take it now."""
+        """Give a queued sequence to an instance, or hold it back; return False when none can take it now."""
         sequence.held = self._held(sequence)
-        instance = choose_start(self.instances, sequence, append_turns=self._settings.append_turns)
-        if instance is None:
+        start = self._turns.start(sequence, self._now)
+        if start is None:
             return False
-        lender = choose_lender(self.instances, sequence, instance)
-        hand_over = instance.role is Role.PREFILL
-        state = Whereabouts.PREFILLING if hand_over else Whereabouts.RUNNING
         sequence.wait_until_s = math.inf
+        if isinstance(start, HeldBack):
+            self._wake(start.until_s)
+            return True
+        instance = start.instance
+        sequence.visited.add(instance.instance)
+        lender = choose_lender(self.instances, sequence, instance)
         num_new = num_to_compute(sequence, instance, lender)
-        self._charge(sequence, instance.instance, prefill_tokens=num_new)
-        sequence.holder = instance.instance
+        self._charge(sequence, instance.instance, Charge(prefill_tokens=num_new))
+        if start.chosen is not None:
+            self._actions.append(path_chosen(sequence, self._now))
+        state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
         if lender is None:
             self._actions.append(borrowing.start(sequence, state, self._now))
         else:
-            self._charge(sequence, lender.instance)
+            sequence.visited.add(lender.instance)
+            self._charge(sequence, lender.instance, Charge())
             self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
 
@@ -249,13 +248,12 @@ class Dispatcher:
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
         sequence.held = self._held(sequence)
-        instance = choose_decode(self.instances, sequence)
+        instance = self._turns.adopter(sequence, self._now)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
-        sequence.holder = instance.instance
-        sequence.wait_until_s = math.inf
-        self._charge(sequence, instance.instance, kv_tokens=sequence.num_tokens)
+        sequence.hold(instance.instance)
+        self._charge(sequence, instance.instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=True))
         self._actions.append(
             SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
         )
@@ -276,7 +274,11 @@ class Dispatcher:
             self._actions.append(Deliver(request_ids=tuple(progress.request_id for _, progress in current)))
         for sequence, progress in current:
             if progress.finished:
+                if (ended := path_ended(sequence)) is not None:
+                    self._actions.append(ended)
+                self._turns.finished(sequence)
                 self._finish(sequence, "finished")
+        self._place_queued()
 
     def _advance(self, sequence: SequenceEntry, instance: InstanceId, progress: Progress) -> None:
         sequence.num_tokens += progress.num_tokens
@@ -284,7 +286,9 @@ class Dispatcher:
             return
         if sequence.state is Whereabouts.PREFILLING and not progress.finished:
             sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
-        self._charge(sequence, instance, kv_tokens=sequence.num_tokens)
+        self._turns.note_tokens(sequence, progress.num_tokens, self._now)
+        is_decoding = sequence.state not in (Whereabouts.PREFILLING, Whereabouts.OFFERING)
+        self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
 
     def _offer(self, event: OfferMade) -> None:
         borrower = self._sequences.get(event.request_id)
@@ -309,20 +313,25 @@ class Dispatcher:
             sequence.refuse_event(f"a pull by {event.instance}")
         state, sequence.borrows_for = sequence.borrows_for or Whereabouts.DECODING, None
         sequence.move(state, self._now, f"pulled by {event.instance}")
+        if state is Whereabouts.DECODING and event.duration_s is not None:
+            self._turns.note_hand_over(sequence, event.duration_s)
         self._end_lease(sequence)
+        self._move_away()
 
     def _failed(self, event: SequenceFailed) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
         sequence.holder = None
-        self._fail(sequence, _FAIL_REASON[event.kind], event.detail)
+        self._fail(sequence, FailReason(event.kind.value), event.detail)
+        self._place_queued()
 
     def _cancel(self, event: SequenceCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is not None and sequence.epoch >= event.epoch:
             self._abort(sequence)
             self._finish(sequence, "cancelled")
+            self._place_queued()
 
     # Instances ------------------------------------------------------------------------------------------------
 
@@ -330,18 +339,25 @@ class Dispatcher:
         entry = self._fleet.entry(event.instance)
         if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.state = InstanceState.READY
+        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
         entry.capacity = event.max_total_tokens
+        entry.pool_tokens = event.pool_tokens
+        entry.limits = event.limits
         self._place_waiting()
 
-    def _drain(self, instance: InstanceId) -> None:
-        entry = self._fleet.entry(instance)
-        if entry.state is not InstanceState.READY:
-            raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
-        entry.state = InstanceState.DRAINING
-        if not entry.num_sequences:
-            self._actions.append(Drained(instance=instance))
-        self._place_waiting()
+    def _move_away(self, flipped: InstanceEntry | None = None) -> None:
+        """Let running answers go on elsewhere whose instances give them away, as far as others can take them now."""
+        for sequence in movable(self._fleet, self._sequences.values(), flipped):
+            source, how = sequence.holder, choose_move(self._fleet, sequence)
+            assert source is not None, "a running sequence is somewhere"
+            if how is Move.PULL:
+                self._actions.append(migrate(sequence, source, self._now))
+            elif how is Move.RECOMPUTE:
+                self._abort(sequence)
+                sequence.holder = None
+                self._discharge(sequence, source)
+                self._resume(sequence, f"{source} gives it away")
+                self._place_queued()
 
     def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
         entry = self._fleet.entry(instance)
@@ -355,9 +371,22 @@ class Dispatcher:
                 self._lose(sequence, instance, detail)
         self._place_waiting()
 
-    def _place_waiting(self) -> None:
-        for sequence in self._waiting():
+    def _place_queued(self) -> None:
+        """Give those whose turn it is to instances. Who waits for an instance to come up keeps nobody back."""
+        passed: set[RequestId] = set()
+        while (sequence := self._turns.next(passed)) is not None:
             self._place(sequence)
+            if sequence.state is Whereabouts.QUEUED:
+                if math.isinf(sequence.wait_until_s):
+                    return
+                passed.add(sequence.request_id)
+
+    def _place_waiting(self, flipped: InstanceEntry | None = None) -> None:
+        """The instances have changed: give those that nobody holds to one, or fail them, and move what is to move."""
+        for sequence in [one for one in self._sequences.values() if one.state is Whereabouts.OFFERED]:
+            self._place(sequence)
+        self._place_queued()
+        self._move_away(flipped)
 
     def _lose(self, sequence: SequenceEntry, lost: InstanceId, why: str) -> None:
         """Settle what the death of an instance means for one sequence."""
@@ -381,22 +410,17 @@ class Dispatcher:
             self._resume(sequence, f"{lost}, which was to compute it, died: {why}")
             return
         sequence.note_loss(lost, self._now, why)
-        limit = self._settings.max_instance_losses
-        if len(sequence.losses) < limit:
+        if len(sequence.losses) < self._settings.max_instance_losses:
             self._resume(sequence, f"{lost} died: {why}")
             return
-        story = "; ".join(sequence.losses)
-        detail = (
-            f"the request was on {limit} instance(s) that died, which is the limit (--max-instance-losses): {story}"
-        )
-        self._fail(sequence, FailReason.INSTANCE_LOST, detail)
+        self._fail(sequence, FailReason.INSTANCE_LOST, sequence.loss_story)
 
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
         sequence.borrows_for = None
-        sequence.epoch = Epoch(sequence.epoch + 1)
-        sequence.wait_until_s = math.inf
+        sequence.begin_attempt()
+        self._turns.start_again(sequence)
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
     def _tick(self) -> None:
@@ -404,18 +428,14 @@ class Dispatcher:
         for sequence in list(self._sequences.values()):
             if self._now >= sequence.deadline_s:
                 self._abort(sequence)
-                limit = self._settings.request_timeout_s
-                self._fail(
-                    sequence,
-                    FailReason.TIMEOUT,
-                    f"the request did not finish within {limit:g} s (--request-timeout-s)",
-                )
+                words = f"did not finish within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
+                self._fail(sequence, FailReason.TIMEOUT, f"the request {words}")
             elif self._now >= sequence.wait_until_s:
-                waited = self._settings.instance_wait_s
-                detail = f"no instance could take the request for {waited:g} s ({self._fleet.describe()})"
-                self._fail(sequence, FailReason.UNAVAILABLE, detail)
+                words = f"for {self._settings.instance_wait_s:g} s ({self._fleet.describe()})"
+                self._fail(sequence, FailReason.UNAVAILABLE, f"no instance could take the request {words}")
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
+        self._place_queued()
 
     # Steps shared by several events ---------------------------------------------------------------------------
 
@@ -426,11 +446,6 @@ class Dispatcher:
             self._actions.append(Drop(request_id=request_id, epoch=epoch, instance=instance))
             return None
         return sequence
-
-    def _waiting(self) -> list[SequenceEntry]:
-        """Return the sequences that no instance holds, in the order in which they are served."""
-        waiting = [sequence for sequence in self._sequences.values() if sequence.holder is None]
-        return sorted(waiting, key=lambda sequence: (sequence.priority, sequence.order))
 
     def _wake(self, time_s: float) -> None:
         """Ask for a Tick at ``time_s`` unless an earlier one is asked for already."""
@@ -453,6 +468,7 @@ class Dispatcher:
         self._actions.append(Finish(request_id=sequence.request_id, epoch=sequence.epoch))
 
     def _end(self, sequence: SequenceEntry, why: str) -> None:
+        self._turns.leave(sequence)
         sequence.move(Whereabouts.ENDED, self._now, why)
         self._end_lease(sequence)
         sequence.holder = None
@@ -470,13 +486,11 @@ class Dispatcher:
         if self._fleet.entry(instance).is_alive:
             self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
 
-    def _charge(
-        self, sequence: SequenceEntry, instance: InstanceId, *, prefill_tokens: int = 0, kv_tokens: int = 0
-    ) -> None:
-        self._fleet.charge(sequence, instance, Charge(prefill_tokens, kv_tokens))
+    def _charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge) -> None:
+        self._fleet.charge(sequence, instance, charge, self._now)
 
     def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
-        if self._fleet.discharge(sequence, instance):
+        if self._fleet.discharge(sequence, instance, self._now):
             self._actions.append(Drained(instance=instance))
 
     def validate(self) -> None:

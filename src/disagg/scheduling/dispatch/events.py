@@ -6,7 +6,8 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import FailureKind
+from disagg.base.messages import CostsLearned, FailureKind, StepLimits
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.step.events import Tick
 
@@ -24,6 +25,10 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     max_total_tokens: int
     priority: int = 0
     """Lower is served earlier among those that wait."""
+    tenant: str = ""
+    """Who shares fairly with others of other names."""
+    objectives: Objectives = Objectives()
+    """What is missing here is as the server says."""
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of the full KV blocks of its known tokens."""
 
@@ -66,6 +71,8 @@ class PullEnded(DispatchEvent, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
+    duration_s: float | None = None
+    """Of the copying; None where the blocks did not arrive."""
 
 
 class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
@@ -93,7 +100,19 @@ class Join(DispatchEvent, frozen=True, kw_only=True):
 
 
 class Drain(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` is to get no new sequences; what it holds it finishes."""
+    """``instance`` is to get no new sequences and to give running answers to others; what nobody takes it finishes.
+
+    With ``leave``, it does not belong to the deployment any more once it holds nothing. With ``force`` also where no
+    new request could be served after it.
+    """
+
+    instance: InstanceId
+    leave: bool = False
+    force: bool = False
+
+
+class Undrain(DispatchEvent, frozen=True, kw_only=True):
+    """``instance``, which was draining, is to get sequences again."""
 
     instance: InstanceId
 
@@ -105,10 +124,15 @@ class Leave(DispatchEvent, frozen=True, kw_only=True):
 
 
 class ChangeRole(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` is to be given sequences of another role; those that it holds go on as they began."""
+    """``instance`` is to be given sequences of another role. A prefill instance gives running answers to others; what
+    nobody takes, and all else, goes on as it began.
+
+    With ``force`` also where no request could be served after it.
+    """
 
     instance: InstanceId
     role: Role
+    force: bool = False
 
 
 class ProcessStarting(DispatchEvent, frozen=True, kw_only=True):
@@ -122,6 +146,9 @@ class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
 
     instance: InstanceId
     max_total_tokens: int
+    pool_tokens: int | None = None
+    """Tokens of its KV pool."""
+    limits: StepLimits = StepLimits()
 
 
 class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
@@ -132,7 +159,13 @@ class InstanceDown(DispatchEvent, frozen=True, kw_only=True):
     detail: str
 
 
-AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown
+class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
+    """``lesson.instance`` has learned what its steps cost."""
+
+    lesson: CostsLearned
+
+
+AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
 AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted

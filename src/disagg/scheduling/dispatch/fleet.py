@@ -30,12 +30,27 @@ class Fleet:
         self._by_name[instance] = InstanceEntry(instance, role)
         self.entries = tuple(self._by_name.values())
 
+    def drain(self, instance: InstanceId) -> bool:
+        """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
+        entry = self.entry(instance)
+        if entry.state is not InstanceState.READY:
+            raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
+        entry.state, entry.is_cordoned = InstanceState.DRAINING, True
+        return not entry.num_sequences
+
+    def undrain(self, instance: InstanceId) -> None:
+        """Let an instance get sequences again, once it is up."""
+        entry = self.entry(instance)
+        entry.is_cordoned = False
+        if entry.state is InstanceState.DRAINING:
+            entry.state = InstanceState.READY
+
     def remove(self, instance: InstanceId) -> None:
         """Forget an instance that nobody is on any more."""
         del self._by_name[instance]
         self.entries = tuple(self._by_name.values())
 
-    def charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge) -> None:
+    def charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge, now: float) -> None:
         """Set the sequence's part of an instance's load."""
         entry = self._by_name[instance]
         before = sequence.charges.get(instance)
@@ -43,17 +58,43 @@ class Fleet:
             before = Charge()
             entry.num_sequences += 1
         entry.prefill_tokens += charge.prefill_tokens - before.prefill_tokens
+        entry.prefill_squares += charge.prefill_tokens**2 - before.prefill_tokens**2
+        if change := bool(charge.prefill_tokens) - bool(before.prefill_tokens):
+            if change < 0 or not entry.num_prefills:
+                entry.prefilling_since_s = now
+            entry.num_prefills += change
         entry.kv_tokens += charge.kv_tokens - before.kv_tokens
+        if charge.is_decoding:
+            entry.answers[sequence.request_id] = sequence
+        elif before.is_decoding:
+            del entry.answers[sequence.request_id]
         sequence.charges[instance] = charge
 
-    def discharge(self, sequence: SequenceEntry, instance: InstanceId) -> bool:
+    def discharge(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> bool:
         """Take the sequence's part off an instance's load; return True when the last one has left a draining one."""
-        charge = sequence.charges.pop(instance)
+        self.charge(sequence, instance, Charge(), now)
+        del sequence.charges[instance]
         entry = self._by_name[instance]
-        entry.prefill_tokens -= charge.prefill_tokens
-        entry.kv_tokens -= charge.kv_tokens
         entry.num_sequences -= 1
         return entry.state is InstanceState.DRAINING and not entry.num_sequences
+
+    def expect(self, sequence: SequenceEntry, instance: InstanceId) -> None:
+        """Let an instance expect a sequence that another one prefills."""
+        entry = self._by_name[instance]
+        entry.expected[sequence.request_id] = sequence
+        entry.expected_tokens += sequence.num_tokens
+        sequence.expected = (instance, sequence.num_tokens)
+
+    def expect_no_more(self, sequence: SequenceEntry) -> None:
+        """The sequence has come, or goes elsewhere."""
+        if sequence.expected is None:
+            return
+        instance, num_tokens = sequence.expected
+        sequence.expected = None
+        entry = self._by_name.get(instance)
+        if entry is not None:
+            del entry.expected[sequence.request_id]
+            entry.expected_tokens -= num_tokens
 
     def describe(self) -> str:
         """Return names, states and capacities in words."""

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from disagg.base.config import MAX_OVERTAKE_S
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.messages import CostsLearned, StepLimits
+from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix
+from disagg.scheduling.dispatch.forecast import Forecast
 
 
 class Whereabouts(enum.Enum):
@@ -23,10 +27,11 @@ class Whereabouts(enum.Enum):
                                           the chosen one was told nothing yet
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
-    OFFERED    none              prefill  no live decode instance can adopt it
-    PULLING    decode, or chosen prefill, the holder copies the KV blocks, or waits for room; no lease any more when
+    OFFERED    none              source   no live decode instance can adopt it
+    PULLING    decode, or chosen source,  the holder copies the KV blocks, or waits for room; no lease any more when
                                  lender   the instance that it copies from died meanwhile
     DECODING   decode            none     the decode instance owns all of it
+    MIGRATING  decode, colocated none     it goes on there until its blocks are offered, after its next token
     RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
                                           or one whose beginning it holds
     ENDED      none              none     finished, failed or cancelled; not remembered
@@ -41,6 +46,7 @@ class Whereabouts(enum.Enum):
     PULLING = "pulling"
     DECODING = "decoding"
     RUNNING = "running"
+    MIGRATING = "migrating"
     ENDED = "ended"
 
     __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
@@ -65,13 +71,14 @@ TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
             Whereabouts.ENDED,
         }
     ),
-    Whereabouts.DECODING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.RUNNING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.DECODING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.RUNNING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.MIGRATING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.ENDED: frozenset(),
 }
 """Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story.
 
-The way back to QUEUED is for sequences whose instance died: they start again in a new epoch.
+The way back to QUEUED is for sequences whose instance died or drains: they start again in a new epoch.
 """
 
 
@@ -81,7 +88,7 @@ class InstanceState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """It goes on with what it holds, and is given nothing new."""
+    """It is given nothing new, gives running answers away, and goes on with what is left."""
     LOST = "lost"
     """It died and will be started again."""
     GONE = "gone"
@@ -90,8 +97,30 @@ class InstanceState(enum.Enum):
 
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
+_MEMORY_S: Final = 20.0
+"""For which work that came is remembered."""
 COMING: Final = frozenset({InstanceState.STARTING, InstanceState.LOST})
 """States from which an instance will be ready."""
+
+
+@dataclass(slots=True)
+class RecentWork:
+    """How much work came in a second, lately."""
+
+    _work_s: float = 0.0
+    _seen_s: float = -math.inf
+
+    def add(self, work_s: float, now: float) -> None:
+        """Take account of work that came now."""
+        self._work_s = self._left(now) + work_s
+        self._seen_s = now
+
+    def share(self, now: float) -> float:
+        """Return the seconds of work in a second."""
+        return self._left(now) / _MEMORY_S
+
+    def _left(self, now: float) -> float:
+        return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
 
 
 @dataclass(slots=True)
@@ -107,6 +136,25 @@ class InstanceEntry:
     """Tokens given to it that wait to be prefilled or are being so."""
     kv_tokens: int = 0
     """Tokens of the sequences whose KV blocks it holds or is about to."""
+    is_cordoned: bool = False
+    """An operator has it drained: it stays so through deaths."""
+    prefill_squares: int = 0
+    """Squares of those numbers of tokens, in sum, and of how many sequences they are."""
+    num_prefills: int = 0
+    prefilling_since_s: float = 0.0
+    """When the first of them could begin."""
+    answers: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Sequences that it decodes, or is about to."""
+    prefill_work: RecentWork = field(default_factory=RecentWork)
+    """Seconds of prefill that it was given."""
+    expected: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Sequences that are being prefilled elsewhere, to be handed over to it, and their tokens in sum."""
+    expected_tokens: int = 0
+    pool_tokens: int | None = None
+    """Tokens of its KV pool; unknown until it was up once."""
+    limits: StepLimits = field(default_factory=StepLimits)
+    lesson: CostsLearned | None = None
+    """What it said last of the cost of its steps."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 
@@ -117,13 +165,18 @@ class InstanceEntry:
 
     @property
     def is_coming(self) -> bool:
-        """True while it is starting, or will be started again."""
-        return self.state is InstanceState.STARTING or self.state is InstanceState.LOST
+        """True while it is starting, or will be started again, to take sequences."""
+        return self.state in COMING and not self.is_cordoned
 
     @property
     def will_take(self) -> bool:
         """True when it takes new sequences, now or once it is up."""
         return self.state is InstanceState.READY or self.is_coming
+
+    @property
+    def num_decodes(self) -> int:
+        """How many sequences it decodes, or is about to."""
+        return len(self.answers)
 
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""
@@ -141,6 +194,7 @@ class Charge:
 
     prefill_tokens: int = 0
     kv_tokens: int = 0
+    is_decoding: bool = False
 
 
 @dataclass(slots=True)
@@ -157,6 +211,24 @@ class SequenceEntry:
     """Position in the order of arrival."""
     arrived_s: float
     deadline_s: float
+    tenant: str = ""
+    objectives: Objectives = field(default_factory=Objectives)
+    rank: tuple[int, float, int] = (0, 0.0, 0)
+    """Its place among those of its tenant that wait."""
+    is_best_effort: bool = False
+    """It was predicted to miss, and is served when others leave time."""
+    chosen: Forecast | None = None
+    """The path that it was given last, where predictions decided, and the best of the others then."""
+    other: Forecast | None = None
+    expected: tuple[InstanceId, int] | None = None
+    """Who is expected to go on with it, and with how many tokens, until somebody does."""
+    started_s: float = math.nan
+    """When it was given to an instance last."""
+    first_token_s: float = math.nan
+    last_token_s: float = math.nan
+    num_answer_tokens: int = 0
+    hand_over_s: float | None = None
+    """How long its KV blocks travelled, once they have."""
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
@@ -173,6 +245,10 @@ class SequenceEntry:
     """Who holds its first blocks, as known when it was last placed."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
+    is_resumed: bool = False
+    """True from its second attempt on."""
+    visited: set[InstanceId] = field(default_factory=set)
+    """The instances that held it in this attempt. They remember that it ended there, and do not take it back."""
 
     @property
     def ends_at_first_token(self) -> bool:
@@ -190,6 +266,43 @@ class SequenceEntry:
             self.refuse_event(f"{why}: {self.state.value} -> {state.value}")
         self.state = state
         self.story.append((now, why, state))
+
+    def hold(self, instance: InstanceId) -> None:
+        """Note who computes it from now on."""
+        self.holder = instance
+        self.visited.add(instance)
+        self.wait_until_s = math.inf
+
+    def begin_attempt(self) -> None:
+        """Begin the next attempt, on no instance yet."""
+        self.epoch = Epoch(self.epoch + 1)
+        self.is_resumed = True
+        self.visited = set()
+        self.wait_until_s = math.inf
+
+    def assign(self, instance: InstanceId, chosen: Forecast | None, other: Forecast | None, now: float) -> None:
+        """Let an instance start it, by these predictions."""
+        self.holder = instance
+        self.chosen, self.other, self.started_s = chosen, other, now
+
+    def degrade(self) -> None:
+        """Make it one that is served when others leave time, and at the latest so much later."""
+        self.is_best_effort, self.objectives = True, BEST_EFFORT
+        priority, rank_s, order = self.rank
+        self.rank = (priority, rank_s + MAX_OVERTAKE_S, order)
+
+    def note_tokens(self, count: int, now: float) -> None:
+        """Take account of tokens of the answer."""
+        if not self.num_answer_tokens:
+            self.first_token_s = now
+        self.last_token_s = now
+        self.num_answer_tokens += count
+
+    @property
+    def loss_story(self) -> str:
+        """Why it is given up for what died with it, in words."""
+        number, story = len(self.losses), "; ".join(self.losses)
+        return f"the request was on {number} instance(s) that died, which is the limit (--max-instance-losses): {story}"
 
     def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
         """Remember that an instance died while the sequence was on it."""

@@ -8,19 +8,21 @@ model: one state machine, handed instructions to by several kinds of worker.)
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import assert_never
+from typing import Final, assert_never
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
+    CostsLearned,
     Failed,
     FailureKind,
     InstanceLoad,
     KvEvents,
     KvOffer,
     Lend,
+    Migrate,
     NotHeld,
     Offered,
     PeerLost,
@@ -70,6 +72,7 @@ from disagg.scheduling.step.events import (
     KvWanted,
     LeaseReleased,
     LentKv,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -78,6 +81,10 @@ from disagg.scheduling.step.events import (
     TransferFailed,
 )
 from disagg.scheduling.step.scheduler import StepScheduler
+
+_FIRST_LESSON: Final = 4
+"""Steps after which the router is told what was learned; then at twice as many, or after ``_LESSON_EVERY`` more."""
+_LESSON_EVERY: Final = 64
 
 
 class InstanceCore:
@@ -92,10 +99,11 @@ class InstanceCore:
             header.prefix_caching,
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
-            times=None if header.latency is None else StepTimes(header.latency),
+            times=self._given_times(header),
             medium=header.medium,
             disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
+        self._lesson_at = _FIRST_LESSON if header.settings.tells_costs else math.inf
         self._sequences: dict[RequestId, Tracked] = {}
         self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -137,6 +145,7 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
+        self._tell_costs()
         if self._journal.has_news:
             self._tell_kv_events(*self._journal.take(), 0)
         return outputs
@@ -184,6 +193,27 @@ class InstanceCore:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
 
+    @staticmethod
+    def _given_times(header: InstanceHeader) -> StepTimes | None:
+        if header.latency is None:
+            return None
+        return StepTimes(header.latency, always_learns=header.settings.tells_costs)
+
+    def _tell_costs(self) -> None:
+        times = self._scheduler.times
+        if times is None or times.num_steps < self._lesson_at:
+            return
+        self._lesson_at = times.num_steps + min(times.num_steps, _LESSON_EVERY)
+        self._outputs.append(
+            CostsLearned(
+                instance=self._header.instance,
+                incarnation=self._header.incarnation,
+                costs=times.costs(),
+                num_prefill_steps=times.num_prefill_steps,
+                num_decode_steps=times.num_steps - times.num_prefill_steps,
+            )
+        )
+
     # In: from messages and results to the scheduler's events --------------------------------------------------
 
     def _translate(self, one: AnyInstanceInput, events: list[AnyEvent]) -> None:
@@ -203,7 +233,7 @@ class InstanceCore:
                 events.append(BlocksUnreadable(names=names))
                 make = TransferFailed if names else TransferDone
                 events.append(make(request_id=request_id, epoch=epoch))
-            case Lend() | Release() | BlockSaved() | Tick():
+            case Lend() | Release() | Migrate() | BlockSaved() | Tick():
                 events.append(_event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
@@ -421,13 +451,15 @@ class InstanceCore:
             self._silent.discard(request_id)
 
 
-def _event_of(message: Lend | Release | BlockSaved | Tick) -> AnyEvent:
+def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
     """Return what a message means to the scheduler that means nothing more to the core."""
     match message:
         case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
             return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
         case Release(request_id=request_id, epoch=epoch):
             return LeaseReleased(request_id=request_id, epoch=epoch)
+        case Migrate(request_id=request_id, epoch=epoch):
+            return MigrationAsked(request_id=request_id, epoch=epoch)
         case BlockSaved() | Tick():
             return message
 

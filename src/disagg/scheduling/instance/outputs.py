@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
+from disagg.base.messages import CostsLearned, Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
 from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
@@ -76,5 +76,6 @@ AnyInstanceOutput = (
     | SaveBlock
     | DropSaved
     | ForgetPeer
+    | CostsLearned
     | WakeAt
 )

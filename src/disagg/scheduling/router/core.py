@@ -10,16 +10,28 @@ from typing import Final, assert_never
 import msgspec
 from msgspec import structs
 
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Failed, KvEvents, KvOffer, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import (
+    CostsLearned,
+    Failed,
+    KvEvents,
+    KvOffer,
+    Loading,
+    LoadReport,
+    NotHeld,
+    Offered,
+    Pulled,
+    Ready,
+)
 from disagg.base.request import Role
 from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
+    Drained,
     Drop,
     Fail,
     Finish,
@@ -27,6 +39,7 @@ from disagg.scheduling.dispatch.actions import (
     SendAdopt,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendPeerLost,
     SendRelease,
 )
@@ -34,6 +47,7 @@ from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     ChangeRole,
+    CostsKnown,
     Drain,
     InstanceDown,
     InstanceUp,
@@ -47,9 +61,11 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
 from disagg.scheduling.router.inputs import (
+    AnyCommand,
     AnyRouterInput,
     InstanceSaid,
     MalformedMessage,
@@ -64,17 +80,21 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
     SendWithPrefix,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
+
+_FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 
 class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
@@ -85,6 +105,8 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     instances: dict[InstanceId, Role]
     settings: RouterSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    """What the instances are told in common."""
     started_s: float = 0.0
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
@@ -97,9 +119,10 @@ class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
+        self._strict_roles = header.settings.strict_roles
         self._watches_silence = header.watches_silence
         self._prefixes = PrefixIndex()
-        self._dispatcher = Dispatcher(header.instances, header.settings, self._prefixes)
+        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
@@ -122,7 +145,10 @@ class RouterCore:
 
     def can_serve(self) -> bool:
         """True when ready instances can serve a request from prompt to last token."""
-        return serves_requests(self._members.roles({InstanceState.READY}))
+        return self._serves(self._members.roles({InstanceState.READY}))
+
+    def _serves(self, roles: set[Role]) -> bool:
+        return serves_requests(roles, strict_roles=self._strict_roles)
 
     def validate(self) -> None:
         """Raise InternalError unless all books agree."""
@@ -177,9 +203,7 @@ class RouterCore:
             return
         self._dispatch_from(member, event)
 
-    def _on_message(
-        self, member: Member, message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
-    ) -> None:
+    def _on_message(self, member: Member, message: Loading | Ready | _FromReady) -> None:
         member.last_seen_s = self._now
         if isinstance(message, Loading):
             member.detail = message.stage
@@ -190,7 +214,7 @@ class RouterCore:
         else:
             self._take(member, message)
 
-    def _take(self, member: Member, message: Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents) -> None:
+    def _take(self, member: Member, message: _FromReady) -> None:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
@@ -216,13 +240,20 @@ class RouterCore:
                         num_repeated=message.num_repeated,
                     )
                 )
-                self._dispatch_from(member, PullEnded(request_id=request_id, epoch=epoch, instance=instance))
+                duration_s = None if message.failure else message.duration_s
+                ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
+                self._dispatch_from(member, ended)
             case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
                 failed = SequenceFailed(request_id=request_id, epoch=epoch, instance=instance, kind=kind, detail=detail)
                 self._dispatch_from(member, failed)
             case LoadReport():
                 if message.incarnation == member.incarnation:
                     member.load = message.load
+                else:
+                    self._drop(member, DropReason.STALE)
+            case CostsLearned():
+                if (message.instance, message.incarnation) == (instance, member.incarnation):
+                    self._dispatch(CostsKnown(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
             case KvEvents():
@@ -261,7 +292,14 @@ class RouterCore:
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
         self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
-        self._dispatch(InstanceUp(instance=member.instance, max_total_tokens=capacity))
+        self._dispatch(
+            InstanceUp(
+                instance=member.instance,
+                max_total_tokens=capacity,
+                pool_tokens=facts.num_blocks * facts.block_size,
+                limits=facts.limits,
+            )
+        )
         self._outputs.append(InstanceWelcomed(instance=member.instance))
         if facts.num_saved_blocks:
             self._outputs.append(AskForBlocks(instance=member.instance))
@@ -271,6 +309,9 @@ class RouterCore:
     def _on_exit(self, event: ProcessExited) -> None:
         """Decide whether a dead process is started again, and say what its death means."""
         member = self._members[event.instance]
+        if member.is_leaving:
+            self._let_go(member)
+            return
         member.num_restarts += 1
         ready_for_s = None if member.ready_since_s is None else self._now - member.ready_since_s
         delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready else None
@@ -279,7 +320,7 @@ class RouterCore:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
             return
         left = self._members.roles({InstanceState.READY, InstanceState.DRAINING, *COMING})
-        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not serves_requests(left)))
+        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not self._serves(left)))
 
     def _broke_protocol(self, member: Member, how: str) -> None:
         self._declare_lost(member, f"it broke the protocol: {how}")
@@ -298,7 +339,7 @@ class RouterCore:
 
     # Commands -------------------------------------------------------------------------------------------------
 
-    def _on_command(self, command: Join | Drain | Leave | ChangeRole) -> None:
+    def _on_command(self, command: AnyCommand) -> None:
         known = self._members.get(command.instance)
         if isinstance(command, Join):
             self._join(command, known)
@@ -306,17 +347,21 @@ class RouterCore:
         if known is None:
             raise ConfigurationError(f"there is no instance {command.instance}, only {', '.join(self._members.names)}")
         match command:
-            case Drain(instance=instance):
-                if known.state is not InstanceState.READY:
-                    raise ConfigurationError(f"{instance} cannot drain: it is {known.state.value}")
+            case Drain():
+                self._drain(command, known)
+            case Undrain(instance=instance):
+                if known.is_leaving or not known.entry.is_cordoned:
+                    state = "being removed" if known.is_leaving else "not draining"
+                    raise ConfigurationError(f"{instance} cannot be given sequences again: it is {state}")
                 self._dispatch(command)
-            case Leave(instance=instance):
+            case Leave():
                 if known.is_alive:
-                    self._outputs.append(InstanceLost(instance=instance))
-                self._prefixes.leave(instance)
-                self._dispatch(command)
-                self._members.remove(instance)
-            case ChangeRole():
+                    self._outputs.append(InstanceLost(instance=known.instance))
+                self._let_go(known)
+            case ChangeRole(instance=instance, role=role):
+                if role is known.role:
+                    raise ConfigurationError(f"{instance} is a {role.value} instance already")
+                self._check_serves(f"as a {role.value} instance {instance}", known, role, force=command.force)
                 self._dispatch(command)
             case _:
                 assert_never(command)
@@ -326,6 +371,44 @@ class RouterCore:
             raise ConfigurationError(f"there is an instance {command.instance} already: choose another name")
         self._dispatch(command)
         self._members.add(self._dispatcher.instances[-1], self._now)
+
+    def _drain(self, command: Drain, member: Member) -> None:
+        """Let an instance give away what it holds, and leave, where that is asked, once it holds nothing."""
+        instance = member.instance
+        if member.is_leaving:
+            raise ConfigurationError(f"{instance} is being removed already")
+        if not command.leave and member.state is not InstanceState.READY:
+            raise ConfigurationError(f"{instance} cannot drain: it is {member.state.value}")
+        if member.state is not InstanceState.GONE:
+            self._check_serves(f"without {instance}", member, None, force=command.force)
+        member.is_leaving = command.leave
+        if member.state is InstanceState.READY:
+            self._dispatch(command)
+        elif member.state is InstanceState.GONE:
+            self._outputs.append(StopInstance(instance=instance))
+            self._let_go(member)
+        elif not member.entry.num_sequences:
+            self._outputs.append(StopInstance(instance=instance))
+
+    def _check_serves(self, how: str, changed: Member, role: Role | None, *, force: bool) -> None:
+        """Raise ConfigurationError unless requests can be served with ``changed`` in this role, or none: now, where it
+        takes some now.
+        """
+        others = [entry for entry in self._dispatcher.instances if entry.will_take and entry is not changed.entry]
+        is_ready = changed.state is InstanceState.READY
+        left = {entry.role for entry in others if not is_ready or entry.state is InstanceState.READY}
+        if not force and not serves_requests(left if role is None else left | {role}):
+            raise ConfigurationError(
+                f"{how}, no request could be served: add another {changed.role.value} instance first and wait until "
+                "it is ready, or force it"
+            )
+
+    def _let_go(self, member: Member) -> None:
+        """Strike a member off the list; what it still holds goes on elsewhere."""
+        self._prefixes.leave(member.instance)
+        self._dispatch(Leave(instance=member.instance))
+        self._members.remove(member.instance)
+        self._outputs.append(InstanceLeft(instance=member.instance))
 
     # Dispatch -------------------------------------------------------------------------------------------------
 
@@ -352,8 +435,12 @@ class RouterCore:
                         prefix=self._take_offer(request_id),
                     )
                 )
-            case Deliver() | SendGenerate() | SendLend() | SendRelease():
+            case Deliver() | SendGenerate() | SendLend() | SendRelease() | SendMigrate():
                 self._outputs.append(action)
+            case Drained(instance=instance):
+                self._outputs.append(action)
+                if self._members[instance].is_leaving:
+                    self._outputs.append(StopInstance(instance=instance))
             case WakeAt(time_s=time_s):
                 self._dispatch_wake_s = time_s
             case Drop(instance=instance):
@@ -376,9 +463,11 @@ class RouterCore:
         return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
 
     def _keep(self, offer: KvOffer) -> None:
-        """Remember the first offer of an attempt at a sequence, for the instance that will adopt it."""
-        if self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
-            self._offers.setdefault(offer.request_id, (offer, self._now))
+        """Remember an instance's first offer of an attempt at a sequence, for the instance that will adopt it."""
+        known = self._offers.get(offer.request_id)
+        is_first = known is None or known[0].source != offer.source
+        if is_first and self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
+            self._offers[offer.request_id] = (offer, self._now)
 
     def _drop(self, member: Member, reason: DropReason) -> None:
         self._outputs.append(MessageDropped(instance=member.instance, reason=reason))

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import InstanceId
-from disagg.base.messages import Failed, KvEvents, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import CostsLearned, Failed, KvEvents, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
 from disagg.scheduling.dispatch.events import (
     ChangeRole,
     Drain,
@@ -13,6 +13,7 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.step.events import Tick
 
@@ -25,7 +26,7 @@ class InstanceSaid(RouterInput, frozen=True, kw_only=True):
     """A message of an instance, but for tokens: those are ``TokensEmitted``."""
 
     instance: InstanceId
-    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | KvEvents
+    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 
 class MalformedMessage(RouterInput, frozen=True, kw_only=True):
@@ -60,7 +61,10 @@ AnyRouterInput = (
     | ProcessExited
     | Join
     | Drain
+    | Undrain
     | Leave
     | ChangeRole
     | Tick
 )
+AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
+"""What an operator, or whoever plans in her place, may want of the deployment."""

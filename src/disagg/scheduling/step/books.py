@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from disagg.base.config import MAX_OVERTAKE_S, QueueOrder, SchedulerSettings
+from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.kv_events import Medium
@@ -11,14 +11,12 @@ from disagg.base.sampling import FinishReason
 from disagg.cache.disk_tier import DiskTier
 from disagg.scheduling.capacity import capacity_tokens
 from disagg.scheduling.epoch_memory import EpochMemory
+from disagg.scheduling.queue_order import queue_order, rank_of
 from disagg.scheduling.step.actions import AnyAction, Forget, Reject, RejectReason, WakeAt
 from disagg.scheduling.step.events import Arrived, KvOffered
 from disagg.scheduling.step.kv_ledger import KvLedger
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 from disagg.scheduling.step.statistics import SchedulerStatistics
-
-_JOB_S_PER_TOKEN = 0.01
-"""Seconds by which an earlier prompt is put back for each of its tokens, where the shortest comes first."""
 
 
 def order_of(sequence: Sequence) -> tuple[int, float, int]:
@@ -43,6 +41,7 @@ class Books:
         disk: DiskTier,
     ) -> None:
         self.settings = settings
+        self._order = queue_order(settings.queue, settings.objectives)
         self.ledger = KvLedger(num_blocks, block_size, prefix_caching, medium, disk)
         self.capacity = capacity_tokens(num_blocks, block_size, max_model_len)
         self.sequences: dict[RequestId, Sequence] = {}
@@ -95,8 +94,13 @@ class Books:
         """Open the record of a sequence."""
         self.statistics.num_arrivals += 1
         objectives = event.objectives.or_else(self.settings.objectives)
-        priority = 0 if self.settings.queue is QueueOrder.FCFS else event.priority
-        rank_s = event.arrival_s + self._handicap_s(event.num_tokens, objectives.ttft_s)
+        priority, rank_s = rank_of(
+            self._order,
+            priority=event.priority,
+            arrival_s=event.arrival_s,
+            num_tokens=event.num_tokens,
+            ttft_s=objectives.ttft_s,
+        )
         sequence = Sequence(
             request_id=event.request_id,
             epoch=event.epoch,
@@ -110,19 +114,6 @@ class Books:
         sequence.story.append((self.now, state))
         self.sequences[event.request_id] = sequence
         return sequence
-
-    def _handicap_s(self, num_tokens: int, ttft_s: float | None) -> float:
-        """Return by how much later a sequence may have arrived and still be served before this one."""
-        order = self.settings.queue
-        if order is None:
-            order = QueueOrder.PRIORITY if self.settings.objectives.ttft_s is None else QueueOrder.EDF
-        match order:
-            case QueueOrder.SJF:
-                return min(num_tokens * _JOB_S_PER_TOKEN, MAX_OVERTAKE_S)
-            case QueueOrder.EDF:
-                return MAX_OVERTAKE_S if ttft_s is None else min(ttft_s, MAX_OVERTAKE_S)
-            case QueueOrder.FCFS | QueueOrder.PRIORITY:
-                return 0.0
 
     def wait(self, sequence: Sequence) -> None:
         """Put a sequence into the waiting queue; its state says WAITING already."""

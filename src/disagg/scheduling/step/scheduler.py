@@ -38,6 +38,7 @@ from disagg.scheduling.step.events import (
     KvOffered,
     KvWanted,
     LeaseReleased,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -96,7 +97,8 @@ class StepScheduler:
             disk if disk is not None else DiskTier(0),
         )
         # Predicting costs more than most decisions: it is done where somebody asked for it.
-        self._times = times or (StepTimes() if settings.scheduling is SchedulingMode.SLACK else None)
+        is_asked = settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._times = times or (StepTimes() if is_asked else None)
         self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
         self._disk = DiskMoves(self._books)
@@ -129,6 +131,11 @@ class StepScheduler:
     def capacity(self) -> int:
         """Longest sequence that is taken, in tokens."""
         return self._books.capacity
+
+    @property
+    def times(self) -> StepTimes | None:
+        """What predicts steps and learns from them; None where nobody asked for it."""
+        return self._times
 
     @property
     def num_held_blocks(self) -> int:
@@ -184,6 +191,8 @@ class StepScheduler:
                 self._disk.on_saved(name, is_there=not failure)
             case BlocksUnreadable(names=names):
                 self._disk.on_unreadable(names)
+            case MigrationAsked(request_id=request_id, epoch=epoch):
+                self._on_migration_asked(request_id, epoch)
             case _:
                 self._apply_transfer(event)
 
@@ -234,6 +243,12 @@ class StepScheduler:
         else:
             self._books.wait(sequence)
 
+    def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Let go of a sequence after its next token, wherever that token's turn is; one that is gone stays gone."""
+        sequence = self._books.sequences.get(request_id)
+        if sequence is not None and sequence.epoch == epoch:
+            sequence.hand_over = True
+
     def _take_step(self, event: StepDone) -> PlannedStep:
         """Return what was planned of a step that has ended, and learn from what it took."""
         planned = self._steps.pop(event.step_id, None)
@@ -276,7 +291,7 @@ class StepScheduler:
                 emitted.append(request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
-                elif sequence.hand_over:
+                elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
                     handed_over.append(sequence)
         if emitted:
             books.actions.append(Emit(request_ids=tuple(emitted)))
@@ -347,12 +362,12 @@ class StepScheduler:
 
         That holds when the step is the only one and decodes every running sequence, and while blocks last, so that
         none is preempted. What waits then goes on waiting: it was left out of this step for want of a place or of
-        blocks, and neither becomes more by decoding. 0 as well where what a step takes decides about the next.
+        blocks, and neither becomes more by decoding. 0 as well where each step is learned from.
         """
         books = self._books
         if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
             return 0
-        if books.settings.scheduling is SchedulingMode.SLACK:
+        if books.settings.scheduling is SchedulingMode.SLACK or books.settings.tells_costs:
             return 0
         step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):

@@ -2,10 +2,12 @@
 
 An answer's next token is due one TPOT objective after the one before it was due, counted from its first token. So an
 answer that is ahead of its schedule lends time to prompts, up to a gap of ``MOST_GAP`` objectives, and one that is late
-takes some back. A prompt gets ``MIN_CHUNK`` tokens of a step whatever else is due: none starves.
+takes some back. Where nothing fits, prompts get ``MIN_CHUNK`` tokens once in ``PATIENCE`` objectives, and in every step
+where decodes alone are too slow for theirs: none starves.
 
-Without a running answer a step takes as much prefill as the device needs to work at full speed, and no more: what goes
-beyond delays the first tokens of the step, and brings none forward.
+Further prompts join the first of a step only while the device needs more tokens to work at full speed: beyond that they
+delay its first token, and bring none forward. The first itself is cut by the slack alone: in smaller chunks it would
+only read its own KV, and the weights, more often.
 """
 
 import math
@@ -17,6 +19,8 @@ from disagg.scheduling.step.builder import StepBuilder
 from disagg.scheduling.step.sequence import Sequence
 
 MIN_CHUNK: Final = 16
+PATIENCE: Final = 10.0
+"""TPOT objectives for which prompts get nothing at most."""
 MOST_GAP: Final = 2.0
 """Longest gap that is planned, in TPOT objectives."""
 _CATCH_UP: Final = 0.75
@@ -38,10 +42,15 @@ class Slack:
         """Of which version of the predictions, and the tokens."""
         self._builder = StepBuilder(0, 0)
         self._available_s = math.inf
+        self._served_s = -math.inf
+        """When the last step with prefill started, and when the next one has to."""
+        self._must_serve_s = -math.inf
+        self._start_s = -math.inf
 
     def begin(self, builder: StepBuilder, start_s: float) -> None:
         """Size what is added to this step, which starts at ``start_s``."""
         self._builder = builder
+        self._start_s, self._must_serve_s = start_s, start_s
         answers = [s for s in builder.sequences() if s.is_answering and s.objectives.tpot_s is not None]
         self._available_s = math.inf
         if answers:
@@ -49,11 +58,22 @@ class Slack:
             latest_s = min(latest_end_s(sequence, start_s, alone_s) for sequence in answers)
             margin = 1 + _ERRORS * min(self._times.error, _MOST_ERROR)
             self._available_s = (latest_s - start_s) / margin
+            tpot_s = min(sequence.objectives.tpot_s or math.inf for sequence in answers)
+            if alone_s < tpot_s:
+                self._must_serve_s = self._served_s + PATIENCE * tpot_s
 
     def size(self, sequence: Sequence) -> int:
         """Return how many tokens of a prompt go into the step; 0 for none."""
+        num_tokens = self._size(sequence)
+        if num_tokens:
+            self._served_s = self._start_s
+        return num_tokens
+
+    def _size(self, sequence: Sequence) -> int:
         shape = self._builder.shape()
-        most = min(self._builder.chunk_size(sequence), self._saturated_tokens() - shape.num_prefill_tokens)
+        most = self._builder.chunk_size(sequence)
+        if shape.num_prefills:
+            most = min(most, self._saturated_tokens() - shape.num_prefill_tokens)
         if most <= 0 or self._fits(shape, sequence.num_planned, most):
             return max(0, most)
         least = min(MIN_CHUNK, most)
@@ -66,7 +86,7 @@ class Slack:
                 high = middle
         if low >= least:
             return low
-        return 0 if shape.num_prefills else least
+        return 0 if shape.num_prefills or self._start_s < self._must_serve_s else least
 
     def _fits(self, shape: StepShape, start: int, num_tokens: int) -> bool:
         if self._available_s == math.inf:

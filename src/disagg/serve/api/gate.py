@@ -22,15 +22,18 @@ _ACCEPTED_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. With ``api_keys``, all but ``OPEN_PATHS`` answers 401 without one of them.
+    """ASGI middleware. With ``api_keys`` or ``tenant_keys``, all but ``OPEN_PATHS`` answers 401 without one of them.
 
     A client's own request id is echoed and logged, never used as a key; one that is too long or not printable is
     replaced by one of ours.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], tenant_keys: Mapping[str, str] | None = None) -> None:
         self._app = app
-        self._keys = tuple(spelling for key in api_keys for spelling in _spellings(key))
+        several = len(api_keys) > 1  # then each is a tenant of its own
+        named = {key: f"key {number}" if several else "" for number, key in enumerate(api_keys, start=1)}
+        named |= tenant_keys or {}
+        self._keys = [(spelling, name) for key, name in named.items() for spelling in _spellings(key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -47,7 +50,9 @@ class Gate:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        if not self._keys or scope["path"] in OPEN_PATHS or _has_key(headers, self._keys):
+        tenant = _tenant_of(headers, self._keys)
+        scope["state"]["tenant"] = tenant or ""
+        if not self._keys or scope["path"] in OPEN_PATHS or tenant is not None:
             await self._app(scope, receive, send_with_id)
             return
         what = "a wrong API key was given" if "authorization" in headers else "no API key was given"
@@ -63,9 +68,12 @@ def _spellings(api_key: str) -> tuple[bytes, ...]:
         return (api_key.encode(),)
 
 
-def _has_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> bool:
-    """Compare in a time that does not tell how much of the key was right."""
+def _tenant_of(headers: Mapping[str, str], keys: Sequence[tuple[bytes, str]]) -> str | None:
+    """Return the name that goes with the key; None for a wrong one.
+
+    Compares in a time that does not tell how much of the key was right.
+    """
     scheme, _, given = headers.get("authorization", "").partition(" ")
     data = given.strip(" \t").encode("latin-1")  # the bytes as they came
-    same = [hmac.compare_digest(data, key) for key in keys]
-    return scheme.lower() == "bearer" and any(same)
+    same = [name for key, name in keys if hmac.compare_digest(data, key)]
+    return same[0] if scheme.lower() == "bearer" and same else None

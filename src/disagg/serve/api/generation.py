@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from starlette.types import Receive, Scope, Send
 
 from disagg.base.errors import UnavailableError
@@ -62,7 +62,7 @@ class GenerationEndpoint:
         try:
             job = await self._read_job(receive, arrival_s, objectives_of_headers(scope))
             with RequestObserver(self._accounts, job, request_id, arrival_s, trace) as observer:
-                await self._answer(job, observer, receive, send)
+                await self._answer(job, observer, scope["state"].get("tenant", ""), receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
 
@@ -71,9 +71,12 @@ class GenerationEndpoint:
         body = await read_body(receive)
         return await self._make_job(body, arrival_s, longest_sequence(self._router), objectives)
 
-    async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
+    async def _answer(self, job: Job, observer: RequestObserver, tenant: str, receive: Receive, send: Send) -> None:
+        requests = [answer.request for answer in job.answers]
+        if tenant:  # a key says more than what a body calls itself
+            requests = [structs.replace(request, tenant=tenant) for request in requests]
         async with (
-            RunningSequences(self._router, [answer.request for answer in job.answers]) as running,
+            RunningSequences(self._router, requests) as running,
             noticing_disconnect(receive, running.cancel),
         ):
             observer.submitted(running.streams)

@@ -20,7 +20,7 @@ from disagg.serve.api.preparing import PreparedChat
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.responses_api.shape import ResponsesShape
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
-from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
+from disagg.serve.api.schema import MAX_TENANT_CHARACTERS, ChatCompletionRequest, CompletionRequest, StreamOptions
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.shapes import Heading, Shape
 from disagg.serve.api.text_stream import StopString, TextStream
@@ -149,6 +149,7 @@ class JobFactory:
                     block_hashes=prompt.block_hashes,
                     cache_salt=request.cache_salt or "",
                     priority=request.priority or 0,
+                    tenant=(request.user or "")[:MAX_TENANT_CHARACTERS],
                     objectives=own,
                     arrival_s=arrival_s,
                 ),

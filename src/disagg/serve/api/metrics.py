@@ -13,8 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
+from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 from disagg.serve.api.instance_metrics import InstanceCollector
+from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
 
@@ -57,6 +59,7 @@ class ServerMetrics:
         ProcessCollector(registry=self.registry)
         self._add_request_metrics()
         self._add_server_metrics()
+        self.predictions = PredictionMetrics(self.registry, model_name)
 
     def watch(self, router: Router) -> None:
         """Export what the instances report about themselves."""
@@ -115,6 +118,18 @@ class ServerMetrics:
             self._links[source, target] = link
             self._kv_link.labels(self._model_name, source, target, link).set(1)
 
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """Count a sequence that was not taken."""
+        self.predictions.refused(reason, priority)
+
+    def sequence_degraded(self) -> None:
+        """Count a sequence that is served as best effort."""
+        self.predictions.degraded()
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """Account for a sequence that went by predictions."""
+        self.predictions.add(ended)
+
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
         self._dropped_messages.labels(self._model_name, instance, reason.value).inc()
@@ -126,6 +141,10 @@ class ServerMetrics:
     def sequence_resumed(self) -> None:
         """Count a sequence that goes on elsewhere."""
         self._resumed.inc()
+
+    def sequence_migrated(self) -> None:
+        """Count a running sequence that is handed over."""
+        self._migrated.inc()
 
     def pause_ended(self, pause_s: float) -> None:
         """Account for the pause of a resumed sequence."""
@@ -189,6 +208,9 @@ class ServerMetrics:
             "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
         )
         self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
+        self._migrated = self._counter(
+            "disagg:sequences_migrated", "Running sequences that another instance was given with their KV blocks"
+        )
         self._pause = self._histogram(
             "disagg:resume_pause_seconds", "Loss of the instance to the next token", REQUEST_BUCKETS
         )

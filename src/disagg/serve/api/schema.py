@@ -24,7 +24,6 @@ MAX_TOOLS: Final = 128
 
 IGNORED: Final = frozenset(
     {
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -81,6 +80,8 @@ NEUTRAL_IN_MESSAGES: Final[dict[str, tuple[object, ...]]] = {
 
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+MAX_TENANT_CHARACTERS: Final = 128
+"""of a ``user``; what is longer is told apart by its beginning."""
 MAX_OBJECTIVE_MS: Final = 86_400_000
 NumTokens = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -153,6 +154,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """Lower is served earlier, as in vLLM."""
+    user: str | None = None
+    """Users share fairly, where keys do not say who asks."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | bool | str | None = None

@@ -41,9 +41,25 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     num_leases_expired_total: int = 0
     num_prefix_queries_total: int = 0
     num_prefix_hits_total: int = 0
+    num_sequences: int = 0
+    """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+    is_leaving: bool = False
     num_prefix_pulled_total: int = 0
     num_prefix_loaded_total: int = 0
     blocks_on_disk: int = 0
+
+
+class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /admin/instances``."""
+
+    instances: list[InstanceView]
+
+
+class CommandReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command of ``/admin`` began; it may take a while to end."""
+
+    instance: str
+    message: str
 
 
 class HandOverTotals(msgspec.Struct, kw_only=True):
@@ -53,6 +69,23 @@ class HandOverTotals(msgspec.Struct, kw_only=True):
     num_failures_total: int = 0
     bytes_total: int = 0
     seconds_total: float = 0.0
+
+
+class PredictionTotals(msgspec.Struct, kw_only=True):
+    """Requests whose path was chosen by prediction, and what admission did, since the server started."""
+
+    num_total: int = 0
+    num_leaning_total: int = 0
+    """Those that went against the roles, and their share of the prompt tokens."""
+    prompt_tokens_total: int = 0
+    leaning_prompt_tokens_total: int = 0
+    ttft_seconds_total: float = 0.0
+    ttft_error_seconds_total: float = 0.0
+    ttft_regret_seconds_total: float = 0.0
+    num_refused_total: int = 0
+    num_shed_total: int = 0
+    """Of those refused, what was predicted to miss its objectives."""
+    num_degraded_total: int = 0
 
 
 class ServerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +104,7 @@ class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     num_under_way: int = 0
     can_chat: bool = True
     hand_overs: HandOverTotals = msgspec.field(default_factory=HandOverTotals)
+    predictions: PredictionTotals = msgspec.field(default_factory=PredictionTotals)
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

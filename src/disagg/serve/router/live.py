@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import RouterSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, Stop, decode_for_router, encode
+from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited
+from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
@@ -37,6 +37,7 @@ class LiveRouter:
     """The Router that the API uses. ``start`` binds the socket; ``close`` ends what is left.
 
     ``event_log`` names a file that receives every decision; ConfigurationError is raised where it cannot be written.
+    ``scheduler`` is what the instances are told in common.
     ``instance_starting`` and ``instance_exited`` are for whoever runs the processes.
     """
 
@@ -50,12 +51,14 @@ class LiveRouter:
         clock: Clock | None = None,
         event_log: Path | None = None,
         restarts: RestartSettings | None = None,
+        scheduler: SchedulerSettings | None = None,
         kv_events: KvEventPublisher | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
             instances=dict(instances),
             settings=settings,
+            scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
         )
@@ -96,6 +99,12 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
+    # For an operator ------------------------------------------------------------------------------------------
+
+    def command(self, command: AnyCommand) -> None:
+        """Change the deployment; raise ConfigurationError, with the reason, where that cannot be done."""
+        self._shell.feed(command)
+
     # For whoever runs the server ------------------------------------------------------------------------------
 
     def start(self, watcher: InstanceWatcher) -> None:
@@ -118,12 +127,8 @@ class LiveRouter:
     def stop_instances(self) -> None:
         """Ask every instance to end."""
         self._stopping = True
-        data = encode(Stop())
         for member in self._core.members:
-            try:
-                self._socket.send(member.instance, data)
-            except UnavailableError as error:
-                logger.debug("no need to stop %s: %s", member.instance, error)
+            self._shell.stop_instance(member.instance)
 
     def close(self) -> None:
         """Fail what is under way, and stop to listen. May be called twice."""
@@ -191,5 +196,7 @@ def _status(member: Member) -> InstanceStatus:
         facts=member.facts,
         load=member.load,
         num_restarts=member.num_restarts,
+        num_sequences=member.entry.num_sequences,
+        is_leaving=member.is_leaving,
         detail=member.detail,
     )

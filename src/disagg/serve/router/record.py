@@ -11,7 +11,8 @@ from msgspec import structs
 
 from disagg.base.ids import Epoch, InstanceId
 from disagg.base.messages import SequenceOutput
-from disagg.base.request import GenerationRequest, Role
+from disagg.base.objectives import BEST_EFFORT
+from disagg.base.request import GenerationRequest
 from disagg.serve.router.stream import LiveStream
 
 
@@ -22,6 +23,9 @@ class SequenceRecord:
     request: GenerationRequest
     stream: LiveStream
     output_token_ids: list[int] = field(init=False)
+    _hands_over: bool = False
+    _is_prefilled: bool = False
+    """In this attempt."""
 
     def __post_init__(self) -> None:
         self.output_token_ids = list(self.request.output_token_ids)
@@ -32,26 +36,36 @@ class SequenceRecord:
             return self.request
         return structs.replace(self.request, output_token_ids=tuple(self.output_token_ids))
 
+    def start(self, *, hands_over: bool) -> None:
+        """An instance is told to compute it; with ``hands_over`` up to its first token."""
+        self._hands_over, self._is_prefilled = hands_over, False
+
+    def degrade(self) -> None:
+        """Give up its objectives."""
+        self.request = structs.replace(self.request, objectives=BEST_EFFORT)
+
     def resume(self, epoch: Epoch, now: float) -> None:
         """Begin a new attempt: the instance that the sequence was on is lost."""
         self.request = structs.replace(self.request, epoch=epoch)
         self.stream.timeline.pause(now)
 
-    def accept(self, output: SequenceOutput, instance: InstanceId, role: Role, now: float) -> float | None:
-        """Keep the tokens that an instance of this role brought, stamp the timeline, and pass them on.
+    def accept(self, output: SequenceOutput, instance: InstanceId, now: float) -> float | None:
+        """Keep the tokens that an instance brought, stamp the timeline, and pass them on.
 
         Returns the seconds of the pause that they end, if there was one.
         """
-        self._note(instance, role)
+        self._note(instance)
         self.output_token_ids.extend(output.token_ids)
         pause_s = self.stream.timeline.add_tokens(len(output.token_ids), now, now, output.stamps)
         self.stream.push(output)
         return pause_s
 
-    def _note(self, instance: InstanceId, role: Role) -> None:
+    def _note(self, instance: InstanceId) -> None:
         served_by = self.stream.served_by
-        if role is not Role.DECODE and served_by.prefill != instance:
+        decodes = self._is_prefilled or not self._hands_over
+        if not self._is_prefilled:
+            self._is_prefilled = True
             served_by = structs.replace(served_by, prefill=instance)
-        if role is not Role.PREFILL and served_by.decode != instance:
+        if decodes and served_by.decode != instance:
             served_by = structs.replace(served_by, decode=instance)
         self.stream.served_by = served_by

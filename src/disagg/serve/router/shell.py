@@ -25,26 +25,31 @@ from disagg.base.messages import (
     Generate,
     Lend,
     Message,
+    Migrate,
     PeerLost,
     Release,
     ReportBlocks,
     SequenceOutput,
+    Stop,
     encode,
 )
 from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
+    Degrade,
     Deliver,
     Drained,
     Fail,
     FailReason,
     Finish,
+    PathEnded,
     Refuse,
     RefuseReason,
     Resume,
     SendAbort,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -58,12 +63,14 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
     SendWithPrefix,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -76,15 +83,13 @@ from disagg.serve.router.watcher import InstanceWatcher, NullWatcher
 
 logger = logging.getLogger(__name__)
 
-_ERRORS: Final[dict[FailReason | RefuseReason, type[DisaggError]]] = {
+_ERRORS: Final[dict[FailReason, type[DisaggError]]] = {
     FailReason.INSTANCE_LOST: InstanceLostError,
     FailReason.UNAVAILABLE: UnavailableError,
     FailReason.TIMEOUT: RequestTimeoutError,
     FailReason.TOO_LONG: ContextLengthError,
     FailReason.INVALID: InvalidRequestError,
     FailReason.INTERNAL: InternalError,
-    RefuseReason.OVERLOADED: OverloadedError,
-    RefuseReason.UNAVAILABLE: UnavailableError,
 }
 
 
@@ -122,6 +127,8 @@ class RouterShell:
                 num_tokens=request.num_tokens,
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
+                tenant=request.tenant,
+                objectives=request.objectives,
                 block_hashes=request.block_hashes,
             )
         )
@@ -191,9 +198,8 @@ class RouterShell:
             match output:
                 case Deliver(request_ids=request_ids):
                     assert isinstance(one, TokensEmitted), "only a step's outputs are delivered"
-                    role = self._core.members[one.instance].role
                     for request_id in request_ids:
-                        pause_s = self._records[request_id].accept(values[request_id], one.instance, role, now)
+                        pause_s = self._records[request_id].accept(values[request_id], one.instance, now)
                         if pause_s is not None:
                             self._sink.pause_ended(pause_s)
                 case Resume(request_id=request_id, epoch=epoch, why=why):
@@ -204,8 +210,9 @@ class RouterShell:
                     self._records.pop(request_id).stream.end()
                 case Fail(request_id=request_id, reason=reason, detail=detail):
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
-                case Refuse(request_id=request_id, reason=refusal, detail=detail):
-                    self._records.pop(request_id).stream.refuse(_ERRORS[refusal](detail))
+                case Refuse(request_id=request_id):
+                    self._sink.sequence_refused(output.reason, output.priority)
+                    self._records.pop(request_id).stream.refuse(_refusal(output))
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
                 case _ if isinstance(output, AnySend):
@@ -233,8 +240,31 @@ class RouterShell:
                 self.watcher.restart_instance(instance, delay_s)
             case GiveUpInstance(instance=instance, nothing_left=nothing_left):
                 self.watcher.give_up_instance(instance, nothing_left)
+            case Degrade(request_id=request_id, why=why):
+                logger.debug("sequence %s is served as best effort: %s", request_id, why)
+                self._records[request_id].degrade()
+                self._sink.sequence_degraded()
+            case PathEnded():
+                self._sink.path_ended(output)
+            case Drained() | StopInstance() | InstanceLeft():
+                self._report_leaving(output)
+
+    def _report_leaving(self, output: Drained | StopInstance | InstanceLeft) -> None:
+        match output:
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
+            case StopInstance(instance=instance):
+                self.stop_instance(instance)
+                self.watcher.instance_leaving(instance)
+            case InstanceLeft(instance=instance):
+                self.watcher.instance_left(instance)
+
+    def stop_instance(self, instance: InstanceId) -> None:
+        """Ask an instance to end; one that reads no message is ended by whoever runs it."""
+        try:
+            self._socket.send(instance, encode(Stop()))
+        except UnavailableError as error:
+            logger.debug("no need to stop %s: %s", instance, error)
 
     def _send(self, output: AnySend) -> None:
         try:
@@ -245,9 +275,9 @@ class RouterShell:
     def _message(self, output: AnySend) -> Message:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
-                return Generate(request=self._records[request_id].request_now(), hand_over=hand_over)
+                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over)
             case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
-                return Generate(request=self._records[request_id].request_now(), hand_over=hand_over, prefix=prefix)
+                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over, prefix=prefix)
             case SendLend(request_id=request_id, epoch=epoch):
                 names = self._records[request_id].request.block_hashes
                 return Lend(request_id=request_id, epoch=epoch, block_hashes=names)
@@ -257,6 +287,9 @@ class RouterShell:
                 return Abort(request_id=request_id, epoch=epoch)
             case SendRelease(request_id=request_id, epoch=epoch):
                 return Release(request_id=request_id, epoch=epoch)
+            case SendMigrate(request_id=request_id, epoch=epoch):
+                self._sink.sequence_migrated()
+                return Migrate(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
             case AskForBlocks():
@@ -264,7 +297,18 @@ class RouterShell:
             case _:
                 assert_never(output)
 
+    def _started(self, request_id: RequestId, hands_over: bool) -> GenerationRequest:
+        record = self._records[request_id]
+        record.start(hands_over=hands_over)
+        return record.request_now()
+
     def _wake_at(self, time_s: float, now: float) -> None:
         if self._wake_up is not None:
             self._wake_up.cancel()
         self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self.tick)
+
+
+def _refusal(output: Refuse) -> DisaggError:
+    if output.reason is RefuseReason.UNAVAILABLE:
+        return UnavailableError(output.detail)
+    return OverloadedError(output.detail, output.retry_after_s)

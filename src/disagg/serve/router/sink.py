@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from disagg.base.ids import InstanceId
+from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason, HandOverEnded
 
 
@@ -12,6 +13,15 @@ class RouterSink(Protocol):
     def hand_over_ended(self, ended: HandOverEnded) -> None:
         """An instance pulled KV blocks from another, or did not."""
 
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """A sequence of this priority was not taken."""
+
+    def sequence_degraded(self) -> None:
+        """A sequence is served as best effort."""
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """A sequence that went by predictions has its last token."""
+
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
 
@@ -20,6 +30,9 @@ class RouterSink(Protocol):
 
     def sequence_resumed(self) -> None:
         """A sequence lost its instance and goes on elsewhere."""
+
+    def sequence_migrated(self) -> None:
+        """A running sequence is handed over to another instance, which pulls its KV blocks."""
 
     def pause_ended(self, pause_s: float) -> None:
         """The next token of such a sequence has come, so long after the loss."""
@@ -31,6 +44,15 @@ class NullSink:
     def hand_over_ended(self, ended: HandOverEnded) -> None:
         """See RouterSink."""
 
+    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+        """See RouterSink."""
+
+    def sequence_degraded(self) -> None:
+        """See RouterSink."""
+
+    def path_ended(self, ended: PathEnded) -> None:
+        """See RouterSink."""
+
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """See RouterSink."""
 
@@ -38,6 +60,9 @@ class NullSink:
         """See RouterSink."""
 
     def sequence_resumed(self) -> None:
+        """See RouterSink."""
+
+    def sequence_migrated(self) -> None:
         """See RouterSink."""
 
     def pause_ended(self, pause_s: float) -> None:

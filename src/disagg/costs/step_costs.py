@@ -1,0 +1,18 @@
+"""What prefill and decode take by the coefficients of a step's parts (``StepCosts``). Pure."""
+
+from typing import Final
+
+from disagg.base.messages import StepCosts
+
+PRIOR_COSTS: Final = StepCosts(step_s=5e-3, token_s=3e-4, square_s=5e-8, prefill_s=1e-3, context_s=2e-6, decode_s=5e-4)
+"""A small model on one CPU core, until steps have shown other costs."""
+
+
+def prefill_work_s(costs: StepCosts, num_tokens: int, squares: int, num_prompts: int) -> float:
+    """Return the seconds of prompts of so many tokens in sum, and of so many squares; those of steps left out."""
+    return costs.token_s * num_tokens + costs.square_s * squares + costs.prefill_s * num_prompts
+
+
+def decode_work_s(costs: StepCosts, num_decodes: int, context: int) -> float:
+    """Return the seconds that decodes with so many tokens of context in sum add to a step."""
+    return (costs.token_s + costs.decode_s) * num_decodes + costs.context_s * context

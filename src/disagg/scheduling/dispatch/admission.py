@@ -1,0 +1,121 @@
+"""Whether a sequence that arrives is taken, and on which terms: bounds, and what is predicted. Pure.
+
+What is predicted is the time until its turn comes, from the work of those before it and from how quickly the room has
+emptied lately, and then what its best path brings. A prediction over the objective is a miss: ``Overload`` says what
+follows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from disagg.base.config import RouterSettings
+from disagg.base.objectives import Objectives
+from disagg.scheduling.dispatch.actions import Refuse, RefuseReason
+from disagg.scheduling.dispatch.forecast import Forecast
+from disagg.scheduling.dispatch.forecaster import Forecaster
+from disagg.scheduling.dispatch.state import SequenceEntry
+
+ADMITTED_UP_TO: Final = 0.9
+"""Part of an objective up to which a prediction is trusted to be kept."""
+_SHORTEST_RETRY_S: Final = 0.5
+_MEMORY_S: Final = 10.0
+_PRIOR_S: Final = 5.0
+"""Seconds for which the instances' number stands, as if it had been seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why a sequence is predicted to miss its objectives, and after how long one like it would keep them."""
+
+    why: str
+    retry_after_s: float
+
+
+class DrainRate:
+    """Seconds of prefill that leave the room in a second, while somebody waits. Starts from the instances' number."""
+
+    def __init__(self) -> None:
+        self._work_s = 0.0
+        self._time_s = 0.0
+        self._seen_s = 0.0
+        self._somebody_waits = False
+
+    def note(self, now: float, *, somebody_waits: bool, started_s: float = 0.0) -> None:
+        """Take account of the time since the last call, and of work that was given to an instance just now."""
+        if self._somebody_waits:
+            passed_s = max(0.0, now - self._seen_s)
+            kept = _MEMORY_S / (_MEMORY_S + passed_s)
+            self._time_s = kept * self._time_s + passed_s
+            self._work_s = kept * self._work_s + started_s
+        self._seen_s, self._somebody_waits = now, somebody_waits
+
+    def rate(self, num_instances: int) -> float:
+        """Return the rate, given how many instances are there to prefill."""
+        return max(0.1, (self._work_s + _PRIOR_S * max(1, num_instances)) / (self._time_s + _PRIOR_S))
+
+
+def judge(
+    sequence: SequenceEntry,
+    best: Forecast,
+    forecaster: Forecaster,
+    ahead: Iterable[tuple[SequenceEntry, float]],
+    rate: float,
+    objectives: Objectives,
+) -> Miss | None:
+    """Return why the sequence is predicted to miss its ``objectives``; None when it is predicted to keep them.
+
+    ``ahead`` are those that are served before it, with how many tenants share meanwhile; ``rate`` that of the room.
+    """
+    wait_s = sum(forecaster.prompt_s(one.num_tokens) * share for one, share in ahead) / rate
+    ttft_s = wait_s + best.ttft_s
+    if objectives.ttft_s is not None and ttft_s > ADMITTED_UP_TO * objectives.ttft_s:
+        return Miss(
+            f"its first token is predicted after {ttft_s:.2f} s, the objective is {objectives.ttft_s:g} s",
+            max(_SHORTEST_RETRY_S, ttft_s - ADMITTED_UP_TO * objectives.ttft_s),
+        )
+    tpot_s = max(best.tpot_s, best.others_tpot_s)
+    if objectives.tpot_s is not None and tpot_s > objectives.tpot_s:
+        # The batch is as long as before once an answer has ended for each that is too many.
+        late_s = (1 - objectives.tpot_s / tpot_s) * forecaster.num_answer_tokens(sequence) * tpot_s
+        return Miss(
+            f"tokens are predicted every {1e3 * tpot_s:.1f} ms, the objective is {1e3 * objectives.tpot_s:g} ms",
+            max(_SHORTEST_RETRY_S, late_s),
+        )
+    return None
+
+
+def unserved(sequence: SequenceEntry, instances: str) -> Refuse:
+    """Return the refusal of a sequence that none of the instances, as described, could serve."""
+    detail = f"no instances are left that could serve a request ({instances})"
+    return _refuse(sequence, RefuseReason.UNAVAILABLE, detail)
+
+
+def over_bounds(sequence: SequenceEntry, settings: RouterSettings, num_all: int, num_own: int) -> Refuse | None:
+    """Return the refusal of a sequence beside which too many are under way, of all or of its tenant's."""
+    if num_all >= settings.max_queued_requests:
+        detail = f"{num_all} sequences are under way, which is the limit (--max-queued-requests)"
+        return _refuse(sequence, RefuseReason.OVERLOADED, detail)
+    tenant = settings.tenants.get(sequence.tenant)
+    if tenant is not None and tenant.max_requests is not None and num_own >= tenant.max_requests:
+        detail = f"{num_own} sequences of {sequence.tenant} are under way, which is its limit (max_requests)"
+        return _refuse(sequence, RefuseReason.OVERLOADED, detail)
+    return None
+
+
+def shed(sequence: SequenceEntry, miss: Miss) -> Refuse:
+    """Return the refusal of a sequence that is predicted to miss."""
+    detail = f"the server has too much to do: {miss.why} (--overload shed)"
+    return _refuse(sequence, RefuseReason.SHED, detail, miss.retry_after_s)
+
+
+def _refuse(sequence: SequenceEntry, reason: RefuseReason, detail: str, retry_after_s: float = 1.0) -> Refuse:
+    return Refuse(
+        request_id=sequence.request_id,
+        epoch=sequence.epoch,
+        reason=reason,
+        detail=detail,
+        retry_after_s=retry_after_s,
+        tenant=sequence.tenant,
+        priority=sequence.priority,
+    )

@@ -1,0 +1,39 @@
+"""What the router has seen of answers and hand-overs, for its predictions. Pure: equal events give equal bits."""
+
+from typing import Final
+
+_PRIOR_ANSWER_TOKENS: Final = 128.0
+_PRIOR_WEIGHT: Final = 4
+_MEMORY: Final = 64
+"""Answers and hand-overs that count."""
+_PRIOR_HAND_OVER_S: Final = 2e-3
+
+
+class Experience:
+    """Running means over what has ended."""
+
+    def __init__(self) -> None:
+        self.answer_tokens = _PRIOR_ANSWER_TOKENS
+        """Mean length of an answer."""
+        self._num_answers = _PRIOR_WEIGHT
+        self._hand_over_tokens = 0.0
+        self._hand_over_s = _PRIOR_HAND_OVER_S
+        self._num_hand_overs = 1.0
+
+    def answer_ended(self, num_tokens: int) -> None:
+        """Note the length of an answer that came to its end."""
+        self._num_answers = min(self._num_answers + 1, _MEMORY)
+        self.answer_tokens += (num_tokens - self.answer_tokens) / self._num_answers
+
+    def hand_over_ended(self, num_tokens: int, duration_s: float) -> None:
+        """Note how long KV blocks of so many tokens travelled."""
+        kept = 1 - 1 / _MEMORY
+        self._num_hand_overs = kept * self._num_hand_overs + 1
+        self._hand_over_tokens = kept * self._hand_over_tokens + num_tokens
+        self._hand_over_s = kept * self._hand_over_s + duration_s
+
+    def hand_over_s(self, num_tokens: int) -> float:
+        """Return the seconds that KV blocks are expected to travel: half the mean whatever their number of tokens."""
+        mean_s = self._hand_over_s / self._num_hand_overs
+        mean_tokens = self._hand_over_tokens / self._num_hand_overs
+        return mean_s * (0.5 + 0.5 * num_tokens / mean_tokens) if mean_tokens else mean_s

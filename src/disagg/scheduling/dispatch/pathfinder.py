@@ -1,0 +1,173 @@
+"""Which instance a sequence is given to, and when: by predicted latency, or by loads in tokens within strict roles.
+
+By predictions, an instance is given prompts ahead of its work up to ``AHEAD_S``. The others wait in the router, and
+are given to whoever is predicted best when their turn comes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
+from disagg.base.objectives import Objectives
+from disagg.base.request import Role
+from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
+from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
+from disagg.scheduling.dispatch.experience import Experience
+from disagg.scheduling.dispatch.forecast import Forecast
+from disagg.scheduling.dispatch.forecaster import Forecaster
+from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths, open_to
+from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.waiting_room import WaitingRoom
+from disagg.scheduling.queue_order import queue_order, rank_of
+
+AHEAD_S: Final = 0.25
+"""Seconds of prefill that an instance has at hand, so that it never waits for the router."""
+_SHORTEST_WAIT_S: Final = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a sequence starts; by predictions with those of the path, and of the best other one."""
+
+    instance: InstanceEntry
+    hands_over: bool
+    chosen: Forecast | None = None
+    other: Forecast | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """The sequence's best instance has enough to do: look again at ``until_s``, or when it has done something."""
+
+    until_s: float
+
+
+class Pathfinder:
+    """Chooses among the instances of a fleet. ``scheduler`` is what all of those are told."""
+
+    def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings) -> None:
+        self.predicts = settings.predicts
+        self.experience = Experience()
+        self._strict_roles = settings.strict_roles
+        self._append_turns = settings.append_turns
+        self._objectives = scheduler.objectives
+        self._order = queue_order(scheduler.queue, scheduler.objectives)
+        self._drain = DrainRate()
+
+    def objectives_of(self, sequence: SequenceEntry) -> Objectives:
+        """Return what a sequence's latencies ought to be."""
+        return sequence.objectives.or_else(self._objectives)
+
+    def rank_of(self, sequence: SequenceEntry) -> tuple[int, float, int]:
+        """Return the place of a sequence among those that wait."""
+        priority, rank_s = rank_of(
+            self._order,
+            priority=sequence.priority,
+            arrival_s=sequence.arrived_s,
+            num_tokens=sequence.num_tokens,
+            ttft_s=self.objectives_of(sequence).ttft_s,
+        )
+        return (priority, rank_s, sequence.order)
+
+    def miss(
+        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, room: WaitingRoom, now: float
+    ) -> Miss | None:
+        """Return why a sequence that arrives is predicted to miss its objectives; None when nothing says so."""
+        forecaster = self._forecaster(instances, now)
+        forecasts, wanted = self._forecasts(instances, sequence, forecaster)
+        best = best_path(forecasts, wanted)
+        if best is None:
+            return None
+        num_prefilling = sum(
+            entry.state is InstanceState.READY and (entry.role is not Role.DECODE or not self._strict_roles)
+            for entry in instances
+        )
+        rate = self._drain.rate(num_prefilling)
+        return judge(sequence, best, forecaster, room.ahead_of(sequence), rate, wanted.objectives)
+
+    def start(
+        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float
+    ) -> Placed | HeldBack | None:
+        """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
+        if not self.predicts:
+            instance = choose_start(instances, sequence, append_turns=self._append_turns)
+            return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
+        forecaster = self._forecaster(instances, now)
+        forecasts, wanted = self._forecasts(instances, sequence, forecaster)
+        chosen = best_path(forecasts, wanted)
+        if chosen is None:
+            return None
+        instance = next(entry for entry in instances if entry.instance == chosen.path.prefill)
+        ahead_s = forecaster.backlog_s(instance)
+        if ahead_s > AHEAD_S:
+            return HeldBack(now + max(ahead_s - AHEAD_S, _SHORTEST_WAIT_S))
+        if self._is_in_the_way(sequence, chosen, now):
+            return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S)
+        other = best_path((one for one in forecasts if one is not chosen), wanted)
+        return Placed(instance, chosen.path.hands_over, chosen, other)
+
+    def note_start(
+        self, instances: Sequence[InstanceEntry], start: Placed, sequence: SequenceEntry, room: WaitingRoom, now: float
+    ) -> None:
+        """Take account of a sequence that was given to an instance, and of who waits on."""
+        if not self.predicts:
+            return
+        work_s = self._forecaster(instances, now).prompt_s(sequence.num_tokens)
+        start.instance.prefill_work.add(work_s, now)
+        self._drain.note(now, somebody_waits=len(room) > 0, started_s=work_s)
+
+    def note_held_back(self, now: float) -> None:
+        """Take account of somebody who waits on."""
+        self._drain.note(now, somebody_waits=True)
+
+    def adopt(self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float) -> InstanceEntry | None:
+        """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
+        if not self.predicts:
+            return choose_adopter(instances, sequence)
+        forecaster = self._forecaster(instances, now)
+        others = [entry for entry in instances if entry.instance not in sequence.visited]
+        decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
+        return min(
+            decode or colocated,
+            key=lambda entry: forecaster.later_token_s(entry, sequence, forecaster.hand_over_s(sequence)),
+            default=None,
+        )
+
+    def _forecasts(
+        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, forecaster: Forecaster
+    ) -> tuple[list[Forecast], Wanted]:
+        # A sequence that lost an instance need not wait for one of the right role.
+        strict_roles = self._strict_roles and not sequence.is_resumed
+
+        def cached(entry: InstanceEntry, sequence: SequenceEntry) -> int:
+            if not sequence.held:
+                return 0
+            return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
+
+        forecasts = forecast_paths(
+            instances,
+            sequence,
+            forecaster,
+            strict_roles=strict_roles,
+            cached=cached,
+            append_turns=self._append_turns,
+        )
+        wanted = Wanted(
+            self.objectives_of(sequence),
+            self._objectives,
+            forecaster.num_answer_tokens(sequence),
+            waited_s=forecaster.now - sequence.arrived_s,
+        )
+        return forecasts, wanted
+
+    def _is_in_the_way(self, sequence: SequenceEntry, chosen: Forecast, now: float) -> bool:
+        """Return whether a sequence that is served when others leave time would make them late; not for ever."""
+        if not sequence.is_best_effort or now >= sequence.arrived_s + MAX_OVERTAKE_S:
+            return False
+        tpot_s = self._objectives.tpot_s
+        return tpot_s is not None and chosen.others_tpot_s > tpot_s
+
+    def _forecaster(self, instances: Sequence[InstanceEntry], now: float) -> Forecaster:
+        return Forecaster(instances, self.experience, self._objectives, now)

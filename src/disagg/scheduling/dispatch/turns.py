@@ -1,0 +1,105 @@
+"""Sequences until an instance has them: whether they are taken, whose turn it is, and where that one goes. Pure.
+
+It joins ``admission``, ``waiting_room`` and ``pathfinder``, each of which decides one thing, and keeps their books.
+"""
+
+from collections.abc import Collection
+
+from disagg.base.config import Overload, RouterSettings, SchedulerSettings
+from disagg.base.ids import RequestId
+from disagg.scheduling.dispatch.actions import Degrade, Refuse
+from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
+from disagg.scheduling.dispatch.choice import can_be_served
+from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder, Placed
+from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry, Whereabouts
+from disagg.scheduling.dispatch.waiting_room import WaitingRoom
+
+
+class Turns:
+    """The sequences that no instance has started, and what was learned from those that have ended."""
+
+    def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings, fleet: Fleet) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._paths = Pathfinder(settings, scheduler)
+        self._room = WaitingRoom(settings.tenants)
+
+    def take(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
+        """Let a sequence that has just arrived wait for its turn, or return why not; best effort is taken, too.
+
+        ``num_all`` sequences are under way already.
+        """
+        sequence.rank = self._paths.rank_of(sequence)
+        verdict = self._verdict(sequence, num_all, now)
+        if not isinstance(verdict, Refuse):
+            self._room.enter(sequence)
+        return verdict
+
+    def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
+        settings, instances = self._settings, self._fleet.entries
+        refusal = over_bounds(sequence, settings, num_all, self._room.num_under_way(sequence.tenant))
+        if refusal is not None:
+            return refusal
+        if not can_be_served(instances, sequence, strict_roles=settings.strict_roles):
+            return unserved(sequence, self._fleet.describe())
+        if settings.overload is Overload.QUEUE:
+            return None
+        miss = self._paths.miss(instances, sequence, self._room, now)
+        if miss is None:
+            return None
+        if settings.overload is Overload.SHED:
+            return shed(sequence, miss)
+        sequence.degrade()
+        return Degrade(request_id=sequence.request_id, epoch=sequence.epoch, why=miss.why)
+
+    def next(self, passed: Collection[RequestId]) -> SequenceEntry | None:
+        """Return whose turn it is, those who were passed over left out."""
+        return self._room.head(passed)
+
+    def start(self, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
+        """Return where a sequence whose turn it is starts, or that it waits on, with a time or without."""
+        start = self._paths.start(self._fleet.entries, sequence, now)
+        if isinstance(start, Placed):
+            self._room.stop_waiting(sequence)
+            self._room.served(sequence, num_input=sequence.num_tokens)
+            self._paths.note_start(self._fleet.entries, start, sequence, self._room, now)
+            sequence.assign(start.instance.instance, start.chosen, start.other, now)
+            if start.hands_over and start.chosen is not None:
+                self._fleet.expect(sequence, start.chosen.path.decode)
+        elif start is not None:
+            self._paths.note_held_back(now)
+        return start
+
+    def start_again(self, sequence: SequenceEntry) -> None:
+        """Let a sequence that lost its instance wait for its turn."""
+        self._fleet.expect_no_more(sequence)
+        self._room.wait(sequence)
+
+    def adopter(self, sequence: SequenceEntry, now: float) -> InstanceEntry | None:
+        """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
+        adopter = self._paths.adopt(self._fleet.entries, sequence, now)
+        if adopter is not None:
+            self._fleet.expect_no_more(sequence)
+        return adopter
+
+    def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
+        """Take account of tokens that a sequence brought."""
+        sequence.note_tokens(count, now)
+        self._room.served(sequence, num_output=count)
+
+    def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:
+        """Take account of KV blocks that have arrived."""
+        sequence.hand_over_s = duration_s
+        self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s)
+
+    def finished(self, sequence: SequenceEntry) -> None:
+        """Learn from a sequence that came to its end."""
+        self._paths.experience.answer_ended(sequence.num_answer_tokens)
+
+    def leave(self, sequence: SequenceEntry) -> None:
+        """Forget a sequence, in whatever state it is."""
+        if sequence.state is Whereabouts.QUEUED:
+            self._room.stop_waiting(sequence)
+        self._room.leave(sequence)
+        self._fleet.expect_no_more(sequence)

@@ -1,0 +1,123 @@
+"""Sequences that wait in the router for their turn: in order of deadline, and fair between tenants. Pure.
+
+Whose sequence comes next is decided by virtual token counters (VTC: Sheng et al., Fairness in Serving Large Language
+Models, OSDI 2024, algorithm 2): each tenant's counter grows by the tokens that it was served, an output token counting
+twice, over its weight; the lowest counter is served first. Whoever comes back after a while starts from those who are
+there: nobody saves up. Lower priorities (numbers) go first whoever's they are.
+"""
+
+import bisect
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from disagg.base.config import TenantSettings
+from disagg.base.ids import RequestId
+from disagg.scheduling.dispatch.state import SequenceEntry
+
+_OUTPUT_WEIGHT: Final = 2
+"""Of an output token, in input tokens, as in the paper's evaluation."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    weight: float
+    served: float = 0.0
+    """Tokens over weight, from a start that all have in common."""
+    waiting: list[SequenceEntry] = field(default_factory=list)
+
+
+def _rank(sequence: SequenceEntry) -> tuple[int, float, int]:
+    return sequence.rank
+
+
+class WaitingRoom:
+    """Who waits. Of tenants without settings nothing is kept while none of their sequences is under way."""
+
+    def __init__(self, tenants: Mapping[str, TenantSettings]) -> None:
+        self._settings = tenants
+        self._tenants: dict[str, _Tenant] = {}
+        self._num_under_way: dict[str, int] = {}
+        self._last_served = 0.0
+        """Of the tenant that left last."""
+
+    def __len__(self) -> int:
+        return sum(len(tenant.waiting) for tenant in self._tenants.values())
+
+    def everybody(self) -> Iterator[SequenceEntry]:
+        """Yield those who wait, in no order."""
+        for tenant in self._tenants.values():
+            yield from tenant.waiting
+
+    def num_under_way(self, tenant: str) -> int:
+        """Return how many sequences of a tenant wait or are served."""
+        return self._num_under_way.get(tenant, 0)
+
+    def enter(self, sequence: SequenceEntry) -> None:
+        """Take in a sequence that has just arrived."""
+        name = sequence.tenant
+        self._num_under_way[name] = self.num_under_way(name) + 1
+        self.wait(sequence)
+
+    def wait(self, sequence: SequenceEntry) -> None:
+        """Let a sequence that is under way wait for its turn."""
+        tenant = self._tenants.get(sequence.tenant)
+        if tenant is None:
+            settings = self._settings.get(sequence.tenant)
+            tenant = self._tenants[sequence.tenant] = _Tenant(settings.weight if settings is not None else 1.0)
+        if not tenant.waiting:
+            present = [other.served for other in self._tenants.values() if other.waiting]
+            tenant.served = max(tenant.served, min(present, default=self._last_served))
+        bisect.insort(tenant.waiting, sequence, key=_rank)
+
+    def stop_waiting(self, sequence: SequenceEntry) -> None:
+        """Take out a sequence whose turn has come, or that nobody wants any more."""
+        tenant = self._tenants[sequence.tenant]
+        tenant.waiting.remove(sequence)
+        if not tenant.waiting:
+            self._last_served = tenant.served
+
+    def leave(self, sequence: SequenceEntry) -> None:
+        """Forget a sequence that has ended; it does not wait any more."""
+        name = sequence.tenant
+        self._num_under_way[name] -= 1
+        if not self._num_under_way[name]:
+            del self._num_under_way[name]
+            tenant = self._tenants.get(name)
+            if tenant is not None and name not in self._settings and tenant.served <= self._floor():
+                del self._tenants[name]
+
+    def served(self, sequence: SequenceEntry, *, num_input: int = 0, num_output: int = 0) -> None:
+        """Count what was done for a sequence."""
+        tenant = self._tenants[sequence.tenant]
+        tenant.served += (num_input + _OUTPUT_WEIGHT * num_output) / tenant.weight
+
+    def head(self, but: Collection[RequestId] = ()) -> SequenceEntry | None:
+        """Return the sequence whose turn is next, those named left out; None when there is none."""
+        firsts = []
+        for tenant in self._tenants.values():
+            first = next((one for one in tenant.waiting if one.request_id not in but), None)
+            if first is not None:
+                priority, rank_s, order = first.rank
+                firsts.append(((priority, tenant.served, rank_s, order), first))
+        return min(firsts, key=lambda pair: pair[0], default=(None, None))[1]
+
+    def ahead_of(self, sequence: SequenceEntry) -> Iterator[tuple[SequenceEntry, float]]:
+        """Yield its own tenant's sequences that are served before it, each with how many tenants share meanwhile.
+
+        Others' sequences count as far as fairness lets them in between.
+        """
+        present = [tenant for tenant in self._tenants.values() if tenant.waiting]
+        own = self._tenants.get(sequence.tenant)
+        if own is None or not own.waiting:
+            settings = self._settings.get(sequence.tenant)
+            weight = 1.0 if settings is None else settings.weight
+            own = _Tenant(weight)
+            present.append(own)
+        share = sum(tenant.weight for tenant in present) / own.weight
+        for one in own.waiting:
+            if one.rank < sequence.rank:
+                yield one, share
+
+    def _floor(self) -> float:
+        return min((tenant.served for tenant in self._tenants.values() if tenant.waiting), default=self._last_served)

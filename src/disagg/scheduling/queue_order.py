@@ -1,0 +1,32 @@
+"""The order of whatever waits, on an instance and in the router: one definition for both. Pure."""
+
+from disagg.base.config import MAX_OVERTAKE_S, QueueOrder
+from disagg.base.objectives import Objectives
+
+_JOB_S_PER_TOKEN = 0.01
+"""Seconds by which an earlier prompt is put back for each of its tokens, where the shortest comes first."""
+
+
+def queue_order(asked: QueueOrder | None, objectives: Objectives) -> QueueOrder:
+    """Return the order that was asked for; else by deadlines where the server has a TTFT objective."""
+    if asked is not None:
+        return asked
+    return QueueOrder.PRIORITY if objectives.ttft_s is None else QueueOrder.EDF
+
+
+def rank_of(
+    order: QueueOrder, *, priority: int, arrival_s: float, num_tokens: int, ttft_s: float | None
+) -> tuple[int, float]:
+    """Return the sort key of a sequence: what is smaller is served earlier, ties by arrival.
+
+    ``ttft_s`` is its objective, None without one.
+    """
+    match order:
+        case QueueOrder.FCFS:
+            return (0, arrival_s)
+        case QueueOrder.PRIORITY:
+            return (priority, arrival_s)
+        case QueueOrder.SJF:
+            return (priority, arrival_s + min(num_tokens * _JOB_S_PER_TOKEN, MAX_OVERTAKE_S))
+        case QueueOrder.EDF:
+            return (priority, arrival_s + (MAX_OVERTAKE_S if ttft_s is None else min(ttft_s, MAX_OVERTAKE_S)))
