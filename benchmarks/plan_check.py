@@ -36,6 +36,7 @@ from disagg.cli.placement_file import write_placement
 from disagg.costs.latency import StepShape
 from disagg.costs.platform import Platform
 from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.costs.thread_scaling import ThreadScaledPlatform
 from disagg.measure.slo import Slo, SloTarget
 from disagg.measure.standard import STANDARD_WORKLOADS, SloKind, slo_from_unloaded, standard_workload
 from disagg.measure.windows import with_requests
@@ -117,7 +118,12 @@ def read_machine(files: Sequence[Path]) -> Machine:
         num_threads = platform.profile.num_threads or 1
         platforms[num_threads], by_threads[num_threads] = platform, file
     first = platforms[min(platforms)]
-    return Machine(by_threads, dict(platforms), len(os.sched_getaffinity(0)), first.most_tokens)
+    num_cores = len(os.sched_getaffinity(0))
+    known: dict[int, Platform] = dict(platforms)
+    for wide in (2**power for power in range(num_cores.bit_length())):
+        if wide > min(platforms):
+            known.setdefault(wide, ThreadScaledPlatform(first, wide))
+    return Machine(by_threads, known, num_cores, first.most_tokens)
 
 
 def make_profiles(folder: Path) -> list[Path]:
@@ -141,7 +147,7 @@ def objectives(machine: Machine, workload: str, kind: SloKind) -> Slo:
     return slo_from_unloaded(kind, ttft_s, tpot_s)
 
 
-def plan_case(machine: Machine, workload: str, target: SloTarget) -> list[JudgedHostPlacement]:
+def plan_case(machine: Machine, workload: str, target: SloTarget, num_requests: int) -> list[JudgedHostPlacement]:
     """Return the plan's placements, best first."""
     problem = HostProblem(
         platforms=machine.platforms,
@@ -150,6 +156,7 @@ def plan_case(machine: Machine, workload: str, target: SloTarget) -> list[Judged
         cache=CacheSettings(),
         workload=standard_workload(workload, 1.0, 400),
         target=target,
+        num_requests=num_requests,
     )
     with open_workers() as workers:
         judged, _ = search_host(problem, workers, lambda progress: None)
@@ -218,7 +225,7 @@ def cases(options: argparse.Namespace, machine: Machine, console: Console) -> It
     for workload in options.workloads:
         for kind in options.slo:
             target = SloTarget(slo=objectives(machine, workload, SloKind(kind)))
-            judged = plan_case(machine, workload, target)
+            judged = plan_case(machine, workload, target, options.plan_requests)
             chosen = contenders(judged, options.near)
             console.print(f"{workload}, {kind} ({target}): {len(chosen)} placements near {judged[0].candidate}")
             measured = []
@@ -270,6 +277,7 @@ def parse() -> argparse.Namespace:
     kinds = [kind.value for kind in SloKind]
     parser.add_argument("--slo", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--requests", type=int, default=40, help="of each run")
+    parser.add_argument("--plan-requests", type=int, default=HostProblem.num_requests, help="of each simulated run")
     parser.add_argument("--seeds", type=int, default=1, help="searches of each placement, with other requests each")
     parser.add_argument("--near", type=float, default=0.7, help="measure what the plan puts at this part of its first")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each case")

@@ -55,7 +55,7 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         limits = {"ttft": self.ttft_s, "tpot": self.tpot_s}
-        parts = [f"{name}={limit_s * 1e3:.4g}ms" for name, limit_s in limits.items() if limit_s < math.inf]
+        parts = [f"{name}={_words(limit_s)}" for name, limit_s in limits.items() if limit_s < math.inf]
         return ",".join(parts) or "none"
 
 
@@ -71,7 +71,7 @@ class Tail(msgspec.Struct, frozen=True, kw_only=True):
         return not getattr(percentiles[self.latency], self.percentile) > self.limit_s
 
     def __str__(self) -> str:
-        return f"{self.latency}.{self.percentile}<={self.limit_s * 1e3:.4g}ms"
+        return f"{self.latency}.{self.percentile}<={_words(self.limit_s)}"
 
 
 class SloTarget(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +134,11 @@ def parse_slo(text: str) -> Slo:
             raise ConfigurationError(f"{refusal}: no objective is called {name!r}; {known_names(name, _NAMES)}")
         limits[name] = _seconds(match[2] or match[4], unit, name, refusal)
     return Slo(ttft_s=limits.get("ttft", math.inf), tpot_s=limits.get("tpot", math.inf))
+
+
+def _words(limit_s: float) -> str:
+    """Return a limit as it is read again: never with an exponent."""
+    return f"{limit_s:.4g}s" if limit_s >= 9.9995 else f"{limit_s * 1e3:.4g}ms"
 
 
 def _parts(text: str) -> list[str]:

@@ -35,6 +35,8 @@ BUDGETS: Final = (128, 256, 512, 1024, 2048)
 """Tokens of a step that are tried, as far as the profile measured steps so large."""
 _ROUNDS: Final = ((0.2, 1, 8), (0.6, 1, 4), (1.0, 3, 4))
 """Part of the requests of a run, seeds, and how many placements remain after it."""
+_FEWEST_REQUESTS: Final = 20
+"""With fewer, one late request in ten is less than one."""
 _COARSE: Final = 0.1
 _BATCH: Final = 8
 
@@ -134,7 +136,7 @@ def search_host(
     done = 0
     try:
         for part, seeds, kept in _ROUNDS:
-            num_requests = max(1, round(part * problem.num_requests))
+            num_requests = max(_FEWEST_REQUESTS, round(part * problem.num_requests))
             num_seeds = min(seeds, problem.num_seeds)
             keys = [(one, seed) for one in candidates for seed in range(num_seeds)]
             jobs = [_job(problem, one, starts.get(one), num_requests, seed) for one, seed in keys]
