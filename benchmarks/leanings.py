@@ -82,7 +82,7 @@ def cases(platform: ProfiledPlatform, args: argparse.Namespace) -> Iterator[Case
     for name in args.workloads:
         workload = standard_workload(name, 1.0, args.requests, args.traces)
         rate = prefill_rate(platform, workload)
-        for load, kind in product(args.loads, SloKind):
+        for load, kind in product(args.loads, map(SloKind, args.objectives)):
             slo = objectives(platform, name, kind)
             for system, (roles, mode, strict_roles) in SYSTEMS.items():
                 placement = Placement(groups=tuple(InstanceGroup(role=role, count=n) for role, n in roles.items()))
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--loads", nargs="+", type=float, default=[0.5, 0.9])
+    parser.add_argument("--objectives", nargs="+", choices=[kind.value for kind in SloKind], default=["tight", "loose"])
     parser.add_argument("--traces", type=Path, help="folder whose traces are replayed; without it lengths are drawn")
     args = parser.parse_args()
     platform = ProfiledPlatform(load_profile(args.profile), CacheSettings().kv_memory_bytes)

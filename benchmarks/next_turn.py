@@ -77,7 +77,7 @@ def main() -> None:
     draw = random.Random(1)
     question = " ".join(draw.choice(WORDS) for _ in range(num_words)) + " What is this?"
     messages = [{"role": "user", "content": question}]
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=160)
     with tempfile.TemporaryDirectory() as folder:
         command = serve_command("next-turn", ["--kv-disk", f"{folder}/blocks,2GiB"])
         log = Path(folder) / "log"

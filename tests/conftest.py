@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from disagg.base.errors import ConfigurationError
 from disagg.models.locate import ModelFiles, locate_model
 
 TinyModel = Callable[..., Path]
+
+# What a test takes says something of the machine and its other work, never of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

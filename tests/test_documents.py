@@ -64,7 +64,7 @@ def wrong_flags(line: str) -> list[str]:
     for said in COMMAND.findall(re.split(r" #|[;|]", re.sub(r"(?<= )\[|\]", " ", line))[0]):
         command: click.Command = main
         for word in said.split():
-            if not isinstance(command, click.Group) or not re.fullmatch(r"[a-z]+", word):
+            if not isinstance(command, click.Group) or not re.fullmatch(r"[a-z][a-z-]*", word):
                 break
             inner = command.get_command(click.Context(command), word)
             if inner is None:

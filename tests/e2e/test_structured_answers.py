@@ -165,6 +165,23 @@ def test_calls_stream_as_the_client_puts_them_together(server: ServerProcess) ->
     assert final.choices[0].message.content in (None, "")
 
 
+def test_an_agents_loop_over_responses(server: ServerProcess) -> None:
+    """Call, result, answer: each turn is sent with all that came before, since nothing is stored."""
+    tools: list[Any] = [{"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}]
+    items: list[Any] = [{"role": "user", "content": "How is the weather in Ulm?"}]
+    asked: dict[str, Any] = {"model": CHAT["model"], "tools": tools, "temperature": 0.0, "max_output_tokens": 80}
+    called = server.client.responses.create(**asked, input=items, tool_choice="required", parallel_tool_calls=False)
+    (call,) = called.output
+    assert call.type == "function_call"
+    assert sorted(json.loads(call.arguments)) == ["city", "unit"]
+    items += [item.model_dump(exclude_none=True) for item in called.output]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"})
+    answer = server.client.responses.parse(**asked, input=items, tool_choice="none", text_format=River)
+    assert answer.status == "completed"
+    assert isinstance(answer.output_parsed, River)
+    assert answer.usage.input_tokens_details.cached_tokens >= 0
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

@@ -1,8 +1,9 @@
 """Dispatch against every order of arrivals, deaths, cancellations and late messages that hypothesis can think of.
 
-The test plays all instances: it remembers what each live one was told, and answers like an engine would. Whatever
-happens, every sequence ends exactly once, and through however many attempts all tokens of the current one are
-delivered and none of an earlier; only live instances are spoken to, and no load is left over.
+The test plays all instances: it remembers what each live one was told, and answers like an engine would. Instances are
+drained and change their roles meanwhile. Whatever happens, every sequence ends exactly once, and through however many
+attempts all tokens of the current one are delivered and none of an earlier; only live instances are spoken to, and no
+load is left over.
 """
 
 from hypothesis import settings
@@ -14,8 +15,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
-    Deliver,
-    Drop,
+    Drained,
     Fail,
     Finish,
     Refuse,
@@ -23,11 +23,14 @@ from disagg.scheduling.dispatch.actions import (
     SendAbort,
     SendAdopt,
     SendGenerate,
+    SendMigrate,
     SendPeerLost,
     SendRelease,
 )
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
+    ChangeRole,
+    Drain,
     InstanceDown,
     InstanceUp,
     OfferMade,
@@ -37,8 +40,9 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
-from disagg.scheduling.step.actions import WakeAt
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState
 from disagg.scheduling.step.events import Tick
 
 LIMITS = RouterSettings(max_queued_requests=6, request_timeout_s=50.0, instance_wait_s=10.0)
@@ -66,7 +70,9 @@ class DispatchMachine(RuleBasedStateMachine):
         self.losses: dict[RequestId, int] = {}
         self.live: set[InstanceId] = set()
         self.jobs: dict[tuple[InstanceId, RequestId], str] = {}
-        """What a live instance is doing with a sequence: prefill, offering, pull, decode or all."""
+        """What a live instance is doing with a sequence: prefill, offering, pull, decode, all, or migrate."""
+        self.visited: set[tuple[RequestId, Epoch, InstanceId]] = set()
+        """Who was given which attempt: nobody twice."""
         self.leases: set[tuple[InstanceId, RequestId]] = set()
 
     @initialize(pairs=st.booleans(), colocated=st.booleans())
@@ -91,18 +97,18 @@ class DispatchMachine(RuleBasedStateMachine):
         self.dispatcher.validate()
 
     def carry_out(self, action) -> None:
-        if isinstance(action, SendGenerate | SendAdopt | SendAbort | SendRelease | SendPeerLost):
+        if isinstance(action, SendGenerate | SendAdopt | SendAbort | SendRelease | SendMigrate | SendPeerLost):
             assert action.instance in self.live, f"{action} goes to a dead instance"
+        if isinstance(action, SendGenerate | SendAdopt):
+            self.give(action)
         match action:
             case SendGenerate():
                 role = self.instances[action.instance]
                 assert action.hand_over == (role is Role.PREFILL)
-                assert role is not Role.DECODE or self.losses[action.request_id]
-                assert action.epoch == self.epochs[action.request_id]
+                assert role is not Role.DECODE or action.epoch
                 self.jobs[action.instance, action.request_id] = "prefill" if action.hand_over else "all"
             case SendAdopt():
-                assert self.instances[action.instance] is Role.DECODE
-                assert action.epoch == self.epochs[action.request_id]
+                assert self.instances[action.instance] is not Role.PREFILL
                 self.jobs[action.instance, action.request_id] = "pull"
             case SendAbort():
                 del self.jobs[action.instance, action.request_id]
@@ -112,16 +118,30 @@ class DispatchMachine(RuleBasedStateMachine):
                 assert action.epoch == self.epochs[action.request_id] + 1
                 self.epochs[action.request_id] = action.epoch
                 assert not any(name == action.request_id for _, name in [*self.jobs, *self.held_after_loss()])
-                self.losses[action.request_id] += 1
+                self.losses[action.request_id] += " died: " in action.why
                 assert self.losses[action.request_id] < LIMITS.max_instance_losses
             case Finish() | Fail() | Refuse():
                 assert action.epoch == self.epochs[action.request_id]
                 assert action.request_id in self.open, f"{action} ends a sequence that had ended"
                 self.open.remove(action.request_id)
+            case SendMigrate():
+                assert self.jobs[action.instance, action.request_id] in ("decode", "all")
+                self.jobs[action.instance, action.request_id] = "migrate"
+            case Drained(instance=instance):
+                assert not any(holder == instance for holder, _ in [*self.jobs, *self.leases])
             case SendPeerLost():
                 assert action.lost not in self.live
-            case Deliver() | Drop() | WakeAt():
-                pass
+
+    def give(self, action) -> None:
+        """Check what holds for whoever is given a sequence."""
+        attempt = (action.request_id, action.epoch, action.instance)
+        assert attempt not in self.visited, "it remembers that this attempt ended"
+        self.visited.add(attempt)
+        assert self.entry(action.instance).state is InstanceState.READY
+        assert action.epoch == self.epochs[action.request_id]
+
+    def entry(self, instance: InstanceId) -> InstanceEntry:
+        return next(entry for entry in self.dispatcher.instances if entry.instance == instance)
 
     def held_after_loss(self) -> set[tuple[InstanceId, RequestId]]:
         """Return the leases on live instances: a resumed sequence has none."""
@@ -178,7 +198,7 @@ class DispatchMachine(RuleBasedStateMachine):
             self.jobs[instance, name] = "decode"
             self.handle(PullEnded(**identity))
         else:
-            if job == "prefill":
+            if job in ("prefill", "migrate"):
                 self.jobs[instance, name] = "offering"
             self.step(instance, name, 1, finished=False)
 
@@ -242,6 +262,22 @@ class DispatchMachine(RuleBasedStateMachine):
             self.handle(InstanceUp(instance=instance, max_total_tokens=capacity))
         else:
             self.handle(InstanceDown(instance=instance, returning=False, detail="given up"))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def drain_or_undrain(self, data: st.DataObject) -> None:
+        instance = data.draw(st.sampled_from(sorted(self.live)))
+        if self.entry(instance).state is InstanceState.READY:
+            self.handle(Drain(instance=instance))
+        else:
+            self.handle(Undrain(instance=instance))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), role=st.sampled_from(Role))
+    def flip(self, data: st.DataObject, role: Role) -> None:
+        instance = data.draw(st.sampled_from(sorted(self.live)))
+        self.instances[instance] = role
+        self.handle(ChangeRole(instance=instance, role=role))
 
     @precondition(lambda self: self.open)
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 11.0, 51.0]))

@@ -3,7 +3,7 @@
 import pytest
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import CacheRouting, RouterSettings
+from disagg.base.config import CacheRouting, Overload, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
@@ -159,6 +159,15 @@ class TestNextTurn:
         assert story.arrive() == [generate(D0, hand_over=False)]
         assert story.emit(D0, finished=True)[-1] == Finish(**IDS)
 
+    @pytest.mark.parametrize(("append_turns", "first"), [(True, D0), (False, P0)])
+    def test_predictions_judge_it_like_any_path(self, append_turns: bool, first: InstanceId) -> None:
+        story = Story(
+            P0, D0, overload=Overload.BEST_EFFORT, append_turns=append_turns, cache_routing=CacheRouting.AFFINITY
+        )
+        story.hold(D0, 3072)
+        (sent,) = [output for output in story.arrive() if isinstance(output, SendGenerate)]
+        assert sent.instance == first
+
     def test_a_busy_one_leaves_it_to_a_prefill_instance_that_holds_nearly_as_much(self) -> None:
         story = Story(P0, D0)
         story.hold(D0, 3072)
@@ -228,7 +237,7 @@ class TestEvents:
         story = Story(P0, D0)
         many = hash_blocks(range(2001), 1)
         outputs = story.say_events(P0, BlockStored(many, None, (), SIZE))
-        assert any(isinstance(output, EndInstance) and "can hold 2000" in output.why for output in outputs)
+        assert any(isinstance(output, EndInstance) and "more than the 2000 blocks" in output.why for output in outputs)
 
 
 def _offer_of(request_id: RequestId, source: InstanceId, num_tokens: int) -> KvOffer:

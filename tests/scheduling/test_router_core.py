@@ -18,7 +18,16 @@ from disagg.base.messages import (
     Ready,
 )
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.actions import Drained, Fail, FailReason, Finish, Resume, SendGenerate, SendRelease
+from disagg.scheduling.dispatch.actions import (
+    Drained,
+    Fail,
+    FailReason,
+    Finish,
+    Resume,
+    SendGenerate,
+    SendMigrate,
+    SendRelease,
+)
 from disagg.scheduling.dispatch.events import (
     ChangeRole,
     Drain,
@@ -28,6 +37,7 @@ from disagg.scheduling.dispatch.events import (
     Progress,
     SequenceArrived,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -38,18 +48,21 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-P0, P1, D0 = (InstanceId(name) for name in ("prefill-0", "prefill-1", "decode-0"))
+P0, P1 = (InstanceId(name) for name in ("prefill-0", "prefill-1"))
+D0, D1 = (InstanceId(name) for name in ("decode-0", "decode-1"))
 C0, C1 = (InstanceId(name) for name in ("colocated-0", "colocated-1"))
 PAIR = {P0: Role.PREFILL, D0: Role.DECODE}
 A = RequestId("a")
@@ -258,7 +271,7 @@ class TestMembership:
         story.ready(C0, Role.COLOCATED)
         story.ready(C1, Role.COLOCATED)
         story.arrive()
-        assert story.tell(Drain(instance=C0)) == []
+        assert story.tell(Drain(instance=C0)) == [SendMigrate(**IDS, instance=C0)]
         for name in ("b", "c"):
             assert story.arrive(RequestId(name))[0].instance == C1  # type: ignore[union-attr]
         assert story.emit(C0, finished=True)[1:] == [Drained(instance=C0), Finish(**IDS)]
@@ -266,7 +279,7 @@ class TestMembership:
         assert [member.instance for member in story.core.members] == [C1]
 
     def test_an_idle_instance_has_drained_at_once(self, pair: Story) -> None:
-        assert pair.tell(Drain(instance=D0)) == [Drained(instance=D0)]
+        assert pair.tell(Drain(instance=D0, force=True)) == [Drained(instance=D0)]
         assert pair.state(D0) is InstanceState.DRAINING
         assert not pair.core.can_serve()
 
@@ -274,7 +287,7 @@ class TestMembership:
         pair.arrive()
         pair.emit(P0)
         pair.say(P0, Offered(offer=offer()))
-        assert pair.tell(Drain(instance=P0)) == []
+        assert pair.tell(Drain(instance=P0, force=True)) == []
         pulled = Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5)
         assert pair.say(D0, pulled)[-2:] == [SendRelease(**IDS, instance=P0), Drained(instance=P0)]
 
@@ -305,12 +318,96 @@ class TestMembership:
         story.ready(C0, Role.COLOCATED)
         story.ready(C1, Role.COLOCATED)
         story.arrive()
-        story.tell(ChangeRole(instance=C0, role=Role.PREFILL))
+        assert story.tell(ChangeRole(instance=C0, role=Role.PREFILL)) == [SendMigrate(**IDS, instance=C0)]
         story.tell(ChangeRole(instance=C1, role=Role.DECODE))
         assert story.core.can_serve()
         (sent,) = story.arrive(RequestId("b"))
         assert sent == SendGenerate(request_id=RequestId("b"), epoch=Epoch(0), instance=C0, hand_over=True)
         assert story.emit(C0, finished=True)[-1] == Finish(**IDS)
+
+    def test_a_running_answer_moves_with_its_blocks_and_then_the_instance_has_drained(self) -> None:
+        story = Story({P0: Role.PREFILL, D0: Role.DECODE, D1: Role.DECODE})
+        for name in (P0, D0, D1):
+            story.ready(name, Role.PREFILL if name == P0 else Role.DECODE)
+        story.arrive()
+        story.emit(P0)
+        story.say(P0, Offered(offer=offer()))
+        story.say(D0, Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5))
+        story.emit(D0, count=3)
+        assert story.tell(Drain(instance=D0)) == [SendMigrate(**IDS, instance=D0)]
+        story.emit(D0)  # it goes on until its blocks are offered
+        second = structs.replace(offer(), source=D0, num_tokens=9)
+        assert story.say(D0, Offered(offer=second)) == [SendOffer(**IDS, instance=D1, offer=second)]
+        pulled = Pulled(**IDS, source=D0, num_bytes=7, duration_s=0.5)
+        assert story.say(D1, pulled)[1:] == [SendRelease(**IDS, instance=D0), Drained(instance=D0)]
+        assert story.emit(D1, finished=True)[-1] == Finish(**IDS)
+
+    def test_an_answer_that_nobody_else_can_take_ends_where_it_is(self) -> None:
+        story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+        story.ready(C0, Role.COLOCATED)
+        story.arrive()
+        assert story.tell(Drain(instance=C0, force=True)) == []
+        assert story.ready(C1, Role.COLOCATED) == [SendMigrate(**IDS, instance=C0), InstanceWelcomed(instance=C1)]
+
+    def test_an_instance_that_was_drained_still_is_after_its_death_until_that_is_undone(self) -> None:
+        story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+        story.ready(C0, Role.COLOCATED)
+        story.ready(C1, Role.COLOCATED)
+        story.tell(Drain(instance=C0))
+        story.tell(ProcessExited(instance=C0, detail="killed"))
+        story.ready(C0, Role.COLOCATED, incarnation="2")
+        assert story.state(C0) is InstanceState.DRAINING
+        assert story.tell(Undrain(instance=C0)) == []
+        assert story.state(C0) is InstanceState.READY
+
+    def test_one_that_is_removed_is_stopped_once_it_holds_nothing_and_is_not_started_again(self) -> None:
+        story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+        story.ready(C0, Role.COLOCATED)
+        story.ready(C1, Role.COLOCATED)
+        story.arrive()
+        assert story.tell(Drain(instance=C0, leave=True)) == [SendMigrate(**IDS, instance=C0)]
+        stopped = [Drained(instance=C0), StopInstance(instance=C0), Finish(**IDS)]
+        assert story.emit(C0, finished=True)[1:] == stopped
+        assert story.tell(ProcessExited(instance=C0, detail="exit status 0"))[-1] == InstanceLeft(instance=C0)
+        assert [member.instance for member in story.core.members] == [C1]
+
+    def test_one_that_dies_while_it_leaves_has_left_and_its_answers_go_on(self) -> None:
+        story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+        story.ready(C0, Role.COLOCATED)
+        story.ready(C1, Role.COLOCATED)
+        story.arrive()
+        story.tell(Drain(instance=C0, leave=True))
+        outputs = story.tell(ProcessExited(instance=C0, detail="killed"))
+        assert [type(output) for output in outputs] == [TellPeerLost, Resume, SendGenerate, InstanceLeft]
+
+    def test_one_that_was_given_up_is_struck_off_at_once(self) -> None:
+        story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})
+        story.ready(C1, Role.COLOCATED)
+        story.tell(ProcessExited(instance=C0, detail="exit 2"))
+        assert story.tell(Drain(instance=C0, leave=True)) == [StopInstance(instance=C0), InstanceLeft(instance=C0)]
+
+    def test_a_decode_instance_that_becomes_a_prefill_instance_gives_its_answers_away(self) -> None:
+        story = Story({P0: Role.PREFILL, D0: Role.DECODE, D1: Role.DECODE})
+        for name in (P0, D0, D1):
+            story.ready(name, Role.PREFILL if name == P0 else Role.DECODE)
+        story.arrive()
+        story.emit(P0)
+        story.say(P0, Offered(offer=offer()))
+        story.say(D0, Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5))
+        assert story.tell(ChangeRole(instance=D0, role=Role.PREFILL)) == [SendMigrate(**IDS, instance=D0)]
+
+    def test_a_prefill_instance_that_becomes_the_decode_instance_computes_its_own_offers_again(self) -> None:
+        story = Story({P0: Role.PREFILL, P1: Role.PREFILL, D0: Role.DECODE})
+        for name in (P0, P1):
+            story.ready(name, Role.PREFILL)
+        story.arrive()
+        story.emit(P0)
+        story.say(P0, Offered(offer=offer()))
+        again = {"request_id": A, "epoch": Epoch(1)}
+        outputs = story.tell(ChangeRole(instance=P0, role=Role.DECODE))
+        assert outputs[0] == SendRelease(**IDS, instance=P0)
+        assert isinstance(outputs[1], Resume)
+        assert outputs[2] == SendGenerate(**again, instance=P1, hand_over=True)
 
     @pytest.mark.parametrize(
         ("command", "words"),
@@ -318,6 +415,11 @@ class TestMembership:
             (Join(instance=P0, role=Role.DECODE), "there is an instance prefill-0 already"),
             (Drain(instance=InstanceId("prefill-9")), "no instance prefill-9, only prefill-0, decode-0"),
             (Drain(instance=D0), "decode-0 cannot drain: it is starting"),
+            (Drain(instance=P0), "without prefill-0, no request could be served: add another prefill instance first"),
+            (Drain(instance=P0, leave=True), "without prefill-0, no request"),
+            (Undrain(instance=P0), "prefill-0 cannot be given sequences again: it is not draining"),
+            (ChangeRole(instance=P0, role=Role.PREFILL), "prefill-0 is a prefill instance already"),
+            (ChangeRole(instance=P0, role=Role.DECODE), "as a decode instance prefill-0, no request could be served"),
         ],
     )
     def test_a_command_that_cannot_be_carried_out_says_why(self, command: AnyRouterInput, words: str) -> None:

@@ -33,6 +33,7 @@ from disagg.base.messages import (
     Loading,
     LoadReport,
     Message,
+    Migrate,
     Offered,
     Pulled,
     Ready,
@@ -54,7 +55,7 @@ HEARTBEAT_S = 0.05
 class Behaviour(enum.IntEnum):
     """What a sequence makes the instance do, by its first prompt token; any other token means: work.
 
-    What gets stuck in its first attempt goes on in the next.
+    What gets stuck in its first attempt goes on in the next, and on the instance that it moves to.
     """
 
     STUCK_IN_PREFILL = 1001
@@ -133,6 +134,8 @@ class FakeInstance:
             case Abort():
                 self.sequences.pop(message.request_id, None)
                 self.leases.discard(message.request_id)
+            case Migrate():
+                yield from self._migrate(message)
             case Release():
                 self.leases.discard(message.request_id)
         yield self.load_report()
@@ -162,11 +165,14 @@ class FakeInstance:
         yield self._output(request, num_output, finished)
         if finished or (behaviour == Behaviour.STUCK_BEFORE_OFFER and not request.epoch):
             return
-        del self.sequences[name]
-        self.leases.add(name)
-        yield Offered(
+        yield self._offer(request)
+
+    def _offer(self, request: GenerationRequest) -> Offered:
+        del self.sequences[request.request_id]
+        self.leases.add(request.request_id)
+        return Offered(
             offer=KvOffer(
-                request_id=name,
+                request_id=request.request_id,
                 epoch=request.epoch,
                 source=self.instance,
                 incarnation=self.incarnation,
@@ -176,6 +182,13 @@ class FakeInstance:
                 pool=b"",
             )
         )
+
+    def _migrate(self, message: Migrate) -> Iterator[Message]:
+        """Hand over what is stuck, after the one token that it had brought here and another."""
+        request = self.sequences.get(message.request_id)
+        if request is not None:
+            yield self._output(request, len(request.output_token_ids) + 1, None)
+            yield self._offer(request)
 
     def _adopt(self, message: Adopt) -> Iterator[Message]:
         request = message.request
@@ -192,7 +205,8 @@ class FakeInstance:
         for index in range(num_output, request.sampling.max_tokens):
             last = index == request.sampling.max_tokens - 1
             yield self._output(request, index, FinishReason.LENGTH if last else None)
-            if request.prompt_token_ids[0] == Behaviour.STUCK_IN_DECODE and not request.epoch:
+            is_first = not request.epoch and len(request.output_token_ids) <= 1
+            if request.prompt_token_ids[0] == Behaviour.STUCK_IN_DECODE and is_first:
                 return
 
     def _output(self, request: GenerationRequest, index: int, finished: FinishReason | None) -> StepOutput:

@@ -20,13 +20,14 @@ from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.measure.timeline import Stage
-from disagg.scheduling.dispatch.actions import Deliver, FailReason
+from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.scheduling.event_log import AnyRecord, parse_log, replay
 from disagg.scheduling.router.outputs import MessageDropped
 from disagg.serve.router import shell as shell_module
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLogFolder
-from disagg.simulator.faults import Faults, InstanceDeath
+from disagg.simulator.faults import Faults, InstanceDeath, TimedCommand
 from disagg.simulator.request import FIRST_EPOCH, Outcome, SimulatedRequest
 
 LINK = LinkModel(bytes_per_s=2e8, latency_s=0.0007)
@@ -167,3 +168,29 @@ def test_deaths_restarts_cancelled_requests_and_failed_pulls(
             assert request.detail.count(" died ") == 2
     assert any(request.epoch > FIRST_EPOCH and request.outcome is Outcome.FINISHED for request in requests)
     assert {path.name for path in (tmp_path / "live").iterdir()} >= {"prefill-1.2.jsonl", "decode-0.1.jsonl"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drains_joins_flips_and_a_removal_among_deaths(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p0, p1, d0, d1 = (InstanceId(name) for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"))
+    faults = Faults(
+        deaths=(InstanceDeath(0.93, d1, start_s=0.1),),
+        commands=(
+            TimedCommand(0.2, Join(instance=d1, role=Role.DECODE), start_s=0.1),
+            TimedCommand(0.5, Drain(instance=d0)),
+            TimedCommand(0.8, Undrain(instance=d0)),
+            TimedCommand(1.1, ChangeRole(instance=p1, role=Role.DECODE)),
+            TimedCommand(1.2, Drain(instance=p0)),  # nobody else prefills: it is refused
+            TimedCommand(1.4, ChangeRole(instance=d0, role=Role.PREFILL)),
+            TimedCommand(1.6, Drain(instance=p1, leave=True)),
+        ),
+    )
+    spec = replace(TWO_AND_ONE, spares=(instance(Role.DECODE, number=1, num_blocks=300),), faults=faults)
+    requests = named(poisson(rate=60, count=120, seed=seed))
+    run_both(spec, requests, tmp_path, monkeypatch)
+    assert {request.outcome for request in requests} == {Outcome.FINISHED}
+    assert [request.num_output_tokens for request in requests] == [request.output_len for request in requests]
+    told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
+    assert {output.instance for output in told if isinstance(output, SendMigrate)} == {d0, p1}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
@@ -15,6 +16,7 @@ from disagg.base.messages import (
     LoadReport,
     Message,
     StepOutput,
+    Stop,
     ToEngine,
     decode_for_engine,
     decode_for_router,
@@ -28,7 +30,7 @@ from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import EndedPull
 from disagg.engine.steps import CompletedStep, run_step
-from disagg.scheduling.dispatch.events import ProcessStarting
+from disagg.scheduling.dispatch.events import Join, ProcessStarting
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
@@ -40,7 +42,7 @@ from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_queue import EventQueue, Priority
-from disagg.simulator.faults import InstanceDeath
+from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.instance import FAILED_PULL, LOST_PEER
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
@@ -225,22 +227,24 @@ class VirtualDeployment(NullWatcher):
         self.queue = EventQueue()
         places = spec.places()
         self.links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
-        self.failing_pulls = {instance.name: set(spec.faults.failing_pulls) for instance in spec.instances}
+        everybody = (*spec.instances, *spec.spares)
+        self.failing_pulls = {instance.name: set(spec.faults.failing_pulls) for instance in everybody}
         self.streams: dict[RequestId, LiveStream] = {}
         self.token_times: dict[RequestId, list[float]] = {}
         self._spec = spec
         self._folder = folder
-        self._lives = {instance.name: 0 for instance in spec.instances}
-        self._deaths: dict[InstanceId, InstanceDeath] = {}
-        self._by_name = {instance.name: instance for instance in spec.instances}
+        self._lives = {instance.name: 0 for instance in (*spec.instances, *spec.spares)}
+        self._start_s: dict[InstanceId, float] = {}
+        self._by_name = {instance.name: instance for instance in (*spec.instances, *spec.spares)}
         header = RouterHeader(
             instances={instance.name: instance.role for instance in spec.instances},
             settings=spec.router,
             scheduler=spec.instances[0].scheduler,
             watches_silence=False,
         )
+        self.core = RouterCore(header)
         self.shell = RouterShell(
-            RouterCore(header),
+            self.core,
             self,
             clock=self.queue,
             sink=NullSink(),
@@ -250,10 +254,13 @@ class VirtualDeployment(NullWatcher):
         self.engines = {name: self._new_engine(name) for name in self._by_name}
         for death in spec.faults.deaths:
             self.queue.push(death.time_s, partial(self._kill, death))
+        for timed in spec.faults.commands:
+            self.queue.push(timed.time_s, partial(self._command, timed))
 
     def run(self, requests: Sequence[SimulatedRequest]) -> None:
-        for name, engine in self.engines.items():
-            self.shell.feed(InstanceSaid(instance=name, message=engine.ready))
+        for instance in self._spec.instances:
+            ready = self.engines[instance.name].ready
+            self.shell.feed(InstanceSaid(instance=instance.name, message=ready))
         for request in requests:
             self.queue.push(request.arrival_s, partial(self._submit, request))
             if request.cancel_s < float("inf"):
@@ -282,8 +289,34 @@ class VirtualDeployment(NullWatcher):
         number = f".{life}" if life else ""
         return VirtualEngine(self, self._by_name[name], life, self._folder / f"{name}{number}.jsonl")
 
+    def _command(self, timed: TimedCommand) -> None:
+        command = timed.command
+        try:
+            self.shell.feed(command)
+        except ConfigurationError:
+            return
+        if isinstance(command, Join):
+            self._start_s[command.instance] = timed.start_s
+            self.queue.push(self.queue.now() + timed.start_s, partial(self._join, command.instance))
+
+    def _join(self, instance: InstanceId) -> None:
+        if self.engines[instance].is_alive:
+            self.to_router(instance, encode(self.engines[instance].ready))
+        else:
+            self._come_up(instance)
+
+    def instance_leaving(self, instance: InstanceId) -> None:
+        self.queue.push(self.queue.now(), partial(self._stop, instance))
+
+    def _stop(self, instance: InstanceId) -> None:
+        self.engines[instance].kill()
+        if self.core.members.get(instance) is not None:
+            self.shell.feed(ProcessExited(instance=instance, detail="it was removed"))
+
     def _kill(self, death: InstanceDeath) -> None:
-        self._deaths[death.instance] = death
+        if not self.engines[death.instance].is_alive or self.core.members.get(death.instance) is None:
+            return
+        self._start_s[death.instance] = death.start_s
         self.engines[death.instance].kill()
         self.shell.feed(ProcessExited(instance=death.instance, detail="killed by the simulation"))
 
@@ -291,10 +324,13 @@ class VirtualDeployment(NullWatcher):
         self.queue.push(self.queue.now() + delay_s, partial(self._start, instance))
 
     def _start(self, instance: InstanceId) -> None:
-        self.shell.feed(ProcessStarting(instance=instance))
-        self.queue.push(self.queue.now() + self._deaths[instance].start_s, partial(self._come_up, instance))
+        if self.core.members.get(instance) is not None:
+            self.shell.feed(ProcessStarting(instance=instance))
+            self.queue.push(self.queue.now() + self._start_s[instance], partial(self._come_up, instance))
 
     def _come_up(self, instance: InstanceId) -> None:
+        if self.core.members.get(instance) is None:
+            return
         self._lives[instance] += 1
         self.engines[instance] = engine = self._new_engine(instance)
         self.to_router(instance, encode(engine.ready))
@@ -308,6 +344,8 @@ class VirtualDeployment(NullWatcher):
         """Nothing is held."""
 
     def send(self, instance: InstanceId, data: bytes) -> None:
+        if isinstance(decode_for_engine(data), Stop):
+            return  # ``instance_leaving`` ends it
         self._later(lambda: self.engines[instance].deliver(data))
 
     def to_router(self, instance: InstanceId, data: bytes) -> None:

@@ -271,6 +271,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Profile that predicts step times; None learns them."""
     event_log: str | None = None
     """File that receives every scheduler event and action, for replay."""
+    weights: str | None = None
+    """File in which the server's instances share their packed weights; None keeps them to itself."""
     parent_pid: int = 0
     """The instance ends when this process is gone; 0 watches nobody."""
 

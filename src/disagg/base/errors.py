@@ -3,7 +3,7 @@
 ::
 
     DisaggError                     everything this package raises on purpose
-    ├── ConfigurationError          a setting, flag or file that cannot be used
+    ├── ConfigurationError          a setting, flag, file or command that cannot be used as things are (409)
     │   └── UnsupportedModelError   a model that no code here can run
     ├── InvalidRequestError         a request that is wrong in itself (HTTP 400)
     │   └── ContextLengthError      prompt plus answer do not fit the model or the KV pool (400)
@@ -28,7 +28,7 @@ class DisaggError(Exception):
 
 
 class ConfigurationError(DisaggError):
-    """A setting, flag or file that cannot be used."""
+    """A setting, flag, file or command that cannot be used as things are."""
 
 
 class UnsupportedModelError(ConfigurationError):
@@ -93,6 +93,7 @@ class InternalError(DisaggError):
 HTTP_STATUS: Final[dict[type[DisaggError], int]] = {
     InvalidRequestError: 400,
     AuthenticationError: 401,
+    ConfigurationError: 409,
     ModelNotFoundError: 404,
     RequestTimeoutError: 408,
     OverloadedError: 429,

@@ -107,6 +107,13 @@ class Release(Message, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class Migrate(Message, frozen=True, kw_only=True):
+    """Stop computing this sequence after its next token and offer its KV blocks: another instance goes on."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class PeerLost(Message, frozen=True, kw_only=True):
     """An instance died: nothing more will come from this incarnation of it."""
 
@@ -332,7 +339,7 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Lend | Abort | Release | PeerLost | ReportBlocks | Stop
+ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
 ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)

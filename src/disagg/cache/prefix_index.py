@@ -111,15 +111,12 @@ class PrefixIndex:
         for name in event.block_hashes:
             before = masks.get(name, 0)
             if isinstance(event, BlockStored):
-                holder.num_blocks += not before & bit
+                if not before & bit:
+                    _count(holder)
                 masks[name] = before | bit
             elif before & bit:
                 holder.num_blocks -= 1
                 _drop(masks, name, bit)
-        if holder.num_blocks > holder.max_blocks:
-            raise InternalError(
-                f"{holder.instance} says that it holds {holder.num_blocks} blocks and can hold {holder.max_blocks}"
-            )
 
     def _clear(self, holder: _Holder) -> None:
         if not holder.num_blocks:
@@ -128,6 +125,15 @@ class PrefixIndex:
             for name in [name for name, mask in masks.items() if mask & holder.bit]:
                 _drop(masks, name, holder.bit)
         holder.num_blocks = 0
+
+
+def _count(holder: _Holder) -> None:
+    """Count one more block of an instance, unless it cannot be."""
+    if holder.num_blocks == holder.max_blocks:
+        raise InternalError(
+            f"{holder.instance} says that it holds more than the {holder.max_blocks} blocks it can hold"
+        )
+    holder.num_blocks += 1
 
 
 def _drop(masks: dict[BlockHash, int], name: BlockHash, bit: int) -> None:

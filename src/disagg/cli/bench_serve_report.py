@@ -36,6 +36,7 @@ _ROWS: Final[dict[str, Callable[[RunSummary], Percentiles]]] = {
     "ITL": lambda summary: summary.itl,
     "E2E": lambda summary: summary.e2e,
     "longest gap": lambda summary: summary.longest_gap,
+    "pause": lambda summary: summary.pauses,
 }
 
 
@@ -45,6 +46,8 @@ def _latencies(summaries: Sequence[RunSummary]) -> Table:
         table.add_column(heading, justify="left" if heading == "ms" else "right")
     for name, get in _ROWS.items():
         rows = [get(summary) for summary in summaries]
+        if name == "pause" and all(math.isnan(row.mean) for row in rows):
+            continue
         estimates = [Estimate.of([getattr(row, field) for row in rows]) for field in ("mean", "p50", "p90", "p99")]
         table.add_row(name, *(_with_error(estimate, 1e3, ".1f") for estimate in estimates))
     return table

@@ -13,6 +13,7 @@ COMMANDS: Final = {
     "serve": ("disagg.cli.serve", "Serve a model, with prefill and decode on separate instances."),
     "chat": ("disagg.cli.chat", "Talk to a running server in the terminal."),
     "top": ("disagg.cli.top", "Watch a running server: load, hand-overs, latencies, stages."),
+    "ctl": ("disagg.cli.ctl", "Change a running server: add, drain, remove or flip an instance."),
     "simulate": ("disagg.cli.simulate", "Predict what a placement does under a workload."),
     "plan": ("disagg.cli.plan", "Find the placement that serves the most within latency objectives."),
     "profile": ("disagg.cli.profile", "Measure this machine's steps, for simulations of it."),

@@ -43,7 +43,8 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
             f"{best.num_units} equal units, a router for each; with one router for all{crossing} {behind} of requests "
             "keep the objectives at that rate"
         )
-    console.print("\nwhy not")
+    if plan.losing:
+        console.print("\nwhy not")
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
     _print_shifts(plan, console)

@@ -24,7 +24,7 @@ class PlainDisplay:
         self._as_json = as_json
         self._started_s = started_s
         self._stages: dict[InstanceId, str] = {}
-        self._is_ready = False
+        self._were_ready: set[InstanceId] = set()
         self._can_chat = True
 
     def model_read(self, model: str, *, can_chat: bool) -> None:
@@ -40,7 +40,9 @@ class PlainDisplay:
     def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
         """See ServerObserver."""
         self._stages.pop(instance, None)
-        say(f"{instance}: ready after {facts.load_s:.1f} s" + (", serving again" if self._is_ready else ""))
+        again = ", serving again" if instance in self._were_ready else ""
+        self._were_ready.add(instance)
+        say(f"{instance}: ready after {facts.load_s:.1f} s{again}")
 
     def instance_line(self, instance: InstanceId, line: str) -> None:
         """See ServerObserver."""
@@ -49,14 +51,18 @@ class PlainDisplay:
     def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
         """See ServerObserver."""
         if restart_in_s is None:
-            what = "it died too often and is given up"
+            what = "it is given up"
         else:
             what = f"restarting it in {restart_in_s:g} s" if restart_in_s else "restarting it"
         say(f"{instance} died: {how}; {what}")
 
+    def instance_left(self, instance: InstanceId) -> None:
+        """See ServerObserver."""
+        self._stages.pop(instance, None)
+        say(f"{instance}: removed")
+
     def server_ready(self, url: str, model: str, instances: tuple[InstanceStatus, ...]) -> None:
         """See ServerObserver."""
-        self._is_ready = True
         took_s = time.monotonic() - self._started_s
         if self._as_json:
             click.echo(json.dumps(_ready_message(url, model, instances, took_s)))

@@ -43,6 +43,11 @@ class ProgressDisplay(PlainDisplay):
         self._remove(instance)
         super().instance_lost(instance, how, restart_in_s)
 
+    def instance_left(self, instance: InstanceId) -> None:
+        """See ServerObserver."""
+        self._remove(instance)
+        super().instance_left(instance)
+
     def show_instances(self, instances: tuple[InstanceStatus, ...]) -> None:
         """Show a table."""
         table = Table(*instance_columns(), box=None, pad_edge=True, header_style="bold")

@@ -47,6 +47,7 @@ STAGE_LOOKS: Final = {
     Stage.FIRST_DECODE.value: Look("▓", "#56b4e9", "second token"),
     Stage.DECODE.value: Look("▒", "#0072b2", "further tokens"),
     Stage.DELIVERY.value: Look("▪", "#cc79a7", "delivery"),
+    Stage.PAUSE.value: Look("×", "#d55e00", "pause"),
 }
 BLOCK_LOOKS: Final = {
     "active": Look("█", "#0072b2", "active"),

@@ -32,12 +32,14 @@ from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
+from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import Decoder
-from disagg.engine.model.weights import TORCH_DTYPES, load_weights
+from disagg.engine.model.shared_weights import load_shared
+from disagg.engine.model.weights import TORCH_DTYPES, load_weights, most_weight_bytes
 from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
@@ -92,15 +94,7 @@ def build_loop(
     capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
-    weights = load_weights(
-        files,
-        config,
-        backend,
-        dtype=settings.model.dtype,
-        quantization=settings.model.quantization,
-        device=device,
-        progress=lambda fraction: progress.report("weights", fraction),
-    )
+    weights = _load(settings, files, config, backend, progress, clock)
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
     shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
@@ -136,6 +130,32 @@ def build_loop(
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     accessories = Accessories(log, disk, _make_grammars(files, config, stack))
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
+
+
+def _load(
+    settings: InstanceSettings,
+    files: ModelFiles,
+    config: ModelConfig,
+    backend: KernelBackend,
+    progress: "_Progress",
+    clock: Clock,
+) -> DecoderWeights:
+    """Return the model's weights: on a CPU those that the server's instances share, where there are such."""
+    model = settings.model
+    load = partial(
+        load_weights,
+        files,
+        config,
+        backend,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        device=_device(settings.device),
+        progress=lambda fraction: progress.report("weights", fraction),
+    )
+    if settings.weights is None or settings.device is not Device.CPU:
+        return load()
+    key = f"{files.path} {model.dtype} {model.quantization} on {backend.name}"
+    return load_shared(settings.weights, key, most_weight_bytes(config), lambda memory: load(memory=memory), clock)
 
 
 def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:

@@ -9,6 +9,7 @@ import msgspec
 from disagg.measure.record import Ending, RequestRecord
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import Percentiles, Share
+from disagg.measure.timeline import Stage
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     e2e: Percentiles
     longest_gap: Percentiles
     """Of each answer's longest gap: what a reader sees as a stall."""
+    pauses: Percentiles
+    """Of requests that lost their instance: how long they were without one, where the server tells it."""
     lateness: Percentiles
     """How late the client sent. A client that is late measures itself."""
     stage_shares: dict[str, float]
@@ -78,9 +81,16 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool 
         itl=Percentiles.of(list(chain.from_iterable(record.gaps_s for record in finished))),
         e2e=Percentiles.of([record.e2e_s for record in finished]),
         longest_gap=Percentiles.of([max(record.gaps_s) for record in finished if record.gaps_s]),
+        pauses=Percentiles.of(
+            [pause_s for record in finished if (pause_s := record.stages.get(Stage.PAUSE.value, 0.0))]
+        ),
         lateness=Percentiles.of([record.lateness_s for record in records]),
         stage_shares=_stage_shares(finished),
     )
+
+
+def _pause_s(record: RequestRecord) -> float:
+    return record.stages.get(Stage.PAUSE.value, 0.0)
 
 
 def _kind(record: RequestRecord) -> str:

@@ -6,6 +6,7 @@ The same type is filled by the live router and by the simulator, so that both ca
 import enum
 import math
 from itertools import pairwise
+from typing import Final
 
 import msgspec
 
@@ -31,14 +32,15 @@ class Stage(enum.Enum):
     """All later tokens."""
     DELIVERY = "delivery"
     """From the last token at the instance to its delivery to the API."""
+    PAUSE = "pause"
+    """Without an instance: from the loss of one to the next token. It is no part of the stages that it interrupts."""
 
 
 class RequestTimeline(msgspec.Struct, kw_only=True):
     """Stamps in seconds of one clock; NaN where the request did not (yet) pass.
 
     ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``pull_started_s``, ``pulled_s``. A request
-    that lost its instance has the stamps of the instance that brought the token; the pause lies in the stage that it
-    interrupted.
+    that lost its instance has the stamps of the instance that brought the token.
     """
 
     arrival_s: float
@@ -52,6 +54,8 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
     finished_s: float = math.nan
     paused_s: float = math.nan
     """Since when a request that lost its instance waits for its next token; NaN when it does not."""
+    pauses_s: tuple[tuple[float, float], ...] = ()
+    """Begin and end of each pause that is over."""
 
     def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> float | None:
         """Note ``count`` new tokens, that came one after the other from ``first_s`` to ``last_s``.
@@ -70,8 +74,9 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         self.last_token_s = last_s
         if math.isnan(self.paused_s):
             return None
-        pause_s, self.paused_s = first_s - self.paused_s, math.nan
-        return pause_s
+        began_s, self.paused_s = self.paused_s, math.nan
+        self.pauses_s = (*self.pauses_s, (began_s, first_s))
+        return first_s - began_s
 
     def forget_after(self, num_tokens: int) -> None:
         """Forget when tokens after the first ``num_tokens`` were computed: they never arrived."""
@@ -112,7 +117,15 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         for index, stamp in enumerate(stamps):
             if math.isnan(stamp):
                 stamps[index] = stamps[index - 1]
-        return {stage: after - before for stage, (before, after) in zip(Stage, pairwise(stamps), strict=True)}
+        stages = dict.fromkeys(Stage, 0.0)
+        for stage, (before, after) in zip(_PASSED_IN_ORDER, pairwise(stamps), strict=True):
+            paused_s = sum(max(0.0, min(end, after) - max(begin, before)) for begin, end in self.pauses_s)
+            stages[stage] = after - before - paused_s
+            stages[Stage.PAUSE] += paused_s
+        return stages
+
+
+_PASSED_IN_ORDER: Final = tuple(stage for stage in Stage if stage is not Stage.PAUSE)
 
 
 def _passed(stamp_s: float) -> float:

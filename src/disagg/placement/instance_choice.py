@@ -72,4 +72,6 @@ class InstanceChoice:
         words = f"{self.role.value} TP{self.tensor_parallel}"
         if self.pipeline_parallel > 1:
             words += f" PP{self.pipeline_parallel}"
+        if self.batching.scheduling is not None:
+            words += f" {self.batching.scheduling} {self.batching.max_batch_tokens or ''}".rstrip()
         return words

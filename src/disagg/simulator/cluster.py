@@ -31,6 +31,8 @@ class ClusterSpec:
     """
 
     instances: tuple[InstanceSpec, ...]
+    spares: tuple[InstanceSpec, ...] = ()
+    """Instances that are not there until a command lets them join."""
     router: RouterSettings = field(default_factory=RouterSettings)
     topology: Topology = field(default_factory=Topology.one_node)
     """The router and what serves are on its first node."""
@@ -52,14 +54,15 @@ class ClusterSpec:
         Raises ConfigurationError when some have a place and others none, when two are on the same device, or one on
         none that there is.
         """
-        without = [instance.name for instance in self.instances if not instance.place]
-        if without and len(without) < len(self.instances):
+        everybody = (*self.instances, *self.spares)
+        without = [instance.name for instance in everybody if not instance.place]
+        if without and len(without) < len(everybody):
             raise ConfigurationError(f"{', '.join(without)} has no place, others have: give each one, or none")
-        self.topology.check_places([instance.place for instance in self.instances])
+        self.topology.check_places([instance.place for instance in everybody])
         if not without:
-            return {instance.name: instance.place for instance in self.instances}
+            return {instance.name: instance.place for instance in everybody}
         devices = (DeviceRef(self.topology.nodes[0].name, index) for index in count())
-        return {instance.name: tuple(islice(devices, instance.num_devices)) for instance in self.instances}
+        return {instance.name: tuple(islice(devices, instance.num_devices)) for instance in everybody}
 
 
 class SimulatedCluster:
@@ -83,7 +86,7 @@ class SimulatedCluster:
             on_ended,
             message_s=spec.message_s,
             log=recording.log,
-            instances_may_die=bool(spec.faults.deaths),
+            instances_may_die=bool(spec.faults.deaths or spec.faults.commands),
         )
         places = spec.places()
         links: SerialLinks | CodedLinks
@@ -103,9 +106,12 @@ class SimulatedCluster:
                 faults=spec.faults,
                 recording=recording,
             )
-            for instance in spec.instances
+            for instance in (*spec.instances, *spec.spares)
         )
-        self._router.connect(self.instances)
+        num_present = len(spec.instances)
+        self._router.connect(self.instances[:num_present], self.instances[num_present:])
+        for timed in spec.faults.commands:
+            self.queue.push(timed.time_s, partial(self._router.command, timed))
         for death in spec.faults.deaths:
             self.queue.push(death.time_s, partial(self._router.kill, death))
 

@@ -80,12 +80,12 @@ class SimulatedInstance:
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
         self._tells_all = spec.scheduler.tells_costs
-        self._may_die = any(death.instance == spec.name for death in faults.deaths)
+        self._may_die = bool(faults.commands) or any(death.instance == spec.name for death in faults.deaths)
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
-        # What it computed is lost with it unless the router was told: an instance that dies tells every token at once.
-        # Where predictions decide, every token's load counts.
+        # What it computed is lost with it unless the router was told: an instance that may die, or give its answers
+        # away, tells every token at once. Where predictions decide, every token's load counts.
         self._may_repeat = recording.allows_repeats and not self._may_die and not self._tells_all
         self._life = -1
         self._loads_before: list[InstanceLoad] = []

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Final, assert_never
 
 from disagg.base.config import RouterSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Lend, Offered, PeerLost, Release, ReportBlocks
+from disagg.base.messages import Abort, Lend, Migrate, Offered, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import BEST_EFFORT
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
@@ -24,9 +25,10 @@ from disagg.scheduling.dispatch.actions import (
     SendAbort,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendRelease,
 )
-from disagg.scheduling.dispatch.events import ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
+from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
 from disagg.scheduling.router.core import RouterCore, RouterHeader
@@ -39,17 +41,19 @@ from disagg.scheduling.router.outputs import (
     RestartInstance,
     SendOffer,
     SendWithPrefix,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.event_queue import EventQueue
-from disagg.simulator.faults import InstanceDeath
+from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.instance import SimulatedInstance
 from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
 
 _DEATH: Final = "killed by the simulation"
+_LEFT: Final = "it was removed"
 
 
 class SimulatedRouter:
@@ -80,21 +84,21 @@ class SimulatedRouter:
         self._is_handling = False
         self._wake_s = math.inf
 
-    def connect(self, instances: Sequence[SimulatedInstance]) -> None:
-        """Let all instances come up."""
-        self._instances = {instance.spec.name: instance for instance in instances}
+    def connect(self, instances: Sequence[SimulatedInstance], spares: Sequence[SimulatedInstance] = ()) -> None:
+        """Let all instances come up but for the spares, which may join later."""
+        self._instances = {instance.spec.name: instance for instance in (*instances, *spares)}
         predicts = self._settings.predicts
         self._block_size = instances[0].spec.block_size
         self._compared = [instance for instance in instances if predicts or instance.spec.role is not Role.PREFILL]
-        roles = {name: instance.spec.role for name, instance in self._instances.items()}
+        roles = {instance.spec.name: instance.spec.role for instance in instances}
         # Simulated instances give no signs of life: their deaths are known at once.
         scheduler = instances[0].spec.scheduler
         header = RouterHeader(instances=roles, settings=self._settings, scheduler=scheduler, watches_silence=False)
         self._core = RouterCore(header)
         if self._log is not None:
             self._recorder = self._log.router(header)
-        for name, instance in self._instances.items():
-            self._feed(InstanceSaid(instance=name, message=instance.spec.ready(instance.incarnation)))
+        for instance in instances:
+            self._feed(InstanceSaid(instance=instance.spec.name, message=instance.spec.ready(instance.incarnation)))
 
     @property
     def num_requests(self) -> int:
@@ -129,8 +133,21 @@ class SimulatedRouter:
         else:
             self._feed(said)
 
+    def command(self, timed: TimedCommand) -> None:
+        """Let an operator have her way, where it can be done."""
+        command = timed.command
+        try:
+            self._feed(command)
+        except ConfigurationError:
+            return
+        if isinstance(command, Join):
+            self._start_s[command.instance] = timed.start_s
+            self._start_later(command.instance)
+
     def kill(self, death: InstanceDeath) -> None:
-        """Let an instance die, now."""
+        """Let an instance die, now, if it belongs to the deployment and lives."""
+        if not self._instances[death.instance].is_alive or self._core.members.get(death.instance) is None:
+            return
         self._start_s[death.instance] = death.start_s
         self._instances[death.instance].kill()
         self._feed(ProcessExited(instance=death.instance, detail=_DEATH))
@@ -163,18 +180,23 @@ class SimulatedRouter:
         self._is_handling = True
         now = self._queue.now()
         current: AnyRouterInput | None = one
-        while current is not None:
-            outputs = self._core.handle(current, now)
-            if self._recorder is not None:
-                self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
-            for output in outputs:
-                if isinstance(output, Deliver):
-                    if self._instances_may_die:
-                        self._note_delivered(current, output)
-                else:
-                    self._carry_out(output, now)
-            current = self._waiting.popleft() if self._waiting else None
-        self._is_handling = False
+        try:
+            while current is not None:
+                self._handle(current, now)
+                current = self._waiting.popleft() if self._waiting else None
+        finally:
+            self._is_handling = False
+
+    def _handle(self, current: AnyRouterInput, now: float) -> None:
+        outputs = self._core.handle(current, now)
+        if self._recorder is not None:
+            self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
+        for output in outputs:
+            if isinstance(output, Deliver):
+                if self._instances_may_die:
+                    self._note_delivered(current, output)
+            else:
+                self._carry_out(output, now)
 
     def _note_delivered(self, emitted: AnyRouterInput, delivered: Deliver) -> None:
         """Count what a sequence that loses its instance goes on from."""
@@ -204,6 +226,8 @@ class SimulatedRouter:
                 self._queue.push(time_s, self._wake)
             case RestartInstance(instance=instance, delay_s=delay_s):
                 self._queue.push(now + delay_s, partial(self._restart, instance))
+            case StopInstance(instance=instance):
+                self._queue.push(now, partial(self._stop, instance))
             case _ if isinstance(output, AnySend):
                 self._send(output)
             case _:
@@ -215,8 +239,22 @@ class SimulatedRouter:
             self._feed(Tick())
 
     def _restart(self, instance: InstanceId) -> None:
-        self._feed(ProcessStarting(instance=instance))
-        self._queue.push(self._queue.now() + self._start_s[instance], self._instances[instance].start)
+        if self._core.members.get(instance) is not None:
+            self._feed(ProcessStarting(instance=instance))
+            self._start_later(instance)
+
+    def _start_later(self, instance: InstanceId) -> None:
+        self._queue.push(self._queue.now() + self._start_s[instance], partial(self._come_up, instance))
+
+    def _come_up(self, instance: InstanceId) -> None:
+        if self._core.members.get(instance) is not None:
+            self._instances[instance].start()
+
+    def _stop(self, instance: InstanceId) -> None:
+        """End an instance that leaves."""
+        self._instances[instance].kill()
+        if self._core.members.get(instance) is not None:
+            self._feed(ProcessExited(instance=instance, detail=_LEFT))
 
     def _send(self, output: AnySend) -> None:
         call = self._message(output)
@@ -248,6 +286,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Release(request_id=request_id, epoch=epoch))
+            case SendMigrate(request_id=request_id, epoch=epoch):
+                return partial(instance.deliver, Migrate(request_id=request_id, epoch=epoch))
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
             case AskForBlocks():

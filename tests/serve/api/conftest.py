@@ -18,6 +18,7 @@ from disagg.base.config import ServeSettings
 from disagg.models.chat_template import ChatTemplate
 from disagg.models.tokenizer import Tokenizer, byte_alphabet
 from disagg.models.tool_calls.syntax import syntax_of
+from disagg.serve.api.admin import Operator
 from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
@@ -77,6 +78,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
             settings: ServeSettings = DEFAULTS,
             max_connections: int = 1000,
             preparers: Preparers | None = None,
+            operator: Operator | None = None,
             traces: Traces | None = None,
             **router: Any,
         ) -> Site:
@@ -85,6 +87,7 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
                 scripted,
                 served_model,
                 ServerMetrics("tiny"),
+                operator=operator,
                 preparers=preparers,
                 api_keys=() if api_key is None else (api_key, *further_keys),
                 cors_origins=settings.cors_origin,

@@ -40,6 +40,7 @@ class Memory:
         self.ready: list[str] = []
         self.lines: list[tuple[str, str]] = []
         self.lost: list[tuple[str, str, float | None]] = []
+        self.left: list[str] = []
         self.url: str | None = None
         self.stopping: str | None = None
 
@@ -57,6 +58,9 @@ class Memory:
 
     def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
         self.lost.append((instance, how, restart_in_s))
+
+    def instance_left(self, instance: InstanceId) -> None:
+        self.left.append(instance)
 
     def server_ready(self, url: str, model: str, instances: tuple[InstanceStatus, ...]) -> None:
         self.url = url

@@ -4,8 +4,9 @@ import pytest
 
 from disagg.base.config import CacheSettings, InstanceGroup, Placement, SchedulerSettings, SchedulingMode
 from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.serve.launch.deployment import Deployment, HostSettings, plan_instances
+from disagg.serve.launch.deployment import Deployment, HostSettings, plan_addition, plan_instances
 
 
 def group(role: Role, count: int = 1, **fields) -> InstanceGroup:
@@ -69,3 +70,26 @@ def test_a_group_may_have_settings_of_its_own():
     assert (prefill.scheduler.max_batch_size, prefill.cache) == (common.max_batch_size, CacheSettings())
     assert (decode.scheduler.max_batch_size, decode.scheduler.max_batch_tokens) == (8, common.max_batch_tokens)
     assert decode.cache.kv_memory_bytes == 1 << 28
+
+
+def test_one_more_instance_is_as_those_of_its_role_on_cores_that_are_left():
+    groups = (group(Role.PREFILL, num_threads=1), group(Role.DECODE, num_threads=1, max_batch_size=7))
+    deployment = Deployment(placement=Placement(groups=groups), host=HostSettings(event_log="logs"))
+    planned = plan(*groups)
+    added = plan_addition(deployment, planned, planned, InstanceId("decode-1"), Role.DECODE, (0, 1, 2, 3))
+    assert (added.cpus, added.num_threads, added.scheduler.max_batch_size) == ((2,), 1, 7)
+    assert (added.instance, added.control_endpoint, added.event_log) == (
+        "decode-1",
+        "ipc://here",
+        "logs/decode-1.jsonl",
+    )
+
+
+def test_one_more_instance_shares_cores_where_none_are_left():
+    groups = (group(Role.PREFILL, 2), group(Role.DECODE))
+    deployment = Deployment(placement=Placement(groups=groups))
+    planned = plan(*groups, cores=(0, 1, 2))
+    added = plan_addition(deployment, planned, planned[1:], InstanceId("colocated-0"), Role.COLOCATED, (0, 1, 2))
+    assert added.cpus == (0,), "its owner is gone"
+    crowded = plan_addition(deployment, planned, (*planned, added), InstanceId("decode-1"), Role.DECODE, (0, 1, 2))
+    assert crowded.cpus == (1,), "which fewest have"

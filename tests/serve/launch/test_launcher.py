@@ -19,10 +19,11 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.restart import RestartSettings
+from disagg.scheduling.router.restart import RestartPolicy, RestartSettings
 from disagg.serve.launch.deployment import plan_instances
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint
+from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.live import LiveRouter
@@ -56,6 +57,7 @@ class Cluster:
             self.memory,
             command=command,
         )
+        self.operator = LocalOperator(deployment, settings, self.router, self.launcher)
         self.router.start(self.launcher)
         self.launcher.start()
         self._num_requests = 0
@@ -77,6 +79,9 @@ class Cluster:
     async def answer(self, request: GenerationRequest) -> list[int]:
         async with asyncio.timeout(DEADLINE_S):
             return [token async for output in outputs(self.router.submit(request)) for token in output.token_ids]
+
+    def states(self) -> dict[InstanceId, InstanceState]:
+        return {status.instance: status.state for status in self.router.instances()}
 
     def num_held(self) -> int:
         return sum(status.load.num_running + status.load.num_leases for status in self.router.instances())
@@ -261,3 +266,63 @@ async def test_instances_lead_sessions_of_their_own(make_cluster):
     cluster = await make_cluster().ready()
     for pid in cluster.launcher.pids.values():
         assert os.getsid(pid) == os.getpgid(pid) == pid != os.getsid(0)
+
+
+async def test_an_instance_is_added_and_takes_over_what_another_gives_away(make_cluster):
+    cluster = await make_cluster().ready()
+    stuck = cluster.request(Behaviour.STUCK_IN_DECODE)
+    answer = asyncio.create_task(cluster.answer(stuck))
+    await wait_until(lambda: {s.instance: s.num_sequences for s in cluster.router.instances()}[D0] == 1)
+    name, words = cluster.operator.add(Role.DECODE)
+    assert name == "decode-1"
+    assert words.startswith("decode-1 starts on core ")
+    await wait_until(lambda: cluster.states()[name] is InstanceState.READY)
+    cluster.operator.remove(D0, force=False)
+    assert await answer == expected_tokens(stuck)
+    await wait_until(lambda: cluster.memory.left == [D0])
+    assert (set(cluster.states()), set(cluster.launcher.pids)) == ({P0, name}, {P0, name})
+    after = cluster.request()
+    assert await cluster.answer(after) == expected_tokens(after)
+    assert cluster.memory.lost == []
+
+
+async def test_one_that_is_removed_between_two_lives_is_gone(make_cluster, monkeypatch):
+    placement = Placement(groups=(InstanceGroup(role=Role.COLOCATED, count=2),))
+    cluster = await make_cluster(placement=placement, max_instance_losses=1).ready()
+    victim = InstanceId("colocated-0")
+    monkeypatch.setattr(RestartPolicy, "delay_s", lambda *_: 3600.0)
+    os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
+    await wait_until(lambda: cluster.memory.lost)
+    cluster.operator.remove(victim, force=False)
+    await wait_until(lambda: cluster.memory.left == [victim])
+    assert set(cluster.states()) == {InstanceId("colocated-1")}
+
+
+async def test_an_added_instance_that_cannot_start_takes_nobody_along_and_can_be_removed(make_cluster):
+    cluster = await make_cluster("--fail", "decode-1").ready()
+    name, _ = cluster.operator.add(Role.DECODE)
+    await wait_until(lambda: cluster.states()[name] is InstanceState.GONE)
+    assert not cluster.launcher.failed.done()
+    assert "the KV pool needs 9 GiB" in next(s.detail for s in cluster.router.instances() if s.instance == name)
+    cluster.operator.remove(name, force=False)
+    assert cluster.memory.left == [name]
+    assert cluster.operator.add(Role.DECODE)[0] == "decode-2", "no name is used twice"
+
+
+async def test_a_role_is_flipped_in_place_and_survives_a_death(make_cluster):
+    placement = Placement(groups=(InstanceGroup(role=Role.PREFILL, count=2), InstanceGroup(role=Role.DECODE, count=1)))
+    cluster = await make_cluster(placement=placement).ready()
+    with pytest.raises(ConfigurationError, match="as a prefill instance decode-0, no request could be served"):
+        cluster.operator.flip(D0, Role.PREFILL, force=False)
+    pids = cluster.launcher.pids
+    flipped = InstanceId("prefill-1")
+    cluster.operator.flip(flipped, Role.DECODE, force=False)
+    cluster.operator.drain(D0, force=False)
+    request = cluster.request()
+    assert await cluster.answer(request) == expected_tokens(request)
+    assert cluster.launcher.pids == pids
+    os.kill(pids[flipped], signal.SIGKILL)
+    await wait_until(lambda: cluster.memory.lost)
+    request = cluster.request()
+    assert await cluster.answer(request) == expected_tokens(request)
+    assert {status.instance: status.role for status in cluster.router.instances()}[flipped] is Role.DECODE

@@ -72,7 +72,9 @@ def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path, monkeypatch: 
     assert not list(long.iterdir())
 
 
-@pytest.mark.parametrize(("host", "shown"), [("::1", "http://[::1]:"), ("::", "http://[::1]:")])
+@pytest.mark.parametrize(
+    ("host", "shown"), [("::1", "http://[::1]:"), ("[::1]", "http://[::1]:"), ("::", "http://[::1]:")]
+)
 def test_ipv6_has_brackets_in_its_url(host: str, shown: str) -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6")

@@ -28,11 +28,12 @@ from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.listening import listen, url_of
+from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.server import LiveServer
 from disagg.serve.router.live import LiveRouter
 
 
-def make_app(router: LiveRouter) -> Starlette:
+def make_app(router: LiveRouter, operator: LocalOperator) -> Starlette:
     """An API of two paths: /ready, and /generate/{first prompt token}, which streams tokens as lines."""
 
     async def ready(_: Request) -> JSONResponse:

@@ -71,6 +71,7 @@ class Tally(NullSink, NullWatcher):
         self.dropped: list[tuple[str, DropReason]] = []
         self.lost: list[str] = []
         self.num_resumed = 0
+        self.num_migrated = 0
         self.pauses: list[float] = []
         self.faulty: dict[str, str] = {}
         self.loading: list[tuple[str, str, float]] = []
@@ -87,6 +88,9 @@ class Tally(NullSink, NullWatcher):
 
     def sequence_resumed(self) -> None:
         self.num_resumed += 1
+
+    def sequence_migrated(self) -> None:
+        self.num_migrated += 1
 
     def pause_ended(self, pause_s: float) -> None:
         self.pauses.append(pause_s)
@@ -214,6 +218,7 @@ async def test_prefill_here_decode_there(scene):
     assert stream.served_by == ServedBy(InstanceId("prefill-0"), InstanceId("decode-0"))
     stages = stream.timeline.stages()
     assert sum(stages.values()) == pytest.approx(stream.timeline.finished_s - 10.0)
+    assert stages.pop(Stage.PAUSE) == 0.0
     del stages[Stage.DECODE], stages[Stage.DELIVERY]  # stamped by the router's own clock
     assert list(stages.values()) == [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
     assert scene.tally.hand_overs == [("prefill-0", "decode-0", 4096, "")]

@@ -16,6 +16,7 @@ from disagg.bench.report.theme import (
     PURPLE,
     QUEUE,
     SKY,
+    VERMILLION,
     house_style,
 )
 from disagg.bench.report.words import by_system, seconds
@@ -32,6 +33,7 @@ _LOOKS: Final = {
     Stage.DECODE.value: ("further tokens", BLUE, ""),
     "after_first_token": ("after the first token", BLUE, "//"),
     Stage.DELIVERY.value: ("delivery", PURPLE, ""),
+    Stage.PAUSE.value: ("pause after the loss of an instance", VERMILLION, ""),
 }
 """Label, colour and hatch of each stage, in order."""
 _LEAST_SHARE: Final = 0.002

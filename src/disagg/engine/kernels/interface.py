@@ -14,6 +14,7 @@ import torch
 
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import Int8Weight
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +102,12 @@ class KernelBackend(Protocol):
     name: str
     kv_format: KvFormat
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Pack ``weight`` [out_features, in_features]; the caller may drop its own reference."""
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
+        """Pack ``weight`` [out_features, in_features] into ``memory``; the caller may drop its own reference."""
 
-    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    def int8_linear(
+        self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
         """Pack an int8 weight for activations of ``dtype``; the caller may drop its own reference."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

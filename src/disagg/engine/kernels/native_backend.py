@@ -6,11 +6,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
-from disagg.engine.kernels.int8 import Int8Weight, int8_product
+from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.interface import (
     DecoderSettings,
     DecoderStack,
@@ -21,6 +20,8 @@ from disagg.engine.kernels.interface import (
 )
 from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
+from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
 try:
     from disagg.engine.kernels import _native
@@ -71,17 +72,19 @@ class NativeBackend:
         self._step: tuple[StepBatch, torch.Size, int, _native.Step] | None = None
         share_openmp()
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Copy ``weight`` into the order in which the kernels read it."""
         if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
-            return lambda x: functional.linear(x, weight, bias)
-        return self._pack(weight, weight.dtype, [], bias)
+            return plain_linear(weight, bias, memory)
+        return self._pack(weight, weight.dtype, [], bias, memory)
 
-    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    def int8_linear(
+        self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
         """Copy ``weight`` into the order in which the kernels read it."""
         if dtype is torch.bfloat16 and weight.values.shape[1] % 2:
-            return lambda x: int8_product(x, weight, bias)
-        return self._pack(weight.values, dtype, weight.scale.tolist(), bias)
+            return plain_int8_linear(weight, bias, memory)
+        return self._pack(weight.values, dtype, memory.keep(weight.scale).tolist(), bias, memory)
 
     def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
         """Return the decoder as one native call; None where a weight could not be packed."""
@@ -231,12 +234,17 @@ class NativeBackend:
         self._kernels[logits.dtype].forbid(logits.data_ptr(), bits, numbers, count, width, torch.get_num_threads())
 
     def _pack(
-        self, weight: torch.Tensor, dtype: torch.dtype, scale: list[float], bias: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        scale: list[float],
+        bias: torch.Tensor | None,
+        memory: WeightMemory,
     ) -> PackedLinear:
-        offsets = [] if bias is None else bias.float().tolist()
+        offsets = [] if bias is None else memory.keep(bias).float().tolist()
         out_features, in_features = weight.shape
         native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets)
-        return PackedLinear(native, weight, dtype)
+        return PackedLinear(native, weight, dtype, memory)
 
     def _rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float

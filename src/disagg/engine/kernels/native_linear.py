@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from disagg.base.errors import InternalError
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
 if TYPE_CHECKING:
     from disagg.engine.kernels import _native
@@ -15,13 +16,18 @@ class PackedLinear:
 
     __slots__ = ("_dtype", "_packed", "in_features", "native", "out_features")
 
-    def __init__(self, native: "_native.Linear", weight: torch.Tensor, dtype: torch.dtype) -> None:
-        """Pack ``weight`` [out_features, in_features] for activations of ``dtype``."""
+    def __init__(
+        self, native: "_native.Linear", weight: torch.Tensor, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> None:
+        """Pack ``weight`` [out_features, in_features] for activations of ``dtype``; in ``memory`` it may be already."""
         self.native = native
         self.out_features, self.in_features = weight.shape
         self._dtype = dtype
-        self._packed = torch.empty(native.packed_bytes(), dtype=torch.int8)
-        native.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
+        self._packed = memory.empty((native.packed_bytes(),), torch.int8)
+        if memory.is_filled:
+            native.use_packed(self._packed.data_ptr())
+        else:
+            native.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See ``Linear``."""

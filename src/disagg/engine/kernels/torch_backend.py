@@ -11,6 +11,7 @@ from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
 from disagg.engine.kernels.interface import Linear, StepBatch
 from disagg.engine.kernels.kv_format import gather_kv, write_kv
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
 _GATHER_BYTES: Final = 256 << 20
 """Most keys and values copied at once out of the pool for a group of decodes."""
@@ -30,17 +31,15 @@ class TorchBackend:
         self.kv_format = kv_format
         self._step: tuple[StepBatch, int, _Step] | None = None
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Keep ``weight`` as it is."""
+        return plain_linear(weight, bias, memory)
 
-        def apply(x: torch.Tensor) -> torch.Tensor:
-            return functional.linear(x, weight, bias)
-
-        return apply
-
-    def int8_linear(self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    def int8_linear(
+        self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
         """Keep ``weight`` as it is: it takes the memory of int8, and more time than bfloat16."""
-        return lambda x: int8_product(x, weight, bias)
+        return plain_int8_linear(weight, bias, memory)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight over the last dimension."""
@@ -132,6 +131,20 @@ class TorchBackend:
         if self._step is None or self._step[0] is not batch or self._step[1] != block_size:
             self._step = (batch, block_size, _prepare_step(batch, block_size, len(kv_layer)))
         return self._step[2]
+
+
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> Linear:
+    """Return a projection by PyTorch, its weight kept as it is."""
+    kept = memory.keep(weight)
+    kept_bias = None if bias is None else memory.keep(bias)
+    return lambda x: functional.linear(x, kept, kept_bias)
+
+
+def plain_int8_linear(weight: Int8Weight, bias: torch.Tensor | None, memory: WeightMemory) -> Linear:
+    """Return a projection by PyTorch, its int8 weight kept as it is."""
+    kept = Int8Weight(memory.keep(weight.values), memory.keep(weight.scale))
+    kept_bias = None if bias is None else memory.keep(bias)
+    return lambda x: int8_product(x, kept, kept_bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
 from disagg.engine.kernels.int8 import quantize_int8
 from disagg.engine.kernels.interface import DecoderWeights, KernelBackend, LayerWeights, Linear
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
@@ -39,8 +40,9 @@ def load_weights(
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    memory: WeightMemory = PRIVATE,
 ) -> DecoderWeights:
-    """Read the model's tensors and pack them for ``backend``.
+    """Read the model's tensors and pack them for ``backend`` into ``memory``; where they lie there already, only look.
 
     A head of its own that differs from the embeddings is used even where the configuration ties them, as in
     transformers 5.
@@ -52,8 +54,15 @@ def load_weights(
         config = _with_own_head(config, source)
         expected = expected_shapes(config)
         check_shapes(expected, source.shapes(), config)
-        loader = _Loader(source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress, quantization)
+        loader = _Loader(
+            source, backend, TORCH_DTYPES[dtype], torch.device(device), expected, progress, quantization, memory
+        )
         return loader.load(config)
+
+
+def most_weight_bytes(config: ModelConfig) -> int:
+    """Return what the packed weights of a model take at most, in any element type: one copy, and a tied head."""
+    return 4 * (config.num_parameters + config.vocab_size * config.hidden_size) * 2
 
 
 def _with_own_head(config: ModelConfig, source: TensorSource) -> ModelConfig:
@@ -134,8 +143,10 @@ class _Loader:
         shapes: dict[str, tuple[int, ...]],
         progress: Progress | None,
         quantization: Quantization | None,
+        memory: WeightMemory,
     ) -> None:
         self._source = source
+        self._memory = memory
         self._backend = backend
         self._dtype = dtype
         self._device = device
@@ -174,11 +185,11 @@ class _Loader:
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         if self._quantization is Quantization.INT8:
-            return self._backend.int8_linear(quantize_int8(weight), bias, weight.dtype)
-        return self._backend.linear(weight, bias)
+            return self._backend.int8_linear(quantize_int8(weight), bias, weight.dtype, self._memory)
+        return self._backend.linear(weight, bias, self._memory)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return self._stacked([name])
+        return self._memory.keep(self._stacked([name]))
 
     def _stacked(self, names: list[str]) -> torch.Tensor:
         """Return tensors one below the other, in memory of their own, so that nothing keeps the file mapped.
@@ -186,7 +197,10 @@ class _Loader:
         Each is cast straight into its place: a fresh page costs more than the arithmetic of dequantising it.
         """
         num_rows = sum(self._shapes[name][0] for name in names)
-        stacked = torch.empty((num_rows, *self._shapes[names[0]][1:]), dtype=self._dtype, device=self._device)
+        shape = (num_rows, *self._shapes[names[0]][1:])
+        if self._memory.is_filled:
+            return torch.empty(shape, dtype=self._dtype, device="meta")
+        stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
         start = 0
         for name in names:
             end = start + self._shapes[name][0]

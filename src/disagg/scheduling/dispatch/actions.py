@@ -62,6 +62,14 @@ class SendRelease(DispatchAction, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class SendMigrate(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` offer the KV blocks of a running sequence after its next token."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+
+
 class SendPeerLost(DispatchAction, frozen=True, kw_only=True):
     """Tell ``instance`` that ``lost`` died."""
 
@@ -193,6 +201,7 @@ AnyDispatchAction = (
     | SendAdopt
     | SendAbort
     | SendRelease
+    | SendMigrate
     | SendPeerLost
     | Deliver
     | Drop

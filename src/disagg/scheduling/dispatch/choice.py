@@ -8,7 +8,7 @@ tokens. Ties go to the instance configured first, so equal logs give equal choic
 A later turn of a conversation goes straight to the decode instance that holds it, where the new tokens cost less there
 than on a prefill instance: see ``prefixes``.
 
-A sequence that lost an instance need not wait for a prefill instance: where none can take it now, a decode instance
+A sequence that goes on elsewhere need not wait for a prefill instance: where none can take it now, a decode instance
 computes it again, from its known tokens on.
 """
 
@@ -34,7 +34,7 @@ def choose_start(
     pair = _best_pair(instances, sequence)
     colocated = _best_colocated(instances, sequence)
     if pair is None and colocated is None:
-        return choose_decode(instances, sequence) if sequence.losses else None
+        return choose_decode(instances, sequence) if sequence.is_resumed else None
     if pair is None:
         return colocated
     if append_turns and sequence.held:
@@ -49,11 +49,16 @@ def choose_start(
 
 def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
     """Return the live decode instance that adopts the sequence, or None when it has to wait."""
-    return min(
-        _fitting(instances, Role.DECODE, sequence),
-        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
-        default=None,
-    )
+    return _least_held(_fitting(instances, Role.DECODE, sequence), sequence)
+
+
+def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    """Return the live instance that adopts an offered sequence, or None when it has to wait.
+
+    Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
+    """
+    others = [entry for entry in instances if entry.instance not in sequence.visited]
+    return choose_decode(others, sequence) or _least_held(_fitting(others, Role.COLOCATED, sequence), sequence)
 
 
 def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
@@ -63,8 +68,8 @@ def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *
     """
     present = {entry.role for entry in instances if entry.will_take}
     if sequence.lease is not None:
-        return Role.DECODE in present
-    return serves_requests(present, strict_roles=strict_roles) or (bool(sequence.losses) and Role.DECODE in present)
+        return not present.isdisjoint((Role.DECODE, Role.COLOCATED))
+    return serves_requests(present, strict_roles=strict_roles) or (sequence.is_resumed and Role.DECODE in present)
 
 
 def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
@@ -78,9 +83,9 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, 
         for role in Role
     }
     if sequence.lease is not None:
-        return holds[Role.DECODE]
+        return holds[Role.DECODE] or holds[Role.COLOCATED]
     pair = holds[Role.PREFILL] and (holds[Role.DECODE] or sequence.ends_at_first_token)
-    return pair or holds[Role.COLOCATED] or (bool(sequence.losses) and holds[Role.DECODE])
+    return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
 
 
 def why_unplaceable(
@@ -132,6 +137,14 @@ def _best_colocated(instances: Sequence[InstanceEntry], sequence: SequenceEntry)
     return min(
         _fitting(instances, Role.COLOCATED, sequence),
         key=lambda entry: (start_cost(instances, sequence, entry) + entry.kv_tokens, entry.kv_tokens),
+        default=None,
+    )
+
+
+def _least_held(entries: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+    return min(
+        entries,
+        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
         default=None,
     )
 

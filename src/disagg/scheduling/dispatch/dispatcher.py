@@ -18,7 +18,6 @@ from typing import assert_never
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import FailureKind
 from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch import borrowing
@@ -57,8 +56,10 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, migrate, movable
 from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
@@ -66,12 +67,6 @@ from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceStat
 from disagg.scheduling.dispatch.turns import Turns
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
-
-_FAIL_REASON = {
-    FailureKind.TOO_LONG: FailReason.TOO_LONG,
-    FailureKind.INVALID: FailReason.INVALID,
-    FailureKind.INTERNAL: FailReason.INTERNAL,
-}
 
 
 class Dispatcher:
@@ -153,13 +148,19 @@ class Dispatcher:
             case Join(instance=instance, role=role):
                 self._fleet.join(instance, role)
             case Drain(instance=instance):
-                self._drain(instance)
+                if self._fleet.drain(instance):
+                    self._actions.append(Drained(instance=instance))
+                self._place_waiting()
+            case Undrain(instance=instance):
+                self._fleet.undrain(instance)
+                self._place_waiting()
             case Leave(instance=instance):
                 self._down(instance, InstanceState.GONE, "it was removed")
                 self._fleet.remove(instance)
             case ChangeRole(instance=instance, role=role):
-                self._fleet.entry(instance).role = role
-                self._place_waiting()
+                entry = self._fleet.entry(instance)
+                entry.role = role
+                self._place_waiting(entry)
             case CostsKnown(lesson=lesson):
                 self._fleet.entry(lesson.instance).lesson = lesson
             case _:
@@ -197,14 +198,16 @@ class Dispatcher:
 
     def _place(self, sequence: SequenceEntry) -> None:
         """Give a sequence that nobody holds to an instance, let it wait for one, or fail it when none will do."""
-        if self._adopt(sequence) if sequence.lease else self._start(sequence):
+        if sequence.lease and not self._adopt(sequence) and is_only_with_visited(self._fleet, sequence):
+            self._end_lease(sequence)
+            self._resume(sequence, "only instances that held it can go on with it")
+        if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
         why = why_unplaceable(self.instances, sequence, strict_roles=self._settings.strict_roles)
         if why is not None:
             self._fail(sequence, *why)
         else:
-            if math.isinf(sequence.wait_until_s):
-                sequence.wait_until_s = self._now + self._settings.instance_wait_s
+            sequence.wait_until_s = min(sequence.wait_until_s, self._now + self._settings.instance_wait_s)
             self._wake(sequence.wait_until_s)
 
     def _start(self, sequence: SequenceEntry) -> bool:
@@ -218,6 +221,7 @@ class Dispatcher:
             self._wake(start.until_s)
             return True
         instance = start.instance
+        sequence.visited.add(instance.instance)
         lender = choose_lender(self.instances, sequence, instance)
         num_new = num_to_compute(sequence, instance, lender)
         self._charge(sequence, instance.instance, Charge(prefill_tokens=num_new))
@@ -227,6 +231,7 @@ class Dispatcher:
         if lender is None:
             self._actions.append(borrowing.start(sequence, state, self._now))
         else:
+            sequence.visited.add(lender.instance)
             self._charge(sequence, lender.instance, Charge())
             self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
@@ -247,8 +252,7 @@ class Dispatcher:
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
-        sequence.holder = instance.instance
-        sequence.wait_until_s = math.inf
+        sequence.hold(instance.instance)
         self._charge(sequence, instance.instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=True))
         self._actions.append(
             SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
@@ -312,13 +316,14 @@ class Dispatcher:
         if state is Whereabouts.DECODING and event.duration_s is not None:
             self._turns.note_hand_over(sequence, event.duration_s)
         self._end_lease(sequence)
+        self._move_away()
 
     def _failed(self, event: SequenceFailed) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
         sequence.holder = None
-        self._fail(sequence, _FAIL_REASON[event.kind], event.detail)
+        self._fail(sequence, FailReason(event.kind.value), event.detail)
         self._place_queued()
 
     def _cancel(self, event: SequenceCancelled) -> None:
@@ -334,20 +339,25 @@ class Dispatcher:
         entry = self._fleet.entry(event.instance)
         if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.state = InstanceState.READY
+        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
         entry.capacity = event.max_total_tokens
         entry.pool_tokens = event.pool_tokens
         entry.limits = event.limits
         self._place_waiting()
 
-    def _drain(self, instance: InstanceId) -> None:
-        entry = self._fleet.entry(instance)
-        if entry.state is not InstanceState.READY:
-            raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
-        entry.state = InstanceState.DRAINING
-        if not entry.num_sequences:
-            self._actions.append(Drained(instance=instance))
-        self._place_waiting()
+    def _move_away(self, flipped: InstanceEntry | None = None) -> None:
+        """Let running answers go on elsewhere whose instances give them away, as far as others can take them now."""
+        for sequence in movable(self._fleet, self._sequences.values(), flipped):
+            source, how = sequence.holder, choose_move(self._fleet, sequence)
+            assert source is not None, "a running sequence is somewhere"
+            if how is Move.PULL:
+                self._actions.append(migrate(sequence, source, self._now))
+            elif how is Move.RECOMPUTE:
+                self._abort(sequence)
+                sequence.holder = None
+                self._discharge(sequence, source)
+                self._resume(sequence, f"{source} gives it away")
+                self._place_queued()
 
     def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
         entry = self._fleet.entry(instance)
@@ -371,11 +381,12 @@ class Dispatcher:
                     return
                 passed.add(sequence.request_id)
 
-    def _place_waiting(self) -> None:
-        """The instances have changed: give those that nobody holds to one, or fail them."""
+    def _place_waiting(self, flipped: InstanceEntry | None = None) -> None:
+        """The instances have changed: give those that nobody holds to one, or fail them, and move what is to move."""
         for sequence in [one for one in self._sequences.values() if one.state is Whereabouts.OFFERED]:
             self._place(sequence)
         self._place_queued()
+        self._move_away(flipped)
 
     def _lose(self, sequence: SequenceEntry, lost: InstanceId, why: str) -> None:
         """Settle what the death of an instance means for one sequence."""
@@ -399,22 +410,16 @@ class Dispatcher:
             self._resume(sequence, f"{lost}, which was to compute it, died: {why}")
             return
         sequence.note_loss(lost, self._now, why)
-        limit = self._settings.max_instance_losses
-        if len(sequence.losses) < limit:
+        if len(sequence.losses) < self._settings.max_instance_losses:
             self._resume(sequence, f"{lost} died: {why}")
             return
-        story = "; ".join(sequence.losses)
-        detail = (
-            f"the request was on {limit} instance(s) that died, which is the limit (--max-instance-losses): {story}"
-        )
-        self._fail(sequence, FailReason.INSTANCE_LOST, detail)
+        self._fail(sequence, FailReason.INSTANCE_LOST, sequence.loss_story)
 
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
         sequence.move(Whereabouts.QUEUED, self._now, why)
         sequence.borrows_for = None
-        sequence.epoch = Epoch(sequence.epoch + 1)
-        sequence.wait_until_s = math.inf
+        sequence.begin_attempt()
         self._turns.start_again(sequence)
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
@@ -423,16 +428,11 @@ class Dispatcher:
         for sequence in list(self._sequences.values()):
             if self._now >= sequence.deadline_s:
                 self._abort(sequence)
-                limit = self._settings.request_timeout_s
-                self._fail(
-                    sequence,
-                    FailReason.TIMEOUT,
-                    f"the request did not finish within {limit:g} s (--request-timeout-s)",
-                )
+                words = f"did not finish within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
+                self._fail(sequence, FailReason.TIMEOUT, f"the request {words}")
             elif self._now >= sequence.wait_until_s:
-                waited = self._settings.instance_wait_s
-                detail = f"no instance could take the request for {waited:g} s ({self._fleet.describe()})"
-                self._fail(sequence, FailReason.UNAVAILABLE, detail)
+                words = f"for {self._settings.instance_wait_s:g} s ({self._fleet.describe()})"
+                self._fail(sequence, FailReason.UNAVAILABLE, f"no instance could take the request {words}")
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
         self._place_queued()

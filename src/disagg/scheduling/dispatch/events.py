@@ -100,7 +100,19 @@ class Join(DispatchEvent, frozen=True, kw_only=True):
 
 
 class Drain(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` is to get no new sequences; what it holds it finishes."""
+    """``instance`` is to get no new sequences and to give running answers to others; what nobody takes it finishes.
+
+    With ``leave``, it does not belong to the deployment any more once it holds nothing. With ``force`` also where no
+    new request could be served after it.
+    """
+
+    instance: InstanceId
+    leave: bool = False
+    force: bool = False
+
+
+class Undrain(DispatchEvent, frozen=True, kw_only=True):
+    """``instance``, which was draining, is to get sequences again."""
 
     instance: InstanceId
 
@@ -112,10 +124,15 @@ class Leave(DispatchEvent, frozen=True, kw_only=True):
 
 
 class ChangeRole(DispatchEvent, frozen=True, kw_only=True):
-    """``instance`` is to be given sequences of another role; those that it holds go on as they began."""
+    """``instance`` is to be given sequences of another role. A prefill instance gives running answers to others; what
+    nobody takes, and all else, goes on as it began.
+
+    With ``force`` also where no request could be served after it.
+    """
 
     instance: InstanceId
     role: Role
+    force: bool = False
 
 
 class ProcessStarting(DispatchEvent, frozen=True, kw_only=True):
@@ -148,7 +165,7 @@ class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
     lesson: CostsLearned
 
 
-AnyMemberEvent = Join | Drain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
+AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
 AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted

@@ -30,6 +30,21 @@ class Fleet:
         self._by_name[instance] = InstanceEntry(instance, role)
         self.entries = tuple(self._by_name.values())
 
+    def drain(self, instance: InstanceId) -> bool:
+        """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
+        entry = self.entry(instance)
+        if entry.state is not InstanceState.READY:
+            raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
+        entry.state, entry.is_cordoned = InstanceState.DRAINING, True
+        return not entry.num_sequences
+
+    def undrain(self, instance: InstanceId) -> None:
+        """Let an instance get sequences again, once it is up."""
+        entry = self.entry(instance)
+        entry.is_cordoned = False
+        if entry.state is InstanceState.DRAINING:
+            entry.state = InstanceState.READY
+
     def remove(self, instance: InstanceId) -> None:
         """Forget an instance that nobody is on any more."""
         del self._by_name[instance]

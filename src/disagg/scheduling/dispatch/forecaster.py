@@ -4,6 +4,7 @@ The costs of an instance's steps are those that it learned and told. Of what it 
 prefill, a prefill instance decodes) it is taken to be as quick as the instance that knows best.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -50,7 +51,7 @@ class Forecaster:
         self._instances = instances
         self._experience = experience
         self._objectives = objectives
-        self._now = now
+        self.now = now
 
     def objectives_of(self, sequence: SequenceEntry) -> Objectives:
         """Return what a sequence's latencies ought to be."""
@@ -68,7 +69,7 @@ class Forecaster:
         costs = self._prefill_costs(entry)
         given_s = prefill_work_s(costs, entry.prefill_tokens, entry.prefill_squares, entry.num_prefills)
         # The first of them is under way; how far is not told.
-        return given_s - min(self._now - entry.prefilling_since_s, given_s / entry.num_prefills)
+        return given_s - min(self.now - entry.prefilling_since_s, given_s / entry.num_prefills)
 
     def prompt_s(self, num_tokens: int) -> float:
         """Return the seconds of a prompt on the instance that knows best, alone."""
@@ -109,11 +110,10 @@ class Forecaster:
             return NO_HARM
         before_s = self._decode_step_s(entry, 0, 0)
         after_s = self._decode_step_s(entry, bool(answer_tokens), answer_tokens)
-        backlog_s = work_s = 0.0
-        if not entry.limits.sized_by_slack:  # else prompts are computed in time that answers can spare
-            backlog_s = work_s = self.backlog_s(entry)
-            if prefill_tokens:
-                work_s += prefill_work_s(self._prefill_costs(entry), prefill_tokens, prefill_tokens**2, 1)
+        backlog_s = work_s = self.backlog_s(entry)
+        if prefill_tokens:
+            work_s += prefill_work_s(self._prefill_costs(entry), prefill_tokens, prefill_tokens**2, 1)
+        longest_s = self._longest_wait_s(entry)
         worst_s, num_late = 0.0, 0
         for answer, passed_s, waits_s in self._answers(entry):
             tpot_s = self.objectives_of(answer).tpot_s
@@ -121,19 +121,29 @@ class Forecaster:
             num_gaps = answer.num_answer_tokens + num_left - 1
             if tpot_s is None or num_gaps <= 0:
                 continue
-            if passed_s + num_left * before_s + max(0.0, backlog_s - waits_s) <= num_gaps * tpot_s:
-                its_tpot_s = (passed_s + num_left * after_s + max(0.0, work_s - waits_s)) / num_gaps
+            if passed_s + num_left * before_s + min(max(0.0, backlog_s - waits_s), longest_s) <= num_gaps * tpot_s:
+                kept_off_s = min(max(0.0, work_s - waits_s), longest_s)
+                its_tpot_s = (passed_s + num_left * after_s + kept_off_s) / num_gaps
                 worst_s = max(worst_s, its_tpot_s)
                 num_late += its_tpot_s > tpot_s
         return Harm(worst_s, num_late)
 
+    def _longest_wait_s(self, entry: InstanceEntry) -> float:
+        """Return the seconds for which an answer has to wait for prompts at most.
+
+        Steps sized by slack take no time that answers cannot spare; where none runs yet, who comes waits for one step.
+        """
+        if not entry.limits.sized_by_slack:
+            return math.inf
+        return 0.0 if entry.answers else entry.limits.max_batch_tokens * self._prefill_costs(entry).token_s
+
     def _answers(self, entry: InstanceEntry) -> Iterator[tuple[SequenceEntry, float, float]]:
         """Yield who decodes on an instance or will: since when, and in how many seconds."""
         for answer in entry.answers.values():
-            yield answer, self._now - answer.first_token_s, 0.0
+            yield answer, self.now - answer.first_token_s, 0.0
         for answer in entry.expected.values():
             if answer.chosen is not None:
-                yield answer, 0.0, max(0.0, answer.started_s + answer.chosen.ttft_s - self._now)
+                yield answer, 0.0, max(0.0, answer.started_s + answer.chosen.ttft_s - self.now)
 
     def _num_left(self, answer: SequenceEntry) -> float:
         """Return how many more tokens an answer is expected to have: what it has tells little of it."""
@@ -147,7 +157,7 @@ class Forecaster:
         num_decodes = entry.num_decodes + len(entry.expected) + num_more
         context = entry.kv_tokens + entry.expected_tokens + more_context
         step_s = costs.step_s + decode_work_s(costs, num_decodes, context)
-        busy_s = step_s / (1 - min(entry.prefill_work.share(self._now), _MOST_SHARE))
+        busy_s = step_s / (1 - min(entry.prefill_work.share(self.now), _MOST_SHARE))
         tpot_s = self._objectives.tpot_s
         if entry.limits.sized_by_slack and tpot_s is not None:
             return max(step_s, min(busy_s, tpot_s))

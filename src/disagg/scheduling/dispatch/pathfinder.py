@@ -12,7 +12,7 @@ from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
-from disagg.scheduling.dispatch.choice import choose_decode, choose_start
+from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
@@ -125,10 +125,12 @@ class Pathfinder:
     def adopt(self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float) -> InstanceEntry | None:
         """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
         if not self.predicts:
-            return choose_decode(instances, sequence)
+            return choose_adopter(instances, sequence)
         forecaster = self._forecaster(instances, now)
+        others = [entry for entry in instances if entry.instance not in sequence.visited]
+        decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
-            open_to(instances, sequence, Role.DECODE, hand_over=False),
+            decode or colocated,
             key=lambda entry: forecaster.later_token_s(entry, sequence, forecaster.hand_over_s(sequence)),
             default=None,
         )
@@ -137,15 +139,27 @@ class Pathfinder:
         self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, forecaster: Forecaster
     ) -> tuple[list[Forecast], Wanted]:
         # A sequence that lost an instance need not wait for one of the right role.
-        strict_roles = self._strict_roles and not sequence.losses
+        strict_roles = self._strict_roles and not sequence.is_resumed
 
         def cached(entry: InstanceEntry, sequence: SequenceEntry) -> int:
             if not sequence.held:
                 return 0
             return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
 
-        forecasts = forecast_paths(instances, sequence, forecaster, strict_roles=strict_roles, cached=cached)
-        wanted = Wanted(self.objectives_of(sequence), self._objectives, forecaster.num_answer_tokens(sequence))
+        forecasts = forecast_paths(
+            instances,
+            sequence,
+            forecaster,
+            strict_roles=strict_roles,
+            cached=cached,
+            append_turns=self._append_turns,
+        )
+        wanted = Wanted(
+            self.objectives_of(sequence),
+            self._objectives,
+            forecaster.num_answer_tokens(sequence),
+            waited_s=forecaster.now - sequence.arrived_s,
+        )
         return forecasts, wanted
 
     def _is_in_the_way(self, sequence: SequenceEntry, chosen: Forecast, now: float) -> bool:

@@ -17,6 +17,7 @@ from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens
 from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.dispatch.forecaster import Forecaster
+from disagg.scheduling.dispatch.prefixes import holds_most
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 GOOD_ENOUGH: Final = 0.8
@@ -40,10 +41,12 @@ def forecast_paths(
     *,
     strict_roles: bool,
     cached: CachedTokens = no_cache,
+    append_turns: bool = False,
 ) -> list[Forecast]:
     """Return what the paths that are open to the sequence now are predicted to bring.
 
-    Of the paths on which it is handed over, those to the decode instance that is predicted to be quickest.
+    Of the paths on which it is handed over, those to the decode instance that is predicted to be quickest. With
+    ``append_turns``, strict roles let a decode instance go on by itself with what it holds most of.
     """
     forecasts = []
     prefill = open_to(instances, sequence, Role.PREFILL, hand_over=True)
@@ -70,10 +73,14 @@ def forecast_paths(
                 )
             )
     for role in Role:
-        follows_roles = role is Role.COLOCATED or (role is Role.PREFILL and sequence.ends_at_first_token)
-        if strict_roles and not follows_roles:
+        is_role_s = role is Role.COLOCATED or (role is Role.PREFILL and sequence.ends_at_first_token)
+        if strict_roles and not is_role_s and not (append_turns and role is Role.DECODE):
             continue
         for entry in open_to(instances, sequence, role, hand_over=False):
+            appends = append_turns and role is Role.DECODE and holds_most(entry, sequence)
+            follows_roles = is_role_s or appends
+            if strict_roles and not follows_roles:
+                continue
             num_tokens = sequence.num_tokens - cached(entry, sequence)
             harms = forecaster.harm(entry, num_tokens, sequence.num_tokens)
             forecasts.append(
@@ -96,6 +103,8 @@ class Wanted:
     objectives: Objectives
     others: Objectives
     num_later_tokens: float
+    waited_s: float = 0.0
+    """Since the sequence's arrival: counts as TTFT."""
 
 
 def best_path(forecasts: Iterable[Forecast], wanted: Wanted) -> Forecast | None:
@@ -108,7 +117,7 @@ def stress(forecast: Forecast, wanted: Wanted) -> float | None:
     ratios = [
         predicted_s / objective_s
         for predicted_s, objective_s in (
-            (forecast.ttft_s, wanted.objectives.ttft_s),
+            (wanted.waited_s + forecast.ttft_s, wanted.objectives.ttft_s),
             (forecast.tpot_s, wanted.objectives.tpot_s),
             (forecast.others_tpot_s, wanted.others.tpot_s),
         )
@@ -123,7 +132,7 @@ def _order(forecast: Forecast, wanted: Wanted) -> tuple[int, float, bool, float]
     if worst is None:
         return (0, total_s * (1.0 if forecast.follows_roles else _LEANING), not forecast.follows_roles, total_s)
     objectives = wanted.objectives
-    is_late = (objectives.ttft_s is not None and forecast.ttft_s > objectives.ttft_s) or (
+    is_late = (objectives.ttft_s is not None and wanted.waited_s + forecast.ttft_s > objectives.ttft_s) or (
         objectives.tpot_s is not None and forecast.tpot_s > objectives.tpot_s
     )
     return (is_late + forecast.num_harmed, max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)

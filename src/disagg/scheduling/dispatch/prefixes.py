@@ -74,7 +74,7 @@ def choose_append(sequence: SequenceEntry, decode: Iterable[InstanceEntry]) -> t
 
     None where none holds most of it: a prompt that merely begins like others is a prefill instance's work.
     """
-    costs = [(_append_cost(entry, sequence), entry) for entry in decode if _holds_most(entry, sequence)]
+    costs = [(_append_cost(entry, sequence), entry) for entry in decode if holds_most(entry, sequence)]
     if not costs:
         return None
     cost, entry = min(costs, key=lambda pair: pair[0])
@@ -91,7 +91,8 @@ def num_added(sequence: SequenceEntry, decode: InstanceEntry) -> int:
     return sequence.num_tokens - sequence.num_cached(decode.instance)
 
 
-def _holds_most(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
+def holds_most(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
+    """Return whether an instance holds at least half of a sequence: a conversation that it has had."""
     num_cached = sequence.num_cached(entry.instance)
     return num_cached >= max(MIN_LOAN, sequence.num_tokens - num_cached)
 

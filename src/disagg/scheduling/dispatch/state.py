@@ -27,10 +27,11 @@ class Whereabouts(enum.Enum):
                                           the chosen one was told nothing yet
     PREFILLING prefill           none     on its way to the first token
     OFFERING   prefill           none     the first token is out, the offer has not come yet
-    OFFERED    none              prefill  no live decode instance can adopt it
-    PULLING    decode, or chosen prefill, the holder copies the KV blocks, or waits for room; no lease any more when
+    OFFERED    none              source   no live decode instance can adopt it
+    PULLING    decode, or chosen source,  the holder copies the KV blocks, or waits for room; no lease any more when
                                  lender   the instance that it copies from died meanwhile
     DECODING   decode            none     the decode instance owns all of it
+    MIGRATING  decode, colocated none     it goes on there until its blocks are offered, after its next token
     RUNNING    colocated         none     one instance does everything; a decode instance may, for a resumed sequence
                                           or one whose beginning it holds
     ENDED      none              none     finished, failed or cancelled; not remembered
@@ -45,6 +46,7 @@ class Whereabouts(enum.Enum):
     PULLING = "pulling"
     DECODING = "decoding"
     RUNNING = "running"
+    MIGRATING = "migrating"
     ENDED = "ended"
 
     __hash__ = object.__hash__  # Enum's own is Python code, and every move looks up two states
@@ -69,13 +71,14 @@ TRANSITIONS: Final[dict[Whereabouts, frozenset[Whereabouts]]] = {
             Whereabouts.ENDED,
         }
     ),
-    Whereabouts.DECODING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
-    Whereabouts.RUNNING: frozenset({Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.DECODING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.RUNNING: frozenset({Whereabouts.MIGRATING, Whereabouts.QUEUED, Whereabouts.ENDED}),
+    Whereabouts.MIGRATING: frozenset({Whereabouts.OFFERED, Whereabouts.QUEUED, Whereabouts.ENDED}),
     Whereabouts.ENDED: frozenset(),
 }
 """Every legal move; anything else is a fault of ours or of an instance, and raises with the sequence's story.
 
-The way back to QUEUED is for sequences whose instance died: they start again in a new epoch.
+The way back to QUEUED is for sequences whose instance died or drains: they start again in a new epoch.
 """
 
 
@@ -85,7 +88,7 @@ class InstanceState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """It goes on with what it holds, and is given nothing new."""
+    """It is given nothing new, gives running answers away, and goes on with what is left."""
     LOST = "lost"
     """It died and will be started again."""
     GONE = "gone"
@@ -133,6 +136,8 @@ class InstanceEntry:
     """Tokens given to it that wait to be prefilled or are being so."""
     kv_tokens: int = 0
     """Tokens of the sequences whose KV blocks it holds or is about to."""
+    is_cordoned: bool = False
+    """An operator has it drained: it stays so through deaths."""
     prefill_squares: int = 0
     """Squares of those numbers of tokens, in sum, and of how many sequences they are."""
     num_prefills: int = 0
@@ -160,8 +165,8 @@ class InstanceEntry:
 
     @property
     def is_coming(self) -> bool:
-        """True while it is starting, or will be started again."""
-        return self.state is InstanceState.STARTING or self.state is InstanceState.LOST
+        """True while it is starting, or will be started again, to take sequences."""
+        return self.state in COMING and not self.is_cordoned
 
     @property
     def will_take(self) -> bool:
@@ -240,6 +245,10 @@ class SequenceEntry:
     """Who holds its first blocks, as known when it was last placed."""
     losses: list[str] = field(default_factory=list)
     """The instances that died while it was on them: which, when and why."""
+    is_resumed: bool = False
+    """True from its second attempt on."""
+    visited: set[InstanceId] = field(default_factory=set)
+    """The instances that held it in this attempt. They remember that it ended there, and do not take it back."""
 
     @property
     def ends_at_first_token(self) -> bool:
@@ -258,6 +267,19 @@ class SequenceEntry:
         self.state = state
         self.story.append((now, why, state))
 
+    def hold(self, instance: InstanceId) -> None:
+        """Note who computes it from now on."""
+        self.holder = instance
+        self.visited.add(instance)
+        self.wait_until_s = math.inf
+
+    def begin_attempt(self) -> None:
+        """Begin the next attempt, on no instance yet."""
+        self.epoch = Epoch(self.epoch + 1)
+        self.is_resumed = True
+        self.visited = set()
+        self.wait_until_s = math.inf
+
     def assign(self, instance: InstanceId, chosen: Forecast | None, other: Forecast | None, now: float) -> None:
         """Let an instance start it, by these predictions."""
         self.holder = instance
@@ -275,6 +297,12 @@ class SequenceEntry:
             self.first_token_s = now
         self.last_token_s = now
         self.num_answer_tokens += count
+
+    @property
+    def loss_story(self) -> str:
+        """Why it is given up for what died with it, in words."""
+        number, story = len(self.losses), "; ".join(self.losses)
+        return f"the request was on {number} instance(s) that died, which is the limit (--max-instance-losses): {story}"
 
     def note_loss(self, lost: InstanceId, now: float, why: str) -> None:
         """Remember that an instance died while the sequence was on it."""

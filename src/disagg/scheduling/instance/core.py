@@ -22,6 +22,7 @@ from disagg.base.messages import (
     KvEvents,
     KvOffer,
     Lend,
+    Migrate,
     NotHeld,
     Offered,
     PeerLost,
@@ -71,6 +72,7 @@ from disagg.scheduling.step.events import (
     KvWanted,
     LeaseReleased,
     LentKv,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -231,7 +233,7 @@ class InstanceCore:
                 events.append(BlocksUnreadable(names=names))
                 make = TransferFailed if names else TransferDone
                 events.append(make(request_id=request_id, epoch=epoch))
-            case Lend() | Release() | BlockSaved() | Tick():
+            case Lend() | Release() | Migrate() | BlockSaved() | Tick():
                 events.append(_event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
@@ -449,13 +451,15 @@ class InstanceCore:
             self._silent.discard(request_id)
 
 
-def _event_of(message: Lend | Release | BlockSaved | Tick) -> AnyEvent:
+def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
     """Return what a message means to the scheduler that means nothing more to the core."""
     match message:
         case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
             return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
         case Release(request_id=request_id, epoch=epoch):
             return LeaseReleased(request_id=request_id, epoch=epoch)
+        case Migrate(request_id=request_id, epoch=epoch):
+            return MigrationAsked(request_id=request_id, epoch=epoch)
         case BlockSaved() | Tick():
             return message
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.base.messages import Abort, KvOffer, Lend, PeerLost, Release, ReportBlocks
+from disagg.base.messages import Abort, KvOffer, Lend, Migrate, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
 from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
@@ -80,6 +80,7 @@ AnyInstanceInput = (
     | Lend
     | Abort
     | Release
+    | Migrate
     | PeerLost
     | ReportBlocks
     | StepDone

@@ -31,6 +31,7 @@ from disagg.scheduling.capacity import capacity_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
+    Drained,
     Drop,
     Fail,
     Finish,
@@ -38,6 +39,7 @@ from disagg.scheduling.dispatch.actions import (
     SendAdopt,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendPeerLost,
     SendRelease,
 )
@@ -59,9 +61,11 @@ from disagg.scheduling.dispatch.events import (
     SequenceCancelled,
     SequenceFailed,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
 from disagg.scheduling.router.inputs import (
+    AnyCommand,
     AnyRouterInput,
     InstanceSaid,
     MalformedMessage,
@@ -76,12 +80,14 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
     SendWithPrefix,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.router.restart import RestartSettings
@@ -303,6 +309,9 @@ class RouterCore:
     def _on_exit(self, event: ProcessExited) -> None:
         """Decide whether a dead process is started again, and say what its death means."""
         member = self._members[event.instance]
+        if member.is_leaving:
+            self._let_go(member)
+            return
         member.num_restarts += 1
         ready_for_s = None if member.ready_since_s is None else self._now - member.ready_since_s
         delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready else None
@@ -330,7 +339,7 @@ class RouterCore:
 
     # Commands -------------------------------------------------------------------------------------------------
 
-    def _on_command(self, command: Join | Drain | Leave | ChangeRole) -> None:
+    def _on_command(self, command: AnyCommand) -> None:
         known = self._members.get(command.instance)
         if isinstance(command, Join):
             self._join(command, known)
@@ -338,17 +347,21 @@ class RouterCore:
         if known is None:
             raise ConfigurationError(f"there is no instance {command.instance}, only {', '.join(self._members.names)}")
         match command:
-            case Drain(instance=instance):
-                if known.state is not InstanceState.READY:
-                    raise ConfigurationError(f"{instance} cannot drain: it is {known.state.value}")
+            case Drain():
+                self._drain(command, known)
+            case Undrain(instance=instance):
+                if known.is_leaving or not known.entry.is_cordoned:
+                    state = "being removed" if known.is_leaving else "not draining"
+                    raise ConfigurationError(f"{instance} cannot be given sequences again: it is {state}")
                 self._dispatch(command)
-            case Leave(instance=instance):
+            case Leave():
                 if known.is_alive:
-                    self._outputs.append(InstanceLost(instance=instance))
-                self._prefixes.leave(instance)
-                self._dispatch(command)
-                self._members.remove(instance)
-            case ChangeRole():
+                    self._outputs.append(InstanceLost(instance=known.instance))
+                self._let_go(known)
+            case ChangeRole(instance=instance, role=role):
+                if role is known.role:
+                    raise ConfigurationError(f"{instance} is a {role.value} instance already")
+                self._check_serves(f"as a {role.value} instance {instance}", known, role, force=command.force)
                 self._dispatch(command)
             case _:
                 assert_never(command)
@@ -358,6 +371,44 @@ class RouterCore:
             raise ConfigurationError(f"there is an instance {command.instance} already: choose another name")
         self._dispatch(command)
         self._members.add(self._dispatcher.instances[-1], self._now)
+
+    def _drain(self, command: Drain, member: Member) -> None:
+        """Let an instance give away what it holds, and leave, where that is asked, once it holds nothing."""
+        instance = member.instance
+        if member.is_leaving:
+            raise ConfigurationError(f"{instance} is being removed already")
+        if not command.leave and member.state is not InstanceState.READY:
+            raise ConfigurationError(f"{instance} cannot drain: it is {member.state.value}")
+        if member.state is not InstanceState.GONE:
+            self._check_serves(f"without {instance}", member, None, force=command.force)
+        member.is_leaving = command.leave
+        if member.state is InstanceState.READY:
+            self._dispatch(command)
+        elif member.state is InstanceState.GONE:
+            self._outputs.append(StopInstance(instance=instance))
+            self._let_go(member)
+        elif not member.entry.num_sequences:
+            self._outputs.append(StopInstance(instance=instance))
+
+    def _check_serves(self, how: str, changed: Member, role: Role | None, *, force: bool) -> None:
+        """Raise ConfigurationError unless requests can be served with ``changed`` in this role, or none: now, where it
+        takes some now.
+        """
+        others = [entry for entry in self._dispatcher.instances if entry.will_take and entry is not changed.entry]
+        is_ready = changed.state is InstanceState.READY
+        left = {entry.role for entry in others if not is_ready or entry.state is InstanceState.READY}
+        if not force and not serves_requests(left if role is None else left | {role}):
+            raise ConfigurationError(
+                f"{how}, no request could be served: add another {changed.role.value} instance first and wait until "
+                "it is ready, or force it"
+            )
+
+    def _let_go(self, member: Member) -> None:
+        """Strike a member off the list; what it still holds goes on elsewhere."""
+        self._prefixes.leave(member.instance)
+        self._dispatch(Leave(instance=member.instance))
+        self._members.remove(member.instance)
+        self._outputs.append(InstanceLeft(instance=member.instance))
 
     # Dispatch -------------------------------------------------------------------------------------------------
 
@@ -384,8 +435,12 @@ class RouterCore:
                         prefix=self._take_offer(request_id),
                     )
                 )
-            case Deliver() | SendGenerate() | SendLend() | SendRelease():
+            case Deliver() | SendGenerate() | SendLend() | SendRelease() | SendMigrate():
                 self._outputs.append(action)
+            case Drained(instance=instance):
+                self._outputs.append(action)
+                if self._members[instance].is_leaving:
+                    self._outputs.append(StopInstance(instance=instance))
             case WakeAt(time_s=time_s):
                 self._dispatch_wake_s = time_s
             case Drop(instance=instance):
@@ -408,9 +463,11 @@ class RouterCore:
         return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
 
     def _keep(self, offer: KvOffer) -> None:
-        """Remember the first offer of an attempt at a sequence, for the instance that will adopt it."""
-        if self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
-            self._offers.setdefault(offer.request_id, (offer, self._now))
+        """Remember an instance's first offer of an attempt at a sequence, for the instance that will adopt it."""
+        known = self._offers.get(offer.request_id)
+        is_first = known is None or known[0].source != offer.source
+        if is_first and self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
+            self._offers[offer.request_id] = (offer, self._now)
 
     def _drop(self, member: Member, reason: DropReason) -> None:
         self._outputs.append(MessageDropped(instance=member.instance, reason=reason))

@@ -13,6 +13,7 @@ from disagg.scheduling.dispatch.events import (
     SequenceArrived,
     SequenceCancelled,
     TokensEmitted,
+    Undrain,
 )
 from disagg.scheduling.step.events import Tick
 
@@ -60,7 +61,10 @@ AnyRouterInput = (
     | ProcessExited
     | Join
     | Drain
+    | Undrain
     | Leave
     | ChangeRole
     | Tick
 )
+AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
+"""What an operator, or whoever plans in her place, may want of the deployment."""

@@ -33,6 +33,8 @@ class Member:
     was_ready: bool = False
     num_restarts: int = 0
     num_malformed: int = 0
+    is_leaving: bool = False
+    """Its next end is its last: an operator removes it."""
     detail: str = ""
 
     @property

@@ -19,6 +19,7 @@ from disagg.scheduling.dispatch.actions import (
     SendAbort,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -122,7 +123,29 @@ class GiveUpInstance(RouterOutput, frozen=True, kw_only=True):
     nothing_left: bool = False
 
 
-AnySend = SendGenerate | SendWithPrefix | SendOffer | SendLend | SendAbort | SendRelease | TellPeerLost | AskForBlocks
+class StopInstance(RouterOutput, frozen=True, kw_only=True):
+    """The instance is to leave and holds nothing any more: let its process end, and say when it has."""
+
+    instance: InstanceId
+
+
+class InstanceLeft(RouterOutput, frozen=True, kw_only=True):
+    """The instance does not belong to the deployment any more."""
+
+    instance: InstanceId
+
+
+AnySend = (
+    SendGenerate
+    | SendWithPrefix
+    | SendOffer
+    | SendLend
+    | SendAbort
+    | SendRelease
+    | SendMigrate
+    | TellPeerLost
+    | AskForBlocks
+)
 """What becomes a message to an instance."""
 
 AnyRouterOutput = (
@@ -142,6 +165,8 @@ AnyRouterOutput = (
     | EndInstance
     | RestartInstance
     | GiveUpInstance
+    | StopInstance
+    | InstanceLeft
     | Drained
     | WakeAt
 )

@@ -129,6 +129,13 @@ class LeaseReleased(Event, frozen=True, kw_only=True):
     epoch: Epoch
 
 
+class MigrationAsked(Event, frozen=True, kw_only=True):
+    """Another instance is to go on with the sequence: its KV blocks are offered after its next token."""
+
+    request_id: RequestId
+    epoch: Epoch
+
+
 class SourceLost(Event, frozen=True, kw_only=True):
     """An instance died: offers from it that are not being pulled yet can no longer be."""
 
@@ -168,6 +175,7 @@ AnyEvent = (
     | TransferEnded
     | KvWanted
     | LeaseReleased
+    | MigrationAsked
     | SourceLost
     | BlockSaved
     | BlocksUnreadable

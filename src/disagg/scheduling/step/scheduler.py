@@ -38,6 +38,7 @@ from disagg.scheduling.step.events import (
     KvOffered,
     KvWanted,
     LeaseReleased,
+    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -190,6 +191,8 @@ class StepScheduler:
                 self._disk.on_saved(name, is_there=not failure)
             case BlocksUnreadable(names=names):
                 self._disk.on_unreadable(names)
+            case MigrationAsked(request_id=request_id, epoch=epoch):
+                self._on_migration_asked(request_id, epoch)
             case _:
                 self._apply_transfer(event)
 
@@ -240,6 +243,12 @@ class StepScheduler:
         else:
             self._books.wait(sequence)
 
+    def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Let go of a sequence after its next token, wherever that token's turn is; one that is gone stays gone."""
+        sequence = self._books.sequences.get(request_id)
+        if sequence is not None and sequence.epoch == epoch:
+            sequence.hand_over = True
+
     def _take_step(self, event: StepDone) -> PlannedStep:
         """Return what was planned of a step that has ended, and learn from what it took."""
         planned = self._steps.pop(event.step_id, None)
@@ -282,7 +291,7 @@ class StepScheduler:
                 emitted.append(request_id)
                 if result.finished is not None:
                     ended.append((sequence, result.finished))
-                elif sequence.hand_over:
+                elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
                     handed_over.append(sequence)
         if emitted:
             books.actions.append(Emit(request_ids=tuple(emitted)))

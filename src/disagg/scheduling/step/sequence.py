@@ -81,6 +81,7 @@ class Sequence:
     """(priority, seconds, number at this instance): lower is served earlier and preempted later. See ``QueueOrder``."""
     state: SequenceState
     hand_over: bool = False
+    """Another instance goes on with it after the next token that is sampled here."""
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
     objectives: Objectives = field(default_factory=Objectives)

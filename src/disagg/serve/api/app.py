@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, ExceptionHandler
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.errors import DisaggError
 from disagg.base.text import one_line
+from disagg.serve.api.admin import Administration, Operator
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.failures import as_disagg_error, error_response, plain_error_response
 from disagg.serve.api.gate import REQUEST_ID_HEADER, Gate
@@ -39,11 +40,12 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     router: Router,
     model: ServedModel,
     metrics: ServerMetrics,
     *,
+    operator: Operator | None = None,
     preparers: Preparers | None = None,
     api_keys: Sequence[str] = (),
     tenant_keys: Mapping[str, str] | None = None,
@@ -55,12 +57,18 @@ def create_app(
 
     With ``api_keys`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
     Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
-    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there.
+    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there. With
+    ``operator``, ``/admin`` takes commands.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
+    routes = _routes(router, model, Preparation(model, preparers), accounts)
+    if operator is not None:
+        routes += Administration(
+            router, operator, has_key=bool(api_keys or tenant_keys), tenants=set((tenant_keys or {}).values())
+        ).routes()
     app = Starlette(
-        routes=_routes(router, model, Preparation(model, preparers), accounts),
+        routes=routes,
         middleware=[Middleware(Gate, api_keys=api_keys, tenant_keys=tenant_keys), Middleware(Inflate)],
         exception_handlers=_exception_handlers(metrics),
     )

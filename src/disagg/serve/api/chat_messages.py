@@ -57,7 +57,8 @@ def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
     plain: dict[str, Any] = {"role": role, "content": _text(message, index)}
     if message.name is not None:
         plain["name"] = message.name
-    if (reasoning := message.reasoning_content or message.reasoning) is not None:
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if reasoning is not None and (reasoning or message.reasoning_content is not None):
         plain["reasoning_content"] = reasoning
     if message.tool_calls:
         plain["tool_calls"] = [

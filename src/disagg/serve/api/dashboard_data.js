@@ -16,6 +16,7 @@ const STAGES = [
   { name: "first_decode", label: "second token", hint: "the first decode step" },
   { name: "decode", label: "further tokens", hint: "all later decode steps" },
   { name: "delivery", label: "delivery", hint: "from the instance to the API" },
+  { name: "pause", label: "pause", hint: "from the loss of an instance to the next token" },
 ];
 const NUM_STAGES_TO_SECOND_TOKEN = 6;
 

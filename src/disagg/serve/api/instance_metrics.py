@@ -7,7 +7,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from disagg.base.messages import InstanceLoad
-from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.dispatch.state import ALIVE, InstanceState
 from disagg.serve.router.interface import InstanceStatus, Router
 
 _Read = Callable[[InstanceStatus], float]
@@ -81,8 +81,10 @@ class InstanceCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield gauges and counters, one sample for each instance."""
         instances = self._router.instances()
-        up = GaugeMetricFamily("disagg:instance_up", "1 while an instance takes requests", labels=_LABELS)
-        yield self._fill(up, instances, lambda status: status.state is InstanceState.READY)
+        up = GaugeMetricFamily("disagg:instance_up", "1 while an instance is ready or draining", labels=_LABELS)
+        yield self._fill(up, instances, lambda status: status.state in ALIVE)
+        draining = GaugeMetricFamily("disagg:instance_draining", "1 while an instance is draining", labels=_LABELS)
+        yield self._fill(draining, instances, lambda status: status.state is InstanceState.DRAINING)
         restarts = CounterMetricFamily("disagg:instance_restarts", "Deaths of an instance's process", labels=_LABELS)
         yield self._fill(restarts, instances, lambda status: status.num_restarts)
         for name, text, read in _GAUGES:

@@ -142,6 +142,10 @@ class ServerMetrics:
         """Count a sequence that goes on elsewhere."""
         self._resumed.inc()
 
+    def sequence_migrated(self) -> None:
+        """Count a running sequence that is handed over."""
+        self._migrated.inc()
+
     def pause_ended(self, pause_s: float) -> None:
         """Account for the pause of a resumed sequence."""
         self._pause.observe(pause_s)
@@ -204,6 +208,9 @@ class ServerMetrics:
             "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
         )
         self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
+        self._migrated = self._counter(
+            "disagg:sequences_migrated", "Running sequences that another instance was given with their KV blocks"
+        )
         self._pause = self._histogram(
             "disagg:resume_pause_seconds", "Loss of the instance to the next token", REQUEST_BUCKETS
         )

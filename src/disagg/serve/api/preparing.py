@@ -150,7 +150,8 @@ def _bad_words(request: GenerationFields, model: ServedModel) -> tuple[tuple[int
         if not word.startswith(" ") and plain:
             found[plain] = None
         # Where the space is a token of its own, the other spelling has it.
-        if spaced and (word.startswith(" ") or (spaced[0] != plain[0] and len(spaced) == len(plain))):
+        is_other_spelling = len(spaced) == len(plain) and spaced[:1] != plain[:1]
+        if spaced and (word.startswith(" ") or is_other_spelling):
             found[spaced] = None
     return tuple(found)
 

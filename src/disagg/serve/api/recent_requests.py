@@ -17,7 +17,8 @@ MAX_KEPT: Final = 4096
 MAX_PAGE: Final = 1000
 DEFAULT_PAGE: Final = 100
 
-_STAMPS: Final = tuple(name for name in RequestTimeline.__struct_fields__ if name not in ("arrival_s", "paused_s"))
+_NO_STAMPS: Final = ("arrival_s", "paused_s", "pauses_s")
+_STAMPS: Final = tuple(name for name in RequestTimeline.__struct_fields__ if name not in _NO_STAMPS)
 
 
 class RecentRequests:

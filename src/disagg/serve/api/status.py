@@ -22,7 +22,7 @@ def server_view(router: Router, model: ServedModel, version: str, accounts: Acco
         ready=state.ready,
         detail=state.detail,
         max_model_len=min((status.facts.max_model_len for status in instances if status.facts), default=None),
-        instances=[_instance_view(status) for status in instances],
+        instances=[instance_view(status) for status in instances],
         now_unix_s=time.time(),
         num_under_way=accounts.recent.num_under_way,
         can_chat=model.chat_template.available,
@@ -58,7 +58,8 @@ def _describe(status: InstanceStatus) -> str:
     return f"{status.instance} is {status.state.value}" + (f" ({status.detail})" if status.detail else "")
 
 
-def _instance_view(status: InstanceStatus) -> InstanceView:
+def instance_view(status: InstanceStatus) -> InstanceView:
+    """Return one instance as the pages show it."""
     facts, load = status.facts, status.load
     return InstanceView(
         instance=status.instance,
@@ -83,6 +84,8 @@ def _instance_view(status: InstanceStatus) -> InstanceView:
         num_leases_expired_total=load.num_leases_expired_total,
         num_prefix_queries_total=load.num_prefix_queries_total,
         num_prefix_hits_total=load.num_prefix_hits_total,
+        num_sequences=status.num_sequences,
+        is_leaving=status.is_leaving,
         num_prefix_pulled_total=load.num_prefix_pulled_total,
         num_prefix_loaded_total=load.num_prefix_loaded_total,
         blocks_on_disk=load.blocks_on_disk,

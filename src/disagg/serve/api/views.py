@@ -41,9 +41,25 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     num_leases_expired_total: int = 0
     num_prefix_queries_total: int = 0
     num_prefix_hits_total: int = 0
+    num_sequences: int = 0
+    """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+    is_leaving: bool = False
     num_prefix_pulled_total: int = 0
     num_prefix_loaded_total: int = 0
     blocks_on_disk: int = 0
+
+
+class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /admin/instances``."""
+
+    instances: list[InstanceView]
+
+
+class CommandReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command of ``/admin`` began; it may take a while to end."""
+
+    instance: str
+    message: str
 
 
 class HandOverTotals(msgspec.Struct, kw_only=True):

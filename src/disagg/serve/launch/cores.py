@@ -1,5 +1,6 @@
 """Which cores each instance computes on, so that instances on one host do not take each other's time."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -33,3 +34,13 @@ def _share(cores: Sequence[int], wanted: Sequence[int | None]) -> list[tuple[int
         assigned.append(tuple(sorted(cores[(start + step) % len(cores)] for step in range(number))))
         start += number
     return assigned
+
+
+def least_taken_cores(cores: Sequence[int], taken: Sequence[int], number: int) -> tuple[int, ...]:
+    """Return so many cores for one more instance: those that fewest others have, earlier ones first.
+
+    ``taken`` names a core once for each instance that has it.
+    """
+    times = Counter(taken)
+    order = sorted(cores, key=lambda core: (times[core], cores.index(core)))
+    return tuple(sorted(order[:number]))

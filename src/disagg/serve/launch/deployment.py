@@ -22,7 +22,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.base.units import format_ranges
-from disagg.serve.launch.cores import assign_cores
+from disagg.serve.launch.cores import assign_cores, least_taken_cores
 
 
 class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +107,7 @@ def plan_instances(
     available_cores: Sequence[int],
     parent_pid: int,
     control_key: str | None = None,
+    weights: str | None = None,
     kv_host: str | None = None,
 ) -> tuple[InstanceSettings, ...]:
     """Return what each instance is told at its start, in the order of ``Deployment.roles``.
@@ -117,7 +118,7 @@ def plan_instances(
     wanted = [deployment.host.threads or group.num_threads for group in groups]
     host = deployment.host
     common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.predicts)
-    cores = assign_cores(_usable_cores(host.cpus, available_cores), wanted)
+    cores = assign_cores(usable_cores(host.cpus, available_cores), wanted)
     return tuple(
         InstanceSettings(
             instance=name,
@@ -136,13 +137,50 @@ def plan_instances(
             num_threads=num_threads or len(own_cores),
             kernel_backend=host.kernels,
             latency=host.latency,
-            event_log=None if host.event_log is None else f"{host.event_log}/{name}.jsonl",
+            event_log=_event_log(host, name),
+            weights=weights,
             parent_pid=parent_pid,
         )
         for (name, role), group, own_cores, num_threads in zip(
             deployment.roles().items(), groups, cores, wanted, strict=True
         )
     )
+
+
+def plan_addition(
+    deployment: Deployment,
+    planned: Sequence[InstanceSettings],
+    present: Sequence[InstanceSettings],
+    name: InstanceId,
+    role: Role,
+    available_cores: Sequence[int],
+) -> InstanceSettings:
+    """Return what one more instance is told. ``planned`` are those of the start, ``present`` those that there are now.
+
+    It is as those of its role, on cores that are left; where too few are, it shares those that fewest others have.
+    """
+    host = deployment.host
+    like = next((settings for settings in planned if settings.role is role), planned[0])
+    group = next(
+        (group for group in deployment.placement.groups if group.role is role), InstanceGroup(role=role, count=1)
+    )
+    num_threads = host.threads or group.num_threads or like.num_threads
+    taken = [core for settings in present for core in settings.cpus]
+    cores = least_taken_cores(usable_cores(host.cpus, available_cores), taken, num_threads)
+    return msgspec.structs.replace(
+        like,
+        instance=name,
+        role=role,
+        cache=group.cache(deployment.cache),
+        scheduler=group.scheduler(deployment.scheduler),
+        cpus=cores,
+        num_threads=num_threads,
+        event_log=_event_log(host, name),
+    )
+
+
+def _event_log(host: HostSettings, name: InstanceId) -> str | None:
+    return None if host.event_log is None else f"{host.event_log}/{name}.jsonl"
 
 
 def _groups(deployment: Deployment) -> list[InstanceGroup]:
@@ -163,7 +201,8 @@ def _groups(deployment: Deployment) -> list[InstanceGroup]:
     return [group for group in groups for _ in range(group.count)]
 
 
-def _usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:
+def usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:
+    """Return the cores that instances share out; raise ConfigurationError for asked ones that are not available."""
     if absent := sorted(set(asked) - set(available)):
         raise ConfigurationError(
             f"--cpus names core {format_ranges(absent)}, but this process may use {format_ranges(sorted(available))}"

@@ -44,8 +44,13 @@ class ProcessListener(Protocol):
 class _Child:
     """One instance over all its lives."""
 
-    def __init__(self, settings: InstanceSettings) -> None:
+    def __init__(self, settings: InstanceSettings, *, is_essential: bool = True) -> None:
         self.settings = settings
+        self.is_essential = is_essential
+        """False where the server goes on without it, should it not start."""
+        self.stopping = asyncio.Event()
+        self.supervisor: asyncio.Task[None] | None = None
+        self.has_left = False
         self.process: InstanceProcess | None = None
         self.is_ready = False
         self.was_ready = False
@@ -56,12 +61,17 @@ class _Child:
         """Why the router had it ended."""
         self.last_end = ""
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal its process, where it has one."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
 
 class Launcher:
     """Keeps one process running for each instance. It is the router's InstanceWatcher.
 
-    ``start`` starts all; ``wait_ready`` returns when all take requests. ``failed`` is done when the server cannot go
-    on: an instance did not start at all (its own error), or too many were given up to serve anything.
+    ``start`` starts all, ``add`` one more; ``wait_ready`` returns when all take requests. ``failed`` is done when the
+    server cannot go on: an instance did not start at all (its own error), or too many were given up to serve anything.
     """
 
     def __init__(
@@ -76,9 +86,10 @@ class Launcher:
         self._listener = listener
         self._observer = observer
         self._command = command
-        self._stopping = asyncio.Event()
+        self._is_stopping = False
         self._all_ready = asyncio.Event()
-        self._supervisors: list[asyncio.Task[None]] = []
+        self._endings: set[asyncio.Task[None]] = set()
+        """Instances that leave, and are given time to end."""
         self.failed: asyncio.Future[DisaggError] = asyncio.get_running_loop().create_future()
 
     @property
@@ -86,12 +97,20 @@ class Launcher:
         """Process ids of the instances that have a process."""
         return {name: child.process.pid for name, child in self._children.items() if child.process is not None}
 
+    @property
+    def settings(self) -> tuple[InstanceSettings, ...]:
+        """What each instance was told at its start."""
+        return tuple(child.settings for child in self._children.values())
+
     def start(self) -> None:
         """Start all instances, and go on to watch them."""
-        for name, child in self._children.items():
-            supervisor = asyncio.create_task(self._supervise(child), name=f"supervisor of {name}")
-            supervisor.add_done_callback(self._note_end)
-            self._supervisors.append(supervisor)
+        for child in self._children.values():
+            self._watch(child)
+
+    def add(self, settings: InstanceSettings) -> None:
+        """Start one more instance, whose end ends nothing else."""
+        child = self._children[settings.instance] = _Child(settings, is_essential=False)
+        self._watch(child)
 
     async def wait_ready(self) -> None:
         """Return once every instance has been ready."""
@@ -99,23 +118,28 @@ class Launcher:
 
     async def stop(self) -> None:
         """End all instances: wait for those that were asked to stop, then terminate, then kill. May be called twice."""
-        self._stopping.set()
-        for child in self._children.values():
-            if child.process is not None and not child.is_ready:
-                child.process.send_signal(signal.SIGTERM)  # it still loads, and reads no message
-        for number, patience_s in ((None, STOP_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, None)):
-            if number is not None:
-                self._signal_all(number)
-            if not self._supervisors:
-                return
-            _, pending = await asyncio.wait(self._supervisors, timeout=patience_s)
-            if not pending:
-                return
+        self._is_stopping = True
+        await self._end(tuple(self._children.values()))
 
     def kill(self) -> None:
         """Kill all instances at once; ``stop`` then waits for their end."""
-        self._stopping.set()
-        self._signal_all(signal.SIGKILL)
+        self._is_stopping = True
+        for child in self._children.values():
+            child.stopping.set()
+            child.send_signal(signal.SIGKILL)
+
+    async def _end(self, children: Sequence[_Child]) -> None:
+        for child in children:
+            child.stopping.set()
+            if not child.is_ready:
+                child.send_signal(signal.SIGTERM)  # it still loads, and reads no message
+        for number, patience_s in ((None, STOP_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, None)):
+            supervisors = [child.supervisor for child in children if child.supervisor is not None]
+            if number is not None:
+                for child in children:
+                    child.send_signal(number)
+            if not supervisors or not (await asyncio.wait(supervisors, timeout=patience_s))[1]:
+                return
 
     # InstanceWatcher ------------------------------------------------------------------------------------------
 
@@ -153,28 +177,41 @@ class Launcher:
                 UnavailableError(f"{lost} died too often, and nothing can be served without; last: {child.last_end}")
             )
 
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        ending = asyncio.create_task(self._end((self._children[instance],)), name=f"end of {instance}")
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        child = self._children.pop(instance, None)
+        if child is not None:  # it was none of another host
+            child.has_left = True
+            self._observer.instance_left(instance)
+
     # Lives and deaths -----------------------------------------------------------------------------------------
+
+    def _watch(self, child: _Child) -> None:
+        name = f"supervisor of {child.settings.instance}"
+        child.supervisor = asyncio.create_task(self._supervise(child), name=name)
+        child.supervisor.add_done_callback(self._note_end)
 
     async def _supervise(self, child: _Child) -> None:
         name = child.settings.instance
-        while not self._stopping.is_set():
+        while not child.stopping.is_set():
             child.fault = ""
             child.is_ready = False
             ended = await self._live(child)
-            if self._stopping.is_set():
+            if self._is_stopping:
                 return
             delay_s = self._after_death(child, ended)
             if delay_s is None:
                 return
-            await self._pause(delay_s)
+            await _pause(child, delay_s)
             logger.debug("starting %s again", name)
-
-    async def _pause(self, delay_s: float) -> None:
-        """Wait so long, or until the end."""
-        try:
-            await asyncio.wait_for(self._stopping.wait(), delay_s)
-        except TimeoutError:
-            return
+        if not self._is_stopping:
+            self._listener.instance_exited(name, child.last_end)  # it was to leave between two lives
 
     async def _live(self, child: _Child) -> Exit:
         """Run one process of the instance to its end."""
@@ -182,7 +219,7 @@ class Launcher:
             child.process = await self._start_process(child)
         except OSError as error:
             return Exit(status=1, fault=f"its process could not be started: {error.strerror}")
-        if self._stopping.is_set():
+        if child.stopping.is_set():
             child.process.send_signal(signal.SIGKILL)
         ended = await child.process.wait()
         child.process = None
@@ -196,17 +233,19 @@ class Launcher:
             try:
                 return await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
             except OSError as error:
-                if error.errno not in _LACKING or self._stopping.is_set():
+                if error.errno not in _LACKING or child.stopping.is_set():
                     raise
                 logger.warning("%s cannot be started now (%s): trying again in %g s", name, error.strerror, delay_s)
-            await self._pause(delay_s)
+            await _pause(child, delay_s)
             delay_s = min(MAX_RETRY_S, 2 * delay_s)
 
     def _after_death(self, child: _Child, ended: Exit) -> float | None:
         """Tell everybody and return the seconds until the next start, or None when there is none."""
         name, child.last_end = child.settings.instance, ended.describe()
         self._listener.instance_exited(name, child.last_end)
-        if child.was_ready:
+        if child.has_left:
+            return None
+        if child.was_ready or not child.is_essential:
             self._observer.instance_lost(name, child.last_end, child.restart_delay_s)
         elif ended.status == CONFIGURATION_STATUS:
             self._fail(ConfigurationError(f"{name} could not start: {ended.error() or child.last_end}"))
@@ -223,7 +262,10 @@ class Launcher:
         if not self.failed.done():
             self.failed.set_result(error)
 
-    def _signal_all(self, number: signal.Signals) -> None:
-        for child in self._children.values():
-            if child.process is not None:
-                child.process.send_signal(number)
+
+async def _pause(child: _Child, delay_s: float) -> None:
+    """Wait so long, or until the instance is to end."""
+    try:
+        await asyncio.wait_for(child.stopping.wait(), delay_s)
+    except TimeoutError:
+        return

@@ -33,7 +33,7 @@ def listen(settings: ServeSettings) -> socket.socket:
 
     Raises ConfigurationError when the address is not there, not allowed or in use.
     """
-    host, port = settings.host, settings.port
+    host, port = settings.host.removeprefix("[").removesuffix("]"), settings.port
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:

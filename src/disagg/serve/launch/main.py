@@ -23,6 +23,7 @@ from disagg.serve.launch.api_keys import read_api_keys
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.listening import listen
+from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.server import LiveServer
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.live import LiveRouter
@@ -47,11 +48,12 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
         metrics = ServerMetrics(model.name)
         traces = _open_traces(deployment.serve, model.name, resources)
 
-        def make_app(router: LiveRouter) -> ASGIApp:
+        def make_app(router: LiveRouter, operator: LocalOperator) -> ASGIApp:
             return create_app(
                 router,
                 model,
                 metrics,
+                operator=operator,
                 preparers=preparers,
                 api_keys=api_keys,
                 tenant_keys=deployment.serve.tenant_keys,

@@ -23,9 +23,11 @@ from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
+from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
+from disagg.serve.launch.weights_file import shared_weights
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.kv_publisher import KvEventPublisher
@@ -34,8 +36,8 @@ from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
 
-AppFactory = Callable[[LiveRouter], ASGIApp]
-"""Makes the HTTP application of a router."""
+AppFactory = Callable[[LiveRouter, LocalOperator], ASGIApp]
+"""Makes the HTTP application of a router and of whoever changes its deployment."""
 
 
 class LiveServer:
@@ -77,6 +79,7 @@ class LiveServer:
                 available_cores=sorted(os.sched_getaffinity(0)),
                 parent_pid=os.getpid(),
                 control_key=control_key,
+                weights=resources.enter_context(shared_weights()),
                 kv_host=kv_host_of(self._deployment.remote),
             )
             folder = self._deployment.host.event_log
@@ -91,6 +94,7 @@ class LiveServer:
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
+            self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher)
             self._router.start(watcher_of(self._launcher, self._router, self._outside))
             await self._serve()
 
@@ -105,7 +109,7 @@ class LiveServer:
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""
         budget = share_descriptors(len(self._deployment.roles()))
-        api = make_api_server(self._make_app(self._router), self._deployment.serve, budget)
+        api = make_api_server(self._make_app(self._router, self._operator), self._deployment.serve, budget)
         self._launcher.start()
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")

@@ -25,6 +25,9 @@ class ServerObserver(Protocol):
     def instance_lost(self, instance: InstanceId, how: str, restart_in_s: float | None) -> None:
         """An instance died; it is started again in so many seconds, or given up (None)."""
 
+    def instance_left(self, instance: InstanceId) -> None:
+        """An operator removed an instance."""
+
     def server_ready(self, url: str, model: str, instances: tuple[InstanceStatus, ...]) -> None:
         """All instances take requests, and the API answers for ``model`` at ``url``."""
 

@@ -21,6 +21,10 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     facts: InstanceFacts | None = None
     load: InstanceLoad = InstanceLoad()
     num_restarts: int = 0
+    num_sequences: int = 0
+    """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+    is_leaving: bool = False
+    """True when it is removed once it holds nothing."""
     detail: str = ""
 
 

@@ -14,11 +14,11 @@ from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, Stop, decode_for_router, encode
+from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import InstanceSaid, MalformedMessage, ProcessExited
+from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
@@ -99,6 +99,12 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
+    # For an operator ------------------------------------------------------------------------------------------
+
+    def command(self, command: AnyCommand) -> None:
+        """Change the deployment; raise ConfigurationError, with the reason, where that cannot be done."""
+        self._shell.feed(command)
+
     # For whoever runs the server ------------------------------------------------------------------------------
 
     def start(self, watcher: InstanceWatcher) -> None:
@@ -121,12 +127,8 @@ class LiveRouter:
     def stop_instances(self) -> None:
         """Ask every instance to end."""
         self._stopping = True
-        data = encode(Stop())
         for member in self._core.members:
-            try:
-                self._socket.send(member.instance, data)
-            except UnavailableError as error:
-                logger.debug("no need to stop %s: %s", member.instance, error)
+            self._shell.stop_instance(member.instance)
 
     def close(self) -> None:
         """Fail what is under way, and stop to listen. May be called twice."""
@@ -194,5 +196,7 @@ def _status(member: Member) -> InstanceStatus:
         facts=member.facts,
         load=member.load,
         num_restarts=member.num_restarts,
+        num_sequences=member.entry.num_sequences,
+        is_leaving=member.is_leaving,
         detail=member.detail,
     )

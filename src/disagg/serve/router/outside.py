@@ -221,3 +221,15 @@ class TwoWatchers:
         """See InstanceWatcher."""
         if instance not in self._outside:
             self._local.give_up_instance(instance, nothing_left)
+
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """See InstanceWatcher: what is on another host is ended there."""
+        if instance in self._outside:
+            self._outside.turn_out(instance, "an operator removed it")
+        else:
+            self._local.instance_leaving(instance)
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        if instance not in self._outside:
+            self._local.instance_left(instance)

@@ -25,10 +25,12 @@ from disagg.base.messages import (
     Generate,
     Lend,
     Message,
+    Migrate,
     PeerLost,
     Release,
     ReportBlocks,
     SequenceOutput,
+    Stop,
     encode,
 )
 from disagg.base.request import GenerationRequest
@@ -47,6 +49,7 @@ from disagg.scheduling.dispatch.actions import (
     SendAbort,
     SendGenerate,
     SendLend,
+    SendMigrate,
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -60,12 +63,14 @@ from disagg.scheduling.router.outputs import (
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
     RestartInstance,
     SendOffer,
     SendWithPrefix,
+    StopInstance,
     TellPeerLost,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -241,8 +246,25 @@ class RouterShell:
                 self._sink.sequence_degraded()
             case PathEnded():
                 self._sink.path_ended(output)
+            case Drained() | StopInstance() | InstanceLeft():
+                self._report_leaving(output)
+
+    def _report_leaving(self, output: Drained | StopInstance | InstanceLeft) -> None:
+        match output:
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
+            case StopInstance(instance=instance):
+                self.stop_instance(instance)
+                self.watcher.instance_leaving(instance)
+            case InstanceLeft(instance=instance):
+                self.watcher.instance_left(instance)
+
+    def stop_instance(self, instance: InstanceId) -> None:
+        """Ask an instance to end; one that reads no message is ended by whoever runs it."""
+        try:
+            self._socket.send(instance, encode(Stop()))
+        except UnavailableError as error:
+            logger.debug("no need to stop %s: %s", instance, error)
 
     def _send(self, output: AnySend) -> None:
         try:
@@ -265,6 +287,9 @@ class RouterShell:
                 return Abort(request_id=request_id, epoch=epoch)
             case SendRelease(request_id=request_id, epoch=epoch):
                 return Release(request_id=request_id, epoch=epoch)
+            case SendMigrate(request_id=request_id, epoch=epoch):
+                self._sink.sequence_migrated()
+                return Migrate(request_id=request_id, epoch=epoch)
             case TellPeerLost(lost=lost, incarnation=incarnation):
                 return PeerLost(instance=lost, incarnation=incarnation)
             case AskForBlocks():

@@ -31,6 +31,9 @@ class RouterSink(Protocol):
     def sequence_resumed(self) -> None:
         """A sequence lost its instance and goes on elsewhere."""
 
+    def sequence_migrated(self) -> None:
+        """A running sequence is handed over to another instance, which pulls its KV blocks."""
+
     def pause_ended(self, pause_s: float) -> None:
         """The next token of such a sequence has come, so long after the loss."""
 
@@ -57,6 +60,9 @@ class NullSink:
         """See RouterSink."""
 
     def sequence_resumed(self) -> None:
+        """See RouterSink."""
+
+    def sequence_migrated(self) -> None:
         """See RouterSink."""
 
     def pause_ended(self, pause_s: float) -> None:

@@ -24,6 +24,12 @@ class InstanceWatcher(Protocol):
     def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
         """The instance's process is gone for good; ``nothing_left`` when no request can be served without it."""
 
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """The instance is to leave and was asked to end: see that its process does, and report its end."""
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """The instance does not belong to the deployment any more."""
+
 
 class NullWatcher:
     """An InstanceWatcher for a router whose instances nobody manages."""
@@ -41,4 +47,10 @@ class NullWatcher:
         """See InstanceWatcher."""
 
     def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
+        """See InstanceWatcher."""
+
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+
+    def instance_left(self, instance: InstanceId) -> None:
         """See InstanceWatcher."""

@@ -197,6 +197,8 @@ class BoundLinear {
     linear_.pack(at<void>(weight), at<void>(packed), num_threads);
   }
 
+  void use_packed(uintptr_t packed) { linear_.use_packed(at<void>(packed)); }
+
   void multiply(uintptr_t x, uintptr_t out, int64_t rows, int num_threads) const {
     const py::gil_scoped_release unlocked;
     run_team(num_threads, [&](Team& team) { linear_.multiply(team, at<void>(x), at<void>(out), rows); });
@@ -283,6 +285,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))
       .def("packed_bytes", &BoundLinear::packed_bytes)
       .def("pack", &BoundLinear::pack)
+      .def("use_packed", &BoundLinear::use_packed)
       .def("multiply", &BoundLinear::multiply);
   py::class_<BoundDecoder>(module, "Decoder")
       .def(py::init<const BoundKernels&, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, uintptr_t,

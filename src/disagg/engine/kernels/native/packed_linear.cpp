@@ -40,6 +40,8 @@ int64_t PackedLinear::packed_bytes() const {
   return num_panels_ * panel_units() * (scale_.empty() ? int64_t{sizeof(uint32_t)} : features_per_unit_);
 }
 
+void PackedLinear::use_packed(const void* packed) { packed_ = packed; }
+
 void PackedLinear::pack(const void* weight, void* packed, int num_threads) {
   packed_ = packed;
   run_team(num_threads, [&](Team& team) {

@@ -20,6 +20,8 @@ class PackedLinear {
   // Bytes that ``pack`` fills, and where they are from then on.
   int64_t packed_bytes() const;
   void pack(const void* weight, void* packed, int num_threads);
+  // The same, where ``pack`` has filled these bytes before: in another process, perhaps.
+  void use_packed(const void* packed);
 
   // out [rows, out_features] = x [rows, in_features] times the transposed weight, plus the bias. For every thread of the
   // team to call.

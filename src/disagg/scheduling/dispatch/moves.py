@@ -1,0 +1,70 @@
+"""Which answers move to another instance while they run, and how. Pure.
+
+A draining instance gives away all that runs on it; one that becomes a prefill instance, what it decodes then. The
+source offers the KV blocks after its next token, and the other one pulls them, as after a prefill (Llumnix calls it
+live migration). An answer stays where it is while no other instance can take it.
+"""
+
+import enum
+from collections.abc import Iterable
+
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.scheduling.dispatch.actions import SendMigrate
+from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
+from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry, Whereabouts
+
+_MOVABLE = (Whereabouts.DECODING, Whereabouts.RUNNING)
+
+
+class Move(enum.Enum):
+    """How an answer comes to another instance."""
+
+    PULL = "pull"
+    """Its KV blocks are offered and pulled: it goes on after its next token."""
+    RECOMPUTE = "recompute"
+    """It starts again, in a new attempt, from its known tokens."""
+
+
+def movable(
+    fleet: Fleet, sequences: Iterable[SequenceEntry], flipped: InstanceEntry | None = None
+) -> list[SequenceEntry]:
+    """Return the running sequences that their instances give away, in the order of arrival.
+
+    ``flipped`` has another role since this moment.
+    """
+    sources = {entry.instance for entry in fleet.entries if entry.state is InstanceState.DRAINING}
+    if flipped is not None and flipped.role is Role.PREFILL:
+        sources.add(flipped.instance)
+    if not sources:
+        return []
+    return [sequence for sequence in sequences if sequence.holder in sources and sequence.state in _MOVABLE]
+
+
+def choose_move(fleet: Fleet, sequence: SequenceEntry) -> Move | None:
+    """Return how a running sequence moves now; None while no other instance can go on with it.
+
+    To pull costs a copy, to compute again a whole prefill of prompt and answer: blocks are pulled wherever some
+    instance can adopt them.
+    """
+    others = [entry for entry in fleet.entries if entry.instance != sequence.holder]
+    if choose_adopter(others, sequence) is not None:
+        return Move.PULL
+    target = choose_start(others, sequence)
+    is_decided = target is not None and (target.role is not Role.PREFILL or sequence.ends_at_first_token)
+    return Move.RECOMPUTE if is_decided else None
+
+
+def is_only_with_visited(fleet: Fleet, sequence: SequenceEntry) -> bool:
+    """Return whether an offered sequence could be adopted but for having been on the instances that would."""
+    return any(
+        entry.instance in sequence.visited and entry.role is not Role.PREFILL and entry.will_take
+        for entry in fleet.entries
+    )
+
+
+def migrate(sequence: SequenceEntry, source: InstanceId, now: float) -> SendMigrate:
+    """Let the source offer a running sequence, after its next token."""
+    sequence.move(Whereabouts.MIGRATING, now, f"{source} gives it away")
+    return SendMigrate(request_id=sequence.request_id, epoch=sequence.epoch, instance=source)

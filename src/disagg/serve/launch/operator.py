@@ -1,0 +1,64 @@
+"""An operator's commands on a deployment of local processes: what the router decides, and who starts processes."""
+
+import os
+from collections.abc import Sequence
+from itertools import count
+
+from disagg.base.config import InstanceSettings
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.base.units import format_ranges
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
+from disagg.serve.launch.deployment import Deployment, plan_addition
+from disagg.serve.launch.launcher import Launcher
+from disagg.serve.router.live import LiveRouter
+
+
+class LocalOperator:
+    """See ``Operator``. ``planned`` are the instances that the server began with."""
+
+    def __init__(
+        self, deployment: Deployment, planned: Sequence[InstanceSettings], router: LiveRouter, launcher: Launcher
+    ) -> None:
+        self._deployment = deployment
+        self._planned = planned
+        self._router = router
+        self._launcher = launcher
+        self._used = {settings.instance for settings in planned}
+
+    def drain(self, instance: InstanceId, *, force: bool) -> str:
+        """See Operator."""
+        self._router.command(Drain(instance=instance, force=force))
+        return f"{instance} gets no new requests and gives its running answers to others"
+
+    def undrain(self, instance: InstanceId) -> str:
+        """See Operator."""
+        self._router.command(Undrain(instance=instance))
+        return f"{instance} gets requests again"
+
+    def remove(self, instance: InstanceId, *, force: bool) -> str:
+        """See Operator."""
+        self._router.command(Drain(instance=instance, leave=True, force=force))
+        return f"{instance} gives its running answers to others and ends"
+
+    def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
+        """See Operator."""
+        self._router.command(ChangeRole(instance=instance, role=role, force=force))
+        return f"{instance} is a {role.value} instance from now on; its KV cache stays"
+
+    def add(self, role: Role) -> tuple[InstanceId, str]:
+        """See Operator."""
+        names = (InstanceId(f"{role.value}-{number}") for number in count())
+        name = next(name for name in names if name not in self._used and not self._router.has_instance(name))
+        present = self._launcher.settings
+        cores = sorted(os.sched_getaffinity(0))
+        settings = plan_addition(self._deployment, self._planned, present, name, role, cores)
+        self._router.command(Join(instance=name, role=role))
+        self._used.add(name)
+        self._launcher.add(settings)
+        return name, f"{name} starts on core {format_ranges(settings.cpus)}{_shared(settings, present)}"
+
+
+def _shared(added: InstanceSettings, present: Sequence[InstanceSettings]) -> str:
+    others = [settings.instance for settings in present if not set(settings.cpus).isdisjoint(added.cpus)]
+    return f", which it shares with {', '.join(others)}: no other core is left" if others else ""
