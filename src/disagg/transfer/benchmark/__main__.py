@@ -52,7 +52,10 @@ def _send_plain_bytes(listener: socket.socket, num_bytes: int) -> None:
     """Send as many bytes as a read has for each byte that comes in."""
     data = bytes(num_bytes)
     while True:
-        reader, _ = listener.accept()
+        try:
+            reader, _ = listener.accept()
+        except OSError:  # the benchmark is over
+            return
         with reader:
             while reader.recv(1):
                 reader.sendall(data)
