@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from disagg.base.errors import ConfigurationError
 from disagg.measure.record import Ending, RequestRecord, read_records, write_records
 from disagg.measure.slo import Slo, parse_slo
-from disagg.measure.statistics import LogHistogram, Share
+from disagg.measure.statistics import Estimate, LogHistogram, Share
 from disagg.measure.summary import summarize
 
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
@@ -196,3 +196,7 @@ def test_a_share_has_wilsons_interval() -> None:
     assert (share.low, share.high) == pytest.approx((0.596, 0.982), abs=1e-3)
     assert Share.of(10, 10).high == 1.0
     assert Share.of(0, 0) == Share(count=0, total=0, share=0.0, low=0.0, high=1.0)
+
+
+def test_equal_runs_have_no_interval_not_one_of_rounding():
+    assert Estimate.of([14.8 / 3] * 3) == Estimate(mean=14.8 / 3, half_width=0.0)

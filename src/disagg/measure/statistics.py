@@ -76,6 +76,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         mean = sum(values) / len(values)
         if len(values) < 2:
             return cls(mean=mean, half_width=math.nan)
+        if min(values) == max(values):
+            return cls(mean=values[0], half_width=0.0)  # to the last bit, which sums and roots would miss
         quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _NORMAL95
         return cls(mean=mean, half_width=quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values)))
 
