@@ -102,7 +102,8 @@ class RouterEnd:
             assert remaining_s > 0, f"it did not come; received: {self.news[-10:]}"
             if self._socket.poll(remaining_s * 1000):
                 instance, data = self._socket.recv_multipart()
-                self.received.append((instance.decode(), decode_for_router(data)))
+                if not instance.startswith(b"\0"):  # ZeroMQ's name for who lost its own to one that came after it
+                    self.received.append((instance.decode(), decode_for_router(data)))
 
     @property
     def news(self) -> list[tuple[str, ToRouter]]:
