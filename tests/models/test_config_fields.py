@@ -16,7 +16,7 @@ LIMITED = [
     (field, architecture)
     for field in CONFIG_FIELDS
     if field.verdict is Verdict.LIMITED
-    for architecture in field.architectures
+    for architecture in sorted(field.architectures, key=lambda architecture: architecture.name)
 ]
 
 
