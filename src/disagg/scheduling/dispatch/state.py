@@ -94,6 +94,8 @@ class InstanceState(enum.Enum):
     GONE = "gone"
     """Given up, or it left: it will not come back."""
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and every placing asks which instances are coming
+
 
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""

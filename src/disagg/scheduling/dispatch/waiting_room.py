@@ -96,6 +96,8 @@ class WaitingRoom:
         """Return the sequence whose turn is next, those named left out; None when there is none."""
         firsts = []
         for tenant in self._tenants.values():
+            if not tenant.waiting:
+                continue
             first = next((one for one in tenant.waiting if one.request_id not in but), None)
             if first is not None:
                 priority, rank_s, order = first.rank
