@@ -18,7 +18,8 @@ from typing import NamedTuple
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import FailReason
-from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_added, start_cost
+from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_to_compute, start_cost
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
@@ -88,17 +89,14 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, 
     return pair or holds[Role.COLOCATED] or (sequence.is_resumed and holds[Role.DECODE])
 
 
-def why_unplaceable(
-    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool
-) -> tuple[FailReason, str] | None:
+def why_unplaceable(fleet: Fleet, sequence: SequenceEntry, *, strict_roles: bool) -> tuple[FailReason, str] | None:
     """Return why a sequence that no instance can take now need not wait for one; None where it may."""
-    known = ", ".join(entry.describe() for entry in instances)
-    if not can_be_served(instances, sequence, strict_roles=strict_roles):
-        return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({known})"
-    if not can_be_held(instances, sequence, strict_roles=strict_roles):
+    if not can_be_served(fleet.entries, sequence, strict_roles=strict_roles):
+        return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({fleet.describe()})"
+    if not can_be_held(fleet.entries, sequence, strict_roles=strict_roles):
         return FailReason.TOO_LONG, (
             f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
-            f"can hold ({known}); ask for fewer tokens or raise --kv-memory"
+            f"can hold ({fleet.describe()}); ask for fewer tokens or raise --kv-memory"
         )
     return None
 
@@ -144,18 +142,25 @@ def _best_colocated(instances: Sequence[InstanceEntry], sequence: SequenceEntry)
 def _least_held(entries: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
     return min(
         entries,
-        key=lambda entry: (entry.kv_tokens + num_added(sequence, entry), entry.prefill_tokens),
+        key=lambda entry: (entry.kv_tokens + num_to_compute(sequence, entry), entry.prefill_tokens),
         default=None,
     )
 
 
-def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceEntry) -> list[InstanceEntry]:
-    needed = _needed(role, sequence)
+def open_to(
+    instances: Iterable[InstanceEntry], sequence: SequenceEntry, role: Role, *, hand_over: bool
+) -> list[InstanceEntry]:
+    """Return the ready instances of a role that can hold the sequence, with ``hand_over`` up to its first token."""
+    needed = most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=hand_over)
     return [
         entry
         for entry in instances
         if entry.role is role and entry.state is InstanceState.READY and entry.can_hold(needed)
     ]
+
+
+def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceEntry) -> list[InstanceEntry]:
+    return open_to(instances, sequence, role, hand_over=role is Role.PREFILL)
 
 
 def _needed(role: Role, sequence: SequenceEntry) -> int:

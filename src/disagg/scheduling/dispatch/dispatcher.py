@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import assert_never
 
-from disagg.base.config import RouterSettings, SchedulerSettings
+from disagg.base.config import Overload, RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import Role
@@ -185,7 +185,8 @@ class Dispatcher:
             deadline_s=self._now + self._settings.request_timeout_s,
             story=[(self._now, "arrived", Whereabouts.QUEUED)],
         )
-        sequence.held = self._held(sequence)
+        if self._settings.overload is not Overload.QUEUE:
+            sequence.held = self._held(sequence)  # to predict it before its turn has come
         verdict = self._turns.take(sequence, len(self._sequences), self._now)
         if verdict is not None:
             self._actions.append(verdict)
@@ -203,7 +204,7 @@ class Dispatcher:
             self._resume(sequence, "only instances that held it can go on with it")
         if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
-        why = why_unplaceable(self.instances, sequence, strict_roles=self._settings.strict_roles)
+        why = why_unplaceable(self._fleet, sequence, strict_roles=self._settings.strict_roles)
         if why is not None:
             self._fail(sequence, *why)
         else:
@@ -397,8 +398,7 @@ class Dispatcher:
                 self._lent(sequence, has_lent=False)
                 return
             if sequence.holder is not None:
-                why_still = f"{lost} died while its blocks were being pulled"
-                sequence.story.append((self._now, why_still, sequence.state))
+                sequence.story.append((self._now, f"{lost} died while its blocks were being pulled", sequence.state))
                 return
         elif sequence.holder == lost:
             sequence.holder = None

@@ -12,11 +12,11 @@ from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
-from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
+from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open_to
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
-from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths, open_to
+from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom

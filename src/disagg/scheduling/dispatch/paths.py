@@ -14,11 +14,11 @@ from typing import Final
 
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
-from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.dispatch.choice import open_to
 from disagg.scheduling.dispatch.forecast import Forecast, Path
 from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.prefixes import holds_most
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 
 GOOD_ENOUGH: Final = 0.8
 """Part of an objective up to which predictions, which have their errors, count as equally good."""
@@ -136,15 +136,3 @@ def _order(forecast: Forecast, wanted: Wanted) -> tuple[int, float, bool, float]
         objectives.tpot_s is not None and forecast.tpot_s > objectives.tpot_s
     )
     return (is_late + forecast.num_harmed, max(worst, GOOD_ENOUGH), not forecast.follows_roles, total_s)
-
-
-def open_to(
-    instances: Iterable[InstanceEntry], sequence: SequenceEntry, role: Role, *, hand_over: bool
-) -> list[InstanceEntry]:
-    """Return the ready instances of a role that can hold the sequence."""
-    needed = most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=hand_over)
-    return [
-        entry
-        for entry in instances
-        if entry.role is role and entry.state is InstanceState.READY and entry.can_hold(needed)
-    ]

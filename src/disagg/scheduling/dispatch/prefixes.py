@@ -56,15 +56,15 @@ def choose_lender(
     return lender
 
 
-def num_to_compute(sequence: SequenceEntry, entry: InstanceEntry, lender: InstanceEntry | None) -> int:
-    """Return how many of a sequence's tokens an instance computes, given who lends it their beginning."""
+def num_to_compute(sequence: SequenceEntry, entry: InstanceEntry, lender: InstanceEntry | None = None) -> int:
+    """Return how many of a sequence's tokens an instance lacks, given who lends it their beginning."""
     num_here = sequence.num_cached(entry.instance)
     return sequence.num_tokens - (num_here if lender is None else max(num_here, _num_lent(lender, sequence)))
 
 
 def start_cost(instances: Iterable[InstanceEntry], sequence: SequenceEntry, entry: InstanceEntry) -> float:
     """Return the tokens that an instance computes until a new sequence's first token: those that wait, and its own."""
-    cost = entry.prefill_tokens + sequence.num_tokens - sequence.num_cached(entry.instance)
+    cost = entry.prefill_tokens + num_to_compute(sequence, entry)
     lender = choose_lender(instances, sequence, entry)
     return cost if lender is None else cost - _gain(lender, sequence, entry) * (1 - PULL_COST)
 
@@ -83,12 +83,7 @@ def choose_append(sequence: SequenceEntry, decode: Iterable[InstanceEntry]) -> t
 
 def hand_over_cost(sequence: SequenceEntry, decode: InstanceEntry) -> float:
     """Return what it costs to bring a prompt to a decode instance: what that holds already does not travel."""
-    return (sequence.num_tokens - sequence.num_cached(decode.instance)) * PULL_COST
-
-
-def num_added(sequence: SequenceEntry, decode: InstanceEntry) -> int:
-    """Return the KV tokens that a sequence adds to those a decode instance holds."""
-    return sequence.num_tokens - sequence.num_cached(decode.instance)
+    return num_to_compute(sequence, decode) * PULL_COST
 
 
 def holds_most(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
@@ -98,7 +93,7 @@ def holds_most(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
 
 
 def _append_cost(entry: InstanceEntry, sequence: SequenceEntry) -> float:
-    cost = entry.prefill_tokens + sequence.num_tokens - sequence.num_cached(entry.instance)
+    cost = entry.prefill_tokens + num_to_compute(sequence, entry)
     return cost * BUSY_COST if entry.num_sequences else float(cost)
 
 

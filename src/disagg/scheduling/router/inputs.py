@@ -50,6 +50,8 @@ class ProcessExited(RouterInput, frozen=True, kw_only=True):
     detail: str
 
 
+AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
+"""What an operator, or whoever plans in her place, may want of the deployment."""
 AnyRouterInput = (
     SequenceArrived
     | SequenceCancelled
@@ -59,12 +61,6 @@ AnyRouterInput = (
     | Unreachable
     | ProcessStarting
     | ProcessExited
-    | Join
-    | Drain
-    | Undrain
-    | Leave
-    | ChangeRole
+    | AnyCommand
     | Tick
 )
-AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
-"""What an operator, or whoever plans in her place, may want of the deployment."""
