@@ -397,7 +397,7 @@ class RouterCore:
         others = [entry for entry in self._dispatcher.instances if entry.will_take and entry is not changed.entry]
         is_ready = changed.state is InstanceState.READY
         left = {entry.role for entry in others if not is_ready or entry.state is InstanceState.READY}
-        if not force and not serves_requests(left if role is None else left | {role}):
+        if not force and not self._serves(left if role is None else left | {role}):
             raise ConfigurationError(
                 f"{how}, no request could be served: add another {changed.role.value} instance first and wait until "
                 "it is ready, or force it"
