@@ -10,9 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.config import DType, Quantization
-from disagg.base.errors import ProtocolError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import MAX_MESSAGE_BYTES, Message, Name, Words
+from disagg.base.messages import Message, Name, Words, decode_message
 from disagg.base.request import Role
 
 HOST_PREFIX: Final = "host."
@@ -87,32 +86,18 @@ class EndYourInstance(Message, frozen=True, kw_only=True):
 FromHost = AskToJoin | StillHere | InstanceEnded
 ToHost = Admitted | NotAdmitted | EndYourInstance | StillHere
 
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
 _to_host: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
 
 
 def decode_from_host(data: bytes) -> FromHost:
     """Decode what a host sent; raise ProtocolError on anything else."""
-    _check_length(data)
-    try:
-        return _from_host.decode(data)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"malformed message of a host: {error}") from error
+    return decode_message(data, _from_host, "message of a host")
 
 
 def decode_for_host(data: bytes) -> ToHost:
     """Decode what the router sent to a host; raise ProtocolError on anything else."""
-    _check_length(data)
-    try:
-        return _to_host.decode(data)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"malformed message to a host: {error}") from error
-
-
-def _check_length(data: bytes) -> None:
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return decode_message(data, _to_host, "message to a host")
 
 
 def _words(value: object) -> str:

@@ -11,7 +11,7 @@ Every message about a sequence carries ``(request_id, epoch)``; a receiver ignor
 """
 
 import enum
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +21,8 @@ from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import AnyKvEvent, EventNumber
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs
+
+T = TypeVar("T")
 
 PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
@@ -351,27 +353,27 @@ _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter
 def encode(message: Message) -> bytes:
     """Return the bytes of one message; raise ProtocolError when it is too long to be accepted."""
     data = _encoder.encode(message)
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    _check_length(data)
     return data
 
 
 def decode_for_engine(data: bytes) -> ToEngine:
     """Decode a message that the router sent; raise ProtocolError on anything else."""
-    _check_length(data)
-    try:
-        return _to_engine.decode(data)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"malformed message to an engine: {error}") from error
+    return decode_message(data, _to_engine, "message to an engine")
 
 
 def decode_for_router(data: bytes) -> ToRouter:
     """Decode a message that an engine sent; raise ProtocolError on anything else."""
+    return decode_message(data, _to_router, "message to the router")
+
+
+def decode_message(data: bytes, decoder: msgspec.msgpack.Decoder[T], what: str) -> T:
+    """Decode by schema; raise ProtocolError, with the words for ``what`` it ought to be, on anything else."""
     _check_length(data)
     try:
-        return _to_router.decode(data)
+        return decoder.decode(data)
     except _UNREADABLE as error:
-        raise ProtocolError(f"malformed message to the router: {error}") from error
+        raise ProtocolError(f"malformed {what}: {error}") from error
 
 
 def _check_length(data: bytes) -> None:
