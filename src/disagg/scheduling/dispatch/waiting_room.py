@@ -44,11 +44,6 @@ class WaitingRoom:
     def __len__(self) -> int:
         return sum(len(tenant.waiting) for tenant in self._tenants.values())
 
-    def everybody(self) -> Iterator[SequenceEntry]:
-        """Yield those who wait, in no order."""
-        for tenant in self._tenants.values():
-            yield from tenant.waiting
-
     def num_under_way(self, tenant: str) -> int:
         """Return how many sequences of a tenant wait or are served."""
         return self._num_under_way.get(tenant, 0)
