@@ -74,7 +74,7 @@ class Served:
         connection.close()
         return reply
 
-    def link(self, stack: ExitStack, address: bytes | None = None, num_streams: int = 2) -> Ends:
+    def link(self, stack: ExitStack, address: bytes | None = None) -> Ends:
         local = KvPool(self.pool.layout, "cc")
         stack.callback(local.close)
         threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
