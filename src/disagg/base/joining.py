@@ -12,7 +12,7 @@ from msgspec import Meta
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import MAX_MESSAGE_BYTES, Message, Name, Words
+from disagg.base.messages import MAX_MESSAGE_BYTES, UNREADABLE, Message, Name, Words
 from disagg.base.request import Role
 
 HOST_PREFIX: Final = "host."
@@ -87,7 +87,6 @@ class EndYourInstance(Message, frozen=True, kw_only=True):
 FromHost = AskToJoin | StillHere | InstanceEnded
 ToHost = Admitted | NotAdmitted | EndYourInstance | StillHere
 
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
 _to_host: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
 
@@ -97,7 +96,7 @@ def decode_from_host(data: bytes) -> FromHost:
     _check_length(data)
     try:
         return _from_host.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"malformed message of a host: {error}") from error
 
 
@@ -106,7 +105,7 @@ def decode_for_host(data: bytes) -> ToHost:
     _check_length(data)
     try:
         return _to_host.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"malformed message to a host: {error}") from error
 
 

@@ -342,7 +342,9 @@ class KvEvents(Message, frozen=True, kw_only=True):
 ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
 ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
 
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoders raise for bytes that are none of their messages."""
+
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
@@ -361,7 +363,7 @@ def decode_for_engine(data: bytes) -> ToEngine:
     _check_length(data)
     try:
         return _to_engine.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"malformed message to an engine: {error}") from error
 
 
@@ -370,7 +372,7 @@ def decode_for_router(data: bytes) -> ToRouter:
     _check_length(data)
     try:
         return _to_router.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"malformed message to the router: {error}") from error
 
 
