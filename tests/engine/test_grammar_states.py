@@ -59,6 +59,16 @@ def state(compiler: GrammarCompiler, grammar: str, tokens: Sequence[int] = ()) -
     return GrammarState(compiled, tokens)
 
 
+def asking(grammar: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=RequestId("one"),
+        epoch=Epoch(0),
+        prompt_token_ids=(1,),
+        sampling=SamplingParams(seed=0, grammar=grammar, **sampling),
+        eos_token_ids=(EOS,),
+    )
+
+
 def allowed(state: GrammarState) -> list[int]:
     bits = np.zeros(-(-VOCAB_SIZE // 32), dtype=np.uint32)
     state.fill(bits)
@@ -84,13 +94,7 @@ def test_interrupted_anywhere_is_uninterrupted(compiler: GrammarCompiler, data: 
 
 
 def test_a_complete_text_ends_its_sequence_without_another_token(compiler: GrammarCompiler) -> None:
-    request = GenerationRequest(
-        request_id=RequestId("one"),
-        epoch=Epoch(0),
-        prompt_token_ids=(1,),
-        sampling=SamplingParams(max_tokens=3, min_tokens=3, seed=0, grammar=GRAMMARS["choice"]),
-        eos_token_ids=(EOS,),
-    )
+    request = asking(GRAMMARS["choice"], max_tokens=3, min_tokens=3)
     sequence = LiveSequence(request, grammar=state(compiler, GRAMMARS["choice"]))
     for token in b"n":
         sequence.append(token)
@@ -100,10 +104,7 @@ def test_a_complete_text_ends_its_sequence_without_another_token(compiler: Gramm
 
 
 def test_a_text_that_max_tokens_cuts_says_length(compiler: GrammarCompiler) -> None:
-    sampling = SamplingParams(max_tokens=2, seed=0, grammar=GRAMMARS["choice"])
-    request = GenerationRequest(
-        request_id=RequestId("one"), epoch=Epoch(0), prompt_token_ids=(1,), sampling=sampling, eos_token_ids=(EOS,)
-    )
+    request = asking(GRAMMARS["choice"], max_tokens=2)
     sequence = LiveSequence(request, grammar=state(compiler, GRAMMARS["choice"]))
     for token in b"ye":
         sequence.append(token)
@@ -120,11 +121,7 @@ def test_a_grammar_that_does_not_compile_fails_its_sequence_alone(folder: Path) 
     with ThreadPoolExecutor(1) as thread:
         tokenizer = load_tokenizer(locate_model(str(folder)))
         grammars = Grammars(lambda eos: GrammarCompiler(tokenizer, VOCAB_SIZE, eos), thread)
-        sampling = SamplingParams(max_tokens=2, seed=0, grammar="start: nobody")
-        request = GenerationRequest(
-            request_id=RequestId("one"), epoch=Epoch(0), prompt_token_ids=(1,), sampling=sampling, eos_token_ids=(EOS,)
-        )
-        broken = grammars.state_of(request)
+        broken = grammars.state_of(asking("start: nobody", max_tokens=2))
         assert broken is not None
         assert allowed(broken) == []
     assert "the grammar cannot be used" in broken.failure

@@ -150,11 +150,17 @@ def stored(router: RouterEnd, medium: Medium = Medium.GPU) -> list[bytes]:
     ]
 
 
+def first_life(router: RouterEnd, folder: Path) -> tuple[int, ...]:
+    """Let an engine answer, write its six blocks and end; return prompt and answer."""
+    with Instance(router, "decode-0", incarnation="d1", prefix_caching=True, disk_folder=folder) as decode:
+        said = first_turn(router, decode)
+        router.wait(lambda: len(stored(router, Medium.DISK)) == 6)
+    return said
+
+
 class TestDisk:
     def test_the_next_turn_is_answered_from_disk_after_a_restart(self, router: RouterEnd, tmp_path: Path) -> None:
-        with Instance(router, "decode-0", incarnation="d1", prefix_caching=True, disk_folder=tmp_path) as decode:
-            said = first_turn(router, decode)
-            router.wait(lambda: len(stored(router, Medium.DISK)) == 6)
+        said = first_life(router, tmp_path)
         with Instance(router, "decode-0", incarnation="d2", prefix_caching=True, disk_folder=tmp_path) as decode:
             second = named("second", (*said, 1, 2, 3, 4))
             decode.send(Generate(request=second))
@@ -165,9 +171,7 @@ class TestDisk:
             decode.wait_until_idle()
 
     def test_a_damaged_block_is_computed_again(self, router: RouterEnd, tmp_path: Path) -> None:
-        with Instance(router, "decode-0", incarnation="d1", prefix_caching=True, disk_folder=tmp_path) as decode:
-            said = first_turn(router, decode)
-            router.wait(lambda: len(stored(router, Medium.DISK)) == 6)
+        said = first_life(router, tmp_path)
         third = hash_blocks(said, BLOCK_SIZE)[2]
         (path,) = tmp_path.glob(f"*/decode-0/*/{third.hex()}.kv")
         data = bytearray(path.read_bytes())
@@ -193,9 +197,7 @@ class TestDisk:
         assert 0 < len(list(tmp_path.glob("*/decode-0/*/*.kv"))) <= 4
 
     def test_a_cancelled_read_frees_its_blocks(self, router: RouterEnd, tmp_path: Path) -> None:
-        with Instance(router, "decode-0", incarnation="d1", prefix_caching=True, disk_folder=tmp_path) as decode:
-            said = first_turn(router, decode)
-            router.wait(lambda: len(stored(router, Medium.DISK)) == 6)
+        said = first_life(router, tmp_path)
         with Instance(router, "decode-0", incarnation="d2", prefix_caching=True, disk_folder=tmp_path) as decode:
             second = named("second", (*said, 1, 2, 3, 4))
             decode.send(Generate(request=second), abort("second"))

@@ -233,9 +233,9 @@ class VirtualDeployment(NullWatcher):
         self.token_times: dict[RequestId, list[float]] = {}
         self._spec = spec
         self._folder = folder
-        self._lives = {instance.name: 0 for instance in (*spec.instances, *spec.spares)}
+        self._lives = {instance.name: 0 for instance in everybody}
         self._start_s: dict[InstanceId, float] = {}
-        self._by_name = {instance.name: instance for instance in (*spec.instances, *spec.spares)}
+        self._by_name = {instance.name: instance for instance in everybody}
         header = RouterHeader(
             instances={instance.name: instance.role for instance in spec.instances},
             settings=spec.router,

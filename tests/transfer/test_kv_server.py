@@ -16,6 +16,7 @@ from link_contract import DEADLINE_S, Ended, Ends, pairs, pattern, small_layout
 from relay import Relay
 
 from disagg.base.clock import MonotonicClock
+from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import ConfigurationError, ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.transfer.address import TcpWay, encode_address
@@ -74,7 +75,7 @@ class Served:
         connection.close()
         return reply
 
-    def link(self, stack: ExitStack, address: bytes | None = None, num_streams: int = 2) -> Ends:
+    def link(self, stack: ExitStack, address: bytes | None = None) -> Ends:
         local = KvPool(self.pool.layout, "cc")
         stack.callback(local.close)
         threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
@@ -179,6 +180,19 @@ class TestStrangers:
             assert served.ask(served.grant(2), 2).failure == ""
 
 
+def silent_address(served: Served, stack: ExitStack) -> bytes:
+    """Where a peer seems to be of which nothing arrives."""
+    silent = threading.Event()
+
+    def hold(start: int, data: bytes) -> bytes:
+        silent.wait()
+        return data
+
+    relay = stack.enter_context(Relay(served.address, hold))
+    stack.callback(silent.set)
+    return relay.address
+
+
 class TestReader:
     def test_a_large_read_is_shared_out_to_several_connections(self, stack: ExitStack) -> None:
         served = Served(stack, BIG)
@@ -216,28 +230,12 @@ class TestReader:
         assert ends.read(pairs((2, 2))).state is TransferState.DONE
 
     def test_a_silent_peer_is_given_up_at_the_deadline(self, served: Served, stack: ExitStack) -> None:
-        silent = threading.Event()
-
-        def hold(start: int, data: bytes) -> bytes:
-            silent.wait()
-            return data
-
-        relay = stack.enter_context(Relay(served.address, hold))
-        stack.callback(silent.set)
-        ends, ended = served.link(stack, relay.address), Ended()
+        ends, ended = served.link(stack, silent_address(served, stack)), Ended()
         ends.link.read(KvRead(pairs((1, 1)), range(3), access=ends.access, timeout_s=0.1), ended)
         assert "took longer than the lease" in ended.wait().failure
 
     def test_cancelling_a_read_from_a_silent_peer_ends_it(self, served: Served, stack: ExitStack) -> None:
-        silent = threading.Event()
-
-        def hold(start: int, data: bytes) -> bytes:
-            silent.wait()
-            return data
-
-        relay = stack.enter_context(Relay(served.address, hold))
-        stack.callback(silent.set)
-        ends, ended = served.link(stack, relay.address), Ended()
+        ends, ended = served.link(stack, silent_address(served, stack)), Ended()
         ends.start(pairs((1, 1)), ended).cancel()
         assert ended.wait().state is TransferState.CANCELLED
 
@@ -249,8 +247,6 @@ class TestReader:
         assert f"has ended: nobody listens at 127.0.0.1:{port}" in transfer.failure
 
     def test_way_without_a_server_is_not_tried_where_only_shared_memory_may_be_used(self, stack: ExitStack) -> None:
-        from disagg.base.config import KvLinkChoice, TransferSettings
-
         local = KvPool(LAYOUT, "cc")
         stack.callback(local.close)
         threads = stack.enter_context(ThreadPoolExecutor(max_workers=1))

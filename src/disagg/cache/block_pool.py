@@ -183,8 +183,7 @@ class BlockPool:
 
     def find(self, name: BlockHash) -> BlockId | None:
         """Return the block that holds the prefix of this name, if one does."""
-        index = self._by_hash.get(name)
-        return None if index is None else BlockId(index)
+        return self._by_hash.get(name)
 
     def num_cached_among(self, blocks: Iterable[BlockId]) -> int:
         """Return how many of these blocks are CACHED, and so would stop being available if acquired."""

@@ -7,7 +7,7 @@ here but what needs token values: whether a sequence ends with the token just sa
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import assert_never
 
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
@@ -56,9 +56,6 @@ class Accessories:
     grammars: Grammars | None = None
 
 
-_NO_ACCESSORIES: Final = Accessories()
-
-
 class EngineLoop:
     """Drives one core until it is told to stop."""
 
@@ -71,7 +68,7 @@ class EngineLoop:
         pulls: Pulls,
         channel: ControlChannel,
         clock: Clock,
-        accessories: Accessories = _NO_ACCESSORIES,
+        accessories: Accessories,
     ) -> None:
         self._ready = ready
         self._core = core

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from msgspec import structs
-
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.messages import KvOffer
@@ -55,7 +53,7 @@ class Pulls:
             read = _wanted(pull, self._layers, pull.expires_s - now)
             transfer = link.read(read, partial(self._on_end, pull, link.kind))
         except (TransferError, ProtocolError) as error:
-            self._ended.append(EndedPull(_ended(pull, 0, (now, now), str(error)), _targets(pull)))
+            self._ended.append(_ended(pull, 0, (now, now), str(error)))
             self._wake()
         else:
             self._running[pull.request_id, pull.epoch] = transfer
@@ -90,7 +88,6 @@ class Pulls:
         times = (transfer.started_s, transfer.ended_s)
         is_done = transfer.state is TransferState.DONE
         failure = "" if is_done else transfer.failure or f"the pull was {transfer.state.value}"
-        ended = _ended(pull, transfer.num_bytes if is_done else 0, times, failure)
         if transfer.num_repeated:
             logger.error(
                 "%d KV blocks of %s came from %s over %s with another digest than they were offered with",
@@ -99,8 +96,8 @@ class Pulls:
                 pull.source,
                 link,
             )
-        ended = structs.replace(ended, link=link, num_repeated=transfer.num_repeated)
-        self._ended.append(EndedPull(ended, _targets(pull)))
+        num_bytes = transfer.num_bytes if is_done else 0
+        self._ended.append(_ended(pull, num_bytes, times, failure, link=link, num_repeated=transfer.num_repeated))
         self._wake()
 
 
@@ -115,16 +112,19 @@ def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
     return KvRead(blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s)
 
 
-def _targets(pull: StartCopy) -> tuple[BlockId, ...]:
-    return tuple(copy.target for copy in pull.copies)
-
-
-def _ended(pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str) -> CopyEnded:
-    return CopyEnded(
-        request_id=pull.request_id,
-        epoch=pull.epoch,
-        num_bytes=num_bytes,
-        started_s=times[0],
-        ended_s=times[1],
-        failure=failure,
+def _ended(
+    pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str, *, link: str = "", num_repeated: int = 0
+) -> EndedPull:
+    return EndedPull(
+        result=CopyEnded(
+            request_id=pull.request_id,
+            epoch=pull.epoch,
+            num_bytes=num_bytes,
+            started_s=times[0],
+            ended_s=times[1],
+            failure=failure,
+            link=link,
+            num_repeated=num_repeated,
+        ),
+        targets=tuple(copy.target for copy in pull.copies),
     )

@@ -79,14 +79,14 @@ class SimulatedInstance:
         self._host = host
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
-        self._tells_all = spec.scheduler.tells_costs
         self._may_die = bool(faults.commands) or any(death.instance == spec.name for death in faults.deaths)
         self._log = recording.log
         self._timeline = recording.timeline
         self._gaps = recording.gaps
         # What it computed is lost with it unless the router was told: an instance that may die, or give its answers
         # away, tells every token at once. Where predictions decide, every token's load counts.
-        self._may_repeat = recording.allows_repeats and not self._may_die and not self._tells_all
+        self._tells_all = self._may_die or spec.scheduler.tells_costs
+        self._may_repeat = recording.allows_repeats and not self._tells_all
         self._life = -1
         self._loads_before: list[InstanceLoad] = []
         self.kv_use = UsageSeries()
@@ -270,13 +270,7 @@ class SimulatedInstance:
             if self._gaps is not None and gap_s > 0:
                 self._gaps.add(gap_s)
             resumed_here = stamps is not None and request.epoch != FIRST_EPOCH and request_id in stamps
-            if (
-                request.is_complete
-                or request.num_output_tokens == 1
-                or resumed_here
-                or self._may_die
-                or self._tells_all
-            ):
+            if request.is_complete or request.num_output_tokens == 1 or resumed_here or self._tells_all:
                 news.append(request)
         if news:
             self._tell(tokens_emitted(self.spec.name, news))

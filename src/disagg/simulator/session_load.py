@@ -14,6 +14,8 @@ from disagg.simulator.simulated_requests import block_hashes
 class _Turn:
     session: Session
     index: int
+    following: tuple[BlockHash, ...]
+    """Names of the next prompt's full KV blocks."""
 
 
 class SimulatedSessions:
@@ -28,7 +30,8 @@ class SimulatedSessions:
         """Yield the sessions' first calls, in order of their starts."""
         for session in self._sessions:
             if session.calls:
-                yield self._request(_Turn(session, 0), 0.0 if math.isnan(session.start_s) else session.start_s)
+                start_s = 0.0 if math.isnan(session.start_s) else session.start_s
+                yield self._request(session, 0, self._names(session.calls[0]), start_s)
 
     def next_call(self, ended: SimulatedRequest) -> SimulatedRequest | None:
         """Return the call that follows one that ended now; None at the end of its session."""
@@ -36,25 +39,26 @@ class SimulatedSessions:
         index = turn.index + 1
         if ended.outcome is not Outcome.FINISHED or index == len(turn.session.calls):
             return None
-        following = _Turn(turn.session, index)
-        return self._request(following, ended.timeline.finished_s + turn.session.calls[index].think_s)
+        arrival_s = ended.timeline.finished_s + turn.session.calls[index].think_s
+        return self._request(turn.session, index, turn.following, arrival_s)
 
-    def _request(self, turn: _Turn, arrival_s: float) -> SimulatedRequest:
-        call = turn.session.calls[turn.index]
-        names = self._names(call)
-        if turn.index + 1 < len(turn.session.calls):
-            # The next call brings this one's answer along, unless its prompt is not this one's, gone on with.
-            following = self._names(turn.session.calls[turn.index + 1])
-            if following[: len(names)] == names:
-                names = following[: (call.prompt_len + call.output_len) // self._block_size]
+    def _request(
+        self, session: Session, index: int, names: tuple[BlockHash, ...], arrival_s: float
+    ) -> SimulatedRequest:
+        """Return a call, given the names of its prompt's full KV blocks."""
+        call = session.calls[index]
+        following = self._names(session.calls[index + 1]) if index + 1 < len(session.calls) else ()
+        # The next call brings this one's answer along, unless its prompt is not this one's, gone on with.
+        if following[: len(names)] == names:
+            names = following[: (call.prompt_len + call.output_len) // self._block_size]
         request = SimulatedRequest(
-            request_id=RequestId(f"{turn.session.name}:{turn.index}"),
+            request_id=RequestId(f"{session.name}:{index}"),
             arrival_s=arrival_s,
             prompt_len=call.prompt_len,
             output_len=call.output_len,
             block_hashes=names,
         )
-        self._turns[request.request_id] = turn
+        self._turns[request.request_id] = _Turn(session, index, following)
         return request
 
     def _names(self, call: SessionCall) -> tuple[BlockHash, ...]:

@@ -161,18 +161,17 @@ class KvServer:
         layout = self._pool.layout
         layers = range(request.first_layer, request.first_layer + request.num_layers)
         coded = CodedBlocks(self._pool, layers) if request.codec is KvCodec.INT8 else None
-        has_digests = bool(request.digests)
+        digests = split_digests(request.digests, len(request.blocks))
         num_bytes = len(request.blocks) * len(layers) * layout.layer_block_bytes
         if coded is not None:
-            num_bytes = coded.num_bytes(len(request.blocks), has_digests=has_digests)
+            num_bytes = coded.num_bytes(len(request.blocks), has_digests=bool(digests))
         connection.send_frame(encode_frame(Reply(num_bytes=num_bytes)))
         for group in groups(len(request.blocks), layout.layer_block_bytes, len(layers)):
             blocks = request.blocks[group]
             if coded is None:
                 connection.send(pieces(self._pool.data, layout, layers, blocks))
             else:
-                digests = split_digests(request.digests, len(request.blocks))[group]
-                connection.send([coded.encode(blocks, digests)])
+                connection.send([coded.encode(blocks, digests[group])])
 
     def _end_after(self, until_s: float, what: str) -> None:
         if self._is_closing:

@@ -31,12 +31,11 @@ Check = Callable[[], None]
 class KvSocket:
     """One connection. Not thread-safe. Every method raises TransferError when the peer is gone, silent or too late."""
 
-    def __init__(self, connection: socket.socket, clock: Clock, *, stall_s: float = STALL_S) -> None:
+    def __init__(self, connection: socket.socket, clock: Clock) -> None:
         self.check: Check = lambda: None
         self.peer = _name_of(connection)
         self._socket = connection
         self._clock = clock
-        self._stall_s = stall_s
         connection.settimeout(None)
         for level, option, value in (
             (socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK),
@@ -110,8 +109,8 @@ class KvSocket:
                 try:
                     num_bytes = call(some)
                 except (BlockingIOError, InterruptedError):
-                    if self._clock.now() - moved_s > self._stall_s:
-                        raise TransferError(f"{self.peer} let nothing pass for {self._stall_s:g} s") from None
+                    if self._clock.now() - moved_s > STALL_S:
+                        raise TransferError(f"{self.peer} let nothing pass for {STALL_S:g} s") from None
                     continue
                 except OSError as error:
                     raise TransferError(f"the connection to {self.peer} broke: {error}") from error

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
+from disagg.base.messages import UNREADABLE
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec
 
@@ -52,7 +53,6 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 _requests = msgspec.msgpack.Decoder(ReadRequest)
 _replies = msgspec.msgpack.Decoder(Reply)
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def hello(incarnation: str) -> bytes:
@@ -81,7 +81,7 @@ def decode_request(data: bytes) -> ReadRequest:
     """Return a request; raise TransferError on anything else."""
     try:
         return _requests.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise TransferError(f"malformed KV request: {error}") from error
 
 
@@ -89,7 +89,7 @@ def decode_reply(data: bytes) -> Reply:
     """Return a reply; raise TransferError on anything else."""
     try:
         return _replies.decode(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise TransferError(f"malformed answer to a KV request: {error}") from error
 
 

@@ -104,6 +104,8 @@ class _Restriction:
 
     def __init__(self, params: SamplingParams) -> None:
         self._allowed_ids = np.array(params.allowed_token_ids, dtype=np.int64)
+        self._listed: npt.NDArray[np.uint32] | None = None
+        """The bits of ``allowed_token_ids``, from the first use on."""
         self._bad_words = params.bad_words
         self._num_remembered = max(map(len, params.bad_words), default=1) - 1
         self._end: tuple[int, ...] = ()
@@ -114,10 +116,11 @@ class _Restriction:
     def narrow(self, allowed: npt.NDArray[np.uint32]) -> None:
         """Clear the bits of tokens that may not be chosen."""
         if self._allowed_ids.size:
-            listed = np.zeros_like(allowed)
-            bits = np.left_shift(np.uint32(1), (self._allowed_ids & 31).astype(np.uint32))
-            np.bitwise_or.at(listed, self._allowed_ids >> 5, bits)
-            allowed &= listed
+            if self._listed is None:
+                self._listed = np.zeros_like(allowed)
+                bits = np.left_shift(np.uint32(1), (self._allowed_ids & 31).astype(np.uint32))
+                np.bitwise_or.at(self._listed, self._allowed_ids >> 5, bits)
+            allowed &= self._listed
         for word in self._bad_words:
             if word[:-1] == self._end[len(self._end) - len(word) + 1 :]:
                 allowed[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import msgspec
@@ -181,20 +182,25 @@ class TransferBenchmark:
             times_s.append(self._clock.now() - started_s)
         return self.num_bytes / float(np.median(times_s))
 
+    @cached_property
+    def _mapped(self) -> PeerPool:
+        address = decode_address(self._peer.offer.pool)
+        (way,) = [way for way in address.ways if isinstance(way, ShmWay)]
+        return PeerPool(address, way)
+
+    @cached_property
+    def _raw(self) -> socket.socket:
+        connection = self._stack.enter_context(socket.create_connection((HOST, self._peer.raw_port), _DEADLINE_S))
+        connection.settimeout(None)
+        return connection
+
     def _plain_copy(self) -> None:
         """Copy as many bytes as a read has, without a gap, out of the other process's memory."""
-        if not hasattr(self, "_mapped"):
-            address = decode_address(self._peer.offer.pool)
-            (way,) = [way for way in address.ways if isinstance(way, ShmWay)]
-            self._mapped = PeerPool(address, way)
         words = self.num_bytes // self._mapped.blocks.itemsize
         np.copyto(self._pool.blocks.reshape(-1)[:words], self._mapped.blocks.reshape(-1)[:words])
 
     def _plain_socket(self) -> None:
         """Receive as many bytes as a read has into one buffer."""
-        if not hasattr(self, "_raw"):
-            self._raw = self._stack.enter_context(socket.create_connection((HOST, self._peer.raw_port), _DEADLINE_S))
-            self._raw.settimeout(None)
         self._raw.sendall(b"x")
         target = self._pool.data[: self.num_bytes]
         while target:

@@ -6,6 +6,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
@@ -209,11 +210,6 @@ public:
         if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
     }
 
-    int64_t raw_bytes() const { return heads_ * (kinds_[0].elements() + kinds_[1].elements()) * itemsize_; }
-    int64_t coded_bytes() const {
-        return heads_ * (kinds_[0].elements() + kinds_[1].elements() + 4 * (kinds_[0].scales() + kinds_[1].scales()));
-    }
-
     // Layers of blocks that begin at `from` in `source` to those that begin at `to` in `target`.
     void encode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
         run(source, from, raw_bytes(), target, to, coded_bytes(), [this](const uint8_t* in, uint8_t* out) {
@@ -232,6 +228,11 @@ public:
     }
 
 private:
+    int64_t raw_bytes() const { return heads_ * (kinds_[0].elements() + kinds_[1].elements()) * itemsize_; }
+    int64_t coded_bytes() const {
+        return heads_ * (kinds_[0].elements() + kinds_[1].elements() + 4 * (kinds_[0].scales() + kinds_[1].scales()));
+    }
+
     template <class One>
     void run(py::buffer source, py::array_t<int64_t>& from, int64_t from_bytes, py::buffer target,
              py::array_t<int64_t>& to, int64_t to_bytes, One one) const {
@@ -262,14 +263,7 @@ private:
 
 PYBIND11_MODULE(_native, module) {
     py::class_<Int8Blocks>(module, "Int8Blocks")
-        .def(py::init([](int itemsize, int heads, py::tuple k, py::tuple v) {
-            auto three = [](const py::tuple& t) {
-                return std::array<int, 3>{t[0].cast<int>(), t[1].cast<int>(), t[2].cast<int>()};
-            };
-            return new Int8Blocks(itemsize, heads, three(k), three(v));
-        }))
-        .def_property_readonly("raw_bytes", &Int8Blocks::raw_bytes)
-        .def_property_readonly("coded_bytes", &Int8Blocks::coded_bytes)
+        .def(py::init<int, int, std::array<int, 3>, std::array<int, 3>>())
         .def("encode", &Int8Blocks::encode)
         .def("decode", &Int8Blocks::decode);
 }
