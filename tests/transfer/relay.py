@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -62,11 +63,11 @@ class Relay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        accepting, *_ = self._threads
+        _shut(self._listener)
+        accepting.join(30)  # it adds sockets: no other is closed before it has ended
         for one in self._sockets:
-            try:
-                one.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            _shut(one)
             one.close()
         for thread in self._threads:
             thread.join(30)
@@ -99,7 +100,10 @@ class Relay:
         except OSError:
             pass
         for one in (source, target):
-            try:
-                one.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            _shut(one)
+
+
+def _shut(one: socket.socket) -> None:
+    """End what is sent and received, where anything still is."""
+    with suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
