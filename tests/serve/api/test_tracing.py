@@ -61,11 +61,11 @@ def traces(collector: Collector) -> Iterator[Traces]:
     opened.close()
 
 
-async def taken(traces: Traces, collector: Collector) -> dict[str, Span]:
+async def taken(traces: Traces, collector: Collector, root: str = ROOT) -> dict[str, Span]:
     """Return the spans by name once that of the request has come, which ends a moment after its answer."""
     spans: dict[str, Span] = {}
     async with asyncio.timeout(20):
-        while ROOT not in spans:
+        while root not in spans:
             await asyncio.to_thread(traces.flush)
             while not collector.spans.empty():
                 span = collector.spans.get()
@@ -98,6 +98,23 @@ async def test_the_spans_of_a_request_add_up_to_its_timeline(
     }
     starts = [span.start_time_unix_nano for span in sorted(spans.values(), key=lambda span: span.start_time_unix_nano)]
     assert starts[0] == root.start_time_unix_nano
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ("/v1/responses", {"input": "hello"}),
+    ],
+)
+async def test_chats_and_responses_are_traced(
+    serve: Serve, traces: Traces, collector: Collector, path: str, prompt: dict[str, Any]
+) -> None:
+    site = await serve(traces=traces)
+    answer = await site.http.post(path, json={"model": "tiny", **prompt})
+    assert answer.status_code == 200
+    root = (await taken(traces, collector, "chat tiny"))["chat tiny"]
+    assert answer.headers["traceparent"].split("-")[2] == root.span_id.hex()
 
 
 async def test_each_choice_has_a_span_of_its_own(serve: Serve, traces: Traces, collector: Collector) -> None:

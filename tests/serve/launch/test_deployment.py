@@ -2,7 +2,14 @@
 
 import pytest
 
-from disagg.base.config import CacheSettings, InstanceGroup, Placement, SchedulerSettings, SchedulingMode
+from disagg.base.config import (
+    CacheSettings,
+    InstanceGroup,
+    Placement,
+    RouterSettings,
+    SchedulerSettings,
+    SchedulingMode,
+)
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
@@ -93,3 +100,11 @@ def test_one_more_instance_shares_cores_where_none_are_left():
     assert added.cpus == (0,), "its owner is gone"
     crowded = plan_addition(deployment, planned, (*planned, added), InstanceId("decode-1"), Role.DECODE, (0, 1, 2))
     assert crowded.cpus == (1,), "which fewest have"
+
+
+@pytest.mark.parametrize("predicts", [False, True])
+def test_one_more_instance_tells_costs_where_the_router_predicts(predicts):
+    groups = (group(Role.PREFILL), group(Role.DECODE))
+    deployment = Deployment(placement=Placement(groups=groups), router=RouterSettings(strict_roles=not predicts))
+    added = plan_addition(deployment, plan(*groups), (), InstanceId("decode-1"), Role.DECODE, (0, 1))
+    assert added.scheduler.tells_costs is predicts

@@ -35,7 +35,7 @@ MAX_WAITING: Final = 4096
 EXPORT_S: Final = 5.0
 """What the collector gets to take a batch, also when the server ends."""
 
-_OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS: Final = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/responses": "chat"}
 _ON_PREFILL: Final = frozenset({Stage.QUEUE_PREFILL, Stage.PREFILL})
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 

@@ -117,7 +117,6 @@ def plan_instances(
     groups = _groups(deployment)
     wanted = [deployment.host.threads or group.num_threads for group in groups]
     host = deployment.host
-    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.predicts)
     cores = assign_cores(usable_cores(host.cpus, available_cores), wanted)
     return tuple(
         InstanceSettings(
@@ -127,7 +126,7 @@ def plan_instances(
             control_key=control_key,
             model=deployment.model,
             cache=group.cache(deployment.cache),
-            scheduler=group.scheduler(common),
+            scheduler=_scheduler(deployment, group),
             transfer=deployment.transfer,
             kv_host=kv_host,
             kv_disk=deployment.cache.disk(len(groups)),
@@ -172,11 +171,16 @@ def plan_addition(
         instance=name,
         role=role,
         cache=group.cache(deployment.cache),
-        scheduler=group.scheduler(deployment.scheduler),
+        scheduler=_scheduler(deployment, group),
         cpus=cores,
         num_threads=num_threads,
         event_log=_event_log(host, name),
     )
+
+
+def _scheduler(deployment: Deployment, group: InstanceGroup) -> SchedulerSettings:
+    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.predicts)
+    return group.scheduler(common)
 
 
 def _event_log(host: HostSettings, name: InstanceId) -> str | None:
