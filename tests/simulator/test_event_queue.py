@@ -7,25 +7,28 @@ import random
 import pytest
 
 from disagg.base.errors import InternalError
-from disagg.simulator.event_queue import EventQueue, Priority
+from disagg.simulator.event_queue import EventQueue
 
 
-def test_calls_come_in_order_of_time_then_priority_then_pushing() -> None:
-    entries = [
-        (2.0, Priority.HAPPENING, "late"),
-        (1.0, Priority.TURN, "turn, pushed first"),
-        (1.0, Priority.HAPPENING, "happening, pushed first"),
-        (1.0, Priority.HAPPENING, "happening, pushed second"),
-        (1.0, Priority.TURN, "turn, pushed second"),
-    ]
+def test_turns_come_after_all_that_happens_at_their_time() -> None:
     queue = EventQueue()
     seen: list[str] = []
-    for time_s, priority, name in entries:
-        queue.push(time_s, lambda name=name: seen.append(name), priority)
+
+    def happen() -> None:
+        seen.append("happening")
+        queue.push_turn(lambda: seen.append("turn, pushed first"))
+        queue.push_turn(lambda: seen.append("turn, pushed second"))
+        queue.push(1.0, lambda: seen.append("caused by it, at once"))
+        assert len(queue) == 5
+
+    queue.push(2.0, lambda: seen.append("late"))
+    queue.push(1.0, happen)
+    queue.push(1.0, lambda: seen.append("happening as well"))
     queue.run()
     assert seen == [
-        "happening, pushed first",
-        "happening, pushed second",
+        "happening",
+        "happening as well",
+        "caused by it, at once",
         "turn, pushed first",
         "turn, pushed second",
         "late",

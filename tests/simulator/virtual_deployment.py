@@ -41,7 +41,7 @@ from disagg.serve.router.sink import NullSink
 from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.event_queue import EventQueue, Priority
+from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.instance import FAILED_PULL, LOST_PEER
 from disagg.simulator.instance_spec import InstanceSpec
@@ -104,7 +104,7 @@ class VirtualEngine:
 
     def _plan_turn(self) -> None:
         self._is_turn_due = True
-        self._queue.push(self._queue.now(), self._turn, Priority.TURN)
+        self._queue.push_turn(self._turn)
 
     def _turn(self) -> None:
         if not self.is_alive:

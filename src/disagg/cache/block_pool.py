@@ -268,12 +268,14 @@ class BlockPool:
         num_free, num_cached, num_loose = len(free), len(cached), 0
         for index in indices:
             block = blocks[index]
-            if sequences and block.state is not BlockState.ACTIVE:
-                self._expect(index, BlockState.ACTIVE)
-            if block.num_leases + leases < 0:
-                raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
-            block.num_sequences += sequences
-            block.num_leases += leases
+            if sequences:
+                if block.state is not BlockState.ACTIVE:
+                    self._expect(index, BlockState.ACTIVE)
+                block.num_sequences += sequences
+            if leases:
+                if block.num_leases + leases < 0:
+                    raise InternalError(f"block {index} ({block.state.value}) has no lease to end")
+                block.num_leases += leases
             if block.num_sequences:
                 continue
             num_loose += 1

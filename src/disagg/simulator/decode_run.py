@@ -6,7 +6,7 @@ from typing import Final
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.scheduling.step.actions import RunStep
 
-FIRST_STEPS: Final = 16
+FIRST_STEPS: Final = 8
 """Timed at once; twice as many each time the run gets that far. What an interruption throws away was timed in vain."""
 MOST_STEPS: Final = 64
 """Timed at once, however far a run gets."""

@@ -46,7 +46,7 @@ from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
 from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
-from disagg.simulator.event_queue import EventQueue, Priority
+from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
@@ -139,11 +139,12 @@ class SimulatedInstance:
         self.kv_use.record(self._queue.now(), 0)
         self._host.set_activity(self.spec.name, None)
 
-    def _later(self, time_s: float, call: Callable[[], None], priority: int = Priority.HAPPENING) -> None:
+    def _later(self, time_s: float, call: Callable[[], None]) -> None:
         """Make a call at ``time_s``, unless this life has ended by then."""
-        if self._may_die:
-            call = partial(self._call_in_life, self._life, call)
-        self._queue.push(time_s, call, priority)
+        self._queue.push(time_s, self._in_this_life(call))
+
+    def _in_this_life(self, call: Callable[[], None]) -> Callable[[], None]:
+        return partial(self._call_in_life, self._life, call) if self._may_die else call
 
     def _call_in_life(self, life: int, call: Callable[[], None]) -> None:
         if self.is_alive and self._life == life:
@@ -207,7 +208,7 @@ class SimulatedInstance:
 
     def _plan_turn(self) -> None:
         self._is_turn_due = True
-        self._later(self._queue.now(), self._turn, Priority.TURN)
+        self._queue.push_turn(self._in_this_life(self._turn))
 
     def _turn(self) -> None:
         """Let the core decide once and do what it says."""

@@ -24,7 +24,8 @@ class UsageSeries:
             return
         self._advance(now)
         self._value = value
-        self.peaks[-1] = max(self.peaks[-1], value)
+        if value > self.peaks[-1]:
+            self.peaks[-1] = value
 
     def mean(self, now: float) -> float:
         """Return the mean over time from 0 to ``now``."""
@@ -42,7 +43,8 @@ class UsageSeries:
         while now >= self.interval_s * MAX_POINTS:
             self._merge()
         missing = int(now / self.interval_s) + 1 - len(self.peaks)
-        self.peaks += [self._value] * missing
+        if missing > 0:
+            self.peaks += [self._value] * missing
 
     def _merge(self) -> None:
         if len(self.peaks) % 2:

@@ -1,11 +1,14 @@
 """The instances as dispatch knows them, and the load that each sequence puts on them. Pure."""
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
+
+_NO_CHARGE: Final = Charge()
 
 
 class Fleet:
@@ -55,14 +58,16 @@ class Fleet:
         entry = self._by_name[instance]
         before = sequence.charges.get(instance)
         if before is None:
-            before = Charge()
+            before = _NO_CHARGE
             entry.num_sequences += 1
-        entry.prefill_tokens += charge.prefill_tokens - before.prefill_tokens
-        entry.prefill_squares += charge.prefill_tokens**2 - before.prefill_tokens**2
-        if change := bool(charge.prefill_tokens) - bool(before.prefill_tokens):
-            if change < 0 or not entry.num_prefills:
-                entry.prefilling_since_s = now
-            entry.num_prefills += change
+        was, is_now = before.prefill_tokens, charge.prefill_tokens
+        if is_now != was:
+            entry.prefill_tokens += is_now - was
+            entry.prefill_squares += is_now**2 - was**2
+            if not (is_now and was):
+                if was or not entry.num_prefills:
+                    entry.prefilling_since_s = now
+                entry.num_prefills += 1 if is_now else -1
         entry.kv_tokens += charge.kv_tokens - before.kv_tokens
         if charge.is_decoding:
             entry.answers[sequence.request_id] = sequence
@@ -72,7 +77,7 @@ class Fleet:
 
     def discharge(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> bool:
         """Take the sequence's part off an instance's load; return True when the last one has left a draining one."""
-        self.charge(sequence, instance, Charge(), now)
+        self.charge(sequence, instance, _NO_CHARGE, now)
         del sequence.charges[instance]
         entry = self._by_name[instance]
         entry.num_sequences -= 1

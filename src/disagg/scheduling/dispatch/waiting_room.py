@@ -89,10 +89,11 @@ class WaitingRoom:
 
     def head(self, but: Collection[RequestId] = ()) -> SequenceEntry | None:
         """Return the sequence whose turn is next, those named left out; None when there is none."""
+        present = [tenant for tenant in self._tenants.values() if tenant.waiting]
+        if not present:
+            return None
         firsts = []
-        for tenant in self._tenants.values():
-            if not tenant.waiting:
-                continue
+        for tenant in present:
             first = next((one for one in tenant.waiting if one.request_id not in but), None)
             if first is not None:
                 priority, rank_s, order = first.rank

@@ -130,18 +130,15 @@ class InstanceCore:
                 self._translate(one, events)
         outputs = self._outputs
         for action in self._scheduler.handle(events, now):
-            match action:
-                case RunStep():
-                    if self._not_scheduled:
-                        self._note_first_steps(action)
-                    outputs.append(action)
-                case Emit(request_ids=request_ids):
-                    firsts = self._first_outputs(request_ids, now) if self._silent else ()
-                    outputs.append(Emitted(request_ids=request_ids, firsts=firsts))
-                case WakeAt() | LoadBlocks() | SaveBlock() | DropSaved():
-                    outputs.append(action)
-                case _:
-                    self._carry_out(action)
+            if isinstance(action, RunStep):
+                if self._not_scheduled:
+                    self._note_first_steps(action)
+                outputs.append(action)
+            elif isinstance(action, Emit):
+                firsts = self._first_outputs(action.request_ids, now) if self._silent else ()
+                outputs.append(Emitted(request_ids=action.request_ids, firsts=firsts))
+            else:
+                self._carry_out(action)
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
@@ -349,7 +346,10 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(self, action: OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget) -> None:
+    def _carry_out(
+        self,
+        action: OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget | WakeAt | LoadBlocks | SaveBlock | DropSaved,
+    ) -> None:
         match action:
             case OfferKv():
                 # From here on the sequence is another instance's.
@@ -370,6 +370,8 @@ class InstanceCore:
                 if reason is FinishReason.ERROR and failed is not None and failed.failure is not None:
                     self._tell_failure(request_id, epoch, failed.failure.kind, failed.failure.message)
                 self._drop(request_id, epoch)
+                self._outputs.append(action)
+            case WakeAt() | LoadBlocks() | SaveBlock() | DropSaved():
                 self._outputs.append(action)
             case _:
                 assert_never(action)

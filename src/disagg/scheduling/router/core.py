@@ -38,10 +38,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAdopt,
     SendGenerate,
-    SendLend,
-    SendMigrate,
     SendPeerLost,
-    SendRelease,
 )
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
@@ -425,6 +422,8 @@ class RouterCore:
 
     def _carry_out(self, action: AnyDispatchAction) -> None:
         match action:
+            case Deliver():
+                self._outputs.append(action)
             case SendGenerate(with_prefix=True, request_id=request_id, epoch=epoch, instance=instance):
                 self._outputs.append(
                     SendWithPrefix(
@@ -435,8 +434,6 @@ class RouterCore:
                         prefix=self._take_offer(request_id),
                     )
                 )
-            case Deliver() | SendGenerate() | SendLend() | SendRelease() | SendMigrate():
-                self._outputs.append(action)
             case Drained(instance=instance):
                 self._outputs.append(action)
                 if self._members[instance].is_leaving:
