@@ -34,7 +34,8 @@ from disagg.scheduling.dispatch.events import Join, ProcessStarting
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink

@@ -31,7 +31,8 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Start
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,

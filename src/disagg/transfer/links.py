@@ -5,8 +5,8 @@ from concurrent.futures import Executor
 from typing import Final
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import TransferError
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import PoolAddress, ShmWay, TcpWay, decode_address
 from disagg.transfer.link import Link
 from disagg.transfer.pool import KvPool

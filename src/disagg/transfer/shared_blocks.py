@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from msgspec import structs
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.messages import KvOffer
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import ShmWay, TcpWay, encode_address
 from disagg.transfer.digests import join_digests
 from disagg.transfer.grants import Grants

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Final
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvTransferDtype, TransferSettings
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 from disagg.costs.codec_choice import CodecChoice
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import PoolAddress, TcpWay

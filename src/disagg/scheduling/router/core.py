@@ -7,12 +7,10 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 import math
 from typing import Final, assert_never
 
-import msgspec
 from msgspec import structs
 
-from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import RequestId
 from disagg.base.messages import (
     CostsLearned,
     Failed,
@@ -64,6 +62,7 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
     AnyRouterInput,
@@ -90,26 +89,10 @@ from disagg.scheduling.router.outputs import (
     StopInstance,
     TellPeerLost,
 )
-from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
 _FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
-
-
-class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
-    """Everything that the core of the router is made from, at ``started_s``.
-
-    ``watches_silence`` treats instances without a sign of life as dead: where they give signs.
-    """
-
-    instances: dict[InstanceId, Role]
-    settings: RouterSettings
-    scheduler: SchedulerSettings = SchedulerSettings()
-    """What the instances are told in common."""
-    started_s: float = 0.0
-    restarts: RestartSettings = RestartSettings()
-    watches_silence: bool = True
 
 
 _NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)

@@ -17,7 +17,8 @@ from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
