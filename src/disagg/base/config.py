@@ -307,6 +307,14 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bool,
         Meta(description="let the decode instance that holds a conversation compute its next turn if that is quicker"),
     ] = True
+    min_kv_bandwidth_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="bytes per second at which KV blocks must be read from each prefill instance, such as 1GB: an "
+            "instance with a slower link is refused [default: any speed will do]",
+        ),
+    ] = 0
     max_instance_losses: Annotated[
         int,
         Meta(

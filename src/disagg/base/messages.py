@@ -24,7 +24,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
@@ -35,6 +35,7 @@ Positive = Annotated[int, Meta(ge=1, lt=2**62)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
 """Of a clock or a duration; bounds exclude NaN and infinity."""
+BytesPerSecond = Annotated[float, Meta(ge=0.0, le=1e15)]
 Name = Annotated[str, Meta(max_length=256)]
 Words = Annotated[str, Meta(max_length=65536)]
 
@@ -127,6 +128,18 @@ class ReportBlocks(Message, frozen=True, kw_only=True):
     """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
 
 
+class MeasureLink(Message, frozen=True, kw_only=True):
+    """Measure how fast the KV pool of ``source`` is read from here; answer with LinkMeasured.
+
+    ``pool`` is its address, ``access`` the capability to be sent bytes that are no request's.
+    """
+
+    source: InstanceId
+    incarnation: Name
+    pool: bytes
+    access: bytes
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """End the instance; what it still holds is dropped."""
 
@@ -162,6 +175,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_disk_blocks: Count = 0
     """KV blocks that it may keep on disk, and how many are there from a life before."""
     num_saved_blocks: Count = 0
+    probe: bytes = b""
+    """The capability to measure how fast its pool is read; empty where none is asked for."""
 
 
 class Loading(Message, frozen=True, kw_only=True):
@@ -332,6 +347,32 @@ class CostsLearned(Message, frozen=True, kw_only=True):
     num_decode_steps: Count
 
 
+class LinkFigure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How fast one instance reads the KV pool of another. ``failure`` says why it could not be measured."""
+
+    link: Name = ""
+    """What carries the bytes, and why this."""
+    why: Words = ""
+    bytes_per_s: BytesPerSecond = 0.0
+    latency_s: Seconds = 0.0
+    """From the request for bytes to the first of them."""
+    limit_bytes_per_s: BytesPerSecond = 0.0
+    """What the hardware between the two gives, as far as it can be found out; 0 where it cannot."""
+    limit: Name = ""
+    """What that is the speed of."""
+    failure: Words = ""
+
+
+class LinkMeasured(Message, frozen=True, kw_only=True):
+    """How fast this instance reads the pool of that life of ``source``."""
+
+    instance: InstanceId
+    incarnation: Name
+    source: InstanceId
+    source_incarnation: Name
+    figure: LinkFigure
+
+
 class KvEvents(Message, frozen=True, kw_only=True):
     """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
 
@@ -341,8 +382,20 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
+ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | MeasureLink | Stop
+ToRouter = (
+    Loading
+    | Ready
+    | StepOutput
+    | Offered
+    | NotHeld
+    | Pulled
+    | Failed
+    | LoadReport
+    | CostsLearned
+    | LinkMeasured
+    | KvEvents
+)
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoders raise for bytes that are none of their messages."""

@@ -16,6 +16,7 @@ from disagg.base.messages import (
     CostsLearned,
     Failed,
     Generate,
+    MeasureLink,
     NotHeld,
     Offered,
     Pulled,
@@ -28,6 +29,7 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.grammar import Grammars
 from disagg.engine.kv_disk import KvDisk
+from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
 from disagg.engine.sequence_table import SequenceTable
@@ -49,11 +51,14 @@ from disagg.scheduling.step.events import Tick
 
 @dataclass(frozen=True, slots=True)
 class Accessories:
-    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars."""
+    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars, links
+    to measure.
+    """
 
     log: EventLog | None = None
     disk: KvDisk | None = None
     grammars: Grammars | None = None
+    links: LinkMeasuring | None = None
 
 
 class EngineLoop:
@@ -79,6 +84,7 @@ class EngineLoop:
         self._clock = clock
         self._log = accessories.log
         self._disk = accessories.disk
+        self._links = accessories.links
         self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size, accessories.grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
@@ -116,6 +122,9 @@ class EngineLoop:
         for message in self._channel.receive(0.0 if inputs else idle_s):
             if isinstance(message, Stop):
                 self._is_stopping = True
+            elif isinstance(message, MeasureLink):
+                if self._links is not None:
+                    self._links.start(message)
             else:
                 inputs.append(self._input(message))
         for ended in self._pulls.take_ended():
@@ -124,6 +133,8 @@ class EngineLoop:
             inputs.append(ended.result)
         if self._disk is not None:
             inputs += self._collect_from(self._disk)
+        for measured in () if self._links is None else self._links.take_ended():
+            self._channel.send(measured)
         if self._clock.now() >= self._wake_s:
             inputs.append(Tick())
         return inputs
@@ -142,8 +153,8 @@ class EngineLoop:
                 return Start(sequence=self._sequences.add(request), hand_over=hand_over, prefix=prefix)
             case Adopt(request=request, offer=offer):
                 return Continue(sequence=self._sequences.add(request), offer=offer)
-            case Stop():
-                raise AssertionError("the loop itself stops")
+            case Stop() | MeasureLink():
+                raise AssertionError("these are not for the core")
             case _:
                 return message
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final, assert_never
 
 from disagg.base.config import RouterSettings
-from disagg.base.errors import ConfigurationError
+from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Abort, Lend, Migrate, Offered, PeerLost, Release, ReportBlocks
@@ -38,6 +38,7 @@ from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskToMeasure,
     HandOverEnded,
     RestartInstance,
     SendOffer,
@@ -293,6 +294,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
             case AskForBlocks():
                 return partial(instance.deliver, ReportBlocks())
+            case AskToMeasure():
+                raise InternalError("the links of a simulated deployment are known")
             case _:
                 assert_never(output)
 

@@ -1,10 +1,12 @@
 """What an instance lets others read of its pool: the address, and what goes with each offer."""
 
+import math
 from contextlib import ExitStack
 
 from msgspec import structs
 
 from disagg.base.clock import Clock
+from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import ShmWay, TcpWay, encode_address
@@ -39,6 +41,13 @@ class SharedBlocks:
             self._is_open = True
         self.address = encode_address(pool.address(*ways))
         """Where the pool is, for peers' ``Links``."""
+
+    @property
+    def probe(self) -> bytes:
+        """The capability to measure the link to this pool, for as long as the instance lives: it opens no block."""
+        if not self._is_open:
+            return b""
+        return self._grants.issue(RequestId("link probe"), Epoch(0), (), math.inf)
 
     def seal(self, offer: KvOffer) -> KvOffer:
         """Return an offer with the digests of its blocks, and the capability to read them while it lasts."""

@@ -47,6 +47,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    LinkKnown,
     NothingLent,
     OfferMade,
     ProcessStarting,
@@ -142,9 +143,7 @@ class Dispatcher:
             case InstanceDown(instance=instance, returning=returning, detail=detail):
                 self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
             case ProcessStarting(instance=instance):
-                entry = self._fleet.entry(instance)
-                if not entry.is_alive:
-                    entry.state = InstanceState.STARTING
+                self._fleet.start(instance)
             case Join(instance=instance, role=role):
                 self._fleet.join(instance, role)
             case Drain(instance=instance):
@@ -161,8 +160,8 @@ class Dispatcher:
                 entry = self._fleet.entry(instance)
                 entry.role = role
                 self._place_waiting(entry)
-            case CostsKnown(lesson=lesson):
-                self._fleet.entry(lesson.instance).lesson = lesson
+            case CostsKnown() | LinkKnown():
+                self._fleet.learn(event)
             case _:
                 assert_never(event)
 

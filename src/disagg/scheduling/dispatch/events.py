@@ -165,7 +165,17 @@ class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
     lesson: CostsLearned
 
 
-AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
+class LinkKnown(DispatchEvent, frozen=True, kw_only=True):
+    """How fast ``target`` reads KV blocks of ``source`` was measured: seconds of a read, and of each token in it."""
+
+    source: InstanceId
+    target: InstanceId
+    latency_s: float
+    token_s: float
+
+
+AnyLesson = CostsKnown | LinkKnown
+AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | AnyLesson
 AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted

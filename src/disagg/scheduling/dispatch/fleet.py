@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from disagg.base.errors import InternalError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.events import AnyLesson, CostsKnown, LinkKnown
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 
 class Fleet:
@@ -29,6 +30,12 @@ class Fleet:
             raise InternalError(f"instance {instance} joined twice")
         self._by_name[instance] = InstanceEntry(instance, role)
         self.entries = tuple(self._by_name.values())
+
+    def start(self, instance: InstanceId) -> None:
+        """A process of an instance that is not up is being started."""
+        entry = self.entry(instance)
+        if not entry.is_alive:
+            entry.state = InstanceState.STARTING
 
     def drain(self, instance: InstanceId) -> bool:
         """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
@@ -95,6 +102,20 @@ class Fleet:
         if entry is not None:
             del entry.expected[sequence.request_id]
             entry.expected_tokens -= num_tokens
+
+    def learn(self, lesson: AnyLesson) -> None:
+        """Remember what was measured of an instance, or of a link to it."""
+        match lesson:
+            case CostsKnown(lesson=costs):
+                self.entry(costs.instance).lesson = costs
+            case LinkKnown(source=source, target=target, latency_s=latency_s, token_s=token_s):
+                self.entry(target).reads[source] = KvLink(latency_s, token_s)
+
+    def link_s(self, sequence: SequenceEntry) -> float | None:
+        """Return what its measured link says that a sequence's blocks take to who pulls them; None: not measured."""
+        source, target = sequence.lease, sequence.holder
+        link = None if source is None or target is None else self._by_name[target].reads.get(source)
+        return None if link is None else link.transfer_time_s(sequence.num_tokens)
 
     def describe(self) -> str:
         """Return names, states and capacities in words."""

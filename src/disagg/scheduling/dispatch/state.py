@@ -125,6 +125,18 @@ class RecentWork:
         return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class KvLink:
+    """How long KV blocks take from one instance to another: ``latency_s`` and so much for each token."""
+
+    latency_s: float
+    token_s: float
+
+    def transfer_time_s(self, num_tokens: int) -> float:
+        """Return the seconds of one transfer that has the link for itself."""
+        return self.latency_s + num_tokens * self.token_s
+
+
 @dataclass(slots=True)
 class InstanceEntry:
     """One instance and the load that dispatch has put on it, in tokens."""
@@ -157,6 +169,8 @@ class InstanceEntry:
     limits: StepLimits = field(default_factory=StepLimits)
     lesson: CostsLearned | None = None
     """What it said last of the cost of its steps."""
+    reads: dict[InstanceId, KvLink] = field(default_factory=dict)
+    """How fast it reads the KV blocks of others, where that was measured."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 

@@ -91,7 +91,7 @@ class Turns:
     def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:
         """Take account of KV blocks that have arrived."""
         sequence.hand_over_s = duration_s
-        self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s)
+        self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s, self._fleet.link_s(sequence))
 
     def finished(self, sequence: SequenceEntry) -> None:
         """Learn from a sequence that came to its end."""

@@ -11,7 +11,8 @@ from disagg.scheduling.router.restart import RestartSettings
 class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """Everything that the core of the router is made from, at ``started_s``.
 
-    ``watches_silence`` treats instances without a sign of life as dead: where they give signs.
+    ``watches_silence`` treats instances without a sign of life as dead: where they give signs. ``measures_links`` asks
+    instances how fast they read each other's KV blocks: where they can tell.
     """
 
     instances: dict[InstanceId, Role]
@@ -21,3 +22,4 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     started_s: float = 0.0
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
+    measures_links: bool = False

@@ -5,7 +5,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import KvOffer
+from disagg.base.messages import KvOffer, LinkFigure, Pulled
 from disagg.scheduling.dispatch.actions import (
     Degrade,
     Deliver,
@@ -62,6 +62,26 @@ class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class AskToMeasure(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` measure how fast it reads the pool of this life of ``source``, at this address."""
+
+    instance: InstanceId
+    source: InstanceId
+    incarnation: str
+    pool: bytes
+    access: bytes
+
+
+class LinkFound(RouterOutput, frozen=True, kw_only=True):
+    """A link was measured; ``warning`` says what is wrong with it, ``refusal`` why that cannot be accepted."""
+
+    source: InstanceId
+    target: InstanceId
+    figure: LinkFigure
+    warning: str = ""
+    refusal: str = ""
+
+
 class DropReason(enum.Enum):
     """Why a message of an instance was not used."""
 
@@ -88,6 +108,19 @@ class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
     failure: str
     link: str = ""
     num_repeated: int = 0
+
+    @classmethod
+    def of(cls, message: Pulled, target: InstanceId) -> "HandOverEnded":
+        """Return what the message of the instance that pulled says."""
+        return cls(
+            source=message.source,
+            target=target,
+            num_bytes=message.num_bytes,
+            duration_s=message.duration_s,
+            failure=message.failure,
+            link=message.link,
+            num_repeated=message.num_repeated,
+        )
 
 
 class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):
@@ -145,6 +178,7 @@ AnySend = (
     | SendMigrate
     | TellPeerLost
     | AskForBlocks
+    | AskToMeasure
 )
 """What becomes a message to an instance."""
 
@@ -160,6 +194,7 @@ AnyRouterOutput = (
     | AnySend
     | MessageDropped
     | HandOverEnded
+    | LinkFound
     | InstanceWelcomed
     | InstanceLost
     | EndInstance

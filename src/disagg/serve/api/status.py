@@ -3,12 +3,14 @@
 import time
 from collections.abc import Sequence
 
+from disagg.base.messages import LinkFigure
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
 from disagg.serve.api.observer import Accounts
 from disagg.serve.api.served_model import ServedModel
-from disagg.serve.api.views import InstanceView, Readiness, ServerView
+from disagg.serve.api.views import InstanceView, LinkView, Readiness, ServerView
 from disagg.serve.router.interface import InstanceStatus, Router
 
 
@@ -56,6 +58,23 @@ def _lacks(role: Role, instances: Sequence[InstanceStatus]) -> bool:
 
 def _describe(status: InstanceStatus) -> str:
     return f"{status.instance} is {status.state.value}" + (f" ({status.detail})" if status.detail else "")
+
+
+def link_view(link: MeasuredLink) -> LinkView:
+    """Return one link as ``/admin/links`` shows it."""
+    figure = link.figure or LinkFigure()
+    return LinkView(
+        source=link.source,
+        target=link.target,
+        is_measured=link.figure is not None,
+        link=figure.link,
+        why=figure.why,
+        bytes_per_s=figure.bytes_per_s,
+        latency_s=figure.latency_s,
+        limit_bytes_per_s=figure.limit_bytes_per_s,
+        limit=figure.limit,
+        warning=link.warning,
+    )
 
 
 def instance_view(status: InstanceStatus) -> InstanceView:

@@ -55,6 +55,31 @@ class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[InstanceView]
 
 
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """One link over which KV blocks are handed over. Speeds are in bytes per second; 0 what is not known.
+
+    ``limit`` is what the hardware between the two is, ``limit_bytes_per_s`` what it gives.
+    """
+
+    source: str
+    target: str
+    is_measured: bool
+    link: str = ""
+    why: str = ""
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    limit_bytes_per_s: float = 0.0
+    limit: str = ""
+    warning: str = ""
+    """What is wrong with it; empty for nothing."""
+
+
+class LinkList(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /admin/links``."""
+
+    links: list[LinkView]
+
+
 class CommandReply(msgspec.Struct, frozen=True, kw_only=True):
     """What a command of ``/admin`` began; it may take a while to end."""
 

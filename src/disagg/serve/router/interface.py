@@ -10,6 +10,7 @@ from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.link_survey import MeasuredLink
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +83,9 @@ class Router(Protocol):
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         """Return every configured instance."""
+
+    def links(self) -> tuple[MeasuredLink, ...]:
+        """Return the links over which KV blocks are handed over, with what was measured of them."""
 
     def is_ready(self) -> bool:
         """True with one live prefill and one live decode instance, or one live colocated instance."""

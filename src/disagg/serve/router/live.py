@@ -19,7 +19,8 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
-from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
+from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, MeasureLinks, ProcessExited
+from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.serve.router.control_socket import ControlSocket
@@ -62,6 +63,7 @@ class LiveRouter:
             scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
+            measures_links=True,
         )
         self._socket = socket
         self._kv_events = kv_events
@@ -100,7 +102,15 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
+    def links(self) -> tuple[MeasuredLink, ...]:
+        """See Router."""
+        return self._core.links
+
     # For an operator ------------------------------------------------------------------------------------------
+
+    def measure_links(self) -> None:
+        """Let all links be measured anew."""
+        self._shell.feed(MeasureLinks())
 
     def command(self, command: AnyCommand) -> None:
         """Change the deployment; raise ConfigurationError, with the reason, where that cannot be done."""

@@ -24,6 +24,7 @@ from disagg.base.messages import (
     Adopt,
     Generate,
     Lend,
+    MeasureLink,
     Message,
     Migrate,
     PeerLost,
@@ -60,12 +61,14 @@ from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskToMeasure,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
     InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
+    LinkFound,
     MessageDropped,
     RestartInstance,
     SendOffer,
@@ -227,6 +230,8 @@ class RouterShell:
                 self._sink.message_dropped(instance, reason)
             case HandOverEnded():
                 self._sink.hand_over_ended(output)
+            case LinkFound():
+                self._sink.link_found(output)
             case InstanceWelcomed(instance=instance):
                 facts = self._core.members[instance].facts
                 assert facts is not None, "a welcomed instance has said what it is"
@@ -294,6 +299,8 @@ class RouterShell:
                 return PeerLost(instance=lost, incarnation=incarnation)
             case AskForBlocks():
                 return ReportBlocks()
+            case AskToMeasure(source=source, incarnation=incarnation, pool=pool, access=access):
+                return MeasureLink(source=source, incarnation=incarnation, pool=pool, access=access)
             case _:
                 assert_never(output)
 
