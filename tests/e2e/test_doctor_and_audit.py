@@ -1,4 +1,4 @@
-"""``disagg doctor`` on a real server whose KV blocks travel over TCP."""
+"""``disagg doctor`` and ``disagg audit`` on a real server whose KV blocks travel over TCP."""
 
 import json
 import subprocess
@@ -24,6 +24,24 @@ def test_a_server_over_tcp_is_measured_at_its_start_and_by_its_doctor() -> None:
         assert min(link["bytes_per_s"], link["latency_s"], link["limit_bytes_per_s"]) > 0
         completion(server, "Once upon a time", max_tokens=4)
         assert server.metric("disagg:hand_over_bytes_total") > 0
+
+        ended = run(server, "audit", "--json")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        audit = json.loads(ended.stdout)
+        assert audit["is_exact"]
+        assert [one["instance"] for one in audit["instances"]] == ["prefill-0", "decode-0"]
+        for one in audit["instances"]:
+            assert sum(one["blocks"].values()) == one["total"]
+            assert one["num_held"] == 0
+
+        decode = server.instances()[1]
+        decode.suspend()
+        try:
+            ended = run(server, "audit")
+        finally:
+            decode.resume()
+        assert ended.returncode == 1
+        assert "decode-0 gave no answer" in ended.stdout
 
 
 def test_an_instance_whose_link_is_slower_than_asked_for_is_refused_in_words() -> None:

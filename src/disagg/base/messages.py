@@ -128,6 +128,12 @@ class ReportBlocks(Message, frozen=True, kw_only=True):
     """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
 
 
+class AuditBlocks(Message, frozen=True, kw_only=True):
+    """Say at once which state every KV block is in, and which contradict the books; answer with Audited."""
+
+    number: Count
+
+
 class MeasureLink(Message, frozen=True, kw_only=True):
     """Measure how fast the KV pool of ``source`` is read from here; answer with LinkMeasured.
 
@@ -373,6 +379,16 @@ class LinkMeasured(Message, frozen=True, kw_only=True):
     figure: LinkFigure
 
 
+class Audited(Message, frozen=True, kw_only=True):
+    """The KV blocks of an instance at one instant. ``faults`` name each block that breaks the sum, in words."""
+
+    instance: InstanceId
+    incarnation: Name
+    number: Count
+    load: InstanceLoad
+    faults: tuple[Words, ...] = ()
+
+
 class KvEvents(Message, frozen=True, kw_only=True):
     """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
 
@@ -382,7 +398,9 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | MeasureLink | Stop
+ToEngine = (
+    Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | AuditBlocks | MeasureLink | Stop
+)
 ToRouter = (
     Loading
     | Ready
@@ -394,6 +412,7 @@ ToRouter = (
     | LoadReport
     | CostsLearned
     | LinkMeasured
+    | Audited
     | KvEvents
 )
 

@@ -8,11 +8,12 @@ import httpx
 import msgspec
 
 from disagg.base.errors import ConfigurationError, DisaggError, ProtocolError, UnavailableError
-from disagg.serve.api.views import CommandReply, InstanceList, InstanceView, LinkList, LinkView
+from disagg.serve.api.views import Audit, CommandReply, InstanceList, InstanceView, LinkList, LinkView
 
 T = TypeVar("T")
 
-_TIMEOUT_S: Final = 10.0
+_TIMEOUT_S: Final = 20.0
+"""An audit waits for instances half as long."""
 _PATH: Final = "/admin/instances"
 _LINKS: Final = "/admin/links"
 
@@ -47,6 +48,10 @@ class ControlClient:
     def instance(self, name: str) -> InstanceView | None:
         """Return one instance; None when there is none of this name."""
         return next((one for one in self.instances() if one.instance == name), None)
+
+    def audit(self) -> Audit:
+        """Return the sum of every instance's KV blocks."""
+        return self._ask("GET", "/debug/audit", None, Audit)
 
     def links(self) -> list[LinkView]:
         """Return the links over which KV blocks are handed over."""

@@ -13,6 +13,7 @@ from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
 from disagg.base.messages import (
     Adopt,
+    Audited,
     CostsLearned,
     Failed,
     Generate,
@@ -180,7 +181,7 @@ class EngineLoop:
             case Offered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
                 self._channel.send(Offered(offer=self._pulls.seal(offer)))
-            case NotHeld() | Pulled() | Failed() | CostsLearned():
+            case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)

@@ -16,6 +16,7 @@ from msgspec import structs
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
+    Audited,
     CostsLearned,
     Failed,
     InstanceLoad,
@@ -246,7 +247,7 @@ class SimulatedInstance:
                 self._use_disk(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
-            case CancelCopy() | DropSaved():
+            case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
                 self._lost_peers.add(incarnation)

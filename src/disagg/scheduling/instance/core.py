@@ -15,6 +15,8 @@ from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
+    AuditBlocks,
+    Audited,
     CostsLearned,
     Failed,
     FailureKind,
@@ -26,7 +28,6 @@ from disagg.base.messages import (
     NotHeld,
     Offered,
     PeerLost,
-    Pulled,
     Release,
     ReportBlocks,
 )
@@ -47,7 +48,7 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import Tracked, pulled_message
+from disagg.scheduling.instance.tracked import Tracked, mismatch, pulled_message, unread
 from disagg.scheduling.step.actions import (
     DropSaved,
     Emit,
@@ -112,6 +113,7 @@ class InstanceCore:
         self._silent: set[RequestId] = set()
         """No token of theirs has come from here."""
         self._num_kv_events = 0
+        self._audits: list[int] = []
         self._outputs: list[AnyInstanceOutput] = []
         self._now = -math.inf
 
@@ -146,6 +148,8 @@ class InstanceCore:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
         self._tell_costs()
+        if self._audits:
+            self._tell_audits()
         if self._journal.has_news:
             self._tell_kv_events(*self._journal.take(), 0)
         return outputs
@@ -214,6 +218,22 @@ class InstanceCore:
             )
         )
 
+    def _report(self, asked: ReportBlocks | AuditBlocks) -> None:
+        if isinstance(asked, ReportBlocks):
+            self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
+        else:
+            self._audits.append(asked.number)  # answered once all that came with it has been taken account of
+
+    def _tell_audits(self) -> None:
+        header, load, faults = self._header, self.load(), self._scheduler.block_faults()
+        for number in self._audits:
+            self._outputs.append(
+                Audited(
+                    instance=header.instance, incarnation=header.incarnation, number=number, load=load, faults=faults
+                )
+            )
+        self._audits = []
+
     # In: from messages and results to the scheduler's events --------------------------------------------------
 
     def _translate(self, one: AnyInstanceInput, events: list[AnyEvent]) -> None:
@@ -239,8 +259,8 @@ class InstanceCore:
                 self._abandon(request_id, epoch, events)
             case PeerLost():
                 self._on_peer_lost(one, events)
-            case ReportBlocks():
-                self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
+            case ReportBlocks() | AuditBlocks():
+                self._report(one)
             case _:
                 assert_never(one)
 
@@ -303,11 +323,11 @@ class InstanceCore:
             return False
         if known is not None:
             self._abandon(known.request_id, known.epoch, events)
-        fault = facts.fault or ("" if offer is None else _mismatch(offer, facts))
+        fault = facts.fault or ("" if offer is None else mismatch(offer, facts))
         if fault:
             self._refuse(facts, FailureKind.INTERNAL, fault)
             if offer is not None:
-                self._outputs.append(_unread(offer, "the sequence was refused"))
+                self._outputs.append(unread(offer, "the sequence was refused"))
             return False
         self._sequences[facts.request_id] = Tracked(facts.request_id, facts.epoch, self._now, offer)
         self._not_scheduled.add(facts.request_id)
@@ -462,25 +482,3 @@ def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent
             return MigrationAsked(request_id=request_id, epoch=epoch)
         case BlockSaved() | Tick():
             return message
-
-
-def _mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
-    """Return why an offer cannot be this sequence's; an empty string where it can."""
-    same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
-    if same and 0 < offer.num_tokens < facts.num_tokens:
-        return ""
-    return (
-        f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
-        f"to a sequence of {facts.num_tokens} tokens (epoch {facts.epoch})"
-    )
-
-
-def _unread(offer: KvOffer, why: str) -> Pulled:
-    return Pulled(
-        request_id=offer.request_id,
-        epoch=offer.epoch,
-        source=offer.source,
-        num_bytes=0,
-        duration_s=0.0,
-        failure=why,
-    )

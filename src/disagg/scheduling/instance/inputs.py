@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.base.messages import Abort, KvOffer, Lend, Migrate, PeerLost, Release, ReportBlocks
+from disagg.base.messages import Abort, AuditBlocks, KvOffer, Lend, Migrate, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
 from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
@@ -83,6 +83,7 @@ AnyInstanceInput = (
     | Migrate
     | PeerLost
     | ReportBlocks
+    | AuditBlocks
     | StepDone
     | CopyEnded
     | LoadEnded

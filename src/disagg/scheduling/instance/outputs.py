@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
+from disagg.base.messages import Audited, CostsLearned, Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
 from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
@@ -77,5 +77,6 @@ AnyInstanceOutput = (
     | DropSaved
     | ForgetPeer
     | CostsLearned
+    | Audited
     | WakeAt
 )

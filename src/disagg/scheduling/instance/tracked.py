@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer, Pulled, StageStamps
-from disagg.scheduling.instance.inputs import CopyEnded
+from disagg.scheduling.instance.inputs import CopyEnded, SequenceFacts
 from disagg.scheduling.instance.outputs import FirstOutput
 from disagg.scheduling.step.actions import ReleaseLease
 from disagg.scheduling.step.events import StepFailure
@@ -77,3 +77,26 @@ def _why_unread(sequence: Tracked | None, now: float) -> str:
     if now >= sequence.expires_s:
         return "the lease expired before the blocks were read"
     return sequence.abandoned if sequence.copy is None else ""
+
+
+def mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
+    """Return why an offer cannot be this sequence's; an empty string where it can."""
+    same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
+    if same and 0 < offer.num_tokens < facts.num_tokens:
+        return ""
+    return (
+        f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
+        f"to a sequence of {facts.num_tokens} tokens (epoch {facts.epoch})"
+    )
+
+
+def unread(offer: KvOffer, why: str) -> Pulled:
+    """Return what lets the source of an offer that was refused free its blocks."""
+    return Pulled(
+        request_id=offer.request_id,
+        epoch=offer.epoch,
+        source=offer.source,
+        num_bytes=0,
+        duration_s=0.0,
+        failure=why,
+    )

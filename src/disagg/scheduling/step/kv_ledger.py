@@ -1,7 +1,7 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import groupby
 
 from disagg.base.errors import InternalError
@@ -72,6 +72,25 @@ class KvLedger:
         sequence.num_computed = len(reusable) * self._block_size
         sequence.num_published = len(reusable)
         return True
+
+    @property
+    def leased(self) -> Iterator[BlockId]:
+        """The blocks of every lease, loan and writer to disk, each as often as it is held."""
+        for table in (self.leases, self.loans):
+            for lease in table:
+                yield from lease.blocks
+        yield from self._saving.values()
+
+    @property
+    def quarantined(self) -> Iterator[BlockId]:
+        """The blocks of pulls that failed and may still write."""
+        for blocks in self._quarantine.values():
+            yield from blocks
+
+    @staticmethod
+    def being_written(sequence: Sequence) -> tuple[BlockId, ...]:
+        """Return the blocks of a sequence that a pull or a disk fills."""
+        return _targets(sequence)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make a running sequence's blocks hold ``num_tokens`` tokens."""

@@ -28,6 +28,7 @@ from disagg.scheduling.hand_over.disk_moves import DiskMoves
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
+from disagg.scheduling.step.block_audit import block_faults
 from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import (
     AnyEvent,
@@ -165,13 +166,26 @@ class StepScheduler:
         """Count the blocks of each state."""
         return self._books.ledger.pool.audit()
 
+    def block_faults(self) -> tuple[str, ...]:
+        """See ``block_audit``."""
+        discarded = {
+            id(sequence): sequence
+            for step in self._steps.values()
+            for sequence, _ in step.parts
+            if sequence.discarded is not None
+        }
+        # A leased sequence's hold has become a lease.
+        live = [one for one in self._books.sequences.values() if one.state is not SequenceState.LEASED]
+        return block_faults(self._books.ledger, (*live, *discarded.values()))
+
     def validate(self) -> None:
         """Raise InternalError unless every list holds exactly the sequences of its state, and the blocks add up."""
         books = self._books
         books.validate_queue(books.waiting, SequenceState.WAITING)
         books.validate_queue(books.running, SequenceState.RUNNING)
         self._hand_over.validate()
-        books.ledger.pool.validate()
+        if faults := self.block_faults():
+            raise InternalError("; ".join(faults))
 
     # Events -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.serve.api.http import read_body
 from disagg.serve.api.responses import json_response
-from disagg.serve.api.status import instance_view, link_view
+from disagg.serve.api.status import audit_view, instance_view, link_view
 from disagg.serve.api.views import CommandReply, InstanceList, LinkList
 from disagg.serve.router.interface import Router
 
@@ -97,6 +97,7 @@ class Administration:
             Route("/admin/instances", self.instances),
             Route("/admin/instances", self.add, methods=["POST"]),
             Route("/admin/links", self.links),
+            Route("/debug/audit", self.audit),
             Route("/admin/links", self.measure_links, methods=["POST"]),
             Route(f"{one}/drain", self.drain, methods=["POST"]),
             Route(f"{one}/remove", self.remove, methods=["POST"]),
@@ -107,6 +108,11 @@ class Administration:
         """List the instances."""
         self._check_caller(request)
         return json_response(InstanceList(instances=[instance_view(status) for status in self._router.instances()]))
+
+    async def audit(self, request: Request) -> Response:
+        """Return the sum of every instance's KV blocks at this instant."""
+        self._check_caller(request)
+        return json_response(audit_view(*await self._router.audit()))
 
     async def links(self, request: Request) -> Response:
         """List the links over which KV blocks are handed over."""

@@ -80,6 +80,28 @@ class LinkList(msgspec.Struct, frozen=True, kw_only=True):
     links: list[LinkView]
 
 
+class AuditView(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV blocks of one instance at one instant, by state; ``faults`` say what does not add up."""
+
+    instance: str
+    total: int
+    blocks: dict[str, int]
+    num_held: int
+    """Neither free nor merely cached."""
+    num_sequences: int
+    """That it computes, or that wait there."""
+    num_leases: int
+    faults: tuple[str, ...] = ()
+
+
+class Audit(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /debug/audit``. ``faults`` are those of no one instance that answered."""
+
+    is_exact: bool
+    instances: list[AuditView]
+    faults: tuple[str, ...] = ()
+
+
 class CommandReply(msgspec.Struct, frozen=True, kw_only=True):
     """What a command of ``/admin`` began; it may take a while to end."""
 

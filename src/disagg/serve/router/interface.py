@@ -6,7 +6,7 @@ from typing import Protocol
 import msgspec
 
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
+from disagg.base.messages import Audited, InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
@@ -83,6 +83,9 @@ class Router(Protocol):
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         """Return every configured instance."""
+
+    async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
+        """Return what the KV blocks of each live instance are at this instant, and what else is wrong, in words."""
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """Return the links over which KV blocks are handed over, with what was measured of them."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import RouterSettings, SchedulerSettings
-from disagg.base.errors import ProtocolError, UnavailableError
+from disagg.base.errors import InternalError, ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
+from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore
@@ -23,6 +23,7 @@ from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedM
 from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
+from disagg.serve.router.auditing import AUDIT_TIMEOUT_S, Auditing
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.kv_publisher import KvEventPublisher
@@ -77,6 +78,7 @@ class LiveRouter:
         )
         self._start_gate = StartGate(settings.instance_wait_s, settings.max_queued_requests)
         self._stopping = False
+        self._auditing = Auditing(lambda instance, message: socket.send(instance, encode(message)))
 
     # For the API ----------------------------------------------------------------------------------------------
 
@@ -105,6 +107,19 @@ class LiveRouter:
     def links(self) -> tuple[MeasuredLink, ...]:
         """See Router."""
         return self._core.links
+
+    async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
+        """See Router."""
+        alive = [member.instance for member in self._core.members if member.is_alive]
+        answers = await self._auditing.ask(alive)
+        silent = tuple(
+            f"{instance} gave no answer for {AUDIT_TIMEOUT_S:g} s" for instance in alive if instance not in answers
+        )
+        try:
+            self._core.validate()
+        except InternalError as error:
+            return answers, (*silent, f"the router's own books: {error}")
+        return answers, silent
 
     # For an operator ------------------------------------------------------------------------------------------
 
@@ -189,6 +204,9 @@ class LiveRouter:
             return
         if isinstance(message, StepOutput):
             self._shell.emit(instance, message.outputs)
+            return
+        if isinstance(message, Audited):
+            self._auditing.take(instance, message)
             return
         self._shell.feed(InstanceSaid(instance=instance, message=message))
         if isinstance(message, KvEvents) and self._kv_events is not None:
