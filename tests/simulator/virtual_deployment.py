@@ -190,8 +190,11 @@ class VirtualEngine:
         )
         return EndedPull(lost, pull.targets)
 
-    def seal(self, offer: KvOffer) -> KvOffer:
+    def seal(self, offer: KvOffer, *, is_part: bool = False) -> KvOffer:
         return offer
+
+    def forget(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Offers have no digests."""
 
     def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
         """A copy under way takes its time all the same."""

@@ -63,6 +63,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     pool: bytes
     digests: bytes = b""
     access: bytes = b""
+    first_block: Count = 0
+    """Of a part of a sequence's blocks: which of them is the first one here."""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
@@ -83,6 +85,19 @@ class Adopt(Message, frozen=True, kw_only=True):
     """Continue this sequence, whose KV blocks another instance offers."""
 
     request: GenerationRequest
+    offer: KvOffer
+
+
+class Reserve(Message, frozen=True, kw_only=True):
+    """Another instance computes this sequence for you: make room, and read the first of its KV blocks already."""
+
+    request: GenerationRequest
+    offer: KvOffer
+
+
+class MoreKv(Message, frozen=True, kw_only=True):
+    """The next KV blocks of a sequence that there is room for are computed: read them already."""
+
     offer: KvOffer
 
 
@@ -243,6 +258,12 @@ class Offered(Message, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class PartOffered(Message, frozen=True, kw_only=True):
+    """Some KV blocks of a sequence are full and final while others are still to be computed."""
+
+    offer: KvOffer
+
+
 class NotHeld(Message, frozen=True, kw_only=True):
     """None of the KV blocks that were to be lent is cached any more."""
 
@@ -267,6 +288,8 @@ class Pulled(Message, frozen=True, kw_only=True):
     """What carried the blocks."""
     num_repeated: Count = 0
     """Blocks that came with another digest and were pulled again."""
+    overlapped_s: Seconds = 0.0
+    """What of ``duration_s`` passed while the sequence was still being computed."""
 
 
 class FailureKind(enum.Enum):
@@ -399,13 +422,26 @@ class KvEvents(Message, frozen=True, kw_only=True):
 
 
 ToEngine = (
-    Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | AuditBlocks | MeasureLink | Stop
+    Generate
+    | Adopt
+    | Reserve
+    | MoreKv
+    | Lend
+    | Abort
+    | Release
+    | Migrate
+    | PeerLost
+    | ReportBlocks
+    | AuditBlocks
+    | MeasureLink
+    | Stop
 )
 ToRouter = (
     Loading
     | Ready
     | StepOutput
     | Offered
+    | PartOffered
     | NotHeld
     | Pulled
     | Failed

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from msgspec import structs
+
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
 from disagg.base.messages import (
@@ -20,8 +22,10 @@ from disagg.base.messages import (
     MeasureLink,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     Ready,
+    Reserve,
     StepOutput,
     Stop,
     ToEngine,
@@ -37,7 +41,7 @@ from disagg.engine.sequence_table import SequenceTable
 from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, LoadEnded, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Expect, LoadEnded, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -154,6 +158,8 @@ class EngineLoop:
                 return Start(sequence=self._sequences.add(request), hand_over=hand_over, prefix=prefix)
             case Adopt(request=request, offer=offer):
                 return Continue(sequence=self._sequences.add(request), offer=offer)
+            case Reserve(request=request, offer=offer):
+                return Expect(sequence=self._sequences.facts_of(request), offer=offer)
             case Stop() | MeasureLink():
                 raise AssertionError("these are not for the core")
             case _:
@@ -178,15 +184,17 @@ class EngineLoop:
                 self._emit(output)
             case RunStep(step_id=step_id, chunks=chunks):
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
-            case Offered(offer=offer):
+            case Offered(offer=offer) | PartOffered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
-                self._channel.send(Offered(offer=self._pulls.seal(offer)))
+                sealed = self._pulls.seal(offer, is_part=isinstance(output, PartOffered))
+                self._channel.send(structs.replace(output, offer=sealed))
             case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)
+                self._pulls.forget(request_id, epoch)
             case StartCopy():
                 self._pulls.start(output, now)
             case CancelCopy(request_id=request_id, epoch=epoch):

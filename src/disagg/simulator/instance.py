@@ -22,6 +22,7 @@ from disagg.base.messages import (
     InstanceLoad,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     StageStamps,
 )
@@ -237,7 +238,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | NotHeld() | Pulled() | Failed() | CostsLearned():
+            case Offered() | PartOffered() | NotHeld() | Pulled() | Failed() | CostsLearned():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case CacheChanged(message=message):
                 self._tell(InstanceSaid(instance=self.spec.name, message=message))

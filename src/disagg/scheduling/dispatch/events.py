@@ -57,6 +57,15 @@ class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class PartMade(DispatchEvent, frozen=True, kw_only=True):
+    """``instance``, which is prefilling a sequence, has KV blocks of it that can be read; ``is_first``: none before."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    is_first: bool
+
+
 class NothingLent(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has nothing cached any more of what it was to lend."""
 
@@ -180,6 +189,7 @@ AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted
     | OfferMade
+    | PartMade
     | NothingLent
     | PullEnded
     | SequenceFailed

@@ -97,6 +97,8 @@ class InstanceState(enum.Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, and every placing asks which instances are coming
 
 
+READ_ALREADY: Final = frozenset({Whereabouts.PREFILLING, Whereabouts.OFFERING})
+"""States in which another instance than the holder may read a sequence's blocks."""
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
 _MEMORY_S: Final = 20.0
@@ -248,6 +250,8 @@ class SequenceEntry:
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
+    reader: InstanceId | None = None
+    """Who reads its KV blocks already while it is being prefilled, to go on with it."""
     borrows_for: Whereabouts | None = None
     """While it borrows its beginning: what its holder does then."""
     wait_until_s: float = math.inf
@@ -330,7 +334,9 @@ class SequenceEntry:
         leased = self.lease is not None
         may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING, Whereabouts.BORROWING)
         must_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.BORROWING)
-        present = {name for name in (self.holder, self.lease) if name is not None}
+        present = {name for name in (self.holder, self.lease, self.reader) if name is not None}
+        if self.reader is not None and self.state not in READ_ALREADY:
+            self.refuse_event(f"reader {self.reader} in state {self.state.value}")
         if (self.holder is not None) != held or not must_be_leased <= leased <= may_be_leased:
             self.refuse_event(f"holder {self.holder} and lease {self.lease} in state {self.state.value}")
         if set(self.charges) != present:

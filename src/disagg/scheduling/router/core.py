@@ -12,11 +12,13 @@ from disagg.base.messages import (
     CostsLearned,
     Failed,
     KvEvents,
+    KvOffer,
     LinkMeasured,
     Loading,
     LoadReport,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     Ready,
 )
@@ -35,6 +37,7 @@ from disagg.scheduling.dispatch.actions import (
     SendGenerate,
     SendLend,
     SendMigrate,
+    SendPart,
     SendPeerLost,
     SendRelease,
 )
@@ -50,6 +53,7 @@ from disagg.scheduling.dispatch.events import (
     Leave,
     NothingLent,
     OfferMade,
+    PartMade,
     ProcessStarting,
     PullEnded,
     SequenceArrived,
@@ -85,6 +89,7 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendPartOffer,
     SendWithPrefix,
     StopInstance,
     TellPeerLost,
@@ -92,7 +97,7 @@ from disagg.scheduling.router.outputs import (
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-_FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
+_FromReady = Offered | PartOffered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
 
 
 _NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
@@ -111,6 +116,7 @@ class RouterCore:
             self._members.add(entry, header.started_s)
         self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
         self._offers = OfferShelf()
+        self._part: KvOffer | None = None
         self._dispatch_wake_s = math.inf
         self._check_s = math.inf
         self._asked_s = math.inf
@@ -207,19 +213,13 @@ class RouterCore:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
-            case Offered(offer=offer):
-                if (offer.source, offer.incarnation) != (instance, member.incarnation):
-                    self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
-                    return
-                self._offers.keep(offer, self._now, self._dispatcher.epoch_of(offer.request_id))
-                self._dispatch_from(
-                    member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
-                )
+            case Offered() | PartOffered():
+                self._on_offer(member, message)
             case NotHeld(request_id=request_id, epoch=epoch):
                 self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
             case Pulled(request_id=request_id, epoch=epoch):
                 self._outputs.append(HandOverEnded.of(message, instance))
-                duration_s = None if message.failure else message.duration_s
+                duration_s = None if message.failure else max(0.0, message.duration_s - message.overlapped_s)
                 ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
                 self._dispatch_from(member, ended)
             case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
@@ -241,6 +241,20 @@ class RouterCore:
                 self._index(member, message)
             case _:
                 assert_never(message)
+
+    def _on_offer(self, member: Member, message: Offered | PartOffered) -> None:
+        offer, instance = message.offer, member.instance
+        if (offer.source, offer.incarnation) != (instance, member.incarnation):
+            self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
+            return
+        request_id, epoch = offer.request_id, offer.epoch
+        if isinstance(message, Offered):
+            self._offers.keep(offer, self._now, self._dispatcher.epoch_of(request_id))
+            self._dispatch_from(member, OfferMade(request_id=request_id, epoch=epoch, instance=instance))
+            return
+        self._part, is_first = offer, offer.first_block == 0
+        made = PartMade(request_id=request_id, epoch=epoch, instance=instance, is_first=is_first)
+        self._dispatch_from(member, made)
 
     def _on_measured(self, message: LinkMeasured) -> None:
         """Tell dispatch how fast a link is; one that is too slow costs the end that came last its place."""
@@ -450,6 +464,9 @@ class RouterCore:
             case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
                 offer = self._offers.take(request_id, self._now)
                 self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
+            case SendPart():
+                assert self._part is not None, "a part is passed on as it comes"
+                self._outputs.append(SendPartOffer.of(action, self._part))
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))

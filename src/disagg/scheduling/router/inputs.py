@@ -12,6 +12,7 @@ from disagg.base.messages import (
     LoadReport,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     Ready,
 )
@@ -37,7 +38,19 @@ class InstanceSaid(RouterInput, frozen=True, kw_only=True):
     """A message of an instance, but for tokens: those are ``TokensEmitted``."""
 
     instance: InstanceId
-    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
+    message: (
+        Loading
+        | Ready
+        | Offered
+        | PartOffered
+        | NotHeld
+        | Pulled
+        | Failed
+        | LoadReport
+        | CostsLearned
+        | LinkMeasured
+        | KvEvents
+    )
 
 
 class MalformedMessage(RouterInput, frozen=True, kw_only=True):

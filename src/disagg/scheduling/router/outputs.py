@@ -20,6 +20,7 @@ from disagg.scheduling.dispatch.actions import (
     SendGenerate,
     SendLend,
     SendMigrate,
+    SendPart,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -36,6 +37,27 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     epoch: Epoch
     instance: InstanceId
     offer: KvOffer
+
+
+class SendPartOffer(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` read these KV blocks of a sequence that another one is still prefilling."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    offer: KvOffer
+    is_first: bool
+
+    @classmethod
+    def of(cls, part: SendPart, offer: KvOffer) -> "SendPartOffer":
+        """Return what passes on the part of dispatch's action."""
+        return cls(
+            request_id=part.request_id,
+            epoch=part.epoch,
+            instance=part.instance,
+            offer=offer,
+            is_first=part.is_first,
+        )
 
 
 class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
@@ -172,6 +194,7 @@ AnySend = (
     SendGenerate
     | SendWithPrefix
     | SendOffer
+    | SendPartOffer
     | SendLend
     | SendAbort
     | SendRelease

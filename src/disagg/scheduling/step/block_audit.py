@@ -22,9 +22,8 @@ def block_faults(ledger: KvLedger, sequences: Iterable[Sequence]) -> tuple[str, 
     holders, writers = Counter[BlockId](), Counter[BlockId](ledger.quarantined)
     leases = Counter[BlockId](ledger.leased)
     for sequence in sequences:
-        written = ledger.being_written(sequence)
-        writers.update(written)
-        holders.update(set(sequence.block_ids).difference(written))
+        writers.update(sequence.filling)
+        holders.update(set(sequence.block_ids).difference(sequence.filling))
     for index in map(BlockId, range(pool.num_blocks)):
         found, expected = pool.holds_of(index), (holders[index], leases[index])
         if found != expected:
