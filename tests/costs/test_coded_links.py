@@ -2,8 +2,8 @@
 
 import pytest
 
-from disagg.base.config import KvTransferDtype
 from disagg.base.ids import InstanceId
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.coded_links import CodecCost, CodedLinks
 from disagg.costs.links import LinkKind, LinkModel, Route, SerialLinks
 

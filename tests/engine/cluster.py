@@ -15,7 +15,7 @@ from fake_executor import FakeExecutor, HeldExecutor
 from msgspec import structs
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import SchedulerSettings, TransferSettings
+from disagg.base.config import SchedulerSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
@@ -39,6 +39,7 @@ from disagg.base.messages import (
 )
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import SamplingParams
+from disagg.base.transfer_settings import TransferSettings
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.control import ControlChannel

@@ -9,8 +9,8 @@ from cluster import VOCAB_SIZE, Instance, RouterEnd, continuation, request
 from fake_executor import continue_prompt
 from msgspec import structs
 
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.messages import Adopt, Generate, KvOffer, Offered, Pulled
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "transfer"))
 from relay import Relay, flip, once

@@ -21,7 +21,7 @@ from fake_executor import continue_prompt
 from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import KvLinkChoice, SchedulerSettings, TransferSettings
+from disagg.base.config import SchedulerSettings
 from disagg.base.ids import InstanceId
 from disagg.base.messages import (
     Adopt,
@@ -35,6 +35,7 @@ from disagg.base.messages import (
     StepOutput,
 )
 from disagg.base.request import GenerationRequest
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagg.base.ids import InstanceId
-from disagg.base.messages import InstanceLoad
+from disagg.base.messages import InstanceLoad, LinkFigure
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import RefuseReason
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
 from disagg.serve.api.instance_metrics import BLOCK_STATES
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.router.interface import InstanceStatus, SequenceStream
@@ -69,6 +69,8 @@ def exported() -> dict[str, dict[str, set[str]]]:
             link="shm",
         )
     )
+    figure = LinkFigure(link="shm", bytes_per_s=1e9, limit_bytes_per_s=2e9)
+    metrics.link_found(LinkFound(source=InstanceId("prefill-0"), target=InstanceId("decode-0"), figure=figure))
     for reason in DropReason:
         metrics.message_dropped(InstanceId("decode-0"), reason)
     metrics.instance_lost(InstanceId("decode-0"))

@@ -24,6 +24,7 @@ from disagg.scheduling.dispatch.actions import (
     SendAdopt,
     SendGenerate,
     SendMigrate,
+    SendPart,
     SendPeerLost,
     SendRelease,
 )
@@ -34,6 +35,7 @@ from disagg.scheduling.dispatch.events import (
     InstanceDown,
     InstanceUp,
     OfferMade,
+    PartMade,
     Progress,
     PullEnded,
     SequenceArrived,
@@ -70,7 +72,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.losses: dict[RequestId, int] = {}
         self.live: set[InstanceId] = set()
         self.jobs: dict[tuple[InstanceId, RequestId], str] = {}
-        """What a live instance is doing with a sequence: prefill, offering, pull, decode, all, or migrate."""
+        """What a live instance is doing with a sequence: prefill, offering, early, pull, decode, all, or migrate."""
         self.visited: set[tuple[RequestId, Epoch, InstanceId]] = set()
         """Who was given which attempt: nobody twice."""
         self.leases: set[tuple[InstanceId, RequestId]] = set()
@@ -97,9 +99,10 @@ class DispatchMachine(RuleBasedStateMachine):
         self.dispatcher.validate()
 
     def carry_out(self, action) -> None:
-        if isinstance(action, SendGenerate | SendAdopt | SendAbort | SendRelease | SendMigrate | SendPeerLost):
+        told = SendGenerate | SendAdopt | SendPart | SendAbort | SendRelease | SendMigrate | SendPeerLost
+        if isinstance(action, told):
             assert action.instance in self.live, f"{action} goes to a dead instance"
-        if isinstance(action, SendGenerate | SendAdopt):
+        if isinstance(action, SendGenerate | SendAdopt | SendPart):
             self.give(action)
         match action:
             case SendGenerate():
@@ -133,7 +136,14 @@ class DispatchMachine(RuleBasedStateMachine):
                 assert action.lost not in self.live
 
     def give(self, action) -> None:
-        """Check what holds for whoever is given a sequence."""
+        """Check what holds for whoever is given a sequence, or goes on with what it reads already."""
+        if self.jobs.get((action.instance, action.request_id)) == "early":
+            assert isinstance(action, SendAdopt) or not action.is_first
+            return
+        if isinstance(action, SendPart):
+            assert action.is_first
+            assert self.instances[action.instance] is not Role.PREFILL
+            self.jobs[action.instance, action.request_id] = "early"
         attempt = (action.request_id, action.epoch, action.instance)
         assert attempt not in self.visited, "it remembers that this attempt ended"
         self.visited.add(attempt)
@@ -185,10 +195,13 @@ class DispatchMachine(RuleBasedStateMachine):
         _, name = data.draw(st.sampled_from(sorted(self.jobs)))
         for _ in range(num_steps):
             for instance in [holder for holder, job_name in self.jobs if job_name == name]:
-                self.work_once(instance, name)
+                if (instance, name) in self.jobs:  # it may have been sent away
+                    self.work_once(instance, name)
 
     def work_once(self, instance: InstanceId, name: RequestId) -> None:
         job = self.jobs[instance, name]
+        if job == "early":
+            return  # what it reads, nobody hears of
         identity = {"request_id": name, "epoch": self.epochs[name], "instance": instance}
         if job == "offering":
             del self.jobs[instance, name]
@@ -202,10 +215,21 @@ class DispatchMachine(RuleBasedStateMachine):
                 self.jobs[instance, name] = "offering"
             self.step(instance, name, 1, finished=False)
 
+    @precondition(lambda self: "prefill" in self.jobs.values())
+    @rule(data=st.data(), is_first=st.booleans())
+    def offer_a_part(self, data: st.DataObject, is_first: bool) -> None:
+        """Some blocks of a prompt are final; a part that comes twice, or out of turn, does no harm."""
+        prefilling = sorted(key for key, job in self.jobs.items() if job == "prefill")
+        instance, name = data.draw(st.sampled_from(prefilling))
+        is_read = any(job == "early" and of == name for (_, of), job in self.jobs.items())
+        self.handle(
+            PartMade(request_id=name, epoch=self.epochs[name], instance=instance, is_first=is_first and not is_read)
+        )
+
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), num_tokens=st.integers(0, 3))
     def finish(self, data: st.DataObject, num_tokens: int) -> None:
-        candidates = sorted(key for key, job in self.jobs.items() if job != "offering")
+        candidates = sorted(key for key, job in self.jobs.items() if job not in ("offering", "early"))
         if candidates:
             instance, name = data.draw(st.sampled_from(candidates))
             del self.jobs[instance, name]
@@ -214,7 +238,8 @@ class DispatchMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), kind=st.sampled_from(FailureKind))
     def give_back(self, data: st.DataObject, kind: FailureKind) -> None:
-        instance, name = data.draw(st.sampled_from(sorted(self.jobs)))
+        holders = sorted(key for key, job in self.jobs.items() if job != "early")
+        instance, name = data.draw(st.sampled_from(holders))
         del self.jobs[instance, name]
         self.handle(
             SequenceFailed(request_id=name, epoch=self.epochs[name], instance=instance, kind=kind, detail="fault")

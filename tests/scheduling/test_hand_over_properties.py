@@ -1,23 +1,39 @@
 """Two schedulers, a prefill and a decode instance, joined by a network that delays, reorders, repeats and loses.
 
 Whatever happens (cancellations, failed pulls, expired leases, the death of the prefill instance): the books are right
-after every event, every sequence that is not cancelled gets all of its tokens, and in the end no block is held.
+after every event, no step reads a block that holds something else than what it should, every sequence that is not
+cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
-from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockState
-from disagg.scheduling.step.actions import AnyAction, Emit, Forget, OfferKv, Pull, ReleaseLease, RunStep, WakeAt
+from disagg.scheduling.hand_over import hand_overs
+from disagg.scheduling.step.actions import (
+    AnyAction,
+    Chunk,
+    Emit,
+    Forget,
+    OfferKv,
+    OfferPart,
+    Pull,
+    ReleaseLease,
+    RunStep,
+    WakeAt,
+)
 from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     Cancelled,
+    KvExtended,
     KvOffered,
     LeaseReleased,
     SourceLost,
@@ -43,6 +59,7 @@ class Client:
     prefix: int
     num_got: int = 0
     cancelled: bool = False
+    epoch: Epoch = EPOCH
 
     @property
     def is_complete(self) -> bool:
@@ -59,8 +76,14 @@ class World:
     on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
     alarms: dict[InstanceId, float] = field(default_factory=dict)
     writing: dict[RequestId, Pull] = field(default_factory=dict)
+    contents: dict[tuple[InstanceId, int, BlockId], object] = field(default_factory=dict)
+    """What each block of each life of an instance holds."""
+    lives: Counter[InstanceId] = field(default_factory=Counter)
+    num_parts: int = 0
 
     def __post_init__(self) -> None:
+        self.life_read: dict[RequestId, int] = {}
+        self.digests: dict[tuple[RequestId, BlockId], object] = {}
         self.instances = {name: self.new_instance() for name in (PREFILL, DECODE)}
 
     def new_instance(self) -> StepScheduler:
@@ -74,7 +97,7 @@ class World:
         client = self.clients[name]
         event = Arrived(
             request_id=name,
-            epoch=EPOCH,
+            epoch=client.epoch,
             num_tokens=client.num_prompt + client.num_got,
             max_total_tokens=client.num_prompt + client.num_output,
             priority=client.priority,
@@ -85,6 +108,11 @@ class World:
 
     def deliver(self, index: int) -> None:
         target, event = self.on_the_way.pop(index % len(self.on_the_way))
+        if isinstance(event, Cancelled):  # which no network brings before a part that was sent before
+            parts = [entry for entry in self.on_the_way if entry[0] == target and is_part_of(event, entry[1])]
+            self.on_the_way = [entry for entry in self.on_the_way if entry not in parts]
+            for _, part in parts:
+                self.feed(target, part)
         self.feed(target, event)
 
     def check_that_nobody_uses_what_is_being_written(self) -> None:
@@ -95,6 +123,8 @@ class World:
 
     def feed(self, target: InstanceId, event: AnyEvent) -> None:
         self.now += 1.0
+        if isinstance(event, TransferDone) and event.request_id in self.writing:
+            event = self.copy(target, event)
         if isinstance(event, TransferDone | TransferEnded) or (isinstance(event, TransferFailed) and event.ended):
             self.writing.pop(event.request_id, None)
         if self.alarms.get(target, 1e18) <= self.now:
@@ -105,42 +135,93 @@ class World:
         for action in actions:
             self.carry_out(target, action)
 
+    def copy(self, target: InstanceId, done: TransferDone) -> AnyEvent:
+        """Read the blocks of a pull as late as can be. What is not what was offered is found by its digest."""
+        pull, client = self.writing[done.request_id], self.clients[done.request_id]
+        is_sound = True
+        for copy in pull.copies:
+            source = (PREFILL, self.life_read[done.request_id], copy.source)
+            self.contents[target, self.lives[target], copy.target] = self.contents[source]
+            is_sound = is_sound and self.contents[source] == self.digests[done.request_id, copy.source]
+        # Only what nobody wants any more, or an offer that has ended, may be overwritten.
+        is_wanted = not client.cancelled and not client.is_complete and client.epoch == done.epoch
+        assert is_sound or not is_wanted or self.now >= pull.expires_s
+        return done if is_sound else TransferFailed(request_id=done.request_id, epoch=done.epoch)
+
     def carry_out(self, name: InstanceId, action: AnyAction) -> None:
         match action:
             case RunStep():
+                for chunk in action.chunks:
+                    self.compute(name, chunk)
                 results = tuple(self.sample(chunk.request_id) for chunk in action.chunks if chunk.samples)
                 self.on_the_way.append((name, StepDone(step_id=action.step_id, results=results)))
             case Emit():
                 for request_id in action.request_ids:
                     self.clients[request_id].num_got += 1
-            case OfferKv():
-                client = self.clients[action.request_id]
-                event = KvOffered(
-                    request_id=action.request_id,
-                    epoch=EPOCH,
-                    num_tokens=client.num_prompt + 1,
-                    max_total_tokens=client.num_prompt + client.num_output,
-                    source=PREFILL,
-                    source_blocks=action.block_ids,
-                    num_kv_tokens=action.num_tokens,
-                    expires_s=self.now + action.lease_s,
-                    priority=client.priority,
-                    block_hashes=self.hashes(client),
-                )
-                self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
-                if client.cancelled:
-                    self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=EPOCH)))
+            case OfferKv() | OfferPart():
+                self.offer(action)
             case Pull():
                 self.writing[action.request_id] = action
-                self.on_the_way.append((name, TransferDone(request_id=action.request_id, epoch=EPOCH)))
+                self.on_the_way.append((name, TransferDone(request_id=action.request_id, epoch=action.epoch)))
             case ReleaseLease():
-                self.on_the_way.append((PREFILL, LeaseReleased(request_id=action.request_id, epoch=EPOCH)))
+                self.on_the_way.append((PREFILL, LeaseReleased(request_id=action.request_id, epoch=action.epoch)))
             case WakeAt():
                 self.alarms[name] = action.time_s
             case Forget():
-                assert self.clients[action.request_id].cancelled or action.reason is FinishReason.LENGTH
+                client = self.clients[action.request_id]
+                is_wanted = not client.cancelled and not client.is_complete and action.epoch == client.epoch
+                assert not is_wanted or action.reason is FinishReason.LENGTH
+                if name == PREFILL:  # whoever reads it already is told that nobody goes on with it
+                    self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=action.epoch)))
             case _:
                 raise AssertionError(f"unexpected {action}")
+
+    def offer(self, action: OfferKv | OfferPart) -> None:
+        client = self.clients[action.request_id]
+        is_whole = isinstance(action, OfferKv)
+        self.life_read[action.request_id] = self.lives[PREFILL]
+        for block in action.block_ids:
+            self.digests[action.request_id, block] = self.contents[PREFILL, self.lives[PREFILL], block]
+        event: AnyEvent = KvOffered(
+            request_id=action.request_id,
+            epoch=client.epoch,
+            num_tokens=client.num_prompt + is_whole,
+            max_total_tokens=client.num_prompt + client.num_output,
+            source=PREFILL,
+            source_blocks=action.block_ids,
+            num_kv_tokens=action.num_tokens,
+            expires_s=self.now + action.lease_s,
+            priority=client.priority,
+            block_hashes=self.hashes(client),
+            is_whole=is_whole,
+        )
+        if isinstance(action, OfferPart):
+            self.num_parts += 1
+            if action.first_block:
+                event = KvExtended(
+                    request_id=action.request_id,
+                    epoch=client.epoch,
+                    first_block=action.first_block,
+                    source_blocks=action.block_ids,
+                    expires_s=self.now + action.lease_s,
+                )
+        self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
+        if client.cancelled:
+            self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=client.epoch)))
+
+    def compute(self, name: InstanceId, chunk: Chunk) -> None:
+        """A step attends to every block before its chunk, and fills those of the chunk."""
+        end = chunk.start + chunk.num_tokens
+        for index, block in enumerate(chunk.block_ids[: -(-end // BLOCK)]):
+            place, meant = (name, self.lives[name], block), self.meant(chunk.request_id, index)
+            if index * BLOCK < chunk.start:
+                assert self.contents.get(place) == meant, f"{chunk.request_id} reads block {index} on {name}"
+            self.contents[place] = meant
+
+    def meant(self, name: RequestId, index: int) -> object:
+        """What a block of a sequence holds: full ones of equal prompts are equal."""
+        client = self.clients[name]
+        return (client.prefix, index) if index < client.num_prompt // BLOCK else (name, index)
 
     def sample(self, name: RequestId) -> StepResult:
         client = self.clients[name]
@@ -150,21 +231,22 @@ class World:
     def cancel(self, name: RequestId) -> None:
         self.clients[name].cancelled = True
         for target in self.instances:
-            self.on_the_way.append((target, Cancelled(request_id=name, epoch=EPOCH)))
+            self.on_the_way.append((target, Cancelled(request_id=name, epoch=self.clients[name].epoch)))
 
     def fail_a_pull(self, ended: bool) -> None:
         for index, (target, event) in enumerate(self.on_the_way):
             if isinstance(event, TransferDone):
-                failed = TransferFailed(request_id=event.request_id, epoch=EPOCH, ended=ended)
+                failed = TransferFailed(request_id=event.request_id, epoch=event.epoch, ended=ended)
                 self.on_the_way[index] = (target, failed)
                 if not ended:
                     self.feed(target, self.on_the_way.pop(index)[1])
-                    self.on_the_way.append((target, TransferEnded(request_id=event.request_id, epoch=EPOCH)))
+                    self.on_the_way.append((target, TransferEnded(request_id=event.request_id, epoch=event.epoch)))
                 return
 
     def kill_prefill(self) -> None:
         """The process is gone with its blocks; what it had not handed over is sent to the decode instance."""
         self.instances[PREFILL] = self.new_instance()
+        self.lives[PREFILL] += 1
         self.alarms.pop(PREFILL, None)
         lost = [event for target, event in self.on_the_way if target == PREFILL]
         self.on_the_way = [entry for entry in self.on_the_way if entry[0] != PREFILL]
@@ -174,8 +256,11 @@ class World:
             if isinstance(event, StepDone):
                 held |= {result.request_id for result in event.results}
         for name, client in self.clients.items():
-            known = any(isinstance(e, KvOffered) and e.request_id == name for _, e in self.on_the_way)
-            if client.num_got == 0 and not client.cancelled and not known:
+            is_whole = [e.is_whole for _, e in self.on_the_way if isinstance(e, KvOffered) and e.request_id == name]
+            if client.num_got == 0 and not client.cancelled and not any(is_whole):
+                # What it has read of the sequence already is of no use to anybody.
+                self.on_the_way.append((DECODE, Cancelled(request_id=name, epoch=client.epoch)))
+                client.epoch = Epoch(client.epoch + 1)
                 self.arrive(name, DECODE, hand_over=False)
 
     def settle(self) -> None:
@@ -190,6 +275,11 @@ class World:
             else:
                 return
         raise AssertionError("the world does not come to rest")
+
+
+def is_part_of(cancelled: Cancelled, event: AnyEvent) -> bool:
+    is_part = isinstance(event, KvExtended) or (isinstance(event, KvOffered) and not event.is_whole)
+    return is_part and (event.request_id, event.epoch) == (cancelled.request_id, cancelled.epoch)
 
 
 clients = st.lists(
@@ -209,12 +299,30 @@ steps = st.lists(
 )
 
 
-@given(clients=clients, steps=steps, mode=st.sampled_from(SchedulingMode))
-@settings(max_examples=250, deadline=None)
+@given(
+    clients=clients,
+    steps=steps,
+    mode=st.sampled_from(SchedulingMode),
+    least_part_tokens=st.sampled_from([BLOCK, hand_overs.LEAST_PART_TOKENS]),
+)
+@settings(max_examples=400, deadline=None)
 def test_nothing_is_lost_and_nothing_is_kept(
-    clients: list[Client], steps: list[tuple[str, int]], mode: SchedulingMode
+    clients: list[Client], steps: list[tuple[str, int]], mode: SchedulingMode, least_part_tokens: int
 ) -> None:
     world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode)
+    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
+        go_through(world, steps)
+    for name, client in world.clients.items():
+        assert client.cancelled or client.is_complete, f"{name} got {client.num_got} of {client.num_output} tokens"
+    for scheduler in world.instances.values():
+        audit = scheduler.audit()
+        assert audit.free + audit.cached == audit.total
+        load = scheduler.load()
+        assert (load.num_running, load.num_waiting, load.num_leases) == (0, 0, 0)
+
+
+def go_through(world: World, steps: list[tuple[str, int]]) -> None:
+    """Let everything happen, and then come to rest."""
     for name in world.clients:
         world.arrive(name, PREFILL, hand_over=True)
     killed = False
@@ -222,7 +330,7 @@ def test_nothing_is_lost_and_nothing_is_kept(
         if what == "deliver" and world.on_the_way:
             world.deliver(number)
         elif what == "cancel":
-            world.cancel(RequestId(f"r{number % len(clients)}"))
+            world.cancel(RequestId(f"r{number % len(world.clients)}"))
         elif what in ("fail", "fail_late"):
             world.fail_a_pull(ended=what == "fail")
         elif what == "wait":
@@ -231,10 +339,14 @@ def test_nothing_is_lost_and_nothing_is_kept(
             killed = True
             world.kill_prefill()
     world.settle()
-    for name, client in world.clients.items():
-        assert client.cancelled or client.is_complete, f"{name} got {client.num_got} of {client.num_output} tokens"
-    for scheduler in world.instances.values():
-        audit = scheduler.audit()
-        assert audit.free + audit.cached == audit.total
-        load = scheduler.load()
-        assert (load.num_running, load.num_waiting, load.num_leases) == (0, 0, 0)
+
+
+def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
+    """Three parts of a prompt of twenty tokens in steps of six; the rest is pulled after the first token."""
+    name = RequestId("r0")
+    world = World({name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED)
+    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", BLOCK):
+        world.arrive(name, PREFILL, hand_over=True)
+        go_through(world, [])
+    assert world.num_parts == 3
+    assert world.clients[name].is_complete

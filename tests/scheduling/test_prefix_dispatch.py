@@ -10,7 +10,8 @@ from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, KvEvents, KvOf
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import Finish, Resume, SendGenerate, SendLend, SendRelease
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import AnyRouterOutput, AskForBlocks, EndInstance, SendOffer, SendWithPrefix
 from disagg.scheduling.step.actions import WakeAt

@@ -17,7 +17,8 @@ from disagg.scheduling.event_log import CoreLog, InstanceRecord, RouterRecord, p
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput, SequenceFacts, Start
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import ProcessExited
 from disagg.scheduling.step.actions import RunStep
 from disagg.scheduling.step.events import StepDone, StepResult, Tick

@@ -40,7 +40,8 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, MalformedMessage, ProcessExited, Unreachable
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,

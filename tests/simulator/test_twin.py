@@ -23,7 +23,7 @@ from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.scheduling.event_log import AnyRecord, parse_log, replay
-from disagg.scheduling.router.outputs import MessageDropped
+from disagg.scheduling.router.outputs import MessageDropped, SendPartOffer
 from disagg.serve.router import shell as shell_module
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLogFolder
@@ -123,6 +123,22 @@ def test_two_prefill_instances_into_one_decode_instance(
     live = run_both(TWO_AND_ONE, requests, tmp_path, monkeypatch)
     check_stages(live, requests)
     assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
+
+
+def test_long_prompts_are_read_while_they_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through deaths of both sides and clients that leave, with more blocks wanted than there are."""
+    requests = poisson(rate=25, count=60, seed=6, prompt=(300, 2000), output=(1, 40))
+    for request in requests[::6]:
+        request.cancel_s = request.arrival_s + 0.03
+    faults = Faults(
+        deaths=(
+            InstanceDeath(0.61, InstanceId("prefill-1"), start_s=0.2),
+            InstanceDeath(1.02, InstanceId("decode-0"), start_s=0.1),
+        )
+    )
+    run_both(replace(TWO_AND_ONE, faults=faults), requests, tmp_path, monkeypatch)
+    told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
+    assert len({output.request_id for output in told if isinstance(output, SendPartOffer)}) > 20
 
 
 @pytest.mark.parametrize("mode", [SchedulingMode.CHUNKED, SchedulingMode.SLACK])

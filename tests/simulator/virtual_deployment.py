@@ -34,7 +34,8 @@ from disagg.scheduling.dispatch.events import Join, ProcessStarting
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import CopyEnded
 from disagg.scheduling.instance.outputs import StartCopy
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink
@@ -189,8 +190,11 @@ class VirtualEngine:
         )
         return EndedPull(lost, pull.targets)
 
-    def seal(self, offer: KvOffer) -> KvOffer:
+    def seal(self, offer: KvOffer, *, is_part: bool = False) -> KvOffer:
         return offer
+
+    def forget(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Offers have no digests."""
 
     def cancel(self, request_id: RequestId, epoch: Epoch) -> None:
         """A copy under way takes its time all the same."""

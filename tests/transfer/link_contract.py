@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from disagg.base.clock import MonotonicClock
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.transfer.digests import join_digests
 from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
+from disagg.transfer.link_probe import measure_link
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
 
@@ -168,6 +170,20 @@ def reads_started_before_close_still_end(ends: Ends) -> None:
     assert ended.wait().state in (TransferState.DONE, TransferState.FAILED)
 
 
+def a_probe_fills_all_of_its_memory_and_touches_no_block(ends: Ends) -> None:
+    ends.local[:] = 0xEE
+    memory = bytearray(2 * ends.peer_layout.total_bytes + 3)
+    ends.link.probe(memoryview(memory), ends.access)
+    assert any(memory[-3:])
+    assert (ends.local == 0xEE).all()
+
+
+def a_link_is_measured_beside_its_limit(ends: Ends) -> None:
+    figure = measure_link(ends.link, ends.access, "as a test", MonotonicClock())
+    assert (figure.link, figure.why, figure.failure) == (ends.link.kind.value, "as a test", "")
+    assert min(figure.bytes_per_s, figure.latency_s, figure.limit_bytes_per_s) > 0
+
+
 def a_peer_that_ended_fails_the_read_in_words(ends: Ends) -> None:
     ends.close_peer()
     transfer = ends.read(pairs((0, 0)))
@@ -207,5 +223,7 @@ CONTRACT: tuple[Callable[[Ends], None], ...] = (
     blocks_that_come_as_they_were_offered_are_read_once,
     a_block_that_comes_otherwise_is_read_again_and_then_fails_the_read,
     digests_that_cannot_be_checked_are_refused,
+    a_probe_fills_all_of_its_memory_and_touches_no_block,
+    a_link_is_measured_beside_its_limit,
     a_peer_that_ended_fails_the_read_in_words,
 )

@@ -12,7 +12,7 @@ import numpy as np
 from link_contract import DEADLINE_S, grant_all, pattern
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import KvLinkChoice, TransferSettings
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.cache.layout import KvLayout
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks

@@ -9,8 +9,8 @@ import pytest
 from link_contract import DEADLINE_S, Ends, grant_all, pairs
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import KvLinkChoice, KvTransferDtype, TransferSettings
 from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype, TransferSettings
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.costs.links import KvCodec
 from disagg.transfer.digests import join_digests

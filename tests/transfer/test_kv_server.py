@@ -16,9 +16,9 @@ from link_contract import DEADLINE_S, Ended, Ends, pairs, pattern, small_layout
 from relay import Relay
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import ConfigurationError, ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import TcpWay, encode_address
 from disagg.transfer.grants import Grants
 from disagg.transfer.kv_server import MAX_CONNECTIONS, KvServer

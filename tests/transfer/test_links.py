@@ -13,9 +13,9 @@ from link_contract import CONTRACT, DEADLINE_S, Ended, Ends, grant_all, pairs, p
 from owner_process import PEER_LAYOUT, OwnerProcess
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.cache.layout import KvDtype, KvFormat
 from disagg.transfer.address import encode_address
 from disagg.transfer.link import KvRead, Transfer, TransferState

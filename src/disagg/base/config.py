@@ -15,6 +15,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import parse_bytes
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
@@ -183,6 +184,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
     max_pulls_in_flight: Annotated[int, Meta(ge=1, description="hand-overs that an instance copies at once")] = 1
+    kv_overlap: Annotated[
+        bool, Meta(description="hand KV blocks over while the rest of a long prompt is still being computed")
+    ] = True
     pull_before_step: Annotated[
         bool, Meta(description="pull offered KV blocks before the next step starts, as DistServe does, not beside it")
     ] = False
@@ -194,42 +198,6 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         float,
         Meta(gt=0, description="seconds that handed-over KV blocks wait to be pulled before they are freed"),
     ] = 120.0
-
-
-class KvLinkChoice(enum.Enum):
-    """Over what KV blocks are handed over."""
-
-    AUTO = "auto"
-    """Shared memory where it can be opened, else TCP."""
-    SHM = "shm"
-    TCP = "tcp"
-
-
-class KvTransferDtype(enum.Enum):
-    """In which form KV blocks travel over links that carry bytes."""
-
-    RAW = "raw"
-    """As they are in the pool."""
-    INT8 = "int8"
-    """A byte for each element, with scales: less to carry, and not quite the same answer."""
-    AUTO = "auto"
-    """Whichever is predicted to be there first, by what transfers over the link took."""
-
-
-class TransferSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How KV blocks get from one instance to another."""
-
-    kv_link: Annotated[
-        KvLinkChoice, Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP")
-    ] = KvLinkChoice.AUTO
-    kv_digests: Annotated[
-        bool, Meta(description="check every handed-over KV block against a digest made where it was computed")
-    ] = True
-    kv_transfer_dtype: Annotated[
-        KvTransferDtype,
-        Meta(description="form of KV blocks over TCP: raw, int8 (lossy), or auto, the quicker one on each link"),
-    ] = KvTransferDtype.RAW
-    kv_streams: Annotated[int, Meta(ge=1, le=64, description="TCP connections that share out a large hand-over")] = 2
 
 
 class CurveKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -342,6 +310,14 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bool,
         Meta(description="let the decode instance that holds a conversation compute its next turn if that is quicker"),
     ] = True
+    min_kv_bandwidth_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="bytes per second at which KV blocks must be read from each prefill instance, such as 1GB: an "
+            "instance with a slower link is refused [default: any speed will do]",
+        ),
+    ] = 0
     max_instance_losses: Annotated[
         int,
         Meta(

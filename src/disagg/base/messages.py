@@ -24,7 +24,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
@@ -35,6 +35,7 @@ Positive = Annotated[int, Meta(ge=1, lt=2**62)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
 """Of a clock or a duration; bounds exclude NaN and infinity."""
+BytesPerSecond = Annotated[float, Meta(ge=0.0, le=1e15)]
 Name = Annotated[str, Meta(max_length=256)]
 Words = Annotated[str, Meta(max_length=65536)]
 
@@ -62,6 +63,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     pool: bytes
     digests: bytes = b""
     access: bytes = b""
+    first_block: Count = 0
+    """Of a part of a sequence's blocks: which of them is the first one here."""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
@@ -82,6 +85,19 @@ class Adopt(Message, frozen=True, kw_only=True):
     """Continue this sequence, whose KV blocks another instance offers."""
 
     request: GenerationRequest
+    offer: KvOffer
+
+
+class Reserve(Message, frozen=True, kw_only=True):
+    """Another instance computes this sequence for you: make room, and read the first of its KV blocks already."""
+
+    request: GenerationRequest
+    offer: KvOffer
+
+
+class MoreKv(Message, frozen=True, kw_only=True):
+    """The next KV blocks of a sequence that there is room for are computed: read them already."""
+
     offer: KvOffer
 
 
@@ -127,6 +143,24 @@ class ReportBlocks(Message, frozen=True, kw_only=True):
     """Say anew which KV blocks are cached: some of the events were lost, or none was heard yet."""
 
 
+class AuditBlocks(Message, frozen=True, kw_only=True):
+    """Say at once which state every KV block is in, and which contradict the books; answer with Audited."""
+
+    number: Count
+
+
+class MeasureLink(Message, frozen=True, kw_only=True):
+    """Measure how fast the KV pool of ``source`` is read from here; answer with LinkMeasured.
+
+    ``pool`` is its address, ``access`` the capability to be sent bytes that are no request's.
+    """
+
+    source: InstanceId
+    incarnation: Name
+    pool: bytes
+    access: bytes
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """End the instance; what it still holds is dropped."""
 
@@ -162,6 +196,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_disk_blocks: Count = 0
     """KV blocks that it may keep on disk, and how many are there from a life before."""
     num_saved_blocks: Count = 0
+    probe: bytes = b""
+    """The capability to measure how fast its pool is read; empty where none is asked for."""
 
 
 class Loading(Message, frozen=True, kw_only=True):
@@ -222,6 +258,12 @@ class Offered(Message, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class PartOffered(Message, frozen=True, kw_only=True):
+    """Some KV blocks of a sequence are full and final while others are still to be computed."""
+
+    offer: KvOffer
+
+
 class NotHeld(Message, frozen=True, kw_only=True):
     """None of the KV blocks that were to be lent is cached any more."""
 
@@ -246,6 +288,8 @@ class Pulled(Message, frozen=True, kw_only=True):
     """What carried the blocks."""
     num_repeated: Count = 0
     """Blocks that came with another digest and were pulled again."""
+    overlapped_s: Seconds = 0.0
+    """What of ``duration_s`` passed while the sequence was still being computed."""
 
 
 class FailureKind(enum.Enum):
@@ -332,6 +376,42 @@ class CostsLearned(Message, frozen=True, kw_only=True):
     num_decode_steps: Count
 
 
+class LinkFigure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How fast one instance reads the KV pool of another. ``failure`` says why it could not be measured."""
+
+    link: Name = ""
+    """What carries the bytes, and why this."""
+    why: Words = ""
+    bytes_per_s: BytesPerSecond = 0.0
+    latency_s: Seconds = 0.0
+    """From the request for bytes to the first of them."""
+    limit_bytes_per_s: BytesPerSecond = 0.0
+    """What the hardware between the two gives, as far as it can be found out; 0 where it cannot."""
+    limit: Name = ""
+    """What that is the speed of."""
+    failure: Words = ""
+
+
+class LinkMeasured(Message, frozen=True, kw_only=True):
+    """How fast this instance reads the pool of that life of ``source``."""
+
+    instance: InstanceId
+    incarnation: Name
+    source: InstanceId
+    source_incarnation: Name
+    figure: LinkFigure
+
+
+class Audited(Message, frozen=True, kw_only=True):
+    """The KV blocks of an instance at one instant. ``faults`` name each block that breaks the sum, in words."""
+
+    instance: InstanceId
+    incarnation: Name
+    number: Count
+    load: InstanceLoad
+    faults: tuple[Words, ...] = ()
+
+
 class KvEvents(Message, frozen=True, kw_only=True):
     """What became of the instance's cached KV blocks; ``number`` counts these messages, from 0 in each life."""
 
@@ -341,8 +421,36 @@ class KvEvents(Message, frozen=True, kw_only=True):
     events: tuple[AnyKvEvent, ...]
 
 
-ToEngine = Generate | Adopt | Lend | Abort | Release | Migrate | PeerLost | ReportBlocks | Stop
-ToRouter = Loading | Ready | StepOutput | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
+ToEngine = (
+    Generate
+    | Adopt
+    | Reserve
+    | MoreKv
+    | Lend
+    | Abort
+    | Release
+    | Migrate
+    | PeerLost
+    | ReportBlocks
+    | AuditBlocks
+    | MeasureLink
+    | Stop
+)
+ToRouter = (
+    Loading
+    | Ready
+    | StepOutput
+    | Offered
+    | PartOffered
+    | NotHeld
+    | Pulled
+    | Failed
+    | LoadReport
+    | CostsLearned
+    | LinkMeasured
+    | Audited
+    | KvEvents
+)
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoders raise for bytes that are none of their messages."""

@@ -205,8 +205,19 @@ class BlockPool:
         counts = {state.value: count for state, count in self._counts.items()}
         return BlockAudit(total=len(self._blocks), **counts)
 
+    def holds_of(self, index: BlockId) -> tuple[int, int]:
+        """Return how many sequences, and how many leases, hold a block."""
+        block = self._blocks[index]
+        return block.num_sequences, block.num_leases
+
     def validate(self) -> None:
         """Raise InternalError unless counts, containers and holders agree for every block."""
+        if faults := self.faults():
+            raise InternalError("; ".join(faults))
+
+    def faults(self) -> list[str]:
+        """Return, in words, every block that contradicts itself, and counts that are not those of the blocks."""
+        found = []
         actual = dict.fromkeys(BlockState, 0)
         for index, block in enumerate(self._blocks):
             actual[block.state] += 1
@@ -218,10 +229,11 @@ class BlockPool:
             legal = legal and (index in self._cached) == (block.state is BlockState.CACHED)
             legal = legal and (block.hash is None or self._by_hash.get(block.hash) == index)
             if not legal:
-                raise InternalError(f"block {index} contradicts itself: {block}")
+                found.append(f"block {index} contradicts itself: {block}")
         free = [index for index, block in enumerate(self._blocks) if block.state is BlockState.FREE]
         if actual != self._counts or sorted(self._free) != free:
-            raise InternalError(f"block counts {self._counts} do not match the blocks, {actual}")
+            found.append(f"block counts {self._counts} do not match the blocks, {actual}")
+        return found
 
     def _take(self, count: int, state: BlockState) -> tuple[BlockId, ...] | None:
         if count > self.num_available:

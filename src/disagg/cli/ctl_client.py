@@ -8,12 +8,14 @@ import httpx
 import msgspec
 
 from disagg.base.errors import ConfigurationError, DisaggError, ProtocolError, UnavailableError
-from disagg.serve.api.views import CommandReply, InstanceList, InstanceView
+from disagg.serve.api.views import Audit, CommandReply, InstanceList, InstanceView, LinkList, LinkView
 
 T = TypeVar("T")
 
-_TIMEOUT_S: Final = 10.0
+_TIMEOUT_S: Final = 20.0
+"""An audit waits for instances half as long."""
 _PATH: Final = "/admin/instances"
+_LINKS: Final = "/admin/links"
 
 
 class ControlClient:
@@ -46,6 +48,18 @@ class ControlClient:
     def instance(self, name: str) -> InstanceView | None:
         """Return one instance; None when there is none of this name."""
         return next((one for one in self.instances() if one.instance == name), None)
+
+    def audit(self) -> Audit:
+        """Return the sum of every instance's KV blocks."""
+        return self._ask("GET", "/debug/audit", None, Audit)
+
+    def links(self) -> list[LinkView]:
+        """Return the links over which KV blocks are handed over."""
+        return self._ask("GET", _LINKS, None, LinkList).links
+
+    def measure_links(self) -> None:
+        """Have them measured anew."""
+        self._ask("POST", _LINKS, None, LinkList)
 
     def command(self, instance: str | None, verb: str, body: dict[str, object]) -> CommandReply:
         """Give a command to an instance; without one, to the server as a whole."""

@@ -14,6 +14,11 @@ COMMANDS: Final = {
     "chat": ("disagg.cli.chat", "Talk to a running server in the terminal."),
     "top": ("disagg.cli.top", "Watch a running server: load, hand-overs, latencies, stages."),
     "ctl": ("disagg.cli.ctl", "Change a running server: add, drain, remove or flip an instance."),
+    "doctor": ("disagg.cli.doctor", "Measure a running server's links between prefill and decode."),
+    "audit": (
+        "disagg.cli.audit",
+        "Count the KV blocks of a running server, and name each that is not where the books say.",
+    ),
     "simulate": ("disagg.cli.simulate", "Predict what a placement does under a workload."),
     "plan": ("disagg.cli.plan", "Find the placement that serves the most within latency objectives."),
     "profile": ("disagg.cli.profile", "Measure this machine's steps, for simulations of it."),

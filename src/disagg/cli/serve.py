@@ -13,10 +13,10 @@ from disagg.base.config import (
     RouterSettings,
     SchedulerSettings,
     ServeSettings,
-    TransferSettings,
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.tenants_file import read_tenants

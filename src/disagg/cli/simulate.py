@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import click
 
-from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings, TransferSettings
+from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.request import Role
+from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from disagg.base.config import KvTransferDtype
 from disagg.base.ids import InstanceId
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.codec_choice import CodecChoice
 from disagg.costs.links import KvCodec, LinkKind, SerialLinks
 

@@ -36,6 +36,7 @@ from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
+from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.shared_weights import load_shared
@@ -98,7 +99,7 @@ def build_loop(
     decoder = Decoder(config, weights, backend, capacity.max_model_len)
     executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
     shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
-    pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
+    links, pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
     disk, room = _open_disk(settings, files, pool, channel, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
@@ -116,6 +117,7 @@ def build_loop(
         kv_layout=capacity.layout.describe(),
         max_disk_blocks=room.max_blocks,
         num_saved_blocks=len(room.saved),
+        probe=shared.probe,
     )
     ready = Ready(
         version=PROTOCOL_VERSION,
@@ -128,7 +130,8 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    accessories = Accessories(log, disk, _make_grammars(files, config, stack))
+    measuring = LinkMeasuring(settings.instance, incarnation, links, clock, channel.wake)
+    accessories = Accessories(log, disk, _make_grammars(files, config, stack), measuring)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
@@ -273,7 +276,7 @@ def _make_pulls(
     channel: ControlChannel,
     clock: Clock,
     stack: ExitStack,
-) -> Pulls:
+) -> tuple[Links, Pulls]:
     # Closed in reverse: cancel what runs, then wait for the threads, which still wake the channel.
     num_threads = settings.scheduler.max_pulls_in_flight
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
@@ -281,7 +284,7 @@ def _make_pulls(
     links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU)
     pulls = Pulls(links, shared, pool.layout.num_layers, channel.wake)
     stack.callback(pulls.close)
-    return pulls
+    return links, pulls
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from msgspec import structs
+
 from disagg.base.clock import Clock
 from disagg.base.event_log import EventLog
 from disagg.base.messages import (
     Adopt,
+    Audited,
     CostsLearned,
     Failed,
     Generate,
+    MeasureLink,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     Ready,
+    Reserve,
     StepOutput,
     Stop,
     ToEngine,
@@ -28,13 +34,14 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.grammar import Grammars
 from disagg.engine.kv_disk import KvDisk
+from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
 from disagg.engine.sequence_table import SequenceTable
 from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, LoadEnded, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Expect, LoadEnded, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -49,11 +56,14 @@ from disagg.scheduling.step.events import Tick
 
 @dataclass(frozen=True, slots=True)
 class Accessories:
-    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars."""
+    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars, links
+    to measure.
+    """
 
     log: EventLog | None = None
     disk: KvDisk | None = None
     grammars: Grammars | None = None
+    links: LinkMeasuring | None = None
 
 
 class EngineLoop:
@@ -79,6 +89,7 @@ class EngineLoop:
         self._clock = clock
         self._log = accessories.log
         self._disk = accessories.disk
+        self._links = accessories.links
         self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size, accessories.grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
         self._completed: CompletedStep | None = None
@@ -116,6 +127,9 @@ class EngineLoop:
         for message in self._channel.receive(0.0 if inputs else idle_s):
             if isinstance(message, Stop):
                 self._is_stopping = True
+            elif isinstance(message, MeasureLink):
+                if self._links is not None:
+                    self._links.start(message)
             else:
                 inputs.append(self._input(message))
         for ended in self._pulls.take_ended():
@@ -124,6 +138,8 @@ class EngineLoop:
             inputs.append(ended.result)
         if self._disk is not None:
             inputs += self._collect_from(self._disk)
+        for measured in () if self._links is None else self._links.take_ended():
+            self._channel.send(measured)
         if self._clock.now() >= self._wake_s:
             inputs.append(Tick())
         return inputs
@@ -142,8 +158,10 @@ class EngineLoop:
                 return Start(sequence=self._sequences.add(request), hand_over=hand_over, prefix=prefix)
             case Adopt(request=request, offer=offer):
                 return Continue(sequence=self._sequences.add(request), offer=offer)
-            case Stop():
-                raise AssertionError("the loop itself stops")
+            case Reserve(request=request, offer=offer):
+                return Expect(sequence=self._sequences.facts_of(request), offer=offer)
+            case Stop() | MeasureLink():
+                raise AssertionError("these are not for the core")
             case _:
                 return message
 
@@ -166,15 +184,17 @@ class EngineLoop:
                 self._emit(output)
             case RunStep(step_id=step_id, chunks=chunks):
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
-            case Offered(offer=offer):
+            case Offered(offer=offer) | PartOffered(offer=offer):
                 self._blocks.publish_blocks(offer.block_ids)
-                self._channel.send(Offered(offer=self._pulls.seal(offer)))
-            case NotHeld() | Pulled() | Failed() | CostsLearned():
+                sealed = self._pulls.seal(offer, is_part=isinstance(output, PartOffered))
+                self._channel.send(structs.replace(output, offer=sealed))
+            case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
                 self._channel.send(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)
             case Forget(request_id=request_id, epoch=epoch):
                 self._sequences.drop(request_id, epoch)
+                self._pulls.forget(request_id, epoch)
             case StartCopy():
                 self._pulls.start(output, now)
             case CancelCopy(request_id=request_id, epoch=epoch):

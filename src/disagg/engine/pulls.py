@@ -42,9 +42,13 @@ class Pulls:
         self._running: dict[tuple[RequestId, Epoch], Transfer] = {}
         self._ended: deque[EndedPull] = deque()
 
-    def seal(self, offer: KvOffer) -> KvOffer:
+    def seal(self, offer: KvOffer, *, is_part: bool = False) -> KvOffer:
         """Return an offer of this instance with what its reader needs beside the block ids."""
-        return self._shared.seal(offer)
+        return self._shared.seal(offer, is_part=is_part)
+
+    def forget(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Nothing more of an attempt will be offered."""
+        self._shared.forget(request_id, epoch)
 
     def start(self, pull: StartCopy, now: float) -> None:
         """Start copying. A pull that cannot start has ended, failed."""

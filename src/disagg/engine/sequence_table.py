@@ -40,6 +40,13 @@ class SequenceTable:
             grammar = None if self._grammars is None else self._grammars.state_of(request)
             sequence = LiveSequence(request, self._block_size, grammar)
             self._sequences[request.request_id] = sequence
+        return self._facts(request, sequence)
+
+    def facts_of(self, request: GenerationRequest) -> SequenceFacts:
+        """Return what the core is told of a sequence that another instance computes; nothing of it is kept."""
+        return self._facts(request, LiveSequence(request, self._block_size))
+
+    def _facts(self, request: GenerationRequest, sequence: LiveSequence) -> SequenceFacts:
         return SequenceFacts(
             request_id=request.request_id,
             epoch=request.epoch,

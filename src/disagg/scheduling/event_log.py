@@ -15,7 +15,8 @@ from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import AnyInstanceInput
 from disagg.scheduling.instance.outputs import AnyInstanceOutput
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput
 from disagg.scheduling.router.outputs import AnyRouterOutput
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 
-from disagg.base.config import KvTransferDtype, RouterSettings
+from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import InstanceId
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.links import SerialLinks

@@ -11,7 +11,7 @@ from typing import Self
 
 from disagg.base.event_log import EventLog
 from disagg.scheduling.instance.header import InstanceHeader
-from disagg.scheduling.router.core import RouterHeader
+from disagg.scheduling.router.header import RouterHeader
 
 
 class EventLogFolder:

@@ -16,11 +16,13 @@ from msgspec import structs
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import (
+    Audited,
     CostsLearned,
     Failed,
     InstanceLoad,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     StageStamps,
 )
@@ -237,7 +239,7 @@ class SimulatedInstance:
                 self._run_step(output, now)
             case Emitted():
                 self._emit(output, now)
-            case Offered() | NotHeld() | Pulled() | Failed() | CostsLearned():
+            case Offered() | PartOffered() | NotHeld() | Pulled() | Failed() | CostsLearned():
                 self._tell(InstanceSaid(instance=self.spec.name, message=output))
             case CacheChanged(message=message):
                 self._tell(InstanceSaid(instance=self.spec.name, message=message))
@@ -247,7 +249,7 @@ class SimulatedInstance:
                 self._use_disk(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
-            case CancelCopy() | DropSaved():
+            case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
                 self._lost_peers.add(incarnation)

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Final, assert_never
 
 from disagg.base.config import RouterSettings
-from disagg.base.errors import ConfigurationError
+from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import Abort, Lend, Migrate, Offered, PeerLost, Release, ReportBlocks
+from disagg.base.messages import Abort, Lend, Migrate, MoreKv, Offered, PartOffered, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import BEST_EFFORT
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
@@ -30,16 +30,19 @@ from disagg.scheduling.dispatch.actions import (
 )
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
-from disagg.scheduling.instance.inputs import Continue, Start
-from disagg.scheduling.router.core import RouterCore, RouterHeader
+from disagg.scheduling.instance.inputs import Continue, Expect, SequenceFacts, Start
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskToMeasure,
     HandOverEnded,
     RestartInstance,
     SendOffer,
+    SendPartOffer,
     SendWithPrefix,
     StopInstance,
     TellPeerLost,
@@ -126,7 +129,7 @@ class SimulatedRouter:
 
     def hear(self, said: AnyRouterInput) -> None:
         """Take what an instance says; it arrives after the control plane's delay."""
-        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered):
+        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered | PartOffered):
             self._report_loads()
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, partial(self._feed, said))
@@ -271,17 +274,15 @@ class SimulatedRouter:
                 request = self._requests[request_id]
                 facts = request.facts(instance.spec.block_size)
                 return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
-            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
-                request = self._requests[request_id]
-                facts = request.facts(instance.spec.block_size)
-                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over, prefix=prefix))
             case SendLend(request_id=request_id, epoch=epoch):
                 names = self._requests[request_id].prompt_names(self._block_size)
                 return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
-            case SendOffer(request_id=request_id, offer=offer):
-                request = self._requests[request_id]
+            case SendPartOffer(offer=offer, is_first=False):
+                return partial(instance.deliver, MoreKv(offer=offer))
+            case SendWithPrefix() | SendOffer() | SendPartOffer():
+                request = self._requests[output.request_id]
                 facts = request.facts(instance.spec.block_size)
-                return partial(instance.take, request, Continue(sequence=facts, offer=offer))
+                return partial(instance.take, request, _with_offer(output, facts))
             case SendAbort(request_id=request_id, epoch=epoch):
                 return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
             case SendRelease(request_id=request_id, epoch=epoch):
@@ -292,6 +293,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
             case AskForBlocks():
                 return partial(instance.deliver, ReportBlocks())
+            case AskToMeasure():
+                raise InternalError("the links of a simulated deployment are known")
             case _:
                 assert_never(output)
 
@@ -304,3 +307,13 @@ class SimulatedRouter:
         request.fail_reason = reason
         request.timeline.finished_s = now
         self._on_ended(request)
+
+
+def _with_offer(output: SendWithPrefix | SendOffer | SendPartOffer, facts: SequenceFacts) -> Start | Continue | Expect:
+    match output:
+        case SendWithPrefix(hand_over=hand_over, prefix=prefix):
+            return Start(sequence=facts, hand_over=hand_over, prefix=prefix)
+        case SendOffer(offer=offer):
+            return Continue(sequence=facts, offer=offer)
+        case SendPartOffer(offer=offer):
+            return Expect(sequence=facts, offer=offer)

@@ -3,7 +3,7 @@
 import logging
 import socket
 import threading
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from disagg.base.clock import Clock
@@ -34,6 +34,8 @@ IDLE_S: Final = 300.0
 """What it gets afterwards between two requests; a reader opens another when it needs one."""
 
 _BACKLOG: Final = 128
+_FILLER_BYTES: Final = 8 << 20
+"""More than the caches that one core has for itself."""
 _RETRY_S: Final = 0.5
 
 logger = logging.getLogger(__name__)
@@ -157,7 +159,20 @@ class KvServer:
             raise ProtocolError(f"{len(request.digests)} bytes are not the digests of {len(request.blocks)} blocks")
         return grant
 
+    def _send_probe(self, connection: KvSocket, num_bytes: int) -> None:
+        """Send bytes that are nobody's."""
+        connection.send_frame(encode_frame(Reply(num_bytes=num_bytes)))
+        for start in range(0, num_bytes, _FILLER_BYTES):
+            connection.send([self._filler[: num_bytes - start]])
+
+    @cached_property
+    def _filler(self) -> memoryview:
+        return memoryview(b"\1" * _FILLER_BYTES)
+
     def _send(self, connection: KvSocket, request: ReadRequest) -> None:
+        if request.probe_bytes:
+            self._send_probe(connection, request.probe_bytes)
+            return
         layout = self._pool.layout
         layers = range(request.first_layer, request.first_layer + request.num_layers)
         coded = CodedBlocks(self._pool, layers) if request.codec is KvCodec.INT8 else None

@@ -34,6 +34,8 @@ class KvSocket:
     def __init__(self, connection: socket.socket, clock: Clock) -> None:
         self.check: Check = lambda: None
         self.peer = _name_of(connection)
+        self.host_here = str(connection.getsockname()[0])
+        """The address of this host that it goes out from."""
         self._socket = connection
         self._clock = clock
         connection.settimeout(None)

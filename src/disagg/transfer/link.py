@@ -109,6 +109,12 @@ class Link(Protocol):
         Raises TransferError at once, and copies nothing, when a block or layer does not exist.
         """
 
+    def probe(self, target: memoryview, access: bytes) -> None:
+        """Fill this memory with bytes of the peer that mean nothing, to see how long it takes. It blocks.
+
+        ``access`` is the capability that the peer gives for this. Raises TransferError when they do not come.
+        """
+
     def close(self) -> None:
         """Let go of the peer. Transfers that were started still end, and say so."""
 

@@ -5,8 +5,8 @@ from concurrent.futures import Executor
 from typing import Final
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvLinkChoice, TransferSettings
 from disagg.base.errors import TransferError
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import PoolAddress, ShmWay, TcpWay, decode_address
 from disagg.transfer.link import Link
 from disagg.transfer.pool import KvPool
@@ -45,6 +45,7 @@ class Links:
         self._settings = settings or TransferSettings()
         self._maps_ahead = maps_ahead
         self._links: dict[PoolAddress, Link] = {}
+        self._why: dict[PoolAddress, str] = {}
 
     def open(self, address: bytes, peer: str = "a peer") -> Link:
         """Return the link to the pool at ``address``; ``peer`` is whom a log names.
@@ -58,6 +59,10 @@ class Links:
             link = self._links[decoded] = self._open(decoded, peer)
         return link
 
+    def why(self, address: bytes) -> str:
+        """Return in words why an open link is over what it is over."""
+        return self._why.get(decode_address(address), "")
+
     def _open(self, address: PoolAddress, peer: str) -> Link:
         failures = []
         for kind in _USABLE[self._settings.kv_link]:
@@ -68,14 +73,21 @@ class Links:
                     except TransferError as error:
                         failures.append(str(error))
                     else:
-                        why = f" ({'; '.join(failures)})" if failures else ""
-                        logger.info("KV blocks of %s are read over %s%s", peer, link.kind.value, why)
+                        self._why[address] = self._words(address, failures)
+                        logger.info("KV blocks of %s are read over %s: %s", peer, link.kind.value, self._why[address])
                         return link
         offered = ", ".join(sorted({str(way.__struct_config__.tag) for way in address.ways})) or "no way"
         raise TransferError(
             "; ".join(failures)
             or f"the KV pool of {peer} can be read over {offered}, this instance takes {self._settings.kv_link.value}"
         )
+
+    def _words(self, address: PoolAddress, failures: list[str]) -> str:
+        if failures:
+            return "; ".join(failures)
+        if self._settings.kv_link is not KvLinkChoice.AUTO:
+            return f"--kv-link {self._settings.kv_link.value}"
+        return "the best of the ways there are" if len(address.ways) > 1 else "the only way there is"
 
     def _over(self, address: PoolAddress, way: ShmWay | TcpWay) -> Link:
         if isinstance(way, ShmWay):
@@ -85,6 +97,7 @@ class Links:
     def close_peer(self, incarnation: str) -> None:
         """Let go of a peer that died, or do nothing if it was never read from."""
         for address in [known for known in self._links if known.incarnation == incarnation]:
+            self._why.pop(address, None)
             self._links.pop(address).close()
 
     def close(self) -> None:

@@ -1,14 +1,16 @@
 """What an instance lets others read of its pool: the address, and what goes with each offer."""
 
+import math
 from contextlib import ExitStack
 
 from msgspec import structs
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvLinkChoice, TransferSettings
+from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import ShmWay, TcpWay, encode_address
-from disagg.transfer.digests import join_digests
+from disagg.transfer.digests import DIGEST_BYTES, join_digests
 from disagg.transfer.grants import Grants
 from disagg.transfer.kv_server import KvServer
 from disagg.transfer.pool import KvPool
@@ -29,6 +31,8 @@ class SharedBlocks:
         self._has_digests = settings.kv_digests
         self._grants = Grants(clock)
         self._is_open = False
+        self._of_parts: dict[tuple[RequestId, Epoch], bytes] = {}
+        """Digests of the blocks of sequences that are offered in parts, from the first one on."""
         ways: list[ShmWay | TcpWay] = []
         if settings.kv_link is not KvLinkChoice.TCP:
             ways.append(pool.shm_way)
@@ -40,11 +44,32 @@ class SharedBlocks:
         self.address = encode_address(pool.address(*ways))
         """Where the pool is, for peers' ``Links``."""
 
-    def seal(self, offer: KvOffer) -> KvOffer:
-        """Return an offer with the digests of its blocks, and the capability to read them while it lasts."""
-        blocks = offer.block_ids
+    def forget(self, request_id: RequestId, epoch: Epoch) -> None:
+        """Nothing more of an attempt will be offered."""
+        self._of_parts.pop((request_id, epoch), None)
+
+    @property
+    def probe(self) -> bytes:
+        """The capability to measure the link to this pool, for as long as the instance lives: it opens no block."""
+        if not self._is_open:
+            return b""
+        return self._grants.issue(RequestId("link probe"), Epoch(0), (), math.inf)
+
+    def seal(self, offer: KvOffer, *, is_part: bool = False) -> KvOffer:
+        """Return an offer with the digests of its blocks, and the capability to read them while it lasts.
+
+        A whole offer has the digests of the parts before it: those blocks are final since, and are not read again.
+        """
+        blocks, key = offer.block_ids, (offer.request_id, offer.epoch)
+        known = self._of_parts.get(key, b"")
+        num_known = 0 if is_part else len(known) // DIGEST_BYTES
+        digests = join_digests(self._pool.blocks, blocks[num_known:]) if self._has_digests else b""
+        if is_part:
+            self._of_parts[key] = known + digests
+        else:
+            digests = known + digests
         return structs.replace(
             offer,
-            digests=join_digests(self._pool.blocks, blocks) if self._has_digests else b"",
+            digests=digests,
             access=self._grants.issue(offer.request_id, offer.epoch, blocks, offer.lease_s) if self._is_open else b"",
         )

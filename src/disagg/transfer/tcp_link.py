@@ -12,9 +12,9 @@ from functools import partial
 from typing import Final
 
 from disagg.base.clock import Clock
-from disagg.base.config import KvTransferDtype, TransferSettings
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 from disagg.costs.codec_choice import CodecChoice
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import PoolAddress, TcpWay
@@ -36,6 +36,7 @@ from disagg.transfer.wire import (
 
 MIN_STREAM_BYTES: Final = 4 << 20
 """Fewer bytes than this are not worth another connection."""
+PROBE_TIMEOUT_S: Final = 30.0
 
 
 class _CancelledError(Exception):
@@ -101,6 +102,28 @@ class TcpLink:
         self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
         return transfer
 
+    def probe(self, target: memoryview, access: bytes) -> None:
+        """See ``Link.probe``: over as many connections as a read of so many bytes. What it takes is remembered."""
+        count = max(1, min(self._num_streams, len(target) // MIN_STREAM_BYTES))
+        size = -(-len(target) // count)
+        parts = [target[start : start + size] for start in range(0, len(target), size)]
+        started_s = self._clock.now()
+        others = [self._helpers.submit(self._probe_part, part, access) for part in parts[1:]]
+        try:
+            self._probe_part(parts[0], access)
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        self._codecs.observe(KvCodec.RAW, len(target), self._clock.now() - started_s)
+
+    def way_here(self) -> tuple[str, str]:
+        """Return the two ends of a connection: the address of this host, and that of the peer."""
+        with self._lock:
+            if self._idle:
+                return self._idle[-1].host_here, self._way.host
+        return "", self._way.host
+
     def close(self) -> None:
         """See ``Link.close``: the transfers under way fail now."""
         with self._lock:
@@ -154,7 +177,7 @@ class TcpLink:
 
     def _read_part(self, ask: _Ask, part: _Part) -> _Part:
         read = ask.read
-        connection, num_bytes = self._send_request(ask, part)
+        connection, num_bytes = self._send_request(self._request(ask, part), ask.check)
         try:
             receive = self._receiver(ask, part, num_bytes)
             bad: list[int] = []
@@ -189,20 +212,40 @@ class TcpLink:
 
         return receive_raw if coded is None else receive_coded
 
-    def _send_request(self, ask: _Ask, part: _Part) -> tuple[KvSocket, int]:
-        """Return a connection on which the blocks come, and the number of their bytes."""
-        read, check = ask.read, ask.check
-        request = encode_frame(
-            ReadRequest(
-                access=read.access,
-                blocks=tuple(source for source, _ in part.blocks),
-                first_layer=read.layers.start,
-                num_layers=len(read.layers),
-                block_bytes=self._pool.layout.layer_block_bytes,
-                codec=ask.codec,
-                digests=b"" if ask.codec is KvCodec.RAW else b"".join(part.digests),
-            )
+    def _probe_part(self, target: memoryview, access: bytes) -> None:
+        check = partial(self._check_open, self._clock.now() + PROBE_TIMEOUT_S)
+        request = ReadRequest(
+            access=access,
+            blocks=(),
+            first_layer=0,
+            num_layers=0,
+            block_bytes=self._pool.layout.layer_block_bytes,
+            probe_bytes=len(target),
         )
+        connection, num_bytes = self._send_request(request, check)
+        try:
+            if num_bytes != len(target):
+                raise TransferError(f"the peer sends {num_bytes} bytes, {len(target)} were asked for")
+            connection.receive([target])
+        except BaseException:
+            self._drop(connection)
+            raise
+        self._keep(connection)
+
+    def _request(self, ask: _Ask, part: _Part) -> ReadRequest:
+        return ReadRequest(
+            access=ask.read.access,
+            blocks=tuple(source for source, _ in part.blocks),
+            first_layer=ask.read.layers.start,
+            num_layers=len(ask.read.layers),
+            block_bytes=self._pool.layout.layer_block_bytes,
+            codec=ask.codec,
+            digests=b"" if ask.codec is KvCodec.RAW else b"".join(part.digests),
+        )
+
+    def _send_request(self, asked: ReadRequest, check: Callable[[], None]) -> tuple[KvSocket, int]:
+        """Return a connection on which what was asked for comes, and the number of its bytes."""
+        request = encode_frame(asked)
         while True:
             connection, is_new = self._connection(check)
             try:
@@ -253,6 +296,12 @@ class TcpLink:
         with self._lock:
             self._in_use.discard(connection)
         connection.close()
+
+    def _check_open(self, until_s: float) -> None:
+        if self._is_closed:
+            raise TransferError("the link was closed: the peer has ended")
+        if self._clock.now() >= until_s:
+            raise TransferError(f"the link was not measured within {PROBE_TIMEOUT_S:g} s")
 
     def _check(self, transfer: Transfer, stopped: threading.Event, until_s: float) -> None:
         if self._is_closed:

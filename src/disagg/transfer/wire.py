@@ -19,9 +19,10 @@ from disagg.base.messages import UNREADABLE
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_REPLY_BYTES: Final = 1 << 16
+MAX_PROBE_BYTES: Final = 1 << 28
 GROUP_BYTES: Final = 2 << 20
 """Blocks that travel together: large enough for few system calls, small enough to be hashed out of the cache."""
 
@@ -32,7 +33,10 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class ReadRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Send these layers of these blocks. ``digests``, where the codec changes the bytes, are those of the originals."""
+    """Send these layers of these blocks. ``digests``, where the codec changes the bytes, are those of the originals.
+
+    ``probe_bytes`` asks for so many bytes without meaning instead: see ``link_probe``.
+    """
 
     access: Annotated[bytes, Meta(max_length=MAX_REQUEST_BYTES)]
     blocks: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
@@ -42,6 +46,7 @@ class ReadRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Of one layer of a block, as the reader understands the layout."""
     codec: KvCodec = KvCodec.RAW
     digests: bytes = b""
+    probe_bytes: Annotated[int, Meta(ge=0, le=MAX_PROBE_BYTES)] = 0
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from disagg.base.config import InstanceGroup, KvLinkChoice, Placement, TransferSettings
+from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.serve.launch.deployment import Deployment, RemoteSettings
 from disagg.serve.launch.outside_door import kv_host_of, open_door
 

@@ -46,6 +46,15 @@ class SendAdopt(DispatchAction, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class SendPart(DispatchAction, frozen=True, kw_only=True):
+    """Let ``instance`` read KV blocks of a sequence that is still being prefilled, the ``is_first`` or more of them."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    is_first: bool
+
+
 class SendAbort(DispatchAction, frozen=True, kw_only=True):
     """Let ``instance`` forget the sequence that it computes."""
 
@@ -199,6 +208,7 @@ AnyDispatchAction = (
     SendGenerate
     | SendLend
     | SendAdopt
+    | SendPart
     | SendAbort
     | SendRelease
     | SendMigrate

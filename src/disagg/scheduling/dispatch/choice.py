@@ -15,6 +15,7 @@ computes it again, from its known tokens on.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from disagg.base.config import RouterSettings
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import FailReason
@@ -98,6 +99,19 @@ def why_unplaceable(fleet: Fleet, sequence: SequenceEntry, *, strict_roles: bool
             f"the request needs up to {sequence.max_total_tokens} tokens with its answer, more than the instances "
             f"can hold ({fleet.describe()}); ask for fewer tokens or raise --kv-memory"
         )
+    return None
+
+
+def why_over(
+    fleet: Fleet, sequence: SequenceEntry, settings: RouterSettings, now: float
+) -> tuple[FailReason, str] | None:
+    """Return why a sequence's time is over, of its own or to wait for an instance; None where it is not."""
+    if now >= sequence.deadline_s:
+        words = f"did not finish within {settings.request_timeout_s:g} s (--request-timeout-s)"
+        return FailReason.TIMEOUT, f"the request {words}"
+    if now >= sequence.wait_until_s:
+        words = f"for {settings.instance_wait_s:g} s ({fleet.describe()})"
+        return FailReason.UNAVAILABLE, f"no instance could take the request {words}"
     return None
 
 

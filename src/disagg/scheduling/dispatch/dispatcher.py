@@ -36,7 +36,7 @@ from disagg.scheduling.dispatch.actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import why_unplaceable
+from disagg.scheduling.dispatch.choice import why_over, why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -47,8 +47,10 @@ from disagg.scheduling.dispatch.events import (
     InstanceUp,
     Join,
     Leave,
+    LinkKnown,
     NothingLent,
     OfferMade,
+    PartMade,
     ProcessStarting,
     Progress,
     PullEnded,
@@ -59,7 +61,7 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, migrate, movable
+from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, migrate, movable, send_reader_away
 from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
@@ -119,6 +121,8 @@ class Dispatcher:
                 self._emit(event)
             case OfferMade():
                 self._offer(event)
+            case PartMade():
+                self._part(event)
             case NothingLent():
                 borrower = self._sequences.get(event.request_id)
                 if borrower is not None and borrowing.waits_for(borrower, event):
@@ -138,15 +142,12 @@ class Dispatcher:
     def _member_changed(self, event: AnyMemberEvent) -> None:
         match event:
             case InstanceUp():
-                self._up(event)
+                self._fleet.up(event)
+                self._place_waiting()
             case InstanceDown(instance=instance, returning=returning, detail=detail):
                 self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
-            case ProcessStarting(instance=instance):
-                entry = self._fleet.entry(instance)
-                if not entry.is_alive:
-                    entry.state = InstanceState.STARTING
-            case Join(instance=instance, role=role):
-                self._fleet.join(instance, role)
+            case ProcessStarting() | Join() | CostsKnown() | LinkKnown():
+                self._fleet.take(event)
             case Drain(instance=instance):
                 if self._fleet.drain(instance):
                     self._actions.append(Drained(instance=instance))
@@ -161,8 +162,6 @@ class Dispatcher:
                 entry = self._fleet.entry(instance)
                 entry.role = role
                 self._place_waiting(entry)
-            case CostsKnown(lesson=lesson):
-                self._fleet.entry(lesson.instance).lesson = lesson
             case _:
                 assert_never(event)
 
@@ -246,10 +245,19 @@ class Dispatcher:
             self._end_lease(sequence)
         self._actions.append(borrowing.answered(sequence, self._now, has_lent=has_lent))
 
+    def _part(self, event: PartMade) -> None:
+        """Choose who goes on with a sequence while it is being prefilled, and let that one read what is there."""
+        sequence = self._held_by(event.instance, event.request_id, event.epoch)
+        if sequence is not None and (part := self._turns.read_early(sequence, event, self._now)) is not None:
+            self._actions.append(part)
+
     def _adopt(self, sequence: SequenceEntry) -> bool:
         """Give an offered sequence to a decode instance; return False when none can take it now."""
         sequence.held = self._held(sequence)
         instance = self._turns.adopter(sequence, self._now)
+        if instance is not None and instance.instance == sequence.reader:
+            sequence.reader = None  # it goes on with what it has read
+        self._actions += send_reader_away(self._fleet, sequence, self._now)
         if instance is None:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
@@ -336,16 +344,6 @@ class Dispatcher:
 
     # Instances ------------------------------------------------------------------------------------------------
 
-    def _up(self, event: InstanceUp) -> None:
-        entry = self._fleet.entry(event.instance)
-        if entry.is_alive:
-            raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
-        entry.capacity = event.max_total_tokens
-        entry.pool_tokens = event.pool_tokens
-        entry.limits = event.limits
-        self._place_waiting()
-
     def _move_away(self, flipped: InstanceEntry | None = None) -> None:
         """Let running answers go on elsewhere whose instances give them away, as far as others can take them now."""
         for sequence in movable(self._fleet, self._sequences.values(), flipped):
@@ -391,6 +389,9 @@ class Dispatcher:
 
     def _lose(self, sequence: SequenceEntry, lost: InstanceId, why: str) -> None:
         """Settle what the death of an instance means for one sequence."""
+        if sequence.reader == lost:
+            sequence.reader = None
+            self._discharge(sequence, lost)
         if sequence.lease == lost:
             sequence.lease = None
             self._discharge(sequence, lost)
@@ -417,6 +418,7 @@ class Dispatcher:
 
     def _resume(self, sequence: SequenceEntry, why: str) -> None:
         """Let a sequence that is on no instance any more start again, in a new epoch, once it is placed."""
+        self._actions += send_reader_away(self._fleet, sequence, self._now)
         sequence.move(Whereabouts.QUEUED, self._now, why)
         sequence.borrows_for = None
         sequence.begin_attempt()
@@ -426,13 +428,9 @@ class Dispatcher:
     def _tick(self) -> None:
         self._wake_at_s = math.inf
         for sequence in list(self._sequences.values()):
-            if self._now >= sequence.deadline_s:
-                self._abort(sequence)
-                words = f"did not finish within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
-                self._fail(sequence, FailReason.TIMEOUT, f"the request {words}")
-            elif self._now >= sequence.wait_until_s:
-                words = f"for {self._settings.instance_wait_s:g} s ({self._fleet.describe()})"
-                self._fail(sequence, FailReason.UNAVAILABLE, f"no instance could take the request {words}")
+            if (why := why_over(self._fleet, sequence, self._settings, self._now)) is not None:
+                self._abort(sequence)  # one that waits for an instance is on none
+                self._fail(sequence, *why)
             else:
                 self._wake(min(sequence.deadline_s, sequence.wait_until_s))
         self._place_queued()
@@ -469,6 +467,7 @@ class Dispatcher:
 
     def _end(self, sequence: SequenceEntry, why: str) -> None:
         self._turns.leave(sequence)
+        self._actions += send_reader_away(self._fleet, sequence, self._now)
         sequence.move(Whereabouts.ENDED, self._now, why)
         self._end_lease(sequence)
         sequence.holder = None

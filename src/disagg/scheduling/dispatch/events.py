@@ -57,6 +57,15 @@ class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class PartMade(DispatchEvent, frozen=True, kw_only=True):
+    """``instance``, which is prefilling a sequence, has KV blocks of it that can be read; ``is_first``: none before."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    is_first: bool
+
+
 class NothingLent(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has nothing cached any more of what it was to lend."""
 
@@ -165,11 +174,22 @@ class CostsKnown(DispatchEvent, frozen=True, kw_only=True):
     lesson: CostsLearned
 
 
-AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | CostsKnown
+class LinkKnown(DispatchEvent, frozen=True, kw_only=True):
+    """How fast ``target`` reads KV blocks of ``source`` was measured: seconds of a read, and of each token in it."""
+
+    source: InstanceId
+    target: InstanceId
+    latency_s: float
+    token_s: float
+
+
+AnyLesson = CostsKnown | LinkKnown
+AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | AnyLesson
 AnyDispatchEvent = (
     SequenceArrived
     | TokensEmitted
     | OfferMade
+    | PartMade
     | NothingLent
     | PullEnded
     | SequenceFailed

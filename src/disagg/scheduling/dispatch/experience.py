@@ -19,21 +19,33 @@ class Experience:
         self._hand_over_tokens = 0.0
         self._hand_over_s = _PRIOR_HAND_OVER_S
         self._num_hand_overs = 1.0
+        # Of hand-overs over measured links: what they took, and ought to have taken.
+        self._link_taken_s = self._link_s = _PRIOR_HAND_OVER_S
 
     def answer_ended(self, num_tokens: int) -> None:
         """Note the length of an answer that came to its end."""
         self._num_answers = min(self._num_answers + 1, _MEMORY)
         self.answer_tokens += (num_tokens - self.answer_tokens) / self._num_answers
 
-    def hand_over_ended(self, num_tokens: int, duration_s: float) -> None:
-        """Note how long KV blocks of so many tokens travelled."""
+    def hand_over_ended(self, num_tokens: int, duration_s: float, link_s: float | None = None) -> None:
+        """Note how long KV blocks of so many tokens travelled, and how long by what was measured of their link."""
+        if link_s is not None:
+            share = 1 / _MEMORY
+            self._link_taken_s += share * (duration_s - self._link_taken_s)
+            self._link_s += share * (link_s - self._link_s)
         kept = 1 - 1 / _MEMORY
         self._num_hand_overs = kept * self._num_hand_overs + 1
         self._hand_over_tokens = kept * self._hand_over_tokens + num_tokens
         self._hand_over_s = kept * self._hand_over_s + duration_s
 
-    def hand_over_s(self, num_tokens: int) -> float:
-        """Return the seconds that KV blocks are expected to travel: half the mean whatever their number of tokens."""
+    def hand_over_s(self, num_tokens: int, link_s: float | None = None) -> float:
+        """Return the seconds that KV blocks are expected to travel.
+
+        Over a link that was measured, as it says, and as far off as hand-overs were from that. Elsewhere half the mean,
+        whatever their number of tokens.
+        """
+        if link_s is not None:
+            return link_s * self._link_taken_s / self._link_s
         mean_s = self._hand_over_s / self._num_hand_overs
         mean_tokens = self._hand_over_tokens / self._num_hand_overs
         return mean_s * (0.5 + 0.5 * num_tokens / mean_tokens) if mean_tokens else mean_s

@@ -6,7 +6,8 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.events import AnyLesson, CostsKnown, InstanceUp, Join, LinkKnown, ProcessStarting
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 _NO_CHARGE: Final = Charge()
 
@@ -26,12 +27,21 @@ class Fleet:
             raise InternalError(f"instance {instance!r} is not one of {', '.join(self._by_name)}")
         return entry
 
-    def join(self, instance: InstanceId, role: Role) -> None:
-        """Add an instance that is starting; raise InternalError when there is one of its name."""
+    def _join(self, instance: InstanceId, role: Role) -> None:
         if instance in self._by_name:
             raise InternalError(f"instance {instance} joined twice")
         self._by_name[instance] = InstanceEntry(instance, role)
         self.entries = tuple(self._by_name.values())
+
+    def up(self, event: InstanceUp) -> None:
+        """An instance takes sequences; raise InternalError when it did already."""
+        entry = self.entry(event.instance)
+        if entry.is_alive:
+            raise InternalError(f"instance {event.instance} came up twice without going down")
+        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
+        entry.capacity = event.max_total_tokens
+        entry.pool_tokens = event.pool_tokens
+        entry.limits = event.limits
 
     def drain(self, instance: InstanceId) -> bool:
         """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
@@ -101,6 +111,26 @@ class Fleet:
             del entry.expected[sequence.request_id]
             entry.expected_tokens -= num_tokens
 
+    def take(self, event: ProcessStarting | Join | AnyLesson) -> None:
+        """Take account of what changes no sequence's place. Raises InternalError when an instance joins twice."""
+        match event:
+            case ProcessStarting(instance=instance):
+                entry = self.entry(instance)
+                if not entry.is_alive:
+                    entry.state = InstanceState.STARTING
+            case Join(instance=instance, role=role):
+                self._join(instance, role)
+            case CostsKnown(lesson=costs):
+                self.entry(costs.instance).lesson = costs
+            case LinkKnown(source=source, target=target, latency_s=latency_s, token_s=token_s):
+                self.entry(target).reads[source] = KvLink(latency_s, token_s)
+
+    def link_s(self, sequence: SequenceEntry) -> float | None:
+        """Return what its measured link says that a sequence's blocks take to who pulls them; None: not measured."""
+        source, target = sequence.lease, sequence.holder
+        link = None if source is None or target is None else self._by_name[target].reads.get(source)
+        return None if link is None else link.transfer_time_s(sequence.num_tokens)
+
     def describe(self) -> str:
         """Return names, states and capacities in words."""
         return ", ".join(entry.describe() for entry in self.entries)
@@ -109,7 +139,7 @@ class Fleet:
         """Raise InternalError unless each load is that of the sequences, and all of them are on live instances."""
         totals = {name: Charge() for name in self._by_name}
         for sequence in sequences:
-            for name in (sequence.holder, sequence.lease):
+            for name in (sequence.holder, sequence.lease, sequence.reader):
                 if name is not None and not self._by_name[name].is_alive:
                     sequence.refuse_event(f"being with {name}, which is not live")
             for name, charge in sequence.charges.items():

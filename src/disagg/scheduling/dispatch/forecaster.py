@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from disagg.base.ids import InstanceId
 from disagg.base.messages import StepCosts
 from disagg.base.objectives import Objectives
 from disagg.costs.step_costs import PRIOR_COSTS, decode_work_s, prefill_work_s
@@ -100,6 +101,10 @@ class Forecaster:
         step_s = self._decode_step_s(entry, 1, sequence.num_tokens + int(num_tokens / 2))
         return step_s + self._kept_off_s(entry, work_s, step_s, num_tokens) + self._no_room_s(entry, sequence, step_s)
 
+    def handed_over_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, source: InstanceId | None) -> float:
+        """Return the mean gap of an answer that an instance goes on with, the hand-over from ``source`` in it."""
+        return self.later_token_s(entry, sequence, self.hand_over_s(sequence, source, entry))
+
     def harm(self, entry: InstanceEntry, prefill_tokens: int, answer_tokens: int) -> Harm:
         """Return what it does to the answers of an instance to compute so many tokens of a prompt there.
 
@@ -163,9 +168,11 @@ class Forecaster:
             return max(step_s, min(busy_s, tpot_s))
         return busy_s
 
-    def hand_over_s(self, sequence: SequenceEntry) -> float:
+    def hand_over_s(self, sequence: SequenceEntry, source: InstanceId | None, target: InstanceEntry) -> float:
         """Return the seconds that the KV blocks of a sequence travel."""
-        return self._experience.hand_over_s(sequence.num_tokens)
+        link = None if source is None else target.reads.get(source)
+        link_s = None if link is None else link.transfer_time_s(sequence.num_tokens)
+        return self._experience.hand_over_s(sequence.num_tokens, link_s)
 
     def _kept_off_s(self, entry: InstanceEntry, work_s: float, step_s: float, num_tokens: float) -> float:
         """Return how much ``work_s`` of other work lengthens each of an answer's gaps."""

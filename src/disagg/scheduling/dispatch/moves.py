@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.actions import SendMigrate
+from disagg.scheduling.dispatch.actions import AnyDispatchAction, Drained, SendAbort, SendMigrate
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry, Whereabouts
@@ -68,3 +68,13 @@ def migrate(sequence: SequenceEntry, source: InstanceId, now: float) -> SendMigr
     """Let the source offer a running sequence, after its next token."""
     sequence.move(Whereabouts.MIGRATING, now, f"{source} gives it away")
     return SendMigrate(request_id=sequence.request_id, epoch=sequence.epoch, instance=source)
+
+
+def send_reader_away(fleet: Fleet, sequence: SequenceEntry, now: float) -> list[AnyDispatchAction]:
+    """Return what ends the early reading of a sequence, if an instance does: another one goes on, or nobody."""
+    reader, sequence.reader = sequence.reader, None
+    if reader is None:
+        return []
+    sequence.visited.add(reader)  # it remembers that this attempt ended there
+    abort = SendAbort(request_id=sequence.request_id, epoch=sequence.epoch, instance=reader)
+    return [abort, Drained(instance=reader)] if fleet.discharge(sequence, reader, now) else [abort]

@@ -131,7 +131,7 @@ class Pathfinder:
         decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
             decode or colocated,
-            key=lambda entry: forecaster.later_token_s(entry, sequence, forecaster.hand_over_s(sequence)),
+            key=lambda entry: forecaster.handed_over_token_s(entry, sequence, sequence.lease),
             default=None,
         )
 

@@ -52,11 +52,10 @@ def forecast_paths(
     prefill = open_to(instances, sequence, Role.PREFILL, hand_over=True)
     decode = open_to(instances, sequence, Role.DECODE, hand_over=False)
     if prefill and decode and not sequence.ends_at_first_token:
-        hand_over_s = forecaster.hand_over_s(sequence)
-        targets = [(forecaster.later_token_s(one, sequence, hand_over_s), one) for one in decode]
-        tpot_s, target = min(targets, key=lambda pair: pair[0])
-        harm = forecaster.harm(target, 0, sequence.num_tokens)
         for entry in prefill:
+            targets = [(forecaster.handed_over_token_s(one, sequence, entry.instance), one) for one in decode]
+            tpot_s, target = min(targets, key=lambda pair: pair[0])
+            harm = forecaster.harm(target, 0, sequence.num_tokens)
             num_tokens = sequence.num_tokens - cached(entry, sequence)
             ttft_s = forecaster.first_token_s(entry, num_tokens)
             harms = forecaster.harm(entry, num_tokens, 0).and_also(harm)
@@ -67,7 +66,7 @@ def forecast_paths(
                     follows_roles=True,
                     ttft_s=ttft_s,
                     tpot_s=tpot_s,
-                    hand_over_s=hand_over_s,
+                    hand_over_s=forecaster.hand_over_s(sequence, entry.instance, target),
                     others_tpot_s=harms.tpot_s,
                     num_harmed=harms.num_late,
                 )

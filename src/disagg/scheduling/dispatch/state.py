@@ -97,6 +97,8 @@ class InstanceState(enum.Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, and every placing asks which instances are coming
 
 
+READ_ALREADY: Final = frozenset({Whereabouts.PREFILLING, Whereabouts.OFFERING})
+"""States in which another instance than the holder may read a sequence's blocks."""
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
 _MEMORY_S: Final = 20.0
@@ -123,6 +125,18 @@ class RecentWork:
 
     def _left(self, now: float) -> float:
         return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvLink:
+    """How long KV blocks take from one instance to another: ``latency_s`` and so much for each token."""
+
+    latency_s: float
+    token_s: float
+
+    def transfer_time_s(self, num_tokens: int) -> float:
+        """Return the seconds of one transfer that has the link for itself."""
+        return self.latency_s + num_tokens * self.token_s
 
 
 @dataclass(slots=True)
@@ -157,6 +171,8 @@ class InstanceEntry:
     limits: StepLimits = field(default_factory=StepLimits)
     lesson: CostsLearned | None = None
     """What it said last of the cost of its steps."""
+    reads: dict[InstanceId, KvLink] = field(default_factory=dict)
+    """How fast it reads the KV blocks of others, where that was measured."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
 
@@ -234,6 +250,8 @@ class SequenceEntry:
     state: Whereabouts = Whereabouts.QUEUED
     holder: InstanceId | None = None
     lease: InstanceId | None = None
+    reader: InstanceId | None = None
+    """Who reads its KV blocks already while it is being prefilled, to go on with it."""
     borrows_for: Whereabouts | None = None
     """While it borrows its beginning: what its holder does then."""
     wait_until_s: float = math.inf
@@ -316,7 +334,9 @@ class SequenceEntry:
         leased = self.lease is not None
         may_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.PULLING, Whereabouts.BORROWING)
         must_be_leased = self.state in (Whereabouts.OFFERED, Whereabouts.BORROWING)
-        present = {name for name in (self.holder, self.lease) if name is not None}
+        present = {name for name in (self.holder, self.lease, self.reader) if name is not None}
+        if self.reader is not None and self.state not in READ_ALREADY:
+            self.refuse_event(f"reader {self.reader} in state {self.state.value}")
         if (self.holder is not None) != held or not must_be_leased <= leased <= may_be_leased:
             self.refuse_event(f"holder {self.holder} and lease {self.lease} in state {self.state.value}")
         if set(self.charges) != present:

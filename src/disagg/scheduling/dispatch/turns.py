@@ -7,12 +7,14 @@ from collections.abc import Collection
 
 from disagg.base.config import Overload, RouterSettings, SchedulerSettings
 from disagg.base.ids import RequestId
-from disagg.scheduling.dispatch.actions import Degrade, Refuse
+from disagg.base.request import Role
+from disagg.scheduling.dispatch.actions import Degrade, Refuse, SendPart
 from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
 from disagg.scheduling.dispatch.choice import can_be_served
+from disagg.scheduling.dispatch.events import PartMade
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder, Placed
-from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry, Whereabouts
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 
 
@@ -77,11 +79,33 @@ class Turns:
         self._room.wait(sequence)
 
     def adopter(self, sequence: SequenceEntry, now: float) -> InstanceEntry | None:
-        """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
+        """Return the instance that goes on with an offered sequence; None when none can take it now.
+
+        One that reads it already does.
+        """
+        reader = None if sequence.reader is None else self._fleet.entry(sequence.reader)
+        if reader is not None and reader.state is InstanceState.READY and reader.role is not Role.PREFILL:
+            return reader
         adopter = self._paths.adopt(self._fleet.entries, sequence, now)
         if adopter is not None:
             self._fleet.expect_no_more(sequence)
         return adopter
+
+    def read_early(self, sequence: SequenceEntry, part: PartMade, now: float) -> SendPart | None:
+        """Choose who goes on with a sequence while it is being prefilled; return what lets that one read this part."""
+        if sequence.state is not Whereabouts.PREFILLING:
+            return None
+        if part.is_first and sequence.reader is None and (reader := self.adopter(sequence, now)) is not None:
+            sequence.reader = reader.instance
+            self._fleet.charge(sequence, reader.instance, Charge(kv_tokens=sequence.num_tokens), now)
+        if sequence.reader is None:
+            return None
+        return SendPart(
+            request_id=sequence.request_id,
+            epoch=sequence.epoch,
+            instance=sequence.reader,
+            is_first=part.is_first,
+        )
 
     def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
         """Take account of tokens that a sequence brought."""
@@ -91,7 +115,7 @@ class Turns:
     def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:
         """Take account of KV blocks that have arrived."""
         sequence.hand_over_s = duration_s
-        self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s)
+        self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s, self._fleet.link_s(sequence))
 
     def finished(self, sequence: SequenceEntry) -> None:
         """Learn from a sequence that came to its end."""

@@ -11,11 +11,14 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, Pull, ReleaseLease
+from disagg.scheduling.hand_over.early_pulls import EarlyPulls
+from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, OfferPart, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
 from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
 
+LEAST_PART_TOKENS: Final = 128
+"""A part costs three messages, and a pull has a latency: fewer tokens wait for more."""
 LEASE_GRACE_S: Final = 1.0
 """Blocks are kept for longer than was promised: the promise is a duration, and its message takes time to arrive."""
 
@@ -26,11 +29,12 @@ class HandOvers:
     def __init__(self, books: Books) -> None:
         self._books = books
         self._offered: list[Sequence] = []
+        self.early = EarlyPulls(books, self._offered, self._compute_here, self.on_transfer_done)
 
     @property
     def num_waiting(self) -> int:
         """Adopted sequences whose blocks are not here yet."""
-        return len(self._offered) + self._books.num_pulling
+        return len(self._offered) + len(self.early.without_room) + self._books.num_pulling
 
     # This instance's blocks -----------------------------------------------------------------------------------
 
@@ -51,6 +55,29 @@ class HandOvers:
             )
         )
         books.wake_at(expires_s)
+
+    def offer_part(self, sequence: Sequence) -> None:
+        """Let another instance read the blocks of a prompt that are final while the rest of it is computed.
+
+        They are not leased: whoever computes holds them until the whole is offered, or nobody wants it any more.
+        """
+        books, first = self._books, sequence.num_offered
+        size = books.ledger.block_size
+        num_full = sequence.num_computed // size
+        is_last = sequence.num_computed >= sequence.num_tokens
+        if is_last or not books.settings.kv_overlap or (num_full - first) * size < LEAST_PART_TOKENS:
+            return
+        sequence.num_offered = num_full
+        books.actions.append(
+            OfferPart(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                first_block=first,
+                num_tokens=num_full * size,
+                block_ids=sequence.block_ids[first:num_full],
+                lease_s=books.settings.lease_s,
+            )
+        )
 
     def on_kv_wanted(self, event: KvWanted) -> None:
         """Lend what is cached of another instance's sequence."""
@@ -91,6 +118,9 @@ class HandOvers:
         if books.rejects(event, most_tokens(event.num_tokens, event.max_total_tokens, hand_over=False)):
             self.refuse(event.request_id, event.epoch, event.source)
             return
+        if not event.is_whole:
+            self.early.enter(event)
+            return
         sequence = books.enter(event, SequenceState.OFFERED)
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.num_prefill_tokens = event.num_kv_tokens
@@ -122,11 +152,14 @@ class HandOvers:
     def start_pulls(self) -> None:
         """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
         books = self._books
-        while self._offered and books.has_room:
+        while self._offered and (books.has_room or self.early.make_room()):
             sequence = self._offered[0]
-            served_before = bool(books.waiting) and books.waiting[0].order < sequence.order
-            if served_before or not self._begin(sequence, sequence.remote):
-                return
+            if books.waiting and books.waiting[0].order < sequence.order:
+                break  # it is served before
+            if not self._begin(sequence, sequence.remote):
+                if self.early.make_room():
+                    continue
+                break
             del self._offered[0]
             sequence.move(SequenceState.PULLING, books.now)
             books.num_pulling += 1
@@ -146,9 +179,12 @@ class HandOvers:
                 )
             else:
                 self.on_transfer_done(sequence.request_id, sequence.epoch)
+        self.early.start()
 
     def _begin(self, sequence: Sequence, remote: RemoteKv | None) -> bool:
         ledger, is_busy = self._books.ledger, self._books.is_busy
+        if ledger.is_quarantined(sequence.request_id, sequence.epoch):
+            return False  # what was read of it early has failed, and may still write
         return ledger.begin_load(sequence, is_busy) if remote is None else ledger.begin_pull(sequence, remote, is_busy)
 
     def on_transfer_done(self, request_id: RequestId, epoch: Epoch) -> None:
@@ -159,9 +195,12 @@ class HandOvers:
         sequence = books.find(request_id, epoch, SequenceState.PULLING)
         if sequence is None:
             return
-        if sequence.remote is not None and books.now >= sequence.remote.expires_s:
+        being_read = sequence.remote if sequence.early is None else sequence.early.reading or sequence.remote
+        if being_read is not None and books.now >= being_read.expires_s:
             # The source may have reused the blocks while they were read.
             self.on_transfer_failed(request_id, epoch, ended=True)
+            return
+        if sequence.early is not None and not self.early.arrived(sequence):
             return
         books.ledger.commit_pull(sequence)
         books.ledger.publish(sequence)
@@ -173,9 +212,11 @@ class HandOvers:
         """The blocks will not all arrive; unless ``ended``, some still may."""
         books = self._books
         sequence = books.find(request_id, epoch, SequenceState.PULLING)
-        if sequence is not None:
-            books.ledger.abandon_pull(sequence, ended)
-            books.num_pulling -= 1
+        if sequence is not None and sequence.early is not None and sequence.remote is None:
+            self.early.give_up(sequence, ended=ended)
+        elif sequence is not None:
+            self.early.let_go(sequence, ended=ended)
+            sequence.early = None
             self._compute_here(sequence)
         elif ended:
             books.ledger.end_quarantine(request_id, epoch)
@@ -186,16 +227,16 @@ class HandOvers:
 
     def on_source_lost(self, source: InstanceId) -> None:
         """An instance died: what it offered, and nobody began to pull, is computed here."""
+        self.early.on_source_lost(source)
         for sequence in [s for s in self._offered if s.remote is not None and s.remote.source == source]:
             self._compute_here(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Let go of an offered or pulling sequence; its record stays open."""
+        """Let go of an offered or pulling sequence, or one that is waited for; its record stays open."""
         if sequence.state is SequenceState.OFFERED:
-            self._offered.remove(sequence)
+            (self._offered if sequence.early is None else self.early.without_room).remove(sequence)
         else:
-            self._books.num_pulling -= 1
-            self._books.ledger.abandon_pull(sequence, ended=False)
+            self.early.let_go(sequence, ended=sequence.state is SequenceState.AWAITING)
         self._release_remote(sequence)
 
     def expire(self) -> None:
@@ -217,8 +258,11 @@ class HandOvers:
     def validate(self) -> None:
         """Raise InternalError unless offers, pulls and leases are those that the sequences' states say."""
         books = self._books
-        books.validate_queue(self._offered, SequenceState.OFFERED)
-        pulling = sum(sequence.state is SequenceState.PULLING for sequence in books.sequences.values())
+        offered = sorted([*self._offered, *self.early.without_room], key=order_of)
+        books.validate_queue(offered, SequenceState.OFFERED)
+        books.validate_queue(self.early.awaiting, SequenceState.AWAITING)
+        has_blocks = (SequenceState.PULLING, SequenceState.AWAITING)
+        pulling = sum(sequence.state in has_blocks for sequence in books.sequences.values())
         leased = sum(sequence.state is SequenceState.LEASED for sequence in books.sequences.values())
         if pulling != books.num_pulling or leased != len(books.ledger.leases):
             raise InternalError(f"{pulling} pulling and {leased} leased sequences contradict the books")

@@ -8,14 +8,17 @@ model: one state machine, handed instructions to by several kinds of worker.)
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final, assert_never
+from typing import assert_never
+
+from msgspec import structs
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
-    CostsLearned,
+    AuditBlocks,
+    Audited,
     Failed,
     FailureKind,
     InstanceLoad,
@@ -23,10 +26,11 @@ from disagg.base.messages import (
     KvOffer,
     Lend,
     Migrate,
+    MoreKv,
     NotHeld,
     Offered,
+    PartOffered,
     PeerLost,
-    Pulled,
     Release,
     ReportBlocks,
 )
@@ -34,10 +38,18 @@ from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import Owner
-from disagg.costs.step_times import StepTimes
 from disagg.scheduling.instance.copy_queue import CopyQueue
 from disagg.scheduling.instance.header import InstanceHeader
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, LoadEnded, SequenceFacts, Start
+from disagg.scheduling.instance.inputs import (
+    AnyInstanceInput,
+    Continue,
+    CopyEnded,
+    Expect,
+    LoadEnded,
+    SequenceFacts,
+    Start,
+)
+from disagg.scheduling.instance.lessons import Lessons, given_times
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -47,7 +59,7 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import Tracked, pulled_message
+from disagg.scheduling.instance.tracked import Tracked, kv_offered, mismatch, pulled_message, unread
 from disagg.scheduling.step.actions import (
     DropSaved,
     Emit,
@@ -55,6 +67,7 @@ from disagg.scheduling.step.actions import (
     LendKv,
     LoadBlocks,
     OfferKv,
+    OfferPart,
     Pull,
     Reject,
     ReleaseLease,
@@ -68,7 +81,7 @@ from disagg.scheduling.step.events import (
     BlockSaved,
     BlocksUnreadable,
     Cancelled,
-    KvOffered,
+    KvExtended,
     KvWanted,
     LeaseReleased,
     LentKv,
@@ -81,10 +94,6 @@ from disagg.scheduling.step.events import (
     TransferFailed,
 )
 from disagg.scheduling.step.scheduler import StepScheduler
-
-_FIRST_LESSON: Final = 4
-"""Steps after which the router is told what was learned; then at twice as many, or after ``_LESSON_EVERY`` more."""
-_LESSON_EVERY: Final = 64
 
 
 class InstanceCore:
@@ -99,11 +108,11 @@ class InstanceCore:
             header.prefix_caching,
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
-            times=self._given_times(header),
+            times=given_times(header),
             medium=header.medium,
             disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
         )
-        self._lesson_at = _FIRST_LESSON if header.settings.tells_costs else math.inf
+        self._lessons = Lessons(header)
         self._sequences: dict[RequestId, Tracked] = {}
         self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -112,6 +121,7 @@ class InstanceCore:
         self._silent: set[RequestId] = set()
         """No token of theirs has come from here."""
         self._num_kv_events = 0
+        self._audits: list[int] = []
         self._outputs: list[AnyInstanceOutput] = []
         self._now = -math.inf
 
@@ -142,7 +152,10 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
-        self._tell_costs()
+        if (lesson := self._lessons.due(self._scheduler.times)) is not None:
+            outputs.append(lesson)
+        if self._audits:
+            self._tell_audits()
         if self._journal.has_news:
             self._tell_kv_events(*self._journal.take(), 0)
         return outputs
@@ -190,26 +203,21 @@ class InstanceCore:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
 
-    @staticmethod
-    def _given_times(header: InstanceHeader) -> StepTimes | None:
-        if header.latency is None:
-            return None
-        return StepTimes(header.latency, always_learns=header.settings.tells_costs)
+    def _report(self, asked: ReportBlocks | AuditBlocks) -> None:
+        if isinstance(asked, ReportBlocks):
+            self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
+        else:
+            self._audits.append(asked.number)  # answered once all that came with it has been taken account of
 
-    def _tell_costs(self) -> None:
-        times = self._scheduler.times
-        if times is None or times.num_steps < self._lesson_at:
-            return
-        self._lesson_at = times.num_steps + min(times.num_steps, _LESSON_EVERY)
-        self._outputs.append(
-            CostsLearned(
-                instance=self._header.instance,
-                incarnation=self._header.incarnation,
-                costs=times.costs(),
-                num_prefill_steps=times.num_prefill_steps,
-                num_decode_steps=times.num_steps - times.num_prefill_steps,
+    def _tell_audits(self) -> None:
+        header, load, faults = self._header, self.load(), self._scheduler.block_faults()
+        for number in self._audits:
+            self._outputs.append(
+                Audited(
+                    instance=header.instance, incarnation=header.incarnation, number=number, load=load, faults=faults
+                )
             )
-        )
+        self._audits = []
 
     # In: from messages and results to the scheduler's events --------------------------------------------------
 
@@ -220,10 +228,8 @@ class InstanceCore:
                     if (failing := self._sequences.get(failure.request_id)) is not None:
                         failing.failure = failure
                 events.append(one)
-            case Start():
-                self._on_start(one, events)
-            case Continue():
-                self._on_continue(one, events)
+            case Start() | Continue() | Expect() | MoreKv():
+                self._on_sequence(one, events)
             case CopyEnded():
                 self._on_copy_ended(one, events)
             case LoadEnded(request_id=request_id, epoch=epoch, unreadable=names):
@@ -236,10 +242,21 @@ class InstanceCore:
                 self._abandon(request_id, epoch, events)
             case PeerLost():
                 self._on_peer_lost(one, events)
-            case ReportBlocks():
-                self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
+            case ReportBlocks() | AuditBlocks():
+                self._report(one)
             case _:
                 assert_never(one)
+
+    def _on_sequence(self, message: Start | Continue | Expect | MoreKv, events: list[AnyEvent]) -> None:
+        match message:
+            case Start():
+                self._on_start(message, events)
+            case Continue():
+                self._on_continue(message, events)
+            case Expect():
+                self._on_expect(message, events)
+            case MoreKv(offer=offer):
+                self._on_more(offer, events)
 
     def _on_start(self, message: Start, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.prefix
@@ -268,24 +285,35 @@ class InstanceCore:
 
     def _on_continue(self, message: Continue, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.offer
-        if not self._admit(facts, offer, events):
+        expected = self._find(facts.request_id, facts.epoch)
+        if expected is not None and expected.is_expected and not mismatch(offer, facts):
+            expected.take_whole(offer, self._now)
+        elif not self._admit(facts, offer, events):
             return
         expires_s = self._now + offer.lease_s
         self._sequences[facts.request_id].expires_s = expires_s
+        events.append(kv_offered(facts, offer, expires_s, is_whole=True))
+
+    def _on_expect(self, message: Expect, events: list[AnyEvent]) -> None:
+        facts, offer = message.sequence, message.offer
+        if not self._admit(facts, offer, events):
+            return
+        tracked = self._sequences[facts.request_id]
+        tracked.offer, tracked.parts = None, {offer.first_block: offer}
+        events.append(kv_offered(facts, offer, self._now + offer.lease_s, is_whole=False))
+
+    def _on_more(self, offer: KvOffer, events: list[AnyEvent]) -> None:
+        tracked = self._find(offer.request_id, offer.epoch)
+        if tracked is None or not tracked.is_expected:
+            return
+        tracked.parts[offer.first_block] = offer
         events.append(
-            KvOffered(
-                request_id=facts.request_id,
-                epoch=facts.epoch,
-                num_tokens=facts.num_tokens,
-                max_total_tokens=facts.max_total_tokens,
-                source=offer.source,
+            KvExtended(
+                request_id=offer.request_id,
+                epoch=offer.epoch,
+                first_block=offer.first_block,
                 source_blocks=offer.block_ids,
-                num_kv_tokens=offer.num_tokens,
-                expires_s=expires_s,
-                priority=facts.priority,
-                arrival_s=facts.arrival_s,
-                block_hashes=facts.block_hashes,
-                objectives=facts.objectives,
+                expires_s=self._now + offer.lease_s,
             )
         )
 
@@ -300,11 +328,11 @@ class InstanceCore:
             return False
         if known is not None:
             self._abandon(known.request_id, known.epoch, events)
-        fault = facts.fault or ("" if offer is None else _mismatch(offer, facts))
+        fault = facts.fault or ("" if offer is None else mismatch(offer, facts))
         if fault:
             self._refuse(facts, FailureKind.INTERNAL, fault)
             if offer is not None:
-                self._outputs.append(_unread(offer, "the sequence was refused"))
+                self._outputs.append(unread(offer, "the sequence was refused"))
             return False
         self._sequences[facts.request_id] = Tracked(facts.request_id, facts.epoch, self._now, offer)
         self._not_scheduled.add(facts.request_id)
@@ -329,7 +357,7 @@ class InstanceCore:
             raise InternalError(f"a copy for {request_id} (epoch {epoch}) ended but was not running")
         sequence = self._find(request_id, epoch)
         if sequence is not None:
-            sequence.copy = result
+            sequence.note_copy(result)
         failed = bool(result.failure)
         make = TransferFailed if failed else TransferDone
         events.append(make(request_id=request_id, epoch=epoch))
@@ -337,7 +365,7 @@ class InstanceCore:
     def _on_peer_lost(self, message: PeerLost, events: list[AnyEvent]) -> None:
         self._outputs.append(ForgetPeer(incarnation=message.incarnation))
         for sequence in self._sequences.values():
-            if sequence.offer is None or sequence.offer.incarnation != message.incarnation:
+            if not sequence.comes_from(message.incarnation):
                 continue
             sequence.abandoned = "its source has died"
             if self._copies.withdraw((sequence.request_id, sequence.epoch)):
@@ -348,7 +376,17 @@ class InstanceCore:
 
     def _carry_out(
         self,
-        action: OfferKv | LendKv | Pull | ReleaseLease | Reject | Forget | WakeAt | LoadBlocks | SaveBlock | DropSaved,
+        action: OfferKv
+        | OfferPart
+        | LendKv
+        | Pull
+        | ReleaseLease
+        | Reject
+        | Forget
+        | WakeAt
+        | LoadBlocks
+        | SaveBlock
+        | DropSaved,
     ) -> None:
         match action:
             case OfferKv():
@@ -356,6 +394,9 @@ class InstanceCore:
                 self._outputs.append(Offered(offer=self._kv_offer(action)))
                 self._drop(action.request_id, action.epoch)
                 self._forget(action.request_id, action.epoch)
+            case OfferPart(first_block=first_block):
+                offer = structs.replace(self._kv_offer(action), first_block=first_block)
+                self._outputs.append(PartOffered(offer=offer))
             case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
                 offered = Offered(offer=self._kv_offer(action)) if num_tokens else None
                 self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
@@ -398,7 +439,7 @@ class InstanceCore:
         message = KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
         self._outputs.insert(place, CacheChanged(message=message, owners=owners if header.tells_tokens else ()))
 
-    def _kv_offer(self, action: OfferKv | LendKv) -> KvOffer:
+    def _kv_offer(self, action: OfferKv | OfferPart | LendKv) -> KvOffer:
         """Return what says where the blocks are."""
         return KvOffer(
             request_id=action.request_id,
@@ -412,7 +453,8 @@ class InstanceCore:
         )
 
     def _pull(self, action: Pull) -> None:
-        offer = self._sequences[action.request_id].offer
+        tracked = self._sequences[action.request_id]
+        offer = tracked.offer if action.part is None else tracked.parts.get(action.part)
         if offer is None:
             raise InternalError(f"the scheduler pulls {action.request_id}, which nobody offered")
         self._copies.add(
@@ -464,25 +506,3 @@ def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent
             return MigrationAsked(request_id=request_id, epoch=epoch)
         case BlockSaved() | Tick():
             return message
-
-
-def _mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
-    """Return why an offer cannot be this sequence's; an empty string where it can."""
-    same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
-    if same and 0 < offer.num_tokens < facts.num_tokens:
-        return ""
-    return (
-        f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
-        f"to a sequence of {facts.num_tokens} tokens (epoch {facts.epoch})"
-    )
-
-
-def _unread(offer: KvOffer, why: str) -> Pulled:
-    return Pulled(
-        request_id=offer.request_id,
-        epoch=offer.epoch,
-        source=offer.source,
-        num_bytes=0,
-        duration_s=0.0,
-        failure=why,
-    )

@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.base.messages import Abort, KvOffer, Lend, Migrate, PeerLost, Release, ReportBlocks
+from disagg.base.messages import Abort, AuditBlocks, KvOffer, Lend, Migrate, MoreKv, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
 from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
@@ -51,6 +51,13 @@ class Continue(InstanceInput, frozen=True, kw_only=True):
     offer: KvOffer
 
 
+class Expect(InstanceInput, frozen=True, kw_only=True):
+    """Make room for a sequence that another instance still computes, and read the first of its KV blocks."""
+
+    sequence: SequenceFacts
+    offer: KvOffer
+
+
 class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     """The copying of KV blocks ended: nothing is written any more. ``failure`` is empty when all are there."""
 
@@ -77,12 +84,15 @@ class LoadEnded(InstanceInput, frozen=True, kw_only=True):
 AnyInstanceInput = (
     Start
     | Continue
+    | Expect
+    | MoreKv
     | Lend
     | Abort
     | Release
     | Migrate
     | PeerLost
     | ReportBlocks
+    | AuditBlocks
     | StepDone
     | CopyEnded
     | LoadEnded

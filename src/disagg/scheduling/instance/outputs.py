@@ -3,7 +3,18 @@
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, KvEvents, KvOffer, NotHeld, Offered, Pulled, StageStamps
+from disagg.base.messages import (
+    Audited,
+    CostsLearned,
+    Failed,
+    KvEvents,
+    KvOffer,
+    NotHeld,
+    Offered,
+    PartOffered,
+    Pulled,
+    StageStamps,
+)
 from disagg.scheduling.step.actions import BlockCopy, DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
 
 
@@ -65,6 +76,7 @@ AnyInstanceOutput = (
     RunStep
     | Emitted
     | Offered
+    | PartOffered
     | NotHeld
     | Pulled
     | Failed
@@ -77,5 +89,6 @@ AnyInstanceOutput = (
     | DropSaved
     | ForgetPeer
     | CostsLearned
+    | Audited
     | WakeAt
 )

@@ -1,13 +1,13 @@
 """What the core of an instance remembers of a sequence beside the scheduler's counts: stamps, offer, its pull."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer, Pulled, StageStamps
-from disagg.scheduling.instance.inputs import CopyEnded
+from disagg.scheduling.instance.inputs import CopyEnded, SequenceFacts
 from disagg.scheduling.instance.outputs import FirstOutput
 from disagg.scheduling.step.actions import ReleaseLease
-from disagg.scheduling.step.events import StepFailure
+from disagg.scheduling.step.events import KvOffered, StepFailure
 
 
 @dataclass(slots=True)
@@ -18,18 +18,51 @@ class Tracked:
     epoch: Epoch
     received_s: float
     offer: KvOffer | None = None
+    parts: dict[int, KvOffer] = field(default_factory=dict)
+    """While another instance computes it: what can be read already, by first block."""
     is_offer_prefix: bool = False
     """True when the offer is of blocks that are lent of its beginning."""
     expires_s: float = 0.0
     pull_started_s: float = 0.0
     copy: CopyEnded | None = None
-    """How the pull of its KV blocks ended, once it has."""
+    """How the last pull of its KV blocks ended, once one has."""
+    num_bytes: int = 0
+    """Of all its pulls, and how long they took: in all, and before the whole of it was offered."""
+    copied_s: float = 0.0
+    overlapped_s: float = 0.0
+    num_repeated: int = 0
     abandoned: str = ""
     """Why its offered KV blocks will not be pulled, if that is known."""
     scheduled_s: float = 0.0
     num_cached_tokens: int = 0
     failure: StepFailure | None = None
     """Why it could not be computed."""
+
+    @property
+    def is_expected(self) -> bool:
+        """True while another instance computes it, for this one."""
+        return bool(self.parts) and self.offer is None
+
+    def comes_from(self, incarnation: str) -> bool:
+        """True when its KV blocks, or some of them, are in the pool of that life of an instance."""
+        offers = self.parts.values() if self.offer is None else (self.offer,)
+        return any(offer.incarnation == incarnation for offer in offers)
+
+    def take_whole(self, offer: KvOffer, now: float) -> None:
+        """The instance that computed it offers all of it."""
+        self.offer, self.received_s, self.pull_started_s = offer, now, 0.0
+
+    def note_copy(self, result: CopyEnded) -> None:
+        """Take account of a pull that ended."""
+        self.copy = result
+        self.num_bytes += result.num_bytes
+        self.num_repeated += result.num_repeated
+        taken_s = result.ended_s - result.started_s
+        self.copied_s += taken_s
+        if self.is_expected:
+            self.overlapped_s += taken_s
+        elif self.parts:  # what was being read when the whole was offered
+            self.overlapped_s += min(taken_s, max(0.0, self.received_s - result.started_s))
 
     def start_step(self, start: int, now: float) -> None:
         """Note its first step here; what lies before its first chunk was not computed."""
@@ -40,8 +73,9 @@ class Tracked:
         """Return what goes with its first token here, which is there ``now``."""
         stamps = StageStamps(
             received_s=self.received_s,
-            pull_started_s=self.pull_started_s,
-            pulled_s=self.copy.ended_s if self.copy is not None else 0.0,
+            # What was read before the whole was offered is no stage: nobody waited for it.
+            pull_started_s=max(self.received_s, self.pull_started_s) if self.copy is not None else 0.0,
+            pulled_s=max(self.received_s, self.copy.ended_s) if self.copy is not None else 0.0,
             scheduled_s=self.scheduled_s,
             first_step_done_s=now,
         )
@@ -60,11 +94,12 @@ def pulled_message(action: ReleaseLease, sequence: Tracked | None, now: float) -
         request_id=action.request_id,
         epoch=action.epoch,
         source=action.source,
-        num_bytes=copy.num_bytes if copy is not None and succeeded else 0,
-        duration_s=copy.ended_s - copy.started_s if copy is not None else 0.0,
+        num_bytes=sequence.num_bytes if sequence is not None and succeeded else 0,
+        duration_s=sequence.copied_s if sequence is not None else 0.0,
         failure=failure,
         link=copy.link if copy is not None else "",
-        num_repeated=copy.num_repeated if copy is not None else 0,
+        num_repeated=sequence.num_repeated if sequence is not None else 0,
+        overlapped_s=sequence.overlapped_s if sequence is not None else 0.0,
     )
 
 
@@ -77,3 +112,45 @@ def _why_unread(sequence: Tracked | None, now: float) -> str:
     if now >= sequence.expires_s:
         return "the lease expired before the blocks were read"
     return sequence.abandoned if sequence.copy is None else ""
+
+
+def mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
+    """Return why an offer cannot be this sequence's; an empty string where it can."""
+    same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
+    if same and 0 < offer.num_tokens < facts.num_tokens:
+        return ""
+    return (
+        f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
+        f"to a sequence of {facts.num_tokens} tokens (epoch {facts.epoch})"
+    )
+
+
+def unread(offer: KvOffer, why: str) -> Pulled:
+    """Return what lets the source of an offer that was refused free its blocks."""
+    return Pulled(
+        request_id=offer.request_id,
+        epoch=offer.epoch,
+        source=offer.source,
+        num_bytes=0,
+        duration_s=0.0,
+        failure=why,
+    )
+
+
+def kv_offered(facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_whole: bool) -> KvOffered:
+    """Return what an offer, which ends at ``expires_s``, means to the scheduler."""
+    return KvOffered(
+        request_id=facts.request_id,
+        epoch=facts.epoch,
+        num_tokens=facts.num_tokens,
+        max_total_tokens=facts.max_total_tokens,
+        source=offer.source,
+        source_blocks=offer.block_ids,
+        num_kv_tokens=offer.num_tokens,
+        expires_s=expires_s,
+        priority=facts.priority,
+        arrival_s=facts.arrival_s,
+        block_hashes=facts.block_hashes,
+        objectives=facts.objectives,
+        is_whole=is_whole,
+    )

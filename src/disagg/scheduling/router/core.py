@@ -7,21 +7,18 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 import math
 from typing import Final, assert_never
 
-import msgspec
-from msgspec import structs
-
-from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError, InternalError
-from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import (
     CostsLearned,
     Failed,
     KvEvents,
     KvOffer,
+    LinkMeasured,
     Loading,
     LoadReport,
     NotHeld,
     Offered,
+    PartOffered,
     Pulled,
     Ready,
 )
@@ -38,6 +35,7 @@ from disagg.scheduling.dispatch.actions import (
     Resume,
     SendAdopt,
     SendGenerate,
+    SendPart,
     SendPeerLost,
 )
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
@@ -52,6 +50,7 @@ from disagg.scheduling.dispatch.events import (
     Leave,
     NothingLent,
     OfferMade,
+    PartMade,
     ProcessStarting,
     PullEnded,
     SequenceArrived,
@@ -61,15 +60,19 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
+from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
     AnyRouterInput,
     InstanceSaid,
     MalformedMessage,
+    MeasureLinks,
     ProcessExited,
     Unreachable,
 )
+from disagg.scheduling.router.link_survey import LinkSurvey, MeasuredLink, link_known
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
+from disagg.scheduling.router.offers import OfferShelf
 from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     AskForBlocks,
@@ -83,30 +86,15 @@ from disagg.scheduling.router.outputs import (
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendPartOffer,
     SendWithPrefix,
     StopInstance,
     TellPeerLost,
 )
-from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
-_FromReady = Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
-
-
-class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
-    """Everything that the core of the router is made from, at ``started_s``.
-
-    ``watches_silence`` treats instances without a sign of life as dead: where they give signs.
-    """
-
-    instances: dict[InstanceId, Role]
-    settings: RouterSettings
-    scheduler: SchedulerSettings = SchedulerSettings()
-    """What the instances are told in common."""
-    started_s: float = 0.0
-    restarts: RestartSettings = RestartSettings()
-    watches_silence: bool = True
+_FromReady = Offered | PartOffered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
 
 
 _NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
@@ -123,7 +111,9 @@ class RouterCore:
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
-        self._offers: dict[RequestId, tuple[KvOffer, float]] = {}
+        self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
+        self._offers = OfferShelf()
+        self._part: KvOffer | None = None
         self._dispatch_wake_s = math.inf
         self._check_s = math.inf
         self._asked_s = math.inf
@@ -134,6 +124,11 @@ class RouterCore:
     def members(self) -> Membership:
         """The instances of the deployment. Not to be changed."""
         return self._members
+
+    @property
+    def links(self) -> tuple[MeasuredLink, ...]:
+        """The links over which sequences are handed over, with what was measured of them."""
+        return self._links.links
 
     @property
     def num_sequences(self) -> int:
@@ -215,29 +210,13 @@ class RouterCore:
         """Handle what only an instance that takes requests says."""
         instance = member.instance
         match message:
-            case Offered(offer=offer):
-                if (offer.source, offer.incarnation) != (instance, member.incarnation):
-                    self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
-                    return
-                self._keep(offer)
-                self._dispatch_from(
-                    member, OfferMade(request_id=offer.request_id, epoch=offer.epoch, instance=instance)
-                )
+            case Offered() | PartOffered():
+                self._on_offer(member, message)
             case NotHeld(request_id=request_id, epoch=epoch):
                 self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
             case Pulled(request_id=request_id, epoch=epoch):
-                self._outputs.append(
-                    HandOverEnded(
-                        source=message.source,
-                        target=instance,
-                        num_bytes=message.num_bytes,
-                        duration_s=message.duration_s,
-                        failure=message.failure,
-                        link=message.link,
-                        num_repeated=message.num_repeated,
-                    )
-                )
-                duration_s = None if message.failure else message.duration_s
+                self._outputs.append(HandOverEnded.of(message, instance))
+                duration_s = None if message.failure else max(0.0, message.duration_s - message.overlapped_s)
                 ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
                 self._dispatch_from(member, ended)
             case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
@@ -253,10 +232,39 @@ class RouterCore:
                     self._dispatch(CostsKnown(lesson=message))
                 else:
                     self._drop(member, DropReason.STALE)
+            case LinkMeasured():
+                self._on_measured(message)
             case KvEvents():
                 self._index(member, message)
             case _:
                 assert_never(message)
+
+    def _on_offer(self, member: Member, message: Offered | PartOffered) -> None:
+        offer, instance = message.offer, member.instance
+        if (offer.source, offer.incarnation) != (instance, member.incarnation):
+            self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
+            return
+        request_id, epoch = offer.request_id, offer.epoch
+        if isinstance(message, Offered):
+            self._offers.keep(offer, self._now, self._dispatcher.epoch_of(request_id))
+            self._dispatch_from(member, OfferMade(request_id=request_id, epoch=epoch, instance=instance))
+            return
+        self._part, is_first = offer, offer.first_block == 0
+        made = PartMade(request_id=request_id, epoch=epoch, instance=instance, is_first=is_first)
+        self._dispatch_from(member, made)
+
+    def _on_measured(self, message: LinkMeasured) -> None:
+        """Tell dispatch how fast a link is; one that is too slow costs the end that came last its place."""
+        if (link := self._links.take(message)) is None:
+            return
+        self._outputs += (link, *self._links.next(self._members))
+        source, target = self._members[link.source], self._members[link.target]
+        if link.refusal:
+            culprit = max(source, target, key=lambda member: member.ready_since_s or 0.0)
+            culprit.is_refused = True
+            self._declare_lost(culprit, link.refusal)
+        elif not link.figure.failure:
+            self._dispatch(link_known(link, source))
 
     def _index(self, member: Member, message: KvEvents) -> None:
         """Note what became of an instance's cached blocks; ask for all of them when a message was lost."""
@@ -297,7 +305,7 @@ class RouterCore:
                 limits=facts.limits,
             )
         )
-        self._outputs.append(InstanceWelcomed(instance=member.instance))
+        self._outputs += (InstanceWelcomed(instance=member.instance), *self._links.next(self._members))
         if facts.num_saved_blocks:
             self._outputs.append(AskForBlocks(instance=member.instance))
 
@@ -311,7 +319,7 @@ class RouterCore:
             return
         member.num_restarts += 1
         ready_for_s = None if member.ready_since_s is None else self._now - member.ready_since_s
-        delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready else None
+        delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready and not member.is_refused else None
         self._lose(member, event.detail, returning=delay_s is not None)
         if delay_s is not None:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
@@ -333,10 +341,18 @@ class RouterCore:
         member.set_lost(detail)
         self._prefixes.leave(member.instance)
         self._dispatch(InstanceDown(instance=member.instance, returning=returning, detail=detail))
+        self._outputs += self._links.next(self._members)
 
     # Commands -------------------------------------------------------------------------------------------------
 
-    def _on_command(self, command: AnyCommand) -> None:
+    def _on_command(self, command: AnyCommand | MeasureLinks) -> None:
+        if isinstance(command, MeasureLinks):
+            self._links.begin_anew()
+        else:
+            self._change_member(command)
+        self._outputs += self._links.next(self._members)
+
+    def _change_member(self, command: AnyCommand) -> None:
         known = self._members.get(command.instance)
         if isinstance(command, Join):
             self._join(command, known)
@@ -431,7 +447,7 @@ class RouterCore:
                         epoch=epoch,
                         instance=instance,
                         hand_over=action.hand_over,
-                        prefix=self._take_offer(request_id),
+                        prefix=self._offers.take(request_id, self._now),
                     )
                 )
             case Drained(instance=instance):
@@ -443,28 +459,19 @@ class RouterCore:
             case Drop(instance=instance):
                 self._drop(self._members[instance], DropReason.STALE)
             case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
-                offer = self._take_offer(request_id)
+                offer = self._offers.take(request_id, self._now)
                 self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
+            case SendPart():
+                assert self._part is not None, "a part is passed on as it comes"
+                self._outputs.append(SendPartOffer.of(action, self._part))
             case SendPeerLost(instance=instance, lost=lost):
                 incarnation = self._members[lost].incarnation
                 self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
             case Finish(request_id=request_id) | Fail(request_id=request_id) | Resume(request_id=request_id):
-                self._offers.pop(request_id, None)
+                self._offers.drop(request_id)
                 self._outputs.append(action)
             case _:
                 self._outputs.append(action)
-
-    def _take_offer(self, request_id: RequestId) -> KvOffer:
-        """Return the offer that is kept of a sequence, with what is left of its lease, and keep it no more."""
-        offer, since_s = self._offers.pop(request_id)
-        return structs.replace(offer, lease_s=max(0.0, offer.lease_s - (self._now - since_s)))
-
-    def _keep(self, offer: KvOffer) -> None:
-        """Remember an instance's first offer of an attempt at a sequence, for the instance that will adopt it."""
-        known = self._offers.get(offer.request_id)
-        is_first = known is None or known[0].source != offer.source
-        if is_first and self._dispatcher.epoch_of(offer.request_id) == offer.epoch:
-            self._offers[offer.request_id] = (offer, self._now)
 
     def _drop(self, member: Member, reason: DropReason) -> None:
         self._outputs.append(MessageDropped(instance=member.instance, reason=reason))

@@ -3,7 +3,19 @@
 import msgspec
 
 from disagg.base.ids import InstanceId
-from disagg.base.messages import CostsLearned, Failed, KvEvents, Loading, LoadReport, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import (
+    CostsLearned,
+    Failed,
+    KvEvents,
+    LinkMeasured,
+    Loading,
+    LoadReport,
+    NotHeld,
+    Offered,
+    PartOffered,
+    Pulled,
+    Ready,
+)
 from disagg.scheduling.dispatch.events import (
     ChangeRole,
     Drain,
@@ -26,7 +38,19 @@ class InstanceSaid(RouterInput, frozen=True, kw_only=True):
     """A message of an instance, but for tokens: those are ``TokensEmitted``."""
 
     instance: InstanceId
-    message: Loading | Ready | Offered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | KvEvents
+    message: (
+        Loading
+        | Ready
+        | Offered
+        | PartOffered
+        | NotHeld
+        | Pulled
+        | Failed
+        | LoadReport
+        | CostsLearned
+        | LinkMeasured
+        | KvEvents
+    )
 
 
 class MalformedMessage(RouterInput, frozen=True, kw_only=True):
@@ -50,6 +74,10 @@ class ProcessExited(RouterInput, frozen=True, kw_only=True):
     detail: str
 
 
+class MeasureLinks(RouterInput, frozen=True, kw_only=True):
+    """An operator wants all links measured anew."""
+
+
 AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
 """What an operator, or whoever plans in her place, may want of the deployment."""
 AnyRouterInput = (
@@ -62,5 +90,6 @@ AnyRouterInput = (
     | ProcessStarting
     | ProcessExited
     | AnyCommand
+    | MeasureLinks
     | Tick
 )

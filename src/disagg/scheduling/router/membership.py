@@ -35,6 +35,8 @@ class Member:
     num_malformed: int = 0
     is_leaving: bool = False
     """Its next end is its last: an operator removes it."""
+    is_refused: bool = False
+    """It does not do what is asked of one: it is not started again."""
     detail: str = ""
 
     @property

@@ -5,7 +5,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import KvOffer
+from disagg.base.messages import KvOffer, LinkFigure, Pulled
 from disagg.scheduling.dispatch.actions import (
     Degrade,
     Deliver,
@@ -20,6 +20,7 @@ from disagg.scheduling.dispatch.actions import (
     SendGenerate,
     SendLend,
     SendMigrate,
+    SendPart,
     SendRelease,
 )
 from disagg.scheduling.step.actions import WakeAt
@@ -36,6 +37,27 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     epoch: Epoch
     instance: InstanceId
     offer: KvOffer
+
+
+class SendPartOffer(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` read these KV blocks of a sequence that another one is still prefilling."""
+
+    request_id: RequestId
+    epoch: Epoch
+    instance: InstanceId
+    offer: KvOffer
+    is_first: bool
+
+    @classmethod
+    def of(cls, part: SendPart, offer: KvOffer) -> "SendPartOffer":
+        """Return what passes on the part of dispatch's action."""
+        return cls(
+            request_id=part.request_id,
+            epoch=part.epoch,
+            instance=part.instance,
+            offer=offer,
+            is_first=part.is_first,
+        )
 
 
 class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
@@ -60,6 +82,26 @@ class AskForBlocks(RouterOutput, frozen=True, kw_only=True):
     """Let ``instance`` say anew which KV blocks it holds."""
 
     instance: InstanceId
+
+
+class AskToMeasure(RouterOutput, frozen=True, kw_only=True):
+    """Let ``instance`` measure how fast it reads the pool of this life of ``source``, at this address."""
+
+    instance: InstanceId
+    source: InstanceId
+    incarnation: str
+    pool: bytes
+    access: bytes
+
+
+class LinkFound(RouterOutput, frozen=True, kw_only=True):
+    """A link was measured; ``warning`` says what is wrong with it, ``refusal`` why that cannot be accepted."""
+
+    source: InstanceId
+    target: InstanceId
+    figure: LinkFigure
+    warning: str = ""
+    refusal: str = ""
 
 
 class DropReason(enum.Enum):
@@ -88,6 +130,19 @@ class HandOverEnded(RouterOutput, frozen=True, kw_only=True):
     failure: str
     link: str = ""
     num_repeated: int = 0
+
+    @classmethod
+    def of(cls, message: Pulled, target: InstanceId) -> "HandOverEnded":
+        """Return what the message of the instance that pulled says."""
+        return cls(
+            source=message.source,
+            target=target,
+            num_bytes=message.num_bytes,
+            duration_s=message.duration_s,
+            failure=message.failure,
+            link=message.link,
+            num_repeated=message.num_repeated,
+        )
 
 
 class InstanceWelcomed(RouterOutput, frozen=True, kw_only=True):
@@ -139,12 +194,14 @@ AnySend = (
     SendGenerate
     | SendWithPrefix
     | SendOffer
+    | SendPartOffer
     | SendLend
     | SendAbort
     | SendRelease
     | SendMigrate
     | TellPeerLost
     | AskForBlocks
+    | AskToMeasure
 )
 """What becomes a message to an instance."""
 
@@ -160,6 +217,7 @@ AnyRouterOutput = (
     | AnySend
     | MessageDropped
     | HandOverEnded
+    | LinkFound
     | InstanceWelcomed
     | InstanceLost
     | EndInstance

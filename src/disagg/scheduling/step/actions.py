@@ -54,6 +54,18 @@ class OfferKv(Action, frozen=True, kw_only=True):
     lease_s: float
 
 
+class OfferPart(Action, frozen=True, kw_only=True):
+    """Tell the world that these blocks of a sequence, from its ``first_block`` on, are final; others are to come."""
+
+    request_id: RequestId
+    epoch: Epoch
+    first_block: int
+    num_tokens: int
+    """Up to the end of the last of them."""
+    block_ids: tuple[BlockId, ...]
+    lease_s: float
+
+
 class LendKv(Action, frozen=True, kw_only=True):
     """Tell the world that the first ``num_tokens`` tokens of another's sequence wait in ``block_ids``; 0: none does."""
 
@@ -79,6 +91,8 @@ class Pull(Action, frozen=True, kw_only=True):
     source: InstanceId
     copies: tuple[BlockCopy, ...]
     expires_s: float
+    part: int | None = None
+    """The first block of the part that they were offered in; None: they were offered whole."""
 
 
 class BlockLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -151,6 +165,7 @@ AnyAction = (
     RunStep
     | Emit
     | OfferKv
+    | OfferPart
     | LendKv
     | Pull
     | LoadBlocks

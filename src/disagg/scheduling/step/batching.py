@@ -19,9 +19,15 @@ from disagg.scheduling.step.slack import Slack
 
 
 class Batching:
-    """Plans steps from the waiting and running sequences of the books. Only mode SLACK needs ``times``."""
+    """Plans steps from the waiting and running sequences of the books. Only mode SLACK needs ``times``.
 
-    def __init__(self, books: Books, num_stages: int, times: StepTimes | None) -> None:
+    ``make_room`` lets go of blocks that are kept for sequences to come; False when there are none.
+    """
+
+    def __init__(
+        self, books: Books, num_stages: int, times: StepTimes | None, make_room: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._make_room = make_room
         self._books = books
         self._start_s = 0.0
         self._last_batch = -1
@@ -126,7 +132,10 @@ class Batching:
         books = self._books
         planned = sequence.num_computed + sequence.num_in_flight
         while not books.ledger.grow(sequence, planned + num_tokens):
-            victim = next((s for s in reversed(books.running) if not s.num_in_flight), sequence)
+            if self._make_room():
+                continue
+            # What another instance may be reading stays: it ends with the prompt.
+            victim = next((s for s in reversed(books.running) if not s.num_in_flight and not s.num_offered), sequence)
             if victim.order <= sequence.order:
                 return  # leases and steps in flight hold the rest; their end will wake this sequence
             builder.drop(victim)

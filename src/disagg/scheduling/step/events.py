@@ -43,7 +43,10 @@ class Arrived(Event, frozen=True, kw_only=True):
 
 
 class KvOffered(Event, frozen=True, kw_only=True):
-    """A sequence to continue here, whose first ``num_kv_tokens`` tokens are in ``source_blocks`` of ``source``."""
+    """A sequence to continue here, whose first ``num_kv_tokens`` tokens are in ``source_blocks`` of ``source``.
+
+    Unless it ``is_whole``, that instance is still computing: more comes as ``KvExtended``, and then all of it whole.
+    """
 
     request_id: RequestId
     epoch: Epoch
@@ -58,6 +61,17 @@ class KvOffered(Event, frozen=True, kw_only=True):
     block_hashes: tuple[BlockHash, ...] = ()
     objectives: Objectives = Objectives()
     """What is missing here is as the settings say."""
+    is_whole: bool = True
+
+
+class KvExtended(Event, frozen=True, kw_only=True):
+    """More blocks of a sequence that is being computed elsewhere can be read, from its ``first_block`` on."""
+
+    request_id: RequestId
+    epoch: Epoch
+    first_block: int
+    source_blocks: tuple[BlockId, ...]
+    expires_s: float
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -169,6 +183,7 @@ class Tick(Event, frozen=True, kw_only=True):
 AnyEvent = (
     Arrived
     | KvOffered
+    | KvExtended
     | StepDone
     | TransferDone
     | TransferFailed

@@ -1,7 +1,7 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
 from disagg.base.errors import InternalError
@@ -12,7 +12,7 @@ from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import KvJournal
 from disagg.cache.leases import Lease, LeaseTable
 from disagg.scheduling.step.actions import BlockCopy, BlockLoad
-from disagg.scheduling.step.sequence import RemoteKv, Sequence
+from disagg.scheduling.step.sequence import EarlyKv, RemoteKv, Sequence
 
 
 class KvLedger:
@@ -72,6 +72,20 @@ class KvLedger:
         sequence.num_computed = len(reusable) * self._block_size
         sequence.num_published = len(reusable)
         return True
+
+    @property
+    def leased(self) -> Iterator[BlockId]:
+        """The blocks of every lease, loan and writer to disk, each as often as it is held."""
+        for table in (self.leases, self.loans):
+            for lease in table:
+                yield from lease.blocks
+        yield from self._saving.values()
+
+    @property
+    def quarantined(self) -> Iterator[BlockId]:
+        """The blocks of pulls that failed and may still write."""
+        for blocks in self._quarantine.values():
+            yield from blocks
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make a running sequence's blocks hold ``num_tokens`` tokens."""
@@ -182,8 +196,28 @@ class KvLedger:
         targets = taken[: len(missing)]
         if len(missing) != len(targets):
             raise InternalError(f"{len(targets)} blocks were taken for a copy of {len(missing)}")
-        sequence.copies = tuple(map(BlockCopy, missing, targets))
+        sequence.copies, sequence.filling = tuple(map(BlockCopy, missing, targets)), targets
         return True
+
+    def begin_early(self, sequence: Sequence, early: EarlyKv) -> bool:
+        """Reserve blocks for all of a sequence that another instance is still computing."""
+        reusable = self._reusable(sequence, sequence.num_tokens)
+        num_blocks = self.num_blocks_for(sequence.num_tokens)
+        taken = self._hold(reusable, num_blocks, keep_headroom=True, num_pulled=num_blocks - len(reusable))
+        if taken is None:
+            return False
+        sequence.block_ids, sequence.filling = reusable + taken, taken
+        early.num_here = sequence.num_published = len(reusable)
+        return True
+
+    @staticmethod
+    def begin_copies(sequence: Sequence, first: int, sources: Iterable[BlockId]) -> None:
+        """Let these blocks of another pool be copied into those of a sequence from its ``first`` on."""
+        sequence.copies = tuple(map(BlockCopy, sources, sequence.block_ids[first:]))
+
+    def is_quarantined(self, request_id: RequestId, epoch: Epoch) -> bool:
+        """True while a failed pull of this attempt may still write."""
+        return (request_id, epoch) in self._quarantine
 
     def num_on_disk(self, sequence: Sequence) -> int:
         """Return how many blocks of a waiting sequence are on disk behind those that are in the pool."""
@@ -208,6 +242,7 @@ class KvLedger:
         sequence.num_computed = (len(reusable) + len(on_disk)) * self._block_size
         sequence.num_published = len(reusable)
         sequence.loads = tuple(map(BlockLoad, on_disk, taken))
+        sequence.filling = taken[: len(on_disk)]
         return True
 
     def take_found_again(self) -> list[BlockHash]:
@@ -229,12 +264,12 @@ class KvLedger:
 
     def commit_pull(self, sequence: Sequence) -> None:
         """The copies are complete: the sequence holds its blocks like any other."""
-        self.pool.commit(_targets(sequence))
-        sequence.copies = sequence.loads = ()
+        self.pool.commit(sequence.filling)
+        sequence.copies, sequence.loads, sequence.filling = (), (), ()
 
     def abandon_pull(self, sequence: Sequence, ended: bool) -> None:
         """Give up a pull. Until it has ``ended``, its target blocks are quarantined."""
-        targets = _targets(sequence)
+        targets = sequence.filling
         if ended:
             self.pool.abandon(targets)
         else:
@@ -286,11 +321,6 @@ class KvLedger:
     @staticmethod
     def _forget(sequence: Sequence) -> None:
         sequence.block_ids = ()
-        sequence.copies = sequence.loads = ()
+        sequence.copies, sequence.loads, sequence.filling = (), (), ()
         sequence.num_computed = 0
         sequence.num_published = 0
-
-
-def _targets(sequence: Sequence) -> tuple[BlockId, ...]:
-    """Return the blocks that somebody else writes for a sequence."""
-    return tuple([copy.target for copy in sequence.copies] + [load.target for load in sequence.loads])

@@ -28,6 +28,7 @@ from disagg.scheduling.hand_over.disk_moves import DiskMoves
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
+from disagg.scheduling.step.block_audit import block_faults
 from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import (
     AnyEvent,
@@ -35,6 +36,7 @@ from disagg.scheduling.step.events import (
     BlockSaved,
     BlocksUnreadable,
     Cancelled,
+    KvExtended,
     KvOffered,
     KvWanted,
     LeaseReleased,
@@ -99,8 +101,8 @@ class StepScheduler:
         # Predicting costs more than most decisions: it is done where somebody asked for it.
         is_asked = settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
         self._times = times or (StepTimes() if is_asked else None)
-        self._batching = Batching(self._books, num_stages, self._times)
         self._hand_over = HandOvers(self._books)
+        self._batching = Batching(self._books, num_stages, self._times, self._hand_over.early.make_room)
         self._disk = DiskMoves(self._books)
         self._pool = self._books.ledger.pool
         self._has_disk = self._books.ledger.disk.max_blocks > 0
@@ -121,7 +123,7 @@ class StepScheduler:
         if now >= books.alarm:
             self._hand_over.expire()
         self._hand_over.start_pulls()
-        if not (books.num_pulling and books.settings.pull_before_step):
+        if not (books.settings.pull_before_step and books.num_pulling > len(self._hand_over.early.awaiting)):
             self._start_steps()
         if self._has_disk:
             self._disk.start_saves()
@@ -165,13 +167,26 @@ class StepScheduler:
         """Count the blocks of each state."""
         return self._books.ledger.pool.audit()
 
+    def block_faults(self) -> tuple[str, ...]:
+        """See ``block_audit``."""
+        discarded = {
+            id(sequence): sequence
+            for step in self._steps.values()
+            for sequence, _ in step.parts
+            if sequence.discarded is not None
+        }
+        # A leased sequence's hold has become a lease.
+        live = [one for one in self._books.sequences.values() if one.state is not SequenceState.LEASED]
+        return block_faults(self._books.ledger, (*live, *discarded.values()))
+
     def validate(self) -> None:
         """Raise InternalError unless every list holds exactly the sequences of its state, and the blocks add up."""
         books = self._books
         books.validate_queue(books.waiting, SequenceState.WAITING)
         books.validate_queue(books.running, SequenceState.RUNNING)
         self._hand_over.validate()
-        books.ledger.pool.validate()
+        if faults := self.block_faults():
+            raise InternalError("; ".join(faults))
 
     # Events -------------------------------------------------------------------------------------------------
 
@@ -197,9 +212,11 @@ class StepScheduler:
                 self._apply_transfer(event)
 
     def _apply_transfer(
-        self, event: TransferDone | TransferFailed | TransferEnded | KvWanted | LeaseReleased | SourceLost
+        self, event: TransferDone | TransferFailed | TransferEnded | KvWanted | KvExtended | LeaseReleased | SourceLost
     ) -> None:
         match event:
+            case KvExtended():
+                self._hand_over.early.on_extended(event)
             case TransferDone(request_id=request_id, epoch=epoch):
                 self._hand_over.on_transfer_done(request_id, epoch)
             case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
@@ -215,6 +232,8 @@ class StepScheduler:
 
     def _on_new(self, event: Arrived | KvOffered) -> None:
         """Take a sequence unless it is old news; a newer attempt first replaces the older one."""
+        if isinstance(event, KvOffered) and self._hand_over.early.completes(event):
+            return
         if not self._books.is_news(event.request_id, event.epoch):
             return
         known = self._books.sequences.get(event.request_id)
@@ -282,10 +301,7 @@ class StepScheduler:
                 books.ledger.retract(sequence)
                 ended.append((sequence, FinishReason.ERROR))
                 continue
-            books.statistics.count_tokens(sequence, chunk)
-            sequence.num_computed += chunk.num_tokens
-            if sequence.block_hashes:
-                books.ledger.publish(sequence)
+            self._note_computed(sequence, chunk)
             if result is not None:
                 sequence.add_token(books.now, result.block_hashes)
                 emitted.append(request_id)
@@ -301,12 +317,21 @@ class StepScheduler:
             books.running.remove(sequence)
             self._hand_over.offer(sequence)
 
+    def _note_computed(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Take account of tokens whose KV is there now."""
+        self._books.statistics.count_tokens(sequence, chunk)
+        sequence.num_computed += chunk.num_tokens
+        if sequence.block_hashes:
+            self._books.ledger.publish(sequence)
+        if sequence.hand_over and not chunk.samples:
+            self._hand_over.offer_part(sequence)
+
     def _cancel(self, sequence: Sequence) -> None:
         """Let go of a sequence in any state, as soon as nothing reads or writes its blocks."""
         match sequence.state:
             case SequenceState.WAITING:
                 self._books.waiting.remove(sequence)
-            case SequenceState.OFFERED | SequenceState.PULLING:
+            case SequenceState.OFFERED | SequenceState.PULLING | SequenceState.AWAITING:
                 self._hand_over.cancel(sequence)
             case SequenceState.LEASED:
                 self._hand_over.end_lease(sequence)

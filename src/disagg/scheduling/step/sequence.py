@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +20,7 @@ class SequenceState(enum.Enum):
 
     ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: KV
     blocks of it are elsewhere or on disk and there was no room yet. ``PULLING``: they are being copied here.
+    ``AWAITING``: it is still being computed elsewhere, and all that can be copied already is here.
     ``LEASED``: computed here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
     """
 
@@ -26,6 +28,7 @@ class SequenceState(enum.Enum):
     RUNNING = "running"
     OFFERED = "offered"
     PULLING = "pulling"
+    AWAITING = "awaiting"
     LEASED = "leased"
     ENDED = "ended"
 
@@ -42,6 +45,14 @@ TRANSITIONS: Final = frozenset(
         (_State.RUNNING, _State.LEASED),  # first token sampled, hand-over begins
         (_State.OFFERED, _State.PULLING),  # room found
         (_State.OFFERED, _State.WAITING),  # the offer is gone: computed here instead
+        (_State.OFFERED, _State.AWAITING),  # room found, all that is computed elsewhere was here
+        (_State.PULLING, _State.AWAITING),  # a part has arrived
+        (_State.AWAITING, _State.PULLING),  # the next part, or the rest
+        (_State.AWAITING, _State.OFFERED),  # others need the room
+        (_State.PULLING, _State.OFFERED),  # a part did not come
+        (_State.AWAITING, _State.RUNNING),  # nothing was left to pull
+        (_State.AWAITING, _State.WAITING),  # the whole offer is not what was reserved for
+        (_State.AWAITING, _State.ENDED),
         (_State.PULLING, _State.RUNNING),  # blocks arrived
         (_State.PULLING, _State.WAITING),  # the pull failed: computed here instead
         (_State.WAITING, _State.ENDED),
@@ -61,6 +72,35 @@ class RemoteKv(msgspec.Struct, frozen=True):
     num_tokens: int
     expires_s: float
     is_prefix: bool = False
+
+
+class KvPart(msgspec.Struct, frozen=True):
+    """Blocks of a sequence that can be read before it is computed to its end."""
+
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    expires_s: float
+
+    @property
+    def end_block(self) -> int:
+        """The block after its last one."""
+        return self.first_block + len(self.blocks)
+
+
+@dataclass(slots=True)
+class EarlyKv:
+    """What is known of the blocks of a sequence that another instance is still computing, and how far they are here."""
+
+    source: InstanceId
+    parts: deque[KvPart]
+    """Those that are not here yet, in order."""
+    num_here: int = 0
+    """Leading blocks whose contents are here."""
+    reading: KvPart | None = None
+    fits: bool = True
+    """The whole offer is of as many blocks as were reserved."""
+    is_given_up: bool = False
+    """The whole offer is waited for: a part did not come, or others needed the room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,8 +132,14 @@ class Sequence:
     block_ids: tuple[BlockId, ...] = ()
     num_published: int = 0
     """Leading blocks already findable by their prefix."""
+    num_offered: int = 0
+    """Leading blocks that another instance may be reading already."""
+    early: EarlyKv | None = None
+    """While it is computed elsewhere, or what was read then is not all."""
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
+    filling: tuple[BlockId, ...] = ()
+    """Blocks that are reserved for pulls or for the disk, written or not."""
     loads: tuple[BlockLoad, ...] = ()
     """What is being read from disk."""
     batch: int | None = None

@@ -15,8 +15,8 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.serve.api.http import read_body
 from disagg.serve.api.responses import json_response
-from disagg.serve.api.status import instance_view
-from disagg.serve.api.views import CommandReply, InstanceList
+from disagg.serve.api.status import audit_view, instance_view, link_view
+from disagg.serve.api.views import CommandReply, InstanceList, LinkList
 from disagg.serve.router.interface import Router
 
 _ACCEPTED = 202
@@ -45,6 +45,9 @@ class Operator(Protocol):
 
     def add(self, role: Role) -> tuple[InstanceId, str]:
         """Start one more instance; its name comes first."""
+
+    def measure_links(self) -> None:
+        """Let the links over which KV blocks are handed over be measured anew."""
 
 
 class AddBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,6 +96,9 @@ class Administration:
         return [
             Route("/admin/instances", self.instances),
             Route("/admin/instances", self.add, methods=["POST"]),
+            Route("/admin/links", self.links),
+            Route("/debug/audit", self.audit),
+            Route("/admin/links", self.measure_links, methods=["POST"]),
             Route(f"{one}/drain", self.drain, methods=["POST"]),
             Route(f"{one}/remove", self.remove, methods=["POST"]),
             Route(f"{one}/flip", self.flip, methods=["POST"]),
@@ -102,6 +108,25 @@ class Administration:
         """List the instances."""
         self._check_caller(request)
         return json_response(InstanceList(instances=[instance_view(status) for status in self._router.instances()]))
+
+    async def audit(self, request: Request) -> Response:
+        """Return the sum of every instance's KV blocks at this instant."""
+        self._check_caller(request)
+        return json_response(audit_view(*await self._router.audit()))
+
+    async def links(self, request: Request) -> Response:
+        """List the links over which KV blocks are handed over."""
+        self._check_caller(request)
+        return json_response(self._links())
+
+    async def measure_links(self, request: Request) -> Response:
+        """Let them be measured anew; they are listed as not measured until they are."""
+        self._check_caller(request)
+        self._operator.measure_links()
+        return json_response(self._links(), _ACCEPTED)
+
+    def _links(self) -> LinkList:
+        return LinkList(links=[link_view(link) for link in self._router.links()])
 
     async def add(self, request: Request) -> Response:
         """Start one more."""

@@ -14,7 +14,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.views import HandOverTotals
@@ -109,6 +109,15 @@ class ServerMetrics:
         if ended.link:
             self._note_link(ended.source, ended.target, ended.link)
 
+    def link_found(self, found: LinkFound) -> None:
+        """Show how fast a link is; log what is wrong with it."""
+        if found.warning:
+            logger.warning("link from %s to %s: %s", found.source, found.target, found.warning)
+        figure = found.figure
+        labels = (self._model_name, found.source, found.target)
+        self._link_speed.labels(*labels).set(figure.bytes_per_s)
+        self._link_limit.labels(*labels).set(figure.limit_bytes_per_s)
+
     def _note_link(self, source: InstanceId, target: InstanceId, link: str) -> None:
         """Show what carries the blocks from one instance to another, and nothing that did before."""
         known = self._links.get((source, target))
@@ -196,6 +205,18 @@ class ServerMetrics:
             "disagg:kv_link",
             "1 for what carries KV blocks from one instance to another",
             labels("source", "target", "link"),
+            registry=self.registry,
+        )
+        self._link_speed = Gauge(
+            "disagg:kv_link_bytes_per_second",
+            "What a link was measured to carry from one instance to another",
+            labels("source", "target"),
+            registry=self.registry,
+        )
+        self._link_limit = Gauge(
+            "disagg:kv_link_limit_bytes_per_second",
+            "What the hardware under that link gives; 0 where nobody knows",
+            labels("source", "target"),
             registry=self.registry,
         )
         self._dropped_messages = Counter(

@@ -1,14 +1,17 @@
 """What is running, in words for people and probes and as JSON for the pages and for scripts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from disagg.base.ids import InstanceId
+from disagg.base.messages import Audited, LinkFigure
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
 from disagg.serve.api.observer import Accounts
 from disagg.serve.api.served_model import ServedModel
-from disagg.serve.api.views import InstanceView, Readiness, ServerView
+from disagg.serve.api.views import Audit, AuditView, InstanceView, LinkView, Readiness, ServerView
 from disagg.serve.router.interface import InstanceStatus, Router
 
 
@@ -56,6 +59,46 @@ def _lacks(role: Role, instances: Sequence[InstanceStatus]) -> bool:
 
 def _describe(status: InstanceStatus) -> str:
     return f"{status.instance} is {status.state.value}" + (f" ({status.detail})" if status.detail else "")
+
+
+def link_view(link: MeasuredLink) -> LinkView:
+    """Return one link as ``/admin/links`` shows it."""
+    figure = link.figure or LinkFigure()
+    return LinkView(
+        source=link.source,
+        target=link.target,
+        is_measured=link.figure is not None,
+        link=figure.link,
+        why=figure.why,
+        bytes_per_s=figure.bytes_per_s,
+        latency_s=figure.latency_s,
+        limit_bytes_per_s=figure.limit_bytes_per_s,
+        limit=figure.limit,
+        warning=link.warning,
+    )
+
+
+def audit_view(audited: Mapping[InstanceId, Audited], faults: tuple[str, ...]) -> Audit:
+    """Return an audit as ``/debug/audit`` shows it."""
+    views = []
+    for instance, found in audited.items():
+        load = found.load
+        blocks = {state: int(read(load)) for state, read in BLOCK_STATES.items()}
+        own = found.faults
+        if sum(blocks.values()) != load.blocks_total:
+            own += (f"{sum(blocks.values())} blocks are in a state, the pool has {load.blocks_total}",)
+        views.append(
+            AuditView(
+                instance=instance,
+                total=load.blocks_total,
+                blocks=blocks,
+                num_held=load.blocks_total - load.blocks_free - load.blocks_cached,
+                num_sequences=load.num_running + load.num_waiting,
+                num_leases=load.num_leases,
+                faults=own,
+            )
+        )
+    return Audit(is_exact=not faults and not any(view.faults for view in views), instances=views, faults=faults)
 
 
 def instance_view(status: InstanceStatus) -> InstanceView:

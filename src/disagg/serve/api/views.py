@@ -55,6 +55,53 @@ class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
     instances: list[InstanceView]
 
 
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """One link over which KV blocks are handed over. Speeds are in bytes per second; 0 what is not known.
+
+    ``limit`` is what the hardware between the two is, ``limit_bytes_per_s`` what it gives.
+    """
+
+    source: str
+    target: str
+    is_measured: bool
+    link: str = ""
+    why: str = ""
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    limit_bytes_per_s: float = 0.0
+    limit: str = ""
+    warning: str = ""
+    """What is wrong with it; empty for nothing."""
+
+
+class LinkList(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /admin/links``."""
+
+    links: list[LinkView]
+
+
+class AuditView(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV blocks of one instance at one instant, by state; ``faults`` say what does not add up."""
+
+    instance: str
+    total: int
+    blocks: dict[str, int]
+    num_held: int
+    """Neither free nor merely cached."""
+    num_sequences: int
+    """That it computes, or that wait there."""
+    num_leases: int
+    faults: tuple[str, ...] = ()
+
+
+class Audit(msgspec.Struct, frozen=True, kw_only=True):
+    """``GET /debug/audit``. ``faults`` are those of no one instance that answered."""
+
+    is_exact: bool
+    instances: list[AuditView]
+    faults: tuple[str, ...] = ()
+
+
 class CommandReply(msgspec.Struct, frozen=True, kw_only=True):
     """What a command of ``/admin`` began; it may take a while to end."""
 

@@ -16,11 +16,11 @@ from disagg.base.config import (
     RouterSettings,
     SchedulerSettings,
     ServeSettings,
-    TransferSettings,
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import format_ranges
 from disagg.serve.launch.cores import assign_cores, least_taken_cores
 

@@ -46,6 +46,10 @@ class LocalOperator:
         self._router.command(ChangeRole(instance=instance, role=role, force=force))
         return f"{instance} is a {role.value} instance from now on; its KV cache stays"
 
+    def measure_links(self) -> None:
+        """See Operator."""
+        self._router.measure_links()
+
     def add(self, role: Role) -> tuple[InstanceId, str]:
         """See Operator."""
         names = (InstanceId(f"{role.value}-{number}") for number in count())

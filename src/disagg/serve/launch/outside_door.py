@@ -2,8 +2,8 @@
 
 import logging
 
-from disagg.base.config import KvLinkChoice
 from disagg.base.errors import ConfigurationError
+from disagg.base.transfer_settings import KvLinkChoice
 from disagg.serve.launch.deployment import Deployment, RemoteSettings
 from disagg.serve.launch.join import identity_of, key_folder, parse_host_port, zmq_endpoint
 from disagg.serve.launch.key_files import make_keys, server_guard

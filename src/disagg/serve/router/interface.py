@@ -6,10 +6,11 @@ from typing import Protocol
 import msgspec
 
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
+from disagg.base.messages import Audited, InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.link_survey import MeasuredLink
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +83,12 @@ class Router(Protocol):
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         """Return every configured instance."""
+
+    async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
+        """Return what the KV blocks of each live instance are at this instant, and what else is wrong, in words."""
+
+    def links(self) -> tuple[MeasuredLink, ...]:
+        """Return the links over which KV blocks are handed over, with what was measured of them."""
 
     def is_ready(self) -> bool:
         """True with one live prefill and one live decode instance, or one live colocated instance."""

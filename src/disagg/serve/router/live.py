@@ -11,16 +11,19 @@ from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import RouterSettings, SchedulerSettings
-from disagg.base.errors import ProtocolError, UnavailableError
+from disagg.base.errors import InternalError, ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
+from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
-from disagg.scheduling.router.core import RouterCore, RouterHeader
-from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.header import RouterHeader
+from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, MeasureLinks, ProcessExited
+from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
+from disagg.serve.router.auditing import AUDIT_TIMEOUT_S, Auditing
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.kv_publisher import KvEventPublisher
@@ -61,6 +64,7 @@ class LiveRouter:
             scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
+            measures_links=True,
         )
         self._socket = socket
         self._kv_events = kv_events
@@ -74,6 +78,7 @@ class LiveRouter:
         )
         self._start_gate = StartGate(settings.instance_wait_s, settings.max_queued_requests)
         self._stopping = False
+        self._auditing = Auditing(lambda instance, message: socket.send(instance, encode(message)))
 
     # For the API ----------------------------------------------------------------------------------------------
 
@@ -99,7 +104,28 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
+    def links(self) -> tuple[MeasuredLink, ...]:
+        """See Router."""
+        return self._core.links
+
+    async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
+        """See Router."""
+        alive = [member.instance for member in self._core.members if member.is_alive]
+        answers = await self._auditing.ask(alive)
+        silent = tuple(
+            f"{instance} gave no answer for {AUDIT_TIMEOUT_S:g} s" for instance in alive if instance not in answers
+        )
+        try:
+            self._core.validate()
+        except InternalError as error:
+            return answers, (*silent, f"the router's own books: {error}")
+        return answers, silent
+
     # For an operator ------------------------------------------------------------------------------------------
+
+    def measure_links(self) -> None:
+        """Let all links be measured anew."""
+        self._shell.feed(MeasureLinks())
 
     def command(self, command: AnyCommand) -> None:
         """Change the deployment; raise ConfigurationError, with the reason, where that cannot be done."""
@@ -178,6 +204,9 @@ class LiveRouter:
             return
         if isinstance(message, StepOutput):
             self._shell.emit(instance, message.outputs)
+            return
+        if isinstance(message, Audited):
+            self._auditing.take(instance, message)
             return
         self._shell.feed(InstanceSaid(instance=instance, message=message))
         if isinstance(message, KvEvents) and self._kv_events is not None:

@@ -24,11 +24,14 @@ from disagg.base.messages import (
     Adopt,
     Generate,
     Lend,
+    MeasureLink,
     Message,
     Migrate,
+    MoreKv,
     PeerLost,
     Release,
     ReportBlocks,
+    Reserve,
     SequenceOutput,
     Stop,
     encode,
@@ -60,15 +63,18 @@ from disagg.scheduling.router.outputs import (
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskToMeasure,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
     InstanceLeft,
     InstanceLost,
     InstanceWelcomed,
+    LinkFound,
     MessageDropped,
     RestartInstance,
     SendOffer,
+    SendPartOffer,
     SendWithPrefix,
     StopInstance,
     TellPeerLost,
@@ -227,6 +233,8 @@ class RouterShell:
                 self._sink.message_dropped(instance, reason)
             case HandOverEnded():
                 self._sink.hand_over_ended(output)
+            case LinkFound():
+                self._sink.link_found(output)
             case InstanceWelcomed(instance=instance):
                 facts = self._core.members[instance].facts
                 assert facts is not None, "a welcomed instance has said what it is"
@@ -276,13 +284,11 @@ class RouterShell:
         match output:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 return Generate(request=self._started(request_id, hand_over), hand_over=hand_over)
-            case SendWithPrefix(request_id=request_id, hand_over=hand_over, prefix=prefix):
-                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over, prefix=prefix)
             case SendLend(request_id=request_id, epoch=epoch):
                 names = self._records[request_id].request.block_hashes
                 return Lend(request_id=request_id, epoch=epoch, block_hashes=names)
-            case SendOffer(request_id=request_id, offer=offer):
-                return Adopt(request=self._records[request_id].request_now(), offer=offer)
+            case SendWithPrefix() | SendOffer() | SendPartOffer():
+                return self._with_offer(output)
             case SendAbort(request_id=request_id, epoch=epoch):
                 return Abort(request_id=request_id, epoch=epoch)
             case SendRelease(request_id=request_id, epoch=epoch):
@@ -294,8 +300,23 @@ class RouterShell:
                 return PeerLost(instance=lost, incarnation=incarnation)
             case AskForBlocks():
                 return ReportBlocks()
+            case AskToMeasure(source=source, incarnation=incarnation, pool=pool, access=access):
+                return MeasureLink(source=source, incarnation=incarnation, pool=pool, access=access)
             case _:
                 assert_never(output)
+
+    def _with_offer(self, output: SendWithPrefix | SendOffer | SendPartOffer) -> Message:
+        """Return a message that says where KV blocks of the sequence are."""
+        request_id = output.request_id
+        match output:
+            case SendWithPrefix(hand_over=hand_over, prefix=prefix):
+                return Generate(request=self._started(request_id, hand_over), hand_over=hand_over, prefix=prefix)
+            case SendOffer(offer=offer):
+                return Adopt(request=self._records[request_id].request_now(), offer=offer)
+            case SendPartOffer(offer=offer, is_first=True):
+                return Reserve(request=self._records[request_id].request_now(), offer=offer)
+            case SendPartOffer(offer=offer):
+                return MoreKv(offer=offer)
 
     def _started(self, request_id: RequestId, hands_over: bool) -> GenerationRequest:
         record = self._records[request_id]

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from disagg.base.ids import InstanceId
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
 
 
 class RouterSink(Protocol):
@@ -12,6 +12,9 @@ class RouterSink(Protocol):
 
     def hand_over_ended(self, ended: HandOverEnded) -> None:
         """An instance pulled KV blocks from another, or did not."""
+
+    def link_found(self, found: LinkFound) -> None:
+        """It was measured how fast an instance reads the KV blocks of another."""
 
     def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
         """A sequence of this priority was not taken."""
@@ -42,6 +45,9 @@ class NullSink:
     """A RouterSink that counts nothing."""
 
     def hand_over_ended(self, ended: HandOverEnded) -> None:
+        """See RouterSink."""
+
+    def link_found(self, found: LinkFound) -> None:
         """See RouterSink."""
 
     def sequence_refused(self, reason: RefuseReason, priority: int) -> None:

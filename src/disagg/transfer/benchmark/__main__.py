@@ -12,9 +12,9 @@ from contextlib import ExitStack
 import msgspec
 
 from disagg.base.clock import MonotonicClock
-from disagg.base.config import TransferSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
+from disagg.base.transfer_settings import TransferSettings
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks

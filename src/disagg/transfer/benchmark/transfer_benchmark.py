@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.config import KvLinkChoice, KvTransferDtype, TransferSettings
 from disagg.base.errors import InternalError, TransferError
 from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype, TransferSettings
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import ShmWay, decode_address

@@ -1,0 +1,187 @@
+"""Pulls that begin while another instance is still computing the sequence: its blocks are read part by part.
+
+All of the sequence's blocks are reserved at once, when nobody else wants them, and are let go again as soon as somebody
+does who can use them now: a running sequence that grows, or one whose blocks are all there. Whatever goes wrong with a
+part, nothing is lost: the whole offer comes at the end of the prompt, and then all of it is pulled.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Callable
+
+from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.scheduling.step.actions import Pull
+from disagg.scheduling.step.books import Books, order_of
+from disagg.scheduling.step.events import KvExtended, KvOffered
+from disagg.scheduling.step.sequence import EarlyKv, KvPart, RemoteKv, Sequence, SequenceState
+
+Done = Callable[[RequestId, Epoch], None]
+
+
+class EarlyPulls:
+    """The sequences of one instance that are computed elsewhere and read already.
+
+    ``offered`` are those whose blocks are all there. ``compute_here`` takes a sequence that cannot be pulled, ``done``
+    one of which nothing is left to pull.
+    """
+
+    def __init__(
+        self, books: Books, offered: list[Sequence], compute_here: Callable[[Sequence], None], done: Done
+    ) -> None:
+        self._books = books
+        self._offered = offered
+        self._compute_here = compute_here
+        self._done = done
+        self.without_room: list[Sequence] = []
+        """Those that no block is reserved for, in order."""
+        self.awaiting: list[Sequence] = []
+        """Those that have their blocks, and of which no part is being read."""
+
+    def enter(self, event: KvOffered) -> None:
+        """Take a sequence of which a first part is offered."""
+        sequence = self._books.enter(event, SequenceState.OFFERED)
+        sequence.num_prefill_tokens = event.num_tokens
+        sequence.early = EarlyKv(event.source, deque([KvPart(0, event.source_blocks, event.expires_s)]))
+        bisect.insort(self.without_room, sequence, key=order_of)
+
+    def on_extended(self, event: KvExtended) -> None:
+        """Take the next part of one."""
+        sequence = self._find(event.request_id, event.epoch)
+        if sequence is not None and sequence.early is not None and sequence.remote is None:
+            sequence.early.parts.append(KvPart(event.first_block, event.source_blocks, event.expires_s))
+
+    def completes(self, event: KvOffered) -> bool:
+        """Take the whole offer of a sequence that is known from its parts; return False for any other."""
+        sequence = self._find(event.request_id, event.epoch)
+        if sequence is None or sequence.early is None:
+            return False
+        if not event.is_whole or sequence.remote is not None:
+            return True  # a repetition
+        num_known, sequence.num_tokens = sequence.num_tokens, event.num_tokens
+        sequence.block_hashes = event.block_hashes
+        sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
+        sequence.early.parts.clear()
+        sequence.early.fits = num_known == event.num_kv_tokens and len(
+            event.source_blocks
+        ) == self._books.ledger.num_blocks_for(event.num_kv_tokens)
+        self._books.wake_at(event.expires_s)
+        if sequence.state is SequenceState.OFFERED:
+            fits, sequence.early = sequence.early.fits, None
+            self.without_room.remove(sequence)
+            bisect.insort(self._offered, sequence, key=order_of)
+            if not fits:
+                self._compute_here(sequence)
+        return True
+
+    def start(self) -> None:
+        """Reserve room while nobody who could use it now is without, and read what can be read."""
+        books = self._books
+        for sequence in list(self.without_room):
+            early = sequence.early
+            assert early is not None, "it is known from its parts"
+            if not books.has_room or self._offered or books.waiting:
+                break
+            if early.is_given_up or books.ledger.is_quarantined(sequence.request_id, sequence.epoch):
+                continue
+            if not books.ledger.begin_early(sequence, early):
+                break
+            self.without_room.remove(sequence)
+            books.num_pulling += 1
+            self.wait(sequence)
+        for sequence in list(self.awaiting):
+            self._read_next(sequence)
+
+    def arrived(self, sequence: Sequence) -> bool:
+        """What was being read is here; return whether that is all, and the sequence can run."""
+        early, remote = sequence.early, sequence.remote
+        assert early is not None, "it is known from its parts"
+        early.num_here += len(sequence.copies)
+        early.reading, sequence.copies = None, ()
+        if remote is None or early.num_here < len(sequence.block_ids):
+            self.wait(sequence)
+            return False
+        sequence.early, sequence.num_computed = None, remote.num_tokens
+        return True
+
+    def wait(self, sequence: Sequence) -> None:
+        """Let a sequence that has its blocks wait for what comes next of it."""
+        sequence.move(SequenceState.AWAITING, self._books.now)
+        bisect.insort(self.awaiting, sequence, key=order_of)
+
+    def make_room(self) -> bool:
+        """Let go of the blocks of the last sequence that is only waited for; return False when there is none."""
+        for sequence in reversed(self.awaiting):
+            if sequence.remote is None:
+                self.give_up(sequence)
+                return True
+        return False
+
+    def give_up(self, sequence: Sequence, *, ended: bool = True) -> None:
+        """Let go of what is reserved for a sequence, and wait for its whole offer."""
+        early = sequence.early
+        assert early is not None, "it is known from its parts"
+        self.let_go(sequence, ended=ended)
+        early.is_given_up, early.num_here, early.reading = True, 0, None
+        early.parts.clear()
+        sequence.move(SequenceState.OFFERED, self._books.now)
+        bisect.insort(self.without_room, sequence, key=order_of)
+
+    def let_go(self, sequence: Sequence, *, ended: bool) -> None:
+        """Take back what is reserved for a sequence; its record stays open."""
+        if sequence.state is SequenceState.AWAITING:
+            self.awaiting.remove(sequence)
+        self._books.num_pulling -= 1
+        self._books.ledger.abandon_pull(sequence, ended)
+
+    def on_source_lost(self, source: InstanceId) -> None:
+        """An instance died: nothing more comes of what it computed. Whoever sent that here says what becomes of it."""
+        for sequence in [*self.without_room, *self.awaiting]:
+            if sequence.early is not None and sequence.early.source == source and sequence.remote is None:
+                sequence.early.is_given_up = True
+                if sequence.state is SequenceState.AWAITING:
+                    self.give_up(sequence)
+
+    def _read_next(self, sequence: Sequence) -> None:
+        """Start to read the next part, or the rest once the whole is offered."""
+        early, remote = sequence.early, sequence.remote
+        assert early is not None, "it is known from its parts"
+        if remote is not None and not early.fits:
+            self.let_go(sequence, ended=True)
+            sequence.early = None
+            self._compute_here(sequence)
+            return
+        if remote is not None:
+            self._read(sequence, early, KvPart(0, remote.blocks, remote.expires_s), is_whole=True)
+            return
+        while early.parts and early.parts[0].end_block <= early.num_here:
+            early.parts.popleft()
+        if not early.parts or early.parts[0].first_block > early.num_here:
+            return
+        part = early.reading = early.parts.popleft()
+        if self._books.now >= part.expires_s or part.end_block > len(sequence.block_ids):
+            self.give_up(sequence)
+        else:
+            self._read(sequence, early, part, is_whole=False)
+
+    def _read(self, sequence: Sequence, early: EarlyKv, part: KvPart, *, is_whole: bool) -> None:
+        books = self._books
+        self.awaiting.remove(sequence)
+        sequence.move(SequenceState.PULLING, books.now)
+        books.ledger.begin_copies(sequence, early.num_here, part.blocks[early.num_here - part.first_block :])
+        if not sequence.copies:
+            self._done(sequence.request_id, sequence.epoch)
+            return
+        books.actions.append(
+            Pull(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                source=early.source,
+                copies=sequence.copies,
+                expires_s=part.expires_s,
+                part=None if is_whole else part.first_block,
+            )
+        )
+
+    def _find(self, request_id: RequestId, epoch: Epoch) -> Sequence | None:
+        sequence = self._books.sequences.get(request_id)
+        return sequence if sequence is not None and sequence.epoch == epoch else None

@@ -1,0 +1,25 @@
+"""Everything that the core of the router is made from: the head of its log."""
+
+import msgspec
+
+from disagg.base.config import RouterSettings, SchedulerSettings
+from disagg.base.ids import InstanceId
+from disagg.base.request import Role
+from disagg.scheduling.router.restart import RestartSettings
+
+
+class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Everything that the core of the router is made from, at ``started_s``.
+
+    ``watches_silence`` treats instances without a sign of life as dead: where they give signs. ``measures_links`` asks
+    instances how fast they read each other's KV blocks: where they can tell.
+    """
+
+    instances: dict[InstanceId, Role]
+    settings: RouterSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    """What the instances are told in common."""
+    started_s: float = 0.0
+    restarts: RestartSettings = RestartSettings()
+    watches_silence: bool = True
+    measures_links: bool = False
