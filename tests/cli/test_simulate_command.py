@@ -419,3 +419,18 @@ def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: P
     assert first[:16] == second[:16]
     assert not set(first[16:]) & set(second[16:])
     assert not set(first) & set(third)
+
+
+def test_instances_are_added_as_a_server_would_add_them(model: Path) -> None:
+    flags = ("--model", model, "--latency", "l40s", "--kv-memory", "16GiB", "--prompt-len", 1000, "--output-len", 10)
+    load = (*flags, "--rate", 30, "--requests", 900, "--slo", "ttft=1s,tpot=200ms")
+    alone, scaled = report(*load), report(*load, "--autoscale", "prefill=1..4,decode=1..2")
+    assert scaled["attainment"]["mean"] > alone["attainment"]["mean"] + 0.2
+
+
+def test_instances_are_not_added_to_a_cluster(model: Path, tmp_path: Path) -> None:
+    cluster = write_cluster(tmp_path, "{device: l40s, devices: 4}")
+    flags = ("--model", model, "--cluster", cluster, "--autoscale", "decode=1..2", "--prompt-len", 9, "--output-len", 9)
+    result = run(*flags, "--rate", 1)
+    assert isinstance(result.exception, ConfigurationError), result.output
+    assert "leave out --cluster" in str(result.exception)

@@ -17,7 +17,8 @@ from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import RefuseReason
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, ScalingDecided
+from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.api.instance_metrics import BLOCK_STATES
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.router.interface import InstanceStatus, SequenceStream
@@ -43,6 +44,9 @@ class OneOfEach:
             )
             for role in Role
         )
+
+    def scaling(self) -> tuple[ScalingView, ...]:
+        return (ScalingView(role="decode", count=2, fewest=1, most=3, attainment=0.95, attainment_with_fewer=0.5),)
 
     def submit(self, request: GenerationRequest) -> SequenceStream:
         raise AssertionError("nothing is submitted")
@@ -73,6 +77,8 @@ def exported() -> dict[str, dict[str, set[str]]]:
     metrics.link_found(LinkFound(source=InstanceId("prefill-0"), target=InstanceId("decode-0"), figure=figure))
     for reason in DropReason:
         metrics.message_dropped(InstanceId("decode-0"), reason)
+    metrics.scaling_decided(ScalingDecided(role=Role.DECODE, count=1, wanted=2))
+    metrics.scaling_decided(ScalingDecided(role=Role.DECODE, count=2, wanted=1))
     metrics.instance_lost(InstanceId("decode-0"))
     for refusal in RefuseReason:
         metrics.sequence_refused(refusal, 0)

@@ -6,11 +6,14 @@ start-up finds out (block count, free memory) is another type (``InstanceFacts``
 
 import enum
 import re
+from collections.abc import Mapping
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
+from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
+from disagg.base.elastic_settings import InstanceRange, Replan, parse_autoscale
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
@@ -245,24 +248,6 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The instance ends when this process is gone; 0 watches nobody."""
 
 
-class ToolCallParser(enum.Enum):
-    """The form in which the model writes calls of tools; the names are vLLM's."""
-
-    AUTO = "auto"
-    """As the chat template says."""
-    HERMES = "hermes"
-    LLAMA3_JSON = "llama3_json"
-    MISTRAL = "mistral"
-
-
-class ReasoningParser(enum.Enum):
-    """Whether what the model thinks is told from what it answers."""
-
-    AUTO = "auto"
-    """By the tags of the chat template."""
-    NONE = "none"
-
-
 class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One of those who share a server: its part where all want more than there is, and how much it may have at once."""
 
@@ -324,11 +309,39 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ge=1, description="deaths of the instance that it is on after which a request gets 503; before, it goes on"
         ),
     ] = 2
+    autoscale: Annotated[
+        str | None,
+        Meta(
+            description="how many instances of each role there may be, such as prefill=1..3,decode=1..3: they are "
+            "added and removed by the predicted attainment of --slo"
+        ),
+    ] = None
+    replan: Annotated[
+        Replan, Meta(description="whether the placement is planned anew when the workload has moved: told, or changed")
+    ] = Replan.OFF
+
+    def __post_init__(self) -> None:
+        parse_autoscale(self.autoscale)
 
     @property
     def predicts(self) -> bool:
-        """True when dispatch goes by predicted latency, which instances have to tell costs for."""
+        """True when dispatch goes by predicted latency."""
         return not self.strict_roles or self.overload is not Overload.QUEUE or bool(self.tenants)
+
+    @property
+    def needs_costs(self) -> bool:
+        """True when instances have to tell what their steps cost."""
+        return self.predicts or self.autoscale is not None or self.replan is not Replan.OFF
+
+    @property
+    def changes_placement(self) -> bool:
+        """True when instances come, go or change their roles without an operator."""
+        return self.autoscale is not None or self.replan is Replan.ACT
+
+    @property
+    def ranges(self) -> Mapping[Role, InstanceRange]:
+        """How many instances there may be of the roles that are scaled."""
+        return parse_autoscale(self.autoscale)
 
 
 def is_api_key(key: str) -> bool:

@@ -13,6 +13,7 @@ from disagg.cli.ctl_client import ControlClient
 from disagg.cli.top import Seconds
 from disagg.cli.values import CommandGroup, Name
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.api.views import CommandReply, InstanceView
 
 _POLL_S: Final = 0.05
@@ -66,12 +67,15 @@ class Control:
 @ctl.command()
 @click.pass_obj
 def status(control: Control) -> None:
-    """Show the instances."""
-    rows = [_COLUMNS, *(_row(one) for one in control.client.instances())]
+    """Show the instances, and what autoscaling sees of them."""
+    state = control.client.state()
+    rows = [_COLUMNS, *(_row(one) for one in state.instances)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    for view in state.scaling:
+        sys.stdout.write(_scaling(view) + "\n")
 
 
 @ctl.command()
@@ -124,6 +128,18 @@ def _is_ready(one: InstanceView | None) -> str:
 
 def _has_drained(one: InstanceView | None) -> str:
     return "has drained" if one is not None and one.num_sequences == 0 else ""
+
+
+def _scaling(view: ScalingView) -> str:
+    """Return one role in words: its number and range, what is predicted, and what was changed last."""
+    predicted = ", ".join(
+        f"{attainment:.0%} with {count}"
+        for attainment, count in ((view.attainment, view.count), (view.attainment_with_fewer, view.count - 1))
+        if attainment is not None
+    )
+    told = f"; predicted attainment {predicted}" if predicted else "; nothing can be predicted yet"
+    last = f"; last change: {view.last_change}" if view.last_change else ""
+    return f"autoscaling: {view.count} {view.role} of {view.fewest}..{view.most}{told}{last}"
 
 
 def _row(one: InstanceView) -> tuple[str, ...]:

@@ -41,9 +41,13 @@ class ControlClient:
     ) -> None:
         self._http.close()
 
+    def state(self) -> InstanceList:
+        """Return the instances, and what autoscaling sees of them."""
+        return self._ask("GET", _PATH, None, InstanceList)
+
     def instances(self) -> list[InstanceView]:
         """Return the instances."""
-        return self._ask("GET", _PATH, None, InstanceList).instances
+        return self.state().instances
 
     def instance(self, name: str) -> InstanceView | None:
         """Return one instance; None when there is none of this name."""

@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
@@ -21,12 +22,14 @@ from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.engines import IMITATED, build_cluster
+from disagg.simulator.engines import IMITATED, build_cluster, build_spares
 from disagg.simulator.evaluate import Evaluation, evaluate, search_goodput
 from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.timeline_page import TimelineRecorder
 
 _COUNT: Final = Count(min=0, max=MAX_INSTANCES)
+_START_SPARE_S: Final = 2.0
+"""From when an instance is added to when it takes requests."""
 _FILE: Final = click.Path(path_type=Path)
 
 
@@ -103,6 +106,10 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(values["cluster"], *source)
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     spec = replace(spec, kv_transfer_dtype=build(TransferSettings, values).kv_transfer_dtype)
+    if values["autoscale"] is not None:
+        if on.topology is not None:
+            raise ConfigurationError("--autoscale adds instances to one node: leave out --cluster")
+        spec = replace(spec, spares=build_spares(chosen, on.platform, rules), start_spare_s=_START_SPARE_S)
     workload = choose_load(values)
     evaluation = _evaluate(spec, workload, slo, values["seeds"], values["events"], values["html"])
     goodput = None

@@ -33,7 +33,9 @@ class ClusterSpec:
 
     instances: tuple[InstanceSpec, ...]
     spares: tuple[InstanceSpec, ...] = ()
-    """Instances that are not there until a command lets them join."""
+    """Instances that are not there until a command, or autoscaling, lets them join."""
+    start_spare_s: float = 1.0
+    """From when autoscaling adds one to when it takes requests."""
     router: RouterSettings = field(default_factory=RouterSettings)
     topology: Topology = field(default_factory=Topology.one_node)
     """The router and what serves are on its first node."""
@@ -48,6 +50,11 @@ class ClusterSpec:
     """What serving takes of the cores of the router's node on which instances compute; None: nothing."""
     faults: Faults = field(default_factory=Faults)
     """What goes wrong."""
+
+    @property
+    def may_change(self) -> bool:
+        """True when instances may come, go, or give their answers away."""
+        return bool(self.faults.deaths or self.faults.commands) or self.router.changes_placement
 
     def places(self) -> dict[InstanceId, Place]:
         """Return where each instance is: where none has a place, all have devices of their own on the first node.
@@ -87,7 +94,8 @@ class SimulatedCluster:
             on_ended,
             message_s=spec.message_s,
             log=recording.log,
-            instances_may_die=bool(spec.faults.deaths or spec.faults.commands),
+            instances_may_die=spec.may_change,
+            start_spare_s=spec.start_spare_s,
         )
         places = spec.places()
         links: SerialLinks | CodedLinks

@@ -27,6 +27,7 @@ from disagg.simulator.instance_spec import InstanceSpec
 NVME: Final = LinkModel(bytes_per_s=2e9, latency_s=1e-4)
 """A disk of the kind that servers have, as read and written block by block."""
 _NEVER_S: Final = 1e9
+_LIVES_OF_SPARES: Final = 16
 _NO_LIMIT: Final = 10**9
 _PATIENT_ROUTER: Final = RouterSettings(max_queued_requests=_NO_LIMIT, request_timeout_s=_NEVER_S)
 
@@ -57,7 +58,7 @@ def own_rules(
     """Return the rules of this package's engine, with the settings that ``disagg serve`` would be given."""
     cache = cache or CacheSettings()
     router = router or RouterSettings()
-    scheduler = msgspec.structs.replace(scheduler or SchedulerSettings(), tells_costs=router.predicts)
+    scheduler = msgspec.structs.replace(scheduler or SchedulerSettings(), tells_costs=router.needs_costs)
     return EngineRules(
         name="disagg",
         schedulers=dict.fromkeys(Role, scheduler),
@@ -152,6 +153,24 @@ def build_cluster(
         interference=platform.interference,
         serving=platform.host.serving,
     )
+
+
+def build_spares(placement: Placement, platform: Platform, rules: EngineRules) -> tuple[InstanceSpec, ...]:
+    """Return the instances that may be added to a placement, within the ranges of ``--autoscale``.
+
+    They are as those of their role that are there, or as the first. Each can join once, so there are several times as
+    many as may be there at once. Raises ConfigurationError where the placement names devices.
+    """
+    if any(group.devices for group in placement.groups):
+        raise ConfigurationError("instances that are added have no devices of their own: leave out devices")
+    spares = []
+    for role, bounds in rules.router.ranges.items():
+        like = next((group for group in placement.groups if group.role is role), placement.groups[0])
+        group = msgspec.structs.replace(like, role=role)
+        first = placement.count(role)
+        names = (f"{role.value}-{number}" for number in range(first, first + _LIVES_OF_SPARES * bounds.most))
+        spares += [build_instance(InstanceId(name), group, platform, rules) for name in names]
+    return tuple(spares)
 
 
 def _places(placement: Placement, names: Sequence[InstanceId], topology: Topology | None) -> list[Place]:

@@ -35,6 +35,7 @@ from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
 from disagg.scheduling.router.outputs import (
+    AddInstance,
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
@@ -71,6 +72,7 @@ class SimulatedRouter:
         message_s: float = 0.0,
         log: EventLogFolder | None = None,
         instances_may_die: bool = False,
+        start_spare_s: float = 1.0,
     ) -> None:
         self._settings = settings
         self._queue = queue
@@ -78,6 +80,7 @@ class SimulatedRouter:
         self._message_s = message_s
         self._log = log
         self._instances_may_die = instances_may_die
+        self._start_spare_s = start_spare_s
         self._recorder: EventLog | None = None
         self._instances: Mapping[InstanceId, SimulatedInstance] = {}
         self._compared: list[SimulatedInstance] = []
@@ -90,9 +93,12 @@ class SimulatedRouter:
     def connect(self, instances: Sequence[SimulatedInstance], spares: Sequence[SimulatedInstance] = ()) -> None:
         """Let all instances come up but for the spares, which may join later."""
         self._instances = {instance.spec.name: instance for instance in (*instances, *spares)}
-        predicts = self._settings.predicts
+        self._unused = {spare.spec.name: spare for spare in spares}
+        predicts = self._settings.needs_costs
         self._block_size = instances[0].spec.block_size
-        self._compared = [instance for instance in instances if predicts or instance.spec.role is not Role.PREFILL]
+        self._compared = [
+            instance for instance in self._instances.values() if predicts or instance.spec.role is not Role.PREFILL
+        ]
         roles = {instance.spec.name: instance.spec.role for instance in instances}
         # Simulated instances give no signs of life: their deaths are known at once.
         scheduler = instances[0].spec.scheduler
@@ -144,6 +150,7 @@ class SimulatedRouter:
         except ConfigurationError:
             return
         if isinstance(command, Join):
+            self._unused.pop(command.instance, None)
             self._start_s[command.instance] = timed.start_s
             self._start_later(command.instance)
 
@@ -227,14 +234,20 @@ class SimulatedRouter:
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
-            case RestartInstance(instance=instance, delay_s=delay_s):
-                self._queue.push(now + delay_s, partial(self._restart, instance))
-            case StopInstance(instance=instance):
-                self._queue.push(now, partial(self._stop, instance))
             case _ if isinstance(output, AnySend):
                 self._send(output)
             case _:
-                pass  # the rest is for who counts and shows
+                self._change_instances(output, now)
+
+    def _change_instances(self, output: AnyRouterOutput, now: float) -> None:
+        """Do what whoever runs the instances does; the rest is for who counts and shows."""
+        match output:
+            case RestartInstance(instance=instance, delay_s=delay_s):
+                self._queue.push(now + delay_s, partial(self._restart, instance))
+            case AddInstance(role=role):
+                self._queue.push(now, partial(self._add, role))
+            case StopInstance(instance=instance):
+                self._queue.push(now, partial(self._stop, instance))
 
     def _wake(self) -> None:
         if self._queue.now() >= self._wake_s:
@@ -245,6 +258,12 @@ class SimulatedRouter:
         if self._core.members.get(instance) is not None:
             self._feed(ProcessStarting(instance=instance))
             self._start_later(instance)
+
+    def _add(self, role: Role) -> None:
+        """Let a spare of this role join that has not been there; nothing happens without one."""
+        name = next((name for name, one in self._unused.items() if one.spec.role is role), None)
+        if name is not None:
+            self.command(TimedCommand(self._queue.now(), Join(instance=name, role=role), self._start_spare_s))
 
     def _start_later(self, instance: InstanceId) -> None:
         self._queue.push(self._queue.now() + self._start_s[instance], partial(self._come_up, instance))

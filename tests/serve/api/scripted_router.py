@@ -12,6 +12,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.router.interface import InstanceStatus, ServedBy
 from disagg.serve.router.start_gate import StartGate
 from disagg.serve.router.stream import LiveStream
@@ -149,6 +150,9 @@ class ScriptedRouter:
             )
             for role in (Role.PREFILL, Role.DECODE)
         )
+
+    def scaling(self) -> tuple[ScalingView, ...]:
+        return ()
 
     def is_ready(self) -> bool:
         return self.live

@@ -67,6 +67,7 @@ from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.turns import Turns
+from disagg.scheduling.dispatch.workload import WorkloadWindow
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -100,6 +101,11 @@ class Dispatcher:
         """Return the attempt in which a sequence is under way; None when it is not."""
         sequence = self._sequences.get(request_id)
         return None if sequence is None else sequence.epoch
+
+    @property
+    def workload(self) -> WorkloadWindow:
+        """What was asked and served lately. Not to be changed."""
+        return self._turns.workload
 
     @property
     def instances(self) -> tuple[InstanceEntry, ...]:
@@ -170,20 +176,7 @@ class Dispatcher:
     def _arrive(self, event: SequenceArrived) -> None:
         if event.request_id in self._sequences:
             raise InternalError(f"sequence {event.request_id} was submitted twice")
-        sequence = SequenceEntry(
-            request_id=event.request_id,
-            epoch=event.epoch,
-            num_tokens=event.num_tokens,
-            max_total_tokens=event.max_total_tokens,
-            priority=event.priority,
-            tenant=event.tenant,
-            objectives=event.objectives,
-            block_hashes=event.block_hashes,
-            order=self._num_arrived,
-            arrived_s=self._now,
-            deadline_s=self._now + self._settings.request_timeout_s,
-            story=[(self._now, "arrived", Whereabouts.QUEUED)],
-        )
+        sequence = SequenceEntry.arrived(event, self._num_arrived, self._now, self._settings.request_timeout_s)
         if self._settings.overload is not Overload.QUEUE:
             sequence.held = self._held(sequence)  # to predict it before its turn has come
         verdict = self._turns.take(sequence, len(self._sequences), self._now)
@@ -285,7 +278,7 @@ class Dispatcher:
             if progress.finished:
                 if (ended := path_ended(sequence)) is not None:
                     self._actions.append(ended)
-                self._turns.finished(sequence)
+                self._turns.finished(sequence, self._now)
                 self._finish(sequence, "finished")
         self._place_queued()
 

@@ -5,7 +5,7 @@ prefill, a prefill instance decodes) it is taken to be as quick as the instance 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -207,12 +207,22 @@ class Forecaster:
         lesson = None if entry is None else entry.lesson
         if lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS:
             return lesson.costs
-        known = [one.lesson for one in self._instances if one.lesson is not None and one.lesson.num_prefill_steps]
-        return max(known, key=lambda one: one.num_prefill_steps).costs if known else PRIOR_COSTS
+        return known_prefill_costs(self._instances) or PRIOR_COSTS
 
     def _decode_costs(self, entry: InstanceEntry) -> StepCosts:
         lesson = entry.lesson
         if lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS:
             return lesson.costs
-        known = [one.lesson for one in self._instances if one.lesson is not None and one.lesson.num_decode_steps]
-        return max(known, key=lambda one: one.num_decode_steps).costs if known else PRIOR_COSTS
+        return known_decode_costs(self._instances) or PRIOR_COSTS
+
+
+def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
+    """Return what prefill costs on the instance that knows best; None where none does."""
+    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_prefill_steps]
+    return max(known, key=lambda one: one.num_prefill_steps).costs if known else None
+
+
+def known_decode_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
+    """Return what steps of decodes cost on the instance that knows best; None where none does."""
+    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_decode_steps]
+    return max(known, key=lambda one: one.num_decode_steps).costs if known else None

@@ -13,6 +13,7 @@ from disagg.base.messages import CostsLearned, StepLimits
 from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix
+from disagg.scheduling.dispatch.events import SequenceArrived
 from disagg.scheduling.dispatch.forecast import Forecast
 
 
@@ -245,6 +246,8 @@ class SequenceEntry:
     first_token_s: float = math.nan
     last_token_s: float = math.nan
     num_answer_tokens: int = 0
+    num_first_computed: int = 0
+    """Tokens of its prompt that its first instance had to compute."""
     hand_over_s: float | None = None
     """How long its KV blocks travelled, once they have."""
     state: Whereabouts = Whereabouts.QUEUED
@@ -269,6 +272,24 @@ class SequenceEntry:
     """True from its second attempt on."""
     visited: set[InstanceId] = field(default_factory=set)
     """The instances that held it in this attempt. They remember that it ended there, and do not take it back."""
+
+    @classmethod
+    def arrived(cls, event: SequenceArrived, order: int, now: float, timeout_s: float) -> "SequenceEntry":
+        """Return a sequence that arrives now and is given up after ``timeout_s``."""
+        return cls(
+            request_id=event.request_id,
+            epoch=event.epoch,
+            num_tokens=event.num_tokens,
+            max_total_tokens=event.max_total_tokens,
+            priority=event.priority,
+            tenant=event.tenant,
+            objectives=event.objectives,
+            block_hashes=event.block_hashes,
+            order=order,
+            arrived_s=now,
+            deadline_s=now + timeout_s,
+            story=[(now, "arrived", Whereabouts.QUEUED)],
+        )
 
     @property
     def ends_at_first_token(self) -> bool:

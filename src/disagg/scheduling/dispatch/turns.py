@@ -16,6 +16,7 @@ from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder, Placed
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
+from disagg.scheduling.dispatch.workload import WorkloadWindow
 
 
 class Turns:
@@ -26,12 +27,14 @@ class Turns:
         self._fleet = fleet
         self._paths = Pathfinder(settings, scheduler)
         self._room = WaitingRoom(settings.tenants)
+        self.workload = WorkloadWindow()
 
     def take(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
         """Let a sequence that has just arrived wait for its turn, or return why not; best effort is taken, too.
 
         ``num_all`` sequences are under way already.
         """
+        self.workload.arrived(sequence.num_tokens, now)
         sequence.rank = self._paths.rank_of(sequence)
         verdict = self._verdict(sequence, num_all, now)
         if not isinstance(verdict, Refuse):
@@ -65,6 +68,7 @@ class Turns:
         if isinstance(start, Placed):
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
+            self.workload.started(sequence, start.instance, now)
             self._paths.note_start(self._fleet.entries, start, sequence, self._room, now)
             sequence.assign(start.instance.instance, start.chosen, start.other, now)
             if start.hands_over and start.chosen is not None:
@@ -117,8 +121,9 @@ class Turns:
         sequence.hand_over_s = duration_s
         self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s, self._fleet.link_s(sequence))
 
-    def finished(self, sequence: SequenceEntry) -> None:
+    def finished(self, sequence: SequenceEntry, now: float) -> None:
         """Learn from a sequence that came to its end."""
+        self.workload.ended(sequence, now)
         self._paths.experience.answer_ended(sequence.num_answer_tokens)
 
     def leave(self, sequence: SequenceEntry) -> None:

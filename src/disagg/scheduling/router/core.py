@@ -5,6 +5,7 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 """
 
 import math
+from contextlib import suppress
 from typing import Final, assert_never
 
 from disagg.base.errors import ConfigurationError, InternalError
@@ -22,9 +23,8 @@ from disagg.base.messages import (
     Pulled,
     Ready,
 )
-from disagg.base.request import Role
 from disagg.cache.prefix_index import PrefixIndex
-from disagg.scheduling.capacity import capacity_tokens, serves_requests
+from disagg.scheduling.capacity import capacity_tokens
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
     Deliver,
@@ -60,6 +60,7 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
+from disagg.scheduling.router.autoscaler import Autoscaler
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
@@ -91,6 +92,7 @@ from disagg.scheduling.router.outputs import (
     StopInstance,
     TellPeerLost,
 )
+from disagg.scheduling.router.scaling import ScalingView
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -104,13 +106,13 @@ class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
-        self._strict_roles = header.settings.strict_roles
         self._watches_silence = header.watches_silence
         self._prefixes = PrefixIndex()
         self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
+        self._scaling = Autoscaler(header.settings, header.scheduler, self._dispatcher.workload)
         self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
         self._offers = OfferShelf()
         self._part: KvOffer | None = None
@@ -126,6 +128,11 @@ class RouterCore:
         return self._members
 
     @property
+    def scaling(self) -> tuple[ScalingView, ...]:
+        """The roles that are scaled, as they were seen last."""
+        return self._scaling.views
+
+    @property
     def links(self) -> tuple[MeasuredLink, ...]:
         """The links over which sequences are handed over, with what was measured of them."""
         return self._links.links
@@ -137,10 +144,7 @@ class RouterCore:
 
     def can_serve(self) -> bool:
         """True when ready instances can serve a request from prompt to last token."""
-        return self._serves(self._members.roles({InstanceState.READY}))
-
-    def _serves(self, roles: set[Role]) -> bool:
-        return serves_requests(roles, strict_roles=self._strict_roles)
+        return self._members.serves(self._members.roles({InstanceState.READY}))
 
     def validate(self) -> None:
         """Raise InternalError unless all books agree."""
@@ -162,6 +166,7 @@ class RouterCore:
             case TokensEmitted():
                 self._on_tokens(one)
             case SequenceArrived() | SequenceCancelled():
+                self._scaling.expect_work(now)
                 self._dispatch(one)
             case InstanceSaid(instance=instance, message=message):
                 self._on_message(self._members[instance], message)
@@ -325,7 +330,7 @@ class RouterCore:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))
             return
         left = self._members.roles({InstanceState.READY, InstanceState.DRAINING, *COMING})
-        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not self._serves(left)))
+        self._outputs.append(GiveUpInstance(instance=member.instance, nothing_left=not self._members.serves(left)))
 
     def _broke_protocol(self, member: Member, how: str) -> None:
         self._declare_lost(member, f"it broke the protocol: {how}")
@@ -344,6 +349,15 @@ class RouterCore:
         self._outputs += self._links.next(self._members)
 
     # Commands -------------------------------------------------------------------------------------------------
+
+    def _scale(self) -> None:
+        """Look at the numbers of instances; what cannot be done now is decided anew at a later review."""
+        for decided in self._scaling.review(self._members, self._now, has_work=self.num_sequences > 0):
+            if isinstance(decided, Drain):
+                with suppress(ConfigurationError):
+                    self._change_member(decided)
+            else:
+                self._outputs.append(decided)
 
     def _on_command(self, command: AnyCommand | MeasureLinks) -> None:
         if isinstance(command, MeasureLinks):
@@ -374,7 +388,7 @@ class RouterCore:
             case ChangeRole(instance=instance, role=role):
                 if role is known.role:
                     raise ConfigurationError(f"{instance} is a {role.value} instance already")
-                self._check_serves(f"as a {role.value} instance {instance}", known, role, force=command.force)
+                self._members.check_serves(f"as a {role.value} instance {instance}", known, role, force=command.force)
                 self._dispatch(command)
             case _:
                 assert_never(command)
@@ -393,7 +407,7 @@ class RouterCore:
         if not command.leave and member.state is not InstanceState.READY:
             raise ConfigurationError(f"{instance} cannot drain: it is {member.state.value}")
         if member.state is not InstanceState.GONE:
-            self._check_serves(f"without {instance}", member, None, force=command.force)
+            self._members.check_serves(f"without {instance}", member, None, force=command.force)
         member.is_leaving = command.leave
         if member.state is InstanceState.READY:
             self._dispatch(command)
@@ -402,19 +416,6 @@ class RouterCore:
             self._let_go(member)
         elif not member.entry.num_sequences:
             self._outputs.append(StopInstance(instance=instance))
-
-    def _check_serves(self, how: str, changed: Member, role: Role | None, *, force: bool) -> None:
-        """Raise ConfigurationError unless requests can be served with ``changed`` in this role, or none: now, where it
-        takes some now.
-        """
-        others = [entry for entry in self._dispatcher.instances if entry.will_take and entry is not changed.entry]
-        is_ready = changed.state is InstanceState.READY
-        left = {entry.role for entry in others if not is_ready or entry.state is InstanceState.READY}
-        if not force and not self._serves(left if role is None else left | {role}):
-            raise ConfigurationError(
-                f"{how}, no request could be served: add another {changed.role.value} instance first and wait until "
-                "it is ready, or force it"
-            )
 
     def _let_go(self, member: Member) -> None:
         """Strike a member off the list; what it still holds goes on elsewhere."""
@@ -487,10 +488,12 @@ class RouterCore:
             for member, why in self._members.silent(self._now):
                 self._declare_lost(member, why)
             self._check_s = self._members.next_check_s(self._now)
+        if self._now >= self._scaling.due_s:
+            self._scale()
 
     def _ask_to_be_woken(self) -> None:
         """Ask for a Tick at the earliest time at which something may be due, unless it is asked for already."""
-        due_s = min(self._dispatch_wake_s, self._check_s)
+        due_s = min(self._dispatch_wake_s, self._check_s, self._scaling.due_s)
         if due_s < self._asked_s:
             self._asked_s = due_s
             self._outputs.append(WakeAt(time_s=due_s))

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from disagg.base.config import RouterSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, InstanceLoad, Ready
 from disagg.base.request import Role
+from disagg.scheduling.capacity import serves_requests
 from disagg.scheduling.dispatch.state import ALIVE, InstanceEntry, InstanceState
 from disagg.scheduling.router.restart import RestartPolicy, RestartSettings
 
@@ -138,6 +140,23 @@ class Membership:
         """Return the roles of the members in one of these states."""
         wanted = set(states)
         return {member.role for member in self if member.state in wanted}
+
+    def serves(self, roles: set[Role]) -> bool:
+        """True when instances of these roles can serve a request from prompt to last token."""
+        return serves_requests(roles, strict_roles=self._settings.strict_roles)
+
+    def check_serves(self, how: str, changed: Member, role: Role | None, *, force: bool) -> None:
+        """Raise ConfigurationError unless requests can be served with ``changed`` in this role, or none: now, where it
+        takes some now.
+        """
+        others = [member.entry for member in self if member.entry.will_take and member is not changed]
+        is_ready = changed.state is InstanceState.READY
+        left = {entry.role for entry in others if not is_ready or entry.state is InstanceState.READY}
+        if not force and not self.serves(left if role is None else left | {role}):
+            raise ConfigurationError(
+                f"{how}, no request could be served: add another {changed.role.value} instance first and wait until "
+                "it is ready, or force it"
+            )
 
     def next_check_s(self, now: float) -> float:
         """Plan the next look for silence and return its time."""

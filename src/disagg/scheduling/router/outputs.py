@@ -6,6 +6,7 @@ import msgspec
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer, LinkFigure, Pulled
+from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     Degrade,
     Deliver,
@@ -190,6 +191,30 @@ class InstanceLeft(RouterOutput, frozen=True, kw_only=True):
     instance: InstanceId
 
 
+class AddInstance(RouterOutput, frozen=True, kw_only=True):
+    """Start one more instance of a role, and let it join."""
+
+    role: Role
+
+
+class ScalingDecided(RouterOutput, frozen=True, kw_only=True):
+    """Instead of ``count`` instances of a role there are to be ``wanted``. Attainments are predicted; None: unknown."""
+
+    role: Role
+    count: int
+    wanted: int
+    attainment: float | None = None
+    attainment_then: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What was decided and why, for people."""
+        change = f"{self.count} -> {self.wanted} {self.role.value} instances"
+        if self.attainment is None or self.attainment_then is None:
+            return f"{change}, to be within the range"
+        return f"{change}: predicted attainment {self.attainment:.0%} -> {self.attainment_then:.0%}"
+
+
 AnySend = (
     SendGenerate
     | SendWithPrefix
@@ -225,6 +250,8 @@ AnyRouterOutput = (
     | GiveUpInstance
     | StopInstance
     | InstanceLeft
+    | AddInstance
+    | ScalingDecided
     | Drained
     | WakeAt
 )

@@ -107,7 +107,12 @@ class Administration:
     async def instances(self, request: Request) -> Response:
         """List the instances."""
         self._check_caller(request)
-        return json_response(InstanceList(instances=[instance_view(status) for status in self._router.instances()]))
+        return json_response(
+            InstanceList(
+                instances=[instance_view(status) for status in self._router.instances()],
+                scaling=list(self._router.scaling()),
+            )
+        )
 
     async def audit(self, request: Request) -> Response:
         """Return the sum of every instance's KV blocks at this instant."""

@@ -14,7 +14,8 @@ from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, ScalingDecided
+from disagg.serve.api.elastic_metrics import ElasticMetrics, ScalingCollector
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.views import HandOverTotals
@@ -60,10 +61,12 @@ class ServerMetrics:
         self._add_request_metrics()
         self._add_server_metrics()
         self.predictions = PredictionMetrics(self.registry, model_name)
+        self._elastic = ElasticMetrics(self.registry, model_name)
 
     def watch(self, router: Router) -> None:
         """Export what the instances report about themselves."""
         self.registry.register(InstanceCollector(router, self._model_name))
+        self.registry.register(ScalingCollector(router, self._model_name))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -142,6 +145,10 @@ class ServerMetrics:
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
         self._dropped_messages.labels(self._model_name, instance, reason.value).inc()
+
+    def scaling_decided(self, decided: ScalingDecided) -> None:
+        """Count instances that are added or removed."""
+        self._elastic.scaling_decided(decided)
 
     def instance_lost(self, instance: InstanceId) -> None:
         """Count a death."""

@@ -31,6 +31,7 @@ def server_view(router: Router, model: ServedModel, version: str, accounts: Acco
         can_chat=model.chat_template.available,
         hand_overs=accounts.metrics.hand_overs,
         predictions=accounts.metrics.predictions.totals,
+        scaling=list(router.scaling()),
     )
 
 

@@ -5,6 +5,8 @@ Fields are added, never renamed; those that came later have defaults, so that a 
 
 import msgspec
 
+from disagg.scheduling.router.scaling import ScalingView
+
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """``/ready``. ``detail`` says which instances are missing, and what they are doing."""
@@ -53,6 +55,7 @@ class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
     """``GET /admin/instances``."""
 
     instances: list[InstanceView]
+    scaling: list[ScalingView] = []
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +155,7 @@ class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     can_chat: bool = True
     hand_overs: HandOverTotals = msgspec.field(default_factory=HandOverTotals)
     predictions: PredictionTotals = msgspec.field(default_factory=PredictionTotals)
+    scaling: list[ScalingView] = []
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

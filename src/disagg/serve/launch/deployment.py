@@ -179,7 +179,7 @@ def plan_addition(
 
 
 def _scheduler(deployment: Deployment, group: InstanceGroup) -> SchedulerSettings:
-    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.predicts)
+    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.needs_costs)
     return group.scheduler(common)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import uvloop
 from starlette.types import ASGIApp
 
-from disagg.base.config import ReasoningParser, ServeSettings, ToolCallParser
+from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
+from disagg.base.config import ServeSettings
 from disagg.base.errors import ConfigurationError
 from disagg.models.chat_template import ChatTemplate, load_chat_template
 from disagg.models.generation_config import end_token_ids, load_generation_config

@@ -1,10 +1,12 @@
 """An operator's commands on a deployment of local processes: what the router decides, and who starts processes."""
 
+import logging
 import os
 from collections.abc import Sequence
 from itertools import count
 
 from disagg.base.config import InstanceSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.base.units import format_ranges
@@ -12,6 +14,8 @@ from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.serve.launch.deployment import Deployment, plan_addition
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.router.live import LiveRouter
+
+logger = logging.getLogger(__name__)
 
 
 class LocalOperator:
@@ -49,6 +53,15 @@ class LocalOperator:
     def measure_links(self) -> None:
         """See Operator."""
         self._router.measure_links()
+
+    def add_wanted(self, role: Role) -> None:
+        """Start one more instance that the router wants; where that is impossible, say why and leave it."""
+        try:
+            _, words = self.add(role)
+        except ConfigurationError as error:
+            logger.warning("one more %s instance is wanted, and cannot be started: %s", role.value, error)
+        else:
+            logger.info(words)
 
     def add(self, role: Role) -> tuple[InstanceId, str]:
         """See Operator."""

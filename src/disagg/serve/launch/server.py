@@ -95,7 +95,9 @@ class LiveServer:
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher)
-            self._router.start(watcher_of(self._launcher, self._router, self._outside))
+            self._router.start(
+                watcher_of(self._launcher, self._router, self._outside), add_instance=self._operator.add_wanted
+            )
             await self._serve()
 
     def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:

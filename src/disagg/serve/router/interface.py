@@ -11,6 +11,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.link_survey import MeasuredLink
+from disagg.scheduling.router.scaling import ScalingView
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +87,9 @@ class Router(Protocol):
 
     async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
         """Return what the KV blocks of each live instance are at this instant, and what else is wrong, in words."""
+
+    def scaling(self) -> tuple[ScalingView, ...]:
+        """Return the roles that autoscaling looks at, as it saw them last."""
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """Return the links over which KV blocks are handed over, with what was measured of them."""

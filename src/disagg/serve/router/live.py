@@ -6,7 +6,7 @@ nothing: ``scheduling.router.core`` does.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
@@ -23,6 +23,7 @@ from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedM
 from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.restart import RestartSettings
+from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.router.auditing import AUDIT_TIMEOUT_S, Auditing
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
@@ -104,6 +105,10 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
+    def scaling(self) -> tuple[ScalingView, ...]:
+        """See Router."""
+        return self._core.scaling
+
     def links(self) -> tuple[MeasuredLink, ...]:
         """See Router."""
         return self._core.links
@@ -133,9 +138,14 @@ class LiveRouter:
 
     # For whoever runs the server ------------------------------------------------------------------------------
 
-    def start(self, watcher: InstanceWatcher) -> None:
-        """Listen for instances and tell ``watcher`` about them; raise ConfigurationError when that is impossible."""
+    def start(self, watcher: InstanceWatcher, add_instance: Callable[[Role], None] | None = None) -> None:
+        """Listen for instances and tell ``watcher`` about them; raise ConfigurationError when that is impossible.
+
+        ``add_instance`` starts one more of a role, where somebody can.
+        """
         self._shell.watcher = watcher
+        if add_instance is not None:
+            self._shell.add_instance = add_instance
         self._socket.open(self._receive)
         self.tick()
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, assert_never
 
 from disagg.base.clock import Clock
@@ -36,7 +36,7 @@ from disagg.base.messages import (
     Stop,
     encode,
 )
-from disagg.base.request import GenerationRequest
+from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
     Degrade,
@@ -60,6 +60,7 @@ from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
 from disagg.scheduling.router.outputs import (
+    AddInstance,
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
@@ -73,6 +74,7 @@ from disagg.scheduling.router.outputs import (
     LinkFound,
     MessageDropped,
     RestartInstance,
+    ScalingDecided,
     SendOffer,
     SendPartOffer,
     SendWithPrefix,
@@ -106,6 +108,8 @@ class RouterShell:
         self, core: RouterCore, socket: ControlSocket, *, clock: Clock, sink: RouterSink, event_log: EventLog | None
     ) -> None:
         self.watcher: InstanceWatcher = NullWatcher()
+        self.add_instance: Callable[[Role], None] = _add_nothing
+        """Starts one more instance of a role, and lets it join."""
         self._core = core
         self._socket = socket
         self._clock = clock
@@ -254,11 +258,17 @@ class RouterShell:
                 self._sink.sequence_degraded()
             case PathEnded():
                 self._sink.path_ended(output)
-            case Drained() | StopInstance() | InstanceLeft():
-                self._report_leaving(output)
+            case _:
+                self._report_change(output)
 
-    def _report_leaving(self, output: Drained | StopInstance | InstanceLeft) -> None:
+    def _report_change(self, output: AnyRouterOutput) -> None:
+        """Tell who comes and who goes."""
         match output:
+            case ScalingDecided():
+                logger.info("autoscaling: %s", output.words)
+                self._sink.scaling_decided(output)
+            case AddInstance(role=role):
+                self.add_instance(role)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
             case StopInstance(instance=instance):
@@ -327,6 +337,10 @@ class RouterShell:
         if self._wake_up is not None:
             self._wake_up.cancel()
         self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self.tick)
+
+
+def _add_nothing(role: Role) -> None:
+    logger.warning("one more %s instance is wanted, and nobody here starts any", role.value)
 
 
 def _refusal(output: Refuse) -> DisaggError:

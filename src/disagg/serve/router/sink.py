@@ -4,7 +4,7 @@ from typing import Protocol
 
 from disagg.base.ids import InstanceId
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, ScalingDecided
 
 
 class RouterSink(Protocol):
@@ -27,6 +27,9 @@ class RouterSink(Protocol):
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
+
+    def scaling_decided(self, decided: ScalingDecided) -> None:
+        """Autoscaling adds or removes instances."""
 
     def instance_lost(self, instance: InstanceId) -> None:
         """An instance that had been ready died or was declared dead."""
@@ -60,6 +63,9 @@ class NullSink:
         """See RouterSink."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
+        """See RouterSink."""
+
+    def scaling_decided(self, decided: ScalingDecided) -> None:
         """See RouterSink."""
 
     def instance_lost(self, instance: InstanceId) -> None:

@@ -1,0 +1,44 @@
+"""A real server that changes its own instances under load."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+from click.testing import CliRunner
+from server_process import ServerProcess, completion, serving
+from test_lifecycle import wait_for
+
+from disagg.cli.main import main
+
+SMALL = ("--max-model-len", "1024", "--kv-memory", "128MiB")
+NUM_CLIENTS = 48
+
+
+def states(server: ServerProcess) -> list[str]:
+    return [one["state"] for one in server.get("/status").json()["instances"]]
+
+
+def keep_asking(server: ServerProcess, number: int, ended: Event) -> int:
+    """Send one long prompt after the other; return how many were answered in full."""
+    count = 0
+    while not ended.is_set():
+        prompt = f"{number}.{count}: " + "there was a house by the sea, " * 15
+        answer = completion(server, prompt, max_tokens=2, temperature=0.0, ignore_eos=True)
+        assert answer.usage.completion_tokens == 2
+        count += 1
+    return count
+
+
+def test_a_load_that_is_too_much_for_one_instance_gets_a_second_one():
+    scaling = ("--colocated", "1", "--autoscale", "colocated=1..2", "--slo", "ttft=2s")
+    with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        ended = Event()
+        clients = [pool.submit(keep_asking, server, number, ended) for number in range(NUM_CLIENTS)]
+        try:
+            wait_for(lambda: states(server) == ["ready", "ready"], "a second instance")
+        finally:
+            ended.set()
+        assert all(client.result() > 0 for client in clients)
+        assert server.metric("disagg:scalings_total", role="colocated", direction="added") == 1
+        shown = CliRunner().invoke(main, ["ctl", "--url", server.url, "status"]).output
+        assert "autoscaling: 2 colocated of 1..2" in shown
+        assert "last change: 1 -> 2 colocated instances: predicted attainment" in shown
