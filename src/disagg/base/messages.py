@@ -24,7 +24,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000

@@ -16,7 +16,7 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
-from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
+from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
@@ -155,6 +155,10 @@ class LiveRouter:
     def instance_joined(self, instance: InstanceId, role: Role) -> None:
         """See MemberListener."""
         self._shell.feed(Join(instance=instance, role=role))
+
+    def instance_asks_to_leave(self, instance: InstanceId) -> None:
+        """See MemberListener. It goes whatever is left to serve, so the command is forced."""
+        self._shell.feed(Drain(instance=instance, leave=True, force=True))
 
     def instance_left(self, instance: InstanceId) -> None:
         """See MemberListener."""
