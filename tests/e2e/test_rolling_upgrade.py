@@ -58,14 +58,15 @@ def test_instances_then_the_server_are_replaced_and_no_request_fails(
         with serving(*alone, "127.0.0.1:0") as server:
             door = door_of(server)
 
-            def join(role: str) -> Joiner:
-                return hosts.enter_context(
-                    joined(model, "--join", door, "--role", role, *keys, *EXACT, "--drain-s", "60")
-                )
+            def join(role: str, *more: str) -> Joiner:
+                arguments = ("--join", door, "--role", role, *keys, *EXACT, "--drain-s", "60", *more)
+                return hosts.enter_context(joined(model, *arguments))
 
             old = [join("decode"), join("decode")]
-            join("prefill")
+            ready_file = tmp_path / "ready"
+            join("prefill", "--ready-file", str(ready_file))
             wait_ready(server, "decode-0", "decode-1", "prefill-0")
+            wait_for(ready_file.exists, "the file for probes")
             expected = [tokens(server, number) for number in range(STREAMS)]
             with under_load(server, expected):
                 for number, host in enumerate(old):
@@ -75,6 +76,7 @@ def test_instances_then_the_server_are_replaced_and_no_request_fails(
                     assert len(states(server)) == 3, f"decode-{number} left before its host ended"
             assert server.metric("disagg:instance_losses_total") == 0
             assert server.metric("disagg:sequences_resumed_total") == 0
+        wait_for(lambda: not ready_file.exists(), "the end of the file for probes")
         with serving(*alone, door) as server:
             wait_for(lambda: server.get("/ready").status_code == 200, "the instances that join the new server")
             assert [tokens(server, number) for number in range(STREAMS)] == expected

@@ -68,7 +68,10 @@ class AskToJoin(Message, frozen=True, kw_only=True):
 
 
 class StillHere(Message, frozen=True, kw_only=True):
-    """Either side: nothing but a sign of life."""
+    """Either side: a sign of life."""
+
+    takes_requests: bool = False
+    """The router's: so does the host's instance."""
 
 
 class AskToLeave(Message, frozen=True, kw_only=True):

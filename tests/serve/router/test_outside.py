@@ -67,6 +67,7 @@ class Deployment(NullWatcher):
         self.inner, self.outer = Wire(), Wire()
         self.members: list[tuple[str, Role]] = []
         self.left: list[str] = []
+        self.ready: set[str] = set()
         self.asked_to_leave: list[str] = []
         self.heard: list[tuple[str, bytes]] = []
         self.faulty: list[str] = []
@@ -92,6 +93,9 @@ class Deployment(NullWatcher):
 
     def has_instance(self, instance: InstanceId) -> bool:
         return instance in ("prefill-0", "decode-0") or (instance in self.door and instance not in self.left)
+
+    def takes_requests(self, instance: InstanceId) -> bool:
+        return instance in self.ready
 
     def instance_faulty(self, instance: InstanceId, why: str) -> None:
         self.faulty.append(instance)
@@ -195,7 +199,10 @@ def test_signs_of_life_are_answered_to_those_who_belong(server: Deployment) -> N
     server.outer.say(BETA, ASK)
     server.outer.say(BETA, StillHere())
     assert server.outer.answers(BETA)[0] == EndYourInstance(why="the server does not know it")
-    assert server.outer.answers(BETA)[-1] == StillHere()
+    assert server.outer.answers(BETA)[-1] == StillHere(takes_requests=False)
+    server.ready.add(D1)
+    server.outer.say(BETA, StillHere())
+    assert server.outer.answers(BETA)[-1] == StillHere(takes_requests=True)
 
 
 def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:

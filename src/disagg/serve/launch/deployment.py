@@ -80,6 +80,10 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "or the one from which --join reaches the server]"
         ),
     ] = None
+    ready_file: Annotated[
+        str | None,
+        Meta(description="file that is there while the instance of --join takes requests, for probes [default: none]"),
+    ] = None
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -191,8 +195,8 @@ def plan_guest(
 ) -> InstanceSettings:
     """Return what this host tells its instance for another one's server, but for what that server says of it.
 
-    It has all that the host may use, the whole of ``--kv-disk`` too. Raises ConfigurationError for cores that are not
-    there.
+    It has the whole of ``--kv-disk``, and is pinned to the cores of ``--cpus`` alone: others on this host may be
+    neighbours that it knows nothing of. Raises ConfigurationError for cores that are not there.
     """
     alone = Placement(groups=(InstanceGroup(role=role, count=1),), others_join=True)
     (settings,) = plan_instances(
@@ -201,7 +205,7 @@ def plan_guest(
         available_cores=available_cores,
         parent_pid=parent_pid,
     )
-    return msgspec.structs.replace(settings, control_curve=keys)
+    return msgspec.structs.replace(settings, control_curve=keys, cpus=deployment.host.cpus)
 
 
 def terms_of(deployment: Deployment) -> ServerTerms:

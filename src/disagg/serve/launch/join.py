@@ -14,6 +14,7 @@ from disagg.serve.launch.deployment import Deployment, RemoteSettings, plan_gues
 from disagg.serve.launch.joined_host import JoinedHost
 from disagg.serve.launch.key_files import default_folder, instance_keys
 from disagg.serve.launch.process import LineListener
+from disagg.serve.launch.ready_file import ReadyFile
 from disagg.serve.launch.server_address import ServerName, parse_host_port
 
 
@@ -25,7 +26,8 @@ def join(deployment: Deployment, role: Role, server: str, listener: LineListener
     name = ServerName(*parse_host_port(server, "--join"), kv_host=deployment.remote.kv_host)
     keys = instance_keys(key_folder(deployment.remote))
     settings = plan_guest(deployment, role, keys, sorted(os.sched_getaffinity(0)), os.getpid())
-    host = JoinedHost(settings, name, identity_of(deployment), listener, leave_s=deployment.serve.drain_s)
+    ready = ReadyFile(deployment.remote.ready_file)
+    host = JoinedHost(settings, name, identity_of(deployment), listener, ready, leave_s=deployment.serve.drain_s)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(host.run())
 

@@ -43,6 +43,7 @@ from disagg.scheduling.router.restart import RestartPolicy, RestartSettings
 from disagg.serve.launch.deployment import under_terms
 from disagg.serve.launch.launcher import CONFIGURATION_STATUS, STOP_S
 from disagg.serve.launch.process import Exit, InstanceProcess, LineListener
+from disagg.serve.launch.ready_file import ReadyFile
 from disagg.serve.launch.server_address import ServerAddress, ServerName
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class JoinedHost:
         server: ServerName,
         identity: ModelIdentity,
         listener: LineListener,
+        ready: ReadyFile,
         *,
         leave_s: float,
     ) -> None:
@@ -75,6 +77,7 @@ class JoinedHost:
         self._server = server
         self._identity = identity
         self._listener = listener
+        self._ready = ready
         self._leave_s = leave_s
         self._clock: Clock = MonotonicClock()
         self._restarts = RestartPolicy(RestartSettings())
@@ -208,6 +211,7 @@ class JoinedHost:
             if why:
                 logger.warning("ending %s: %s", settings.instance, why)
         finally:
+            self._ready.show(False)
             ended = await _end(process, ending)
         await self._send(InstanceEnded(detail=ended.describe()))
         if self._stopping.is_set():
@@ -238,7 +242,9 @@ class JoinedHost:
                     return why
                 case None if has_ended:
                     return ""
-                case None | StillHere() | Admitted() | NotAdmitted():
+                case StillHere(takes_requests=takes_requests):
+                    self._ready.show(takes_requests)
+                case None | Admitted() | NotAdmitted():
                     pass
                 case other:
                     assert_never(other)

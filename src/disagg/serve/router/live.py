@@ -17,6 +17,7 @@ from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import KvEvents, Loading, Ready, StepOutput, decode_for_router
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
+from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.core import RouterCore, RouterHeader
 from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, ProcessExited
 from disagg.scheduling.router.membership import Member
@@ -167,6 +168,10 @@ class LiveRouter:
     def has_instance(self, instance: InstanceId) -> bool:
         """See MemberListener."""
         return self._core.members.get(instance) is not None
+
+    def takes_requests(self, instance: InstanceId) -> bool:
+        """See MemberListener."""
+        return self._core.members[instance].state is InstanceState.READY
 
     # Messages -------------------------------------------------------------------------------------------------
 

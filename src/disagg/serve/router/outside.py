@@ -48,6 +48,9 @@ class MemberListener(Protocol):
     def has_instance(self, instance: InstanceId) -> bool:
         """True while an instance of this name belongs to the deployment."""
 
+    def takes_requests(self, instance: InstanceId) -> bool:
+        """True while an instance of the deployment is ready, and does not drain."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Guest:
@@ -126,14 +129,18 @@ class OutsideDoor:
                     self._let_go(instance, "its host asks to join anew")
                 self._answer(sender, self._admit(sender, message))
             case StillHere():
-                known = StillHere() if instance is not None else EndYourInstance(why="the server does not know it")
-                self._answer(sender, known)
+                self._answer(sender, self._reply_to(instance))
             case AskToLeave():
                 if instance is not None:
                     self._let_leave(instance)
             case InstanceEnded(detail=detail):
                 if instance is not None:
                     self._let_go(instance, detail)
+
+    def _reply_to(self, instance: InstanceId | None) -> StillHere | EndYourInstance:
+        if instance is None:
+            return EndYourInstance(why="the server does not know it")
+        return StillHere(takes_requests=self.listener.takes_requests(instance))
 
     def _admit(self, sender: InstanceId, asked: AskToJoin) -> Admitted | NotAdmitted:
         why = self._why_not(asked)
