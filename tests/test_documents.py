@@ -18,7 +18,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 COMMAND = re.compile(r"\bdisagg((?: +\S+)+)")
 FLAG = re.compile(r"--[a-z][a-z0-9-]*")
-PATH = re.compile(r"(?<![\w./-])(?:benchmarks|src|tests|monitoring|docs)/[\w./-]*\w")
+PATH = re.compile(r"(?<![\w./-])(?:benchmarks|deploy|src|tests|monitoring|docs)/[\w./@-]*\w")
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -74,12 +74,18 @@ def test_a_plan_for_people(model: Path) -> None:
         (["--latency", "a100-sxm", "--devices", 2, "--sessions", "x"], "not --sessions"),
         (["--latency", "a100-sxm", "--devices", 2, "--per", "dollar"], "costs in dollars is not known"),
         (["--latency", "a100-sxm", "--devices", 2, "--slo", "ttft=1s@0%"], "above 0%"),
+        (["--latency", "a100-sxm", "--devices", 2, "--as", "k8s"], "take --as k8s-vllm"),
     ],
 )
 def test_bad_input_is_told(model: Path, flags: list[object], words: str) -> None:
     result = run("--model", model, *QUICK, *flags)
     assert result.exit_code != 0
     assert words in f"{result.output} {result.exception}"
+
+
+def test_a_profiles_plan_is_not_for_vllm(tmp_path: Path) -> None:
+    result = run("--latency", tmp_path / "profile.json", "--as", "vllm", *QUICK)
+    assert "take --as k8s" in str(result.exception)
 
 
 def test_a_cluster_says_how_many_devices_there_are(model: Path, cluster: Path) -> None:

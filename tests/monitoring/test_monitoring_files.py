@@ -1,4 +1,4 @@
-"""What ships for Grafana and Prometheus asks for metrics and labels that a server really exports."""
+"""What ships for Grafana, Prometheus and autoscalers asks for metrics and labels that a server really exports."""
 
 import json
 import re
@@ -26,6 +26,8 @@ from disagg.serve.router.interface import InstanceStatus, SequenceStream
 FOLDER = Path(__file__).parents[2] / "monitoring"
 DASHBOARD = FOLDER / "grafana-dashboard.json"
 ALERTS = FOLDER / "prometheus-alerts.yaml"
+OVERLAYS = FOLDER.parent / "deploy" / "kubernetes" / "overlays"
+AUTOSCALING = (OVERLAYS / "hpa" / "prometheus-adapter-values.yaml", OVERLAYS / "keda" / "autoscaling.yaml")
 
 SELECTOR = re.compile(r"((?:vllm|disagg):\w+)(?:\{([^}]*)\})?")
 LABEL = re.compile(r'(\w+)\s*(=~|!=|=)\s*"([^"]*)"')
@@ -115,6 +117,8 @@ def expressions() -> Iterator[tuple[str, str]]:
             yield panel["title"], target["expr"]
     for rule in rules():
         yield rule["alert"], rule["expr"]
+    for file in AUTOSCALING:
+        yield file.parent.name, file.read_text()
 
 
 def variables() -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import kubernetes_validate
 import pytest
 import yaml
 from planning import EvenPlatform, nodes, problem, topology
@@ -59,6 +60,8 @@ def test_each_unit_has_a_proxy_of_its_own(placed: list[PlacedInstance]) -> None:
 
 def test_manifests_are_of_kubernetes_kinds(placed: list[PlacedInstance]) -> None:
     documents = list(yaml.safe_load_all(k8s_manifests(placed, "org/model")))
+    for one in documents:
+        kubernetes_validate.validate(one, "1.37", strict=True)
     deployments = [one for one in documents if one["kind"] == "Deployment"]
     assert len(deployments) == 5
     assert len({one["metadata"]["name"] for one in deployments}) == 5

@@ -291,6 +291,15 @@ class TestMembership:
         assert story.tell(Leave(instance=C0))[0] == InstanceLost(instance=C0)
         assert [member.instance for member in story.core.members] == [C1]
 
+    def test_one_that_was_to_leave_and_holds_nothing_is_no_loss(self, pair: Story) -> None:
+        assert pair.tell(Drain(instance=D0, leave=True, force=True)) == [
+            Drained(instance=D0),
+            StopInstance(instance=D0),
+        ]
+        outputs = pair.tell(Leave(instance=D0))
+        assert outputs[-1] == InstanceLeft(instance=D0)
+        assert InstanceLost(instance=D0) not in outputs
+
     def test_an_idle_instance_has_drained_at_once(self, pair: Story) -> None:
         assert pair.tell(Drain(instance=D0, force=True)) == [Drained(instance=D0)]
         assert pair.state(D0) is InstanceState.DRAINING

@@ -476,7 +476,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))
-        if self.others_join and self.groups:
+        if self.others_join:
             return
         if not colocated and not (prefill and decode):
             raise ConfigurationError(

@@ -12,6 +12,7 @@ from msgspec import Meta
 from disagg.base.config import DType, Quantization
 from disagg.base.ids import InstanceId
 from disagg.base.messages import Message, Name, Words, decode_message
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 
 HOST_PREFIX: Final = "host."
@@ -45,6 +46,17 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
 
+class ServerTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the server decides for all its instances, wherever they are."""
+
+    tells_costs: bool = False
+    """See SchedulerSettings."""
+    tells_tokens: bool = False
+    """See InstanceSettings."""
+    objectives: Objectives = Objectives()
+    """Of requests that bring none."""
+
+
 class AskToJoin(Message, frozen=True, kw_only=True):
     """A host offers an instance."""
 
@@ -56,7 +68,14 @@ class AskToJoin(Message, frozen=True, kw_only=True):
 
 
 class StillHere(Message, frozen=True, kw_only=True):
-    """Either side: nothing but a sign of life."""
+    """Either side: a sign of life."""
+
+    takes_requests: bool = False
+    """The router's: so does the host's instance."""
+
+
+class AskToLeave(Message, frozen=True, kw_only=True):
+    """The host is to stop: its instance gives away what it holds, and is told to end once it holds nothing."""
 
 
 class InstanceEnded(Message, frozen=True, kw_only=True):
@@ -69,6 +88,7 @@ class Admitted(Message, frozen=True, kw_only=True):
     """The host is to start an instance of this name."""
 
     instance: InstanceId
+    terms: ServerTerms
 
 
 class NotAdmitted(Message, frozen=True, kw_only=True):
@@ -81,9 +101,11 @@ class EndYourInstance(Message, frozen=True, kw_only=True):
     """The router does not know, or no longer wants, the host's instance."""
 
     why: Words
+    for_good: bool = False
+    """It was removed: the host is not to ask anew."""
 
 
-FromHost = AskToJoin | StillHere | InstanceEnded
+FromHost = AskToJoin | AskToLeave | StillHere | InstanceEnded
 ToHost = Admitted | NotAdmitted | EndYourInstance | StillHere
 
 _from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)

@@ -14,7 +14,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import write_placement
 from disagg.cli.plan_page import write_page
-from disagg.cli.plan_problem import choose_host_problem, choose_problem, is_for_a_host
+from disagg.cli.plan_problem import OVERLAY, choose_host_problem, choose_problem, is_for_a_host
 from disagg.cli.plan_report import print_plan
 from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, workload_options
@@ -25,6 +25,7 @@ from disagg.placement.describe import describe
 from disagg.placement.describe_host import describe_host
 from disagg.placement.host_planner import search_host
 from disagg.placement.k8s_manifests import k8s_manifests
+from disagg.placement.k8s_overlay import k8s_overlay
 from disagg.placement.layout import PlacedInstance
 from disagg.placement.plan import Plan
 from disagg.placement.planner import search
@@ -37,7 +38,8 @@ from disagg.simulator.engines import IMITATED
 
 Made = tuple[Plan, tuple[PlacedInstance, ...]]
 """A plan, and the instances of its best placement on their devices: none where they are not a cluster's."""
-_LAUNCHERS: Final = {"vllm": vllm_script, "k8s": k8s_manifests}
+_OF_VLLM: Final = {"vllm": vllm_script, "k8s-vllm": k8s_manifests}
+"""What starts the instances of a cluster's plan; people with GPUs run vLLM."""
 _FILE: Final = click.Path(path_type=Path)
 
 
@@ -95,8 +97,9 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option(
     "--as",
     "launch_as",
-    type=Name(list(_LAUNCHERS)),
-    help="Print the best placement as start commands of vLLM, or as Kubernetes manifests, in place of the report.",
+    type=Name([OVERLAY, *_OF_VLLM]),
+    help="Print the best placement in place of the report: for Kubernetes (k8s, with a profile), as start commands of "
+    "vLLM, or as Kubernetes manifests of vLLM.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(slo: SloTarget, output: Path | None, as_json: bool, **values: Any) -> None:
@@ -114,9 +117,15 @@ def plan(slo: SloTarget, output: Path | None, as_json: bool, **values: Any) -> N
     if values["html"] is not None:
         write_page(result, values["html"])
     if values["launch_as"] is not None:
-        click.echo(_LAUNCHERS[values["launch_as"]](placed, values["model"] or "MODEL"), nl=False)
+        click.echo(_launch(values, result, placed, cache), nl=False)
         return
     print_plan(result, as_json, time.monotonic() - begin_s)
+
+
+def _launch(values: dict[str, Any], result: Plan, placed: tuple[PlacedInstance, ...], cache: CacheSettings) -> str:
+    if values["launch_as"] == OVERLAY:
+        return k8s_overlay(result.best.placement, cache)
+    return _OF_VLLM[values["launch_as"]](placed, values["model"] or "MODEL")
 
 
 def _cluster_plan(

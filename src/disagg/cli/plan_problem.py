@@ -22,6 +22,8 @@ from disagg.placement.instance_choice import BatchLimits
 from disagg.placement.problem import CostUnit, PlanProblem
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
+OVERLAY: Final = "k8s"
+"""Value of --as: our own instances on Kubernetes."""
 _MANY: Final = 10**9
 _PATIENT: Final = RouterSettings(max_queued_requests=_MANY, request_timeout_s=1e9)
 _SEQUENCES: Final = 512
@@ -41,6 +43,11 @@ _BATCHINGS: Final[Mapping[Role, tuple[BatchLimits, ...]]] = {
 
 def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> PlanProblem:
     """Return the problem. Raises ConfigurationError when flags are missing or contradict each other."""
+    if values["launch_as"] == OVERLAY:
+        raise ConfigurationError(
+            f"--as {OVERLAY} starts instances of disagg on CPU cores, so plan with a profile (disagg profile); for the "
+            "devices of a cluster take --as k8s-vllm"
+        )
     on = _platform(values, cache)
     topology = on.topology or Topology.one_node(on.platform.link, _num_devices(values))
     kinds = dict.fromkeys(node.device for node in topology.nodes)
@@ -67,12 +74,13 @@ def is_for_a_host(values: Mapping[str, Any]) -> bool:
 
 def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> HostProblem:
     """Return the problem of the host that profiles are of. Raises ConfigurationError for flags that it has not."""
-    for name in ("target_rate", "per", "model", "launch_as"):
+    for name in ("target_rate", "per", "model"):
         if values[name] is not None:
-            flag = "--as" if name == "launch_as" else flag_name(name)
             raise ConfigurationError(
-                f"a profile is of one model on one machine, and its plan for all of it: leave out {flag}"
+                f"a profile is of one model on one machine, and its plan for all of it: leave out {flag_name(name)}"
             )
+    if values["launch_as"] not in (None, OVERLAY):
+        raise ConfigurationError(f"a profile's plan is of disagg's own instances: take --as {OVERLAY}")
     measured = {}
     for file in values["latency"]:
         platform = ProfiledPlatform(load_profile(Path(file)), cache.kv_memory_bytes)

@@ -4,6 +4,8 @@ import pytest
 
 from disagg.base.config import (
     CacheSettings,
+    CurveKeys,
+    DiskSettings,
     InstanceGroup,
     Placement,
     RouterSettings,
@@ -12,8 +14,18 @@ from disagg.base.config import (
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.base.joining import ServerTerms
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
-from disagg.serve.launch.deployment import Deployment, HostSettings, plan_addition, plan_instances
+from disagg.serve.launch.deployment import (
+    Deployment,
+    HostSettings,
+    plan_addition,
+    plan_guest,
+    plan_instances,
+    terms_of,
+    under_terms,
+)
 
 
 def group(role: Role, count: int = 1, **fields) -> InstanceGroup:
@@ -108,3 +120,36 @@ def test_one_more_instance_tells_costs_where_the_router_predicts(predicts):
     deployment = Deployment(placement=Placement(groups=groups), router=RouterSettings(strict_roles=not predicts))
     added = plan_addition(deployment, plan(*groups), (), InstanceId("decode-1"), Role.DECODE, (0, 1))
     assert added.scheduler.tells_costs is predicts
+
+
+def test_a_server_without_an_instance_of_its_own_cannot_add_one():
+    deployment = Deployment(placement=Placement(groups=(), others_join=True))
+    assert plan_instances(deployment, control_endpoint="ipc://here", available_cores=(0,), parent_pid=7) == ()
+    with pytest.raises(ConfigurationError, match="disagg serve --join"):
+        plan_addition(deployment, (), (), InstanceId("decode-0"), Role.DECODE, (0,))
+
+
+def test_an_instance_for_another_hosts_server_has_what_its_host_is_told():
+    deployment = Deployment(
+        placement=Placement(groups=(group(Role.COLOCATED, 2),)), cache=CacheSettings(kv_disk="/disk,2GiB")
+    )
+    keys = CurveKeys(server_public="s", public="p", secret="x")
+    guest = plan_guest(deployment, Role.DECODE, keys, (0, 1, 2), 7)
+    assert (guest.role, guest.num_threads, guest.control_curve) == (Role.DECODE, 3, keys)
+    assert guest.cpus == (), "it has no core to itself unless told"
+    assert guest.kv_disk == DiskSettings(folder="/disk", max_bytes=2 << 30)
+
+
+def test_the_server_says_what_all_its_instances_tell_and_aim_at():
+    objectives = Objectives(ttft_s=0.5)
+    deployment = Deployment(
+        placement=Placement(groups=(group(Role.COLOCATED),)),
+        router=RouterSettings(strict_roles=False),
+        scheduler=SchedulerSettings(objectives=objectives),
+        host=HostSettings(kv_events="tcp://127.0.0.1:5557"),
+    )
+    terms = terms_of(deployment)
+    assert terms == ServerTerms(tells_costs=True, tells_tokens=True, objectives=objectives)
+    (own,) = plan_instances(deployment, control_endpoint="ipc://here", available_cores=(0,), parent_pid=7)
+    assert own.scheduler == under_terms(SchedulerSettings(), terms), "here as on other hosts"
+    assert own.tells_tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from disagg.base.errors import ConfigurationError
-from disagg.serve.launch.join import parse_host_port
 from disagg.serve.launch.key_files import instance_keys, make_keys, server_guard
+from disagg.serve.launch.server_address import parse_host_port
 
 
 def test_keys_are_made_once_and_for_this_user_alone(tmp_path: Path) -> None:

@@ -11,15 +11,18 @@ from disagg.base.ids import InstanceId
 from disagg.base.joining import (
     Admitted,
     AskToJoin,
+    AskToLeave,
     EndYourInstance,
     InstanceEnded,
     ModelIdentity,
     NotAdmitted,
+    ServerTerms,
     StillHere,
     ToHost,
     decode_for_host,
 )
 from disagg.base.messages import PROTOCOL_VERSION, Message, encode
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.serve.router.control_socket import Receiver
 from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
@@ -29,6 +32,7 @@ OURS = ModelIdentity(fingerprint="ab" * 16, dtype=DType.BFLOAT16, quantization=N
 ASK = AskToJoin(version=PROTOCOL_VERSION, release="0.1.0", role=Role.DECODE, model=OURS, host="beta (10.0.0.2)")
 BETA, GAMMA = "host.beta", "host.gamma"
 D1 = InstanceId("decode-1")
+TERMS = ServerTerms(tells_costs=True, tells_tokens=True, objectives=Objectives(ttft_s=0.5))
 
 
 class Wire:
@@ -63,10 +67,12 @@ class Deployment(NullWatcher):
         self.inner, self.outer = Wire(), Wire()
         self.members: list[tuple[str, Role]] = []
         self.left: list[str] = []
+        self.ready: set[str] = set()
+        self.asked_to_leave: list[str] = []
         self.heard: list[tuple[str, bytes]] = []
         self.faulty: list[str] = []
         self.refusal = ""
-        self.door = OutsideDoor(self.outer, OURS)
+        self.door = OutsideDoor(self.outer, OURS, TERMS)
         self.door.listener = self
         self.socket = TwoDoors(self.inner, self.door)
         self.socket.open(lambda instance, data: self.heard.append((instance, data)))
@@ -77,11 +83,19 @@ class Deployment(NullWatcher):
             raise ConfigurationError(self.refusal)
         self.members.append((instance, role))
 
+    def instance_asks_to_leave(self, instance: InstanceId) -> None:
+        self.asked_to_leave.append(instance)
+        if self.refusal:
+            raise ConfigurationError(self.refusal)
+
     def instance_left(self, instance: InstanceId) -> None:
         self.left.append(instance)
 
     def has_instance(self, instance: InstanceId) -> bool:
         return instance in ("prefill-0", "decode-0") or (instance in self.door and instance not in self.left)
+
+    def takes_requests(self, instance: InstanceId) -> bool:
+        return instance in self.ready
 
     def instance_faulty(self, instance: InstanceId, why: str) -> None:
         self.faulty.append(instance)
@@ -95,7 +109,7 @@ def server() -> Deployment:
 def test_a_host_is_admitted_under_the_next_free_name(server: Deployment) -> None:
     for number, host in ((1, BETA), (2, GAMMA)):
         server.outer.say(host, ASK)
-        assert server.outer.answers(host) == [Admitted(instance=InstanceId(f"decode-{number}"))]
+        assert server.outer.answers(host) == [Admitted(instance=InstanceId(f"decode-{number}"), terms=TERMS)]
     server.outer.say("host.delta", structs.replace(ASK, role=Role.PREFILL))
     assert server.members == [("decode-1", Role.DECODE), ("decode-2", Role.DECODE), ("prefill-1", Role.PREFILL)]
 
@@ -154,11 +168,30 @@ def test_a_host_whose_instance_ended_gives_up_the_name(server: Deployment) -> No
     assert server.members == [("decode-1", Role.DECODE)] * 2
 
 
+def test_a_host_that_is_to_stop_keeps_its_name_until_its_instance_holds_nothing(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, AskToLeave())
+    assert (server.asked_to_leave, server.left) == (["decode-1"], [])
+    server.refusal = "decode-1 is being removed already"
+    server.outer.say(BETA, AskToLeave())
+    server.watcher.instance_leaving(D1)
+    last = server.outer.answers(BETA)[-1]
+    assert isinstance(last, EndYourInstance)
+    assert last.for_good, "it does not ask to join anew"
+    assert server.left == ["decode-1"]
+
+
+def test_nobody_leaves_for_another(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(GAMMA, AskToLeave())
+    assert server.asked_to_leave == []
+
+
 def test_a_host_that_asks_anew_has_lost_its_instance(server: Deployment) -> None:
     server.outer.say(BETA, ASK)
     server.outer.say(BETA, ASK)
     assert server.left == ["decode-1"]
-    assert server.outer.answers(BETA) == [Admitted(instance=D1)] * 2
+    assert server.outer.answers(BETA) == [Admitted(instance=D1, terms=TERMS)] * 2
 
 
 def test_signs_of_life_are_answered_to_those_who_belong(server: Deployment) -> None:
@@ -166,7 +199,10 @@ def test_signs_of_life_are_answered_to_those_who_belong(server: Deployment) -> N
     server.outer.say(BETA, ASK)
     server.outer.say(BETA, StillHere())
     assert server.outer.answers(BETA)[0] == EndYourInstance(why="the server does not know it")
-    assert server.outer.answers(BETA)[-1] == StillHere()
+    assert server.outer.answers(BETA)[-1] == StillHere(takes_requests=False)
+    server.ready.add(D1)
+    server.outer.say(BETA, StillHere())
+    assert server.outer.answers(BETA)[-1] == StillHere(takes_requests=True)
 
 
 def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:

@@ -382,7 +382,7 @@ class RouterCore:
                     raise ConfigurationError(f"{instance} cannot be given sequences again: it is {state}")
                 self._dispatch(command)
             case Leave():
-                if known.is_alive:
+                if known.is_alive and (known.entry.num_sequences or not known.is_leaving):
                     self._outputs.append(InstanceLost(instance=known.instance))
                 self._let_go(known)
             case ChangeRole(instance=instance, role=role):

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from disagg.base.config import (
     CacheSettings,
+    CurveKeys,
     Device,
     InstanceGroup,
     InstanceSettings,
@@ -19,6 +20,7 @@ from disagg.base.config import (
 )
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.base.joining import ServerTerms
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import format_ranges
@@ -78,6 +80,10 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "or the one from which --join reaches the server]"
         ),
     ] = None
+    ready_file: Annotated[
+        str | None,
+        Meta(description="file that is there while the instance of --join takes requests, for probes [default: none]"),
+    ] = None
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,7 +136,7 @@ def plan_instances(
             transfer=deployment.transfer,
             kv_host=kv_host,
             kv_disk=deployment.cache.disk(len(groups)),
-            tells_tokens=host.kv_events is not None,
+            tells_tokens=terms_of(deployment).tells_tokens,
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
@@ -157,7 +163,13 @@ def plan_addition(
     """Return what one more instance is told. ``planned`` are those of the start, ``present`` those that there are now.
 
     It is as those of its role, on cores that are left; where too few are, it shares those that fewest others have.
+    Raises ConfigurationError for a server all of whose instances are on other hosts.
     """
+    if not planned:
+        raise ConfigurationError(
+            "this server began without an instance of its own, and has none to go by: start one more on a host of its "
+            "own, with disagg serve --join"
+        )
     host = deployment.host
     like = next((settings for settings in planned if settings.role is role), planned[0])
     group = next(
@@ -178,9 +190,40 @@ def plan_addition(
     )
 
 
+def plan_guest(
+    deployment: Deployment, role: Role, keys: CurveKeys, available_cores: Sequence[int], parent_pid: int
+) -> InstanceSettings:
+    """Return what this host tells its instance for another one's server, but for what that server says of it.
+
+    It has the whole of ``--kv-disk``, and is pinned to the cores of ``--cpus`` alone: others on this host may be
+    neighbours that it knows nothing of. Raises ConfigurationError for cores that are not there.
+    """
+    alone = Placement(groups=(InstanceGroup(role=role, count=1),), others_join=True)
+    (settings,) = plan_instances(
+        msgspec.structs.replace(deployment, placement=alone),
+        control_endpoint="",
+        available_cores=available_cores,
+        parent_pid=parent_pid,
+    )
+    return msgspec.structs.replace(settings, control_curve=keys, cpus=deployment.host.cpus)
+
+
+def terms_of(deployment: Deployment) -> ServerTerms:
+    """Return what a server decides for all its instances, on other hosts too."""
+    return ServerTerms(
+        tells_costs=deployment.router.needs_costs,
+        tells_tokens=deployment.host.kv_events is not None,
+        objectives=deployment.scheduler.objectives,
+    )
+
+
+def under_terms(scheduler: SchedulerSettings, terms: ServerTerms) -> SchedulerSettings:
+    """Return a scheduler's settings with what the server decides."""
+    return msgspec.structs.replace(scheduler, tells_costs=terms.tells_costs, objectives=terms.objectives)
+
+
 def _scheduler(deployment: Deployment, group: InstanceGroup) -> SchedulerSettings:
-    common = msgspec.structs.replace(deployment.scheduler, tells_costs=deployment.router.needs_costs)
-    return group.scheduler(common)
+    return group.scheduler(under_terms(deployment.scheduler, terms_of(deployment)))
 
 
 def _event_log(host: HostSettings, name: InstanceId) -> str | None:

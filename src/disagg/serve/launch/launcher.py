@@ -106,6 +106,8 @@ class Launcher:
         """Start all instances, and go on to watch them."""
         for child in self._children.values():
             self._watch(child)
+        if not self._children:
+            self._all_ready.set()  # they all join from other hosts
 
     def add(self, settings: InstanceSettings) -> None:
         """Start one more instance, whose end ends nothing else."""

@@ -4,9 +4,10 @@ import logging
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.transfer_settings import KvLinkChoice
-from disagg.serve.launch.deployment import Deployment, RemoteSettings
-from disagg.serve.launch.join import identity_of, key_folder, parse_host_port, zmq_endpoint
+from disagg.serve.launch.deployment import Deployment, terms_of
+from disagg.serve.launch.join import identity_of, key_folder
 from disagg.serve.launch.key_files import make_keys, server_guard
+from disagg.serve.launch.server_address import parse_host_port, zmq_endpoint
 from disagg.serve.router.control_socket import ControlSocket, ZmqControlSocket
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
@@ -31,14 +32,17 @@ def open_door(deployment: Deployment) -> OutsideDoor | None:
     if make_keys(folder):
         logger.info("made keys in %s; `disagg keys` says which of them other hosts need", folder)
     socket = ZmqControlSocket(zmq_endpoint(host, port), server_guard(folder))
-    return OutsideDoor(socket, identity_of(deployment))
+    return OutsideDoor(socket, identity_of(deployment), terms_of(deployment))
 
 
-def kv_host_of(remote: RemoteSettings) -> str | None:
+def kv_host_of(deployment: Deployment) -> str | None:
     """Return the address at which other hosts read this host's KV blocks, or None where none does.
 
     Raises ConfigurationError when it is not said.
     """
+    remote = deployment.remote
+    if not deployment.placement.groups:
+        return None  # nor has it any
     if remote.kv_host is not None or remote.listen_instances is None:
         return remote.kv_host
     host, _ = parse_host_port(remote.listen_instances, "--listen-instances")

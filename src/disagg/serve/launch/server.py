@@ -80,7 +80,7 @@ class LiveServer:
                 parent_pid=os.getpid(),
                 control_key=control_key,
                 weights=resources.enter_context(shared_weights()),
-                kv_host=kv_host_of(self._deployment.remote),
+                kv_host=kv_host_of(self._deployment),
             )
             folder = self._deployment.host.event_log
             self._router = LiveRouter(

@@ -16,7 +16,8 @@ from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
-from disagg.scheduling.dispatch.events import Join, Leave, ProcessStarting
+from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
+from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, MeasureLinks, ProcessExited
@@ -192,6 +193,10 @@ class LiveRouter:
         """See MemberListener."""
         self._shell.feed(Join(instance=instance, role=role))
 
+    def instance_asks_to_leave(self, instance: InstanceId) -> None:
+        """See MemberListener. It goes whatever is left to serve, so the command is forced."""
+        self._shell.feed(Drain(instance=instance, leave=True, force=True))
+
     def instance_left(self, instance: InstanceId) -> None:
         """See MemberListener."""
         self._shell.feed(Leave(instance=instance))
@@ -199,6 +204,10 @@ class LiveRouter:
     def has_instance(self, instance: InstanceId) -> bool:
         """See MemberListener."""
         return self._core.members.get(instance) is not None
+
+    def takes_requests(self, instance: InstanceId) -> bool:
+        """See MemberListener."""
+        return self._core.members[instance].state is InstanceState.READY
 
     # Messages -------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,12 @@ from disagg.base.joining import (
     HOST_PREFIX,
     Admitted,
     AskToJoin,
+    AskToLeave,
     EndYourInstance,
     InstanceEnded,
     ModelIdentity,
     NotAdmitted,
+    ServerTerms,
     StillHere,
     decode_from_host,
 )
@@ -37,11 +39,17 @@ class MemberListener(Protocol):
     def instance_joined(self, instance: InstanceId, role: Role) -> None:
         """An instance is about to start on another host; raise ConfigurationError when it cannot belong."""
 
+    def instance_asks_to_leave(self, instance: InstanceId) -> None:
+        """Its host is to stop: let it give away what it holds. Raise ConfigurationError when it does so already."""
+
     def instance_left(self, instance: InstanceId) -> None:
         """It does not belong any more; what it held is lost."""
 
     def has_instance(self, instance: InstanceId) -> bool:
         """True while an instance of this name belongs to the deployment."""
+
+    def takes_requests(self, instance: InstanceId) -> bool:
+        """True while an instance of the deployment is ready, and does not drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +65,10 @@ class OutsideDoor:
 
     listener: MemberListener
 
-    def __init__(self, socket: ControlSocket, identity: ModelIdentity) -> None:
+    def __init__(self, socket: ControlSocket, identity: ModelIdentity, terms: ServerTerms) -> None:
         self._socket = socket
         self._identity = identity
+        self._terms = terms
         self._guests: dict[InstanceId, _Guest] = {}
 
     def __contains__(self, instance: InstanceId) -> bool:
@@ -79,10 +88,19 @@ class OutsideDoor:
         self._socket.close()
 
     def turn_out(self, instance: InstanceId, why: str) -> None:
-        """Let go of an instance, and tell its host if that can be reached."""
+        """Let go of an instance that is broken, and tell its host if that can be reached."""
         guest = self._guests.pop(instance)
         logger.error("instance %s on %s does not belong to this server any more: %s", instance, guest.host, why)
         self._answer(guest.socket_name, EndYourInstance(why=why))
+        self.listener.instance_left(instance)
+
+    def see_off(self, instance: InstanceId) -> None:
+        """Let go of an instance that holds nothing any more and was to leave."""
+        guest = self._guests.pop(instance)
+        logger.info("%s on %s leaves", instance, guest.host)
+        self._answer(
+            guest.socket_name, EndYourInstance(why="it was removed, and holds nothing any more", for_good=True)
+        )
         self.listener.instance_left(instance)
 
     def host_of(self, instance: InstanceId) -> str:
@@ -111,11 +129,18 @@ class OutsideDoor:
                     self._let_go(instance, "its host asks to join anew")
                 self._answer(sender, self._admit(sender, message))
             case StillHere():
-                known = StillHere() if instance is not None else EndYourInstance(why="the server does not know it")
-                self._answer(sender, known)
+                self._answer(sender, self._reply_to(instance))
+            case AskToLeave():
+                if instance is not None:
+                    self._let_leave(instance)
             case InstanceEnded(detail=detail):
                 if instance is not None:
                     self._let_go(instance, detail)
+
+    def _reply_to(self, instance: InstanceId | None) -> StillHere | EndYourInstance:
+        if instance is None:
+            return EndYourInstance(why="the server does not know it")
+        return StillHere(takes_requests=self.listener.takes_requests(instance))
 
     def _admit(self, sender: InstanceId, asked: AskToJoin) -> Admitted | NotAdmitted:
         why = self._why_not(asked)
@@ -130,7 +155,7 @@ class OutsideDoor:
             return NotAdmitted(why=why)
         self._guests[instance] = _Guest(sender, asked.host)
         logger.info("%s on %s joins", instance, asked.host)
-        return Admitted(instance=instance)
+        return Admitted(instance=instance, terms=self._terms)
 
     def _why_not(self, asked: AskToJoin) -> str:
         if asked.version != PROTOCOL_VERSION:
@@ -145,6 +170,13 @@ class OutsideDoor:
         while self.listener.has_instance(name := InstanceId(f"{role.value}-{number}")):
             number += 1
         return name
+
+    def _let_leave(self, instance: InstanceId) -> None:
+        logger.info("the host of %s is to stop: its answers move to others", instance)
+        try:
+            self.listener.instance_asks_to_leave(instance)
+        except ConfigurationError as error:
+            logger.debug("%s", error)
 
     def _let_go(self, instance: InstanceId, detail: str) -> None:
         guest = self._guests.pop(instance)
@@ -225,7 +257,7 @@ class TwoWatchers:
     def instance_leaving(self, instance: InstanceId) -> None:
         """See InstanceWatcher: what is on another host is ended there."""
         if instance in self._outside:
-            self._outside.turn_out(instance, "an operator removed it")
+            self._outside.see_off(instance)
         else:
             self._local.instance_leaving(instance)
 
