@@ -62,13 +62,28 @@ class Linear:
     def use_packed(self, packed: int) -> None: ...
     def multiply(self, x: int, out: int, rows: int, num_threads: int) -> None: ...
 
+class Mlp: ...
+
+class DenseMlp(Mlp):
+    def __init__(self, *, gate_up: Linear, down: Linear) -> None: ...
+
+class SparseMlp(Mlp):
+    def __init__(
+        self,
+        *,
+        router: Linear,
+        experts: list[DenseMlp],
+        shared: DenseMlp | None,
+        num_per_token: int,
+        normalize_weights: bool,
+    ) -> None: ...
+
 class Decoder:
     def __init__(
         self,
         *,
         kernels: Kernels,
         hidden: int,
-        intermediate: int,
         vocab_size: int,
         embeddings: int,
         norm: int,
@@ -87,8 +102,7 @@ class Decoder:
         k_norm: int,
         attention_output: Linear,
         mlp_norm: int,
-        gate_up: Linear,
-        down: Linear,
+        mlp: Mlp,
         window: int,
     ) -> None: ...
     def run(

@@ -1,5 +1,6 @@
 """The kernel backend on the native CPU kernels of ``native/``, packed weights included."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from disagg.engine.kernels.interface import (
 )
 from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
+from disagg.engine.kernels.native_mlp import native_linear
 from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
@@ -88,26 +90,19 @@ class NativeBackend:
 
     def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
         """Return the decoder as one native call; None where a weight could not be packed."""
-        down, head = weights.layers[0].down, weights.head
-        linears = (
-            linear
-            for layer in weights.layers
-            for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
-        )
-        if not isinstance(down, PackedLinear) or not isinstance(head, PackedLinear):
-            return None
+        linears = chain((weights.head,), *(layer.linears for layer in weights.layers))
         if not all(isinstance(linear, PackedLinear) for linear in linears):
             return None
+        vocab_size, hidden = weights.embeddings.shape
         num_positions, _ = settings.cos_sin.shape
         check_tensor(settings.cos_sin, torch.float32, settings.cos_sin.numel())
         native = _native.Decoder(
             kernels=self._kernels[weights.norm.dtype],
-            hidden=down.out_features,
-            intermediate=down.in_features,
-            vocab_size=head.out_features,
+            hidden=hidden,
+            vocab_size=vocab_size,
             embeddings=weights.embeddings.data_ptr(),
             norm=weights.norm.data_ptr(),
-            head=head.native,
+            head=native_linear(weights.head),
             cos_sin=settings.cos_sin.data_ptr(),
             num_positions=num_positions,
             scale=settings.scale,

@@ -76,6 +76,30 @@ struct LinearArgs {
   int64_t out_features;
 };
 
+// Which experts each row of a step passes: the ``num_per_token`` highest logits, weighted by their softmax, over the
+// chosen ones with ``normalize`` and over all without; the shared expert has the sigmoid of the last logit.
+struct ExpertChoice {
+  const void* logits;         // [T, num_experts + has_shared]
+  int32_t* chosen;            // [T, num_per_token], the highest first
+  float* weights;             // [T, num_per_token + 1], the shared expert's last
+  int num_experts;
+  int num_per_token;
+  bool has_shared;
+  bool normalize;
+};
+constexpr int kMostExperts = 1024;
+
+// The weighted sum of what a row's experts gave.
+struct ExpertSum {
+  const void* products;       // [T * num_per_token, width], in the order of ``places``
+  const void* shared;         // [T, width] or null
+  const int32_t* places;      // [T, num_per_token]
+  const float* weights;       // [T, num_per_token + 1]
+  void* out;                  // [T, width]
+  int64_t width;
+  int num_per_token;
+};
+
 // Where the likely tokens of a row go: room for all that there may be, and for a vector more. Besides, what makes a
 // log-probability of any other logit.
 struct LikelyTokens {
@@ -109,6 +133,8 @@ struct Kernels {
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
                    int64_t row_begin, int64_t row_end);
   void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  void (*choose_experts)(const ExpertChoice&, int64_t row_begin, int64_t row_end);
+  void (*combine_experts)(const ExpertSum&, int64_t row_begin, int64_t row_end);
   // Of one row of logits; see logits.h.
   int64_t (*find_largest)(const void* logits, int64_t width);
   int64_t (*find_likely)(const void* logits, int64_t width, float sharpness, float floor, LikelyTokens& out);

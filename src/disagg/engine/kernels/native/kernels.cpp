@@ -2,6 +2,7 @@
 
 #include "decode_attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "kernel_table.h"
 #include "linear.h"
 #include "linear_int8.h"
@@ -32,6 +33,7 @@ template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
           pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
+          choose_experts<E>, combine_experts<E>,
           find_largest<E>, find_likely<E>, logprob_of<E>};
 }
 

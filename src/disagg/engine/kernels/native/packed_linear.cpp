@@ -56,9 +56,12 @@ void PackedLinear::pack(const void* weight, void* packed, int num_threads) {
   });
 }
 
-void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
+LinearArgs PackedLinear::args(const void* x, void* out) const {
   const auto data_of = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
-  const LinearArgs args{x, out, packed_, data_of(scale_), data_of(bias_), in_features_, out_features_};
+  return {x, out, packed_, data_of(scale_), data_of(bias_), in_features_, out_features_};
+}
+
+void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
   const int64_t worth = 1 + rows * in_features_ * out_features_ / kMultiplicationsPerThread;
   const int64_t pieces = team.size() == 1 ? 1 : std::min(worth, kPiecesPerThread * team.size());
   const int64_t columns = std::clamp<int64_t>(num_panels_ / kPanelsPerPiece, 1, pieces);
@@ -68,14 +71,22 @@ void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) 
   team.for_each_item(columns * bands, [&](int64_t item, int64_t) {
     const int64_t column = item / bands;
     const int64_t band = item % bands;
-    const int64_t first = num_panels_ * column / columns;
-    const int64_t end = num_panels_ * (column + 1) / columns;
-    if (scale_.empty()) {
-      kernels_.multiply(args, row(band), row(band + 1), first, end);
-    } else {
-      kernels_.multiply_int8(args, widened_panel(panel_units()), row(band), row(band + 1), first, end);
-    }
+    multiply_panels(args(x, out), row(band), row(band + 1), num_panels_ * column / columns,
+                    num_panels_ * (column + 1) / columns);
   });
+}
+
+void PackedLinear::multiply_part(const void* x, void* out, int64_t rows, int64_t part, int64_t parts) const {
+  multiply_panels(args(x, out), 0, rows, num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
+}
+
+void PackedLinear::multiply_panels(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                                   int64_t panel_end) const {
+  if (scale_.empty()) {
+    kernels_.multiply(args, row_begin, row_end, panel_begin, panel_end);
+  } else {
+    kernels_.multiply_int8(args, widened_panel(panel_units()), row_begin, row_end, panel_begin, panel_end);
+  }
 }
 
 }  // namespace disagg

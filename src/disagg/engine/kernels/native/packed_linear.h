@@ -26,8 +26,16 @@ class PackedLinear {
   // out [rows, out_features] = x [rows, in_features] times the transposed weight, plus the bias. For every thread of the
   // team to call.
   void multiply(Team& team, const void* x, void* out, int64_t rows) const;
+  // One of ``parts`` pieces of the same, a range of output features, by the calling thread.
+  void multiply_part(const void* x, void* out, int64_t rows, int64_t part, int64_t parts) const;
+
+  int64_t in_features() const { return in_features_; }
+  int64_t out_features() const { return out_features_; }
 
  private:
+  LinearArgs args(const void* x, void* out) const;
+  void multiply_panels(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                       int64_t panel_end) const;
   int64_t panel_units() const { return kernels_.panel_width * (in_features_ / features_per_unit_); }
 
   const Kernels& kernels_;
