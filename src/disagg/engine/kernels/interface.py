@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
@@ -148,6 +149,11 @@ class KernelBackend(Protocol):
         self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
     ) -> Linear:
         """Pack an int8 weight for activations of ``dtype``; the caller may drop its own reference."""
+
+    def block_linear(
+        self, weight: BlockWeight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
+        """Pack a weight in blocks for activations of ``dtype``; the caller may drop its own reference."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; x is [T, hidden]. The mean of squares is taken in float32."""

@@ -10,6 +10,7 @@ import torch
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.interface import (
     DecoderSettings,
@@ -87,6 +88,12 @@ class NativeBackend:
         if dtype is torch.bfloat16 and weight.values.shape[1] % 2:
             return plain_int8_linear(weight, bias, memory)
         return self._pack(weight.values, dtype, memory.keep(weight.scale).tolist(), bias, memory)
+
+    def block_linear(
+        self, weight: BlockWeight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
+        """Copy ``weight`` into the order in which the kernels read it: about as many bytes as the file has."""
+        return self._pack(weight, dtype, [], bias, memory)
 
     def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
         """Return the decoder as one native call; None where a weight could not be packed."""
@@ -230,15 +237,18 @@ class NativeBackend:
 
     def _pack(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | BlockWeight,
         dtype: torch.dtype,
         scale: list[float],
         bias: torch.Tensor | None,
         memory: WeightMemory,
     ) -> PackedLinear:
         offsets = [] if bias is None else memory.keep(bias).float().tolist()
-        out_features, in_features = weight.shape
-        native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets)
+        blocks = None
+        if isinstance(weight, BlockWeight):
+            blocks = getattr(_native.BlockFormat, weight.format.name)
+        out_features, in_features = (weight.values if isinstance(weight, BlockWeight) else weight).shape
+        native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets, blocks)
         return PackedLinear(native, weight, dtype, memory)
 
     def _rms_norm(

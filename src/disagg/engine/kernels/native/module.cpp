@@ -5,6 +5,7 @@
 
 #include <climits>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -182,8 +183,9 @@ class BoundKernels {
 class BoundLinear {
  public:
   BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& scale,
-              const std::vector<float>& bias)
-      : linear_(kernels.table(), out_features, in_features, 4 / kernels.item_bytes(), scale, bias) {
+              const std::vector<float>& bias, std::optional<BlockFormat> blocks)
+      : linear_(kernels.table(), out_features, in_features, 4 / kernels.item_bytes(), scale, bias,
+                blocks ? &kernels.table().blocks[*blocks] : nullptr) {
     if (in_features % (4 / kernels.item_bytes()))
       throw std::invalid_argument("a packed weight needs an even number of input features");
     for (const std::vector<float>* values : {&scale, &bias})
@@ -196,6 +198,14 @@ class BoundLinear {
   void pack(uintptr_t weight, uintptr_t packed, int num_threads) {
     const py::gil_scoped_release unlocked;
     linear_.pack(at<void>(weight), at<void>(packed), num_threads);
+  }
+
+  void pack_blocks(uintptr_t values, uintptr_t scale, uintptr_t offset, uintptr_t sub_scale, uintptr_t sub_offset,
+                   uintptr_t packed, int num_threads) {
+    const py::gil_scoped_release unlocked;
+    const BlockArrays weight{at<int8_t>(values), at<uint16_t>(scale), at<uint16_t>(offset), at<int8_t>(sub_scale),
+                             at<int8_t>(sub_offset)};
+    linear_.pack_blocks(weight, at<void>(packed), num_threads);
   }
 
   void use_packed(uintptr_t packed) { linear_.use_packed(at<void>(packed)); }
@@ -296,11 +306,22 @@ PYBIND11_MODULE(_native, module) {
       .def("find_largest", &BoundKernels::find_largest)
       .def("draw", &BoundKernels::draw)
       .def("forbid", &BoundKernels::forbid);
+  py::enum_<BlockFormat>(module, "BlockFormat")
+      .value("BYTES32", kBytes32)
+      .value("BYTES32_OFFSET", kBytes32Offset)
+      .value("BYTES32_SUB_OFFSET", kBytes32SubOffset)
+      .value("BYTES16_SUB", kBytes16Sub)
+      .value("NIBBLES32_OFFSET", kNibbles32Offset)
+      .value("NIBBLES32_SUB_OFFSET", kNibbles32SubOffset);
   py::class_<BoundLinear>(module, "Linear")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&>(),
-           py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))
+      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&,
+                    std::optional<BlockFormat>>(),
+           py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"),
+           py::arg("blocks") = py::none())
       .def("packed_bytes", &BoundLinear::packed_bytes)
       .def("pack", &BoundLinear::pack)
+      .def("pack_blocks", &BoundLinear::pack_blocks, py::kw_only(), py::arg("values"), py::arg("scale"),
+           py::arg("offset"), py::arg("sub_scale"), py::arg("sub_offset"), py::arg("packed"), py::arg("num_threads"))
       .def("use_packed", &BoundLinear::use_packed)
       .def("multiply", &BoundLinear::multiply);
   py::class_<Mlp>(module, "Mlp");

@@ -14,18 +14,21 @@ constexpr int64_t kPiecesPerThread = 2;
 constexpr int64_t kPanelsPerPiece = 3;
 constexpr int64_t kRowsPerPiece = 12;
 
-// This thread's room for a panel of int8 weights as units; kept, since fresh pages cost more than what is written there.
-uint32_t* widened_panel(int64_t num_units) {
-  thread_local std::vector<uint32_t> units;
-  if (static_cast<int64_t>(units.size()) < num_units) units.resize(num_units);
-  return units.data();
+// This thread's room for what a product writes down, a widened panel first of all; kept, since fresh pages cost more than
+// what is written there.
+uint32_t* scratch(int64_t num_words) {
+  thread_local std::vector<uint32_t> words;
+  if (static_cast<int64_t>(words.size()) < num_words) words.resize(num_words);
+  return words.data();
 }
 
 }  // namespace
 
 PackedLinear::PackedLinear(const Kernels& kernels, int64_t out_features, int64_t in_features,
-                           int64_t features_per_unit, const std::vector<float>& scale, const std::vector<float>& bias)
+                           int64_t features_per_unit, const std::vector<float>& scale, const std::vector<float>& bias,
+                           const BlockKernels* blocks)
     : kernels_(kernels),
+      blocks_(blocks),
       out_features_(out_features),
       in_features_(in_features),
       features_per_unit_(features_per_unit),
@@ -37,6 +40,7 @@ PackedLinear::PackedLinear(const Kernels& kernels, int64_t out_features, int64_t
 }
 
 int64_t PackedLinear::packed_bytes() const {
+  if (blocks_ != nullptr) return num_panels_ * blocks_->panel_bytes(in_features_);
   return num_panels_ * panel_units() * (scale_.empty() ? int64_t{sizeof(uint32_t)} : features_per_unit_);
 }
 
@@ -52,6 +56,15 @@ void PackedLinear::pack(const void* weight, void* packed, int num_threads) {
         kernels_.pack_int8(static_cast<const int8_t*>(weight), static_cast<int8_t*>(packed), out_features_,
                            in_features_, panel, panel + 1);
       }
+    });
+  });
+}
+
+void PackedLinear::pack_blocks(const BlockArrays& weight, void* packed, int num_threads) {
+  packed_ = packed;
+  run_team(num_threads, [&](Team& team) {
+    team.for_each_item(num_panels_, [&](int64_t panel, int64_t) {
+      blocks_->pack(weight, static_cast<char*>(packed), out_features_, in_features_, panel, panel + 1);
     });
   });
 }
@@ -82,10 +95,13 @@ void PackedLinear::multiply_part(const void* x, void* out, int64_t rows, int64_t
 
 void PackedLinear::multiply_panels(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                                    int64_t panel_end) const {
-  if (scale_.empty()) {
+  if (blocks_ != nullptr) {
+    uint32_t* words = scratch(blocks_->scratch(row_end - row_begin, in_features_));
+    blocks_->multiply(args, words, row_begin, row_end, panel_begin, panel_end);
+  } else if (scale_.empty()) {
     kernels_.multiply(args, row_begin, row_end, panel_begin, panel_end);
   } else {
-    kernels_.multiply_int8(args, widened_panel(panel_units()), row_begin, row_end, panel_begin, panel_end);
+    kernels_.multiply_int8(args, scratch(panel_units()), row_begin, row_end, panel_begin, panel_end);
   }
 }
 
