@@ -12,6 +12,8 @@ from disagg.costs.links import InstanceLinks
 from disagg.costs.published import PublishedPlatform
 from disagg.costs.roofline import RooflinePlatform
 from disagg.models.config import Architecture, ModelConfig
+from disagg.models.known_shapes import KNOWN_SHAPES
+from disagg.models.shape import ModelShape
 
 PREFILL = StepShape(num_prefills=1, num_prefill_tokens=1000, prefill_squares=10**6, num_samples=1)
 DECODE = StepShape(num_decodes=16, decode_context=16_000, num_samples=16)
@@ -47,6 +49,31 @@ def test_it_is_of_the_size_that_was_measured(shape: StepShape) -> None:
     measured = PublishedPlatform("distserve", "facebook/opt-13b", prefill_factor=1)
     (measured_s,) = measured.latency(1, 1).stage_times_s(shape)
     assert predicted_s == pytest.approx(measured_s, rel=0.35)
+
+
+def test_a_mixture_of_experts_computes_what_its_tokens_chose_and_reads_what_they_chose_together() -> None:
+    """Mixtral 8x7B beside a dense model of the weights that one token passes, and beside one of all its weights."""
+    mixtral, device = KNOWN_SHAPES["mixtral-8x7b"], find_device("a100-sxm")
+    widths = {"two experts": 2 * 14_336, "all experts": 8 * 14_336}
+    dense = {
+        name: msgspec.structs.replace(mixtral, layer_experts=(), intermediate_size=width)
+        for name, width in widths.items()
+    }
+
+    def step_s(shape: ModelShape, step: StepShape) -> float:
+        return sum(RooflinePlatform(shape, device, "mixtral").latency(2, 1).stage_times_s(step))
+
+    one = StepShape(num_decodes=1, decode_context=1000, num_samples=1)
+    many = StepShape(num_decodes=32, decode_context=32_000, num_samples=32)
+    prefill = StepShape(num_prefills=1, num_prefill_tokens=4096, prefill_squares=4096**2, num_samples=1)
+    assert step_s(mixtral, one) == pytest.approx(step_s(dense["two experts"], one), rel=0.001)
+    assert step_s(mixtral, many) == pytest.approx(step_s(dense["all experts"], many), rel=0.001)
+    assert step_s(mixtral, prefill) == pytest.approx(step_s(dense["two experts"], prefill), rel=0.001)
+    # All experts take memory, whoever is chosen.
+    for name in widths:
+        tokens = RooflinePlatform(dense[name], device, name).capacity_tokens(4, 1)
+        own = RooflinePlatform(mixtral, device, "mixtral").capacity_tokens(4, 1)
+        assert (own == pytest.approx(tokens, rel=0.001)) == (name == "all experts")
 
 
 def test_capacity_is_that_of_the_published_table() -> None:

@@ -17,6 +17,8 @@ from disagg.base.sampling import PositionLogprobs
 from disagg.cache.layout import KvFormat
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.facts import plan_capacity
+from disagg.engine.kernels.native_backend import native_unavailable_reason
+from disagg.engine.kernels.select import select_backend
 from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.kv_store import DeviceKvStore, KvStore, SharedKvStore
 from disagg.engine.model.decoder import Decoder
@@ -52,7 +54,8 @@ def load_decoder(tiny_model: Callable[..., Path]) -> LoadDecoder:
 
 def served(load_decoder: LoadDecoder, make_store: Callable[[KvPool], KvStore] = SharedKvStore) -> ServedModel:
     decoder = load_decoder()
-    cache = CacheSettings(block_size=BLOCK_SIZE)
+    # The native kernels have no smaller blocks.
+    cache = CacheSettings(block_size=16 if decoder.backend.name == "native" else BLOCK_SIZE)
     capacity = plan_capacity(ModelSettings(dtype=DType.FLOAT32), cache, decoder.config, decoder.backend.kv_format)
     builder = BatchBuilder(max_tokens=16, max_sequences=8, max_blocks=32, device=torch.device("cpu"))
     return ServedModel(
@@ -128,6 +131,35 @@ def test_two_instances_answer_as_one(
     alone = by_one_instance(router, load_decoder, *sequences)
     assert tokens(by_two_instances(router, load_decoder, *sequences, make_store=make_store)) == tokens(alone)
     assert len({tuple(answer) for answer in tokens(alone)}) > 1
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend_name", ["native", "torch"])
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_two_instances_answer_as_one_with_a_mixture_of_experts(
+    router: RouterEnd, tiny_model: Callable[..., Path], model_type: str, backend_name: str
+) -> None:
+    files = locate_model(str(tiny_model(model_type, vocab_size=VOCAB_SIZE, **EXPERTS[model_type])))
+    config = load_config(files)
+    if backend_name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
+
+    def load() -> Decoder:
+        backend = select_backend(torch.device("cpu"), torch.float32, backend_name)
+        return Decoder(config, load_weights(files, config, backend, dtype=DType.FLOAT32), backend)
+
+    sequences = [request(f"length-{length}", length, max_tokens=12, temperature=0.0) for length in LENGTHS]
+    alone = tokens(by_one_instance(router, load, *sequences))
+    assert tokens(by_two_instances(router, load, *sequences)) == alone
+    assert len({tuple(answer) for answer in alone}) > 1
 
 
 def test_chunks_and_batches_do_not_change_the_answer(router: RouterEnd, load_decoder: LoadDecoder) -> None:

@@ -20,7 +20,9 @@ LIMITED = [
 ]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
+)
 def test_the_table_knows_all_that_transformers_writes(model_type: str) -> None:
     from transformers import AutoConfig
 

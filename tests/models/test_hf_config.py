@@ -153,7 +153,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "'architectures'", "Qwen3ForCausalLM"]),
+            (
+                {"architectures": ["DeepseekV3ForCausalLM"]},
+                ["DeepseekV3ForCausalLM", "'architectures'", "Qwen3ForCausalLM"],
+            ),
             ({"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM"]),
             (
                 {"quantization_config": {"quant_method": "awq"}},

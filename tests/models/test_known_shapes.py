@@ -33,10 +33,10 @@ def test_a_config_file_gives_the_known_shape() -> None:
     assert known_shape("opt-14b") is None
 
 
-@pytest.mark.parametrize("name", ["opt-13b", "llama-2-7b", "llama-3-70b"])
+@pytest.mark.parametrize("name", ["opt-13b", "llama-2-7b", "llama-3-70b", "mixtral-8x7b", "qwen3-30b-a3b"])
 def test_parameters_are_counted_as_transformers_does(name: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig, Qwen3MoeConfig
 
     shape = KNOWN_SHAPES[name]
     sizes = {"num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads}
@@ -44,12 +44,24 @@ def test_parameters_are_counted_as_transformers_does(name: str) -> None:
     config: Any
     if name.startswith("opt"):
         config = OPTConfig(ffn_dim=shape.intermediate_size, word_embed_proj_dim=shape.hidden_size, **sizes)
+    elif name.startswith("mixtral"):
+        config = MixtralConfig(num_key_value_heads=shape.num_kv_heads, **sizes)
+    elif name.startswith("qwen3"):
+        config = Qwen3MoeConfig(num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, **sizes)
     else:
         kv = {"num_key_value_heads": shape.num_kv_heads, "intermediate_size": shape.intermediate_size}
         config = LlamaConfig(**sizes, **kv)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert model.num_parameters() == shape.num_parameters
+
+
+def test_more_tokens_read_more_experts() -> None:
+    shape = KNOWN_SHAPES["qwen3-30b-a3b"]
+    read = [shape.num_read_parameters(num_tokens) for num_tokens in (1, 2, 16, 512)]
+    assert read[0] == shape.num_active_parameters == pytest.approx(3.04e9, rel=0.01)
+    assert sorted(set(read)) == read
+    assert read[-1] == pytest.approx(shape.num_linear_parameters)
 
 
 def test_what_opt_leaves_open_is_as_in_the_released_models() -> None:

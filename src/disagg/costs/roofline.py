@@ -2,8 +2,9 @@
 
 Per layer: matrix products with weights (operations against weight bytes), attention of prefill (operations) and of
 decode (KV bytes), a fixed cost per kernel, and with tensor parallelism two all-reduces. A pipeline stage has its share
-of the layers and sends its activations on; the last one computes the logits. Sliding windows are not counted: attention
-is taken to see the whole context.
+of the layers and sends its activations on; the last one computes the logits. Of a mixture of experts a step computes
+what its tokens chose and reads what they chose together; layers are taken to be alike. Sliding windows are not counted:
+attention is taken to see the whole context.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,13 @@ class RooflineLatency:
 
     def _layer_s(self, shape: StepShape) -> float:
         config, device = self.config, self.device
-        seconds = self._matmul_s(shape.num_tokens, config.num_layer_weights)
+        num_tokens = shape.num_tokens
+        vocabulary = config.vocab_size * config.hidden_size
+        seconds = self._matmul_s(
+            num_tokens,
+            (config.num_active_parameters - vocabulary) / config.num_layers,
+            (config.num_read_parameters(num_tokens) - vocabulary) / config.num_layers,
+        )
         num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
         seconds += 4 * config.q_size * num_pairs / self.tensor_parallel / (device.flops_per_s * device.attention_share)
         kv_bytes = 2 * config.kv_size * self.itemsize * shape.decode_context / self.tensor_parallel
@@ -51,12 +58,14 @@ class RooflineLatency:
         return seconds + KERNELS_PER_LAYER * device.kernel_s
 
     def _logits_s(self, num_samples: int) -> float:
-        return self._matmul_s(num_samples, self.config.vocab_size * self.config.hidden_size) if num_samples else 0.0
+        vocabulary = self.config.vocab_size * self.config.hidden_size
+        return self._matmul_s(num_samples, vocabulary, vocabulary) if num_samples else 0.0
 
-    def _matmul_s(self, num_rows: int, num_weights: int) -> float:
+    def _matmul_s(self, num_rows: int, num_weights: float, num_read: float) -> float:
+        """Return the time of ``num_rows`` through ``num_weights`` each, for which ``num_read`` weights are read."""
         device = self.device
         compute_s = 2 * num_rows * num_weights / (device.flops_per_s * device.matmul_share)
-        memory_s = num_weights * self.itemsize / (device.memory_bytes_per_s * device.weights_share)
+        memory_s = num_read * self.itemsize / (device.memory_bytes_per_s * device.weights_share)
         return max(compute_s, memory_s) / self.tensor_parallel
 
     def _all_reduce_s(self, num_tokens: int) -> float:

@@ -122,10 +122,14 @@ class TablePlatform(SheetPlatform):
 
     @classmethod
     def on(cls, tables: OperatorTables, config: ModelShape, model: str) -> "TablePlatform":
-        """Return the model on the tables' GPU; raise ConfigurationError when its heads were not measured."""
+        """Return the model on the tables' GPU; raise ConfigurationError when its operators were not measured."""
         if config.head_dim != 128:
             raise ConfigurationError(
                 f"the attention tables are for heads of 128, those of {model} have {config.head_dim}: use the roofline"
+            )
+        if config.layer_experts:
+            raise ConfigurationError(
+                f"the operator tables have no grouped products, and {model} is a mixture of experts: use the roofline"
             )
         return cls(config, tables.device, model, tables=tables)
 

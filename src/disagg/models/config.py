@@ -17,11 +17,16 @@ class Architecture(enum.Enum):
     MISTRAL = "MistralForCausalLM"
     QWEN2 = "Qwen2ForCausalLM"
     QWEN3 = "Qwen3ForCausalLM"
+    MIXTRAL = "MixtralForCausalLM"
+    QWEN2_MOE = "Qwen2MoeForCausalLM"
+    QWEN3_MOE = "Qwen3MoeForCausalLM"
 
 
 SUPPORTED_MODELS = (
     "Llama 2, 3 and 3.x and SmolLM2 (LlamaForCausalLM), Mistral (MistralForCausalLM), "
-    "Qwen2 and Qwen2.5 (Qwen2ForCausalLM), dense Qwen3 (Qwen3ForCausalLM)"
+    "Qwen2 and Qwen2.5 (Qwen2ForCausalLM), dense Qwen3 (Qwen3ForCausalLM), "
+    "and the mixtures of experts Mixtral (MixtralForCausalLM), Qwen1.5-MoE and Qwen2-MoE (Qwen2MoeForCausalLM), "
+    "Qwen3-MoE (Qwen3MoeForCausalLM)"
 )
 """What a refusal tells the user to choose from."""
 

@@ -13,7 +13,10 @@ from typing import Final
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.config import Architecture
 
-LLAMA, MISTRAL, QWEN2, QWEN3 = Architecture
+LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE = Architecture
+_DENSE_MODELS: Final = (LLAMA, MISTRAL, QWEN2, QWEN3)
+_QWEN_MOE: Final = (QWEN2_MOE, QWEN3_MOE)
+_WITHOUT_QK_NORM: Final = (LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE)
 _ALL: Final = frozenset(Architecture)
 
 
@@ -54,7 +57,8 @@ def _limited(
     return tuple(ConfigField(name, Verdict.LIMITED, supported, to, frozenset(only)) for name in names)
 
 
-_DENSE: Final = "dense models (no mixture of experts)"
+_DENSE: Final = "0 (a dense model; the architecture's name says which experts are computed)"
+_EXPERTS: Final = "0; the experts of Mixtral, Qwen2-MoE and Qwen3-MoE"
 _UNQUANTISED: Final = "unquantised safetensors (float32, bfloat16, float16), or any GGUF file"
 
 CONFIG_FIELDS: Final = (
@@ -64,24 +68,36 @@ CONFIG_FIELDS: Final = (
     *_read("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
     *_read("original_max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
     *_read("dtype", "torch_dtype"),
-    *_read("attention_bias", only=(LLAMA, QWEN3)),
+    *_read("attention_bias", only=(LLAMA, QWEN3, QWEN3_MOE)),
     *_read("mlp_bias", only=(LLAMA,)),
     *_read("layer_types"),
-    *_read("sliding_window", "use_sliding_window", only=(MISTRAL, QWEN2, QWEN3)),
+    *_read("sliding_window", "use_sliding_window", only=(MISTRAL, QWEN2, QWEN3, MIXTRAL)),
     *_read("max_window_layers", only=(QWEN2, QWEN3)),
+    *_read("num_experts", "num_local_experts", "num_experts_per_tok", only=(MIXTRAL, *_QWEN_MOE)),
+    *_read("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", only=_QWEN_MOE),
+    *_read("shared_expert_intermediate_size", "qkv_bias", only=(QWEN2_MOE,)),
     # Computed for these values alone.
     *_limited("hidden_act", "hidden_activation", "activation_function", to=("silu", "swish"), supported="'silu'"),
     # Qwen2's biases are where its weights have them, whatever this says: a surplus or missing tensor is refused.
-    *_harmless("attention_bias", only=(QWEN2,)),
-    *_limited("attention_bias", to=(False,), supported="False", only=(MISTRAL,)),
-    *_limited("mlp_bias", to=(False,), supported="False", only=(MISTRAL, QWEN2, QWEN3)),
-    *_limited("bias", "qkv_bias", "o_bias", to=(False,), supported="'attention_bias' and 'mlp_bias' of Llama"),
+    *_harmless("attention_bias", only=(QWEN2, QWEN2_MOE)),
+    *_limited("attention_bias", to=(False,), supported="False", only=(MISTRAL, MIXTRAL)),
+    *_limited("mlp_bias", to=(False,), supported="False", only=(MISTRAL, QWEN2, QWEN3, MIXTRAL, *_QWEN_MOE)),
+    *_limited("bias", "o_bias", to=(False,), supported="'attention_bias' and 'mlp_bias' of Llama"),
+    *_limited("qkv_bias", to=(False,), supported="False", only=(*_DENSE_MODELS, MIXTRAL, QWEN3_MOE)),
     *_limited("sliding_window", to=(), supported="null (transformers ignores it here, vLLM does not)", only=(LLAMA,)),
-    *_limited("use_sliding_window", to=(False,), supported="False", only=(LLAMA,)),
-    *_harmless("max_window_layers", only=(LLAMA, MISTRAL)),
-    *_limited("qk_norm", "use_qk_norm", "qk_layernorm", to=(False,), supported="False", only=(LLAMA, MISTRAL, QWEN2)),
-    *_limited("qk_norm", "use_qk_norm", to=(True,), supported="True", only=(QWEN3,)),
-    *_limited("qk_layernorm", to=(False,), supported="False", only=(QWEN3,)),
+    *_limited("use_sliding_window", to=(False,), supported="False", only=(LLAMA, *_QWEN_MOE)),
+    *_harmless("sliding_window", only=_QWEN_MOE),
+    *_harmless("max_window_layers", only=(LLAMA, MISTRAL, MIXTRAL, *_QWEN_MOE)),
+    *_limited(
+        "qk_norm",
+        "use_qk_norm",
+        "qk_layernorm",
+        to=(False,),
+        supported="False",
+        only=(LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE),
+    ),
+    *_limited("qk_norm", "use_qk_norm", to=(True,), supported="True", only=(QWEN3, QWEN3_MOE)),
+    *_limited("qk_layernorm", to=(False,), supported="False", only=(QWEN3, QWEN3_MOE)),
     *_limited("is_causal", "causal", to=(True,), supported="True"),
     *_limited("position_embedding_type", to=("rope", "rotary"), supported="'rope'"),
     # Another name or another kind of rotary embedding.
@@ -111,8 +127,9 @@ CONFIG_FIELDS: Final = (
         "kv_lora_rank", "q_lora_rank", "cross_attention_layers", "num_kv_shared_layers", to=(0, []), supported="0"
     ),
     *_limited("num_nextn_predict_layers", "num_mtp_layers", to=(0,), supported="0"),
-    *_limited("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", to=(0,), supported=_DENSE),
-    *_limited("num_experts_per_tok", "n_shared_experts", to=(0,), supported=_DENSE),
+    *_limited("num_experts", "num_local_experts", "num_experts_per_tok", to=(0,), supported=_DENSE, only=_DENSE_MODELS),
+    *_limited("n_routed_experts", "moe_num_experts", "n_shared_experts", to=(0,), supported=_EXPERTS),
+    *_limited("norm_topk_prob", to=(True,), supported="True", only=(MIXTRAL,)),
     *_limited("text_config", "vision_config", "audio_config", to=({},), supported="text models"),
     *_limited("pruned_heads", to=({}, []), supported="whole layers"),
     *_limited("compression_config", "quantization", "quantization_config", to=({},), supported=_UNQUANTISED),
@@ -126,6 +143,8 @@ CONFIG_FIELDS: Final = (
     *_harmless("finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "use_bfloat16"),
     *_harmless("add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tf_legacy_loss"),
     *_harmless("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "use_flash_attn"),
+    # Of training.
+    *_harmless("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
     # Slices of one product, added up: the same sum.
     *_harmless("pretraining_tp"),
     # Lengths that users of other programs read; 'max_position_embeddings' decides here.

@@ -10,6 +10,7 @@ from typing import Final
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
 from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig, YarnRope
 from disagg.models.config_fields import check_fields, unsupported
+from disagg.models.hf_experts import read_experts
 from disagg.models.hf_rope import read_rope
 from disagg.models.json_fields import JsonFields
 from disagg.models.shape import check_sizes
@@ -26,7 +27,15 @@ _MODEL_TYPES: Final = {
     Architecture.MISTRAL: ("mistral", "ministral"),
     Architecture.QWEN2: ("qwen2",),
     Architecture.QWEN3: ("qwen3",),
+    Architecture.MIXTRAL: ("mixtral",),
+    Architecture.QWEN2_MOE: ("qwen2_moe",),
+    Architecture.QWEN3_MOE: ("qwen3_moe",),
 }
+_BIASED: Final = (Architecture.LLAMA, Architecture.QWEN3, Architecture.QWEN3_MOE)
+"""Those whose ``attention_bias`` counts, for all four projections."""
+_SLIDES: Final = (Architecture.MISTRAL, Architecture.MIXTRAL)
+"""Those that slide unless told otherwise."""
+_NEVER_SLIDES: Final = (Architecture.LLAMA, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE)
 _DEFAULT_SLIDING_WINDOW: Final = 4096
 """Where the file does not say (null says: none), for the families that slide."""
 
@@ -49,7 +58,7 @@ def config_from_hf(
     num_layers = fields.get("num_hidden_layers", int)
     hidden_size = fields.get("hidden_size", int)
     default_head_dim = 128 if architecture is Architecture.QWEN3 else hidden_size // max(num_heads, 1)
-    any_bias = architecture in (Architecture.LLAMA, Architecture.QWEN3) and fields.get("attention_bias", bool, False)
+    any_bias = architecture in _BIASED and fields.get("attention_bias", bool, False)
     rope_theta, rope_scaling = read_rope(fields, architecture)
     generated = JsonFields(generation or {}, "generation_config.json")
     config = ModelConfig(
@@ -67,10 +76,11 @@ def config_from_hf(
         max_position_embeddings=fields.get("max_position_embeddings", int),
         sliding_windows=_sliding_windows(fields, architecture, num_layers),
         tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
-        qkv_bias=any_bias or architecture is Architecture.QWEN2,
+        qkv_bias=any_bias or _has_qkv_bias(fields, architecture),
         attention_output_bias=any_bias,
         mlp_bias=architecture is Architecture.LLAMA and fields.get("mlp_bias", bool, False),
-        qk_norm=architecture is Architecture.QWEN3,
+        qk_norm=architecture in (Architecture.QWEN3, Architecture.QWEN3_MOE),
+        layer_experts=read_experts(fields, architecture, num_layers),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         eos_token_ids=tuple(dict.fromkeys(generated.token_ids("eos_token_id") + fields.token_ids("eos_token_id"))),
         stored_dtype=fields.get("dtype", str, fields.get("torch_dtype", str, "unknown")),
@@ -112,6 +122,13 @@ def _architecture(fields: JsonFields) -> Architecture:
     return architecture
 
 
+def _has_qkv_bias(fields: JsonFields, architecture: Architecture) -> bool:
+    """Whether query, key and value have biases that the output projection lacks."""
+    if architecture is Architecture.QWEN2_MOE:
+        return fields.get("qkv_bias", bool, True)
+    return architecture is Architecture.QWEN2
+
+
 def _warn_of_unknown(names: tuple[str, ...], source: str) -> None:
     if names:
         _logger.warning(
@@ -136,20 +153,22 @@ def _sliding_windows(fields: JsonFields, architecture: Architecture, num_layers:
             )
         return (None,) * num_layers
     if slides is None:
-        first = 0 if architecture is Architecture.MISTRAL else fields.get("max_window_layers", int, 28)
+        first = 0 if architecture in _SLIDES else fields.get("max_window_layers", int, 28)
         slides = tuple(layer >= first for layer in range(num_layers))
     return tuple(window if sliding else None for sliding in slides)
 
 
 def _window(fields: JsonFields, architecture: Architecture) -> int | None:
     """Return the window that sliding layers have, None where no layer slides."""
-    if architecture is Architecture.LLAMA:
+    if architecture in _NEVER_SLIDES:
         return None
-    used = fields.get("use_sliding_window", bool, architecture is Architecture.MISTRAL)
+    if architecture is Architecture.MIXTRAL and not fields.has("sliding_window"):
+        return None
+    used = fields.get("use_sliding_window", bool, architecture in _SLIDES)
     if fields.stated("sliding_window") and not fields.has("sliding_window"):
         return None
     window = fields.get("sliding_window", int, _DEFAULT_SLIDING_WINDOW)
-    if architecture is Architecture.MISTRAL and not used:
+    if architecture in _SLIDES and not used:
         raise unsupported(architecture, "use_sliding_window", used, "True, or a sliding_window of null")
     if used and window < 1:
         raise ConfigurationError(f"{fields.source}: 'sliding_window' should be at least 1 or null, got {window}")
@@ -164,7 +183,7 @@ def _layers_that_slide(fields: JsonFields, architecture: Architecture, num_layer
         raise ConfigurationError(
             f"{fields.source}: 'layer_types' should be a list of {num_layers} names, got {kinds!r}"
         )
-    known = ("full_attention",) if architecture is Architecture.LLAMA else ("full_attention", "sliding_attention")
+    known = ("full_attention",) if architecture in _NEVER_SLIDES else ("full_attention", "sliding_attention")
     for kind in kinds:
         if kind not in known:
             raise unsupported(architecture, "layer_types", kind, ", ".join(repr(name) for name in known))

@@ -7,10 +7,12 @@ Sizes are those of the ``config.json`` on Hugging Face's hub; OPT-175B's, which 
 from collections.abc import Mapping
 from typing import Final
 
+import msgspec
+
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.hf_config import config_from_hf
 from disagg.models.json_fields import JsonFields
-from disagg.models.shape import ModelShape, check_sizes
+from disagg.models.shape import Experts, ModelShape, check_sizes
 
 _OPT: Final = "OPTForCausalLM"
 _OPT_FIXED: Final = {
@@ -110,6 +112,11 @@ def _llama(
     )
 
 
+def _with_experts(dense: ModelShape, experts: Experts, **sizes: int) -> ModelShape:
+    """Return ``dense`` with experts in every layer and other ``sizes``."""
+    return msgspec.structs.replace(dense, layer_experts=(experts,) * dense.num_layers, **sizes)
+
+
 KNOWN_SHAPES: Final = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-66b": _opt(9216, 64, 72),
@@ -118,5 +125,15 @@ KNOWN_SHAPES: Final = {
     "llama-2-70b": _llama(8192, 28_672, 80, 8, 32_000, 4096),
     "llama-3-8b": _llama(4096, 14_336, 32, 8, 128_256, 8192),
     "llama-3-70b": _llama(8192, 28_672, 80, 8, 128_256, 8192),
+    "mixtral-8x7b": _with_experts(
+        _llama(4096, 14_336, 32, 8, 32_000, 32_768),
+        Experts(num_experts=8, num_per_token=2, intermediate_size=14_336, normalize_weights=True),
+    ),
+    "qwen3-30b-a3b": _with_experts(
+        _llama(2048, 6144, 48, 4, 151_936, 40_960),
+        Experts(num_experts=128, num_per_token=8, intermediate_size=768, normalize_weights=True),
+        num_heads=32,
+        qk_norm=True,
+    ),
 }
 """What ``simulate --model`` takes by name."""

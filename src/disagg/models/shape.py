@@ -1,5 +1,6 @@
 """The sizes of a decoder-only transformer: what its parameters, its KV and its arithmetic cost."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -16,6 +17,28 @@ _SIZES: Final = (
     "head_dim",
     "max_position_embeddings",
 )
+
+
+class Experts(msgspec.Struct, frozen=True, kw_only=True):
+    """The experts of one layer (Shazeer et al. 2017): gated MLPs, of which a router chooses a few for each token."""
+
+    num_experts: int
+    num_per_token: int
+    intermediate_size: int
+    """Of one expert."""
+    normalize_weights: bool
+    """The weights of the chosen experts add up to 1; False: they are the router's probabilities."""
+    shared_intermediate_size: int = 0
+    """Of the expert that every token passes besides, behind a gate of its own (Qwen2-MoE); 0: there is none."""
+
+    @property
+    def num_router_rows(self) -> int:
+        """Rows of the router: one for each expert, and the shared expert's gate."""
+        return self.num_experts + (self.shared_intermediate_size > 0)
+
+    def num_read(self, num_tokens: int) -> float:
+        """Return how many experts a step of ``num_tokens`` reads, on average over routers without a preference."""
+        return self.num_experts * (1 - (1 - self.num_per_token / self.num_experts) ** num_tokens)
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +65,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """RMS norm of each query and key head before the rotation (Qwen3)."""
     num_learned_positions: int = 0
     """Rows of a trained table of positions; 0 where positions are rotations."""
+    layer_experts: tuple[Experts | None, ...] = ()
+    """Per layer: what stands in the place of its MLP; None: a dense layer. Empty: all layers are dense."""
 
     @property
     def q_size(self) -> int:
@@ -59,15 +84,35 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return (1 + self.gated_mlp) * self.intermediate_size
 
     @property
-    def num_layer_weights(self) -> int:
-        """Weights of one layer's matrix products."""
-        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return attention + self.hidden_size * (self.mlp_input_size + self.intermediate_size)
+    def num_linear_parameters(self) -> int:
+        """Weights of all matrix products, the vocabulary projection and every expert included."""
+        return self._linear_parameters([0 if experts is None else experts.num_experts for experts in self._mlps])
 
     @property
-    def num_linear_parameters(self) -> int:
-        """Weights of the matrix products that one token passes through, the vocabulary projection included."""
-        return self.num_layers * self.num_layer_weights + self.vocab_size * self.hidden_size
+    def num_active_parameters(self) -> int:
+        """Those of them that one token passes through: of the experts, the ones that are chosen for it."""
+        return self._linear_parameters([0 if experts is None else experts.num_per_token for experts in self._mlps])
+
+    def num_read_parameters(self, num_tokens: int) -> int:
+        """Return how many of them a step of ``num_tokens`` reads, each once; see ``Experts.num_read``."""
+        chosen = [0 if experts is None else experts.num_read(num_tokens) for experts in self._mlps]
+        return self._linear_parameters(chosen)
+
+    @property
+    def _mlps(self) -> tuple[Experts | None, ...]:
+        return self.layer_experts or (None,) * self.num_layers
+
+    def _linear_parameters(self, experts_counted: Sequence[float]) -> int:
+        """Return the weights of the products, so many experts of each layer among them."""
+        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+        widths = 0.0
+        for experts, count in zip(self._mlps, experts_counted, strict=True):
+            if experts is None:
+                widths += self.mlp_input_size + self.intermediate_size
+            else:
+                widths += experts.num_router_rows
+                widths += 3 * (experts.shared_intermediate_size + count * experts.intermediate_size)
+        return self.num_layers * attention + round(self.hidden_size * (widths + self.vocab_size))
 
     @property
     def num_parameters(self) -> int:
@@ -91,7 +136,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         ``num_logit_rows`` of the ``num_tokens`` go through the vocabulary projection.
         """
         vocabulary = self.vocab_size * self.hidden_size
-        return 2 * (num_tokens * (self.num_linear_parameters - vocabulary) + num_logit_rows * vocabulary)
+        return 2 * (num_tokens * (self.num_active_parameters - vocabulary) + num_logit_rows * vocabulary)
 
     def attention_flops(self, num_tokens: int, context_len: int) -> int:
         """Return the floating-point operations of Q K^T and P V over all layers.
@@ -110,6 +155,17 @@ def check_sizes(shape: ModelShape, source: str) -> None:
         raise ConfigurationError(
             f"{source}: {shape.num_heads} query heads are not a multiple of {shape.num_kv_heads} KV heads"
         )
+    for experts in shape.layer_experts:
+        if experts is not None and not 1 <= experts.num_per_token <= experts.num_experts:
+            raise ConfigurationError(
+                f"{source}: {experts.num_per_token} of {experts.num_experts} experts for each token cannot be: "
+                "the number of experts per token must be within 1 and the number of experts"
+            )
+        if experts is not None and (experts.intermediate_size < 1 or experts.shared_intermediate_size < 0):
+            raise ConfigurationError(
+                f"{source}: the experts' intermediate_size must be at least 1, got {experts.intermediate_size} "
+                f"(shared: {experts.shared_intermediate_size})"
+            )
 
 
 def _visible_pairs(num_tokens: int, context_len: int, window: int | None) -> int:

@@ -11,14 +11,25 @@ from native_kernels import BACKENDS, FASTEST, backends, dtypes
 
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.composed_decoder import ComposedDecoder, decoder_stack
-from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, KernelBackend, LayerWeights, Linear
+from disagg.engine.kernels.interface import (
+    DecoderSettings,
+    DecoderWeights,
+    DenseMlp,
+    KernelBackend,
+    LayerWeights,
+    Linear,
+    SparseMlp,
+)
 from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.models.shape import Experts
 
 HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 96, 160, 4, 2, 64, 16
 VOCAB = 256
 
 
-def make_weights(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool) -> DecoderWeights:
+def make_weights(
+    backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool, experts: Experts | None = None
+) -> DecoderWeights:
     torch.manual_seed(0)
 
     def linear(out_features: int, in_features: int) -> Linear:
@@ -26,6 +37,19 @@ def make_weights(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk
 
     def norm(width: int) -> torch.Tensor:
         return torch.rand(width).to(dtype)
+
+    def mlp(inner: int = INTERMEDIATE) -> DenseMlp:
+        return DenseMlp(gate_up=linear(2 * inner, HIDDEN), down=linear(HIDDEN, inner))
+
+    def sparse_mlp(experts: Experts) -> SparseMlp:
+        shared = experts.shared_intermediate_size
+        return SparseMlp(
+            router=linear(experts.num_router_rows, HIDDEN),
+            experts=tuple(mlp(experts.intermediate_size) for _ in range(experts.num_experts)),
+            num_per_token=experts.num_per_token,
+            normalize_weights=experts.normalize_weights,
+            shared=mlp(shared) if shared else None,
+        )
 
     layers = [
         LayerWeights(
@@ -35,8 +59,7 @@ def make_weights(backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk
             k_norm=norm(HEAD_DIM) if qk_norm else None,
             attention_output=linear(HIDDEN, NUM_HEADS * HEAD_DIM),
             mlp_norm=norm(HIDDEN),
-            gate_up=linear(2 * INTERMEDIATE, HIDDEN),
-            down=linear(HIDDEN, INTERMEDIATE),
+            mlp=mlp() if experts is None else sparse_mlp(experts),
         )
         for _ in range(num_layers)
     ]
@@ -89,6 +112,35 @@ def test_one_call_gives_the_bits_of_the_single_operations(
         got = fused(list(pools[1]) if as_list else pools[1], batch)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(*pools, rtol=0, atol=0)
+
+
+@st.composite
+def experts_of_a_layer(draw: st.DrawFn) -> Experts:
+    num_experts = draw(st.integers(1, 9))
+    return Experts(
+        num_experts=num_experts,
+        num_per_token=draw(st.integers(1, num_experts)),
+        intermediate_size=draw(st.sampled_from([16, 50, 160])),
+        normalize_weights=draw(st.booleans()),
+        shared_intermediate_size=draw(st.sampled_from([0, 64, 224])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=backends, dtype=dtypes, lengths=steps, experts=experts_of_a_layer(), threads=st.sampled_from([1, 2]))
+def test_a_mixture_of_experts_is_the_sum_that_its_definition_says(
+    name: str, dtype: torch.dtype, lengths: list[tuple[int, int]], experts: Experts, threads: int
+) -> None:
+    """One layer: in a second one a last bit may already choose another expert."""
+    backend = BACKENDS[name]
+    batch, num_blocks = make_batch(lengths, BLOCK_SIZE)
+    weights, decoder_settings = make_weights(backend, dtype, 1, True, experts), make_settings(None)
+    pools = make_pool(1, num_blocks, dtype), make_pool(1, num_blocks, dtype)
+    expected = ComposedDecoder(backend, weights, decoder_settings)(pools[0], batch)
+    with num_threads(threads):
+        got = decoder_stack(backend, weights, decoder_settings)(pools[1], batch)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [[], [4, 0, 4]])

@@ -14,7 +14,7 @@ import torch
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import DType, Quantization
 from disagg.cache.layout import KvFormat
-from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
+from disagg.engine.kernels.interface import DecoderWeights, KernelBackend, SparseMlp
 from disagg.engine.kernels.native_backend import NativeBackend, native_unavailable_reason
 from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.kernels.weight_memory import WeightMemory
@@ -22,6 +22,10 @@ from disagg.engine.model.shared_weights import load_shared
 from disagg.engine.model.weights import load_weights, most_weight_bytes
 from disagg.models.locate import ModelFiles, load_config, locate_model
 
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {},  # with biases
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
 BACKENDS = {"torch": lambda: TorchBackend(KvFormat.INTERLEAVED), "native": NativeBackend}
 
 
@@ -64,17 +68,19 @@ def outputs(weights: DecoderWeights) -> list[torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(3, weights.embeddings.shape[1]).to(weights.embeddings.dtype)
     layer = weights.layers[-1]
+    mlp = layer.mlp.dense_parts[-1] if isinstance(layer.mlp, SparseMlp) else layer.mlp
     kept = [weights.embeddings, weights.norm, layer.attention_norm, layer.mlp_norm]
-    return [*kept, layer.qkv(hidden), layer.gate_up(hidden), weights.head(hidden)]
+    return [*kept, layer.qkv(hidden), mlp.gate_up(hidden), weights.head(hidden)]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("quantization", [None, Quantization.INT8])
 @pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_both_compute_what_weights_of_their_own_would(
-    name: str, quantization: Quantization | None, dtype: DType, tiny_model: Any
+    name: str, quantization: Quantization | None, dtype: DType, model_type: str, tiny_model: Any
 ) -> None:
-    model = tiny_model("qwen2")  # with biases
+    model = tiny_model(model_type, **MODELS[model_type])
     options = {"quantization": quantization, "dtype": dtype}
     expected = outputs(make(name, model, **options)._load())
     first, second = make(name, model, **options), make(name, model, **options)

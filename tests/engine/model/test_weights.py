@@ -50,13 +50,13 @@ def test_weights_are_cast(folder: Path) -> None:
     weights = load(folder, DType.BFLOAT16)
 
     assert weights.embeddings.dtype is torch.bfloat16
-    assert weights.layers[0].gate_up(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 192)
+    assert weights.layers[0].mlp.gate_up(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 192)
 
 
 def test_matrices_may_be_stored_as_int8(folder: Path) -> None:
     plain, quantized = load(folder), load(folder, quantization=Quantization.INT8)
-    for exact, rounded in ((plain.layers[0].down, quantized.layers[0].down), (plain.head, quantized.head)):
-        width = 96 if exact is plain.layers[0].down else 64
+    for exact, rounded in ((plain.layers[0].mlp.down, quantized.layers[0].mlp.down), (plain.head, quantized.head)):
+        width = 96 if exact is plain.layers[0].mlp.down else 64
         y = torch.randn(3, width)
         error = (exact(y) - rounded(y)).abs().max() / exact(y).abs().max()
         assert 0 < error < 0.02

@@ -39,9 +39,10 @@ class StepCase:
     context: int
 
     def products(self, config: ModelConfig, sizes: ElementSizes) -> "StepCost":
-        """Return the products with weights: every weight read once, one logit row a sequence."""
-        flops = config.linear_flops(self.batch * self.new_tokens, self.batch)
-        return StepCost(flops, config.num_linear_parameters * sizes.weight)
+        """Return the products with weights: every weight that is needed read once, one logit row a sequence."""
+        num_tokens = self.batch * self.new_tokens
+        flops = config.linear_flops(num_tokens, self.batch)
+        return StepCost(flops, config.num_read_parameters(num_tokens) * sizes.weight)
 
     def attention(self, config: ModelConfig, sizes: ElementSizes) -> "StepCost":
         """Return the attention: the whole KV cache of the sequences read once."""

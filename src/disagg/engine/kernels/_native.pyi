@@ -53,14 +53,41 @@ class Kernels:
     ) -> None: ...
     def forbid(self, logits: int, allowed: int, numbers: int, count: int, width: int, num_threads: int) -> None: ...
 
+class BlockFormat: ...
+
 class Linear:
     def __init__(
-        self, kernels: Kernels, out_features: int, in_features: int, scale: list[float], bias: list[float]
+        self,
+        kernels: Kernels,
+        out_features: int,
+        in_features: int,
+        scale: list[float],
+        bias: list[float],
+        blocks: BlockFormat | None = None,
     ) -> None: ...
     def packed_bytes(self) -> int: ...
     def pack(self, weight: int, packed: int, num_threads: int) -> None: ...
+    def pack_blocks(
+        self, *, values: int, scale: int, offset: int, sub_scale: int, sub_offset: int, packed: int, num_threads: int
+    ) -> None: ...
     def use_packed(self, packed: int) -> None: ...
     def multiply(self, x: int, out: int, rows: int, num_threads: int) -> None: ...
+
+class Mlp: ...
+
+class DenseMlp(Mlp):
+    def __init__(self, *, gate_up: Linear, down: Linear) -> None: ...
+
+class SparseMlp(Mlp):
+    def __init__(
+        self,
+        *,
+        router: Linear,
+        experts: list[DenseMlp],
+        shared: DenseMlp | None,
+        num_per_token: int,
+        normalize_weights: bool,
+    ) -> None: ...
 
 class Decoder:
     def __init__(
@@ -68,7 +95,6 @@ class Decoder:
         *,
         kernels: Kernels,
         hidden: int,
-        intermediate: int,
         vocab_size: int,
         embeddings: int,
         norm: int,
@@ -87,8 +113,7 @@ class Decoder:
         k_norm: int,
         attention_output: Linear,
         mlp_norm: int,
-        gate_up: Linear,
-        down: Linear,
+        mlp: Mlp,
         window: int,
     ) -> None: ...
     def run(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from disagg.engine.kernels.composed_mlp import composed_mlp
 from disagg.engine.kernels.interface import (
     DecoderSettings,
     DecoderStack,
@@ -45,7 +46,7 @@ class ComposedDecoder:
                     return x.new_empty((0, len(self._weights.embeddings)))
             x = layer.attention_output(x)
             x = backend.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(backend.silu_and_mul(layer.gate_up(x)))
+            x = composed_mlp(backend, x, layer.mlp)
         return self._weights.head(backend.add_rms_norm(x, residual, self._weights.norm, eps))
 
     def _attention(self, index: int, x: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch) -> torch.Tensor:

@@ -4,7 +4,7 @@ Every tensor is on the backend's device. T is the number of new tokens in the st
 of sequences, Hq and Hk the numbers of query and KV heads, D the head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
@@ -48,6 +49,37 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """A gated MLP: ``down(silu(gate(x)) * up(x))``, gate and up stacked into one projection."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMlp:
+    """A mixture of experts. ``router`` gives one logit for each expert, then one for the shared expert's gate.
+
+    Each token passes the ``num_per_token`` experts of the highest softmax, weighted by it; with ``normalize_weights``
+    these weights add up to 1. ``shared`` is passed by all, weighted by the sigmoid of its logit.
+    """
+
+    router: Linear
+    experts: tuple[DenseMlp, ...]
+    num_per_token: int
+    normalize_weights: bool
+    shared: DenseMlp | None
+
+    @property
+    def dense_parts(self) -> tuple[DenseMlp, ...]:
+        """The experts, then the shared one."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)
+
+
+Mlp = DenseMlp | SparseMlp
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer. Norms are [hidden]; ``q_norm`` and ``k_norm`` [head_dim] where the model has them."""
 
@@ -57,8 +89,16 @@ class LayerWeights:
     k_norm: torch.Tensor | None
     attention_output: Linear
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """Every projection of the layer."""
+        yield from (self.qkv, self.attention_output)
+        if isinstance(self.mlp, SparseMlp):
+            yield self.mlp.router
+        for part in (self.mlp,) if isinstance(self.mlp, DenseMlp) else self.mlp.dense_parts:
+            yield from (part.gate_up, part.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +149,11 @@ class KernelBackend(Protocol):
         self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
     ) -> Linear:
         """Pack an int8 weight for activations of ``dtype``; the caller may drop its own reference."""
+
+    def block_linear(
+        self, weight: BlockWeight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
+        """Pack a weight in blocks for activations of ``dtype``; the caller may drop its own reference."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; x is [T, hidden]. The mean of squares is taken in float32."""

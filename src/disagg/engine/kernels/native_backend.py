@@ -1,5 +1,6 @@
 """The kernel backend on the native CPU kernels of ``native/``, packed weights included."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ import torch
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.interface import (
     DecoderSettings,
@@ -20,6 +22,7 @@ from disagg.engine.kernels.interface import (
 )
 from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder
 from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
+from disagg.engine.kernels.native_mlp import native_linear
 from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
@@ -86,28 +89,27 @@ class NativeBackend:
             return plain_int8_linear(weight, bias, memory)
         return self._pack(weight.values, dtype, memory.keep(weight.scale).tolist(), bias, memory)
 
+    def block_linear(
+        self, weight: BlockWeight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
+        """Copy ``weight`` into the order in which the kernels read it: about as many bytes as the file has."""
+        return self._pack(weight, dtype, [], bias, memory)
+
     def fuse_decoder(self, weights: DecoderWeights, settings: DecoderSettings) -> DecoderStack | None:
         """Return the decoder as one native call; None where a weight could not be packed."""
-        down, head = weights.layers[0].down, weights.head
-        linears = (
-            linear
-            for layer in weights.layers
-            for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
-        )
-        if not isinstance(down, PackedLinear) or not isinstance(head, PackedLinear):
-            return None
+        linears = chain((weights.head,), *(layer.linears for layer in weights.layers))
         if not all(isinstance(linear, PackedLinear) for linear in linears):
             return None
+        vocab_size, hidden = weights.embeddings.shape
         num_positions, _ = settings.cos_sin.shape
         check_tensor(settings.cos_sin, torch.float32, settings.cos_sin.numel())
         native = _native.Decoder(
             kernels=self._kernels[weights.norm.dtype],
-            hidden=down.out_features,
-            intermediate=down.in_features,
-            vocab_size=head.out_features,
+            hidden=hidden,
+            vocab_size=vocab_size,
             embeddings=weights.embeddings.data_ptr(),
             norm=weights.norm.data_ptr(),
-            head=head.native,
+            head=native_linear(weights.head),
             cos_sin=settings.cos_sin.data_ptr(),
             num_positions=num_positions,
             scale=settings.scale,
@@ -235,15 +237,18 @@ class NativeBackend:
 
     def _pack(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | BlockWeight,
         dtype: torch.dtype,
         scale: list[float],
         bias: torch.Tensor | None,
         memory: WeightMemory,
     ) -> PackedLinear:
         offsets = [] if bias is None else memory.keep(bias).float().tolist()
-        out_features, in_features = weight.shape
-        native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets)
+        blocks = None
+        if isinstance(weight, BlockWeight):
+            blocks = getattr(_native.BlockFormat, weight.format.name)
+        out_features, in_features = (weight.values if isinstance(weight, BlockWeight) else weight).shape
+        native = _native.Linear(self._kernels[dtype], out_features, in_features, scale, offsets, blocks)
         return PackedLinear(native, weight, dtype, memory)
 
     def _rms_norm(

@@ -7,7 +7,8 @@ import torch
 
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, LayerWeights, StepBatch
-from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
+from disagg.engine.kernels.native_linear import check_tensor
+from disagg.engine.kernels.native_mlp import native_linear, native_mlp
 
 if TYPE_CHECKING:
     from disagg.engine.kernels import _native
@@ -29,6 +30,7 @@ class NativeDecoder:
     ) -> None:
         self._native = native
         self._weights = weights  # the native side knows addresses only
+        self._mlps: list[_native.Mlp] = []
         self._settings = settings
         self._prepare_step = prepare_step
         self._last_kv: torch.Tensor | None = None
@@ -81,8 +83,7 @@ class NativeDecoder:
         return [kv.data_ptr() + index * size * kv.element_size() for index in range(len(kv))]
 
     def _add(self, layer: LayerWeights, window: int) -> None:
-        linears = [layer.qkv, layer.attention_output, layer.gate_up, layer.down]
-        qkv, attention_output, gate_up, down = (linear for linear in linears if isinstance(linear, PackedLinear))
+        self._mlps.append(native_mlp(layer.mlp))
         for norm, width in (
             (layer.attention_norm, self._hidden),
             (layer.mlp_norm, self._hidden),
@@ -93,12 +94,11 @@ class NativeDecoder:
                 check_tensor(norm, self._dtype, width)
         self._native.add(
             attention_norm=layer.attention_norm.data_ptr(),
-            qkv=qkv.native,
+            qkv=native_linear(layer.qkv),
             q_norm=0 if layer.q_norm is None else layer.q_norm.data_ptr(),
             k_norm=0 if layer.k_norm is None else layer.k_norm.data_ptr(),
-            attention_output=attention_output.native,
+            attention_output=native_linear(layer.attention_output),
             mlp_norm=layer.mlp_norm.data_ptr(),
-            gate_up=gate_up.native,
-            down=down.native,
+            mlp=self._mlps[-1],
             window=window,
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from disagg.base.errors import InternalError
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 
 if TYPE_CHECKING:
@@ -17,15 +18,21 @@ class PackedLinear:
     __slots__ = ("_dtype", "_packed", "in_features", "native", "out_features")
 
     def __init__(
-        self, native: "_native.Linear", weight: torch.Tensor, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+        self,
+        native: "_native.Linear",
+        weight: torch.Tensor | BlockWeight,
+        dtype: torch.dtype,
+        memory: WeightMemory = PRIVATE,
     ) -> None:
         """Pack ``weight`` [out_features, in_features] for activations of ``dtype``; in ``memory`` it may be already."""
         self.native = native
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = (weight.values if isinstance(weight, BlockWeight) else weight).shape
         self._dtype = dtype
         self._packed = memory.empty((native.packed_bytes(),), torch.int8)
         if memory.is_filled:
             native.use_packed(self._packed.data_ptr())
+        elif isinstance(weight, BlockWeight):
+            _pack_blocks(native, weight, self._packed)
         else:
             native.pack(weight.contiguous().data_ptr(), self._packed.data_ptr(), torch.get_num_threads())
 
@@ -36,6 +43,19 @@ class PackedLinear:
         out = x.new_empty((rows, self.out_features))
         self.native.multiply(x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
         return out
+
+
+def _pack_blocks(native: "_native.Linear", weight: BlockWeight, packed: torch.Tensor) -> None:
+    parts = {"offset": weight.offset, "sub_scale": weight.sub_scale, "sub_offset": weight.sub_offset}
+    check_tensor(weight.values, torch.int8, weight.values.numel())
+    check_tensor(weight.scale, torch.float16, weight.values.numel() // weight.format.scale_size)
+    native.pack_blocks(
+        values=weight.values.data_ptr(),
+        scale=weight.scale.data_ptr(),
+        **{name: 0 if part is None else part.data_ptr() for name, part in parts.items()},
+        packed=packed.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def check_tensor(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:

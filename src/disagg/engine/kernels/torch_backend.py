@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
 from disagg.engine.kernels.interface import Linear, StepBatch
 from disagg.engine.kernels.kv_format import gather_kv, write_kv
@@ -40,6 +41,12 @@ class TorchBackend:
     ) -> Linear:
         """Keep ``weight`` as it is: it takes the memory of int8, and more time than bfloat16."""
         return plain_int8_linear(weight, bias, memory)
+
+    def block_linear(
+        self, weight: BlockWeight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> Linear:
+        """Dequantise ``weight`` for good: PyTorch has no product with such blocks."""
+        return plain_linear(weight.dequantized().to(dtype), bias, memory)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight over the last dimension."""

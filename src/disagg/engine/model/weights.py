@@ -14,11 +14,20 @@ import torch
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
 from disagg.engine.kernels.int8 import quantize_int8
-from disagg.engine.kernels.interface import DecoderWeights, KernelBackend, LayerWeights, Linear
+from disagg.engine.kernels.interface import (
+    DecoderWeights,
+    DenseMlp,
+    KernelBackend,
+    LayerWeights,
+    Linear,
+    SparseMlp,
+)
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.engine.model.expert_tensors import PLAIN_NAMES, ExpertNames, expert_names, expert_shapes
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
+from disagg.models.shape import Experts
 
 TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 
@@ -84,6 +93,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
         "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, config.q_size, config.attention_output_bias),
+    }
+    dense_mlp = {
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
@@ -92,7 +103,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        for name, (num_rows, num_columns, has_bias) in linears.items():
+        experts = config.layer_experts[layer] if config.layer_experts else None
+        for name, (num_rows, num_columns, has_bias) in (linears if experts else linears | dense_mlp).items():
             shapes[f"{prefix}{name}.weight"] = (num_rows, num_columns)
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = (num_rows,)
@@ -100,6 +112,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
             shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if experts is not None:
+            shapes |= {f"{prefix}{name}": shape for name, shape in expert_shapes(config, experts).items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (config.vocab_size, hidden)
@@ -158,13 +172,15 @@ class _Loader:
 
     def load(self, config: ModelConfig) -> DecoderWeights:
         embeddings = self._tensor(_EMBEDDINGS)
-        layers = tuple(self._layer(f"model.layers.{layer}", config) for layer in range(config.num_layers))
+        layers = tuple(self._layer(layer, config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
         head = self._pack(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")
         return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
 
-    def _layer(self, prefix: str, config: ModelConfig) -> LayerWeights:
+    def _layer(self, layer: int, config: ModelConfig) -> LayerWeights:
+        prefix = f"model.layers.{layer}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        experts = config.layer_experts[layer] if config.layer_experts else None
         return LayerWeights(
             attention_norm=self._tensor(f"{prefix}.input_layernorm.weight"),
             qkv=self._linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
@@ -172,8 +188,30 @@ class _Loader:
             k_norm=self._tensor(f"{attention}.k_norm.weight") if config.qk_norm else None,
             attention_output=self._linear(f"{attention}.o_proj"),
             mlp_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            down=self._linear(f"{mlp}.down_proj"),
+            mlp=self._gated(mlp, PLAIN_NAMES) if experts is None else self._sparse(prefix, config, experts),
+        )
+
+    def _gated(self, block: str, names: ExpertNames) -> DenseMlp:
+        return DenseMlp(
+            gate_up=self._linear(f"{block}.{names.gate}", f"{block}.{names.up}"),
+            down=self._linear(f"{block}.{names.down}"),
+        )
+
+    def _sparse(self, prefix: str, config: ModelConfig, experts: Experts) -> SparseMlp:
+        names = expert_names(config)
+        shared = experts.shared_intermediate_size > 0
+        routers = [names.router, names.shared_gate] if shared else [names.router]
+        return SparseMlp(
+            # A router decides: it keeps the element type.
+            router=self._backend.linear(
+                self._stacked([f"{prefix}.{name}.weight" for name in routers]), None, self._memory
+            ),
+            experts=tuple(
+                self._gated(f"{prefix}.{names.expert(number)}", names) for number in range(experts.num_experts)
+            ),
+            num_per_token=experts.num_per_token,
+            normalize_weights=experts.normalize_weights,
+            shared=self._gated(f"{prefix}.{names.shared}", names) if shared else None,
         )
 
     def _linear(self, *names: str) -> Linear:

@@ -69,10 +69,7 @@ void DecoderStack::run(Step& step, const int64_t* token_ids, const std::vector<v
 }
 
 void DecoderStack::reserve(const StepShape& shape, int64_t rows) {
-  const auto at_least = [&](Buffer& buffer, int64_t width) {
-    const auto size = static_cast<size_t>(rows * width * item_bytes_) / sizeof(Line) + 1;
-    if (buffer.size() < size) buffer.resize(size);
-  };
+  const auto at_least = [&](Buffer& buffer, int64_t width) { buffer.at_least(rows * width * item_bytes_); };
   const int64_t kv_width = int64_t{shape.num_kv_heads} * shape.head_dim;
   at_least(scratch_.residual, settings_.hidden);
   at_least(scratch_.wanted_residual, settings_.hidden);
@@ -81,15 +78,14 @@ void DecoderStack::reserve(const StepShape& shape, int64_t rows) {
   at_least(scratch_.qkv, (shape.group + 2) * kv_width);
   at_least(scratch_.q, shape.group * kv_width);
   at_least(scratch_.attended, shape.group * kv_width);
-  at_least(scratch_.gate_up, 2 * settings_.intermediate);
-  at_least(scratch_.activated, settings_.intermediate);
+  for (const LayerWeights& layer : layers_) layer.mlp->reserve(scratch_.mlp, rows, item_bytes_);
 }
 
 void DecoderStack::embed(Team& team, const int64_t* token_ids, int64_t rows) {
   const int64_t row_bytes = settings_.hidden * item_bytes_;
   team.for_each_range(rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      std::memcpy(scratch_.residual.data()->bytes + row * row_bytes,
+      std::memcpy(scratch_.residual.data() + row * row_bytes,
                   static_cast<const char*>(settings_.embeddings) + token_ids[row] * row_bytes, row_bytes);
   });
 }
@@ -111,11 +107,7 @@ void DecoderStack::run_attention(Team& team, Step& step, const LayerWeights& lay
 void DecoderStack::run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, int64_t rows) {
   layer.attention_output->multiply(team, attended, scratch_.projected.data(), rows);
   normalise(team, scratch_.projected.data(), residual, layer.mlp_norm, rows);
-  layer.gate_up->multiply(team, scratch_.normed.data(), scratch_.gate_up.data(), rows);
-  team.for_each_range(rows, 2 * settings_.intermediate * item_bytes_, [&](int64_t begin, int64_t end) {
-    kernels_.silu_and_mul(scratch_.gate_up.data(), scratch_.activated.data(), settings_.intermediate, begin, end);
-  });
-  layer.down->multiply(team, scratch_.activated.data(), scratch_.projected.data(), rows);
+  layer.mlp->run({team, kernels_, item_bytes_, scratch_.mlp}, scratch_.normed.data(), scratch_.projected.data(), rows);
 }
 
 void DecoderStack::normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows) {
@@ -130,10 +122,10 @@ void DecoderStack::keep_wanted(Team& team, const WantedRows& wanted, int64_t att
   const int64_t attended_bytes = attended_width * item_bytes_;
   team.for_each_item(1, [&](int64_t, int64_t) {
     for (int64_t i = 0; i < wanted.num_rows; ++i) {
-      std::memcpy(scratch_.wanted_residual.data()->bytes + i * residual_bytes,
-                  scratch_.residual.data()->bytes + wanted.rows[i] * residual_bytes, residual_bytes);
-      std::memcpy(scratch_.q.data()->bytes + i * attended_bytes,
-                  scratch_.attended.data()->bytes + wanted.rows[i] * attended_bytes, attended_bytes);
+      std::memcpy(scratch_.wanted_residual.data() + i * residual_bytes,
+                  scratch_.residual.data() + wanted.rows[i] * residual_bytes, residual_bytes);
+      std::memcpy(scratch_.q.data() + i * attended_bytes,
+                  scratch_.attended.data() + wanted.rows[i] * attended_bytes, attended_bytes);
     }
   });
 }

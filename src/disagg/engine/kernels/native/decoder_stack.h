@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "buffer.h"
 #include "kernel_table.h"
+#include "mlp.h"
 #include "packed_linear.h"
 #include "parallel.h"
 #include "step.h"
@@ -20,15 +22,13 @@ struct LayerWeights {
   const void* k_norm;
   const PackedLinear* attention_output;
   const void* mlp_norm;
-  const PackedLinear* gate_up;
-  const PackedLinear* down;
+  const Mlp* mlp;
   int window;
 };
 
 // What surrounds the layers, and what all of them share.
 struct StackSettings {
   int64_t hidden;
-  int64_t intermediate;
   int64_t vocab_size;
   const void* embeddings;  // [vocab_size, hidden]
   const void* norm;
@@ -59,13 +59,9 @@ class DecoderStack {
            int num_threads);
 
  private:
-  // Activations of one step; kept from step to step, since fresh pages cost more than what is written to them.
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  using Buffer = std::vector<Line>;
   struct Scratch {
-    Buffer residual, wanted_residual, normed, projected, qkv, q, attended, gate_up, activated;
+    Buffer residual, wanted_residual, normed, projected, qkv, q, attended;
+    MlpScratch mlp;
   };
 
   void check(const Step& step, const int64_t* token_ids, const WantedRows& wanted) const;

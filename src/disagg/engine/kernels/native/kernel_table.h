@@ -76,6 +76,62 @@ struct LinearArgs {
   int64_t out_features;
 };
 
+// The blocks in which weights of GGUF files lie: bits of an integer, integers of a block, whether 256 of them share float16
+// scales that integers of each block refine, and whether there are offsets.
+enum BlockFormat {
+  kBytes32 = 0,         // Q8_0, Q5_0
+  kBytes32Offset,       // Q5_1
+  kBytes32SubOffset,    // Q5_K
+  kBytes16Sub,          // Q6_K
+  kNibbles32Offset,     // Q4_0, Q4_1
+  kNibbles32SubOffset,  // Q4_K
+  kNumBlockFormats
+};
+
+// A matrix in blocks, before it is packed; offset, sub_scale and sub_offset are null where the format has none.
+struct BlockArrays {
+  const int8_t* values;       // [out_features, in_features]
+  const uint16_t* scale;      // float16 [out_features, blocks, or super-blocks]
+  const uint16_t* offset;     // as scale
+  const int8_t* sub_scale;    // [out_features, blocks]
+  const int8_t* sub_offset;   // as sub_scale
+};
+
+// Products with weights in blocks of one format; see linear_blocks.h.
+struct BlockKernels {
+  int64_t (*panel_bytes)(int64_t in_features);
+  // 32-bit words that ``multiply`` needs besides, for so many rows.
+  int64_t (*scratch)(int64_t rows, int64_t in_features);
+  void (*pack)(const BlockArrays&, char* packed, int64_t out_features, int64_t in_features, int64_t panel_begin,
+               int64_t panel_end);
+  void (*multiply)(const LinearArgs&, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                   int64_t panel_end);
+};
+
+// Which experts each row of a step passes: the ``num_per_token`` highest logits, weighted by their softmax, over the
+// chosen ones with ``normalize`` and over all without; the shared expert has the sigmoid of the last logit.
+struct ExpertChoice {
+  const void* logits;         // [T, num_experts + has_shared]
+  int32_t* chosen;            // [T, num_per_token], the highest first
+  float* weights;             // [T, num_per_token + 1], the shared expert's last
+  int num_experts;
+  int num_per_token;
+  bool has_shared;
+  bool normalize;
+};
+constexpr int kMostExperts = 1024;
+
+// The weighted sum of what a row's experts gave.
+struct ExpertSum {
+  const void* products;       // [T * num_per_token, width], in the order of ``places``
+  const void* shared;         // [T, width] or null
+  const int32_t* places;      // [T, num_per_token]
+  const float* weights;       // [T, num_per_token + 1]
+  void* out;                  // [T, width]
+  int64_t width;
+  int num_per_token;
+};
+
 // Where the likely tokens of a row go: room for all that there may be, and for a vector more. Besides, what makes a
 // log-probability of any other logit.
 struct LikelyTokens {
@@ -104,11 +160,14 @@ struct Kernels {
   // ``units`` has room for the units of one panel.
   void (*multiply_int8)(const LinearArgs&, uint32_t* units, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                         int64_t panel_end);
+  BlockKernels blocks[kNumBlockFormats];
   void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);
   // ``residual`` is null, or is replaced by residual + x, which is then normalised.
   void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
                    int64_t row_begin, int64_t row_end);
   void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  void (*choose_experts)(const ExpertChoice&, int64_t row_begin, int64_t row_end);
+  void (*combine_experts)(const ExpertSum&, int64_t row_begin, int64_t row_end);
   // Of one row of logits; see logits.h.
   int64_t (*find_largest)(const void* logits, int64_t width);
   int64_t (*find_likely)(const void* logits, int64_t width, float sharpness, float floor, LikelyTokens& out);

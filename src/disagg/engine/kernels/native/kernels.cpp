@@ -2,8 +2,10 @@
 
 #include "decode_attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "linear_blocks.h"
 #include "linear_int8.h"
 #include "logits.h"
 #include "prefill_attention.h"
@@ -31,7 +33,12 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
-          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
+          pack_int8<E>, multiply_int8<E>,
+          {block_kernels_for<E, Blocks<8, 32, false, false>>(), block_kernels_for<E, Blocks<8, 32, false, true>>(),
+           block_kernels_for<E, Blocks<8, 32, true, true>>(), block_kernels_for<E, Blocks<8, 16, true, false>>(),
+           block_kernels_for<E, Blocks<4, 32, false, true>>(), block_kernels_for<E, Blocks<4, 32, true, true>>()},
+          rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
+          choose_experts<E>, combine_experts<E>,
           find_largest<E>, find_likely<E>, logprob_of<E>};
 }
 

@@ -5,12 +5,14 @@
 
 #include <climits>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernel_table.h"
 #include "decoder_stack.h"
+#include "mlp.h"
 #include "packed_linear.h"
 #include "parallel.h"
 #include "sampling.h"
@@ -181,8 +183,9 @@ class BoundKernels {
 class BoundLinear {
  public:
   BoundLinear(const BoundKernels& kernels, int64_t out_features, int64_t in_features, const std::vector<float>& scale,
-              const std::vector<float>& bias)
-      : linear_(kernels.table(), out_features, in_features, 4 / kernels.item_bytes(), scale, bias) {
+              const std::vector<float>& bias, std::optional<BlockFormat> blocks)
+      : linear_(kernels.table(), out_features, in_features, 4 / kernels.item_bytes(), scale, bias,
+                blocks ? &kernels.table().blocks[*blocks] : nullptr) {
     if (in_features % (4 / kernels.item_bytes()))
       throw std::invalid_argument("a packed weight needs an even number of input features");
     for (const std::vector<float>* values : {&scale, &bias})
@@ -195,6 +198,14 @@ class BoundLinear {
   void pack(uintptr_t weight, uintptr_t packed, int num_threads) {
     const py::gil_scoped_release unlocked;
     linear_.pack(at<void>(weight), at<void>(packed), num_threads);
+  }
+
+  void pack_blocks(uintptr_t values, uintptr_t scale, uintptr_t offset, uintptr_t sub_scale, uintptr_t sub_offset,
+                   uintptr_t packed, int num_threads) {
+    const py::gil_scoped_release unlocked;
+    const BlockArrays weight{at<int8_t>(values), at<uint16_t>(scale), at<uint16_t>(offset), at<int8_t>(sub_scale),
+                             at<int8_t>(sub_offset)};
+    linear_.pack_blocks(weight, at<void>(packed), num_threads);
   }
 
   void use_packed(uintptr_t packed) { linear_.use_packed(at<void>(packed)); }
@@ -210,21 +221,36 @@ class BoundLinear {
   PackedLinear linear_;
 };
 
+DenseMlp make_dense_mlp(const BoundLinear& gate_up, const BoundLinear& down) { return {gate_up.get(), down.get()}; }
+
+SparseMlp make_sparse_mlp(const BoundLinear& router, const std::vector<const DenseMlp*>& experts,
+                          const DenseMlp* shared, int num_per_token, bool normalize_weights) {
+  const auto num_experts = static_cast<int>(experts.size());
+  if (num_experts > kMostExperts || num_per_token < 1 || num_per_token > num_experts ||
+      router.get()->out_features() != num_experts + (shared != nullptr))
+    throw std::invalid_argument("no native kernel for " + std::to_string(num_per_token) + " of " +
+                                std::to_string(num_experts) + " experts and a router of " +
+                                std::to_string(router.get()->out_features()) + " rows");
+  std::vector<DenseMlp> copies;
+  for (const DenseMlp* expert : experts) copies.push_back(*expert);
+  std::optional<DenseMlp> shared_copy;
+  if (shared != nullptr) shared_copy = *shared;
+  return {router.get(), std::move(copies), shared_copy, num_per_token, normalize_weights};
+}
+
 // A decoder, as Python sees it. Weights and linears stay in Python's hands.
 class BoundDecoder {
  public:
-  BoundDecoder(const BoundKernels& kernels, int64_t hidden, int64_t intermediate, int64_t vocab_size,
-               uintptr_t embeddings, uintptr_t norm, const BoundLinear& head, uintptr_t cos_sin, int64_t num_positions,
-               float scale, float eps)
+  BoundDecoder(const BoundKernels& kernels, int64_t hidden, int64_t vocab_size, uintptr_t embeddings, uintptr_t norm,
+               const BoundLinear& head, uintptr_t cos_sin, int64_t num_positions, float scale, float eps)
       : stack_(kernels.table(), kernels.item_bytes(),
-               {hidden, intermediate, vocab_size, at<void>(embeddings), at<void>(norm), head.get(), at<float>(cos_sin),
+               {hidden, vocab_size, at<void>(embeddings), at<void>(norm), head.get(), at<float>(cos_sin),
                 num_positions, scale, eps}) {}
 
   void add(uintptr_t attention_norm, const BoundLinear& qkv, uintptr_t q_norm, uintptr_t k_norm,
-           const BoundLinear& attention_output, uintptr_t mlp_norm, const BoundLinear& gate_up,
-           const BoundLinear& down, int window) {
+           const BoundLinear& attention_output, uintptr_t mlp_norm, const Mlp& mlp, int window) {
     stack_.add({at<void>(attention_norm), qkv.get(), at<void>(q_norm), at<void>(k_norm), attention_output.get(),
-                at<void>(mlp_norm), gate_up.get(), down.get(), window});
+                at<void>(mlp_norm), &mlp, window});
   }
 
   void run(Step& step, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
@@ -280,22 +306,38 @@ PYBIND11_MODULE(_native, module) {
       .def("find_largest", &BoundKernels::find_largest)
       .def("draw", &BoundKernels::draw)
       .def("forbid", &BoundKernels::forbid);
+  py::enum_<BlockFormat>(module, "BlockFormat")
+      .value("BYTES32", kBytes32)
+      .value("BYTES32_OFFSET", kBytes32Offset)
+      .value("BYTES32_SUB_OFFSET", kBytes32SubOffset)
+      .value("BYTES16_SUB", kBytes16Sub)
+      .value("NIBBLES32_OFFSET", kNibbles32Offset)
+      .value("NIBBLES32_SUB_OFFSET", kNibbles32SubOffset);
   py::class_<BoundLinear>(module, "Linear")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&>(),
-           py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"))
+      .def(py::init<const BoundKernels&, int64_t, int64_t, const std::vector<float>&, const std::vector<float>&,
+                    std::optional<BlockFormat>>(),
+           py::arg("kernels"), py::arg("out_features"), py::arg("in_features"), py::arg("scale"), py::arg("bias"),
+           py::arg("blocks") = py::none())
       .def("packed_bytes", &BoundLinear::packed_bytes)
       .def("pack", &BoundLinear::pack)
+      .def("pack_blocks", &BoundLinear::pack_blocks, py::kw_only(), py::arg("values"), py::arg("scale"),
+           py::arg("offset"), py::arg("sub_scale"), py::arg("sub_offset"), py::arg("packed"), py::arg("num_threads"))
       .def("use_packed", &BoundLinear::use_packed)
       .def("multiply", &BoundLinear::multiply);
+  py::class_<Mlp>(module, "Mlp");
+  py::class_<DenseMlp, Mlp>(module, "DenseMlp")
+      .def(py::init(&make_dense_mlp), py::kw_only(), py::arg("gate_up"), py::arg("down"));
+  py::class_<SparseMlp, Mlp>(module, "SparseMlp")
+      .def(py::init(&make_sparse_mlp), py::kw_only(), py::arg("router"), py::arg("experts"), py::arg("shared"),
+           py::arg("num_per_token"), py::arg("normalize_weights"));
   py::class_<BoundDecoder>(module, "Decoder")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, uintptr_t,
-                    int64_t, float, float>(),
-           py::kw_only(), py::arg("kernels"), py::arg("hidden"), py::arg("intermediate"), py::arg("vocab_size"),
+      .def(py::init<const BoundKernels&, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, uintptr_t, int64_t,
+                    float, float>(),
+           py::kw_only(), py::arg("kernels"), py::arg("hidden"), py::arg("vocab_size"),
            py::arg("embeddings"), py::arg("norm"), py::arg("head"), py::arg("cos_sin"), py::arg("num_positions"),
            py::arg("scale"), py::arg("eps"))
       .def("add", &BoundDecoder::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
-           py::arg("k_norm"), py::arg("attention_output"), py::arg("mlp_norm"), py::arg("gate_up"), py::arg("down"),
-           py::arg("window"))
+           py::arg("k_norm"), py::arg("attention_output"), py::arg("mlp_norm"), py::arg("mlp"), py::arg("window"))
       .def("run", &BoundDecoder::run, py::kw_only(), py::arg("step"), py::arg("token_ids"), py::arg("kv_layers"),
            py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("num_threads"));
 }

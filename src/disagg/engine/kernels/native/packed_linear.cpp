@@ -14,18 +14,21 @@ constexpr int64_t kPiecesPerThread = 2;
 constexpr int64_t kPanelsPerPiece = 3;
 constexpr int64_t kRowsPerPiece = 12;
 
-// This thread's room for a panel of int8 weights as units; kept, since fresh pages cost more than what is written there.
-uint32_t* widened_panel(int64_t num_units) {
-  thread_local std::vector<uint32_t> units;
-  if (static_cast<int64_t>(units.size()) < num_units) units.resize(num_units);
-  return units.data();
+// This thread's room for what a product writes down, a widened panel first of all; kept, since fresh pages cost more than
+// what is written there.
+uint32_t* scratch(int64_t num_words) {
+  thread_local std::vector<uint32_t> words;
+  if (static_cast<int64_t>(words.size()) < num_words) words.resize(num_words);
+  return words.data();
 }
 
 }  // namespace
 
 PackedLinear::PackedLinear(const Kernels& kernels, int64_t out_features, int64_t in_features,
-                           int64_t features_per_unit, const std::vector<float>& scale, const std::vector<float>& bias)
+                           int64_t features_per_unit, const std::vector<float>& scale, const std::vector<float>& bias,
+                           const BlockKernels* blocks)
     : kernels_(kernels),
+      blocks_(blocks),
       out_features_(out_features),
       in_features_(in_features),
       features_per_unit_(features_per_unit),
@@ -37,6 +40,7 @@ PackedLinear::PackedLinear(const Kernels& kernels, int64_t out_features, int64_t
 }
 
 int64_t PackedLinear::packed_bytes() const {
+  if (blocks_ != nullptr) return num_panels_ * blocks_->panel_bytes(in_features_);
   return num_panels_ * panel_units() * (scale_.empty() ? int64_t{sizeof(uint32_t)} : features_per_unit_);
 }
 
@@ -56,9 +60,21 @@ void PackedLinear::pack(const void* weight, void* packed, int num_threads) {
   });
 }
 
-void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
+void PackedLinear::pack_blocks(const BlockArrays& weight, void* packed, int num_threads) {
+  packed_ = packed;
+  run_team(num_threads, [&](Team& team) {
+    team.for_each_item(num_panels_, [&](int64_t panel, int64_t) {
+      blocks_->pack(weight, static_cast<char*>(packed), out_features_, in_features_, panel, panel + 1);
+    });
+  });
+}
+
+LinearArgs PackedLinear::args(const void* x, void* out) const {
   const auto data_of = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
-  const LinearArgs args{x, out, packed_, data_of(scale_), data_of(bias_), in_features_, out_features_};
+  return {x, out, packed_, data_of(scale_), data_of(bias_), in_features_, out_features_};
+}
+
+void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
   const int64_t worth = 1 + rows * in_features_ * out_features_ / kMultiplicationsPerThread;
   const int64_t pieces = team.size() == 1 ? 1 : std::min(worth, kPiecesPerThread * team.size());
   const int64_t columns = std::clamp<int64_t>(num_panels_ / kPanelsPerPiece, 1, pieces);
@@ -68,14 +84,25 @@ void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) 
   team.for_each_item(columns * bands, [&](int64_t item, int64_t) {
     const int64_t column = item / bands;
     const int64_t band = item % bands;
-    const int64_t first = num_panels_ * column / columns;
-    const int64_t end = num_panels_ * (column + 1) / columns;
-    if (scale_.empty()) {
-      kernels_.multiply(args, row(band), row(band + 1), first, end);
-    } else {
-      kernels_.multiply_int8(args, widened_panel(panel_units()), row(band), row(band + 1), first, end);
-    }
+    multiply_panels(args(x, out), row(band), row(band + 1), num_panels_ * column / columns,
+                    num_panels_ * (column + 1) / columns);
   });
+}
+
+void PackedLinear::multiply_part(const void* x, void* out, int64_t rows, int64_t part, int64_t parts) const {
+  multiply_panels(args(x, out), 0, rows, num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
+}
+
+void PackedLinear::multiply_panels(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                                   int64_t panel_end) const {
+  if (blocks_ != nullptr) {
+    uint32_t* words = scratch(blocks_->scratch(row_end - row_begin, in_features_));
+    blocks_->multiply(args, words, row_begin, row_end, panel_begin, panel_end);
+  } else if (scale_.empty()) {
+    kernels_.multiply(args, row_begin, row_end, panel_begin, panel_end);
+  } else {
+    kernels_.multiply_int8(args, scratch(panel_units()), row_begin, row_end, panel_begin, panel_end);
+  }
 }
 
 }  // namespace disagg

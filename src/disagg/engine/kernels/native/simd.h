@@ -196,6 +196,10 @@ struct F32 {
   static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
     return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
   }
+  // Step ``step`` of the 8 that the 4-bit values of a lane are: see put_value in linear_blocks.h.
+  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
+    return __builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats);
+  }
   static DISAGG_INLINE Units units_of(const Operand& operand) { return (Units)operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return (Floats)broadcast(unit); }
@@ -219,6 +223,15 @@ struct BF16 {
     const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from + kLanes)));
     return (Units)_mm512_cvtne2ps_pbh(second, first);
   }
+  // Step ``step`` of 4. A table has the 16 values twice: the permutation reads a fifth bit, the next value's lowest.
+  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
+    alignas(64) static const uint16_t values[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
+        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    const __m512i shifted = _mm512_srli_epi16((__m512i)packed, 4 * step);
+    return (Units)_mm512_permutexvar_epi16(shifted, load<__m512i>(values));
+  }
   static DISAGG_INLINE Units units_of(const Operand& operand) { return operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
   static DISAGG_INLINE Factor factor(uint32_t unit) { return broadcast(unit); }
@@ -240,6 +253,10 @@ struct BF16 {
   static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
     const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
     return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
+  }
+  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
+    return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
+            __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
   }
   // The upper halves of floats that bfloat16 holds exactly.
   static DISAGG_INLINE Units units_of(const Operand& operand) {
