@@ -61,6 +61,7 @@ from disagg.scheduling.instance.outputs import (
 )
 from disagg.scheduling.instance.tracked import Tracked, kv_offered, mismatch, pulled_message, unread
 from disagg.scheduling.step.actions import (
+    AnyMove,
     DropSaved,
     Emit,
     Forget,
@@ -374,20 +375,7 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(
-        self,
-        action: OfferKv
-        | OfferPart
-        | LendKv
-        | Pull
-        | ReleaseLease
-        | Reject
-        | Forget
-        | WakeAt
-        | LoadBlocks
-        | SaveBlock
-        | DropSaved,
-    ) -> None:
+    def _carry_out(self, action: AnyMove) -> None:
         match action:
             case OfferKv():
                 # From here on the sequence is another instance's.

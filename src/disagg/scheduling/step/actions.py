@@ -161,18 +161,8 @@ class WakeAt(Action, frozen=True, kw_only=True):
     time_s: float
 
 
-AnyAction = (
-    RunStep
-    | Emit
-    | OfferKv
-    | OfferPart
-    | LendKv
-    | Pull
-    | LoadBlocks
-    | SaveBlock
-    | DropSaved
-    | ReleaseLease
-    | Reject
-    | Forget
-    | WakeAt
+AnyMove = (
+    OfferKv | OfferPart | LendKv | Pull | LoadBlocks | SaveBlock | DropSaved | ReleaseLease | Reject | Forget | WakeAt
 )
+"""What is done once for a sequence or a block, beside its steps."""
+AnyAction = RunStep | Emit | AnyMove
