@@ -88,7 +88,7 @@ def build_loop(
     progress = _Progress(settings, channel)
     progress.report("model", 0.0)
     files = locate_model(settings.model.model)
-    config = load_config(files)
+    config = load_config(files).for_length(settings.model.max_model_len)
     device = _device(settings.device)
     backend = select_backend(device, TORCH_DTYPES[settings.model.dtype], settings.kernel_backend)
     capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
@@ -315,4 +315,4 @@ def _open_disk(
 
 def _contents(files: ModelFiles, model: ModelSettings) -> bytes:
     """Return a name for all that the contents of a KV block hang on, but for their layout."""
-    return fingerprint(files) + msgspec.json.encode((model.dtype, model.quantization))
+    return fingerprint(files, model.max_model_len) + msgspec.json.encode((model.dtype, model.quantization))

@@ -32,8 +32,8 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 template <class E>
 constexpr Kernels kernels_for() {
   return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
-          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
-          choose_experts<E>, combine_experts<E>,
+          pack_int8<E>, multiply_int8<E>, rope_and_write_kv<E>, rms_norm<E>,
+          {gate<E, Silu>, gate<E, GeluTanh>}, scale_and_cap<E>, choose_experts<E>, combine_experts<E>,
           find_largest<E>, find_likely<E>, logprob_of<E>};
 }
 
