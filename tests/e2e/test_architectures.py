@@ -1,4 +1,6 @@
-"""Every architecture, served by one prefill and one decode instance: the tokens that transformers generates."""
+"""Every architecture, on one prefill and one decode instance, gives the tokens that transformers generates.
+
+So do some that transformers' code computes."""
 
 import warnings
 from collections.abc import Callable
@@ -22,9 +24,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 160},
     "gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 16},
     "olmo2": {},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "starcoder2": {"sliding_window": 24, "head_dim": None},
+    "cohere": {},
     "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
 }
-QUICK = ("gemma3_text", "phi3")
+QUICK = ("gemma3_text", "phi3", "gpt_neox")
+"""Two of our own decoder, and one that transformers' code computes."""
 NEW = 20
 
 

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.base.model_code import ModelCode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.units import parse_bytes
@@ -108,6 +109,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     quantization: (
         Annotated[Quantization, Meta(description="store weight matrices in fewer bits [default: in the dtype]")] | None
     ) = None
+    model_code: Annotated[
+        ModelCode, Meta(description="who computes the layers; 'auto': transformers where the architecture is not ours")
+    ] = ModelCode.AUTO
     max_model_len: (
         Annotated[
             int, Meta(ge=2, description="longest sequence, prompt plus answer, in tokens [default: the model's own]")

@@ -134,6 +134,11 @@ class ModelConfig(ModelShape, frozen=True, kw_only=True):
     stored_dtype: str = "unknown"
     """Element type in the file, for the user's information."""
 
+    @property
+    def class_name(self) -> str:
+        """Hugging Face's class."""
+        return self.architecture.value
+
     def for_length(self, max_model_len: int | None) -> "ModelConfig":
         """Return the configuration that computes sequences of up to so many tokens, by default as many as it can."""
         if not isinstance(self.rope_scaling, LongRope):

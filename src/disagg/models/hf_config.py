@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from disagg.base.errors import ConfigurationError, UnsupportedModelError
+from disagg.base.errors import ConfigurationError, UnknownArchitectureError
 from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig, YarnRope
 from disagg.models.config_fields import check_fields
 from disagg.models.families import FAMILIES, ModelFamily
@@ -36,7 +36,7 @@ def config_from_hf(
 
     ``generation`` is ``generation_config.json``, whose end-of-sequence ids join those of ``entries``.
 
-    Raises UnsupportedModelError for a model that no code here can run, ConfigurationError for a broken file.
+    Raises UnsupportedModelError for a model that our decoder cannot run, ConfigurationError for a broken file.
     """
     fields = JsonFields(entries, source)
     architecture = _architecture(fields)
@@ -110,7 +110,7 @@ def _architecture(fields: JsonFields) -> Architecture:
         )
     architecture = _CLASSES.get(names[0]) if isinstance(names[0], str) else None
     if architecture is None:
-        raise UnsupportedModelError(
+        raise UnknownArchitectureError(
             f"architecture {names[0]!r} ({fields.source}, field 'architectures') is not supported; "
             f"supported: {SUPPORTED_MODELS}"
         )

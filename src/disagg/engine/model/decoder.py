@@ -1,6 +1,7 @@
 """One decoder for every supported architecture: the configuration says which parts a layer has."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,20 @@ from disagg.engine.kernels.interface import (
 )
 from disagg.engine.model.rope import rope_tables
 from disagg.models.config import ModelConfig
+
+
+class StepDecoder(Protocol):
+    """Whatever computes steps of a model over a paged KV pool.
+
+    ``max_model_len`` is the longest sequence it will be given, in tokens; ``backend`` gives the pool its format, and
+    chooses tokens where it can.
+    """
+
+    backend: KernelBackend
+    max_model_len: int
+
+    def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """See ``Decoder.forward``."""
 
 
 class Decoder:
