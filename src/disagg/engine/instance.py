@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
@@ -42,10 +42,12 @@ from disagg.engine.model.weights import TORCH_DTYPES
 from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
+from disagg.models.config import ModelConfig
 from disagg.models.fingerprint import fingerprint
+from disagg.models.foreign import ForeignModel
+from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import ModelFiles, load_served_model_config, locate_model
-from disagg.models.shape import ModelShape
 from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
@@ -88,6 +90,7 @@ def build_loop(
     progress.report("model", 0.0)
     files = locate_model(settings.model.model, settings.model.model_code)
     config = load_served_model_config(files, settings.model.model_code)
+    grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
     backend = select_backend(
         device,
@@ -133,7 +136,7 @@ def build_loop(
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    accessories = Accessories(log, disk, _make_grammars(files, config, stack))
+    accessories = Accessories(log, disk, grammars)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
@@ -227,13 +230,16 @@ def _make_executor(
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 
 
-def _make_grammars(files: ModelFiles, config: ModelShape, stack: ExitStack) -> Grammars:
-    """Return what compiles grammars; it reads the tokenizer when the first one comes."""
+def _make_grammars(files: ModelFiles, config: ModelConfig | ForeignModel, stack: ExitStack) -> Grammars:
+    """Return what compiles grammars; it begins to read the tokenizer."""
+    tokenizer = cache(partial(load_tokenizer, files))
 
     def make_compiler(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
-        return GrammarCompiler(load_tokenizer(files), config.vocab_size, eos_token_ids)
+        return GrammarCompiler(tokenizer(), config.vocab_size, eos_token_ids)
 
-    return Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
+    grammars = Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
+    grammars.prepare(lambda: end_token_ids(config, tokenizer(), load_generation_config(files)))
+    return grammars
 
 
 def _make_pulls(
