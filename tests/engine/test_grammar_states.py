@@ -59,6 +59,31 @@ def state(compiler: GrammarCompiler, grammar: str, tokens: Sequence[int] = ()) -
     return GrammarState(compiled, tokens)
 
 
+def test_the_first_grammar_finds_the_vocabulary_read(compiler: GrammarCompiler) -> None:
+    """An instance reads it while it loads: made by the first step with a grammar, it would hold up all others."""
+    made: list[tuple[int, ...]] = []
+
+    def make(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
+        made.append(eos_token_ids)
+        return compiler
+
+    with ThreadPoolExecutor(1) as thread:
+        grammars = Grammars(make, thread)
+        grammars.prepare(lambda: (EOS,)).result()
+        assert made == [(EOS,)]
+        begun = grammars.state_of(asking(GRAMMARS["choice"], max_tokens=5))
+        assert begun is not None
+        assert not begun.is_complete
+    assert made == [(EOS,)]
+
+
+def test_a_model_without_an_end_is_served_without_grammars(folder: Path) -> None:
+    endless = GrammarCompiler(load_tokenizer(locate_model(str(folder))), VOCAB_SIZE, ())
+    with ThreadPoolExecutor(1) as thread:
+        grammars = Grammars(lambda _: endless, thread)
+        assert grammars.prepare(tuple).exception() is None
+
+
 def asking(grammar: str, **sampling: Any) -> GenerationRequest:
     return GenerationRequest(
         request_id=RequestId("one"),

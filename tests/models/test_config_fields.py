@@ -10,6 +10,7 @@ from test_hf_config import LLAMA, config_of
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.config import Architecture
 from disagg.models.config_fields import CONFIG_FIELDS, Verdict, check_fields
+from disagg.models.families import FAMILIES
 from disagg.models.hf_config import config_from_hf
 
 LIMITED = [
@@ -20,15 +21,12 @@ LIMITED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
-)
+@pytest.mark.parametrize("model_type", [name for family in FAMILIES.values() for name in family.model_types])
 def test_the_table_knows_all_that_transformers_writes(model_type: str) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type)
-    names = {"ministral": "mistral"}
-    architecture = next(a for a in Architecture if a.name.lower() == names.get(model_type, model_type))
+    architecture = next(a for a, family in FAMILIES.items() if model_type in family.model_types)
     own = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
 
     assert check_fields({**own, **config.to_dict()}, architecture) == ()

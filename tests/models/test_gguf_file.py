@@ -7,11 +7,13 @@ import gguf
 import numpy as np
 import pytest
 from gguf_writing import LLAMA_METADATA, write_gguf
+from test_hf_config import LLAMA
 
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
 from disagg.models.config import Architecture, FactorsRope, LinearRope, YarnRope
 from disagg.models.gguf_config import config_from_gguf
 from disagg.models.gguf_file import GgufFile, hf_tensor_name, undo_rope_permutation
+from disagg.models.hf_config import config_from_hf
 from disagg.models.locate import ModelFiles
 
 RANDOM = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def test_the_default_model_is_read_as_by_the_reference_reader(default_model: Mod
     ],
 )
 def test_names(name: str, expected: str | None) -> None:
-    assert hf_tensor_name(name) == expected
+    assert hf_tensor_name(name, config_from_hf(LLAMA)) == expected
 
 
 def test_undoing_the_permutation_of_query_rows() -> None:
@@ -213,7 +215,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("architecture", "changes", "words"),
         [
-            ("gemma3", {}, ["'gemma3'", "general.architecture", "'qwen2'"]),
+            ("gemma4", {}, ["'gemma3'", "general.architecture", "'qwen2'"]),
             ("llama", {"expert_count": 8}, ["llama.expert_count", "8", "dense"]),
             ("qwen2", {"rope__scaling__type": "longrope"}, ["qwen2.rope.scaling.type", "'longrope'", "'yarn'"]),
             ("llama", {"attention__sliding_window": 4096}, ["sliding_window", "4096", "Hugging Face folder"]),

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
-from disagg.models.config import Architecture, LinearRope, Llama3Rope, ModelConfig, YarnRope
+from disagg.models.config import Architecture, FactorsRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
 from disagg.models.hf_config import config_from_hf
 
 LLAMA: dict[str, Any] = {
@@ -164,8 +164,8 @@ class TestRefusals:
             ),
             ({"hidden_act": "gelu"}, ["LlamaForCausalLM", "hidden_act", "'gelu'", "'silu'"]),
             (
-                {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-                ["rope_type", "'longrope'", "'linear'", "'llama3'", "'yarn'"],
+                {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+                ["rope_type", "'proportional'", "'linear'", "'llama3'", "'yarn'"],
             ),
             ({"rope_scaling": {"type": None}}, ["rope_type", "None", "'default'"]),
             ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, ["rope_type", "None", "'yarn'"]),
@@ -194,7 +194,7 @@ class TestRefusals:
             ({"num_hidden_layers": True}, ["'num_hidden_layers'", "True"]),
             ({"architectures": ...}, ["'architectures'"]),
             ({"num_key_value_heads": 5}, ["32 query heads", "5 KV heads"]),
-            ({"head_dim": 63}, ["head_dim 63", "odd"]),
+            ({"head_dim": 63}, ["head_dim of 63", "pairs"]),
             ({"num_hidden_layers": 0}, ["num_layers", "at least 1"]),
             ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "'low_freq_factor'"]),
             ({"rope_scaling": 3}, ["'rope_scaling'", "3"]),
@@ -266,3 +266,64 @@ class TestOperationCounts:
         config = config_of()
 
         assert config.linear_flops(10, 10) - config.linear_flops(10, 1) == 2 * 9 * 128_256 * 2048
+
+
+class TestFamilies:
+    def test_gemma_3_1b_says_little_and_means_much(self) -> None:
+        """Its ``config.json`` as it was published; what it leaves out are the family's defaults."""
+        config = config_from_hf(
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "model_type": "gemma3_text",
+                "attn_logit_softcapping": None,
+                "cache_implementation": "hybrid",
+                "final_logit_softcapping": None,
+                "head_dim": 256,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "hidden_size": 1152,
+                "intermediate_size": 6912,
+                "max_position_embeddings": 32_768,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 26,
+                "num_key_value_heads": 1,
+                "query_pre_attn_scalar": 256,
+                "rms_norm_eps": 1e-6,
+                "rope_local_base_freq": 10_000,
+                "rope_scaling": None,
+                "rope_theta": 1_000_000,
+                "sliding_window": 512,
+                "sliding_window_pattern": 6,
+                "vocab_size": 262_144,
+            }
+        )
+
+        assert config.tie_word_embeddings
+        assert config.sliding_windows == ((512,) * 5 + (None,)) * 4 + (512, 512)
+        assert (config.rope_theta, config.sliding_rope_theta) == (1_000_000.0, 10_000.0)
+        assert config.num_parameters == 999_885_952
+
+    def test_longrope_takes_the_long_divisors_where_sequences_may_be_long(self) -> None:
+        scaling = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
+        config = config_of(
+            architectures=["Phi3ForCausalLM"], original_max_position_embeddings=4096, rope_scaling=scaling
+        )
+
+        for length, divisor in ((4096, 1.0), (4097, 4.0), (None, 4.0)):
+            chosen = config.for_length(length).rope_scaling
+            assert isinstance(chosen, FactorsRope)
+            assert set(chosen.divisors) == {divisor}
+            assert chosen.attention_factor == pytest.approx(1.1902380714)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"partial_rotary_factor": 0.01}, ["turns 0", "head_dim of 64"]),
+            ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": "x"}}, ["long_factor", "'x'"]),
+            ({"rope_scaling": {"type": "longrope", "short_factor": [0], "long_factor": [1]}}, ["short_factor[0]"]),
+        ],
+    )
+    def test_broken_phi(self, changes: dict[str, Any], words: list[str]) -> None:
+        with pytest.raises(ConfigurationError) as refusal:
+            config_of(architectures=["Phi3ForCausalLM"], **changes)
+
+        assert all(word in str(refusal.value) for word in words)

@@ -16,6 +16,7 @@ from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
 from disagg.base.elastic_settings import InstanceRange, Replan, parse_autoscale
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.base.model_code import ModelCode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
@@ -112,6 +113,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     quantization: (
         Annotated[Quantization, Meta(description="store weight matrices in fewer bits [default: in the dtype]")] | None
     ) = None
+    model_code: Annotated[
+        ModelCode, Meta(description="who computes the layers; 'auto': transformers where the architecture is not ours")
+    ] = ModelCode.AUTO
     max_model_len: (
         Annotated[
             int, Meta(ge=2, description="longest sequence, prompt plus answer, in tokens [default: the model's own]")

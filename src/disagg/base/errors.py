@@ -5,6 +5,7 @@
     DisaggError                     everything this package raises on purpose
     ├── ConfigurationError          a setting, flag, file or command that cannot be used as things are (409)
     │   └── UnsupportedModelError   a model that no code here can run
+    │       └── UnknownArchitectureError   of a family that no code here knows
     ├── InvalidRequestError         a request that is wrong in itself (HTTP 400)
     │   └── ContextLengthError      prompt plus answer do not fit the model or the KV pool (400)
     ├── ModelNotFoundError          the request names a model that is not served (404)
@@ -33,6 +34,10 @@ class ConfigurationError(DisaggError):
 
 class UnsupportedModelError(ConfigurationError):
     """A model that no code here can run; says the architecture, the field, and what is supported."""
+
+
+class UnknownArchitectureError(UnsupportedModelError):
+    """A model of a family that our decoder does not know; transformers' code may compute it."""
 
 
 class InvalidRequestError(DisaggError):

@@ -8,7 +8,7 @@ from disagg.base.config import CacheSettings, DType, ModelSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.units import format_bytes
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
-from disagg.models.config import ModelConfig
+from disagg.models.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Capacity:
     max_model_len: int
 
 
-def plan_capacity(model: ModelSettings, cache: CacheSettings, config: ModelConfig, kv_format: KvFormat) -> Capacity:
+def plan_capacity(model: ModelSettings, cache: CacheSettings, config: ModelShape, kv_format: KvFormat) -> Capacity:
     """Fill the KV memory with blocks, and bound sequences by what the model and the pool can take.
 
     Raises ConfigurationError, with both numbers and the flag to change, when a sequence of the length asked for does

@@ -4,6 +4,7 @@ Where a sequence is in its grammar is a function of the grammar and the tokens s
 instance that takes a sequence over, or resumes it, reads the known tokens again.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Final
@@ -17,7 +18,9 @@ from disagg.base.request import GenerationRequest
 from disagg.models.grammar import GrammarCompiler
 
 COMPILE_DEADLINE_S: Final = 60.0
-"""A grammar that the server took is compiled in milliseconds; the first one waits for the vocabulary."""
+"""A grammar that the server took is compiled in milliseconds, once the vocabulary is read."""
+
+_logger = logging.getLogger(__name__)
 
 MakeCompiler = Callable[[tuple[int, ...]], GrammarCompiler]
 """From the tokens that end an answer."""
@@ -31,6 +34,19 @@ class Grammars:
         self._thread = thread
         self._compilers: dict[tuple[int, ...], GrammarCompiler] = {}
 
+    def prepare(self, eos_token_ids: Callable[[], tuple[int, ...]]) -> "Future[None]":
+        """Read the vocabulary while the weights are loaded, rather than while the first grammar's step waits for it.
+
+        ``eos_token_ids`` is called in the thread, and gives the tokens that end an answer unless a request says others.
+        """
+        return self._thread.submit(self._prepare, eos_token_ids)
+
+    def _prepare(self, eos_token_ids: Callable[[], tuple[int, ...]]) -> None:
+        try:
+            self._compiler(eos_token_ids()).prepare()
+        except DisaggError as error:
+            _logger.info("grammars cannot be used with this model: %s", error)
+
     def state_of(self, request: GenerationRequest) -> "GrammarState | None":
         """Return where a sequence is in its grammar, None for one without."""
         if not request.sampling.grammar:
@@ -39,9 +55,12 @@ class Grammars:
         return GrammarState(compiled, request.output_token_ids)
 
     def _compile(self, grammar: str, eos_token_ids: tuple[int, ...]) -> llguidance.LLMatcher:
+        return self._compiler(eos_token_ids).compile(grammar)
+
+    def _compiler(self, eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
         if eos_token_ids not in self._compilers:
             self._compilers[eos_token_ids] = self._make_compiler(eos_token_ids)
-        return self._compilers[eos_token_ids].compile(grammar)
+        return self._compilers[eos_token_ids]
 
 
 class GrammarState:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
@@ -27,27 +27,28 @@ from disagg.costs.measured_steps import StepSample, fit_latency
 from disagg.costs.profile import load_profile
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
+from disagg.engine.decoder_loading import DecoderLoading
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
-from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.loop import Accessories, EngineLoop
-from disagg.engine.model.decoder import Decoder
-from disagg.engine.model.shared_weights import load_shared
-from disagg.engine.model.weights import TORCH_DTYPES, load_weights, most_weight_bytes
+from disagg.engine.model.decoder import StepDecoder
+from disagg.engine.model.weights import TORCH_DTYPES
 from disagg.engine.model_executor import ModelExecutor
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.models.config import ModelConfig
 from disagg.models.fingerprint import fingerprint
+from disagg.models.foreign import ForeignModel
+from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.grammar import GrammarCompiler
-from disagg.models.locate import ModelFiles, load_config, locate_model
+from disagg.models.locate import ModelFiles, load_served_model_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
@@ -88,28 +89,35 @@ def build_loop(
     started_s = clock.now()
     progress = _Progress(settings, channel)
     progress.report("model", 0.0)
-    files = locate_model(settings.model.model)
-    config = load_config(files)
+    files = locate_model(settings.model.model, settings.model.model_code)
+    config = load_served_model_config(files, settings.model.model_code)
+    grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
-    backend = select_backend(device, TORCH_DTYPES[settings.model.dtype], settings.kernel_backend)
+    backend = select_backend(
+        device,
+        TORCH_DTYPES[settings.model.dtype],
+        settings.kernel_backend,
+        head_dim=config.head_dim,
+        block_size=settings.cache.block_size,
+    )
     capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
-    weights = _load(settings, files, config, backend, progress, clock)
-    decoder = Decoder(config, weights, backend, capacity.max_model_len)
-    executor = IsolatingExecutor(_make_executor(settings, decoder, pool, device))
+    loading = DecoderLoading(settings, files, backend, capacity, partial(progress.report, "weights"), clock)
+    loaded = loading.load(config, device)
+    executor = IsolatingExecutor(_make_executor(settings, loaded.decoder, pool, device))
     shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
     links, pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
     disk, room = _open_disk(settings, files, pool, channel, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
         device=settings.device.value,
-        kernel_backend=backend.name,
+        kernel_backend=loaded.kernels,
         num_blocks=capacity.layout.num_blocks,
         block_size=capacity.layout.block_size,
         max_model_len=capacity.max_model_len,
         vocab_size=config.vocab_size,
-        weight_bytes=_weight_bytes(config, settings.model, capacity.layout.dtype.itemsize),
+        weight_bytes=loaded.weight_bytes,
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=shared.address,
@@ -131,34 +139,8 @@ def build_loop(
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     measuring = LinkMeasuring(settings.instance, incarnation, links, clock, channel.wake)
-    accessories = Accessories(log, disk, _make_grammars(files, config, stack), measuring)
+    accessories = Accessories(log, disk, grammars, measuring)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
-
-
-def _load(
-    settings: InstanceSettings,
-    files: ModelFiles,
-    config: ModelConfig,
-    backend: KernelBackend,
-    progress: "_Progress",
-    clock: Clock,
-) -> DecoderWeights:
-    """Return the model's weights: on a CPU those that the server's instances share, where there are such."""
-    model = settings.model
-    load = partial(
-        load_weights,
-        files,
-        config,
-        backend,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        device=_device(settings.device),
-        progress=lambda fraction: progress.report("weights", fraction),
-    )
-    if settings.weights is None or settings.device is not Device.CPU:
-        return load()
-    key = f"{files.path} {model.dtype} {model.quantization} on {backend.name}"
-    return load_shared(settings.weights, key, most_weight_bytes(config), lambda memory: load(memory=memory), clock)
 
 
 def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
@@ -203,17 +185,6 @@ def _make_steps(
     return steps
 
 
-def _weight_bytes(config: ModelConfig, model: ModelSettings, itemsize: int) -> int:
-    if model.quantization is None:
-        return config.num_parameters * itemsize
-    # The embeddings are looked up in the element type; tied ones are packed as the head besides.
-    rest = config.num_parameters - config.num_linear_parameters
-    return (
-        config.num_linear_parameters
-        + (rest + config.tie_word_embeddings * config.vocab_size * config.hidden_size) * itemsize
-    )
-
-
 class _Progress:
     """Tells the router how far the start has come, once for each percent."""
 
@@ -250,7 +221,9 @@ def _make_pool(capacity: Capacity, incarnation: str, device: torch.device, stack
     return pool
 
 
-def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, device: torch.device) -> ModelExecutor:
+def _make_executor(
+    settings: InstanceSettings, decoder: StepDecoder, pool: KvPool, device: torch.device
+) -> ModelExecutor:
     builder = BatchBuilder(
         max_tokens=max(settings.scheduler.max_batch_tokens, settings.scheduler.max_batch_size),
         max_sequences=settings.scheduler.max_batch_size,
@@ -260,13 +233,16 @@ def _make_executor(settings: InstanceSettings, decoder: Decoder, pool: KvPool, d
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 
 
-def _make_grammars(files: ModelFiles, config: ModelConfig, stack: ExitStack) -> Grammars:
-    """Return what compiles grammars; it reads the tokenizer when the first one comes."""
+def _make_grammars(files: ModelFiles, config: ModelConfig | ForeignModel, stack: ExitStack) -> Grammars:
+    """Return what compiles grammars; it begins to read the tokenizer."""
+    tokenizer = cache(partial(load_tokenizer, files))
 
     def make_compiler(eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
-        return GrammarCompiler(load_tokenizer(files), config.vocab_size, eos_token_ids)
+        return GrammarCompiler(tokenizer(), config.vocab_size, eos_token_ids)
 
-    return Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
+    grammars = Grammars(make_compiler, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="grammar")))
+    grammars.prepare(lambda: end_token_ids(config, tokenizer(), load_generation_config(files)))
+    return grammars
 
 
 def _make_pulls(
@@ -318,4 +294,6 @@ def _open_disk(
 
 def _contents(files: ModelFiles, model: ModelSettings) -> bytes:
     """Return a name for all that the contents of a KV block hang on, but for their layout."""
-    return fingerprint(files) + msgspec.json.encode((model.dtype, model.quantization))
+    return fingerprint(files, model.model_code, model.max_model_len) + msgspec.json.encode(
+        (model.dtype, model.quantization, model.model_code)
+    )

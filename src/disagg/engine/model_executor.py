@@ -13,7 +13,7 @@ from disagg.engine.batch_builder import BatchBuilder, num_prompt_rows
 from disagg.engine.executor import ChunkResult, Work
 from disagg.engine.kv_store import KvStore
 from disagg.engine.model.adjustments import SamplingRow
-from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.decoder import StepDecoder
 from disagg.engine.model.logprobs import position_logprobs
 from disagg.engine.model.sampler import chooser_of, sample
 from disagg.engine.sequences import LiveSequence, SequenceFailure
@@ -22,7 +22,7 @@ from disagg.engine.sequences import LiveSequence, SequenceFailure
 class ModelExecutor:
     """Runs steps of one decoder. See ``Executor``."""
 
-    def __init__(self, decoder: Decoder, store: KvStore, builder: BatchBuilder) -> None:
+    def __init__(self, decoder: StepDecoder, store: KvStore, builder: BatchBuilder) -> None:
         self._decoder = decoder
         self._store = store
         self._builder = builder

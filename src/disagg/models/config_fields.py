@@ -13,10 +13,13 @@ from typing import Final
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.config import Architecture
 
-LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE = Architecture
-_DENSE_MODELS: Final = (LLAMA, MISTRAL, QWEN2, QWEN3)
+LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE = Architecture
 _QWEN_MOE: Final = (QWEN2_MOE, QWEN3_MOE)
-_WITHOUT_QK_NORM: Final = (LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE)
+_EXPERT_MODELS: Final = (MIXTRAL, *_QWEN_MOE)
+_GEMMA: Final = (GEMMA2, GEMMA3)
+_SLIDES: Final = (MISTRAL, QWEN2, QWEN3, MIXTRAL, GEMMA2, GEMMA3, PHI3)
+_NEVER_SLIDES: Final = (LLAMA, OLMO2, GRANITE)
+_QK_NORM: Final = (QWEN3, QWEN3_MOE, GEMMA3, OLMO2)
 _ALL: Final = frozenset(Architecture)
 
 
@@ -59,6 +62,12 @@ def _limited(
 
 _DENSE: Final = "0 (a dense model; the architecture's name says which experts are computed)"
 _EXPERTS: Final = "0; the experts of Mixtral, Qwen2-MoE and Qwen3-MoE"
+
+
+def _others(*families: Architecture) -> tuple[Architecture, ...]:
+    return tuple(architecture for architecture in Architecture if architecture not in families)
+
+
 _UNQUANTISED: Final = "unquantised safetensors (float32, bfloat16, float16), or any GGUF file"
 
 CONFIG_FIELDS: Final = (
@@ -68,53 +77,75 @@ CONFIG_FIELDS: Final = (
     *_read("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
     *_read("original_max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
     *_read("dtype", "torch_dtype"),
-    *_read("attention_bias", only=(LLAMA, QWEN3, QWEN3_MOE)),
-    *_read("mlp_bias", only=(LLAMA,)),
-    *_read("layer_types"),
-    *_read("sliding_window", "use_sliding_window", only=(MISTRAL, QWEN2, QWEN3, MIXTRAL)),
+    *_read("attention_bias", only=(LLAMA, QWEN3, QWEN3_MOE, *_GEMMA, OLMO2, GRANITE)),
+    *_read("mlp_bias", only=(LLAMA, GRANITE)),
+    *_read("layer_types", only=_others(PHI3)),
+    *_read("sliding_window", "use_sliding_window", only=_SLIDES),
     *_read("max_window_layers", only=(QWEN2, QWEN3)),
-    *_read("num_experts", "num_local_experts", "num_experts_per_tok", only=(MIXTRAL, *_QWEN_MOE)),
+    *_read("num_experts", "num_local_experts", "num_experts_per_tok", only=_EXPERT_MODELS),
     *_read("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", only=_QWEN_MOE),
     *_read("shared_expert_intermediate_size", "qkv_bias", only=(QWEN2_MOE,)),
+    *_read("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq", only=(GEMMA3,)),
+    *_read("query_pre_attn_scalar", "final_logit_softcapping", only=_GEMMA),
+    *_read("attn_logit_softcapping", only=(GEMMA2,)),
+    *_read("embedding_multiplier", "residual_multiplier", "logits_scaling", only=(GRANITE,)),
+    *_read("attention_multiplier", only=(GRANITE,)),
     # Computed for these values alone.
-    *_limited("hidden_act", "hidden_activation", "activation_function", to=("silu", "swish"), supported="'silu'"),
+    *_limited(
+        *("hidden_act", "hidden_activation", "activation_function"),
+        to=("silu", "swish"),
+        supported="'silu'",
+        only=_others(*_GEMMA),
+    ),
+    *_limited(
+        *("hidden_act", "hidden_activation", "activation_function"),
+        to=("gelu_pytorch_tanh",),
+        supported="'gelu_pytorch_tanh'",
+        only=_GEMMA,
+    ),
+    *_limited("layer_types", to=(), supported="null (all layers slide, or none)", only=(PHI3,)),
     # Qwen2's biases are where its weights have them, whatever this says: a surplus or missing tensor is refused.
     *_harmless("attention_bias", only=(QWEN2, QWEN2_MOE)),
-    *_limited("attention_bias", to=(False,), supported="False", only=(MISTRAL, MIXTRAL)),
-    *_limited("mlp_bias", to=(False,), supported="False", only=(MISTRAL, QWEN2, QWEN3, MIXTRAL, *_QWEN_MOE)),
+    *_limited("attention_bias", to=(False,), supported="False", only=(MISTRAL, MIXTRAL, PHI3)),
+    *_limited("mlp_bias", to=(False,), supported="False", only=_others(LLAMA, GRANITE)),
     *_limited("bias", "o_bias", to=(False,), supported="'attention_bias' and 'mlp_bias' of Llama"),
-    *_limited("qkv_bias", to=(False,), supported="False", only=(*_DENSE_MODELS, MIXTRAL, QWEN3_MOE)),
-    *_limited("sliding_window", to=(), supported="null (transformers ignores it here, vLLM does not)", only=(LLAMA,)),
-    *_limited("use_sliding_window", to=(False,), supported="False", only=(LLAMA, *_QWEN_MOE)),
-    *_harmless("sliding_window", only=_QWEN_MOE),
-    *_harmless("max_window_layers", only=(LLAMA, MISTRAL, MIXTRAL, *_QWEN_MOE)),
+    *_limited("qkv_bias", to=(False,), supported="False", only=_others(QWEN2_MOE)),
     *_limited(
-        "qk_norm",
-        "use_qk_norm",
-        "qk_layernorm",
-        to=(False,),
-        supported="False",
-        only=(LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE),
+        "sliding_window", to=(), supported="null (transformers ignores it here, vLLM does not)", only=_NEVER_SLIDES
     ),
-    *_limited("qk_norm", "use_qk_norm", to=(True,), supported="True", only=(QWEN3, QWEN3_MOE)),
-    *_limited("qk_layernorm", to=(False,), supported="False", only=(QWEN3, QWEN3_MOE)),
+    *_limited("use_sliding_window", to=(False,), supported="False", only=(*_NEVER_SLIDES, *_QWEN_MOE)),
+    *_harmless("sliding_window", only=_QWEN_MOE),
+    *_harmless("max_window_layers", only=_others(QWEN2, QWEN3)),
+    *_limited("qk_norm", "use_qk_norm", to=(False,), supported="False", only=_others(*_QK_NORM)),
+    *_limited("qk_norm", "use_qk_norm", to=(True,), supported="True", only=_QK_NORM),
+    *_limited("qk_layernorm", to=(False,), supported="False"),
     *_limited("is_causal", "causal", to=(True,), supported="True"),
     *_limited("position_embedding_type", to=("rope", "rotary"), supported="'rope'"),
     # Another name or another kind of rotary embedding.
     *_limited("rotary_pct", "rotary_percent", "rope_pct", "rotary_emb_fraction", to=(1.0,), supported="1.0"),
     *_limited("rotary_emb_base", "rope_base", "rotary_dim", "rope_dim", to=(), supported="'rope_theta', whole heads"),
-    *_limited("rope_local_base_freq", "rope_ratio", "mrope_section", to=(), supported="one rotary embedding"),
+    *_limited("rope_local_base_freq", to=(), supported="one rotary embedding", only=_others(GEMMA3)),
+    *_limited("rope_ratio", "mrope_section", to=(), supported="one rotary embedding"),
     *_limited("rope_interleave", "rope_interleaved", "rotary_interleaved", to=(False,), supported="halves (False)"),
     *_limited("no_rope_layers", "no_rope_layer_interval", "nope_layers", to=([], 0), supported="rope in every layer"),
     *_limited("alibi", "use_alibi", "use_mrope", to=(False,), supported="rotary embedding (False)"),
     # Factors and bounds that other families multiply with or clip at.
-    *_limited("embedding_multiplier", "residual_multiplier", "logits_scaling", to=(1,), supported="1.0"),
+    *_limited(
+        *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        to=(1,),
+        supported="1.0",
+        only=_others(GRANITE),
+    ),
     *_limited("logit_scale", "lm_head_multiplier", "embedding_scale", "scale_emb", to=(1,), supported="1.0"),
     *_limited("key_multiplier", "attention_in_multiplier", "attention_out_multiplier", to=(1,), supported="1.0"),
-    *_limited("attention_multiplier", "query_pre_attn_scalar", "attention_scale", to=(), supported="head_dim ** -0.5"),
+    *_limited("attention_multiplier", to=(), supported="head_dim ** -0.5", only=_others(GRANITE)),
+    *_limited("query_pre_attn_scalar", to=(), supported="head_dim ** -0.5", only=_others(*_GEMMA)),
+    *_limited("attention_scale", to=(), supported="head_dim ** -0.5"),
     *_limited("scale_depth", "dim_model_base", "scale_width", "mup_multiplier", to=(), supported="null"),
     *_limited("scale_embeddings", "scale_embedding", "normalize_embedding", to=(False,), supported="False"),
-    *_limited("attn_logit_softcapping", "final_logit_softcapping", "attention_logit_cap", to=(0,), supported="null"),
+    *_limited("attn_logit_softcapping", to=(0,), supported="null", only=_others(GEMMA2)),
+    *_limited("final_logit_softcapping", to=(0,), supported="null", only=_others(*_GEMMA)),
+    *_limited("attention_logit_cap", to=(0,), supported="null"),
     *_limited("attn_logit_softcap", "final_logit_softcap", "clip_qkv", "swiglu_limit", to=(0,), supported="null"),
     *_limited("attn_temperature_tuning", "attention_sinks", "use_sinks", to=(False, 0), supported="False"),
     *_limited("norm_after", "post_norm", "use_post_norm", "use_parallel_residual", to=(False,), supported="pre-norm"),
@@ -122,12 +153,22 @@ CONFIG_FIELDS: Final = (
     *_limited("norm_type", "normalization_type", to=("rmsnorm", "rms_norm", "rms"), supported="'rmsnorm'"),
     *_limited("use_bidirectional_attention", "is_encoder_decoder", to=(False,), supported="decoder-only text models"),
     # Another attention, another MLP.
-    *_limited("attention_chunk_size", "sliding_window_pattern", to=(0,), supported="'layer_types'"),
+    *_limited("attention_chunk_size", to=(0,), supported="'layer_types'"),
+    *_limited(
+        "sliding_window_pattern", "_sliding_window_pattern", to=(0,), supported="'layer_types'", only=_others(GEMMA3)
+    ),
     *_limited(
         "kv_lora_rank", "q_lora_rank", "cross_attention_layers", "num_kv_shared_layers", to=(0, []), supported="0"
     ),
     *_limited("num_nextn_predict_layers", "num_mtp_layers", to=(0,), supported="0"),
-    *_limited("num_experts", "num_local_experts", "num_experts_per_tok", to=(0,), supported=_DENSE, only=_DENSE_MODELS),
+    *_limited(
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        to=(0,),
+        supported=_DENSE,
+        only=_others(*_EXPERT_MODELS),
+    ),
     *_limited("n_routed_experts", "moe_num_experts", "n_shared_experts", to=(0,), supported=_EXPERTS),
     *_limited("norm_topk_prob", to=(True,), supported="True", only=(MIXTRAL,)),
     *_limited("text_config", "vision_config", "audio_config", to=({},), supported="text models"),
@@ -141,6 +182,7 @@ CONFIG_FIELDS: Final = (
     *_harmless("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
     *_harmless("chunk_size_feed_forward", "gradient_checkpointing", "id2label", "label2id", "problem_type"),
     *_harmless("finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "use_bfloat16"),
+    *_harmless("cache_implementation", "default_theta"),
     *_harmless("add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tf_legacy_loss"),
     *_harmless("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "use_flash_attn"),
     # Of training.

@@ -12,6 +12,7 @@ import msgspec
 
 from disagg.base.errors import ConfigurationError
 from disagg.models.config import ModelConfig
+from disagg.models.foreign import ForeignModel
 from disagg.models.gguf_file import GgufFile
 from disagg.models.json_fields import JsonFields
 from disagg.models.locate import ModelFiles, ModelKind, read_json
@@ -98,7 +99,9 @@ def load_generation_config(files: ModelFiles, choice: str = AUTO) -> GenerationC
     return _from_json(path if path.is_file() else files.path / "config.json")
 
 
-def end_token_ids(config: ModelConfig, tokenizer: Tokenizer, chosen: GenerationConfig) -> tuple[int, ...]:
+def end_token_ids(
+    config: ModelConfig | ForeignModel, tokenizer: Tokenizer, chosen: GenerationConfig
+) -> tuple[int, ...]:
     """Return every token that ends an answer: those of ``config.json``, generation config and tokenizer together.
 
     An id that the model cannot write (-1, or one outside its vocabulary) is left out, and warned of. Raises

@@ -39,6 +39,15 @@ READ_KEYS: Final = frozenset(
 )
 """What ``gguf_config`` reads."""
 
+_SLIDING: Final = frozenset({"attention.sliding_window"})
+ARCHITECTURE_KEYS: Final = {
+    "gemma2": _SLIDING | {"attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3": _SLIDING | {"final_logit_softcapping", "rope.freq_base_swa"},
+    "phi3": _SLIDING | {"rope.scaling.attn_factor"},
+    "granite": frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
+}
+"""What it reads for one architecture, and others may not have."""
+
 HARMLESS_KEYS: Final = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "decoder_start_token_id"})
 
 
@@ -98,8 +107,10 @@ def check_keys(file: GgufFile, architecture: str) -> None:
 
     Raises UnsupportedModelError, naming the first key whose value the decoder does not compute.
     """
-    limits = {f"{architecture}.{key.name}": key for key in LIMITED_KEYS} | {"split.count": _SPLIT}
-    known = {f"{architecture}.{name}" for name in READ_KEYS | HARMLESS_KEYS}
+    own = ARCHITECTURE_KEYS.get(architecture, frozenset())
+    limits = {f"{architecture}.{key.name}": key for key in LIMITED_KEYS if key.name not in own}
+    limits["split.count"] = _SPLIT
+    known = {f"{architecture}.{name}" for name in READ_KEYS | HARMLESS_KEYS | own}
     unknown = []
     for key, value in file.metadata.items():
         limit = limits.get(key)

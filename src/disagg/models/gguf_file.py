@@ -19,6 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from disagg.base.errors import ConfigurationError, UnsupportedModelError
+from disagg.models.config import ModelConfig
+from disagg.models.shape import NormPlacement
 
 Scalar = int | float | bool | str
 MetadataValue = Scalar | list[str] | npt.NDArray[np.generic]
@@ -57,7 +59,13 @@ _HF_NAMES: Final = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
+_FUSED_NAMES: Final = {"ffn_up": "mlp.gate_up_proj"}
+_AROUND_NAMES: Final = {"ffn_norm": "pre_feedforward_layernorm"}
+"""Where a layer has norms on both sides of its parts."""
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 _DEQUANTISE_BYTES: Final = 1 << 12
@@ -133,19 +141,26 @@ class GgufFile:
         return values.reshape(tensor.shape)
 
 
-def hf_tensor_name(name: str) -> str | None:
+def hf_tensor_name(name: str, config: ModelConfig) -> str | None:
     """Return the Hugging Face name of a GGUF tensor, or None for one that the decoder has no use for."""
+    names = _HF_NAMES
+    if config.fused_projections:
+        names = names | _FUSED_NAMES
+    if config.norm_placement is NormPlacement.AROUND:
+        names = names | _AROUND_NAMES
     match = _TENSOR_NAME.fullmatch(name)
-    if match is None or match["part"] not in _HF_NAMES:
+    if match is None or match["part"] not in names:
         return None
-    part = _HF_NAMES[match["part"]]
+    part = names[match["part"]]
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
     return f"{prefix}{part}.{match['kind']}"
 
 
 def is_rope_table(name: str) -> bool:
     """Return whether a tensor holds or scales the rotary embedding's frequencies, and is no weight."""
-    return name == "rope_freqs.weight" or name.endswith(".attn_rot_embd.weight")
+    return name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight") or name.endswith(
+        ".attn_rot_embd.weight"
+    )
 
 
 def undo_rope_permutation(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:

@@ -4,14 +4,17 @@ Which fields there are, and what becomes of each, is data in ``config_fields``.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Final
 
-from disagg.base.errors import ConfigurationError, UnsupportedModelError
+from disagg.base.errors import ConfigurationError, UnknownArchitectureError
 from disagg.models.config import SUPPORTED_MODELS, Architecture, ModelConfig, YarnRope
-from disagg.models.config_fields import check_fields, unsupported
+from disagg.models.config_fields import check_fields
+from disagg.models.families import FAMILIES, ModelFamily
 from disagg.models.hf_experts import read_experts
 from disagg.models.hf_rope import read_rope
+from disagg.models.hf_windows import read_windows
 from disagg.models.json_fields import JsonFields
 from disagg.models.shape import check_sizes
 
@@ -22,22 +25,6 @@ _CLASSES: Final = {
     # Mistral whose layers slide or not one by one.
     "MinistralForCausalLM": Architecture.MISTRAL,
 }
-_MODEL_TYPES: Final = {
-    Architecture.LLAMA: ("llama",),
-    Architecture.MISTRAL: ("mistral", "ministral"),
-    Architecture.QWEN2: ("qwen2",),
-    Architecture.QWEN3: ("qwen3",),
-    Architecture.MIXTRAL: ("mixtral",),
-    Architecture.QWEN2_MOE: ("qwen2_moe",),
-    Architecture.QWEN3_MOE: ("qwen3_moe",),
-}
-_BIASED: Final = (Architecture.LLAMA, Architecture.QWEN3, Architecture.QWEN3_MOE)
-"""Those whose ``attention_bias`` counts, for all four projections."""
-_SLIDES: Final = (Architecture.MISTRAL, Architecture.MIXTRAL)
-"""Those that slide unless told otherwise."""
-_NEVER_SLIDES: Final = (Architecture.LLAMA, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE)
-_DEFAULT_SLIDING_WINDOW: Final = 4096
-"""Where the file does not say (null says: none), for the families that slide."""
 
 
 def config_from_hf(
@@ -49,17 +36,18 @@ def config_from_hf(
 
     ``generation`` is ``generation_config.json``, whose end-of-sequence ids join those of ``entries``.
 
-    Raises UnsupportedModelError for a model that no code here can run, ConfigurationError for a broken file.
+    Raises UnsupportedModelError for a model that our decoder cannot run, ConfigurationError for a broken file.
     """
     fields = JsonFields(entries, source)
     architecture = _architecture(fields)
+    family = FAMILIES[architecture]
     _warn_of_unknown(check_fields(entries, architecture), source)
     num_heads = fields.get("num_attention_heads", int)
     num_layers = fields.get("num_hidden_layers", int)
     hidden_size = fields.get("hidden_size", int)
-    default_head_dim = 128 if architecture is Architecture.QWEN3 else hidden_size // max(num_heads, 1)
-    any_bias = architecture in _BIASED and fields.get("attention_bias", bool, False)
-    rope_theta, rope_scaling = read_rope(fields, architecture)
+    head_dim = fields.get("head_dim", int, family.head_dim or hidden_size // max(num_heads, 1))
+    any_bias = family.may_have_attention_bias and fields.get("attention_bias", bool, False)
+    rope = read_rope(fields, architecture, family)
     generated = JsonFields(generation or {}, "generation_config.json")
     config = ModelConfig(
         architecture=architecture,
@@ -69,18 +57,30 @@ def config_from_hf(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=fields.get("num_key_value_heads", int, num_heads),
-        head_dim=fields.get("head_dim", int, default_head_dim),
-        rms_norm_eps=fields.get("rms_norm_eps", float, 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        head_dim=head_dim,
+        rms_norm_eps=fields.get("rms_norm_eps", float, family.rms_norm_eps),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rotary_dim=int(head_dim * rope.share),
+        sliding_rope_theta=rope.sliding_theta,
         max_position_embeddings=fields.get("max_position_embeddings", int),
-        sliding_windows=_sliding_windows(fields, architecture, num_layers),
-        tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
-        qkv_bias=any_bias or _has_qkv_bias(fields, architecture),
+        sliding_windows=read_windows(fields, architecture, family, num_layers),
+        tie_word_embeddings=fields.get("tie_word_embeddings", bool, family.tie_word_embeddings),
+        qkv_bias=any_bias or _has_qkv_bias(fields, family),
         attention_output_bias=any_bias,
-        mlp_bias=architecture is Architecture.LLAMA and fields.get("mlp_bias", bool, False),
-        qk_norm=architecture in (Architecture.QWEN3, Architecture.QWEN3_MOE),
+        mlp_bias=family.may_have_mlp_bias and fields.get("mlp_bias", bool, False),
+        qk_norm=family.qk_norm,
         layer_experts=read_experts(fields, architecture, num_layers),
+        norm_placement=family.norm_placement,
+        activation=family.activation,
+        attention_scale=_attention_scale(fields, family, head_dim),
+        attention_softcap=_softcap(fields, "attn_logit_softcapping", family.attention_softcap),
+        logit_softcap=_softcap(fields, "final_logit_softcapping", family.logit_softcap),
+        embedding_multiplier=_embedding_multiplier(fields, family, hidden_size),
+        residual_multiplier=_multiplier(fields, "residual_multiplier", family),
+        logit_multiplier=1.0 / _multiplier(fields, "logits_scaling", family),
+        fused_projections=family.fused_projections,
+        norms_stored_less_one=family.norms_stored_less_one,
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         eos_token_ids=tuple(dict.fromkeys(generated.token_ids("eos_token_id") + fields.token_ids("eos_token_id"))),
         stored_dtype=fields.get("dtype", str, fields.get("torch_dtype", str, "unknown")),
@@ -96,8 +96,10 @@ def check_config(config: ModelConfig, source: str) -> None:
         raise ConfigurationError(f"{source}: rms_norm_eps must be at least 0, got {config.rms_norm_eps}")
     if isinstance(config.rope_scaling, YarnRope) and config.rope_theta <= 1:
         raise ConfigurationError(f"{source}: YaRN needs a rope_theta above 1, got {config.rope_theta}")
-    if config.head_dim % 2:
-        raise ConfigurationError(f"{source}: head_dim {config.head_dim} is odd; rotary embedding needs pairs")
+    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+        raise ConfigurationError(
+            f"{source}: rotary embedding turns {config.rotary_dim} of a head_dim of {config.head_dim}; it needs pairs"
+        )
 
 
 def _architecture(fields: JsonFields) -> Architecture:
@@ -108,11 +110,11 @@ def _architecture(fields: JsonFields) -> Architecture:
         )
     architecture = _CLASSES.get(names[0]) if isinstance(names[0], str) else None
     if architecture is None:
-        raise UnsupportedModelError(
+        raise UnknownArchitectureError(
             f"architecture {names[0]!r} ({fields.source}, field 'architectures') is not supported; "
             f"supported: {SUPPORTED_MODELS}"
         )
-    expected = _MODEL_TYPES[architecture]
+    expected = FAMILIES[architecture].model_types
     model_type = fields.get("model_type", str, expected[0])
     if model_type not in expected:
         raise ConfigurationError(
@@ -122,11 +124,9 @@ def _architecture(fields: JsonFields) -> Architecture:
     return architecture
 
 
-def _has_qkv_bias(fields: JsonFields, architecture: Architecture) -> bool:
+def _has_qkv_bias(fields: JsonFields, family: ModelFamily) -> bool:
     """Whether query, key and value have biases that the output projection lacks."""
-    if architecture is Architecture.QWEN2_MOE:
-        return fields.get("qkv_bias", bool, True)
-    return architecture is Architecture.QWEN2
+    return family.has_qkv_bias and (family.qkv_bias_field is None or fields.get(family.qkv_bias_field, bool, True))
 
 
 def _warn_of_unknown(names: tuple[str, ...], source: str) -> None:
@@ -138,53 +138,26 @@ def _warn_of_unknown(names: tuple[str, ...], source: str) -> None:
         )
 
 
-def _sliding_windows(fields: JsonFields, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    """Return each layer's window.
-
-    ``layer_types`` decides where it is there. Without it Mistral slides everywhere, Qwen from ``max_window_layers`` on.
-    """
-    slides = _layers_that_slide(fields, architecture, num_layers)
-    window = _window(fields, architecture)
-    if window is None:
-        if slides and any(slides):
-            raise ConfigurationError(
-                f"{fields.source}: 'layer_types' has 'sliding_attention', but there is no window: set "
-                "'sliding_window' (and Qwen's 'use_sliding_window'), or name the layers 'full_attention'"
-            )
-        return (None,) * num_layers
-    if slides is None:
-        first = 0 if architecture in _SLIDES else fields.get("max_window_layers", int, 28)
-        slides = tuple(layer >= first for layer in range(num_layers))
-    return tuple(window if sliding else None for sliding in slides)
+def _attention_scale(fields: JsonFields, family: ModelFamily, head_dim: int) -> float:
+    if family.has_multipliers:
+        return _multiplier(fields, "attention_multiplier", family)
+    if family.query_pre_attn_scalar is None:
+        return 1.0 / math.sqrt(max(head_dim, 1))
+    return 1.0 / math.sqrt(fields.positive("query_pre_attn_scalar", family.query_pre_attn_scalar))
 
 
-def _window(fields: JsonFields, architecture: Architecture) -> int | None:
-    """Return the window that sliding layers have, None where no layer slides."""
-    if architecture in _NEVER_SLIDES:
-        return None
-    if architecture is Architecture.MIXTRAL and not fields.has("sliding_window"):
-        return None
-    used = fields.get("use_sliding_window", bool, architecture in _SLIDES)
-    if fields.stated("sliding_window") and not fields.has("sliding_window"):
-        return None
-    window = fields.get("sliding_window", int, _DEFAULT_SLIDING_WINDOW)
-    if architecture in _SLIDES and not used:
-        raise unsupported(architecture, "use_sliding_window", used, "True, or a sliding_window of null")
-    if used and window < 1:
-        raise ConfigurationError(f"{fields.source}: 'sliding_window' should be at least 1 or null, got {window}")
-    return window if used else None
+def _softcap(fields: JsonFields, name: str, default: float | None) -> float | None:
+    """Null says that nothing is bounded, where the family bounds by default."""
+    if fields.stated(name) or default is None:
+        return fields.positive(name) if fields.has(name) else None
+    return default
 
 
-def _layers_that_slide(fields: JsonFields, architecture: Architecture, num_layers: int) -> tuple[bool, ...] | None:
-    kinds = fields.raw("layer_types")
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise ConfigurationError(
-            f"{fields.source}: 'layer_types' should be a list of {num_layers} names, got {kinds!r}"
-        )
-    known = ("full_attention",) if architecture in _NEVER_SLIDES else ("full_attention", "sliding_attention")
-    for kind in kinds:
-        if kind not in known:
-            raise unsupported(architecture, "layer_types", kind, ", ".join(repr(name) for name in known))
-    return tuple(kind == "sliding_attention" for kind in kinds)
+def _embedding_multiplier(fields: JsonFields, family: ModelFamily, hidden_size: int) -> float:
+    if family.scales_embeddings:
+        return math.sqrt(max(hidden_size, 1))
+    return _multiplier(fields, "embedding_multiplier", family)
+
+
+def _multiplier(fields: JsonFields, name: str, family: ModelFamily) -> float:
+    return fields.positive(name, 1.0) if family.has_multipliers else 1.0

@@ -57,6 +57,14 @@ class JsonFields:
             raise ConfigurationError(f"{self.source}: {name!r} should be above 0, got {value!r}")
         return value
 
+    def positives(self, name: str) -> tuple[float, ...]:
+        """Return a list of numbers above 0, or raise naming it."""
+        values = self._entries.get(name)
+        if not isinstance(values, list) or not values:
+            raise ConfigurationError(f"{self.source}: {name!r} should be a list of numbers, got {values!r}")
+        numbered = JsonFields({f"{name}[{index}]": value for index, value in enumerate(values)}, self.source)
+        return tuple(numbered.positive(entry) for entry in numbered)
+
     def section(self, name: str) -> "JsonFields":
         """Return a nested object, empty where it is absent."""
         value = self._entries.get(name)

@@ -12,7 +12,7 @@ import msgspec
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.hf_config import config_from_hf
 from disagg.models.json_fields import JsonFields
-from disagg.models.shape import Experts, ModelShape, check_sizes
+from disagg.models.shape import Experts, ModelShape, QkNorm, check_sizes
 
 _OPT: Final = "OPTForCausalLM"
 _OPT_FIXED: Final = {
@@ -112,8 +112,8 @@ def _llama(
     )
 
 
-def _with_experts(dense: ModelShape, experts: Experts, **sizes: int) -> ModelShape:
-    """Return ``dense`` with experts in every layer and other ``sizes``."""
+def _with_experts(dense: ModelShape, experts: Experts, **sizes: int | QkNorm) -> ModelShape:
+    """Return ``dense`` with experts in every layer, and other sizes."""
     return msgspec.structs.replace(dense, layer_experts=(experts,) * dense.num_layers, **sizes)
 
 
@@ -133,7 +133,7 @@ KNOWN_SHAPES: Final = {
         _llama(2048, 6144, 48, 4, 151_936, 40_960),
         Experts(num_experts=128, num_per_token=8, intermediate_size=768, normalize_weights=True),
         num_heads=32,
-        qk_norm=True,
+        qk_norm=QkNorm.HEADS,
     ),
 }
 """What ``simulate --model`` takes by name."""

@@ -5,8 +5,10 @@ from pathlib import Path
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.model_code import ModelCode
 from disagg.models.config import ModelConfig
-from disagg.models.locate import DEFAULT_MODEL_NAME, ModelFiles, ModelKind, load_config, locate_model
+from disagg.models.foreign import ForeignModel
+from disagg.models.locate import DEFAULT_MODEL_NAME, ModelFiles, ModelKind, load_served_model_config, locate_model
 
 
 class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,10 +43,10 @@ def _default_model() -> ModelListing:
 
 
 def _describe(files: ModelFiles, num_bytes: int) -> ModelListing:
-    config: ModelConfig | None = None
+    config: ModelConfig | ForeignModel | None = None
     problem = None
     try:
-        config = load_config(files)
+        config = load_served_model_config(files, ModelCode.AUTO)
         files.weight_files()
     except ConfigurationError as error:
         problem = str(error)
@@ -53,8 +55,9 @@ def _describe(files: ModelFiles, num_bytes: int) -> ModelListing:
         kind=files.kind,
         path=files.path,
         num_bytes=num_bytes,
-        architecture=config.architecture.value if config else None,
-        num_parameters=config.num_parameters if config else None,
+        architecture=config.class_name if config else None,
+        # Sizes of the KV cache alone are known of a model that transformers computes.
+        num_parameters=config.num_parameters if isinstance(config, ModelConfig) else None,
         max_position_embeddings=config.max_position_embeddings if config else None,
         problem=problem,
     )

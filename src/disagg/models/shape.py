@@ -1,5 +1,6 @@
 """The sizes of a decoder-only transformer: what its parameters, its KV and its arithmetic cost."""
 
+import enum
 from collections.abc import Sequence
 from typing import Final
 
@@ -41,6 +42,31 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_experts * (1 - (1 - self.num_per_token / self.num_experts) ** num_tokens)
 
 
+class NormPlacement(enum.Enum):
+    """Where a layer normalises, around its attention and around its MLP alike."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    """What is added to the residual alone (OLMo 2)."""
+    AROUND = "around"
+    """Both (Gemma 2 and 3)."""
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of one layer."""
+        return 4 if self is NormPlacement.AROUND else 2
+
+
+class QkNorm(enum.Enum):
+    """What of queries and keys is normalised as one, before the rotation."""
+
+    NONE = "none"
+    HEADS = "heads"
+    """Each head by the same weights (Qwen3, Gemma 3)."""
+    ROWS = "rows"
+    """All heads of a token together (OLMo 2)."""
+
+
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes alone. ``ModelConfig`` adds what a decoder must know to compute; predictions need no more than this."""
 
@@ -61,8 +87,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     attention_output_bias: bool = False
     mlp_bias: bool = False
     norm_bias: bool = False
-    qk_norm: bool = False
-    """RMS norm of each query and key head before the rotation (Qwen3)."""
+    qk_norm: QkNorm = QkNorm.NONE
+    norm_placement: NormPlacement = NormPlacement.BEFORE
     num_learned_positions: int = 0
     """Rows of a trained table of positions; 0 where positions are rotations."""
     layer_experts: tuple[Experts | None, ...] = ()
@@ -77,6 +103,17 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def kv_size(self) -> int:
         """Rows of the key (or the value) projection."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Weights of the norm of queries, and of that of keys."""
+        match self.qk_norm:
+            case QkNorm.NONE:
+                return 0, 0
+            case QkNorm.HEADS:
+                return self.head_dim, self.head_dim
+            case QkNorm.ROWS:
+                return self.q_size, self.kv_size
 
     @property
     def mlp_input_size(self) -> int:
@@ -118,10 +155,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def num_parameters(self) -> int:
         """All trained parameters; tied embeddings count once."""
         norm = (1 + self.norm_bias) * self.hidden_size
-        per_layer = 2 * norm
+        per_layer = self.norm_placement.num_norms * norm
         per_layer += (self.q_size + 2 * self.kv_size) * self.qkv_bias + self.hidden_size * self.attention_output_bias
         per_layer += (self.mlp_input_size + self.hidden_size) * self.mlp_bias
-        per_layer += 2 * self.head_dim * self.qk_norm
+        per_layer += sum(self.qk_norm_sizes)
         embeddings = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         embeddings += self.num_learned_positions * self.hidden_size
         return self.num_linear_parameters + embeddings + self.num_layers * per_layer + norm

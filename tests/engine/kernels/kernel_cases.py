@@ -52,6 +52,7 @@ def sequence_lengths(draw: st.DrawFn, longest: int = 300) -> tuple[int, int]:
 
 steps = st.lists(sequence_lengths(), min_size=1, max_size=5)
 windows = st.one_of(st.none(), st.integers(1, 300))
+softcaps = st.sampled_from([None, None, 0.5, 20.0])
 
 
 @contextmanager
@@ -116,6 +117,7 @@ def dense_attention(
     batch: StepBatch,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Return causal attention by its definition, in float64 over dense tensors."""
     parts = []
@@ -124,6 +126,8 @@ def dense_attention(
         group = q.shape[1] // k.shape[1]
         k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", queries.double(), k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         distance = torch.arange(len(k))[-len(queries) :, None] - torch.arange(len(k))
         hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)

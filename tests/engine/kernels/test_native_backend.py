@@ -4,38 +4,54 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, num_threads, shapes, steps, windows
+from kernel_cases import Shape, dirty_pool, fill_pool, make_batch, num_threads, shapes, softcaps, steps, windows
 from native_kernels import BACKENDS, backends, dtypes, native
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.int8 import quantize_int8
+from disagg.engine.kernels.interface import LogitBounds
 from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.models.config import Activation
+from disagg.models.shape import QkNorm
 
 REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=backends, shape=shapes, lengths=steps, window=windows)
-def test_attention(name: str, shape: Shape, lengths: list[tuple[int, int]], window: int | None) -> None:
+@given(name=backends, shape=shapes, lengths=steps, window=windows, softcap=softcaps)
+def test_attention(
+    name: str, shape: Shape, lengths: list[tuple[int, int]], window: int | None, softcap: float | None
+) -> None:
     batch, num_blocks = make_batch(lengths, shape.block_size)
     kv_layer = dirty_pool(shape, num_blocks)
     fill_pool(kv_layer, KvFormat.INTERLEAVED, batch, shape)
     q = torch.randn((len(batch.positions), shape.num_heads, shape.head_dim)).to(shape.dtype)
-    arguments = (q, kv_layer, batch, shape.head_dim**-0.5, window)
+    arguments = (q, kv_layer, batch, shape.head_dim**-0.5, window, softcap)
     torch.testing.assert_close(BACKENDS[name].attention(*arguments), REFERENCE.attention(*arguments), **shape.tolerance)
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=backends, shape=shapes, lengths=steps, qk_norm=st.booleans())
-def test_rope_and_kv_write(name: str, shape: Shape, lengths: list[tuple[int, int]], qk_norm: bool) -> None:
+@given(
+    name=backends,
+    shape=shapes,
+    lengths=steps,
+    qk_norm=st.sampled_from(QkNorm),
+    turning=st.sampled_from([1.0, 0.75, 0.25]),
+)
+def test_rope_and_kv_write(
+    name: str, shape: Shape, lengths: list[tuple[int, int]], qk_norm: QkNorm, turning: float
+) -> None:
     batch, num_blocks = make_batch(lengths, shape.block_size)
     pools = dirty_pool(shape, num_blocks), dirty_pool(shape, num_blocks)
     heads = shape.num_heads + 2 * shape.num_kv_heads
     qkv = torch.randn((len(batch.positions), heads * shape.head_dim)).to(shape.dtype)
-    angles = torch.rand((300, shape.head_dim // 2)) * 6
+    angles = torch.rand((300, int(shape.head_dim * turning) // 2)) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    norms = torch.rand((2, shape.head_dim)).to(shape.dtype).unbind() if qk_norm else (None, None)
+    norms: list[torch.Tensor | None] = [None, None]
+    if qk_norm is not QkNorm.NONE:
+        counts = (1, 1) if qk_norm is QkNorm.HEADS else (shape.num_heads, shape.num_kv_heads)
+        norms = [torch.rand(count * shape.head_dim).to(shape.dtype) for count in counts]
     got, expected = (
         backend.rope_and_write_kv(qkv, cos_sin, pool, batch, shape.num_heads, shape.num_kv_heads, *norms, 1e-5)
         for backend, pool in zip((BACKENDS[name], REFERENCE), pools, strict=True)
@@ -68,14 +84,47 @@ def test_rms_norm(name: str, dtype: torch.dtype, rows: int, width: int, add: boo
         torch.testing.assert_close(got, REFERENCE.rms_norm(x, weight, 1e-5), **tolerance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(name=backends, dtype=dtypes, width=st.integers(1, 300), norm=st.booleans(), then_norm=st.booleans())
+def test_what_a_part_adds_may_be_normalised_and_multiplied(
+    name: str, dtype: torch.dtype, width: int, norm: bool, then_norm: bool
+) -> None:
+    x, residual = torch.randn((2, 5, width)).to(dtype)
+    x_norm, weight = (torch.rand(width).to(dtype) if wanted else None for wanted in (norm, then_norm))
+    both = [
+        backend.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5, x_norm=x_norm, multiplier=0.22)
+        for backend in (BACKENDS[name], REFERENCE)
+    ]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(*both, **tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=backends, dtype=dtypes, width=st.integers(1, 300), softcap=st.sampled_from([None, 30.0, 0.5]))
+def test_bounds_of_logits(name: str, dtype: torch.dtype, width: int, softcap: float | None) -> None:
+    logits = (torch.randn(3, width) * 40).to(dtype)
+    both = logits.clone(), logits.clone()
+    for backend, values in zip((BACKENDS[name], REFERENCE), both, strict=True):
+        backend.bound_logits(values, LogitBounds(0.125, softcap))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
+    torch.testing.assert_close(*both, **tolerance)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    name=backends, dtype=dtypes, rows=st.integers(0, 20), width=st.integers(1, 300), scale=st.sampled_from([1, 30, 200])
+    name=backends,
+    dtype=dtypes,
+    rows=st.integers(0, 20),
+    width=st.integers(1, 300),
+    scale=st.sampled_from([1, 30, 200]),
+    activation=st.sampled_from(Activation),
 )
-def test_silu_and_mul(name: str, dtype: torch.dtype, rows: int, width: int, scale: int) -> None:
+def test_gate(name: str, dtype: torch.dtype, rows: int, width: int, scale: int, activation: Activation) -> None:
     gate_up = (torch.randn((rows, 2 * width)) * scale).to(dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
-    torch.testing.assert_close(BACKENDS[name].silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up), **tolerance)
+    # Where tanh is close to -1, PyTorch's 1 + tanh loses what the product then multiplies.
+    tolerance = {"rtol": 1e-5 if dtype is torch.float32 else 8e-3, "atol": 1e-6 * scale * scale}
+    got = BACKENDS[name].gate(gate_up, activation)
+    torch.testing.assert_close(got, REFERENCE.gate(gate_up, activation), **tolerance)
 
 
 @settings(max_examples=150, deadline=None)
@@ -187,7 +236,7 @@ def test_a_wrong_element_type_or_stride_is_refused() -> None:
     with pytest.raises(InternalError, match=r"torch\.float32.*needs 8 contiguous elements of torch\.bfloat16"):
         backend.rms_norm(torch.zeros(1, 8).bfloat16(), torch.ones(8), 1e-5)
     with pytest.raises(InternalError, match=r"strides \(1, 4\)"):
-        backend.silu_and_mul(torch.zeros(8, 4).t())
+        backend.gate(torch.zeros(8, 4).t(), Activation.SILU)
 
 
 def test_a_position_without_angles_is_refused() -> None:

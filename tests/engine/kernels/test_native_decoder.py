@@ -1,6 +1,7 @@
 """A decoder as one native call against the same decoder composed of the backend's single operations."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -16,21 +17,38 @@ from disagg.engine.kernels.interface import (
     DecoderWeights,
     DenseMlp,
     KernelBackend,
+    LayerSettings,
     LayerWeights,
     Linear,
+    LogitBounds,
     SparseMlp,
 )
 from disagg.engine.kernels.torch_backend import TorchBackend
-from disagg.models.shape import Experts
+from disagg.models.config import Activation
+from disagg.models.shape import Experts, NormPlacement, QkNorm
 
 HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 96, 160, 4, 2, 64, 16
 VOCAB = 256
+PARTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"softcap": 5.0, "logits": LogitBounds(1.0, 3.0)},
+    {"residual_multiplier": 0.22, "logits": LogitBounds(0.125)},
+)
+"""What Llama, Gemma 2 and Granite do differently."""
 
 
 def make_weights(
-    backend: KernelBackend, dtype: torch.dtype, num_layers: int, qk_norm: bool, experts: Experts | None = None
+    backend: KernelBackend,
+    dtype: torch.dtype,
+    num_layers: int,
+    qk_norm: QkNorm = QkNorm.NONE,
+    placement: NormPlacement = NormPlacement.BEFORE,
+    activation: Activation = Activation.SILU,
+    experts: Experts | None = None,
 ) -> DecoderWeights:
     torch.manual_seed(0)
+    q_heads, k_heads = {QkNorm.NONE: (0, 0), QkNorm.HEADS: (1, 1), QkNorm.ROWS: (NUM_HEADS, NUM_KV_HEADS)}[qk_norm]
+    before, after = placement is not NormPlacement.AFTER, placement is not NormPlacement.BEFORE
 
     def linear(out_features: int, in_features: int) -> Linear:
         return backend.linear((torch.randn(out_features, in_features) * in_features**-0.5).to(dtype), None)
@@ -38,8 +56,11 @@ def make_weights(
     def norm(width: int) -> torch.Tensor:
         return torch.rand(width).to(dtype)
 
+    def optional(wanted: int, width: int) -> torch.Tensor | None:
+        return norm(wanted * width) if wanted else None
+
     def mlp(inner: int = INTERMEDIATE) -> DenseMlp:
-        return DenseMlp(gate_up=linear(2 * inner, HIDDEN), down=linear(HIDDEN, inner))
+        return DenseMlp(gate_up=linear(2 * inner, HIDDEN), down=linear(HIDDEN, inner), activation=activation)
 
     def sparse_mlp(experts: Experts) -> SparseMlp:
         shared = experts.shared_intermediate_size
@@ -53,13 +74,15 @@ def make_weights(
 
     layers = [
         LayerWeights(
-            attention_norm=norm(HIDDEN),
+            attention_norm=optional(before, HIDDEN),
             qkv=linear((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, HIDDEN),
-            q_norm=norm(HEAD_DIM) if qk_norm else None,
-            k_norm=norm(HEAD_DIM) if qk_norm else None,
+            q_norm=optional(q_heads, HEAD_DIM),
+            k_norm=optional(k_heads, HEAD_DIM),
             attention_output=linear(HIDDEN, NUM_HEADS * HEAD_DIM),
-            mlp_norm=norm(HIDDEN),
+            mlp_norm=optional(before, HIDDEN),
             mlp=mlp() if experts is None else sparse_mlp(experts),
+            attention_output_norm=optional(after, HIDDEN),
+            mlp_output_norm=optional(after, HIDDEN),
         )
         for _ in range(num_layers)
     ]
@@ -74,7 +97,8 @@ def make_weights(
 def make_settings(*sliding_windows: int | None, num_positions: int = 300) -> DecoderSettings:
     angles = torch.rand((num_positions, HEAD_DIM // 2), generator=torch.Generator().manual_seed(1)) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    return DecoderSettings(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM**-0.5, 1e-5, cos_sin, sliding_windows)
+    layers = tuple(LayerSettings(cos_sin, window) for window in sliding_windows)
+    return DecoderSettings(NUM_HEADS, NUM_KV_HEADS, 1e-5, HEAD_DIM**-0.5, layers)
 
 
 def make_pool(num_layers: int, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +112,10 @@ def make_pool(num_layers: int, num_blocks: int, dtype: torch.dtype) -> torch.Ten
     dtype=dtypes,
     lengths=steps,
     window=windows,
-    qk_norm=st.booleans(),
+    qk_norm=st.sampled_from(QkNorm),
+    placement=st.sampled_from(NormPlacement),
+    activation=st.sampled_from(Activation),
+    parts=st.sampled_from(PARTS),
     threads=st.sampled_from([1, 2]),
     as_list=st.booleans(),
 )
@@ -97,13 +124,17 @@ def test_one_call_gives_the_bits_of_the_single_operations(
     dtype: torch.dtype,
     lengths: list[tuple[int, int]],
     window: int | None,
-    qk_norm: bool,
+    qk_norm: QkNorm,
+    placement: NormPlacement,
+    activation: Activation,
+    parts: dict[str, Any],
     threads: int,
     as_list: bool,
 ) -> None:
     backend = BACKENDS[name]
     batch, num_blocks = make_batch(lengths, BLOCK_SIZE)
-    weights, decoder_settings = make_weights(backend, dtype, 2, qk_norm), make_settings(None, window)
+    weights = make_weights(backend, dtype, 2, qk_norm, placement, activation)
+    decoder_settings = dataclasses.replace(make_settings(None, window), **parts)
     pools = make_pool(2, num_blocks, dtype), make_pool(2, num_blocks, dtype)
     fused = decoder_stack(backend, weights, decoder_settings)
     assert not isinstance(fused, ComposedDecoder)
@@ -134,7 +165,7 @@ def test_a_mixture_of_experts_is_the_sum_that_its_definition_says(
     """One layer: in a second one a last bit may already choose another expert."""
     backend = BACKENDS[name]
     batch, num_blocks = make_batch(lengths, BLOCK_SIZE)
-    weights, decoder_settings = make_weights(backend, dtype, 1, True, experts), make_settings(None)
+    weights, decoder_settings = make_weights(backend, dtype, 1, experts=experts), make_settings(None)
     pools = make_pool(1, num_blocks, dtype), make_pool(1, num_blocks, dtype)
     expected = ComposedDecoder(backend, weights, decoder_settings)(pools[0], batch)
     with num_threads(threads):
@@ -147,7 +178,7 @@ def test_a_mixture_of_experts_is_the_sum_that_its_definition_says(
 def test_only_the_wanted_rows_are_returned_in_their_order(rows: list[int]) -> None:
     batch, num_blocks = make_batch([(20, 4), (9, 1)], BLOCK_SIZE)
     wanted = dataclasses.replace(batch, logit_rows=torch.tensor(rows, dtype=torch.int64))
-    weights, decoder_settings = make_weights(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None)
+    weights, decoder_settings = make_weights(FASTEST, torch.float32, 1), make_settings(None)
     out = [
         build(make_pool(1, num_blocks, torch.float32), wanted)
         for build in (
@@ -161,7 +192,7 @@ def test_only_the_wanted_rows_are_returned_in_their_order(rows: list[int]) -> No
 
 def test_pools_may_change_from_step_to_step() -> None:
     batch, num_blocks = make_batch([(20, 1)], BLOCK_SIZE)
-    stack = decoder_stack(FASTEST, make_weights(FASTEST, torch.float32, 1, qk_norm=False), make_settings(None))
+    stack = decoder_stack(FASTEST, make_weights(FASTEST, torch.float32, 1), make_settings(None))
     one, other = make_pool(1, num_blocks, torch.float32), torch.zeros_like(make_pool(1, num_blocks, torch.float32))
     first, second = stack(one, batch), stack(other, batch)
     assert not torch.equal(first, second)
@@ -170,13 +201,13 @@ def test_pools_may_change_from_step_to_step() -> None:
 
 def test_a_backend_that_does_not_fuse_a_decoder_composes_it() -> None:
     backend = TorchBackend(FASTEST.kv_format)
-    weights = make_weights(backend, torch.float32, 1, qk_norm=False)
+    weights = make_weights(backend, torch.float32, 1)
     assert isinstance(decoder_stack(backend, weights, make_settings(None)), ComposedDecoder)
     assert FASTEST.fuse_decoder(weights, make_settings(None)) is None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    weights = make_weights(FASTEST, torch.float32, 1, qk_norm=False)
+    weights = make_weights(FASTEST, torch.float32, 1)
     batch, num_blocks = make_batch([(40, 1)], BLOCK_SIZE)
     pool = make_pool(1, num_blocks, torch.float32)
     with pytest.raises(InternalError, match="40 tokens, angles for 39"):

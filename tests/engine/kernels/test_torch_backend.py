@@ -4,28 +4,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Shape, dense_attention, dirty_pool, fill_pool, make_batch, shapes, steps, windows
+from kernel_cases import Shape, dense_attention, dirty_pool, fill_pool, make_batch, shapes, softcaps, steps, windows
 
 from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.kv_format import gather_kv
 from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.models.config import Activation
 
 formats = st.sampled_from(KvFormat)
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, lengths=steps, window=windows, kv_format=formats)
+@given(shape=shapes, lengths=steps, window=windows, softcap=softcaps, kv_format=formats)
 def test_attention_equals_its_definition(
-    shape: Shape, lengths: list[tuple[int, int]], window: int | None, kv_format: KvFormat
+    shape: Shape, lengths: list[tuple[int, int]], window: int | None, softcap: float | None, kv_format: KvFormat
 ) -> None:
     batch, num_blocks = make_batch(lengths, shape.block_size)
     kv_layer = dirty_pool(shape, num_blocks)
     written = fill_pool(kv_layer, kv_format, batch, shape)
     q = torch.randn((len(batch.positions), shape.num_heads, shape.head_dim)).to(shape.dtype)
     scale = shape.head_dim**-0.5
-    got = TorchBackend(kv_format).attention(q, kv_layer, batch, scale, window)
-    torch.testing.assert_close(got, dense_attention(q, written, batch, scale, window), **shape.tolerance)
+    got = TorchBackend(kv_format).attention(q, kv_layer, batch, scale, window, softcap)
+    torch.testing.assert_close(got, dense_attention(q, written, batch, scale, window, softcap), **shape.tolerance)
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,7 +88,7 @@ def test_norms_and_activation_round_once() -> None:
     torch.testing.assert_close(residual, total, rtol=0, atol=0)
     gate, up = x.double().chunk(2, dim=-1)
     silu = (torch.nn.functional.silu(gate) * up).bfloat16()
-    torch.testing.assert_close(backend.silu_and_mul(x), silu, rtol=8e-3, atol=0)
+    torch.testing.assert_close(backend.gate(x, Activation.SILU), silu, rtol=8e-3, atol=0)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 7])

@@ -18,8 +18,9 @@ from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.rope import inverse_frequencies
 from disagg.engine.model.weights import load_weights
-from disagg.models.config import Llama3Rope, ModelConfig
+from disagg.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
 from disagg.models.locate import load_config, locate_model
+from disagg.models.shape import NormPlacement
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -33,6 +34,10 @@ GGUF_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -45,15 +50,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
+}
+GEMMA3_SCALED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, placement: NormPlacement) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
     part, _, kind = name.rpartition(".")
     if not part.startswith("model.layers."):
         return f"{GGUF_NAMES[part]}.{kind}"
     layer, _, inner = part.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{GGUF_NAMES[inner]}.{kind}"
+    is_output_norm = inner == "post_attention_layernorm" and placement is not NormPlacement.BEFORE
+    return f"blk.{layer}.{'post_attention_norm' if is_output_norm else GGUF_NAMES[inner]}.{kind}"
 
 
 def permuted(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
@@ -76,21 +93,54 @@ def convert(folder: Path, path: Path, architecture: str, surplus: str | None = N
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
+    add_architecture(writer, architecture, config)
     if isinstance(config.rope_scaling, Llama3Rope):
         writer.add_tensor("rope_freqs.weight", rope_divisors(config))
     if surplus is not None:
         writer.add_tensor(surplus, np.ones(4, np.float32))
     for name, values in load_file(folder / "model.safetensors").items():
-        if architecture == "llama" and ".q_proj." in name:
+        if architecture in ("llama", "granite") and ".q_proj." in name:
             values = permuted(values, config.num_heads)
-        if architecture == "llama" and ".k_proj." in name:
+        if architecture in ("llama", "granite") and ".k_proj." in name:
             values = permuted(values, config.num_kv_heads)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(values))
+        if config.norms_stored_less_one and name.endswith("norm.weight"):
+            values = values + 1
+        writer.add_tensor(gguf_name(name, config.norm_placement), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_architecture(writer: gguf.GGUFWriter, architecture: str, config: ModelConfig) -> None:
+    """What the converter writes for one architecture."""
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(next(window for window in config.sliding_windows if window is not None))
+    if config.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap is not None:
+        writer.add_final_logit_softcapping(config.logit_softcap)
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_scale)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(1 / config.logit_multiplier)
+    if isinstance(config.rope_scaling, LinearRope):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    if isinstance(config.rope_scaling, LongRope):
+        writer.add_rope_dimension_count(config.rotary_dim)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(config.rope_scaling.attention_factor)
+        for length, divisors in (
+            ("long", config.rope_scaling.long_divisors),
+            (
+                "short",
+                config.rope_scaling.short_divisors,
+            ),
+        ):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.asarray(divisors, np.float32))
 
 
 def rope_divisors(config: ModelConfig) -> npt.NDArray[np.float32]:
@@ -114,11 +164,18 @@ def logits_of(model: Path, token_ids: list[int]) -> torch.Tensor:
         ("llama", {"rope_parameters": LLAMA3_ROPE}),
         ("qwen2", {}),
         ("qwen3", {"head_dim": 32}),
+        ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 16}),
+        ("gemma3", {"sliding_window": 24, "query_pre_attn_scalar": 16, "num_hidden_layers": 7}),
+        ("gemma3", {"query_pre_attn_scalar": 16, "rope_parameters": GEMMA3_SCALED}),
+        ("phi3", {"sliding_window": None}),
+        ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
+        ("olmo2", {}),
+        ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0}),
     ],
-    ids=["llama", "llama-biases", "llama-3.1", "qwen2", "qwen3"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_same_logits(tiny_model: Any, tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
-    folder = tiny_model(architecture, **settings)
+    folder = tiny_model("gemma3_text" if architecture == "gemma3" else architecture, **settings)
     token_ids = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(3)).tolist()
 
     converted = convert(folder, tmp_path / "model.gguf", architecture)

@@ -1,7 +1,13 @@
 """Types of the extension that setup.py builds from native/; addresses are what ``Tensor.data_ptr`` returns."""
 
+import enum
+
 def use_openmp(path: str) -> bool: ...
 def instruction_sets() -> list[str]: ...
+
+class Activation(enum.Enum):
+    SILU = ...
+    GELU_TANH = ...
 
 class Step:
     def __init__(
@@ -28,9 +34,20 @@ class DrawSettings:
 class Kernels:
     def __init__(self, instruction_set: str, bfloat16: bool) -> None: ...
     def rms_norm(
-        self, x: int, residual: int, weight: int, out: int, rows: int, width: int, eps: float, num_threads: int
+        self,
+        x: int,
+        residual: int,
+        x_norm: int,
+        norm: int,
+        out: int,
+        rows: int,
+        width: int,
+        multiplier: float,
+        eps: float,
+        num_threads: int,
     ) -> None: ...
-    def silu_and_mul(self, gate_up: int, out: int, rows: int, width: int, num_threads: int) -> None: ...
+    def gate(self, activation: Activation, gate_up: int, out: int, rows: int, width: int, num_threads: int) -> None: ...
+    def scale_and_cap(self, x: int, rows: int, width: int, scale: float, cap: float, num_threads: int) -> None: ...
     def rope_and_write_kv(
         self,
         step: Step,
@@ -39,13 +56,15 @@ class Kernels:
         kv_layer: int,
         cos_sin: int,
         num_positions: int,
+        rotary_dim: int,
         q_norm: int,
         k_norm: int,
+        norm_rows: bool,
         eps: float,
         num_threads: int,
     ) -> None: ...
     def attention(
-        self, step: Step, q: int, out: int, kv_layer: int, scale: float, window: int, num_threads: int
+        self, step: Step, q: int, out: int, kv_layer: int, scale: float, softcap: float, window: int, num_threads: int
     ) -> None: ...
     def find_largest(self, logits: int, tokens: int, rows: int, width: int, num_threads: int) -> None: ...
     def draw(
@@ -76,7 +95,7 @@ class Linear:
 class Mlp: ...
 
 class DenseMlp(Mlp):
-    def __init__(self, *, gate_up: Linear, down: Linear) -> None: ...
+    def __init__(self, *, gate_up: Linear, down: Linear, activation: Activation) -> None: ...
 
 class SparseMlp(Mlp):
     def __init__(
@@ -99,10 +118,15 @@ class Decoder:
         embeddings: int,
         norm: int,
         head: Linear,
-        cos_sin: int,
         num_positions: int,
-        scale: float,
+        rotary_dim: int,
+        norm_rows: bool,
         eps: float,
+        scale: float,
+        attention_softcap: float,
+        residual_multiplier: float,
+        logit_scale: float,
+        logit_softcap: float,
     ) -> None: ...
     def add(
         self,
@@ -112,8 +136,11 @@ class Decoder:
         q_norm: int,
         k_norm: int,
         attention_output: Linear,
+        attention_output_norm: int,
         mlp_norm: int,
         mlp: Mlp,
+        mlp_output_norm: int,
+        cos_sin: int,
         window: int,
     ) -> None: ...
     def run(

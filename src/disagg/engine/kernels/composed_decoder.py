@@ -34,10 +34,11 @@ class ComposedDecoder:
         """See ``DecoderStack``."""
         backend, layers, eps = self._backend, self._layers, self._settings.eps
         residual = torch.nn.functional.embedding(batch.token_ids, self._weights.embeddings)
-        x = backend.rms_norm(residual, layers[0].attention_norm, eps)
+        first = layers[0].attention_norm
+        x = residual if first is None else backend.rms_norm(residual, first, eps)
         for index, layer in enumerate(layers):
             if index:
-                x = backend.add_rms_norm(x, residual, layer.attention_norm, eps)
+                x = self._join(x, residual, layers[index - 1].mlp_output_norm, layer.attention_norm)
             x = self._attention(index, x, kv[index], batch)
             if index == len(layers) - 1:
                 # What follows mixes no rows, and only the wanted ones are read.
@@ -45,15 +46,28 @@ class ComposedDecoder:
                 if not len(x):
                     return x.new_empty((0, len(self._weights.embeddings)))
             x = layer.attention_output(x)
-            x = backend.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = self._join(x, residual, layer.attention_output_norm, layer.mlp_norm)
             x = composed_mlp(backend, x, layer.mlp)
-        return self._weights.head(backend.add_rms_norm(x, residual, self._weights.norm, eps))
+        x = self._join(x, residual, layers[-1].mlp_output_norm, self._weights.norm)
+        logits = self._weights.head(x)
+        if not self._settings.logits.change_nothing:
+            backend.bound_logits(logits, self._settings.logits)
+        return logits
+
+    def _join(
+        self, x: torch.Tensor, residual: torch.Tensor, x_norm: torch.Tensor | None, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        settings = self._settings
+        return self._backend.add_rms_norm(
+            x, residual, norm, settings.eps, x_norm=x_norm, multiplier=settings.residual_multiplier
+        )
 
     def _attention(self, index: int, x: torch.Tensor, kv_layer: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         layer, settings = self._layers[index], self._settings
+        cos_sin, sliding_window = settings.layers[index].cos_sin, settings.layers[index].sliding_window
         q = self._backend.rope_and_write_kv(
             layer.qkv(x),
-            settings.cos_sin,
+            cos_sin,
             kv_layer,
             batch,
             settings.num_heads,
@@ -62,4 +76,4 @@ class ComposedDecoder:
             layer.k_norm,
             settings.eps,
         )
-        return self._backend.attention(q, kv_layer, batch, settings.scale, settings.sliding_windows[index])
+        return self._backend.attention(q, kv_layer, batch, settings.scale, sliding_window, settings.softcap)

@@ -8,7 +8,7 @@ from disagg.engine.kernels.interface import DenseMlp, KernelBackend, Mlp, Sparse
 def composed_mlp(backend: KernelBackend, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
     """Return the layer's MLP of x [T, hidden]."""
     if isinstance(mlp, DenseMlp):
-        return mlp.down(backend.silu_and_mul(mlp.gate_up(x)))
+        return mlp.down(backend.gate(mlp.gate_up(x), mlp.activation))
     logits = mlp.router(x).float()
     weights, chosen = choose_experts(logits, mlp)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -16,6 +16,7 @@ from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.models.config import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,11 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """A gated MLP: ``down(silu(gate(x)) * up(x))``, gate and up stacked into one projection."""
+    """A gated MLP: ``down(activation(gate(x)) * up(x))``, gate and up stacked into one projection."""
 
     gate_up: Linear
     down: Linear
+    activation: Activation = Activation.SILU
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,21 @@ Mlp = DenseMlp | SparseMlp
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Norms are [hidden]; ``q_norm`` and ``k_norm`` [head_dim] where the model has them."""
+    """One decoder layer. Norms are [hidden], and None where the model has none.
 
-    attention_norm: torch.Tensor
+    ``attention_norm`` and ``mlp_norm`` are of what attention and MLP read, the ``output_norm``s of what they give.
+    ``q_norm`` and ``k_norm`` are as in ``KernelBackend.rope_and_write_kv``.
+    """
+
+    attention_norm: torch.Tensor | None
     qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     attention_output: Linear
-    mlp_norm: torch.Tensor
+    mlp_norm: torch.Tensor | None
     mlp: Mlp
+    attention_output_norm: torch.Tensor | None = None
+    mlp_output_norm: torch.Tensor | None = None
 
     @property
     def linears(self) -> Iterator[Linear]:
@@ -112,18 +120,41 @@ class DecoderWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderSettings:
-    """What the layers of a decoder share. ``cos_sin`` is as in ``KernelBackend.rope_and_write_kv``.
+class LayerSettings:
+    """What may differ from layer to layer. ``cos_sin`` is as in ``KernelBackend.rope_and_write_kv``.
 
-    ``sliding_windows`` has one entry per layer, None where a layer sees everything.
+    ``sliding_window`` is None where a layer sees everything.
     """
+
+    cos_sin: torch.Tensor
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBounds:
+    """What becomes of logits: cap * tanh(multiplier * logit / cap), or just the product without a cap."""
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether logits stay as they are."""
+        return self.multiplier == 1.0 and self.softcap is None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSettings:
+    """A decoder beside its weights; see ``ModelConfig`` for what its fields mean."""
 
     num_heads: int
     num_kv_heads: int
-    scale: float
     eps: float
-    cos_sin: torch.Tensor
-    sliding_windows: tuple[int | None, ...]
+    scale: float
+    layers: tuple[LayerSettings, ...]
+    softcap: float | None = None
+    residual_multiplier: float = 1.0
+    logits: LogitBounds = LogitBounds()
 
 
 class DecoderStack(Protocol):
@@ -158,8 +189,21 @@ class KernelBackend(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; x is [T, hidden]. The mean of squares is taken in float32."""
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Add x to ``residual`` in place, then return the normalised sum."""
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        *,
+        x_norm: torch.Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> torch.Tensor:
+        """Add x times ``multiplier`` to ``residual`` in place, then return the normalised sum.
+
+        x is normalised by ``x_norm`` first, where given, and may be overwritten. Without ``weight`` the residual itself
+        is returned.
+        """
 
     def rope_and_write_kv(
         self,
@@ -175,9 +219,11 @@ class KernelBackend(Protocol):
     ) -> torch.Tensor:
         """Normalise (qk-norm, where given) and rotate Q and K, write K and V into the pool, return Q [T, Hq, D].
 
-        ``qkv`` is [T, (Hq + 2 Hk) * D]; ``cos_sin`` float32 [max position, D], cosines of the D / 2 frequencies, then
-        sines (Hugging Face's half-split rotation); ``kv_layer`` [num_blocks, 2, Hk, block_size * D] is one layer of
-        the pool in the backend's ``kv_format``.
+        ``qkv`` is [T, (Hq + 2 Hk) * D]; ``cos_sin`` float32 [max position, R], cosines of the R / 2 frequencies, then
+        sines (Hugging Face's half-split rotation of the first R of the D elements of a head); ``kv_layer``
+        [num_blocks, 2, Hk, block_size * D] is one layer of the pool in the backend's ``kv_format``. ``q_norm`` is [D],
+        and each head is normalised by it, or [Hq * D], and all heads of a token are normalised together; ``k_norm``
+        likewise.
         """
 
     def attention(
@@ -187,14 +233,19 @@ class KernelBackend(Protocol):
         batch: StepBatch,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D].
 
-        With ``sliding_window`` w, position p sees positions p - w + 1 .. p.
+        With ``sliding_window`` w, position p sees positions p - w + 1 .. p. Scores are products times ``scale``, and
+        bounded by cap * tanh(score / cap) where there is a ``softcap``.
         """
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""
+    def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return activation(left half) * right half; gate_up is [T, 2 * intermediate]."""
+
+    def bound_logits(self, logits: torch.Tensor, bounds: LogitBounds) -> None:
+        """Multiply and bound logits [L, vocab] in place."""
 
 
 @runtime_checkable

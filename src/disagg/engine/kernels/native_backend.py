@@ -18,13 +18,15 @@ from disagg.engine.kernels.interface import (
     DecoderWeights,
     DrawSettings,
     Linear,
+    LogitBounds,
     StepBatch,
 )
-from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder
-from disagg.engine.kernels.native_linear import PackedLinear, check_tensor
-from disagg.engine.kernels.native_mlp import native_linear
+from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder, head_dim_of
+from disagg.engine.kernels.native_linear import PackedLinear, address_of, check_tensor
+from disagg.engine.kernels.native_mlp import native_activation, native_linear
 from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.models.config import Activation
 
 try:
     from disagg.engine.kernels import _native
@@ -101,8 +103,8 @@ class NativeBackend:
         if not all(isinstance(linear, PackedLinear) for linear in linears):
             return None
         vocab_size, hidden = weights.embeddings.shape
-        num_positions, _ = settings.cos_sin.shape
-        check_tensor(settings.cos_sin, torch.float32, settings.cos_sin.numel())
+        num_positions, rotary_dim = settings.layers[0].cos_sin.shape
+        q_norm = weights.layers[0].q_norm
         native = _native.Decoder(
             kernels=self._kernels[weights.norm.dtype],
             hidden=hidden,
@@ -110,20 +112,34 @@ class NativeBackend:
             embeddings=weights.embeddings.data_ptr(),
             norm=weights.norm.data_ptr(),
             head=native_linear(weights.head),
-            cos_sin=settings.cos_sin.data_ptr(),
             num_positions=num_positions,
-            scale=settings.scale,
+            rotary_dim=rotary_dim,
+            norm_rows=q_norm is not None and len(q_norm) > head_dim_of(weights.layers[0], settings),
             eps=settings.eps,
+            scale=settings.scale,
+            attention_softcap=settings.softcap or 0.0,
+            residual_multiplier=settings.residual_multiplier,
+            logit_scale=settings.logits.multiplier,
+            logit_softcap=settings.logits.softcap or 0.0,
         )
         return NativeDecoder(native, weights, settings, self._prepare)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""
-        return self._rms_norm(x, None, weight, eps)
+        return self._rms_norm(x, None, weight, eps, None, 1.0)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        *,
+        x_norm: torch.Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> torch.Tensor:
         """Add x to ``residual`` in place, then return the normalised sum."""
-        return self._rms_norm(x, residual, weight, eps)
+        return self._rms_norm(x, residual, weight, eps, x_norm, multiplier)
 
     def rope_and_write_kv(
         self,
@@ -138,14 +154,16 @@ class NativeBackend:
         eps: float,
     ) -> torch.Tensor:
         """Normalise and rotate Q and K, write K and V into the pool, return Q [T, Hq, D]."""
-        num_positions, head_dim = cos_sin.shape
-        rows = len(qkv)
+        num_positions, rotary_dim = cos_sin.shape
+        rows, width = qkv.shape
+        head_dim = width // (num_heads + 2 * num_kv_heads)
         step = self._prepare(batch, kv_layer, num_heads, head_dim)
         check_tensor(qkv, qkv.dtype, rows * (num_heads + 2 * num_kv_heads) * head_dim)
-        check_tensor(cos_sin, torch.float32, num_positions * head_dim)
-        for norm in (q_norm, k_norm):
+        check_tensor(cos_sin, torch.float32, num_positions * rotary_dim)
+        norm_rows = q_norm is not None and len(q_norm) > head_dim
+        for norm, heads in ((q_norm, num_heads), (k_norm, num_kv_heads)):
             if norm is not None:
-                check_tensor(norm, qkv.dtype, head_dim)
+                check_tensor(norm, qkv.dtype, (heads if norm_rows else 1) * head_dim)
         if kv_layer.dtype is not qkv.dtype or rows != len(batch.token_ids):
             raise InternalError(f"{rows} rows of {qkv.dtype} for a step of {len(batch.token_ids)} and {kv_layer.dtype}")
         q = qkv.new_empty((rows, num_heads, head_dim))
@@ -157,8 +175,10 @@ class NativeBackend:
                 kv_layer.data_ptr(),
                 cos_sin.data_ptr(),
                 num_positions,
-                0 if q_norm is None else q_norm.data_ptr(),
-                0 if k_norm is None else k_norm.data_ptr(),
+                rotary_dim,
+                address_of(q_norm),
+                address_of(k_norm),
+                norm_rows,
                 eps,
                 torch.get_num_threads(),
             )
@@ -173,6 +193,7 @@ class NativeBackend:
         batch: StepBatch,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D]."""
         rows, num_heads, head_dim = q.shape
@@ -181,19 +202,34 @@ class NativeBackend:
         out = q.new_empty((rows, num_heads * head_dim))
         window = NO_WINDOW if sliding_window is None else sliding_window
         self._kernels[q.dtype].attention(
-            step, q.data_ptr(), out.data_ptr(), kv_layer.data_ptr(), scale, window, torch.get_num_threads()
+            step,
+            q.data_ptr(),
+            out.data_ptr(),
+            kv_layer.data_ptr(),
+            scale,
+            softcap or 0.0,
+            window,
+            torch.get_num_threads(),
         )
         return out
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(left half) * right half; gate_up is [T, 2 * intermediate]."""
+    def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return activation(left half) * right half; gate_up is [T, 2 * intermediate]."""
         rows, width = gate_up.shape
         check_tensor(gate_up, gate_up.dtype, rows * width)
         out = gate_up.new_empty((rows, width // 2))
-        self._kernels[gate_up.dtype].silu_and_mul(
-            gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
+        self._kernels[gate_up.dtype].gate(
+            native_activation(activation), gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads()
         )
         return out
+
+    def bound_logits(self, logits: torch.Tensor, bounds: LogitBounds) -> None:
+        """Multiply and bound logits in place."""
+        rows, width = logits.shape
+        check_tensor(logits, logits.dtype, rows * width)
+        self._kernels[logits.dtype].scale_and_cap(
+            logits.data_ptr(), rows, width, bounds.multiplier, bounds.softcap or 0.0, torch.get_num_threads()
+        )
 
     def most_likely(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
         """See ``ChoosesTokens``."""
@@ -252,22 +288,33 @@ class NativeBackend:
         return PackedLinear(native, weight, dtype, memory)
 
     def _rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        x_norm: torch.Tensor | None,
+        multiplier: float,
     ) -> torch.Tensor:
         rows, width = x.shape
         dtype = x.dtype
-        check_tensor(x, dtype, rows * width)
-        check_tensor(weight, dtype, width)
-        if residual is not None:
-            check_tensor(residual, dtype, rows * width)
-        out = torch.empty_like(x)
+        for values in (x, residual):
+            if values is not None:
+                check_tensor(values, dtype, rows * width)
+        for norm in (x_norm, weight):
+            if norm is not None:
+                check_tensor(norm, dtype, width)
+        source = x if residual is None else residual
+        out = source if weight is None else torch.empty_like(x)
         self._kernels[dtype].rms_norm(
             x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            weight.data_ptr(),
+            address_of(residual),
+            address_of(x_norm),
+            address_of(weight),
             out.data_ptr(),
             rows,
             width,
+            multiplier,
             eps,
             torch.get_num_threads(),
         )

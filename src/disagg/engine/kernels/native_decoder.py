@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from disagg.base.errors import InternalError
-from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, LayerWeights, StepBatch
-from disagg.engine.kernels.native_linear import check_tensor
+from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, LayerSettings, LayerWeights, StepBatch
+from disagg.engine.kernels.native_linear import PackedLinear, address_of, check_tensor
 from disagg.engine.kernels.native_mlp import native_linear, native_mlp
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ class NativeDecoder:
         self._prepare_step = prepare_step
         self._last_kv: torch.Tensor | None = None
         self._last_pools: tuple[torch.Tensor, list[int]]
-        self._head_dim = settings.cos_sin.shape[1]
+        self._head_dim = head_dim_of(weights.layers[0], settings)
         self._vocab_size, self._hidden = weights.embeddings.shape
         self._dtype = weights.embeddings.dtype
         check_tensor(weights.embeddings, self._dtype, self._vocab_size * self._hidden)
         check_tensor(weights.norm, self._dtype, self._hidden)
-        for layer, window in zip(weights.layers, settings.sliding_windows, strict=True):
-            self._add(layer, NO_WINDOW if window is None else window)
+        for layer, layer_settings in zip(weights.layers, settings.layers, strict=True):
+            self._add(layer, layer_settings)
 
     def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
         """See ``DecoderStack``."""
@@ -82,23 +82,37 @@ class NativeDecoder:
         check_tensor(kv, self._dtype, len(self._weights.layers) * size)
         return [kv.data_ptr() + index * size * kv.element_size() for index in range(len(kv))]
 
-    def _add(self, layer: LayerWeights, window: int) -> None:
+    def _add(self, layer: LayerWeights, settings: LayerSettings) -> None:
         self._mlps.append(native_mlp(layer.mlp))
+        norms_rows = layer.q_norm is not None and len(layer.q_norm) > self._head_dim
         for norm, width in (
             (layer.attention_norm, self._hidden),
+            (layer.attention_output_norm, self._hidden),
             (layer.mlp_norm, self._hidden),
-            (layer.q_norm, self._head_dim),
-            (layer.k_norm, self._head_dim),
+            (layer.mlp_output_norm, self._hidden),
+            (layer.q_norm, self._head_dim * (self._settings.num_heads if norms_rows else 1)),
+            (layer.k_norm, self._head_dim * (self._settings.num_kv_heads if norms_rows else 1)),
         ):
             if norm is not None:
                 check_tensor(norm, self._dtype, width)
+        check_tensor(settings.cos_sin, torch.float32, self._settings.layers[0].cos_sin.numel())
         self._native.add(
-            attention_norm=layer.attention_norm.data_ptr(),
+            attention_norm=address_of(layer.attention_norm),
             qkv=native_linear(layer.qkv),
-            q_norm=0 if layer.q_norm is None else layer.q_norm.data_ptr(),
-            k_norm=0 if layer.k_norm is None else layer.k_norm.data_ptr(),
+            q_norm=address_of(layer.q_norm),
+            k_norm=address_of(layer.k_norm),
             attention_output=native_linear(layer.attention_output),
-            mlp_norm=layer.mlp_norm.data_ptr(),
+            attention_output_norm=address_of(layer.attention_output_norm),
+            mlp_norm=address_of(layer.mlp_norm),
             mlp=self._mlps[-1],
-            window=window,
+            mlp_output_norm=address_of(layer.mlp_output_norm),
+            cos_sin=settings.cos_sin.data_ptr(),
+            window=NO_WINDOW if settings.sliding_window is None else settings.sliding_window,
         )
+
+
+def head_dim_of(layer: LayerWeights, settings: DecoderSettings) -> int:
+    """Return the head dimension, which the packed projection of queries, keys and values has."""
+    if not isinstance(layer.qkv, PackedLinear):
+        raise InternalError("a native decoder needs packed weights")
+    return layer.qkv.out_features // (settings.num_heads + 2 * settings.num_kv_heads)

@@ -58,6 +58,11 @@ def _pack_blocks(native: "_native.Linear", weight: BlockWeight, packed: torch.Te
     )
 
 
+def address_of(tensor: torch.Tensor | None) -> int:
+    """Return where a tensor's elements are, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def check_tensor(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
     """Refuse what the kernels would read wrongly: they see an address and nothing else."""
     if tensor.dtype is not dtype or tensor.numel() != num_elements or not tensor.is_contiguous():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.interface import DenseMlp, Linear, Mlp
 from disagg.engine.kernels.native_linear import PackedLinear
+from disagg.models.config import Activation
 
 if TYPE_CHECKING:
     from disagg.engine.kernels import _native
@@ -32,7 +33,19 @@ def native_linear(linear: Linear) -> "_native.Linear":
     return linear.native
 
 
+def native_activation(activation: Activation) -> "_native.Activation":
+    """Return the native name of what a gate goes through."""
+    from disagg.engine.kernels import _native
+
+    return {
+        Activation.SILU: _native.Activation.SILU,
+        Activation.GELU_TANH: _native.Activation.GELU_TANH,
+    }[activation]
+
+
 def _dense(mlp: DenseMlp) -> "_native.DenseMlp":
     from disagg.engine.kernels import _native
 
-    return _native.DenseMlp(gate_up=native_linear(mlp.gate_up), down=native_linear(mlp.down))
+    return _native.DenseMlp(
+        gate_up=native_linear(mlp.gate_up), down=native_linear(mlp.down), activation=native_activation(mlp.activation)
+    )

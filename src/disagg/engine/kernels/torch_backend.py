@@ -10,9 +10,10 @@ from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
-from disagg.engine.kernels.interface import Linear, StepBatch
+from disagg.engine.kernels.interface import Linear, LogitBounds, StepBatch
 from disagg.engine.kernels.kv_format import gather_kv, write_kv
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.models.config import Activation
 
 _GATHER_BYTES: Final = 256 << 20
 """Most keys and values copied at once out of the pool for a group of decodes."""
@@ -54,10 +55,21 @@ class TorchBackend:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * weight.float()).to(x.dtype)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        *,
+        x_norm: torch.Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> torch.Tensor:
         """Add x to ``residual`` in place, then return the normalised sum."""
-        residual.add_(x)
-        return self.rms_norm(residual, weight, eps)
+        if x_norm is not None:
+            x = self.rms_norm(x, x_norm, eps)
+        residual.add_(x, alpha=multiplier)
+        return residual if weight is None else self.rms_norm(residual, weight, eps)
 
     def rope_and_write_kv(
         self,
@@ -72,14 +84,14 @@ class TorchBackend:
         eps: float,
     ) -> torch.Tensor:
         """Normalise and rotate Q and K, write K and V into the pool, return Q [T, Hq, D]."""
-        head_dim = cos_sin.shape[1]
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
         step = self._prepare(batch, kv_layer, head_dim)
         heads = qkv.view(len(qkv), -1, head_dim)
         q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
         if q_norm is not None:
-            q = self.rms_norm(q, q_norm, eps)
+            q = self._norm_heads(q, q_norm, eps)
         if k_norm is not None:
-            k = self.rms_norm(k, k_norm, eps)
+            k = self._norm_heads(k, k_norm, eps)
         angles = cos_sin[step.positions].unsqueeze(1)
         write_kv(kv_layer, self.kv_format, _rotate(k, angles), v, step.row_blocks, step.row_offsets)
         return _rotate(q, angles)
@@ -91,31 +103,43 @@ class TorchBackend:
         batch: StepBatch,
         scale: float,
         sliding_window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Return causal attention of Q [T, Hq, D] over each sequence's blocks, as [T, Hq * D]."""
         step = self._prepare(batch, kv_layer, q.shape[2])
         pool = _Pool(kv_layer, self.kv_format, batch.block_tables)
+        sight = _Sight(scale, sliding_window, softcap)
         if step.chunks is None:
-            return self._decode(q, pool, step.context_lens, batch, scale, sliding_window)
+            return self._decode(q, pool, step.context_lens, batch, sight)
         out = torch.empty_like(q)
         for chunk in step.chunks:
             rows = slice(chunk.start, chunk.start + chunk.num_rows)
-            out[rows] = _attend_chunk(q[rows], pool, chunk, scale, sliding_window)
+            out[rows] = _attend_chunk(q[rows], pool, chunk, sight)
         return out.flatten(1)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(left half) * right half."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+    def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return activation(left half) * right half."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        match activation:
+            case Activation.SILU:
+                activated = functional.silu(gate)
+            case Activation.GELU_TANH:
+                activated = functional.gelu(gate, approximate="tanh")
+        return (activated * up).to(gate_up.dtype)
+
+    def bound_logits(self, logits: torch.Tensor, bounds: LogitBounds) -> None:
+        """Multiply and bound logits in place."""
+        wide = logits.float() * bounds.multiplier
+        logits.copy_(wide if bounds.softcap is None else bounds.softcap * torch.tanh(wide / bounds.softcap))
+
+    def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Normalise each head of [T, H, D], or all heads of a token together: so many weights are there."""
+        if len(weight) == heads.shape[2]:
+            return self.rms_norm(heads, weight, eps)
+        return self.rms_norm(heads.flatten(1), weight, eps).view(heads.shape)
 
     def _decode(
-        self,
-        q: torch.Tensor,
-        pool: "_Pool",
-        context_lens: torch.Tensor,
-        batch: StepBatch,
-        scale: float,
-        sliding_window: int | None,
+        self, q: torch.Tensor, pool: "_Pool", context_lens: torch.Tensor, batch: StepBatch, sight: "_Sight"
     ) -> torch.Tensor:
         """Attend with one row per sequence, in groups of sequences whose padded keys and values fit _GATHER_BYTES."""
         num_blocks = -(-batch.max_context_len // pool.block_size(q.shape[2]))
@@ -126,8 +150,7 @@ class TorchBackend:
                 q[first : first + group],
                 *pool.gather(slice(first, first + group), num_blocks, q.shape[2]),
                 context_lens[first : first + group],
-                scale,
-                sliding_window,
+                sight,
             )
             for first in range(0, len(q), group)
         ]
@@ -176,6 +199,15 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sight:
+    """Which keys a row sees, and how scores come from products; see ``KernelBackend.attention``."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Pool:
     """One layer of the pool with the block tables that say which of it belongs to whom."""
 
@@ -221,10 +253,11 @@ def _prepare_step(batch: StepBatch, block_size: int, num_blocks: int) -> _Step:
 
 
 def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the halves of each head by ``angles`` [T, 1, D], cosines then sines (Hugging Face's half-split rotation)."""
+    """Turn the halves of each head's first R elements by ``angles`` [T, 1, R], cosines then sines."""
     cos, sin = angles.chunk(2, dim=-1)
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    turning, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+    left, right = turning.float().chunk(2, dim=-1)
+    return torch.cat(((left * cos - right * sin).to(x.dtype), (right * cos + left * sin).to(x.dtype), rest), dim=-1)
 
 
 def _attend_decodes(
@@ -232,8 +265,7 @@ def _attend_decodes(
     k: torch.Tensor,
     v: torch.Tensor,
     context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
+    sight: "_Sight",
 ) -> torch.Tensor:
     """Attend with Q [S, Hq, D] over padded K and V [S, Hk, N, D]: the query heads of a KV head are SDPA's rows."""
     num_sequences, num_heads, head_dim = q.shape
@@ -244,35 +276,48 @@ def _attend_decodes(
     k = k.masked_fill_(unwritten, 0)
     v = v.masked_fill_(unwritten, 0)
     seen = keys < ends
-    if sliding_window is not None:
-        seen &= keys >= ends - sliding_window
+    if sight.window is not None:
+        seen &= keys >= ends - sight.window
     rows = q.reshape(num_sequences, k.shape[1], num_heads // k.shape[1], head_dim)
-    out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen[:, None, None, :], scale=scale)
+    if sight.softcap is not None:
+        out = _attend_capped(rows, k, v, seen[:, None, None, :], sight.scale, sight.softcap)
+    else:
+        out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen[:, None, None, :], scale=sight.scale)
     return out.reshape(num_sequences, num_heads * head_dim)
 
 
-def _attend_chunk(
-    q: torch.Tensor, pool: _Pool, chunk: _Chunk, scale: float, sliding_window: int | None
+def _attend_capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
+    """Attend with bounded scores, which SDPA does not know; Q [..., n, D] and ``seen`` [..., n, keys] or broadcast."""
+    scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / softcap)) * softcap
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+
+
+def _attend_chunk(q: torch.Tensor, pool: _Pool, chunk: _Chunk, sight: "_Sight") -> torch.Tensor:
     """Attend with the rows of one sequence, Q [n, Hq, D], over its whole context; return [n, Hq, D]."""
     num_rows, num_heads, head_dim = q.shape
     num_blocks = -(-chunk.context_len // pool.block_size(head_dim))
     k, v = (x[None, :, : chunk.context_len] for x in pool.gather(chunk.sequence, num_blocks, head_dim))
-    whole_prompt = num_rows == chunk.context_len and sliding_window is None
+    whole_prompt = num_rows == chunk.context_len and sight.window is None and sight.softcap is None
     mask = None
     if not whole_prompt:
         keys = torch.arange(chunk.context_len, device=q.device)
         positions = keys[-num_rows:].unsqueeze(1)
         mask = keys <= positions
-        if sliding_window is not None:
-            mask &= keys > positions - sliding_window
+        if sight.window is not None:
+            mask &= keys > positions - sight.window
+    if sight.softcap is not None and mask is not None:
+        groups = q.reshape(num_rows, k.shape[1], -1, head_dim).permute(1, 2, 0, 3)
+        out = _attend_capped(groups, k[0][:, None], v[0][:, None], mask, sight.scale, sight.softcap)
+        return out.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k,
         v,
         attn_mask=mask,
         is_causal=whole_prompt,
-        scale=scale,
+        scale=sight.scale,
         enable_gqa=num_heads != k.shape[1],
     )
     return out[0].transpose(0, 1)

@@ -1,14 +1,36 @@
 """One decoder for every supported architecture: the configuration says which parts a layer has."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from disagg.base.errors import ConfigurationError
 from disagg.engine.kernels.composed_decoder import decoder_stack
-from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, KernelBackend, StepBatch
-from disagg.engine.model.rope import rope_table
+from disagg.engine.kernels.interface import (
+    DecoderSettings,
+    DecoderWeights,
+    KernelBackend,
+    LayerSettings,
+    LogitBounds,
+    StepBatch,
+)
+from disagg.engine.model.rope import rope_tables
 from disagg.models.config import ModelConfig
+
+
+class StepDecoder(Protocol):
+    """Whatever computes steps of a model over a paged KV pool.
+
+    ``max_model_len`` is the longest sequence it will be given, in tokens; ``backend`` gives the pool its format, and
+    chooses tokens where it can.
+    """
+
+    backend: KernelBackend
+    max_model_len: int
+
+    def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """See ``Decoder.forward``."""
 
 
 class Decoder:
@@ -29,6 +51,7 @@ class Decoder:
         length = limit if max_model_len is None else max_model_len
         if not 1 <= length <= limit:
             raise ConfigurationError(f"max_model_len {length} must be within 1 and the model's own limit, {limit}")
+        config = config.for_length(length)
         self.config = config
         self.backend = backend
         self.max_model_len = length
@@ -36,12 +59,22 @@ class Decoder:
         settings = DecoderSettings(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            scale=config.head_dim**-0.5,
             eps=config.rms_norm_eps,
-            cos_sin=rope_table(config, length).to(self.device),
-            sliding_windows=config.sliding_windows,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            residual_multiplier=config.residual_multiplier,
+            logits=LogitBounds(config.logit_multiplier, config.logit_softcap),
+            layers=self._layer_settings(),
         )
         self._stack = decoder_stack(backend, weights, settings)
+
+    def _layer_settings(self) -> tuple[LayerSettings, ...]:
+        tables = rope_tables(self.config, self.max_model_len)
+        on_device = {id(table): table.to(self.device) for table in tables}
+        return tuple(
+            LayerSettings(cos_sin=on_device[id(table)], sliding_window=window)
+            for table, window in zip(tables, self.config.sliding_windows, strict=True)
+        )
 
     @property
     def device(self) -> torch.device:

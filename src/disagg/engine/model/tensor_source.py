@@ -13,6 +13,9 @@ from disagg.models.config import Architecture, ModelConfig
 from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
 
+_PERMUTED: Final = (Architecture.LLAMA, Architecture.GRANITE)
+"""llama.cpp's converter changes the order of their query and key rows."""
+
 _ELEMENT_TYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -34,7 +37,7 @@ def open_tensors(files: ModelFiles, config: ModelConfig) -> Iterator[TensorSourc
             yield _GgufSource(file, config)
         return
     with ExitStack() as stack:
-        yield _SafetensorsSource(files, stack)
+        yield _SafetensorsSource(files, stack, adds_one_to_norms=config.norms_stored_less_one)
 
 
 class _SafetensorsSource:
@@ -43,8 +46,9 @@ class _SafetensorsSource:
     The index decides which of several shards a tensor comes from.
     """
 
-    def __init__(self, files: ModelFiles, stack: ExitStack) -> None:
+    def __init__(self, files: ModelFiles, stack: ExitStack, *, adds_one_to_norms: bool = False) -> None:
         self._files: dict[str, safe_open] = {}
+        self._adds_one_to_norms = adds_one_to_norms
         weight_map = files.weight_map()
         for path in files.weight_files():
             try:
@@ -69,7 +73,7 @@ class _SafetensorsSource:
 
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        return tensor.float() + 1.0 if self._adds_one_to_norms and name.endswith("norm.weight") else tensor
 
 
 def _check_element_type(file: safe_open, name: str, path: Path) -> None:
@@ -87,8 +91,8 @@ class _GgufSource:
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
         # A tensor without a counterpart keeps its name, so that it is refused as left over.
-        self._names = {hf_tensor_name(name) or name: name for name in file.tensors if not is_rope_table(name)}
-        permuted = config.architecture is Architecture.LLAMA
+        self._names = {hf_tensor_name(name, config) or name: name for name in file.tensors if not is_rope_table(name)}
+        permuted = config.architecture in _PERMUTED
         self._permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ Memory peaks at the packed weights plus the tensors of one merged matrix.
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Final
 
 import msgspec
@@ -23,16 +24,34 @@ from disagg.engine.kernels.interface import (
     SparseMlp,
 )
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
-from disagg.engine.model.expert_tensors import PLAIN_NAMES, ExpertNames, expert_names, expert_shapes
+from disagg.engine.model.expert_tensors import ExpertNames, expert_names, expert_shapes
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
-from disagg.models.shape import Experts
+from disagg.models.shape import Experts, NormPlacement
 
 TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 
 _logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
+class _NormNames:
+    """What the norms of a layer are called: of what attention and MLP read and give, None where there is none."""
+
+    attention: str | None
+    attention_output: str | None
+    mlp: str | None
+    mlp_output: str | None
+
+
+_NORMS: Final = {
+    NormPlacement.BEFORE: _NormNames("input_layernorm", None, "post_attention_layernorm", None),
+    NormPlacement.AFTER: _NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    NormPlacement.AROUND: _NormNames(
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+}
 _EMBEDDINGS: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 
@@ -87,37 +106,45 @@ def _with_own_head(config: ModelConfig, source: TensorSource) -> ModelConfig:
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that the model must have, by Hugging Face name, in order of use."""
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
     linears = {
-        "self_attn.q_proj": (config.q_size, hidden, config.qkv_bias),
-        "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
-        "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, config.q_size, config.attention_output_bias),
     }
     dense_mlp = {
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
+    qkv, gate_up = _merged_names(config)
+    qkv_sizes = (config.q_size, config.kv_size, config.kv_size)
+    for name, size in zip(qkv, qkv_sizes if len(qkv) == len(qkv_sizes) else (sum(qkv_sizes),), strict=True):
+        linears[name] = (size, hidden, config.qkv_bias)
+    for name in gate_up:
+        dense_mlp[name] = (2 * inner // len(gate_up), hidden, config.mlp_bias)
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDINGS: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        for norm in filter(None, astuple(_NORMS[config.norm_placement])):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
         experts = config.layer_experts[layer] if config.layer_experts else None
         for name, (num_rows, num_columns, has_bias) in (linears if experts else linears | dense_mlp).items():
             shapes[f"{prefix}{name}.weight"] = (num_rows, num_columns)
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = (num_rows,)
-        if config.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        for name, size in zip(("q_norm", "k_norm"), config.qk_norm_sizes, strict=True):
+            if size:
+                shapes[f"{prefix}self_attn.{name}.weight"] = (size,)
         if experts is not None:
             shapes |= {f"{prefix}{name}": shape for name, shape in expert_shapes(config, experts).items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+def _merged_names(config: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the projections that are merged into one product, and are one tensor in some files already."""
+    if config.fused_projections:
+        return ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
+    return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
 
 
 def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
@@ -171,27 +198,47 @@ class _Loader:
         self._num_read = 0
 
     def load(self, config: ModelConfig) -> DecoderWeights:
-        embeddings = self._tensor(_EMBEDDINGS)
+        stored = self._stacked([_EMBEDDINGS])
+        embeddings = self._memory.keep(self._scaled(stored, config.embedding_multiplier))
+        unscaled = embeddings if config.embedding_multiplier == 1.0 else stored
+        head = self._pack(unscaled, None) if config.tie_word_embeddings else None
+        del stored, unscaled
         layers = tuple(self._layer(layer, config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
-        head = self._pack(embeddings, None) if config.tie_word_embeddings else self._linear("lm_head")
-        return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
-
-    def _layer(self, layer: int, config: ModelConfig) -> LayerWeights:
-        prefix = f"model.layers.{layer}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        experts = config.layer_experts[layer] if config.layer_experts else None
-        return LayerWeights(
-            attention_norm=self._tensor(f"{prefix}.input_layernorm.weight"),
-            qkv=self._linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-            q_norm=self._tensor(f"{attention}.q_norm.weight") if config.qk_norm else None,
-            k_norm=self._tensor(f"{attention}.k_norm.weight") if config.qk_norm else None,
-            attention_output=self._linear(f"{attention}.o_proj"),
-            mlp_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
-            mlp=self._gated(mlp, PLAIN_NAMES) if experts is None else self._sparse(prefix, config, experts),
+        return DecoderWeights(
+            embeddings=embeddings, layers=layers, norm=norm, head=self._linear("lm_head") if head is None else head
         )
 
-    def _gated(self, block: str, names: ExpertNames) -> DenseMlp:
+    def _scaled(self, embeddings: torch.Tensor, multiplier: float) -> torch.Tensor:
+        """Return what a token's row is multiplied with, rounded as transformers rounds both."""
+        return embeddings if multiplier == 1.0 else embeddings * torch.tensor(multiplier, dtype=self._dtype)
+
+    def _layer(self, layer: int, config: ModelConfig) -> LayerWeights:
+        prefix = f"model.layers.{layer}."
+        norms = _NORMS[config.norm_placement]
+        qkv, _ = _merged_names(config)
+        experts = config.layer_experts[layer] if config.layer_experts else None
+        return LayerWeights(
+            attention_norm=self._norm(prefix, norms.attention),
+            qkv=self._linear(*(prefix + name for name in qkv)),
+            q_norm=self._norm(prefix, "self_attn.q_norm"),
+            k_norm=self._norm(prefix, "self_attn.k_norm"),
+            attention_output=self._linear(f"{prefix}self_attn.o_proj"),
+            attention_output_norm=self._norm(prefix, norms.attention_output),
+            mlp_norm=self._norm(prefix, norms.mlp),
+            mlp=self._dense(prefix, config) if experts is None else self._sparse(prefix, config, experts),
+            mlp_output_norm=self._norm(prefix, norms.mlp_output),
+        )
+
+    def _dense(self, prefix: str, config: ModelConfig) -> DenseMlp:
+        _, gate_up = _merged_names(config)
+        return DenseMlp(
+            gate_up=self._linear(*(prefix + name for name in gate_up)),
+            down=self._linear(f"{prefix}mlp.down_proj"),
+            activation=config.activation,
+        )
+
+    def _expert(self, block: str, names: ExpertNames) -> DenseMlp:
         return DenseMlp(
             gate_up=self._linear(f"{block}.{names.gate}", f"{block}.{names.up}"),
             down=self._linear(f"{block}.{names.down}"),
@@ -204,15 +251,21 @@ class _Loader:
         return SparseMlp(
             # A router decides: it keeps the element type.
             router=self._backend.linear(
-                self._stacked([f"{prefix}.{name}.weight" for name in routers]), None, self._memory
+                self._stacked([f"{prefix}{name}.weight" for name in routers]), None, self._memory
             ),
             experts=tuple(
-                self._gated(f"{prefix}.{names.expert(number)}", names) for number in range(experts.num_experts)
+                self._expert(f"{prefix}{names.expert(number)}", names) for number in range(experts.num_experts)
             ),
             num_per_token=experts.num_per_token,
             normalize_weights=experts.normalize_weights,
-            shared=self._gated(f"{prefix}.{names.shared}", names) if shared else None,
+            shared=self._expert(f"{prefix}{names.shared}", names) if shared else None,
         )
+
+    def _norm(self, prefix: str, name: str | None) -> torch.Tensor | None:
+        """Return the weights of a norm, None where the model has none."""
+        if name is None or f"{prefix}{name}.weight" not in self._shapes:
+            return None
+        return self._tensor(f"{prefix}{name}.weight")
 
     def _linear(self, *names: str) -> Linear:
         """Pack one projection, or several of the same input stacked into one."""

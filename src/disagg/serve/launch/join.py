@@ -34,8 +34,10 @@ def join(deployment: Deployment, role: Role, server: str, listener: LineListener
 
 def identity_of(deployment: Deployment) -> ModelIdentity:
     """Return what instances of a deployment agree on. Raises ConfigurationError when its model is not here."""
+    model = deployment.model
+    files = locate_model(model.model, model.model_code)
     return ModelIdentity(
-        fingerprint=fingerprint(locate_model(deployment.model.model)).hex(),
+        fingerprint=fingerprint(files, model.model_code, model.max_model_len).hex(),
         dtype=deployment.model.dtype,
         quantization=deployment.model.quantization,
         block_size=deployment.cache.block_size,

@@ -12,7 +12,7 @@ from disagg.base.config import ServeSettings
 from disagg.base.errors import ConfigurationError
 from disagg.models.chat_template import ChatTemplate, load_chat_template
 from disagg.models.generation_config import end_token_ids, load_generation_config
-from disagg.models.locate import load_config, locate_model
+from disagg.models.locate import load_served_model_config, locate_model
 from disagg.models.tokenizer import load_tokenizer
 from disagg.models.tool_calls.syntax import AnswerSyntax, ToolCallFormat, syntax_of
 from disagg.serve.api.app import create_app
@@ -86,8 +86,8 @@ def load_served_model(deployment: Deployment) -> ServedModel:
 
     Raises ConfigurationError when it is not there or broken, UnsupportedModelError when it cannot be run.
     """
-    files = locate_model(deployment.model.model)
-    config = load_config(files)
+    files = locate_model(deployment.model.model, deployment.model.model_code)
+    config = load_served_model_config(files, deployment.model.model_code)
     files.weight_files()
     tokenizer = load_tokenizer(files)
     generation = load_generation_config(files, deployment.serve.generation_config)

@@ -4,6 +4,7 @@
 // the keys pass (Milakov and Gimelshein 2018, as in FlashAttention).
 #pragma once
 
+#include "elementwise.h"
 #include "kernel_table.h"
 #include "micro_kernel.h"
 
@@ -58,6 +59,16 @@ void score(const uint32_t* queries, const uint32_t* const* k_vectors, int num_ve
   for_column_groups(0, num_vectors, [&](auto columns, int first) {
     score_columns<E, R, columns.value>(queries, k_vectors + first, layout, ahead, scores + first * kLanes);
   });
+}
+
+// Bound the scores of a row where the model bounds them. Returns what makes them logarithms base 2 of weights.
+DISAGG_INLINE float cap_scores(const AttentionArgs& args, float* scores, int num_vectors) {
+  if (args.softcap == 0.0f) return args.scale * kLog2E;
+  for (int vector = 0; vector < num_vectors; ++vector) {
+    float* at = scores + vector * kLanes;
+    store(at, scaled_and_capped(load<Floats>(at), args.scale, args.softcap));
+  }
+  return kLog2E;
 }
 
 // What a row's weights are relative to, as a power of 2, and their sum so far, still per lane.

@@ -79,9 +79,12 @@ class DecodeRange {
     const int position = item_.first_position - key_begin;
     const SeenKeys seen{position - args_.window + 1, num_keys};
     const auto apply = seen.first <= 0 && num_vectors * kLanes <= num_keys ? weigh<E, false> : weigh<E, true>;
-    for (int row = 0; row < num_rows_; ++row)
-      corrections_[row] = apply(scores_ + row * kScoreStride, weights_ + row * kWeightStride<E>, num_vectors, seen,
-                                args_.scale * kLog2E, states_[row]);
+    for (int row = 0; row < num_rows_; ++row) {
+      float* scores = scores_ + row * kScoreStride;
+      const float to_base_2 = cap_scores(args_, scores, num_vectors);
+      corrections_[row] =
+          apply(scores, weights_ + row * kWeightStride<E>, num_vectors, seen, to_base_2, states_[row]);
+    }
     for (int head = 0; head < item_.num_kv_heads; ++head) {
       const uint32_t* v = k + layout_.v_units + head * layout_.head_units;
       touch(later + layout_.v_units + head * layout_.head_units);

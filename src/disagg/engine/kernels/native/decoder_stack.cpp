@@ -47,24 +47,22 @@ void DecoderStack::run(Step& step, const int64_t* token_ids, const std::vector<v
   const int64_t attended_width = int64_t{step.shape().num_kv_heads} * step.shape().group * step.shape().head_dim;
   run_team(num_threads, [&](Team& team) {
     embed(team, token_ids, rows);
+    const void* x = normalise(team, {scratch.residual.data(), nullptr, nullptr, layers_[0].attention_norm}, rows);
     for (size_t index = 0; index < layers_.size(); ++index) {
       const LayerWeights& layer = layers_[index];
-      if (index == 0) {
-        normalise(team, scratch.residual.data(), nullptr, layer.attention_norm, rows);
-      } else {
-        normalise(team, scratch.projected.data(), scratch.residual.data(), layer.attention_norm, rows);
-      }
-      run_attention(team, step, layer, kv_layers[index]);
+      run_attention(team, step, layer, x, kv_layers[index]);
       if (index + 1 < layers_.size()) {
         run_mlp(team, layer, scratch.attended.data(), scratch.residual.data(), rows);
+        x = join(team, scratch.residual.data(), layer.mlp_output_norm, layers_[index + 1].attention_norm, rows);
       } else {
         // What follows mixes no rows, and only the wanted ones are read.
         keep_wanted(team, wanted, attended_width);
         run_mlp(team, layer, scratch.q.data(), scratch.wanted_residual.data(), wanted.num_rows);
+        x = join(team, scratch.wanted_residual.data(), layer.mlp_output_norm, settings_.norm, wanted.num_rows);
       }
     }
-    normalise(team, scratch.projected.data(), scratch.wanted_residual.data(), settings_.norm, wanted.num_rows);
-    settings_.head->multiply(team, scratch.normed.data(), wanted.logits, wanted.num_rows);
+    settings_.head->multiply(team, x, wanted.logits, wanted.num_rows);
+    finish_logits(team, wanted.logits, wanted.num_rows);
   });
 }
 
@@ -90,29 +88,51 @@ void DecoderStack::embed(Team& team, const int64_t* token_ids, int64_t rows) {
   });
 }
 
-void DecoderStack::run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer) {
-  layer.qkv->multiply(team, scratch_.normed.data(), scratch_.qkv.data(), step.num_rows());
+void DecoderStack::run_attention(Team& team, Step& step, const LayerWeights& layer, const void* x, void* kv_layer) {
+  layer.qkv->multiply(team, x, scratch_.qkv.data(), step.num_rows());
   RopeArgs rope{};
   rope.qkv = scratch_.qkv.data();
   rope.q_out = scratch_.q.data();
   rope.kv_layer = kv_layer;
-  rope.cos_sin = settings_.cos_sin;
+  rope.cos_sin = layer.cos_sin;
+  rope.rotary_dim = settings_.rotary_dim;
   rope.q_norm = layer.q_norm;
   rope.k_norm = layer.k_norm;
+  rope.norm_rows = settings_.norm_rows;
   rope.eps = settings_.eps;
   rope_and_write_kv(team, kernels_, step, rope, item_bytes_);
-  step.attend(team, kernels_, scratch_.q.data(), scratch_.attended.data(), kv_layer, settings_.scale, layer.window);
+  step.attend(team, kernels_, scratch_.q.data(), scratch_.attended.data(), kv_layer,
+              {settings_.scale, settings_.attention_softcap, layer.window});
 }
 
 void DecoderStack::run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, int64_t rows) {
   layer.attention_output->multiply(team, attended, scratch_.projected.data(), rows);
-  normalise(team, scratch_.projected.data(), residual, layer.mlp_norm, rows);
-  layer.mlp->run({team, kernels_, item_bytes_, scratch_.mlp}, scratch_.normed.data(), scratch_.projected.data(), rows);
+  const void* x = join(team, residual, layer.attention_output_norm, layer.mlp_norm, rows);
+  layer.mlp->run({team, kernels_, item_bytes_, scratch_.mlp}, x, scratch_.projected.data(), rows);
 }
 
-void DecoderStack::normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows) {
-  team.for_each_range(rows, settings_.hidden * item_bytes_, [&](int64_t begin, int64_t end) {
-    kernels_.rms_norm(x, residual, weight, scratch_.normed.data(), settings_.hidden, settings_.eps, begin, end);
+const void* DecoderStack::join(Team& team, void* residual, const void* projected_norm, const void* norm,
+                               int64_t rows) {
+  return normalise(team, {scratch_.projected.data(), residual, projected_norm, norm}, rows);
+}
+
+const void* DecoderStack::normalise(Team& team, const NormArgs& parts, int64_t rows) {
+  NormArgs args = parts;
+  args.out = scratch_.normed.data();
+  args.width = settings_.hidden;
+  args.multiplier = settings_.residual_multiplier;
+  args.eps = settings_.eps;
+  team.for_each_range(rows, settings_.hidden * item_bytes_,
+                      [&](int64_t begin, int64_t end) { kernels_.rms_norm(args, begin, end); });
+  if (args.norm != nullptr) return args.out;
+  return args.residual != nullptr ? args.residual : args.x;
+}
+
+void DecoderStack::finish_logits(Team& team, void* logits, int64_t rows) {
+  if (settings_.logit_scale == 1.0f && settings_.logit_softcap == 0.0f) return;
+  team.for_each_range(rows, settings_.vocab_size * item_bytes_, [&](int64_t begin, int64_t end) {
+    kernels_.scale_and_cap(logits, settings_.logit_scale, settings_.logit_softcap, begin * settings_.vocab_size,
+                           end * settings_.vocab_size);
   });
 }
 

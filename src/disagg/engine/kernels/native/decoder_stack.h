@@ -14,15 +14,18 @@
 
 namespace disagg {
 
-// One layer's weights, owned by others. q_norm and k_norm are null where the model has none.
+// One layer's weights, owned by others. Norms are null where the model has none; see NormArgs and RopeArgs.
 struct LayerWeights {
   const void* attention_norm;
   const PackedLinear* qkv;
   const void* q_norm;
   const void* k_norm;
   const PackedLinear* attention_output;
+  const void* attention_output_norm;
   const void* mlp_norm;
   const Mlp* mlp;
+  const void* mlp_output_norm;
+  const float* cos_sin;
   int window;
 };
 
@@ -33,10 +36,15 @@ struct StackSettings {
   const void* embeddings;  // [vocab_size, hidden]
   const void* norm;
   const PackedLinear* head;
-  const float* cos_sin;
   int64_t num_positions;
-  float scale;
+  int rotary_dim;
+  bool norm_rows;
   float eps;
+  float scale;
+  float attention_softcap;
+  float residual_multiplier;
+  float logit_scale;
+  float logit_softcap;
 };
 
 // Rows whose logits are wanted, and where these go: [num_rows, vocab_size].
@@ -67,9 +75,12 @@ class DecoderStack {
   void check(const Step& step, const int64_t* token_ids, const WantedRows& wanted) const;
   void reserve(const StepShape& shape, int64_t rows);
   void embed(Team& team, const int64_t* token_ids, int64_t rows);
-  void run_attention(Team& team, Step& step, const LayerWeights& layer, void* kv_layer);
+  void run_attention(Team& team, Step& step, const LayerWeights& layer, const void* x, void* kv_layer);
   void run_mlp(Team& team, const LayerWeights& layer, void* attended, void* residual, int64_t rows);
-  void normalise(Team& team, const void* x, void* residual, const void* weight, int64_t rows);
+  // Add what a layer's part has projected to the residual; returns where the next part reads.
+  const void* join(Team& team, void* residual, const void* projected_norm, const void* norm, int64_t rows);
+  const void* normalise(Team& team, const NormArgs& args, int64_t rows);
+  void finish_logits(Team& team, void* logits, int64_t rows);
   void keep_wanted(Team& team, const WantedRows& wanted, int64_t attended_width);
 
   const Kernels& kernels_;

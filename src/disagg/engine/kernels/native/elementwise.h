@@ -26,10 +26,10 @@ DISAGG_INLINE float inverse_rms(const typename E::Storage* x, int64_t width, flo
   return 1.0f / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
 }
 
+// x * factor * weight; ``out`` may be x.
 template <class E>
-DISAGG_INLINE void normalise(const typename E::Storage* x, const typename E::Storage* weight, typename E::Storage* out,
-                             int64_t width, float eps) {
-  const float factor = inverse_rms<E>(x, width, eps);
+DISAGG_INLINE void scale_by(const typename E::Storage* x, float factor, const typename E::Storage* weight,
+                            typename E::Storage* out, int64_t width) {
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes)
     E::store_floats(out + i, E::load_floats(x + i) * factor * E::load_floats(weight + i));
@@ -37,31 +37,53 @@ DISAGG_INLINE void normalise(const typename E::Storage* x, const typename E::Sto
 }
 
 template <class E>
-DISAGG_INLINE void add_to(typename E::Storage* sum, const typename E::Storage* x, int64_t width) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) E::store_floats(sum + i, E::load_floats(sum + i) + E::load_floats(x + i));
-  for (; i < width; ++i) sum[i] = E::from_float(E::to_float(sum[i]) + E::to_float(x[i]));
+DISAGG_INLINE void normalise(const typename E::Storage* x, const void* weight, typename E::Storage* out, int64_t width,
+                             float eps) {
+  scale_by<E>(x, inverse_rms<E>(x, width, eps), static_cast<const typename E::Storage*>(weight), out, width);
 }
 
 template <class E>
-void rms_norm(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
-              int64_t row_begin, int64_t row_end) {
+DISAGG_INLINE void add_to(typename E::Storage* sum, const typename E::Storage* x, float multiplier, int64_t width) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes)
+    E::store_floats(sum + i, E::load_floats(sum + i) + E::load_floats(x + i) * multiplier);
+  for (; i < width; ++i) sum[i] = E::from_float(E::to_float(sum[i]) + E::to_float(x[i]) * multiplier);
+}
+
+template <class E>
+void rms_norm(const NormArgs& args, int64_t row_begin, int64_t row_end) {
   using Storage = typename E::Storage;
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const Storage* source = static_cast<const Storage*>(x) + row * width;
-    if (residual != nullptr) {
-      Storage* sum = static_cast<Storage*>(residual) + row * width;
-      add_to<E>(sum, source, width);
+    Storage* source = static_cast<Storage*>(args.x) + row * args.width;
+    if (args.x_norm != nullptr) normalise<E>(source, args.x_norm, source, args.width, args.eps);
+    if (args.residual != nullptr) {
+      Storage* sum = static_cast<Storage*>(args.residual) + row * args.width;
+      add_to<E>(sum, source, args.multiplier, args.width);
       source = sum;
     }
-    normalise<E>(source, static_cast<const Storage*>(weight), static_cast<Storage*>(out) + row * width, width, eps);
+    if (args.norm != nullptr)
+      normalise<E>(source, args.norm, static_cast<Storage*>(args.out) + row * args.width, args.width, args.eps);
   }
 }
 
-DISAGG_INLINE Floats silu(Floats x) { return x / (1.0f + exp2<5>(minimum(x * -kLog2E, broadcast(127.0f)))); }
+DISAGG_INLINE Floats logistic(Floats x) { return 1.0f / (1.0f + exp2<5>(minimum(x * -kLog2E, broadcast(127.0f)))); }
 
-template <class E>
-void silu_and_mul(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end) {
+DISAGG_INLINE Floats tanh(Floats x) { return 2.0f * logistic(2.0f * x) - 1.0f; }
+
+struct Silu {
+  static DISAGG_INLINE Floats of(Floats x) { return x / (1.0f + exp2<5>(minimum(x * -kLog2E, broadcast(127.0f)))); }
+};
+
+// The tanh approximation of GELU (Hendrycks and Gimpel 2016): x/2 (1 + tanh(z)) is x times the logistic function of 2z.
+struct GeluTanh {
+  static DISAGG_INLINE Floats of(Floats x) {
+    const float sqrt_8_over_pi = 1.5957691216057308f;
+    return x * logistic(sqrt_8_over_pi * x * (1.0f + 0.044715f * x * x));
+  }
+};
+
+template <class E, class Activation>
+void gate(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end) {
   using Storage = typename E::Storage;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const Storage* gate = static_cast<const Storage*>(gate_up) + row * 2 * width;
@@ -69,10 +91,23 @@ void silu_and_mul(const void* gate_up, void* out, int64_t width, int64_t row_beg
     Storage* to = static_cast<Storage*>(out) + row * width;
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes)
-      E::store_floats(to + i, silu(E::load_floats(gate + i)) * E::load_floats(up + i));
+      E::store_floats(to + i, Activation::of(E::load_floats(gate + i)) * E::load_floats(up + i));
     for (; i < width; ++i)
-      to[i] = E::from_float(silu(broadcast(E::to_float(gate[i])))[0] * E::to_float(up[i]));
+      to[i] = E::from_float(Activation::of(broadcast(E::to_float(gate[i])))[0] * E::to_float(up[i]));
   }
+}
+
+DISAGG_INLINE Floats scaled_and_capped(Floats x, float scale, float cap) {
+  return cap == 0.0f ? x * scale : cap * tanh(x * (scale / cap));
+}
+
+template <class E>
+void scale_and_cap(void* x, float scale, float cap, int64_t begin, int64_t end) {
+  auto* values = static_cast<typename E::Storage*>(x);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    E::store_floats(values + i, scaled_and_capped(E::load_floats(values + i), scale, cap));
+  for (; i < end; ++i) values[i] = E::from_float(scaled_and_capped(broadcast(E::to_float(values[i])), scale, cap)[0]);
 }
 
 }  // namespace DISAGG_ISA

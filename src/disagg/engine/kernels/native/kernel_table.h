@@ -10,6 +10,8 @@
 namespace disagg {
 
 enum ElementType { kFloat32 = 0, kBFloat16 = 1, kNumElementTypes = 2 };
+// What a gate goes through before it multiplies the other half.
+enum Activation { kSilu = 0, kGeluTanh = 1, kNumActivations = 2 };
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMinBlockSize = 16;
@@ -32,6 +34,7 @@ struct AttentionArgs {
   int head_dim;
   int block_size;
   float scale;
+  float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
   int window;                 // INT32_MAX: none
 };
 
@@ -54,15 +57,31 @@ struct RopeArgs {
   const void* qkv;            // [T, (num_heads + 2 * num_kv_heads) * head_dim]
   void* q_out;                // [T, num_heads, head_dim]
   void* kv_layer;
-  const float* cos_sin;       // [max position, head_dim]
-  const void* q_norm;         // [head_dim] or null
-  const void* k_norm;
+  const float* cos_sin;       // [max position, rotary_dim]
+  const void* q_norm;         // [head_dim], [num_heads * head_dim], where a row is normalised as one, or null
+  const void* k_norm;         // the same with num_kv_heads
+  bool norm_rows;             // which of them q_norm and k_norm are
   const int32_t* positions;   // [T]
   const int32_t* slots;       // [T], block * block_size + place in the block
   int num_heads;
   int num_kv_heads;
   int head_dim;
+  int rotary_dim;             // how much of a head's beginning turns
   int block_size;
+  float eps;
+};
+
+// What a layer's part does with its result x [rows, width]: normalise it by ``x_norm``, add it times ``multiplier`` to
+// ``residual``, and normalise that by ``norm`` into ``out``. Each norm, and the residual, may be null and is left out
+// then: without a residual x itself is normalised, without a norm nothing is written to ``out``.
+struct NormArgs {
+  void* x;
+  void* residual;
+  const void* x_norm;
+  const void* norm;
+  void* out;
+  int64_t width;
+  float multiplier;
   float eps;
 };
 
@@ -162,10 +181,10 @@ struct Kernels {
                         int64_t panel_end);
   BlockKernels blocks[kNumBlockFormats];
   void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);
-  // ``residual`` is null, or is replaced by residual + x, which is then normalised.
-  void (*rms_norm)(const void* x, void* residual, const void* weight, void* out, int64_t width, float eps,
-                   int64_t row_begin, int64_t row_end);
-  void (*silu_and_mul)(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  void (*rms_norm)(const NormArgs&, int64_t row_begin, int64_t row_end);
+  void (*gate[kNumActivations])(const void* gate_up, void* out, int64_t width, int64_t row_begin, int64_t row_end);
+  // Multiply with ``scale``, then bound by cap * tanh(x / cap) where the cap is not 0.
+  void (*scale_and_cap)(void* x, float scale, float cap, int64_t begin, int64_t end);
   void (*choose_experts)(const ExpertChoice&, int64_t row_begin, int64_t row_end);
   void (*combine_experts)(const ExpertSum&, int64_t row_begin, int64_t row_end);
   // Of one row of logits; see logits.h.

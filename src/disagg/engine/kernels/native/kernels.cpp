@@ -37,7 +37,7 @@ constexpr Kernels kernels_for() {
           {block_kernels_for<E, Blocks<8, 32, false, false>>(), block_kernels_for<E, Blocks<8, 32, false, true>>(),
            block_kernels_for<E, Blocks<8, 32, true, true>>(), block_kernels_for<E, Blocks<8, 16, true, false>>(),
            block_kernels_for<E, Blocks<4, 32, false, true>>(), block_kernels_for<E, Blocks<4, 32, true, true>>()},
-          rope_and_write_kv<E>, rms_norm<E>, silu_and_mul<E>,
+          rope_and_write_kv<E>, rms_norm<E>, {gate<E, Silu>, gate<E, GeluTanh>}, scale_and_cap<E>,
           choose_experts<E>, combine_experts<E>,
           find_largest<E>, find_likely<E>, logprob_of<E>};
 }

@@ -10,12 +10,6 @@ namespace {
 // Pieces of grouped products per thread: experts have unequal numbers of rows, and threads should end together.
 constexpr int64_t kPiecesPerThread = 4;
 
-void activate(const MlpRun& run, int64_t intermediate, int64_t rows) {
-  run.team.for_each_range(rows, 2 * intermediate * run.item_bytes, [&](int64_t begin, int64_t end) {
-    run.kernels.silu_and_mul(run.scratch.gate_up.data(), run.scratch.activated.data(), intermediate, begin, end);
-  });
-}
-
 }  // namespace
 
 void DenseMlp::reserve(MlpScratch& scratch, int64_t rows, int64_t item_bytes) const {
@@ -23,9 +17,15 @@ void DenseMlp::reserve(MlpScratch& scratch, int64_t rows, int64_t item_bytes) co
   scratch.activated.at_least(rows * intermediate() * item_bytes);
 }
 
+void DenseMlp::activate(const MlpRun& run, int64_t rows) const {
+  run.team.for_each_range(rows, 2 * intermediate() * run.item_bytes, [&](int64_t begin, int64_t end) {
+    run.kernels.gate[activation_](run.scratch.gate_up.data(), run.scratch.activated.data(), intermediate(), begin, end);
+  });
+}
+
 void DenseMlp::run(const MlpRun& run, const void* x, void* out, int64_t rows) const {
   gate_up_->multiply(run.team, x, run.scratch.gate_up.data(), rows);
-  activate(run, intermediate(), rows);
+  activate(run, rows);
   down_->multiply(run.team, run.scratch.activated.data(), out, rows);
 }
 
@@ -55,7 +55,7 @@ void SparseMlp::run(const MlpRun& run, const void* x, void* out, int64_t rows) c
   choose(run, x, rows);
   gather(run, x, rows);
   multiply_grouped(run, false, scratch.gathered.data(), scratch.gate_up.data());
-  activate(run, experts_.front().intermediate(), rows * num_per_token_);
+  experts_.front().activate(run, rows * num_per_token_);
   multiply_grouped(run, true, scratch.activated.data(), scratch.products.data());
   if (shared_) shared_->run(run, x, scratch.shared.data(), rows);
   const ExpertSum sum{scratch.products.data(), shared_ ? scratch.shared.data() : nullptr,

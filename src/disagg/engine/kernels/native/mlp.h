@@ -51,14 +51,17 @@ class Mlp {
   virtual void run(const MlpRun& run, const void* x, void* out, int64_t rows) const = 0;
 };
 
-// down(silu(gate(x)) * up(x)). Owns neither of its projections.
+// down(activation(gate(x)) * up(x)). Owns neither of its projections.
 class DenseMlp final : public Mlp {
  public:
-  DenseMlp(const PackedLinear* gate_up, const PackedLinear* down) : gate_up_(gate_up), down_(down) {}
+  DenseMlp(const PackedLinear* gate_up, const PackedLinear* down, Activation activation)
+      : gate_up_(gate_up), down_(down), activation_(activation) {}
 
   const PackedLinear& gate_up() const { return *gate_up_; }
   const PackedLinear& down() const { return *down_; }
   int64_t intermediate() const { return down_->in_features(); }
+  // The activated products of ``rows`` rows of gate and up.
+  void activate(const MlpRun& run, int64_t rows) const;
 
   void reserve(MlpScratch& scratch, int64_t rows, int64_t item_bytes) const override;
   void run(const MlpRun& run, const void* x, void* out, int64_t rows) const override;
@@ -66,6 +69,7 @@ class DenseMlp final : public Mlp {
  private:
   const PackedLinear* gate_up_;
   const PackedLinear* down_;
+  Activation activation_;
 };
 
 // A mixture of experts of one size. Of their matrices a step reads those that its rows chose, each once.

@@ -92,38 +92,51 @@ class BoundKernels {
     if (kernels_ == nullptr) throw std::invalid_argument("this processor has no " + instruction_set);
   }
 
-  void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
-                float eps, int num_threads) const {
-    for_rows(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
-      kernels_->rms_norm(at<void>(x), at<void>(residual), at<void>(weight), at<void>(out), width, eps, begin, end);
+  void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t x_norm, uintptr_t norm, uintptr_t out, int64_t rows,
+                int64_t width, float multiplier, float eps, int num_threads) const {
+    const NormArgs args{at<void>(x), at<void>(residual), at<void>(x_norm), at<void>(norm), at<void>(out),
+                        width,       multiplier,         eps};
+    for_rows(rows, width * item_bytes(), num_threads,
+             [&](int64_t begin, int64_t end) { kernels_->rms_norm(args, begin, end); });
+  }
+
+  void gate(Activation activation, uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width,
+            int num_threads) const {
+    for_rows(rows, 2 * width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+      kernels_->gate[activation](at<void>(gate_up), at<void>(out), width, begin, end);
     });
   }
 
-  void silu_and_mul(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int num_threads) const {
-    for_rows(rows, 2 * width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
-      kernels_->silu_and_mul(at<void>(gate_up), at<void>(out), width, begin, end);
+  void scale_and_cap(uintptr_t x, int64_t rows, int64_t width, float scale, float cap, int num_threads) const {
+    for_rows(rows, width * item_bytes(), num_threads, [&](int64_t begin, int64_t end) {
+      kernels_->scale_and_cap(at<void>(x), scale, cap, begin * width, end * width);
     });
   }
 
   void rope_and_write_kv(const Step& step, uintptr_t qkv, uintptr_t q_out, uintptr_t kv_layer, uintptr_t cos_sin,
-                         int64_t num_positions, uintptr_t q_norm, uintptr_t k_norm, float eps, int num_threads) const {
+                         int64_t num_positions, int rotary_dim, uintptr_t q_norm, uintptr_t k_norm, bool norm_rows,
+                         float eps, int num_threads) const {
     check_positions(step, num_positions);
     RopeArgs args{};
     args.qkv = at<void>(qkv);
     args.q_out = at<void>(q_out);
     args.kv_layer = at<void>(kv_layer);
     args.cos_sin = at<float>(cos_sin);
+    args.rotary_dim = rotary_dim;
+    args.norm_rows = norm_rows;
     args.q_norm = at<void>(q_norm);
     args.k_norm = at<void>(k_norm);
     args.eps = eps;
     run_team(num_threads, [&](Team& team) { disagg::rope_and_write_kv(team, *kernels_, step, args, item_bytes()); });
   }
 
-  void attention(Step& step, uintptr_t q, uintptr_t out, uintptr_t kv_layer, float scale, int window,
-                 int num_threads) const {
+  void attention(Step& step, uintptr_t q, uintptr_t out, uintptr_t kv_layer, float scale, float softcap,
+                 int window, int num_threads) const {
     const py::gil_scoped_release unlocked;
     step.prepare(window);
-    run_team(num_threads, [&](Team& team) { step.attend(team, *kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), scale, window); });
+    run_team(num_threads, [&](Team& team) {
+      step.attend(team, *kernels_, at<void>(q), at<void>(out), at<void>(kv_layer), {scale, softcap, window});
+    });
   }
 
   // Per row of logits its largest, as logits.h says, into ``tokens``.
@@ -221,7 +234,9 @@ class BoundLinear {
   PackedLinear linear_;
 };
 
-DenseMlp make_dense_mlp(const BoundLinear& gate_up, const BoundLinear& down) { return {gate_up.get(), down.get()}; }
+DenseMlp make_dense_mlp(const BoundLinear& gate_up, const BoundLinear& down, Activation activation) {
+  return {gate_up.get(), down.get(), activation};
+}
 
 SparseMlp make_sparse_mlp(const BoundLinear& router, const std::vector<const DenseMlp*>& experts,
                           const DenseMlp* shared, int num_per_token, bool normalize_weights) {
@@ -242,15 +257,18 @@ SparseMlp make_sparse_mlp(const BoundLinear& router, const std::vector<const Den
 class BoundDecoder {
  public:
   BoundDecoder(const BoundKernels& kernels, int64_t hidden, int64_t vocab_size, uintptr_t embeddings, uintptr_t norm,
-               const BoundLinear& head, uintptr_t cos_sin, int64_t num_positions, float scale, float eps)
+               const BoundLinear& head, int64_t num_positions, int rotary_dim, bool norm_rows, float eps, float scale,
+               float attention_softcap, float residual_multiplier, float logit_scale, float logit_softcap)
       : stack_(kernels.table(), kernels.item_bytes(),
-               {hidden, vocab_size, at<void>(embeddings), at<void>(norm), head.get(), at<float>(cos_sin),
-                num_positions, scale, eps}) {}
+               {hidden, vocab_size, at<void>(embeddings), at<void>(norm), head.get(), num_positions, rotary_dim,
+                norm_rows, eps, scale, attention_softcap, residual_multiplier, logit_scale, logit_softcap}) {}
 
   void add(uintptr_t attention_norm, const BoundLinear& qkv, uintptr_t q_norm, uintptr_t k_norm,
-           const BoundLinear& attention_output, uintptr_t mlp_norm, const Mlp& mlp, int window) {
+           const BoundLinear& attention_output, uintptr_t attention_output_norm, uintptr_t mlp_norm, const Mlp& mlp,
+           uintptr_t mlp_output_norm, uintptr_t cos_sin, int window) {
     stack_.add({at<void>(attention_norm), qkv.get(), at<void>(q_norm), at<void>(k_norm), attention_output.get(),
-                at<void>(mlp_norm), &mlp, window});
+                at<void>(attention_output_norm), at<void>(mlp_norm), &mlp, at<void>(mlp_output_norm),
+                at<float>(cos_sin), window});
   }
 
   void run(Step& step, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
@@ -289,6 +307,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels over paged KV blocks; see kernel_table.h for the layouts.";
   module.def("use_openmp", &use_openmp, py::arg("path"));
   module.def("instruction_sets", &instruction_sets);
+  py::enum_<Activation>(module, "Activation").value("SILU", kSilu).value("GELU_TANH", kGeluTanh);
   py::class_<Step>(module, "Step")
       .def(py::init(&make_step), py::kw_only(), py::arg("num_blocks"), py::arg("num_kv_heads"), py::arg("group"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("query_start"), py::arg("context_lens"),
@@ -300,7 +319,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<BoundKernels>(module, "Kernels")
       .def(py::init<const std::string&, bool>(), py::arg("instruction_set"), py::arg("bfloat16"))
       .def("rms_norm", &BoundKernels::rms_norm)
-      .def("silu_and_mul", &BoundKernels::silu_and_mul)
+      .def("gate", &BoundKernels::gate)
+      .def("scale_and_cap", &BoundKernels::scale_and_cap)
       .def("rope_and_write_kv", &BoundKernels::rope_and_write_kv)
       .def("attention", &BoundKernels::attention)
       .def("find_largest", &BoundKernels::find_largest)
@@ -326,18 +346,21 @@ PYBIND11_MODULE(_native, module) {
       .def("multiply", &BoundLinear::multiply);
   py::class_<Mlp>(module, "Mlp");
   py::class_<DenseMlp, Mlp>(module, "DenseMlp")
-      .def(py::init(&make_dense_mlp), py::kw_only(), py::arg("gate_up"), py::arg("down"));
+      .def(py::init(&make_dense_mlp), py::kw_only(), py::arg("gate_up"), py::arg("down"),
+           py::arg("activation"));
   py::class_<SparseMlp, Mlp>(module, "SparseMlp")
       .def(py::init(&make_sparse_mlp), py::kw_only(), py::arg("router"), py::arg("experts"), py::arg("shared"),
            py::arg("num_per_token"), py::arg("normalize_weights"));
   py::class_<BoundDecoder>(module, "Decoder")
-      .def(py::init<const BoundKernels&, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, uintptr_t, int64_t,
-                    float, float>(),
-           py::kw_only(), py::arg("kernels"), py::arg("hidden"), py::arg("vocab_size"),
-           py::arg("embeddings"), py::arg("norm"), py::arg("head"), py::arg("cos_sin"), py::arg("num_positions"),
-           py::arg("scale"), py::arg("eps"))
+      .def(py::init<const BoundKernels&, int64_t, int64_t, uintptr_t, uintptr_t, const BoundLinear&, int64_t, int, bool,
+                    float, float, float, float, float, float>(),
+           py::kw_only(), py::arg("kernels"), py::arg("hidden"), py::arg("vocab_size"), py::arg("embeddings"),
+           py::arg("norm"), py::arg("head"), py::arg("num_positions"), py::arg("rotary_dim"), py::arg("norm_rows"),
+           py::arg("eps"), py::arg("scale"), py::arg("attention_softcap"), py::arg("residual_multiplier"),
+           py::arg("logit_scale"), py::arg("logit_softcap"))
       .def("add", &BoundDecoder::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
-           py::arg("k_norm"), py::arg("attention_output"), py::arg("mlp_norm"), py::arg("mlp"), py::arg("window"))
+           py::arg("k_norm"), py::arg("attention_output"), py::arg("attention_output_norm"), py::arg("mlp_norm"),
+           py::arg("mlp"), py::arg("mlp_output_norm"), py::arg("cos_sin"), py::arg("window"))
       .def("run", &BoundDecoder::run, py::kw_only(), py::arg("step"), py::arg("token_ids"), py::arg("kv_layers"),
            py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("num_threads"));
 }

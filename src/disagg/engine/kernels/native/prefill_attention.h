@@ -77,8 +77,10 @@ class PrefillTile {
       const int place = position(first + r) - key_begin_;
       const SeenKeys seen{place - args_.window + 1, place + 1 < key_end_ - key_begin_ ? place + 1 : key_end_ - key_begin_};
       const auto apply = seen.first <= 0 && num_vectors * kLanes <= seen.end ? weigh<E, false> : weigh<E, true>;
-      corrections[r] = apply(scores_ + r * kScoreStride, weights_ + r * kWeightStride<E>, num_vectors, seen,
-                             args_.scale * kLog2E, states_[first + r]);
+      float* scores = scores_ + r * kScoreStride;
+      const float to_base_2 = cap_scores(args_, scores, num_vectors);
+      corrections[r] =
+          apply(scores, weights_ + r * kWeightStride<E>, num_vectors, seen, to_base_2, states_[first + r]);
     }
     add_values<E, R>(weights_, v_blocks_, num_keys, layout_, NothingAhead{}, corrections, values_ + first * args_.head_dim);
   }

@@ -7,24 +7,25 @@
 namespace disagg {
 namespace DISAGG_ISA {
 
-// Normalise one head (where there is a norm), then rotate its first half with its second by the position's angles.
+// Normalise one head (where there is a norm, with what makes its elements' mean square 1), then rotate the first half of
+// what turns with its second by the position's angles.
 template <class E>
-DISAGG_INLINE void rotate_head(const typename E::Storage* head, const typename E::Storage* norm, const float* cos_sin,
-                               int head_dim, float eps, typename E::Storage* out) {
+DISAGG_INLINE void rotate_head(const typename E::Storage* head, const typename E::Storage* norm, float factor,
+                               const float* cos_sin, const RopeArgs& args, typename E::Storage* out) {
   alignas(64) float x[kMaxHeadDim];
-  const int half = head_dim / 2;
+  const int half = args.rotary_dim / 2;
   if (norm != nullptr) {
-    normalise<E>(head, norm, out, head_dim, eps);
+    scale_by<E>(head, factor, norm, out, args.head_dim);
     head = out;
   }
-  for (int i = 0; i < head_dim; i += kLanes) store(x + i, E::load_floats(head + i));
+  for (int i = 0; i < args.head_dim; i += kLanes) store(x + i, E::load_floats(head + i));
   for (int i = 0; i < half; ++i) {
     const float left = x[i];
     const float right = x[i + half];
     x[i] = left * cos_sin[i] - right * cos_sin[i + half];
     x[i + half] = right * cos_sin[i] + left * cos_sin[i + half];
   }
-  for (int i = 0; i < head_dim; i += kLanes) E::store_floats(out + i, load<Floats>(x + i));
+  for (int i = 0; i < args.head_dim; i += kLanes) E::store_floats(out + i, load<Floats>(x + i));
 }
 
 // K of one token: its units lie block_size units apart.
@@ -68,21 +69,34 @@ struct Rope {
     return static_cast<Storage*>(args.kv_layer) + block * 2 * args.num_kv_heads * head_elements;
   }
 
-  void rotate_q(int64_t row, const float* cos_sin) const {
-    Storage* out = static_cast<Storage*>(args.q_out) + row * args.num_heads * args.head_dim;
-    for (int head = 0; head < args.num_heads; ++head, out += args.head_dim)
-      rotate_head<E>(head_of(row, head), static_cast<const Storage*>(args.q_norm), cos_sin, args.head_dim, args.eps,
-                     out);
+  // Turn the heads first_head .. first_head + count - 1 of a row, one after the other; ``write`` takes each one turned.
+  template <class Write>
+  void rotate(int64_t row, int first_head, int count, const void* norm, const Write& write) const {
+    const float* cos_sin = args.cos_sin + int64_t{args.positions[row]} * args.rotary_dim;
+    const Storage* head = head_of(row, first_head);
+    const auto* weight = static_cast<const Storage*>(norm);
+    const bool whole_row = norm != nullptr && args.norm_rows;
+    float factor = whole_row ? inverse_rms<E>(head, int64_t{count} * args.head_dim, args.eps) : 1.0f;
+    for (int index = 0; index < count; ++index, head += args.head_dim) {
+      if (norm != nullptr && !whole_row) factor = inverse_rms<E>(head, args.head_dim, args.eps);
+      write(index, [&](Storage* out) { rotate_head<E>(head, weight, factor, cos_sin, args, out); });
+      if (whole_row) weight += args.head_dim;
+    }
   }
 
-  void write_rotated_k(int64_t row, const float* cos_sin) const {
+  void rotate_q(int64_t row) const {
+    Storage* out = static_cast<Storage*>(args.q_out) + row * args.num_heads * args.head_dim;
+    rotate(row, 0, args.num_heads, args.q_norm,
+           [&](int head, const auto& turn_into) { turn_into(out + head * args.head_dim); });
+  }
+
+  void write_rotated_k(int64_t row) const {
     alignas(64) Storage turned[kMaxHeadDim];
     Storage* to = block_of(row) + args.slots[row] % args.block_size * E::kPerUnit;
-    for (int head = 0; head < args.num_kv_heads; ++head, to += head_elements) {
-      rotate_head<E>(head_of(row, args.num_heads + head), static_cast<const Storage*>(args.k_norm), cos_sin,
-                     args.head_dim, args.eps, turned);
-      write_k<E>(turned, reinterpret_cast<uint32_t*>(to), args.head_dim, args.block_size);
-    }
+    rotate(row, args.num_heads, args.num_kv_heads, args.k_norm, [&](int head, const auto& turn_into) {
+      turn_into(turned);
+      write_k<E>(turned, reinterpret_cast<uint32_t*>(to + head * head_elements), args.head_dim, args.block_size);
+    });
   }
 
   // Write V of ``row``, and of the next one if it may be written along. Returns how many rows that were.
@@ -103,9 +117,8 @@ template <class E>
 void rope_and_write_kv(const RopeArgs& args, int64_t row_begin, int64_t row_end) {
   const Rope<E> rope{args};
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const float* cos_sin = args.cos_sin + int64_t{args.positions[row]} * args.head_dim;
-    rope.rotate_q(row, cos_sin);
-    rope.write_rotated_k(row, cos_sin);
+    rope.rotate_q(row);
+    rope.write_rotated_k(row);
   }
   for (int64_t row = row_begin; row < row_end;) row += rope.write_values(row, row_end);
 }

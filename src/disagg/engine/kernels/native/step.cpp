@@ -146,9 +146,9 @@ std::array<int32_t, 2> Step::first_blocks(const AttentionItem& item) const {
   return {table[first], table[std::min(first + 1, last)]};
 }
 
-void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale,
-                  int window) {
-  Plan& plan = *find_plan(window);
+void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer,
+                  const AttentionScores& scores) {
+  Plan& plan = *find_plan(scores.window);
   const AttentionArgs args{q,
                            out,
                            kv_layer,
@@ -158,8 +158,9 @@ void Step::attend(Team& team, const Kernels& kernels, const void* q, void* out, 
                            shape_.group,
                            shape_.head_dim,
                            shape_.block_size,
-                           scale,
-                           window};
+                           scores.scale,
+                           scores.softcap,
+                           scores.window};
   const auto num_items = static_cast<int64_t>(plan.items.size());
   team.for_each_item(num_items, [&](int64_t index, int64_t next) {
     const AttentionItem& item = plan.items[index];

@@ -20,6 +20,13 @@ struct StepShape {
   int block_size;
 };
 
+// What becomes of the products of queries and keys; see AttentionArgs.
+struct AttentionScores {
+  float scale;
+  float softcap;
+  int window;
+};
+
 // Where a StepBatch's tensors lie; layouts as in interface.py.
 struct StepArrays {
   const int32_t* query_start;
@@ -44,8 +51,8 @@ class Step {
   // Plan the attention of layers with this window. To be called before ``attend``, by one thread.
   void prepare(int window);
   // For every thread of the team to call.
-  void attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer, float scale,
-              int window);
+  void attend(Team& team, const Kernels& kernels, const void* q, void* out, const void* kv_layer,
+              const AttentionScores& scores);
 
  private:
   // The ranges of keys of one decode.
