@@ -10,6 +10,9 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 from server_process import ServerProcess, serving
 
 CHAT: dict[str, Any] = {
@@ -180,6 +183,14 @@ def test_an_agents_loop_over_responses(server: ServerProcess) -> None:
     assert answer.status == "completed"
     assert isinstance(answer.output_parsed, River)
     assert answer.usage.input_tokens_details.cached_tokens >= 0
+
+
+async def test_an_agent_frameworks_output_is_an_object(server: ServerProcess) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        model = OpenAIChatModel("smollm2-135m-instruct", provider=OpenAIProvider(openai_client=client))
+        agent = Agent(model, output_type=River, model_settings={"max_tokens": 80, "temperature": 0.0})
+        run = await agent.run("Tell me of the river Danube.")
+    assert isinstance(run.output, River)
 
 
 @pytest.mark.parametrize(
