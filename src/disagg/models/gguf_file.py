@@ -126,6 +126,14 @@ class GgufFile:
         cannot dequantise.
         """
         tensor = self.tensors[name]
+        try:
+            return self._read(tensor)
+        finally:
+            # What was read stays in the page cache, and leaves this process's memory.
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.num_bytes - start)
+
+    def _read(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
         stored = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
         if tensor.quantization is GGMLQuantizationType.F32:
             return stored.view(np.float32).reshape(tensor.shape).copy()
@@ -135,8 +143,8 @@ class GgufFile:
             values: npt.NDArray[np.float32] = dequantize(rows, tensor.quantization)
         except NotImplementedError as error:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {name!r} is stored as {tensor.quantization.name}, which cannot be dequantised; "
-                "take a file in another quantisation, such as Q8_0 or Q4_K_M"
+                f"{self.path}: tensor {tensor.name!r} is stored as {tensor.quantization.name}, which cannot be "
+                "dequantised; take a file in another quantisation, such as Q8_0 or Q4_K_M"
             ) from error
         return values.reshape(tensor.shape)
 

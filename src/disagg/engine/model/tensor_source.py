@@ -1,5 +1,7 @@
 """Where weights come from: safetensors or GGUF, one tensor at a time, under Hugging Face's names."""
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from disagg.models.locate import ModelFiles, ModelKind
 _PERMUTED: Final = (Architecture.LLAMA, Architecture.GRANITE)
 """llama.cpp's converter changes the order of their query and key rows."""
 
+_LIBC: Final = ctypes.CDLL(None)
 _ELEMENT_TYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -27,6 +30,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor on the CPU, in the file's element type or float32. It may share memory with the file."""
+
+    def copy(self, name: str, place: torch.Tensor) -> None:
+        """Copy one tensor to ``place``, cast to its element type; the file's pages leave the process's memory."""
 
 
 @contextmanager
@@ -72,8 +78,30 @@ class _SafetensorsSource:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}  # type: ignore[no-untyped-call]
 
     def read(self, name: str) -> torch.Tensor:
+        return self._adjusted(name, self._mapped(name))
+
+    def copy(self, name: str, place: torch.Tensor) -> None:
+        mapped = self._mapped(name)
+        place.copy_(self._adjusted(name, mapped))
+        _drop_pages(mapped)
+
+    def _mapped(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def _adjusted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() + 1.0 if self._adds_one_to_norms and name.endswith("norm.weight") else tensor
+
+
+def _drop_pages(mapped: torch.Tensor) -> None:
+    """Let go of the whole pages of a tensor that a file is mapped to: without it the file would be resident twice.
+
+    They stay in the page cache, and come back when they are looked at again.
+    """
+    start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _check_element_type(file: safe_open, name: str, path: Path) -> None:
@@ -104,3 +132,6 @@ class _GgufSource:
         if num_heads is not None:
             values = undo_rope_permutation(values, num_heads)
         return torch.from_numpy(values)
+
+    def copy(self, name: str, place: torch.Tensor) -> None:
+        place.copy_(self.read(name))

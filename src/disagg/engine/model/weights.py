@@ -1,6 +1,6 @@
 """Loading: tensors are read one by one, cast, merged, packed for the backend, and let go.
 
-Memory peaks at the packed weights plus the tensors of one merged matrix.
+Memory peaks at the packed weights plus the tensors of one merged matrix; the file's own pages are let go of.
 """
 
 import logging
@@ -201,13 +201,12 @@ class _Loader:
         stored = self._stacked([_EMBEDDINGS])
         embeddings = self._memory.keep(self._scaled(stored, config.embedding_multiplier))
         unscaled = embeddings if config.embedding_multiplier == 1.0 else stored
-        head = self._pack(unscaled, None) if config.tie_word_embeddings else None
+        # Before the layers: the head is the largest matrix, and beside what is packed already it would be the peak.
+        head = self._pack(unscaled, None) if config.tie_word_embeddings else self._linear("lm_head")
         del stored, unscaled
         layers = tuple(self._layer(layer, config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
-        return DecoderWeights(
-            embeddings=embeddings, layers=layers, norm=norm, head=self._linear("lm_head") if head is None else head
-        )
+        return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
 
     def _scaled(self, embeddings: torch.Tensor, multiplier: float) -> torch.Tensor:
         """Return what a token's row is multiplied with, rounded as transformers rounds both."""
@@ -295,7 +294,7 @@ class _Loader:
         start = 0
         for name in names:
             end = start + self._shapes[name][0]
-            stacked[start:end].copy_(self._source.read(name))
+            self._source.copy(name, stacked[start:end])
             start = end
             self._num_read += math.prod(self._shapes[name])
             if self._progress is not None:
