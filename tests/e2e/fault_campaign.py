@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +65,11 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def questions(count: int, seed: int) -> list[Question]:
-    """Prompts of many lengths, greedy and sampled ones, with all that depends on the position or on earlier tokens."""
+def questions(count: int, seed: int, longest: int = 20) -> list[Question]:
+    """Prompts of many lengths, greedy and sampled ones, with all that depends on the position or on earlier tokens.
+
+    Each is a sentence of some seven tokens, ``longest`` times at most.
+    """
     rng = random.Random(seed)
     drawn = []
     for number in range(count):
@@ -78,7 +82,7 @@ def questions(count: int, seed: int) -> list[Question]:
             "return_token_ids": True,
             **(sampled if number % 2 else {"temperature": 0.0, "repetition_penalty": 1.2}),
         }
-        prompt = f"Story number {number}: " + "there was a house by the sea, " * rng.randint(1, 20)
+        prompt = f"Story number {number}: " + "there was a house by the sea, " * rng.randint(1, longest)
         drawn.append(Question(prompt, fields))
     return drawn
 
@@ -99,9 +103,16 @@ class Campaign:
         self.outcome = Outcome()
 
     def run(
-        self, asked: list[Question], expected: dict[str, list[int]], *, pace_s: float, least_faults: int
+        self,
+        asked: list[Question],
+        expected: dict[str, list[int]],
+        *,
+        pace_s: float,
+        least_faults: int,
+        least_s: float = 0.0,
     ) -> Outcome:
-        """Ask all, and again from the first until there were so many faults, one every ``pace_s`` or so."""
+        """Ask all, and again until there were so many faults, one every ``pace_s`` or so, and ``least_s`` are over."""
+        self._enough_at_s = time.monotonic() + least_s
         faults = threading.Thread(target=self._bring_faults, args=(pace_s, least_faults))
         faults.start()
         try:
@@ -148,7 +159,7 @@ class Campaign:
     def _bring_faults(self, pace_s: float, least: int) -> None:
         try:
             for number, fault in enumerate(self._deck()):
-                if number >= least:
+                if number >= least and time.monotonic() >= self._enough_at_s:
                     self._has_enough.set()
                 if self._over.wait(self._rng.uniform(0.5, 1.5) * pace_s):
                     return
@@ -235,6 +246,13 @@ def undisturbed(server: ServerProcess, asked: list[Question], concurrency: int =
 
     with ThreadPoolExecutor(concurrency) as clients:
         return dict(zip([one.prompt for one in asked], clients.map(answer, asked), strict=True))
+
+
+def audit(server: ServerProcess) -> dict[str, Any]:
+    """Every KV block of every instance, at one instant."""
+    found = server.get("/debug/audit").json()
+    assert isinstance(found, dict)
+    return found
 
 
 def num_held_blocks(server: ServerProcess) -> float:

@@ -16,7 +16,6 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
-from disagg.cache.layout import KvDtype, KvFormat
 from disagg.transfer.address import encode_address
 from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
@@ -160,8 +159,6 @@ class TestLinks:
             ("num_kv_heads", 1),
             ("block_size", 8),
             ("head_dim", 8),
-            ("dtype", KvDtype.FLOAT16),
-            ("format", KvFormat.TOKEN_MAJOR),
         ],
     )
     def test_another_layout_is_refused_by_the_name_of_its_field(self, links: Links, name: str, value: object) -> None:

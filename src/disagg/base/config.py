@@ -447,6 +447,10 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_batch_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_batch_size: Annotated[int, Meta(ge=1)] | None = None
     kv_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    dtype: DType | None = None
+    quantization: Quantization | None = None
+    kernels: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """Of its engines, as ``--kernels``. Where groups differ in these, KV blocks are converted on their way."""
     devices: tuple[DeviceRange, ...] = ()
     """Of a cluster file's nodes: those of the first instance, stage after stage, then those of the next. None named:
     whoever starts or simulates the instances chooses."""
@@ -459,6 +463,12 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "max_batch_size": self.max_batch_size,
         }
         return msgspec.structs.replace(common, **{name: value for name, value in own.items() if value is not None})
+
+    def model(self, common: ModelSettings) -> ModelSettings:
+        """Return in which precision this group computes, given that of all."""
+        return msgspec.structs.replace(
+            common, dtype=self.dtype or common.dtype, quantization=self.quantization or common.quantization
+        )
 
     def cache(self, common: CacheSettings) -> CacheSettings:
         """Return the KV pool's settings of this group, given those of all."""

@@ -26,7 +26,7 @@ class KvFormat(enum.Enum):
     ``INTERLEAVED`` puts K as ``[head_dim / w, block_size, w]`` and V as ``[block_size / w, head_dim, w]``: the order
     in which vector dot-product instructions (AVX-512 BF16's ``vdpbf16ps``) read both operands straight from the pool,
     without a horizontal sum in Q K^T and without packing in P V.
-    ``TOKEN_MAJOR`` puts both as ``[block_size, head_dim]``: what CUDA kernels read.
+    ``TOKEN_MAJOR`` puts both as ``[block_size, head_dim]``: what CUDA kernels and PyTorch read.
     """
 
     INTERLEAVED = "interleaved"
@@ -84,10 +84,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """Return in words what blocks of one pool share with those of another that can be handed over to it."""
-        return (
-            f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens, "
-            f"{self.dtype.value}, {self.format.value}"
-        )
+        return f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens"
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""

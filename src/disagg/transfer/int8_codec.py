@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.transfer.element_types import from_float, to_float
 
 try:
     from disagg.transfer import _native
@@ -126,7 +127,7 @@ class Int8Codec:
     # The portable form ----------------------------------------------------------------------------------------
 
     def _encode_one(self, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        values = _to_float(raw, self._layout.dtype).reshape(2, self._layout.num_kv_heads, -1)
+        values = to_float(raw, self._layout.dtype).reshape(2, self._layout.num_kv_heads, -1)
         coded: list[NDArray[np.uint8]] = []
         scales: list[NDArray[np.uint8]] = []
         for rows, heads in zip(self._rows, values, strict=True):
@@ -153,7 +154,7 @@ class Int8Codec:
             shape = (layout.num_kv_heads, rows.outer, rows.inner, rows.lanes)
             values = matrices.reshape(shape).astype(np.float32) * of_kind.reshape(-1, rows.outer, 1, rows.lanes)
             found.append(values.reshape(-1))
-        return _from_float(np.concatenate(found), layout.dtype)
+        return from_float(np.concatenate(found), layout.dtype)
 
 
 def _make_native(layout: KvLayout, rows: tuple[Rows, Rows]) -> Any:
@@ -165,25 +166,3 @@ def _make_native(layout: KvLayout, rows: tuple[Rows, Rows]) -> Any:
         return _native.Int8Blocks(layout.dtype.itemsize, layout.num_kv_heads, k, v)
     except ValueError:  # rows that are no multiple of 32 elements
         return None
-
-
-def _to_float(raw: NDArray[np.uint8], dtype: KvDtype) -> NDArray[np.float32]:
-    match dtype:
-        case KvDtype.FLOAT32:
-            return raw.view(np.float32)
-        case KvDtype.FLOAT16:
-            return raw.view(np.float16).astype(np.float32)
-        case KvDtype.BFLOAT16:
-            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-def _from_float(values: NDArray[np.float32], dtype: KvDtype) -> NDArray[np.uint8]:
-    match dtype:
-        case KvDtype.FLOAT32:
-            return values.view(np.uint8)
-        case KvDtype.FLOAT16:
-            return values.astype(np.float16).view(np.uint8)
-        case KvDtype.BFLOAT16:
-            bits = values.view(np.uint32)
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            return rounded.astype(np.uint16).view(np.uint8)

@@ -119,17 +119,6 @@ class Link(Protocol):
         """Let go of the peer. Transfers that were started still end, and say so."""
 
 
-def check_compatible(remote: KvLayout, local: KvLayout) -> None:
-    """Raise TransferError, naming the field, unless blocks of one layout are blocks of the other."""
-    for name in local.__struct_fields__:
-        theirs, ours = getattr(remote, name), getattr(local, name)
-        if name != "num_blocks" and theirs != ours:
-            raise TransferError(
-                f"KV layouts differ in {name}: the peer has {theirs}, this instance {ours}; "
-                "start both with the same model, dtype, block size and kernel backend"
-            )
-
-
 def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> Sequence[bytes]:
     """Return each block's digest, or none; raise TransferError when a copy would reach outside one of the pools."""
     layers = read.layers

@@ -8,6 +8,7 @@ from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import PoolAddress, ShmWay, TcpWay, decode_address
+from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.link import Link
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import ShmLink
@@ -83,6 +84,11 @@ class Links:
         )
 
     def _words(self, address: PoolAddress, failures: list[str]) -> str:
+        forms = BlockForms(address.layout, self._pool.layout)
+        converted = "" if forms.is_same else f", converted from {forms.describe()}"
+        return self._why_this(address, failures) + converted
+
+    def _why_this(self, address: PoolAddress, failures: list[str]) -> str:
         if failures:
             return "; ".join(failures)
         if self._settings.kv_link is not KvLinkChoice.AUTO:

@@ -8,7 +8,7 @@ from typing import Final
 
 from disagg.base.errors import TransferError
 from disagg.transfer.address import PoolAddress, ShmWay
-from disagg.transfer.pool import FILE_NAME, SEALS, file_bytes, header, populate, view_blocks
+from disagg.transfer.pool import FILE_NAME, HEADER_BYTES, SEALS, file_bytes, header, populate, view_blocks
 
 _MADV_POPULATE_READ: Final = 22
 
@@ -25,6 +25,8 @@ class PeerPool:
         self.check_alive()
         self.blocks = view_blocks(self._file, address.layout)
         """Read-only."""
+        self.data = memoryview(self._file)[HEADER_BYTES:]
+        """The bytes after the header."""
 
     def check_alive(self) -> None:
         """Raise TransferError unless the mapped file still is the pool of this incarnation."""

@@ -15,18 +15,19 @@ import numpy as np
 from disagg.base.clock import Clock
 from disagg.costs.links import LinkKind
 from disagg.transfer.address import PoolAddress, ShmWay
+from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import bad_blocks, block_digest, corrupt
 from disagg.transfer.link import (
     BlockPair,
     KvRead,
     Transfer,
     TransferState,
-    check_compatible,
     check_read,
 )
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
+from disagg.transfer.wire import groups
 
 MAX_RUN_BYTES: Final = 64 << 20
 """Most bytes copied between two looks at whether the transfer was cancelled: a few milliseconds."""
@@ -59,7 +60,7 @@ class ShmLink:
         self, address: PoolAddress, way: ShmWay, pool: KvPool, threads: Executor, clock: Clock, *, maps_ahead: bool
     ) -> None:
         """Map the peer's pool; raise TransferError when it is gone or holds other blocks than ``pool``."""
-        check_compatible(address.layout, pool.layout)
+        self._forms = BlockForms(address.layout, pool.layout)
         self._peer = PeerPool(address, way)
         self._pool = pool
         self._threads = threads
@@ -94,6 +95,8 @@ class ShmLink:
         target = self._pool.blocks[read.layers.start : read.layers.stop]
         most_bytes = MAX_CHECKED_BYTES if digests else MAX_RUN_BYTES
         longest = max(1, most_bytes // (max(1, len(read.layers)) * self._pool.layout.layer_block_bytes))
+        if not self._forms.is_same:
+            return self._convert(transfer, read, digests)
         done = 0
         for first_source, first_target, count in runs(read.blocks, longest):
             if transfer.is_cancelled:
@@ -106,5 +109,24 @@ class ShmLink:
                 if block_digest(target, block) != digests[done + index]:
                     raise corrupt(first_source + index)
             done += count
+        self._peer.check_alive()
+        return TransferState.DONE
+
+    def _convert(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
+        """Take over blocks of another form, a few at a time; what was read is compared with the digests right after."""
+        layout = self._peer.layout
+        for group in groups(len(read.blocks), layout.layer_block_bytes, len(read.layers)):
+            if transfer.is_cancelled:
+                return TransferState.CANCELLED
+            sources, targets = zip(*read.blocks[group], strict=True)
+            starts = [layout.offset(layer, source) for layer in read.layers for source in sources]
+            for attempt in range(2):
+                self._forms.convert(self._peer.data, starts, self._pool.data, read.layers, targets)
+                bad = bad_blocks(self._peer.blocks, sources, digests[group])
+                if not bad:
+                    break
+                transfer.num_repeated += len(bad)
+                if attempt:
+                    raise corrupt(sources[bad[0]])
         self._peer.check_alive()
         return TransferState.DONE

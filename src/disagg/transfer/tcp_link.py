@@ -18,10 +18,11 @@ from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 from disagg.costs.codec_choice import CodecChoice
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import PoolAddress, TcpWay
+from disagg.transfer.block_forms import BlockForms, ConvertedBlocks
 from disagg.transfer.coded_blocks import CodedBlocks
 from disagg.transfer.digests import bad_blocks, corrupt
 from disagg.transfer.kv_socket import KvSocket
-from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_compatible, check_read
+from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
 from disagg.transfer.pool import KvPool
 from disagg.transfer.wire import (
     MAX_REPLY_BYTES,
@@ -79,7 +80,7 @@ class TcpLink:
         settings: TransferSettings,
     ) -> None:
         """Raise TransferError when the peer's pool holds other blocks than ``pool``."""
-        check_compatible(address.layout, pool.layout)
+        self._forms = BlockForms(address.layout, pool.layout)
         self._address = address
         self._way = way
         self._pool = pool
@@ -156,6 +157,8 @@ class TcpLink:
         return TransferState.DONE
 
     def _codec(self, num_bytes: int) -> KvCodec:
+        if not self._forms.is_same:
+            return KvCodec.RAW  # the codec knows the rows of one form, and int8 of another one's is not worth a second
         if self._dtype is KvTransferDtype.AUTO:
             return self._codecs.choose(num_bytes)
         return KvCodec(self._dtype.value)
@@ -181,7 +184,7 @@ class TcpLink:
         try:
             receive = self._receiver(ask, part, num_bytes)
             bad: list[int] = []
-            for group in groups(len(part.blocks), self._pool.layout.layer_block_bytes, len(read.layers)):
+            for group in groups(len(part.blocks), self._address.layout.layer_block_bytes, len(read.layers)):
                 targets = [target for _, target in part.blocks[group]]
                 bad += [group.start + index for index in receive(connection, targets, part.digests[group])]
         except BaseException:
@@ -193,8 +196,9 @@ class TcpLink:
     def _receiver(self, ask: _Ask, part: _Part, num_bytes: int) -> _Receive:
         """Return what takes over a group; raise TransferError unless the announced bytes are those of the part."""
         layout, layers = self._pool.layout, ask.read.layers
+        converted = ConvertedBlocks(self._forms, self._address.layout, self._pool, layers)
         coded = CodedBlocks(self._pool, layers) if ask.codec is KvCodec.INT8 else None
-        expected = len(part.blocks) * len(layers) * layout.layer_block_bytes
+        expected = len(part.blocks) * len(layers) * self._address.layout.layer_block_bytes
         if coded is not None:
             expected = coded.num_bytes(len(part.blocks), has_digests=bool(part.digests))
         if num_bytes != expected:
@@ -210,6 +214,13 @@ class TcpLink:
             connection.receive([room])
             return coded.decode(room, targets, has_digests=bool(digests))
 
+        def receive_converted(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
+            room = converted.room_for(len(targets))
+            connection.receive([room])
+            return converted.take(room, targets, digests)
+
+        if not self._forms.is_same:
+            return receive_converted
         return receive_raw if coded is None else receive_coded
 
     def _probe_part(self, target: memoryview, access: bytes) -> None:
@@ -219,7 +230,7 @@ class TcpLink:
             blocks=(),
             first_layer=0,
             num_layers=0,
-            block_bytes=self._pool.layout.layer_block_bytes,
+            block_bytes=self._address.layout.layer_block_bytes,
             probe_bytes=len(target),
         )
         connection, num_bytes = self._send_request(request, check)
@@ -238,7 +249,7 @@ class TcpLink:
             blocks=tuple(source for source, _ in part.blocks),
             first_layer=ask.read.layers.start,
             num_layers=len(ask.read.layers),
-            block_bytes=self._pool.layout.layer_block_bytes,
+            block_bytes=self._address.layout.layer_block_bytes,
             codec=ask.codec,
             digests=b"" if ask.codec is KvCodec.RAW else b"".join(part.digests),
         )

@@ -25,7 +25,7 @@ def test_the_native_backend_comes_first_on_cpu() -> None:
 
 def test_a_backend_can_be_named() -> None:
     backend = select_backend(CPU, torch.float32, "torch")
-    assert (backend.name, backend.kv_format) == ("torch", KvFormat.INTERLEAVED)
+    assert (backend.name, backend.kv_format) == ("torch", KvFormat.TOKEN_MAJOR)
 
 
 @pytest.mark.usefixtures("without_native")

@@ -44,4 +44,4 @@ def select_backend(
         _logger.warning("kernels: PyTorch, several times slower than the native ones, because %s", obstacle)
     else:
         _logger.info("kernels: PyTorch on %s", device)
-    return TorchBackend(KvFormat.INTERLEAVED if device.type == "cpu" else KvFormat.TOKEN_MAJOR)
+    return TorchBackend(KvFormat.TOKEN_MAJOR)

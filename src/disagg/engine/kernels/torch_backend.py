@@ -22,8 +22,8 @@ _GATHER_BYTES: Final = 256 << 20
 class TorchBackend:
     """Every operation through PyTorch, accumulating in float32 and rounding each result once.
 
-    On CPU the pool is INTERLEAVED, as for the native backend, so that either can go on where the other stopped; on
-    CUDA it is TOKEN_MAJOR. Steps of decodes alone never wait for the device; a step with a prefill chunk does once.
+    It reads and writes the pool in either order of elements. Steps of decodes alone never wait for the device; a step
+    with a prefill chunk does once.
     A StepBatch and its tensors must not change while it is in use: what follows from it is computed once per step.
     """
 

@@ -132,7 +132,7 @@ class Membership:
             if ours and theirs and ours != theirs:
                 return (
                     f"its KV blocks ({ours}) are not those of {other.instance} ({theirs}): start it with the same "
-                    "--dtype, --block-size and --kernels"
+                    "model and --block-size"
                 )
         return member.why_unfit(message)
 

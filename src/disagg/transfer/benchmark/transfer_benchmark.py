@@ -19,10 +19,11 @@ from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.errors import InternalError, TransferError
 from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype, TransferSettings
-from disagg.cache.layout import KvLayout
+from disagg.cache.layout import KvFormat, KvLayout
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import ShmWay, decode_address
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
+from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import join_digests, split_digests
 from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
@@ -162,6 +163,17 @@ class TransferBenchmark:
             self._speed(lambda: codec.encode(self._pool.data, layers, blocks, coded)),
             self._speed(lambda: codec.decode(coded, layers, blocks, self._pool.data)),
         )
+
+    def conversion_bytes_per_s(self) -> float:
+        """Return how fast one core makes blocks of the pool of those of a peer with another order of the elements."""
+        format_of = {KvFormat.INTERLEAVED: KvFormat.TOKEN_MAJOR, KvFormat.TOKEN_MAJOR: KvFormat.INTERLEAVED}
+        theirs = msgspec.structs.replace(self.layout, format=format_of[self.layout.format])
+        forms = BlockForms(theirs, self.layout)
+        blocks = [BlockId(block) for block in range(self._num_blocks)]
+        layers = range(self.layout.num_layers)
+        source = memoryview(bytearray(self.num_bytes))
+        starts = [index * theirs.layer_block_bytes for index in range(len(blocks) * len(layers))]
+        return self._speed(lambda: forms.convert(source, starts, self._pool.data, layers, blocks))
 
     def _reads(self, pieces: Pieces, *, digests: bool) -> Iterator[KvRead]:
         offer = self._peer.offer

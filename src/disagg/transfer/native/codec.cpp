@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
+
+#include "conversion.h"
 
 namespace py = pybind11;
 
@@ -198,6 +201,28 @@ CLONES void decode_f32(const int8_t* source, uint32_t* target, int heads, const 
     decode_block<F32>(source, target, heads, kinds);
 }
 
+// Call `one` with the bytes at each place of both buffers; places are multiples of 4 and lie inside.
+template <class One>
+void for_each(py::buffer source, py::array_t<int64_t>& from, int64_t from_bytes, py::buffer target,
+         py::array_t<int64_t>& to, int64_t to_bytes, One one) {
+    const py::buffer_info in = source.request();
+    const py::buffer_info out = target.request(true);
+    const int64_t in_bytes = in.size * in.itemsize, out_bytes = out.size * out.itemsize;
+    if (from.size() != to.size()) throw std::invalid_argument("as many sources as targets are needed");
+    const int64_t* starts = from.data();
+    const int64_t* ends = to.data();
+    for (py::ssize_t index = 0; index < from.size(); ++index) {
+        if (starts[index] < 0 || starts[index] % 4 || starts[index] + from_bytes > in_bytes || ends[index] < 0 ||
+            ends[index] % 4 || ends[index] + to_bytes > out_bytes)
+            throw std::out_of_range("a block lies outside its buffer");
+    }
+    const uint8_t* first = static_cast<const uint8_t*>(in.ptr);
+    uint8_t* last = static_cast<uint8_t*>(out.ptr);
+    const py::ssize_t count = from.size();
+    py::gil_scoped_release released;
+    for (py::ssize_t index = 0; index < count; ++index) one(first + starts[index], last + ends[index]);
+}
+
 class Int8Blocks {
 public:
     Int8Blocks(int itemsize, int heads, std::array<int, 3> k, std::array<int, 3> v)
@@ -212,7 +237,7 @@ public:
 
     // Layers of blocks that begin at `from` in `source` to those that begin at `to` in `target`.
     void encode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
-        run(source, from, raw_bytes(), target, to, coded_bytes(), [this](const uint8_t* in, uint8_t* out) {
+        for_each(source, from, raw_bytes(), target, to, coded_bytes(), [this](const uint8_t* in, uint8_t* out) {
             int8_t* bytes = reinterpret_cast<int8_t*>(out);
             if (itemsize_ == 2) encode_bf16(reinterpret_cast<const uint16_t*>(in), bytes, heads_, kinds_);
             else encode_f32(reinterpret_cast<const uint32_t*>(in), bytes, heads_, kinds_);
@@ -220,7 +245,7 @@ public:
     }
 
     void decode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
-        run(source, from, coded_bytes(), target, to, raw_bytes(), [this](const uint8_t* in, uint8_t* out) {
+        for_each(source, from, coded_bytes(), target, to, raw_bytes(), [this](const uint8_t* in, uint8_t* out) {
             const int8_t* bytes = reinterpret_cast<const int8_t*>(in);
             if (itemsize_ == 2) decode_bf16(bytes, reinterpret_cast<uint16_t*>(out), heads_, kinds_);
             else decode_f32(bytes, reinterpret_cast<uint32_t*>(out), heads_, kinds_);
@@ -233,35 +258,61 @@ private:
         return heads_ * (kinds_[0].elements() + kinds_[1].elements() + 4 * (kinds_[0].scales() + kinds_[1].scales()));
     }
 
-    template <class One>
-    void run(py::buffer source, py::array_t<int64_t>& from, int64_t from_bytes, py::buffer target,
-             py::array_t<int64_t>& to, int64_t to_bytes, One one) const {
-        const py::buffer_info in = source.request();
-        const py::buffer_info out = target.request(true);
-        const int64_t in_bytes = in.size * in.itemsize, out_bytes = out.size * out.itemsize;
-        if (from.size() != to.size()) throw std::invalid_argument("as many sources as targets are needed");
-        const int64_t* starts = from.data();
-        const int64_t* ends = to.data();
-        for (py::ssize_t index = 0; index < from.size(); ++index) {
-            if (starts[index] < 0 || starts[index] % 4 || starts[index] + from_bytes > in_bytes || ends[index] < 0 ||
-                ends[index] % 4 || ends[index] + to_bytes > out_bytes)
-                throw std::out_of_range("a block lies outside its buffer");
-        }
-        const uint8_t* first = static_cast<const uint8_t*>(in.ptr);
-        uint8_t* last = static_cast<uint8_t*>(out.ptr);
-        const py::ssize_t count = from.size();
-        py::gil_scoped_release released;
-        for (py::ssize_t index = 0; index < count; ++index) one(first + starts[index], last + ends[index]);
-    }
-
     int itemsize_;
     int heads_;
     Matrix kinds_[2];
 };
 
+using conversion::Form;
+
+template <class From, int FromLanes, class To, int ToLanes>
+CLONES void convert_one(const uint8_t* source, uint8_t* target, int heads, int tokens, int channels) {
+    conversion::convert_layer<From, To, FromLanes, ToLanes>(source, target, heads, tokens, channels);
+}
+
+using Convert = void (*)(const uint8_t*, uint8_t*, int, int, int);
+
+template <class From, int FromLanes>
+Convert pick_target(Form to) {
+    if (to.itemsize == 2)
+        return to.interleaved ? convert_one<From, FromLanes, Bf16, 2> : convert_one<From, FromLanes, Bf16, 0>;
+    return to.interleaved ? convert_one<From, FromLanes, F32, 1> : convert_one<From, FromLanes, F32, 0>;
+}
+
+Convert pick(Form from, Form to) {
+    if (from.itemsize == 2) return from.interleaved ? pick_target<Bf16, 2>(to) : pick_target<Bf16, 0>(to);
+    return from.interleaved ? pick_target<F32, 1>(to) : pick_target<F32, 0>(to);
+}
+
+// Layers of blocks of a pool in one form (itemsize 2: bfloat16, 4: float32), as those of a pool in another one.
+class FormConverter {
+public:
+    FormConverter(std::pair<int, bool> from, std::pair<int, bool> to, int heads, int tokens, int channels)
+        : from_{from.first, from.second}, to_{to.first, to.second}, heads_(heads), tokens_(tokens), channels_(channels) {
+        for (const Form& form : {from_, to_})
+            if (form.itemsize != 2 && form.itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
+        if (heads < 1 || tokens < 2 || channels < 2 || tokens % 2 || channels % 2)
+            throw std::invalid_argument("heads, and an even number of tokens and channels are needed");
+    }
+
+    void convert(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
+        const Convert one = pick(from_, to_);
+        const int64_t elements = 2 * static_cast<int64_t>(heads_) * tokens_ * channels_;
+        for_each(source, from, elements * from_.itemsize, target, to, elements * to_.itemsize,
+                 [&](const uint8_t* in, uint8_t* out) { one(in, out, heads_, tokens_, channels_); });
+    }
+
+private:
+    Form from_, to_;
+    int heads_, tokens_, channels_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+    py::class_<FormConverter>(module, "FormConverter")
+        .def(py::init<std::pair<int, bool>, std::pair<int, bool>, int, int, int>())
+        .def("convert", &FormConverter::convert);
     py::class_<Int8Blocks>(module, "Int8Blocks")
         .def(py::init<int, int, std::array<int, 3>, std::array<int, 3>>())
         .def("encode", &Int8Blocks::encode)

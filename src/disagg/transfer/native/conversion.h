@@ -1,0 +1,57 @@
+// KV blocks of one pool as blocks of another one that differs in element type or in the order of the elements.
+//
+// A head of K or V is [tokens, channels]. Token-major order has it so; the interleaved order puts w = 4 / itemsize
+// channels (K) or tokens (V) side by side: see KvFormat in cache/layout.py. One head fits the first cache, so that going
+// through it in another order costs no memory access.
+#pragma once
+
+#include <cstdint>
+
+namespace conversion {
+
+struct Form {
+    int itemsize;
+    bool interleaved;
+};
+
+// Where element (token, channel) of one head lies: the two strides of the outer and the lane of the inner dimension.
+template <int Lanes, bool IsKey>
+inline __attribute__((always_inline)) int64_t place(int token, int channel, int tokens, int channels) {
+    if constexpr (Lanes == 0) return static_cast<int64_t>(token) * channels + channel;
+    else if constexpr (IsKey)
+        return (static_cast<int64_t>(channel / Lanes) * tokens + token) * Lanes + channel % Lanes;
+    else
+        return (static_cast<int64_t>(token / Lanes) * channels + channel) * Lanes + token % Lanes;
+}
+
+template <class From, class To, int FromLanes, int ToLanes, bool IsKey>
+inline __attribute__((always_inline)) void convert_head(const typename From::Bits* from, typename To::Bits* to,
+                                                        int tokens, int channels) {
+    // The inner loop follows the target, or the source where only that one has its tokens side by side.
+    if constexpr (IsKey && ToLanes != 0) {
+        for (int channel = 0; channel < channels; ++channel)
+            for (int token = 0; token < tokens; ++token)
+                to[place<ToLanes, IsKey>(token, channel, tokens, channels)] =
+                    To::from_float(From::to_float(from[place<FromLanes, IsKey>(token, channel, tokens, channels)]));
+    } else {
+        for (int token = 0; token < tokens; ++token)
+            for (int channel = 0; channel < channels; ++channel)
+                to[place<ToLanes, IsKey>(token, channel, tokens, channels)] =
+                    To::from_float(From::to_float(from[place<FromLanes, IsKey>(token, channel, tokens, channels)]));
+    }
+}
+
+// One layer of one block: K of all heads, then V of all heads.
+template <class From, class To, int FromLanes, int ToLanes>
+inline __attribute__((always_inline)) void convert_layer(const uint8_t* source, uint8_t* target, int heads, int tokens,
+                                                         int channels) {
+    const auto* from = reinterpret_cast<const typename From::Bits*>(source);
+    auto* to = reinterpret_cast<typename To::Bits*>(target);
+    const int64_t elements = static_cast<int64_t>(tokens) * channels;
+    for (int head = 0; head < heads; ++head)
+        convert_head<From, To, FromLanes, ToLanes, true>(from + head * elements, to + head * elements, tokens, channels);
+    for (int head = heads; head < 2 * heads; ++head)
+        convert_head<From, To, FromLanes, ToLanes, false>(from + head * elements, to + head * elements, tokens, channels);
+}
+
+}  // namespace conversion

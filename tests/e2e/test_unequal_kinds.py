@@ -1,0 +1,48 @@
+"""Prefill and decode that differ in kernels, element type and weights are one deployment: KV blocks are converted."""
+
+from pathlib import Path
+
+from server_process import ServerProcess, completion, serving
+
+COMMON = ("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--threads", "1")
+PROMPT = "Once upon a time, in a village by the sea, there lived a"
+GREEDY = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+
+
+def placement(folder: Path, prefill: str, decode: str) -> str:
+    """A file that places one instance of each phase, of these kinds."""
+    path = folder / "placement.yaml"
+    path.write_text(f"groups:\n  - {{role: prefill, count: 1, {prefill}}}\n  - {{role: decode, count: 1, {decode}}}\n")
+    return str(path)
+
+
+def answer(server: ServerProcess) -> str:
+    """The answer to the prompt, whose KV blocks were handed over in one form and used in another."""
+    found = completion(server, PROMPT, **GREEDY)
+    assert found.usage is not None
+    assert found.usage.completion_tokens == GREEDY["max_tokens"]
+    return str(found.choices[0].text)
+
+
+def check_converted(server: ServerProcess) -> None:
+    assert server.metric("disagg:hand_over_bytes_total") > 0, server.text
+    assert server.metric("disagg:hand_over_failures_total") == 0, server.text
+    assert "converted from" in server.text
+
+
+def test_other_kernels_give_the_same_answer(tmp_path: Path) -> None:
+    """In float32, of which another order of the elements loses nothing."""
+    with serving("--colocated", "1", *COMMON) as server:
+        alone = answer(server)
+    file = placement(tmp_path, "kernels: torch", "kernels: native")
+    with serving("--placement", file, *COMMON) as server:
+        assert answer(server) == alone
+        check_converted(server)
+
+
+def test_other_types_and_weights_begin_the_same_answer(tmp_path: Path) -> None:
+    """Prefill in bfloat16, decode in float32 with weights of a byte, over TCP."""
+    file = placement(tmp_path, "dtype: bfloat16", "quantization: int8")
+    with serving("--placement", file, *COMMON, "--kv-link", "tcp") as server:
+        assert answer(server).startswith(" wise")
+        check_converted(server)

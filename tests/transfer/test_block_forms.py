@@ -1,0 +1,154 @@
+"""Blocks of one form made into blocks of another: element by element, in compiled code and without, over each link."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import product
+
+import numpy as np
+import pytest
+from link_contract import DEADLINE_S, Ended, grant_all, pairs
+
+from disagg.base.clock import MonotonicClock
+from disagg.base.errors import TransferError
+from disagg.base.ids import BlockId
+from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype, TransferSettings
+from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.transfer.block_forms import BlockForms
+from disagg.transfer.digests import join_digests
+from disagg.transfer.element_types import from_float, to_float
+from disagg.transfer.link import KvRead, Transfer, TransferState
+from disagg.transfer.links import Links
+from disagg.transfer.pool import KvPool
+from disagg.transfer.shared_blocks import SharedBlocks
+
+FORMS = [
+    (dtype, kv_format) for dtype, kv_format in product((KvDtype.FLOAT32, KvDtype.BFLOAT16, KvDtype.FLOAT16), KvFormat)
+]
+LAYERS, HEADS, SIZE, DIM = 2, 3, 4, 6
+
+
+def layout(dtype: KvDtype, kv_format: KvFormat, num_blocks: int = 5) -> KvLayout:
+    return KvLayout(
+        num_layers=LAYERS,
+        num_blocks=num_blocks,
+        num_kv_heads=HEADS,
+        block_size=SIZE,
+        head_dim=DIM,
+        dtype=dtype,
+        format=kv_format,
+    )
+
+
+def place(one: KvLayout, kind: int, head: int, token: int, channel: int) -> int:
+    """Index of an element in a layer of a block, by the words of ``KvFormat``."""
+    start = (kind * HEADS + head) * SIZE * DIM
+    w = 4 // one.dtype.itemsize
+    if one.format is KvFormat.TOKEN_MAJOR:
+        return start + token * DIM + channel
+    if kind == 0:
+        return start + (channel // w * SIZE + token) * w + channel % w
+    return start + (token // w * DIM + channel) * w + token % w
+
+
+def value(kind: int, head: int, token: int, channel: int) -> float:
+    """A number for each element that every type holds exactly."""
+    return float((((kind * HEADS + head) * SIZE + token) * DIM + channel) % 128)
+
+
+def filled(one: KvLayout) -> np.ndarray:
+    """The bytes of one layer of one block that holds those numbers."""
+    values = np.zeros(2 * HEADS * SIZE * DIM, np.float32)
+    for where in product(range(2), range(HEADS), range(SIZE), range(DIM)):
+        values[place(one, *where)] = value(*where)
+    return from_float(values, one.dtype)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "numpy"])
+@pytest.mark.parametrize("source", FORMS, ids=str)
+@pytest.mark.parametrize("target", FORMS, ids=str)
+def test_every_element_comes_to_its_place(
+    source: tuple[KvDtype, KvFormat], target: tuple[KvDtype, KvFormat], native: bool
+) -> None:
+    theirs, ours = layout(*source), layout(*target)
+    forms = BlockForms(theirs, ours, native=native)
+    if native and not forms.is_native:
+        pytest.skip("there is no compiled code for these forms")
+    pool = memoryview(bytearray(ours.total_bytes))
+    came = memoryview(bytearray(filled(theirs).tobytes()))
+    forms.convert(came, [0, 0], pool, range(1, 2), [BlockId(4), BlockId(1)])
+    for block in (4, 1):
+        found = np.frombuffer(pool, np.uint8, ours.layer_block_bytes, ours.offset(1, block))
+        assert np.array_equal(found, filled(ours))
+    assert not any(pool[: ours.layer_bytes])
+
+
+@pytest.mark.parametrize("source", [form for form in FORMS if form[0] is not KvDtype.FLOAT16], ids=str)
+def test_compiled_code_rounds_as_numpy_does(source: tuple[KvDtype, KvFormat]) -> None:
+    theirs, ours = layout(*source), layout(KvDtype.BFLOAT16, KvFormat.INTERLEAVED)
+    values = np.random.default_rng(1).standard_normal(theirs.layer_block_bytes // theirs.dtype.itemsize, np.float32)
+    came = memoryview(bytearray(from_float(values, theirs.dtype).tobytes()))
+    found = []
+    for native in (True, False):
+        pool = memoryview(bytearray(ours.total_bytes))
+        BlockForms(theirs, ours, native=native).convert(came, [0], pool, range(1), [BlockId(0)])
+        found.append(bytes(pool))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("change", [{"block_size": 8}, {"num_kv_heads": 2}, {"num_layers": 3}], ids=str)
+def test_what_differs_in_more_than_form_is_refused_in_words(change: dict[str, int]) -> None:
+    ours = layout(KvDtype.FLOAT32, KvFormat.TOKEN_MAJOR)
+    theirs = KvLayout(**{**{name: getattr(ours, name) for name in ours.__struct_fields__}, **change})
+    with pytest.raises(TransferError, match=f"differ in {next(iter(change))}"):
+        BlockForms(theirs, ours)
+
+
+@pytest.fixture(params=[KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[KvPool, KvPool, Links, SharedBlocks]]:
+    """A pool in bfloat16, interleaved, the reader's in float32, token-major, and how the one reads the other."""
+    with ExitStack() as stack:
+        peer = KvPool(layout(KvDtype.BFLOAT16, KvFormat.INTERLEAVED), "aa")
+        stack.callback(peer.close)
+        pool = KvPool(layout(KvDtype.FLOAT32, KvFormat.TOKEN_MAJOR, num_blocks=7), "bb")
+        stack.callback(pool.close)
+        settings = TransferSettings(kv_link=request.param, kv_transfer_dtype=KvTransferDtype.INT8)
+        shared = SharedBlocks(peer, settings, None, MonotonicClock(), stack)
+        links = Links(pool, stack.enter_context(ThreadPoolExecutor(1)), MonotonicClock(), settings)
+        stack.callback(links.close)
+        yield peer, pool, links, shared
+
+
+def read(ends: tuple[KvPool, KvPool, Links, SharedBlocks], digests: bytes) -> Transfer:
+    peer, _, links, shared = ends
+    ended = Ended()
+    access = grant_all(shared, peer.layout, DEADLINE_S)
+    links.open(shared.address).read(KvRead(pairs((3, 6), (0, 2)), range(LAYERS), digests, access), ended)
+    return ended.wait()
+
+
+def test_a_pull_between_unequal_pools_converts_and_checks_what_was_offered(
+    ends: tuple[KvPool, KvPool, Links, SharedBlocks],
+) -> None:
+    peer, pool, links, shared = ends
+    raw = np.frombuffer(peer.data, np.uint8).reshape(LAYERS, peer.layout.num_blocks, -1)
+    raw[:] = filled(peer.layout)
+    offered = join_digests(peer.blocks, [BlockId(3), BlockId(0)])
+    transfer = read(ends, offered)
+    assert (transfer.state, transfer.num_bytes) == (TransferState.DONE, 2 * pool.layout.block_bytes), transfer.failure
+    found = np.frombuffer(pool.data, np.uint8).reshape(LAYERS, pool.layout.num_blocks, -1)
+    for block in (6, 2):
+        assert all(np.array_equal(found[layer, block], filled(pool.layout)) for layer in range(LAYERS))
+    assert "converted from bfloat16 interleaved to float32 token_major" in links.why(shared.address)
+
+    raw[1, 0, 5] ^= 1
+    transfer = read(ends, offered)
+    assert transfer.state is TransferState.FAILED
+    assert "KV block 0 of the peer came twice with another digest" in transfer.failure
+
+
+def test_elements_of_two_bytes_come_back_as_they_were() -> None:
+    values = np.random.default_rng(2).standard_normal(64, np.float32)
+    for dtype in (KvDtype.BFLOAT16, KvDtype.FLOAT16):
+        raw = from_float(values, dtype)
+        assert np.array_equal(from_float(to_float(raw, dtype), dtype), raw)
