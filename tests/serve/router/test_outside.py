@@ -230,11 +230,22 @@ def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:
     assert server.faulty == ["decode-0"]
 
 
-def test_a_host_that_somebody_saw_die_has_lost_its_instance(server: Deployment) -> None:
+def test_an_instance_that_is_expected_belongs_before_it_joins(server: Deployment) -> None:
+    assert server.door.expect(Role.DECODE, "a cluster") == "decode-1"
+    assert server.members == [("decode-1", Role.DECODE)]
+    server.outer.say(GAMMA, ASK)
+    server.outer.say(BETA, structs.replace(ASK, name="decode-1"))
+    assert server.outer.answers(BETA) == [Admitted(instance=D1, terms=TERMS)]
+    assert server.members == [("decode-1", Role.DECODE), ("decode-2", Role.DECODE)], "nobody else took its name"
+
+
+def test_an_instance_that_somebody_saw_die_is_gone_or_awaited(server: Deployment) -> None:
     server.outer.say(BETA, ASK)
-    server.outer.say(GAMMA, structs.replace(ASK, host="gamma"))
-    server.door.host_lost("gamma", "its node is gone", returns=False)
-    assert server.left == ["decode-2"]
+    server.door.lost(D1, "its node is gone", returns=True)
+    assert (server.returning, server.left) == (["decode-1"], [])
+    server.door.lost(D1, "there is no other node", returns=False)
+    server.door.lost(D1, "said twice", returns=False)
+    assert server.left == ["decode-1"]
 
 
 def test_an_instance_that_is_to_return_keeps_its_name_until_then(server: Deployment) -> None:

@@ -8,11 +8,14 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 
 
-class HostLost(Protocol):
-    """Takes note of a host that is gone."""
+class GuestBook(Protocol):
+    """The server's side: who is to come, and who is gone."""
 
-    def __call__(self, host: str, why: str, *, returns: bool) -> None:
-        """``host`` is what it called itself when it asked to join; its instance starts elsewhere if it ``returns``."""
+    def expect(self, role: Role, host: str) -> InstanceId:
+        """Let one more instance belong to the deployment, and return the name under which it is to join."""
+
+    def lost(self, instance: InstanceId, why: str, *, returns: bool) -> None:
+        """An instance is gone with its host; another life of it begins elsewhere if it ``returns``."""
 
 
 class ClusterManager(Protocol):
@@ -21,11 +24,11 @@ class ClusterManager(Protocol):
     failed: "asyncio.Future[DisaggError]"
     """Done when the server cannot go on."""
 
-    def start(self, server: str, host_lost: HostLost) -> None:
+    def start(self, server: str, book: GuestBook) -> None:
         """Place the instances, and go on to watch them. They join at ``server``, HOST:PORT."""
 
     def add(self, role: Role) -> InstanceId:
-        """Place one more, and return what it would be called."""
+        """Place one more, and return its name."""
 
     async def stop(self) -> None:
         """End all of them. May be called twice."""

@@ -7,6 +7,7 @@ outlive who started it. SIGTERM drains it first, as it does ``disagg serve --joi
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Final
@@ -31,9 +32,8 @@ class GuestOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     group: InstanceGroup
     server: str
     keys: CurveKeys
-    host: str
     instance: InstanceId
-    """See ``Introduction``."""
+    """The name under which the server expects it."""
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         order = _read_order()
         threading.Thread(target=_end_with_input, name="end of input", daemon=True).start()
-        introduction = Introduction(order.host, order.instance)
+        introduction = Introduction(socket.gethostname(), order.instance)
         run_guest(order.deployment, order.group, order.server, order.keys, introduction, _show)
     except DisaggError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -24,7 +24,7 @@ from disagg.base.errors import ConfigurationError, DisaggError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.scheduling.router.restart import RestartPolicy, RestartSettings
-from disagg.serve.launch.cluster_manager import HostLost
+from disagg.serve.launch.cluster_manager import GuestBook
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.guest import GuestOrder
 from disagg.serve.launch.launcher import CONFIGURATION_STATUS
@@ -67,11 +67,11 @@ class RayManager:
         self._is_stopping = False
         self.failed: asyncio.Future[DisaggError] = asyncio.get_running_loop().create_future()
 
-    def start(self, server: str, host_lost: HostLost) -> None:
+    def start(self, server: str, book: GuestBook) -> None:
         """See ClusterManager."""
         host, _, port = server.rpartition(":")
         self._server = f"{self._own_address if host in ('0.0.0.0', '*') else host}:{port}"
-        self._host_lost = host_lost
+        self._book = book
         for bench in benches(self._placement, self._deployment.host):
             self._place(bench)
 
@@ -79,10 +79,8 @@ class RayManager:
         """See ClusterManager. It is as those of its role; Ray's autoscaler is asked for the node that lacks."""
         usual = InstanceGroup(role=role, count=1)
         group = next((one for one in self._placement.groups if one.role is role), usual)
-        names = (InstanceId(f"{role.value}-{number}") for number in count())
-        added = seat(next(name for name in names if name not in self._seats), group, self._deployment.host)
-        self._place(Bench((added,), Spread.APART))
-        return added.name
+        (placed,) = self._place(Bench((seat(group, self._deployment.host),), Spread.APART))
+        return placed
 
     async def stop(self) -> None:
         """See ClusterManager."""
@@ -98,17 +96,17 @@ class RayManager:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_S)
 
-    def _place(self, bench: Bench) -> None:
-        self._seats |= {one.name: one for one in bench.seats}
+    def _place(self, bench: Bench) -> list[InstanceId]:
+        names = [self._book.expect(one.group.role, "the Ray cluster") for one in bench.seats]
+        self._seats |= zip(names, bench.seats, strict=True)
         self._ask_for_nodes()
-        group = _Group(
-            placement_group([one.bundle() for one in bench.seats], strategy=bench.spread.value),
-            {one.name for one in bench.seats},
-        )
-        for index, one in enumerate(bench.seats):
-            task = asyncio.create_task(self._keep(one, group, index), name=f"watcher of {one.name}")
+        reserved = placement_group([one.bundle() for one in bench.seats], strategy=bench.spread.value)
+        group = _Group(reserved, set(names))
+        for index, (name, one) in enumerate(zip(names, bench.seats, strict=True)):
+            task = asyncio.create_task(self._keep(name, one, group, index), name=f"watcher of {name}")
             self._tasks.add(task)
             task.add_done_callback(self._note_end)
+        return names
 
     def _ask_for_nodes(self) -> None:
         """Tell Ray's autoscaler what is needed in all; nodes beyond that may go."""
@@ -116,49 +114,43 @@ class RayManager:
 
     # One instance over all its lives --------------------------------------------------------------------------
 
-    async def _keep(self, one: Seat, group: _Group, index: int) -> None:
+    async def _keep(self, name: InstanceId, one: Seat, group: _Group, index: int) -> None:
         restarts = RestartPolicy(RestartSettings())
         try:
             for life in count():
                 began_s = self._clock.now()
-                host = f"{one.name} on Ray, life {life}"
-                ended = await self._live(one, group, index, host)
+                ended = await self._live(name, one, group.reserved, index)
                 delay_s = None if ended.status == 0 else restarts.delay_s(self._clock.now() - began_s)
                 is_last = self._is_stopping or delay_s is None or ended.status == CONFIGURATION_STATUS
-                self._host_lost(host, ended.describe(), returns=not is_last)
+                self._book.lost(name, ended.describe(), returns=not is_last)
                 if self._is_stopping or ended.status == 0:
                     return  # it was removed
-                if ended.status == CONFIGURATION_STATUS or delay_s is None:
-                    self._give_up(one, ended, is_first=life == 0)
+                if delay_s is None or ended.status == CONFIGURATION_STATUS:
+                    self._give_up(name, ended, is_first=life == 0)
                     return
-                logger.warning("%s is gone: %s; placing it anew", one.name, ended.describe())
+                logger.warning("%s is gone: %s; placing it anew", name, ended.describe())
                 await asyncio.sleep(delay_s)
         finally:
-            self._release(one, group)
+            self._release(name, group)
 
-    async def _live(self, one: Seat, group: _Group, index: int, host: str) -> Exit:
+    async def _live(self, name: InstanceId, one: Seat, reserved: PlacementGroup, index: int) -> Exit:
         """Run one guest to its end, wherever Ray has room for it."""
         order = GuestOrder(
-            deployment=self._deployment,
-            group=one.group,
-            server=self._server,
-            keys=self._keys,
-            host=host,
-            instance=one.name,
+            deployment=self._deployment, group=one.group, server=self._server, keys=self._keys, instance=name
         )
-        actor = self._actors[one.name] = _actor(one, group.reserved, index)
+        actor = self._actors[name] = _actor(one, reserved, index)
         asked_s, lines = self._clock.now(), [""]
-        late = asyncio.get_running_loop().call_later(_WAIT_S, self._say_waiting, one)
+        late = asyncio.get_running_loop().call_later(_WAIT_S, _say_waiting, name, one)
         try:
             async for reference in actor.run.remote(msgspec.json.encode(order)):
                 news: HostNews = await reference
                 match news:
                     case HostStarted():
                         late.cancel()
-                        self._say_started(one, news, self._clock.now() - asked_s)
+                        _say_started(name, news, self._clock.now() - asked_s)
                     case HostLine(text=text):
                         lines = [*lines[-_LINES_KEPT:], text]
-                        self._listener(one.name, text)
+                        self._listener(name, text)
                     case HostEnded(status=status):
                         return Exit(status=status, last_lines=tuple(lines))
                     case other:
@@ -168,29 +160,21 @@ class RayManager:
             return Exit(status=1, fault=f"Ray lost it: {_first_line(error)}")
         finally:
             late.cancel()
-            del self._actors[one.name]
+            del self._actors[name]
             ray.kill(actor)
 
-    def _say_started(self, one: Seat, news: HostStarted, took_s: float) -> None:
-        devices = f", GPU {news.devices}" if news.devices else ""
-        logger.info("%s is placed on %s%s after %.1f s: process %d", one.name, news.node, devices, took_s, news.pid)
-
-    def _say_waiting(self, one: Seat) -> None:
-        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        logger.warning("%s waits for a node with %s; free in all: %s", one.name, one.bundle(), free or "nothing")
-
-    def _give_up(self, one: Seat, ended: Exit, *, is_first: bool) -> None:
+    def _give_up(self, name: InstanceId, ended: Exit, *, is_first: bool) -> None:
         """Say so; what cannot be at the start, or leaves nobody, ends the server."""
-        words = f"{one.name} is given up: {ended.error() or ended.describe()}"
+        words = f"{name} is given up: {ended.error() or ended.describe()}"
         logger.error("%s", words)
         is_misfit = is_first and ended.status == CONFIGURATION_STATUS
         if not self.failed.done() and (is_misfit or len(self._seats) == 1):
             self.failed.set_result(ConfigurationError(words) if is_misfit else UnavailableError(words))
 
-    def _release(self, one: Seat, group: _Group) -> None:
+    def _release(self, name: InstanceId, group: _Group) -> None:
         """Give back what the seat held, once all of its bench is free."""
-        del self._seats[one.name]
-        group.taken.discard(one.name)
+        del self._seats[name]
+        group.taken.discard(name)
         with suppress(RayError):
             if not group.taken:
                 remove_placement_group(group.reserved)
@@ -200,6 +184,16 @@ class RayManager:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the %s failed", task.get_name(), exc_info=error)
+
+
+def _say_started(name: InstanceId, news: HostStarted, took_s: float) -> None:
+    devices = f", GPU {news.devices}" if news.devices else ""
+    logger.info("%s is placed on %s%s after %.1f s: process %d", name, news.node, devices, took_s, news.pid)
+
+
+def _say_waiting(name: InstanceId, one: Seat) -> None:
+    free = {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
+    logger.warning("%s waits for a node with %s; free in all: %s", name, one.bundle(), free or "nothing")
 
 
 def _actor(one: Seat, reserved: PlacementGroup, index: int) -> Any:

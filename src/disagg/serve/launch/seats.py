@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from disagg.base.config import Device, InstanceGroup, Placement
-from disagg.base.ids import InstanceId
 from disagg.costs.topology import read_devices
 from disagg.serve.launch.deployment import HostSettings, check_parallelism
 
@@ -25,7 +24,6 @@ class Spread(enum.Enum):
 class Seat:
     """One instance, which asks for so many CPUs and GPUs of one node."""
 
-    name: InstanceId
     group: InstanceGroup
     num_gpus: int = 0
 
@@ -49,11 +47,11 @@ class Bench:
     spread: Spread
 
 
-def seat(name: InstanceId, group: InstanceGroup, host: HostSettings) -> Seat:
+def seat(group: InstanceGroup, host: HostSettings) -> Seat:
     """Return the seat of one more instance of a group."""
     check_parallelism(group)
     num_threads = host.threads or group.num_threads or 1
-    return Seat(name, structs.replace(group, count=1, num_threads=num_threads, devices=()), _gpus(host))
+    return Seat(structs.replace(group, count=1, num_threads=num_threads, devices=()), _gpus(host))
 
 
 def benches(placement: Placement, host: HostSettings) -> tuple[Bench, ...]:
@@ -78,12 +76,10 @@ def benches(placement: Placement, host: HostSettings) -> tuple[Bench, ...]:
 
 def _seats(placement: Placement, host: HostSettings) -> Iterator[tuple[Seat, str | None]]:
     """Yield each instance with the node that the placement names."""
-    numbers: dict[str, int] = {}
     for group in placement.groups:
         nodes = [device.node for device in read_devices(group.devices)]
         for index in range(group.count):
-            number = numbers[group.role.value] = numbers.get(group.role.value, -1) + 1
-            yield seat(InstanceId(f"{group.role.value}-{number}"), group, host), nodes[index] if nodes else None
+            yield seat(group, host), nodes[index] if nodes else None
 
 
 def _gpus(host: HostSettings) -> int:

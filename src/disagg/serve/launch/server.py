@@ -121,7 +121,7 @@ class LiveServer:
         self._launcher.start()
         if self._manager is not None:
             assert self._outside is not None, "a manager's instances join"
-            self._manager.start(self._outside.address, self._outside.host_lost)
+            self._manager.start(self._outside.address, self._outside)
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")
         try:

@@ -117,9 +117,16 @@ class OutsideDoor:
         self._tell(guest, EndYourInstance(why="it was removed, and holds nothing any more", for_good=True))
         self.listener.instance_left(instance)
 
-    def host_lost(self, host: str, why: str, *, returns: bool) -> None:
-        """Take note that a host is gone, as somebody who watches it says, and whether its instances are to return."""
-        for instance in [name for name, guest in self._guests.items() if guest.host == host]:
+    def expect(self, role: Role, host: str) -> InstanceId:
+        """Let one more instance belong to the deployment, which somebody starts elsewhere, and return its name."""
+        instance = self._free_name(role)
+        self.listener.instance_joined(instance, role)
+        self._guests[instance] = _Guest(None, host, role)
+        return instance
+
+    def lost(self, instance: InstanceId, why: str, *, returns: bool) -> None:
+        """Take note that an instance is gone, as somebody who watches its host says, and whether it is to return."""
+        if instance in self._guests:
             self._ended(instance, why, returns=returns)
 
     @property
@@ -170,7 +177,7 @@ class OutsideDoor:
         why = self._why_not(asked)
         instance = self._returning(asked)
         if not why and instance is None:
-            instance = self._free_name(asked)
+            instance = self._free_name(asked.role, asked.name)
             try:
                 self.listener.instance_joined(instance, asked.role)
             except ConfigurationError as error:
@@ -202,9 +209,9 @@ class OutsideDoor:
             None,
         )
 
-    def _free_name(self, asked: AskToJoin) -> InstanceId:
-        numbered = (InstanceId(f"{asked.role.value}-{number}") for number in count())
-        wished = [] if asked.name is None or asked.name.startswith(HOST_PREFIX) else [InstanceId(asked.name)]
+    def _free_name(self, role: Role, wish: str | None = None) -> InstanceId:
+        numbered = (InstanceId(f"{role.value}-{number}") for number in count())
+        wished = [] if wish is None or wish.startswith(HOST_PREFIX) else [InstanceId(wish)]
         return next(name for name in chain(wished, numbered) if not self.listener.has_instance(name))
 
     def _let_leave(self, instance: InstanceId) -> None:
