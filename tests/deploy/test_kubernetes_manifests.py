@@ -91,6 +91,23 @@ def test_each_kustomization_builds_valid_objects(folder: Path) -> None:
             flags_of(one)
 
 
+def test_kuberays_pods_are_valid_and_start_what_there_is() -> None:
+    """The RayCluster's own schema is KubeRay's; the pods in it are Kubernetes'."""
+    cluster, service = objects((FOLDER.parent / "kuberay" / "raycluster.yaml").read_text())
+    kubernetes_validate.validate(service, "1.37", strict=True)
+    head, workers = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"][0]
+    for template in (head["template"], workers["template"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}
+        kubernetes_validate.validate(pod, "1.37", strict=True)
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
+    assert service["spec"]["selector"] == head["template"]["metadata"]["labels"]
+    command, *arguments = head["template"]["spec"]["containers"][1]["args"]
+    flags = serve.make_context(command, arguments).params
+    assert flags["cluster"] == "ray"
+    assert int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]) >= flags["threads"]
+    assert head["template"]["spec"]["terminationGracePeriodSeconds"] > flags["drain_s"]
+
+
 def test_what_is_invalid_is_found() -> None:
     broken = base("Deployment")["disagg-router"] | {"spec": {"replicas": "one"}}
     with pytest.raises(kubernetes_validate.ValidationError):

@@ -65,6 +65,9 @@ class AskToJoin(Message, frozen=True, kw_only=True):
     role: Role
     model: ModelIdentity
     host: Name
+    """In words, for people."""
+    name: Name | None = None
+    """What the instance would be called; another name is given where that is taken."""
 
 
 class StillHere(Message, frozen=True, kw_only=True):
@@ -79,9 +82,11 @@ class AskToLeave(Message, frozen=True, kw_only=True):
 
 
 class InstanceEnded(Message, frozen=True, kw_only=True):
-    """The host's instance has ended; it gives up the name."""
+    """The host's instance has ended."""
 
     detail: Words
+    returns: bool = False
+    """It is started again, and is to keep its name; else it gives that up."""
 
 
 class Admitted(Message, frozen=True, kw_only=True):

@@ -44,7 +44,9 @@ _FILE: Final = click.Path(path_type=Path)
 
 
 @click.command(epilog=WORKLOAD_HELP)
-@click.option("--cluster", type=_FILE, metavar="FILE", help="Nodes, devices, links, prices from a YAML file.")
+@click.option(
+    "--cluster", metavar="FILE|ray", help="Nodes, devices, links, prices from a YAML file, or nodes from Ray."
+)
 @click.option(
     "--devices",
     "num_devices",

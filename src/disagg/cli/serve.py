@@ -91,6 +91,8 @@ def serve(
     if join is not None and (placement is not None or any(count is not None for count in counts.values())):
         raise ConfigurationError("--join runs one instance, in the role of --role: leave out the numbers of instances")
     remote = build(RemoteSettings, values)
+    if join is not None and remote.cluster is not None:
+        raise ConfigurationError("--join is for an instance, --cluster for a server: leave one out")
     others_join = remote.listen_instances is not None
     deployment = Deployment(
         placement=choose_placement(placement, counts, others_join=others_join),

@@ -103,7 +103,7 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
         build(RouterSettings, values),
     )
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
-    on = choose_platform(*source) if values["cluster"] is None else choose_cluster(values["cluster"], *source)
+    on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     spec = replace(spec, kv_transfer_dtype=build(TransferSettings, values).kv_transfer_dtype)
     if values["autoscale"] is not None:

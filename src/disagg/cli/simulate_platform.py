@@ -8,8 +8,8 @@ from typing import Final
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.known_names import known_names
-from disagg.cli.yaml_file import read_yaml
-from disagg.costs.cluster_file import PROFILED, ClusterFile
+from disagg.cli.cluster_source import read_cluster
+from disagg.costs.cluster_file import PROFILED
 from disagg.costs.devices import DEVICES, find_device
 from disagg.costs.platform import Platform
 from disagg.costs.topology import Topology
@@ -72,16 +72,16 @@ def choose_platform(latency: str | None, model: str | None, engine: str, kv_memo
 
 
 def choose_cluster(
-    file: Path, latency: str | None, model: str | None, engine: str, kv_memory_bytes: int
+    source: str, latency: str | None, model: str | None, engine: str, kv_memory_bytes: int
 ) -> ChosenPlatform:
-    """Return what ``choose_platform`` does, on the nodes of a cluster file.
+    """Return what ``choose_platform`` does, on the nodes of a cluster (see ``read_cluster``).
 
     Without ``--latency``, each kind of device takes the roofline of its data sheet. Raises ConfigurationError where the
     step times are those of another kind.
     """
-    cluster = read_yaml(file, ClusterFile, "cluster")
+    cluster = read_cluster(source, latency)
     if latency is None and PROFILED in cluster.kinds:
-        raise ConfigurationError(f"{file} has {PROFILED} devices: give their profile as --latency")
+        raise ConfigurationError(f"{source} has {PROFILED} devices: give their profile as --latency")
     if latency is None and engine not in IMITATED:
         by_kind = {kind: _roofline(kind, model).platform for kind in cluster.kinds}
         return replace(_roofline(cluster.kinds[0], model), topology=cluster.topology(), by_kind=by_kind)
@@ -89,8 +89,8 @@ def choose_cluster(
     others = [kind for kind in cluster.kinds if kind != chosen.device]
     if others:
         raise ConfigurationError(
-            f"{chosen.name} says nothing of {', '.join(others)} in {file}: write device: {chosen.device}, or leave out "
-            "--latency for the rooflines of the devices"
+            f"{chosen.name} says nothing of {', '.join(others)} in {source}: write device: {chosen.device}, or leave "
+            "out --latency for the rooflines of the devices"
         )
     return replace(chosen, topology=cluster.topology(chosen.platform.link))
 

@@ -134,8 +134,9 @@ def test_an_instance_for_another_hosts_server_has_what_its_host_is_told():
         placement=Placement(groups=(group(Role.COLOCATED, 2),)), cache=CacheSettings(kv_disk="/disk,2GiB")
     )
     keys = CurveKeys(server_public="s", public="p", secret="x")
-    guest = plan_guest(deployment, Role.DECODE, keys, (0, 1, 2), 7)
+    guest = plan_guest(deployment, group(Role.DECODE, max_batch_size=8), keys, (0, 1, 2), 7)
     assert (guest.role, guest.num_threads, guest.control_curve) == (Role.DECODE, 3, keys)
+    assert guest.scheduler.max_batch_size == 8
     assert guest.cpus == (), "it has no core to itself unless told"
     assert guest.kv_disk == DiskSettings(folder="/disk", max_bytes=2 << 30)
 

@@ -38,6 +38,8 @@ TERMS = ServerTerms(tells_costs=True, tells_tokens=True, objectives=Objectives(t
 class Wire:
     """A control socket whose other ends are the test."""
 
+    address = "10.0.0.1:7000"
+
     def __init__(self) -> None:
         self.sent: list[tuple[str, bytes]] = []
         self.absent: set[str] = set()
@@ -68,6 +70,8 @@ class Deployment(NullWatcher):
         self.members: list[tuple[str, Role]] = []
         self.left: list[str] = []
         self.ready: set[str] = set()
+        self.returning: list[str] = []
+        self.leaving: set[str] = set()
         self.asked_to_leave: list[str] = []
         self.heard: list[tuple[str, bytes]] = []
         self.faulty: list[str] = []
@@ -91,6 +95,11 @@ class Deployment(NullWatcher):
     def instance_left(self, instance: InstanceId) -> None:
         self.left.append(instance)
 
+    def instance_returns(self, instance: InstanceId, detail: str) -> None:
+        self.returning.append(instance)
+        if instance in self.leaving:
+            self.left.append(instance)
+
     def has_instance(self, instance: InstanceId) -> bool:
         return instance in ("prefill-0", "decode-0") or (instance in self.door and instance not in self.left)
 
@@ -112,6 +121,13 @@ def test_a_host_is_admitted_under_the_next_free_name(server: Deployment) -> None
         assert server.outer.answers(host) == [Admitted(instance=InstanceId(f"decode-{number}"), terms=TERMS)]
     server.outer.say("host.delta", structs.replace(ASK, role=Role.PREFILL))
     assert server.members == [("decode-1", Role.DECODE), ("decode-2", Role.DECODE), ("prefill-1", Role.PREFILL)]
+
+
+def test_a_host_may_say_how_its_instance_would_be_called(server: Deployment) -> None:
+    server.outer.say(BETA, structs.replace(ASK, name="decode-7"))
+    server.outer.say(GAMMA, structs.replace(ASK, name="decode-0"))
+    server.outer.say("host.delta", structs.replace(ASK, name="host.gamma"))
+    assert [name for name, _ in server.members] == ["decode-7", "decode-1", "decode-2"], "taken, or a host's"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +228,51 @@ def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:
     assert (server.left, server.faulty) == (["decode-1"], [])
     server.watcher.instance_faulty(InstanceId("decode-0"), "broken")
     assert server.faulty == ["decode-0"]
+
+
+def test_an_instance_that_is_expected_belongs_before_it_joins(server: Deployment) -> None:
+    assert server.door.expect(Role.DECODE, "a cluster") == "decode-1"
+    assert server.members == [("decode-1", Role.DECODE)]
+    server.outer.say(GAMMA, ASK)
+    server.outer.say(BETA, structs.replace(ASK, name="decode-1"))
+    assert server.outer.answers(BETA) == [Admitted(instance=D1, terms=TERMS)]
+    assert server.members == [("decode-1", Role.DECODE), ("decode-2", Role.DECODE)], "nobody else took its name"
+
+
+def test_an_instance_that_somebody_saw_die_is_gone_or_awaited(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.door.lost(D1, "its node is gone", returns=True)
+    assert (server.returning, server.left) == (["decode-1"], [])
+    server.door.lost(D1, "there is no other node", returns=False)
+    server.door.lost(D1, "said twice", returns=False)
+    assert server.left == ["decode-1"]
+
+
+def test_an_instance_that_is_to_return_keeps_its_name_until_then(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, InstanceEnded(detail="killed by SIGKILL", returns=True))
+    assert (server.returning, server.left) == (["decode-1"], [])
+    server.outer.say(GAMMA, ASK)
+    server.outer.say("host.other-role", structs.replace(ASK, role=Role.PREFILL, name="decode-1"))
+    server.outer.say("host.beta-again", structs.replace(ASK, name="decode-1"))
+    assert server.outer.answers("host.beta-again") == [Admitted(instance=D1, terms=TERMS)]
+    assert [name for name, _ in server.members] == ["decode-1", "decode-2", "prefill-1"], "it did not join twice"
+    server.outer.say("host.beta-again", StillHere())
+    assert server.outer.answers("host.beta-again")[-1] == StillHere()
+
+
+def test_an_instance_that_was_to_leave_is_not_awaited(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.leaving.add("decode-1")
+    server.outer.say(BETA, InstanceEnded(detail="killed by SIGKILL", returns=True))
+    assert D1 not in server.door
+
+
+def test_an_instance_that_did_not_return_is_let_go(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.outer.say(BETA, InstanceEnded(detail="killed by SIGKILL", returns=True))
+    server.watcher.instance_faulty(D1, "no sign of life for 300 s while starting")
+    assert (server.left, server.faulty) == (["decode-1"], [])
 
 
 def test_a_host_that_is_gone_is_let_go_all_the_same(server: Deployment) -> None:

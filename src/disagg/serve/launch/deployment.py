@@ -80,6 +80,13 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "or the one from which --join reaches the server]"
         ),
     ] = None
+    cluster: Annotated[
+        str | None,
+        Meta(
+            description="Ray cluster whose nodes run the instances: ray for the one that this host belongs to, or "
+            "ray://HEAD [default: this host runs them]"
+        ),
+    ] = None
     ready_file: Annotated[
         str | None,
         Meta(description="file that is there while the instance of --join takes requests, for probes [default: none]"),
@@ -193,14 +200,14 @@ def plan_addition(
 
 
 def plan_guest(
-    deployment: Deployment, role: Role, keys: CurveKeys, available_cores: Sequence[int], parent_pid: int
+    deployment: Deployment, group: InstanceGroup, keys: CurveKeys, available_cores: Sequence[int], parent_pid: int
 ) -> InstanceSettings:
-    """Return what this host tells its instance for another one's server, but for what that server says of it.
+    """Return what this host tells one of a group's instances, for another host's server, but for what that says of it.
 
     It has the whole of ``--kv-disk``, and is pinned to the cores of ``--cpus`` alone: others on this host may be
     neighbours that it knows nothing of. Raises ConfigurationError for cores that are not there.
     """
-    alone = Placement(groups=(InstanceGroup(role=role, count=1),), others_join=True)
+    alone = Placement(groups=(msgspec.structs.replace(group, count=1, devices=()),), others_join=True)
     (settings,) = plan_instances(
         msgspec.structs.replace(deployment, placement=alone),
         control_endpoint="",
@@ -236,18 +243,23 @@ def _groups(deployment: Deployment) -> list[InstanceGroup]:
     """Return the group of each instance, in the order of ``Deployment.roles``."""
     groups = [group for role in Role for group in deployment.placement.groups if group.role is role]
     for group in groups:
-        if group.tensor_parallel > 1 or group.pipeline_parallel > 1:
-            raise ConfigurationError(
-                f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
-                f"of the {group.role.value} instances: only 1 and 1 are supported"
-            )
+        check_parallelism(group)
         if group.devices:
             raise ConfigurationError(
                 f"the placement puts {group.role.value} instances on {', '.join(group.devices)} of a cluster: disagg "
-                "serve starts instances on this host's cores; leave out devices, or print the commands of another "
-                "engine with disagg plan --as"
+                "serve starts instances on this host's cores; leave out devices, give --cluster ray, or print "
+                "commands of another engine with disagg plan --as"
             )
     return [group for group in groups for _ in range(group.count)]
+
+
+def check_parallelism(group: InstanceGroup) -> None:
+    """Raise ConfigurationError for instances of several devices."""
+    if group.tensor_parallel > 1 or group.pipeline_parallel > 1:
+        raise ConfigurationError(
+            f"tensor_parallel {group.tensor_parallel} and pipeline_parallel {group.pipeline_parallel} "
+            f"of the {group.role.value} instances: only 1 and 1 are supported"
+        )
 
 
 def usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int]:

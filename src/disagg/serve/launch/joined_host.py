@@ -10,9 +10,10 @@ import logging
 import math
 import secrets
 import signal
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, assert_never
 
 import zmq
@@ -23,6 +24,7 @@ import disagg
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError, ProtocolError, UnavailableError
+from disagg.base.ids import InstanceId
 from disagg.base.joining import (
     HOST_PREFIX,
     LOST_S,
@@ -59,6 +61,14 @@ LINGER_MS: Final = 500
 """For the last words to the server."""
 
 
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What the server is to call a host, in words, and its instance, where that name is free."""
+
+    host: str
+    instance: InstanceId | None = None
+
+
 class JoinedHost:
     """One engine for another host's server. ``run`` it once."""
 
@@ -70,14 +80,19 @@ class JoinedHost:
         listener: LineListener,
         ready: ReadyFile,
         *,
+        introduction: Introduction,
         leave_s: float,
     ) -> None:
-        """``settings`` say all but what the server does; its answers get ``leave_s`` to move when it is to stop."""
+        """``settings`` say all but what the server does, to which ``introduction`` is made.
+
+        When it is to stop, answers get ``leave_s`` to move.
+        """
         self._settings = settings
         self._server = server
         self._identity = identity
         self._listener = listener
         self._ready = ready
+        self._introduction = introduction
         self._leave_s = leave_s
         self._clock: Clock = MonotonicClock()
         self._restarts = RestartPolicy(RestartSettings())
@@ -117,8 +132,11 @@ class JoinedHost:
         (self._impatient if self._stopping.is_set() else self._stopping).set()
 
     def _settings_of(self, admitted: Admitted, address: ServerAddress) -> InstanceSettings:
+        self._introduction = replace(self._introduction, instance=admitted.instance)  # to be called so again
+        log = self._settings.event_log
         return structs.replace(
             self._settings,
+            event_log=None if log is None else str(Path(log).with_name(f"{admitted.instance}.jsonl")),
             instance=admitted.instance,
             control_endpoint=address.endpoint,
             kv_host=address.kv_host,
@@ -162,7 +180,8 @@ class JoinedHost:
                 release=disagg.__version__,
                 role=self._settings.role,
                 model=self._identity,
-                host=f"{socket.gethostname()} ({address.kv_host})",
+                host=self._introduction.host,
+                name=self._introduction.instance,
             )
         )
         until_s = self._clock.now() + patience_s
@@ -213,10 +232,15 @@ class JoinedHost:
         finally:
             self._ready.show(False)
             ended = await _end(process, ending)
-        await self._send(InstanceEnded(detail=ended.describe()))
-        if self._stopping.is_set():
-            return 0.0
-        return self._delay_s(ended, why, self._clock.now() - started_s)
+        returns = False
+        try:
+            if self._stopping.is_set():
+                return 0.0
+            delay_s = self._delay_s(ended, why, self._clock.now() - started_s)
+            returns = not why and ended.status != 0
+            return delay_s
+        finally:
+            await self._send(InstanceEnded(detail=ended.describe(), returns=returns))
 
     async def _watch(self, ending: "asyncio.Task[Exit]") -> str:
         """Return when the engine has ended by itself, or else why it should end."""

@@ -5,10 +5,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import uvloop
+from msgspec import structs
 from starlette.types import ASGIApp
 
 from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
-from disagg.base.config import ServeSettings
+from disagg.base.config import Placement, ServeSettings
 from disagg.base.errors import ConfigurationError
 from disagg.models.chat_template import ChatTemplate, load_chat_template
 from disagg.models.generation_config import end_token_ids, load_generation_config
@@ -23,9 +24,11 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.launch.api_keys import read_api_keys
 from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
+from disagg.serve.launch.join import key_folder
+from disagg.serve.launch.key_files import instance_keys, make_keys
 from disagg.serve.launch.listening import listen
 from disagg.serve.launch.operator import LocalOperator
-from disagg.serve.launch.server import LiveServer
+from disagg.serve.launch.server import LiveServer, ManagerFactory
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.router.live import LiveRouter
 
@@ -62,9 +65,38 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
                 traces=traces,
             )
 
-        server = LiveServer(deployment, bound, make_app, observer, model_name=model.name, sink=metrics)
+        here, make_manager = _open_cluster(deployment, observer, resources)
+        server = LiveServer(
+            here, bound, make_app, observer, model_name=model.name, sink=metrics, make_manager=make_manager
+        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.run())
+
+
+def _open_cluster(
+    deployment: Deployment, observer: ServerObserver, resources: ExitStack
+) -> tuple[Deployment, ManagerFactory | None]:
+    """Return what of a deployment is left to this host, and who runs the instances where it is not this host."""
+    remote = deployment.remote
+    if remote.cluster is None:
+        return deployment, None
+    if deployment.cache.kv_disk is not None:
+        raise ConfigurationError("--kv-disk names a folder of one host: leave it out with --cluster")
+    from disagg.serve.launch import ray_connection
+
+    resources.enter_context(ray_connection.connected(remote.cluster))
+    from disagg.serve.launch.ray_manager import RayManager
+
+    address = ray_connection.own_address()
+    here = structs.replace(
+        deployment,
+        placement=Placement(groups=(), others_join=True),
+        remote=structs.replace(remote, listen_instances=remote.listen_instances or f"{address}:0"),
+    )
+    folder = key_folder(remote)
+    make_keys(folder)
+    keys = instance_keys(folder)
+    return here, lambda: RayManager(deployment, deployment.placement, keys, observer.instance_line, address)
 
 
 def _open_traces(settings: ServeSettings, model_name: str, resources: ExitStack) -> "Traces | None":

@@ -11,6 +11,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.base.units import format_ranges
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
+from disagg.serve.launch.cluster_manager import ClusterManager
 from disagg.serve.launch.deployment import Deployment, plan_addition
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.router.live import LiveRouter
@@ -19,15 +20,21 @@ logger = logging.getLogger(__name__)
 
 
 class LocalOperator:
-    """See ``Operator``. ``planned`` are the instances that the server began with."""
+    """See ``Operator``. ``planned`` are the instances that the server began with; a ``manager`` starts further ones."""
 
     def __init__(
-        self, deployment: Deployment, planned: Sequence[InstanceSettings], router: LiveRouter, launcher: Launcher
+        self,
+        deployment: Deployment,
+        planned: Sequence[InstanceSettings],
+        router: LiveRouter,
+        launcher: Launcher,
+        manager: ClusterManager | None = None,
     ) -> None:
         self._deployment = deployment
         self._planned = planned
         self._router = router
         self._launcher = launcher
+        self._manager = manager
         self._used = {settings.instance for settings in planned}
 
     def drain(self, instance: InstanceId, *, force: bool) -> str:
@@ -65,6 +72,9 @@ class LocalOperator:
 
     def add(self, role: Role) -> tuple[InstanceId, str]:
         """See Operator."""
+        if self._manager is not None:
+            placed = self._manager.add(role)
+            return placed, f"{placed} starts where the cluster has room for it"
         names = (InstanceId(f"{role.value}-{number}") for number in count())
         name = next(name for name in names if name not in self._used and not self._router.has_instance(name))
         present = self._launcher.settings

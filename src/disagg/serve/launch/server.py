@@ -17,8 +17,9 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from disagg.base.errors import InternalError
+from disagg.base.errors import DisaggError, InternalError
 from disagg.serve.launch.api_server import CLOSE_S, ApiServer, make_api_server
+from disagg.serve.launch.cluster_manager import ClusterManager
 from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
@@ -36,6 +37,8 @@ from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
 
+ManagerFactory = Callable[[], ClusterManager]
+"""Makes, inside the event loop, who runs instances elsewhere."""
 AppFactory = Callable[[LiveRouter, LocalOperator], ASGIApp]
 """Makes the HTTP application of a router and of whoever changes its deployment."""
 
@@ -53,6 +56,7 @@ class LiveServer:
         model_name: str,
         sink: RouterSink | None = None,
         engine_command: Sequence[str] = ENGINE_COMMAND,
+        make_manager: ManagerFactory | None = None,
     ) -> None:
         self._deployment = deployment
         self._bound = bound
@@ -61,6 +65,7 @@ class LiveServer:
         self._model_name = model_name
         self._sink = sink
         self._engine_command = engine_command
+        self._make_manager = make_manager
 
     async def run(self) -> None:
         """Serve until SIGINT, SIGTERM or SIGHUP; drain on the first, stop at once on the second.
@@ -94,7 +99,8 @@ class LiveServer:
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
-            self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher)
+            self._manager = None if self._make_manager is None else self._make_manager()
+            self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher, self._manager)
             self._router.start(
                 watcher_of(self._launcher, self._router, self._outside), add_instance=self._operator.add_wanted
             )
@@ -113,6 +119,9 @@ class LiveServer:
         budget = share_descriptors(len(self._deployment.roles()))
         api = make_api_server(self._make_app(self._router, self._operator), self._deployment.serve, budget)
         self._launcher.start()
+        if self._manager is not None:
+            assert self._outside is not None, "a manager's instances join"
+            self._manager.start(self._outside.address, self._outside)
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")
         try:
@@ -130,15 +139,24 @@ class LiveServer:
         """Return on a signal; raise when the server cannot go on."""
         stopped = asyncio.create_task(self._signals.get(), name="signal")
         try:
-            ends: set[asyncio.Future[Any]] = {stopped, self._launcher.failed, api_task}
+            ends: set[asyncio.Future[Any]] = {stopped, *self._failures(), api_task}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
-        if self._launcher.failed.done():
-            raise self._launcher.failed.result()
+        for failure in self._failures():
+            if failure.done():
+                raise failure.result()
         if api_task.done():
             raise InternalError("the API ended by itself; the log says why") from api_task.exception()
         self._observer.server_stopping(stopped.result().name, self._deployment.serve.drain_s)
+
+    def _failures(self) -> list["asyncio.Future[DisaggError]"]:
+        return [runner.failed for runner in (self._launcher, self._manager) if runner is not None]
+
+    async def _stop_instances(self) -> None:
+        await self._launcher.stop()
+        if self._manager is not None:
+            await self._manager.stop()
 
     async def _end(self, api: ApiServer, api_task: asyncio.Task[None]) -> None:
         """Drain, then stop the instances and the API; a second signal cuts every wait short."""
@@ -154,16 +172,16 @@ class LiveServer:
         finally:
             impatience.cancel()
             self._router.close()
-            await self._launcher.stop()
+            await self._stop_instances()
             api.force_exit = True
             await asyncio.wait({api_task}, timeout=CLOSE_S)
 
     async def _end_patiently(self, api_task: asyncio.Task[None]) -> None:
-        failed = self._launcher.failed.done()
+        failed = any(failure.done() for failure in self._failures())
         await self._router.drain(0.0 if failed else self._deployment.serve.drain_s)
         await asyncio.wait({api_task}, timeout=CLOSE_S)
         self._router.stop_instances()
-        await self._launcher.stop()
+        await self._stop_instances()
 
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:

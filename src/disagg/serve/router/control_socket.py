@@ -81,13 +81,18 @@ class ZmqControlSocket:
             self.close()
             raise ConfigurationError(f"cannot listen for instances on {self._endpoint}: {error}") from error
         if self._endpoint.startswith("tcp:"):
-            bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-            assert isinstance(bound, bytes), "the option is an address"
-            logger.info("instances on other hosts join at %s", bound.rstrip(b"\0").decode())
+            logger.info("instances on other hosts join at tcp://%s", self.address)
         descriptor = self._socket.getsockopt(zmq.FD)
         assert isinstance(descriptor, int), "the option is a file descriptor"
         self._descriptor = descriptor
         self._loop.add_reader(descriptor, self._drain)
+
+    @property
+    def address(self) -> str:
+        """What follows the scheme of its endpoint, with the port that the system chose."""
+        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes), "the option is an address"
+        return bound.rstrip(b"\0").decode().partition("://")[2]
 
     def send(self, instance: InstanceId, data: bytes) -> None:
         """See ControlSocket."""

@@ -201,6 +201,12 @@ class LiveRouter:
         """See MemberListener."""
         self._shell.feed(Leave(instance=instance))
 
+    def instance_returns(self, instance: InstanceId, detail: str) -> None:
+        """See MemberListener."""
+        self.instance_exited(instance, detail)
+        if self.has_instance(instance):
+            self.instance_starting(instance)
+
     def has_instance(self, instance: InstanceId) -> bool:
         """See MemberListener."""
         return self._core.members.get(instance) is not None

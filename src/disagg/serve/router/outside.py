@@ -8,6 +8,7 @@ for a local instance, nor for one of another host without its key.
 import logging
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from typing import Protocol
 
 from disagg.base.errors import ConfigurationError, ProtocolError, UnavailableError
@@ -45,6 +46,9 @@ class MemberListener(Protocol):
     def instance_left(self, instance: InstanceId) -> None:
         """It does not belong any more; what it held is lost."""
 
+    def instance_returns(self, instance: InstanceId, detail: str) -> None:
+        """Its process is gone, and another one starts; what it held is lost."""
+
     def has_instance(self, instance: InstanceId) -> bool:
         """True while an instance of this name belongs to the deployment."""
 
@@ -52,12 +56,24 @@ class MemberListener(Protocol):
         """True while an instance of the deployment is ready, and does not drain."""
 
 
+class ListeningSocket(ControlSocket, Protocol):
+    """One that has an address of its own."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, once it is open."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Guest:
-    """One admitted instance, and what to call its host on the socket and in words."""
+    """One admitted instance, and what to call its host on the socket and in words.
 
-    socket_name: InstanceId
+    The host of one that is to return has no name on the socket until it asks again.
+    """
+
+    socket_name: InstanceId | None
     host: str
+    role: Role
 
 
 class OutsideDoor:
@@ -65,7 +81,7 @@ class OutsideDoor:
 
     listener: MemberListener
 
-    def __init__(self, socket: ControlSocket, identity: ModelIdentity, terms: ServerTerms) -> None:
+    def __init__(self, socket: ListeningSocket, identity: ModelIdentity, terms: ServerTerms) -> None:
         self._socket = socket
         self._identity = identity
         self._terms = terms
@@ -91,17 +107,32 @@ class OutsideDoor:
         """Let go of an instance that is broken, and tell its host if that can be reached."""
         guest = self._guests.pop(instance)
         logger.error("instance %s on %s does not belong to this server any more: %s", instance, guest.host, why)
-        self._answer(guest.socket_name, EndYourInstance(why=why))
+        self._tell(guest, EndYourInstance(why=why))
         self.listener.instance_left(instance)
 
     def see_off(self, instance: InstanceId) -> None:
         """Let go of an instance that holds nothing any more and was to leave."""
         guest = self._guests.pop(instance)
         logger.info("%s on %s leaves", instance, guest.host)
-        self._answer(
-            guest.socket_name, EndYourInstance(why="it was removed, and holds nothing any more", for_good=True)
-        )
+        self._tell(guest, EndYourInstance(why="it was removed, and holds nothing any more", for_good=True))
         self.listener.instance_left(instance)
+
+    def expect(self, role: Role, host: str) -> InstanceId:
+        """Let one more instance belong to the deployment, which somebody starts elsewhere, and return its name."""
+        instance = self._free_name(role)
+        self.listener.instance_joined(instance, role)
+        self._guests[instance] = _Guest(None, host, role)
+        return instance
+
+    def lost(self, instance: InstanceId, why: str, *, returns: bool) -> None:
+        """Take note that an instance is gone, as somebody who watches its host says, and whether it is to return."""
+        if instance in self._guests:
+            self._ended(instance, why, returns=returns)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT at which it listens, once it is open."""
+        return self._socket.address
 
     def host_of(self, instance: InstanceId) -> str:
         """Return in words where an admitted instance is."""
@@ -133,9 +164,9 @@ class OutsideDoor:
             case AskToLeave():
                 if instance is not None:
                     self._let_leave(instance)
-            case InstanceEnded(detail=detail):
+            case InstanceEnded(detail=detail, returns=returns):
                 if instance is not None:
-                    self._let_go(instance, detail)
+                    self._ended(instance, detail, returns=returns)
 
     def _reply_to(self, instance: InstanceId | None) -> StillHere | EndYourInstance:
         if instance is None:
@@ -144,8 +175,9 @@ class OutsideDoor:
 
     def _admit(self, sender: InstanceId, asked: AskToJoin) -> Admitted | NotAdmitted:
         why = self._why_not(asked)
-        if not why:
-            instance = self._free_name(asked.role)
+        instance = self._returning(asked)
+        if not why and instance is None:
+            instance = self._free_name(asked.role, asked.name)
             try:
                 self.listener.instance_joined(instance, asked.role)
             except ConfigurationError as error:
@@ -153,7 +185,8 @@ class OutsideDoor:
         if why:
             logger.warning("a %s instance on %s was not admitted: %s", asked.role.value, asked.host, why)
             return NotAdmitted(why=why)
-        self._guests[instance] = _Guest(sender, asked.host)
+        assert instance is not None, "it has a name by now"
+        self._guests[instance] = _Guest(sender, asked.host, asked.role)
         logger.info("%s on %s joins", instance, asked.host)
         return Admitted(instance=instance, terms=self._terms)
 
@@ -165,11 +198,21 @@ class OutsideDoor:
             )
         return self._identity.why_not(asked.model)
 
-    def _free_name(self, role: Role) -> InstanceId:
-        number = 0
-        while self.listener.has_instance(name := InstanceId(f"{role.value}-{number}")):
-            number += 1
-        return name
+    def _returning(self, asked: AskToJoin) -> InstanceId | None:
+        """Return the name of the awaited instance that asks."""
+        return next(
+            (
+                name
+                for name, guest in self._guests.items()
+                if name == asked.name and guest.socket_name is None and guest.role is asked.role
+            ),
+            None,
+        )
+
+    def _free_name(self, role: Role, wish: str | None = None) -> InstanceId:
+        numbered = (InstanceId(f"{role.value}-{number}") for number in count())
+        wished = [] if wish is None or wish.startswith(HOST_PREFIX) else [InstanceId(wish)]
+        return next(name for name in chain(wished, numbered) if not self.listener.has_instance(name))
 
     def _let_leave(self, instance: InstanceId) -> None:
         logger.info("the host of %s is to stop: its answers move to others", instance)
@@ -182,6 +225,21 @@ class OutsideDoor:
         guest = self._guests.pop(instance)
         logger.warning("%s on %s left: %s", instance, guest.host, detail)
         self.listener.instance_left(instance)
+
+    def _ended(self, instance: InstanceId, detail: str, *, returns: bool) -> None:
+        if not returns:
+            self._let_go(instance, detail)
+            return
+        guest = self._guests[instance]
+        logger.warning("%s on %s ended: %s; it is to return", instance, guest.host, detail)
+        self._guests[instance] = _Guest(None, guest.host, guest.role)
+        self.listener.instance_returns(instance, detail)
+        if not self.listener.has_instance(instance):  # it was to leave
+            del self._guests[instance]
+
+    def _tell(self, guest: _Guest, message: Message) -> None:
+        if guest.socket_name is not None:
+            self._answer(guest.socket_name, message)
 
     def _answer(self, sender: InstanceId, message: Message) -> None:
         try:
