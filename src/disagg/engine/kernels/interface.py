@@ -172,6 +172,8 @@ class KernelBackend(Protocol):
 
     name: str
     kv_format: KvFormat
+    keeps_weights: bool
+    """Whether ``linear`` keeps the tensor that it is given, rather than a copy in another order."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Pack ``weight`` [out_features, in_features] into ``memory``; the caller may drop its own reference."""

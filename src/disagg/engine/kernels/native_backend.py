@@ -70,6 +70,7 @@ class NativeBackend:
 
     name = "native"
     kv_format = KvFormat.INTERLEAVED
+    keeps_weights = False
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.instruction_set = instruction_set or instruction_sets()[0]
@@ -80,7 +81,7 @@ class NativeBackend:
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Copy ``weight`` into the order in which the kernels read it."""
         if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
-            return plain_linear(weight, bias, memory)
+            return plain_linear(weight.clone(), bias, memory)
         return self._pack(weight, weight.dtype, [], bias, memory)
 
     def int8_linear(

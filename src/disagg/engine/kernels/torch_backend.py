@@ -28,6 +28,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    keeps_weights = True
 
     def __init__(self, kv_format: KvFormat) -> None:
         self.kv_format = kv_format

@@ -196,6 +196,7 @@ class _Loader:
         self._quantization = quantization
         self._total = sum(math.prod(shape) for shape in shapes.values())
         self._num_read = 0
+        self._scratch = self._empty((0,))
 
     def load(self, config: ModelConfig) -> DecoderWeights:
         stored = self._stacked([_EMBEDDINGS])
@@ -268,7 +269,8 @@ class _Loader:
 
     def _linear(self, *names: str) -> Linear:
         """Pack one projection, or several of the same input stacked into one."""
-        weight = self._stacked([f"{name}.weight" for name in names])
+        copied = self._quantization is not None or not self._backend.keeps_weights
+        weight = self._stacked([f"{name}.weight" for name in names], in_scratch=copied)
         biased = f"{names[0]}.bias" in self._shapes
         bias = self._stacked([f"{name}.bias" for name in names]) if biased else None
         return self._pack(weight, bias)
@@ -281,16 +283,17 @@ class _Loader:
     def _tensor(self, name: str) -> torch.Tensor:
         return self._memory.keep(self._stacked([name]))
 
-    def _stacked(self, names: list[str]) -> torch.Tensor:
+    def _stacked(self, names: list[str], *, in_scratch: bool = False) -> torch.Tensor:
         """Return tensors one below the other, in memory of their own, so that nothing keeps the file mapped.
 
-        Each is cast straight into its place: a fresh page costs more than the arithmetic of dequantising it.
+        Each is cast straight into its place: a fresh page costs more than the arithmetic of dequantising it. What is in
+        the scratch is valid until the next: between packed weights, freed buffers would leave holes that nothing fits.
         """
         num_rows = sum(self._shapes[name][0] for name in names)
         shape = (num_rows, *self._shapes[names[0]][1:])
         if self._memory.is_filled:
             return torch.empty(shape, dtype=self._dtype, device="meta")
-        stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
+        stacked = self._scratch_of(shape) if in_scratch else self._empty(shape)
         start = 0
         for name in names:
             end = start + self._shapes[name][0]
@@ -300,3 +303,13 @@ class _Loader:
             if self._progress is not None:
                 self._progress(self._num_read / self._total)
         return stacked
+
+    def _scratch_of(self, shape: tuple[int, ...]) -> torch.Tensor:
+        size = math.prod(shape)
+        if size > len(self._scratch):
+            self._scratch = self._empty((0,))  # gone before its successor comes
+            self._scratch = self._empty((size,))
+        return self._scratch[:size].view(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
