@@ -30,6 +30,7 @@ class DType(enum.Enum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class Quantization(enum.Enum):

@@ -1,6 +1,7 @@
 """What an instance finds out at its start: how much its KV pool holds and how long a sequence can be."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -9,6 +10,12 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.units import format_bytes
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.models.shape import ModelShape
+
+_KV_DTYPES: Final = {
+    DType.FLOAT32: KvDtype.FLOAT32,
+    DType.BFLOAT16: KvDtype.BFLOAT16,
+    DType.FLOAT16: KvDtype.FLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ def plan_capacity(model: ModelSettings, cache: CacheSettings, config: ModelShape
         num_kv_heads=config.num_kv_heads,
         block_size=cache.block_size,
         head_dim=config.head_dim,
-        dtype={DType.FLOAT32: KvDtype.FLOAT32, DType.BFLOAT16: KvDtype.BFLOAT16}[model.dtype],
+        dtype=_KV_DTYPES[model.dtype],
         format=kv_format,
     )
     limit = config.max_position_embeddings

@@ -9,6 +9,8 @@ import torch
 from step_runner import StepRunner
 from transformers_logits import load_decoder, reference_logits
 
+from disagg.base.config import DType
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -135,3 +137,14 @@ def test_a_step_that_wants_no_logits_still_writes_keys_and_values(tiny_model: An
     assert chunked.step({0: token_ids[:30]}, no_rows=True).shape == (0, 320)
 
     torch.testing.assert_close(chunked.step({0: token_ids[30:]}), whole.step({0: token_ids}), atol=1e-5, rtol=1e-5)
+
+
+def test_float16_differs_by_its_rounding(tiny_model: Any) -> None:
+    folder = tiny_model("llama", initializer_range=0.05)
+    token_ids = torch.randint(0, 320, (40,), generator=torch.Generator().manual_seed(4)).tolist()
+    runner = StepRunner(load_decoder(folder, dtype=DType.FLOAT16), dtype=torch.float16)
+
+    logits = [runner.step({0: token_ids[:39]}), runner.step({0: token_ids[39:]})]
+
+    expected = reference_logits(folder, token_ids)[-2:]
+    torch.testing.assert_close(torch.cat(logits), expected, atol=5e-3, rtol=5e-3)

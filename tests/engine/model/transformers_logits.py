@@ -15,11 +15,16 @@ from disagg.engine.model.weights import load_weights
 from disagg.models.locate import load_config, locate_model
 
 
-def load_decoder(folder: Path, max_model_len: int | None = None, backend: KernelBackend | None = None) -> Decoder:
+def load_decoder(
+    folder: Path,
+    max_model_len: int | None = None,
+    backend: KernelBackend | None = None,
+    dtype: DType = DType.FLOAT32,
+) -> Decoder:
     files = locate_model(str(folder))
     config = load_config(files)
     backend = backend or TorchBackend(KvFormat.INTERLEAVED)
-    weights = load_weights(files, config, backend, dtype=DType.FLOAT32)
+    weights = load_weights(files, config, backend, dtype=dtype)
     return Decoder(config, weights, backend, max_model_len)
 
 

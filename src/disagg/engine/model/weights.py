@@ -30,7 +30,11 @@ from disagg.models.config import ModelConfig
 from disagg.models.locate import ModelFiles
 from disagg.models.shape import Experts, NormPlacement
 
-TORCH_DTYPES: Final = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+TORCH_DTYPES: Final = {
+    DType.FLOAT32: torch.float32,
+    DType.BFLOAT16: torch.bfloat16,
+    DType.FLOAT16: torch.float16,
+}
 
 _logger = logging.getLogger(__name__)
 
