@@ -1,7 +1,10 @@
 """``disagg models``."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -40,3 +43,36 @@ def test_json_for_scripts():
     first, second = json.loads(CliRunner().invoke(main, ["models", "--json"]).output)
     assert (first["name"], first["kind"], first["path"]) == ("tiny", "gguf", "tiny.gguf")
     assert "not supported" in second["problem"]
+
+
+def described(*models: Path) -> list[str]:
+    output = CliRunner().invoke(main, ["models", "--json", *map(str, models)]).output
+    return [entry["problem"] or "" for entry in json.loads(output)]
+
+
+def test_a_named_model_is_described(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama")
+    row = CliRunner().invoke(main, ["models", str(folder)]).output.splitlines()[1]
+    assert row.split()[:2] == [folder.name, "LlamaForCausalLM"]
+
+
+def test_what_cannot_be_loaded_says_why(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One folder for each reason: an architecture, a quantisation, missing weights, pickled weights, nothing at all."""
+
+    def changed(name: str, **entries: Any) -> Path:
+        copy = Path(shutil.copytree(tiny_model("llama"), tmp_path / name))
+        config = copy / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | entries))
+        return copy
+
+    odd = changed("odd", architectures=["BertModel"])
+    packed = changed("packed", quantization_config={"quant_method": "awq"})
+    bare, pickled = changed("bare"), changed("pickled")
+    (bare / "model.safetensors").unlink()
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    problems = described(odd, packed, bare, pickled, tmp_path / "absent")
+    assert "'BertModel'" in problems[0]
+    assert "quantization_config.quant_method = 'awq' is not supported; supported: unquantised" in problems[1]
+    assert "has no model.safetensors" in problems[2]
+    assert "pickled weights only" in problems[3]
+    assert "no such model" in problems[4]

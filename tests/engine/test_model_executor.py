@@ -138,6 +138,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
     },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
 }  # fmt: skip
 

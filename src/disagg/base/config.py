@@ -38,6 +38,8 @@ class Quantization(enum.Enum):
 
     INT8 = "int8"
     """A byte for each weight, one scale per output feature; activations and KV cache keep their type."""
+    GGUF = "gguf"
+    """The blocks of a GGUF file as they are, where the kernels have products with them."""
 
 
 class Device(enum.Enum):

@@ -75,7 +75,13 @@ def engine(model: str | None, threads: tuple[int, ...], as_json: bool, **options
             for step in steps:
                 shares = {"share": step.share, "share_in_turn": step.share_in_turn, "limit": step.limit.value}
                 peaks = msgspec.to_builtins(ready.peaks)
-                row = {"threads": num_threads, **shares, **msgspec.to_builtins(step), "peaks": peaks}
+                row = {
+                    "threads": num_threads,
+                    "weight_bytes": ready.weight_bytes,
+                    **shares,
+                    **msgspec.to_builtins(step),
+                    "peaks": peaks,
+                }
                 click.echo(msgspec.json.encode(row).decode())
         else:
             _print_table(ready, steps, num_threads)
@@ -116,9 +122,12 @@ def _print_table(ready: "EngineBenchmark", steps: list["StepTime"], num_threads:
     from rich.console import Console
     from rich.table import Table
 
+    from disagg.base.units import format_bytes
+
     peaks = ready.peaks
     table = Table(
-        title=f"{ready.name}, {ready.dtype}, {ready.backend.name} kernels, {num_threads} thread(s): "
+        title=f"{ready.name}, {ready.dtype}, {ready.backend.name} kernels, {num_threads} thread(s), "
+        f"weights {format_bytes(ready.weight_bytes)}: "
         f"reads {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.gemm_flops / 1e9:.0f} GFLOP/s"
     )
     for heading in ("phase", "batch", "tokens", "context", "ms", "share", "in turn", "floor"):

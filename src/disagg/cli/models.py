@@ -7,12 +7,16 @@ from disagg.base.units import format_bytes
 
 
 @click.command()
+@click.argument("named", metavar="[MODEL]...", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def models(as_json: bool) -> None:
-    """List what can be loaded without a download: the default model and the hub's cache."""
-    from disagg.models.listing import ModelListing, list_models
+def models(named: tuple[str, ...], as_json: bool) -> None:
+    """List what can be loaded without a download: the default model and the hub's cache.
 
-    listings = list_models()
+    With MODELs, say of each what it is, or why it cannot be loaded.
+    """
+    from disagg.models.listing import ModelListing, describe_model, list_models
+
+    listings = [describe_model(model) for model in named] if named else list_models()
     if as_json:
         click.echo(msgspec.json.encode(listings, enc_hook=str))
         return

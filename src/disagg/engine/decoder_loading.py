@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from disagg.base.clock import Clock
-from disagg.base.config import Device, InstanceSettings, ModelSettings
+from disagg.base.config import Device, InstanceSettings
 from disagg.base.errors import ConfigurationError
 from disagg.engine.facts import Capacity
 from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
@@ -47,9 +47,9 @@ class DecoderLoading:
             return self._load_foreign(config, device)
         model = self.settings.model
         config = config.for_length(model.max_model_len)
-        decoder = Decoder(config, self._load_weights(config, device), self.backend, self.capacity.max_model_len)
-        num_bytes = _weight_bytes(config, model, self.capacity.layout.dtype.itemsize)
-        return LoadedDecoder(decoder, num_bytes, self.backend.name)
+        weights = self._load_weights(config, device)
+        decoder = Decoder(config, weights, self.backend, self.capacity.max_model_len)
+        return LoadedDecoder(decoder, weights.num_bytes, self.backend.name)
 
     def _load_foreign(self, config: ForeignModel, device: torch.device) -> LoadedDecoder:
         # An extra: what is imported here is not installed everywhere.
@@ -94,14 +94,3 @@ class DecoderLoading:
         key = f"{self.files.path} {model.dtype} {model.quantization} on {self.backend.name}"
         most_bytes = most_weight_bytes(config)
         return load_shared(settings.weights, key, most_bytes, lambda memory: load(memory=memory), self.clock)
-
-
-def _weight_bytes(config: ModelConfig, model: ModelSettings, itemsize: int) -> int:
-    if model.quantization is None:
-        return config.num_parameters * itemsize
-    # The embeddings are looked up in the element type; tied ones are packed as the head besides.
-    rest = config.num_parameters - config.num_linear_parameters
-    return (
-        config.num_linear_parameters
-        + (rest + config.tie_word_embeddings * config.vocab_size * config.hidden_size) * itemsize
-    )

@@ -20,6 +20,7 @@ class Architecture(enum.Enum):
     MIXTRAL = "MixtralForCausalLM"
     QWEN2_MOE = "Qwen2MoeForCausalLM"
     QWEN3_MOE = "Qwen3MoeForCausalLM"
+    OLMOE = "OlmoeForCausalLM"
     GEMMA2 = "Gemma2ForCausalLM"
     GEMMA3 = "Gemma3ForCausalLM"
     PHI3 = "Phi3ForCausalLM"
@@ -33,7 +34,7 @@ SUPPORTED_MODELS = (
     "Gemma 3's text models (Gemma3ForCausalLM), Phi-3 and Phi-4 (Phi3ForCausalLM), OLMo 2 (Olmo2ForCausalLM), "
     "dense Granite 3 (GraniteForCausalLM), "
     "and the mixtures of experts Mixtral (MixtralForCausalLM), Qwen1.5-MoE and Qwen2-MoE (Qwen2MoeForCausalLM), "
-    "Qwen3-MoE (Qwen3MoeForCausalLM)"
+    "Qwen3-MoE (Qwen3MoeForCausalLM), OLMoE (OlmoeForCausalLM)"
 )
 """What a refusal tells the user to choose from."""
 

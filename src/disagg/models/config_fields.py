@@ -13,13 +13,13 @@ from typing import Final
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.config import Architecture
 
-LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE = Architecture
+LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE = Architecture
 _QWEN_MOE: Final = (QWEN2_MOE, QWEN3_MOE)
-_EXPERT_MODELS: Final = (MIXTRAL, *_QWEN_MOE)
+_EXPERT_MODELS: Final = (MIXTRAL, *_QWEN_MOE, OLMOE)
 _GEMMA: Final = (GEMMA2, GEMMA3)
 _SLIDES: Final = (MISTRAL, QWEN2, QWEN3, MIXTRAL, GEMMA2, GEMMA3, PHI3)
-_NEVER_SLIDES: Final = (LLAMA, OLMO2, GRANITE)
-_QK_NORM: Final = (QWEN3, QWEN3_MOE, GEMMA3, OLMO2)
+_NEVER_SLIDES: Final = (LLAMA, OLMO2, GRANITE, OLMOE)
+_QK_NORM: Final = (QWEN3, QWEN3_MOE, GEMMA3, OLMO2, OLMOE)
 _ALL: Final = frozenset(Architecture)
 
 
@@ -61,7 +61,7 @@ def _limited(
 
 
 _DENSE: Final = "0 (a dense model; the architecture's name says which experts are computed)"
-_EXPERTS: Final = "0; the experts of Mixtral, Qwen2-MoE and Qwen3-MoE"
+_EXPERTS: Final = "0; the experts of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE"
 
 
 def _others(*families: Architecture) -> tuple[Architecture, ...]:
@@ -77,13 +77,14 @@ CONFIG_FIELDS: Final = (
     *_read("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
     *_read("original_max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
     *_read("dtype", "torch_dtype"),
-    *_read("attention_bias", only=(LLAMA, QWEN3, QWEN3_MOE, *_GEMMA, OLMO2, GRANITE)),
+    *_read("attention_bias", only=(LLAMA, QWEN3, QWEN3_MOE, OLMOE, *_GEMMA, OLMO2, GRANITE)),
     *_read("mlp_bias", only=(LLAMA, GRANITE)),
     *_read("layer_types", only=_others(PHI3)),
     *_read("sliding_window", "use_sliding_window", only=_SLIDES),
     *_read("max_window_layers", only=(QWEN2, QWEN3)),
     *_read("num_experts", "num_local_experts", "num_experts_per_tok", only=_EXPERT_MODELS),
-    *_read("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", only=_QWEN_MOE),
+    *_read("moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", only=_QWEN_MOE),
+    *_read("norm_topk_prob", only=(*_QWEN_MOE, OLMOE)),
     *_read("shared_expert_intermediate_size", "qkv_bias", only=(QWEN2_MOE,)),
     *_read("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq", only=(GEMMA3,)),
     *_read("query_pre_attn_scalar", "final_logit_softcapping", only=_GEMMA),

@@ -91,6 +91,9 @@ FAMILIES: Final = {
     Architecture.MIXTRAL: ModelFamily(("mixtral",), SlidingLayers()),
     Architecture.QWEN2_MOE: ModelFamily(("qwen2_moe",), has_qkv_bias=True, qkv_bias_field="qkv_bias"),
     Architecture.QWEN3_MOE: ModelFamily(("qwen3_moe",), qk_norm=QkNorm.HEADS, may_have_attention_bias=True),
+    Architecture.OLMOE: ModelFamily(
+        ("olmoe",), has_layer_types=False, qk_norm=QkNorm.ROWS, may_have_attention_bias=True, rms_norm_eps=1e-5
+    ),
     Architecture.GEMMA2: ModelFamily(
         ("gemma2",),
         SlidingLayers(FullEvery(2), _GEMMA_WINDOW),

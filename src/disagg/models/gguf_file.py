@@ -11,7 +11,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from disagg.models.shape import NormPlacement
 
 Scalar = int | float | bool | str
 MetadataValue = Scalar | list[str] | npt.NDArray[np.generic]
+
+Element = TypeVar("Element", bound=np.generic)
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -42,6 +44,7 @@ _SCALAR_DTYPES: Final[dict[int, str]] = {
     11: "<i8",
     12: "<f8",
 }
+_PLAIN: Final = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MAX_DIMENSIONS: Final = 4
 
 _HF_NAMES: Final = {
@@ -119,6 +122,19 @@ class GgufFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_formats(self) -> None:
+        """Raise UnsupportedModelError naming the first tensor that is stored in blocks that cannot be dequantised."""
+        first = {tensor.quantization: tensor for tensor in reversed(self.tensors.values())}
+        for quantization, tensor in first.items():
+            if quantization not in _PLAIN:
+                _, num_bytes = GGML_QUANT_SIZES[quantization]
+                self._dequantized(np.zeros((1, num_bytes), np.uint8), tensor)
+
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes of one tensor, in the file's own memory."""
+        tensor = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor, dequantised to float32, in torch's shape; the array owns its memory.
 
@@ -134,11 +150,14 @@ class GgufFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.num_bytes - start)
 
     def _read(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
-        stored = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        stored = self.stored(tensor.name)
         if tensor.quantization is GGMLQuantizationType.F32:
             return stored.view(np.float32).reshape(tensor.shape).copy()
         num_rows = 1 if len(tensor.shape) < 2 else int(np.prod(tensor.shape[:-1]))
         rows = stored.reshape(_num_merged_rows(num_rows, tensor.num_bytes), -1)
+        return self._dequantized(rows, tensor).reshape(tensor.shape)
+
+    def _dequantized(self, rows: npt.NDArray[np.uint8], tensor: GgufTensor) -> npt.NDArray[np.float32]:
         try:
             values: npt.NDArray[np.float32] = dequantize(rows, tensor.quantization)
         except NotImplementedError as error:
@@ -146,7 +165,7 @@ class GgufFile:
                 f"{self.path}: tensor {tensor.name!r} is stored as {tensor.quantization.name}, which cannot be "
                 "dequantised; take a file in another quantisation, such as Q8_0 or Q4_K_M"
             ) from error
-        return values.reshape(tensor.shape)
+        return values
 
 
 def hf_tensor_name(name: str, config: ModelConfig) -> str | None:
@@ -171,7 +190,7 @@ def is_rope_table(name: str) -> bool:
     )
 
 
-def undo_rope_permutation(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def undo_rope_permutation(weight: npt.NDArray[Element], num_heads: int) -> npt.NDArray[Element]:
     """Return a query or key projection (or its bias) in Hugging Face's order of rows.
 
     llama.cpp's converter interleaves the two halves of each head of Llama models for its own rotary kernel.

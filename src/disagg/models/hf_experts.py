@@ -7,7 +7,7 @@ from disagg.models.config import Architecture
 from disagg.models.json_fields import JsonFields
 from disagg.models.shape import Experts
 
-EXPERT_MODELS: Final = (Architecture.MIXTRAL, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE)
+EXPERT_MODELS: Final = (Architecture.MIXTRAL, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE, Architecture.OLMOE)
 _QWEN: Final = (Architecture.QWEN2_MOE, Architecture.QWEN3_MOE)
 
 

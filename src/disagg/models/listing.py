@@ -8,6 +8,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.model_code import ModelCode
 from disagg.models.config import ModelConfig
 from disagg.models.foreign import ForeignModel
+from disagg.models.gguf_file import GgufFile
 from disagg.models.locate import DEFAULT_MODEL_NAME, ModelFiles, ModelKind, load_served_model_config, locate_model
 
 
@@ -22,6 +23,16 @@ class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int | None = None
     max_position_embeddings: int | None = None
     problem: str | None = None
+
+
+def describe_model(model: str) -> ModelListing:
+    """Return what MODEL, as ``locate_model`` takes it, is: with the problem, where it is none that can be loaded."""
+    try:
+        files = locate_model(model)
+    except ConfigurationError as error:
+        return ModelListing(name=model, kind=ModelKind.HF_FOLDER, problem=str(error))
+    paths = files.path.rglob("*") if files.path.is_dir() else (files.path,)
+    return _describe(files, sum(path.stat().st_size for path in paths if path.is_file()))
 
 
 def list_models() -> list[ModelListing]:
@@ -48,6 +59,9 @@ def _describe(files: ModelFiles, num_bytes: int) -> ModelListing:
     try:
         config = load_served_model_config(files, ModelCode.AUTO)
         files.weight_files()
+        if files.kind is ModelKind.GGUF:
+            with GgufFile(files.path) as file:
+                file.check_formats()
     except ConfigurationError as error:
         problem = str(error)
     return ModelListing(

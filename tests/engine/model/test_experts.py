@@ -25,6 +25,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", EIGHT | {"shared_expert_intermediate_size": 48}),
     "qwen2-moe-all": ("qwen2_moe", EIGHT | {"num_experts_per_tok": 8, "shared_expert_intermediate_size": 16}),
     "qwen3-moe": ("qwen3_moe", EIGHT | {"norm_topk_prob": True, "attention_bias": True}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-normalised": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3-moe-dense-layers": (
         "qwen3_moe",
         EIGHT | {"num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2},

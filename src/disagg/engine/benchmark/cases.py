@@ -23,9 +23,9 @@ class Limit(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ElementSizes:
-    """Bytes of an element of the weight matrices and of the KV cache."""
+    """Bytes of an element of the weight matrices, on average, and of the KV cache."""
 
-    weight: int
+    weight: float
     cache: int
 
 
@@ -42,7 +42,7 @@ class StepCase:
         """Return the products with weights: every weight that is needed read once, one logit row a sequence."""
         num_tokens = self.batch * self.new_tokens
         flops = config.linear_flops(num_tokens, self.batch)
-        return StepCost(flops, config.num_read_parameters(num_tokens) * sizes.weight)
+        return StepCost(flops, round(config.num_read_parameters(num_tokens) * sizes.weight))
 
     def attention(self, config: ModelConfig, sizes: ElementSizes) -> "StepCost":
         """Return the attention: the whole KV cache of the sequences read once."""

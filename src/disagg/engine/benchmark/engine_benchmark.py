@@ -37,6 +37,7 @@ class EngineBenchmark:
     block_size: int
     peaks: MachinePeaks
     sizes: ElementSizes
+    weight_bytes: int
 
     def measure(self, cases: list[StepCase]) -> Iterator[StepTime]:
         """Yield each case's median step time beside its floors."""
@@ -96,8 +97,17 @@ def prepare(
     weights = load_weights(files, config, backend, dtype=dtype, quantization=quantization, progress=progress)
     decoder = Decoder(config, weights, backend)
     peaks = measure_peaks(backend, torch_dtype)
-    sizes = ElementSizes(torch_dtype.itemsize if quantization is None else 1, torch_dtype.itemsize)
-    return EngineBenchmark(files.name, config, decoder, backend, torch_dtype, block_size, peaks, sizes)
+    element_bytes = torch_dtype.itemsize
+    matrix_bytes = {
+        None: element_bytes,
+        Quantization.INT8: 1,
+        # The embeddings are looked up; a tied head is a matrix of its own.
+        Quantization.GGUF: (weights.num_bytes - weights.embeddings.nbytes) / config.num_linear_parameters,
+    }
+    sizes = ElementSizes(matrix_bytes[quantization], element_bytes)
+    return EngineBenchmark(
+        files.name, config, decoder, backend, torch_dtype, block_size, peaks, sizes, weights.num_bytes
+    )
 
 
 def make_batch(case: StepCase, block_size: int) -> StepBatch:

@@ -117,6 +117,8 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: Linear
+    num_bytes: int = 0
+    """What all of this takes in memory, as far as it was counted."""
 
 
 @dataclass(frozen=True, slots=True)

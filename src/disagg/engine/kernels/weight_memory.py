@@ -14,9 +14,12 @@ _ALIGNMENT: Final = 64
 class WeightMemory(Protocol):
     """Gives memory to what stays of a model. Each load must ask for the same, in the same order."""
 
-    is_filled: bool
-    """True when another load has left its weights here: nothing is to be read or packed. Weights are then described by
-    tensors on the device ``meta``, which have a shape and no contents."""
+    @property
+    def is_filled(self) -> bool:
+        """True when another load has left its weights here: nothing is to be read or packed.
+
+        Weights are then described by tensors on the device ``meta``, which have a shape and no contents.
+        """
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return memory for a tensor, to be filled unless ``is_filled``."""
@@ -40,6 +43,36 @@ class PrivateMemory:
 
 
 PRIVATE: Final = PrivateMemory()
+
+
+class CountedMemory:
+    """Another WeightMemory, and the bytes of what stays in it."""
+
+    def __init__(self, memory: WeightMemory) -> None:
+        self._memory = memory
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def is_filled(self) -> bool:
+        """See WeightMemory."""
+        return self._memory.is_filled
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, each counted once."""
+        return sum(self._sizes.values())
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See WeightMemory."""
+        return self._counted(self._memory.empty(shape, dtype))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See WeightMemory."""
+        return self._counted(self._memory.keep(tensor))
+
+    def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._sizes[tensor.data_ptr()] = tensor.nbytes
+        return tensor
 
 
 class MappedMemory:

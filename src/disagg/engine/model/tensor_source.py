@@ -7,10 +7,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from disagg.base.errors import ConfigurationError
+from disagg.base.errors import ConfigurationError, InternalError
+from disagg.engine.kernels.blocks import BlockFormat, BlockWeight
+from disagg.engine.model.gguf_blocks import BLOCK_FORMATS, read_blocks
 from disagg.models.config import Architecture, ModelConfig
 from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
@@ -33,6 +36,12 @@ class TensorSource(Protocol):
 
     def copy(self, name: str, place: torch.Tensor) -> None:
         """Copy one tensor to ``place``, cast to its element type; the file's pages leave the process's memory."""
+
+    def block_format(self, name: str) -> BlockFormat | None:
+        """Return the blocks in which a matrix is stored, None where they cannot be kept."""
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        """Return a matrix of which ``block_format`` is not None, in memory of its own."""
 
 
 @contextmanager
@@ -85,6 +94,12 @@ class _SafetensorsSource:
         place.copy_(self._adjusted(name, mapped))
         _drop_pages(mapped)
 
+    def block_format(self, name: str) -> BlockFormat | None:
+        return None
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        raise InternalError(f"tensor {name!r} is in no blocks")
+
     def _mapped(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
@@ -135,3 +150,15 @@ class _GgufSource:
 
     def copy(self, name: str, place: torch.Tensor) -> None:
         place.copy_(self.read(name))
+
+    def block_format(self, name: str) -> BlockFormat | None:
+        return BLOCK_FORMATS.get(self._file.tensors[self._names[name]].quantization)
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        tensor = self._file.tensors[self._names[name]]
+        num_rows = tensor.shape[0]
+        weight = read_blocks(self._file.stored(tensor.name), tensor.quantization, num_rows)
+        num_heads = self._permuted_heads.get(name.split(".")[-2])
+        if num_heads is None:
+            return weight
+        return weight.rows(torch.from_numpy(undo_rope_permutation(np.arange(num_rows), num_heads)))

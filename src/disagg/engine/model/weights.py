@@ -14,6 +14,7 @@ import torch
 
 from disagg.base.config import DType, Quantization
 from disagg.base.errors import ConfigurationError
+from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import quantize_int8
 from disagg.engine.kernels.interface import (
     DecoderWeights,
@@ -23,11 +24,11 @@ from disagg.engine.kernels.interface import (
     Linear,
     SparseMlp,
 )
-from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.engine.kernels.weight_memory import PRIVATE, CountedMemory, WeightMemory
 from disagg.engine.model.expert_tensors import ExpertNames, expert_names, expert_shapes
 from disagg.engine.model.tensor_source import TensorSource, open_tensors
 from disagg.models.config import ModelConfig
-from disagg.models.locate import ModelFiles
+from disagg.models.locate import ModelFiles, ModelKind
 from disagg.models.shape import Experts, NormPlacement
 
 TORCH_DTYPES: Final = {
@@ -82,6 +83,11 @@ def load_weights(
     Raises ConfigurationError naming the first tensor that is missing, left over or of the wrong shape; all of them are
     looked at before any is read.
     """
+    if quantization is Quantization.GGUF and files.kind is not ModelKind.GGUF:
+        raise ConfigurationError(
+            f"--quantization gguf keeps the blocks of a GGUF file, and {files.path} is none; leave it out, or name "
+            "such a file"
+        )
     with open_tensors(files, config) as source:
         config = _with_own_head(config, source)
         expected = expected_shapes(config)
@@ -191,7 +197,7 @@ class _Loader:
         memory: WeightMemory,
     ) -> None:
         self._source = source
-        self._memory = memory
+        self._memory = CountedMemory(memory)
         self._backend = backend
         self._dtype = dtype
         self._device = device
@@ -207,11 +213,12 @@ class _Loader:
         embeddings = self._memory.keep(self._scaled(stored, config.embedding_multiplier))
         unscaled = embeddings if config.embedding_multiplier == 1.0 else stored
         # Before the layers: the head is the largest matrix, and beside what is packed already it would be the peak.
-        head = self._pack(unscaled, None) if config.tie_word_embeddings else self._linear("lm_head")
+        tied = config.tie_word_embeddings
+        head = self._pack(self._blocks([_EMBEDDINGS]) or unscaled, None) if tied else self._linear("lm_head")
         del stored, unscaled
         layers = tuple(self._layer(layer, config) for layer in range(config.num_layers))
         norm = self._tensor("model.norm.weight")
-        return DecoderWeights(embeddings=embeddings, layers=layers, norm=norm, head=head)
+        return DecoderWeights(embeddings, layers, norm, head, self._memory.num_bytes)
 
     def _scaled(self, embeddings: torch.Tensor, multiplier: float) -> torch.Tensor:
         """Return what a token's row is multiplied with, rounded as transformers rounds both."""
@@ -273,16 +280,33 @@ class _Loader:
 
     def _linear(self, *names: str) -> Linear:
         """Pack one projection, or several of the same input stacked into one."""
-        copied = self._quantization is not None or not self._backend.keeps_weights
-        weight = self._stacked([f"{name}.weight" for name in names], in_scratch=copied)
+        matrices = [f"{name}.weight" for name in names]
+        copied = self._quantization is Quantization.INT8 or not self._backend.keeps_weights
+        weight = self._blocks(matrices) or self._stacked(matrices, in_scratch=copied)
         biased = f"{names[0]}.bias" in self._shapes
         bias = self._stacked([f"{name}.bias" for name in names]) if biased else None
         return self._pack(weight, bias)
 
-    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def _pack(self, weight: torch.Tensor | BlockWeight, bias: torch.Tensor | None) -> Linear:
+        if isinstance(weight, BlockWeight):
+            return self._backend.block_linear(weight, bias, self._dtype, self._memory)
         if self._quantization is Quantization.INT8:
             return self._backend.int8_linear(quantize_int8(weight), bias, weight.dtype, self._memory)
         return self._backend.linear(weight, bias, self._memory)
+
+    def _blocks(self, names: list[str]) -> BlockWeight | None:
+        """Return matrices one below the other in the file's blocks; None where these are not kept, or differ."""
+        if self._quantization is not Quantization.GGUF or self._device.type != "cpu":
+            return None
+        kind, *others = {self._source.block_format(name) for name in names}
+        if kind is None or others:
+            return None
+        if self._memory.is_filled:
+            return BlockWeight.described(kind, sum(self._shapes[name][0] for name in names), self._shapes[names[0]][1])
+        weight = BlockWeight.stacked([self._source.read_blocks(name) for name in names])
+        if names != [_EMBEDDINGS]:  # which are looked up besides
+            self._count(names)
+        return weight
 
     def _tensor(self, name: str) -> torch.Tensor:
         return self._memory.keep(self._stacked([name]))
@@ -303,9 +327,7 @@ class _Loader:
             end = start + self._shapes[name][0]
             self._source.copy(name, stacked[start:end])
             start = end
-            self._num_read += math.prod(self._shapes[name])
-            if self._progress is not None:
-                self._progress(self._num_read / self._total)
+            self._count([name])
         return stacked
 
     def _scratch_of(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -317,3 +339,8 @@ class _Loader:
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def _count(self, names: list[str]) -> None:
+        self._num_read += sum(math.prod(self._shapes[name]) for name in names)
+        if self._progress is not None:
+            self._progress(self._num_read / self._total)

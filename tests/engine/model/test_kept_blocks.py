@@ -1,0 +1,121 @@
+"""Weights that stay in the blocks of their GGUF file compute what the dequantised ones compute, in less memory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from safetensors.numpy import load_file
+from step_runner import StepRunner
+from test_decoder_gguf import gguf_name, permuted
+
+from disagg.base.clock import MonotonicClock
+from disagg.base.config import DType, Quantization
+from disagg.base.errors import ConfigurationError
+from disagg.cache.layout import KvFormat
+from disagg.engine.kernels.interface import DecoderWeights, KernelBackend
+from disagg.engine.kernels.native_backend import NativeBackend, native_unavailable_reason
+from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
+from disagg.engine.model.decoder import Decoder
+from disagg.engine.model.shared_weights import load_shared
+from disagg.engine.model.weights import load_weights, most_weight_bytes
+from disagg.models.locate import load_config, locate_model
+from disagg.models.shape import NormPlacement
+
+Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+
+
+def quantized(folder: Path, path: Path, mixed: bool) -> Path:
+    """A Llama in Q4_0; with ``mixed`` values are Q8_0, as in llama.cpp's mixtures, and cannot join queries and keys."""
+    config = load_config(locate_model(str(folder)))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, values in load_file(folder / "model.safetensors").items():
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        stored = np.ascontiguousarray(values if heads is None else permuted(values, heads))
+        kind = GGMLQuantizationType.F32 if values.ndim == 1 else Q8_0 if mixed and ".v_proj." in name else Q4_0
+        data = gguf.quants.quantize(stored, kind)
+        writer.add_tensor(gguf_name(name, NormPlacement.BEFORE), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest) -> KernelBackend:
+    if request.param == "torch":
+        return TorchBackend(KvFormat.INTERLEAVED)
+    if reason := native_unavailable_reason(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    return NativeBackend()
+
+
+def load(
+    path: Path, backend: KernelBackend, quantization: Quantization | None, memory: WeightMemory = PRIVATE
+) -> DecoderWeights:
+    files = locate_model(str(path))
+    return load_weights(
+        files, load_config(files), backend, dtype=DType.FLOAT32, quantization=quantization, memory=memory
+    )
+
+
+def logits_of(path: Path, weights: DecoderWeights, backend: KernelBackend) -> torch.Tensor:
+    token_ids = torch.randint(0, 320, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    decoder = Decoder(load_config(locate_model(str(path))), weights, backend)
+    return StepRunner(decoder).step({0: token_ids}, all_rows=True)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_same_logits(tiny_model: Any, tmp_path: Path, backend: KernelBackend, tied: bool, mixed: bool) -> None:
+    path = quantized(tiny_model("llama", tie_word_embeddings=tied), tmp_path / "model.gguf", mixed)
+    dequantized, kept = load(path, backend, None), load(path, backend, Quantization.GGUF)
+
+    torch.testing.assert_close(
+        logits_of(path, kept, backend), logits_of(path, dequantized, backend), atol=1e-4, rtol=1e-4
+    )
+    if backend.name == "native":
+        assert kept.num_bytes < (0.6 if tied else 0.5) * dequantized.num_bytes
+
+
+def test_instances_share_them(tiny_model: Any, tmp_path: Path, backend: KernelBackend) -> None:
+    path = quantized(tiny_model("llama"), tmp_path / "model.gguf", mixed=True)
+    most = most_weight_bytes(load_config(locate_model(str(path))))
+    descriptor = os.memfd_create("weights-of-a-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        shared = [
+            load_shared(
+                f"/proc/{os.getpid()}/fd/{descriptor}",
+                "a model",
+                most,
+                lambda memory: load(path, backend, Quantization.GGUF, memory),
+                MonotonicClock(),
+            )
+            for _ in range(2)
+        ]
+    finally:
+        os.close(descriptor)
+    alone = logits_of(path, load(path, backend, Quantization.GGUF), backend)
+    for weights in shared:
+        assert torch.equal(logits_of(path, weights, backend), alone)
+
+
+def test_a_folder_has_no_blocks(tiny_model: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"--quantization gguf keeps the blocks of a GGUF file, and .* is none"
+    ):
+        load(tiny_model("llama"), TorchBackend(KvFormat.INTERLEAVED), Quantization.GGUF)
