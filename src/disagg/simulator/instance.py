@@ -34,7 +34,7 @@ from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import SerialLinks
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, LoadEnded
+from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, Expect, LoadEnded
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -108,6 +108,8 @@ class SimulatedInstance:
         self._activity: Activity | None = None
         self._step_tokens, self._step_s = 0, 0.0
         self._requests: dict[RequestId, SimulatedRequest] = {}
+        self._expected: set[RequestId] = set()
+        """Those of them that another instance still computes."""
         self._messages: list[AnyInstanceInput] = []
         self._steps_done: list[AnyInstanceInput] = []
         self._pulls_done: list[AnyInstanceInput] = []
@@ -158,6 +160,10 @@ class SimulatedInstance:
         """Receive a sequence: the message says whether it starts here or continues."""
         if self.is_alive:
             self._requests[request.request_id] = request
+            if isinstance(message, Expect):
+                self._expected.add(request.request_id)
+            else:
+                self._expected.discard(request.request_id)
             self.deliver(message)
 
     def deliver(self, message: AnyInstanceInput) -> None:
@@ -172,7 +178,9 @@ class SimulatedInstance:
         return [
             request
             for request in self._requests.values()
-            if 0 < request.num_reported_tokens < request.num_output_tokens and not request.is_complete
+            if 0 < request.num_reported_tokens < request.num_output_tokens
+            and not request.is_complete
+            and request.request_id not in self._expected
         ]
 
     def sync(self) -> None:
@@ -249,6 +257,7 @@ class SimulatedInstance:
                 self._use_disk(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
+                self._expected.discard(request_id)
             case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):

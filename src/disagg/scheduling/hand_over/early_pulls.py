@@ -74,22 +74,41 @@ class EarlyPulls:
         return True
 
     def start(self) -> None:
-        """Reserve room while nobody who could use it now is without, and read what can be read."""
-        books = self._books
-        for sequence in list(self.without_room):
-            early = sequence.early
-            assert early is not None, "it is known from its parts"
-            if not books.has_room or self._offered or books.waiting:
-                break
-            if early.is_given_up or books.ledger.is_quarantined(sequence.request_id, sequence.epoch):
-                continue
-            if not books.ledger.begin_early(sequence, early):
-                break
-            self.without_room.remove(sequence)
-            books.num_pulling += 1
-            self.wait(sequence)
+        """Read the rest of what is offered whole; beside that a part, where nothing else is being read.
+
+        An instance copies one hand-over after the other, and starts the next one between two steps: parts that queued
+        for that would keep back those whose turn it is.
+        """
         for sequence in list(self.awaiting):
+            if sequence.remote is not None:
+                self._read_next(sequence)
+        for sequence in list(self.awaiting):
+            if self._is_reading:
+                return
             self._read_next(sequence)
+        for sequence in list(self.without_room):
+            if self._is_reading or not self._reserve(sequence):
+                return
+
+    @property
+    def _is_reading(self) -> bool:
+        return self._books.num_pulling > len(self.awaiting)
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Reserve room for a sequence while nobody who could use it now is without; return False where somebody is."""
+        books, early = self._books, sequence.early
+        assert early is not None, "it is known from its parts"
+        if not books.has_room or self._offered or books.waiting:
+            return False
+        if early.is_given_up or books.ledger.is_quarantined(sequence.request_id, sequence.epoch):
+            return True
+        if not books.ledger.begin_early(sequence, early):
+            return False
+        self.without_room.remove(sequence)
+        books.num_pulling += 1
+        self.wait(sequence)
+        self._read_next(sequence)
+        return True
 
     def arrived(self, sequence: Sequence) -> bool:
         """What was being read is here; return whether that is all, and the sequence can run."""

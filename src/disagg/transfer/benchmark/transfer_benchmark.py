@@ -79,6 +79,7 @@ class TransferBenchmark:
         self._num_blocks = num_blocks
         self._num_reads = num_reads
         self._clock: Clock = MonotonicClock()
+        self._places = np.random.default_rng(1)
         self._stack = ExitStack()
 
     @property
@@ -116,7 +117,7 @@ class TransferBenchmark:
         self._stack.close()
 
     def measure(self) -> Iterator[TransferFigure]:
-        """Yield the figures of all links, each with the limit as it was just before."""
+        """Yield the figures of all links, each beside its limit: reads and what bounds them take turns."""
         for choice, dtype, limit in (
             (KvLinkChoice.SHM, KvTransferDtype.RAW, self._plain_copy),
             (KvLinkChoice.TCP, KvTransferDtype.RAW, self._plain_socket),
@@ -128,15 +129,15 @@ class TransferBenchmark:
                 try:
                     link = links.open(self._peer.offer.pool)
                     wait_until_touched(_DEADLINE_S)
-                    yield from self._measure(link, KvCodec(dtype.value), self._speed(limit))
+                    yield from self._measure(link, KvCodec(dtype.value), limit)
                 finally:
                     links.close()
 
-    def _measure(self, link: Link, codec: KvCodec, limit_bytes_per_s: float) -> Iterator[TransferFigure]:
+    def _measure(self, link: Link, codec: KvCodec, limit: Callable[[], None]) -> Iterator[TransferFigure]:
         for digests in (False, True):
             for pieces in Pieces:
                 reads = self._reads(pieces, digests=digests)
-                speed = self._speed(lambda reads=reads: _wait_for(link, next(reads)))  # type: ignore[misc]
+                speed, limit_speed = self._speeds(lambda reads=reads: _wait_for(link, next(reads)), limit)  # type: ignore[misc]
                 yield TransferFigure(
                     link=link.kind,
                     codec=codec,
@@ -145,7 +146,7 @@ class TransferBenchmark:
                     digests=digests,
                     num_bytes=self.num_bytes,
                     bytes_per_s=speed,
-                    limit_bytes_per_s=limit_bytes_per_s,
+                    limit_bytes_per_s=limit_speed,
                 )
 
     def digest_bytes_per_s(self) -> float:
@@ -186,13 +187,18 @@ class TransferBenchmark:
 
     def _speed(self, move: Callable[[], object]) -> float:
         """Return the median bytes per second of a call that moves the bytes of one read."""
-        move()
-        times_s = []
-        for _ in range(self._num_reads):
-            started_s = self._clock.now()
-            move()
-            times_s.append(self._clock.now() - started_s)
-        return self.num_bytes / float(np.median(times_s))
+        return self._speeds(move)[0]
+
+    def _speeds(self, *moves: Callable[[], object]) -> list[float]:
+        """Return that of several calls which take turns, so that what else the machine does slows all of them."""
+        times_s: list[list[float]] = [[] for _ in moves]
+        for repeat in range(1 + self._num_reads):
+            for move, taken_s in zip(moves, times_s, strict=True):
+                started_s = self._clock.now()
+                move()
+                if repeat:  # the first time connections are made and pages mapped
+                    taken_s.append(self._clock.now() - started_s)
+        return [self.num_bytes / float(np.median(taken_s)) for taken_s in times_s]
 
     @cached_property
     def _mapped(self) -> PeerPool:
@@ -207,9 +213,11 @@ class TransferBenchmark:
         return connection
 
     def _plain_copy(self) -> None:
-        """Copy as many bytes as a read has, without a gap, out of the other process's memory."""
+        """Copy as many bytes as a read has, without a gap, out of the other process's memory: other ones each time."""
         words = self.num_bytes // self._mapped.blocks.itemsize
-        np.copyto(self._pool.blocks.reshape(-1)[:words], self._mapped.blocks.reshape(-1)[:words])
+        start = int(self._places.integers(0, self._mapped.blocks.size - words + 1))
+        part = slice(start, start + words)
+        np.copyto(self._pool.blocks.reshape(-1)[part], self._mapped.blocks.reshape(-1)[part])
 
     def _plain_socket(self) -> None:
         """Receive as many bytes as a read has into one buffer."""

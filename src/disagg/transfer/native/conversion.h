@@ -24,20 +24,35 @@ inline __attribute__((always_inline)) int64_t place(int token, int channel, int 
         return (static_cast<int64_t>(token / Lanes) * channels + channel) * Lanes + token % Lanes;
 }
 
+// Call `one(token_major, interleaved)` for the two places of every element, in runs that the compiler can join.
+template <int Lanes, bool IsKey, class One>
+inline __attribute__((always_inline)) void pair_places(int tokens, int channels, One one) {
+    const int outer = (IsKey ? channels : tokens) / Lanes, inner = IsKey ? tokens : channels;
+    for (int group = 0; group < outer; ++group)
+        for (int at = 0; at < inner; ++at)
+            for (int lane = 0; lane < Lanes; ++lane) {
+                const int64_t token = IsKey ? at : group * Lanes + lane, channel = IsKey ? group * Lanes + lane : at;
+                one(token * channels + channel, (static_cast<int64_t>(group) * inner + at) * Lanes + lane);
+            }
+}
+
 template <class From, class To, int FromLanes, int ToLanes, bool IsKey>
-inline __attribute__((always_inline)) void convert_head(const typename From::Bits* from, typename To::Bits* to,
-                                                        int tokens, int channels) {
-    // The inner loop follows the target, or the source where only that one has its tokens side by side.
-    if constexpr (IsKey && ToLanes != 0) {
-        for (int channel = 0; channel < channels; ++channel)
-            for (int token = 0; token < tokens; ++token)
-                to[place<ToLanes, IsKey>(token, channel, tokens, channels)] =
-                    To::from_float(From::to_float(from[place<FromLanes, IsKey>(token, channel, tokens, channels)]));
+inline __attribute__((always_inline)) void convert_head(const typename From::Bits* __restrict from,
+                                                        typename To::Bits* __restrict to, int tokens, int channels) {
+    const auto move = [&](int64_t source, int64_t target) {
+        to[target] = To::from_float(From::to_float(from[source]));
+    };
+    if constexpr (FromLanes == ToLanes) {
+        for (int64_t index = 0; index < static_cast<int64_t>(tokens) * channels; ++index) move(index, index);
+    } else if constexpr (FromLanes == 0) {
+        pair_places<ToLanes, IsKey>(tokens, channels, [&](int64_t plain, int64_t woven) { move(plain, woven); });
+    } else if constexpr (ToLanes == 0) {
+        pair_places<FromLanes, IsKey>(tokens, channels, [&](int64_t plain, int64_t woven) { move(woven, plain); });
     } else {
         for (int token = 0; token < tokens; ++token)
             for (int channel = 0; channel < channels; ++channel)
-                to[place<ToLanes, IsKey>(token, channel, tokens, channels)] =
-                    To::from_float(From::to_float(from[place<FromLanes, IsKey>(token, channel, tokens, channels)]));
+                move(place<FromLanes, IsKey>(token, channel, tokens, channels),
+                     place<ToLanes, IsKey>(token, channel, tokens, channels));
     }
 }
 
