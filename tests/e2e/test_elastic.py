@@ -1,5 +1,6 @@
 """A real server that changes its own instances under load."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -42,3 +43,17 @@ def test_a_load_that_is_too_much_for_one_instance_gets_a_second_one():
         shown = CliRunner().invoke(main, ["ctl", "--url", server.url, "status"]).output
         assert "autoscaling: 2 colocated of 1..2" in shown
         assert "last change: 1 -> 2 colocated instances: predicted attainment" in shown
+
+
+def test_a_plan_is_made_in_a_process_of_its_own_and_its_numbers_are_shown():
+    scaling = ("--prefill", "1", "--decode", "1", "--replan", "advise", "--slo", "ttft=30s,tpot=5s")
+    with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        asked = [pool.submit(completion, server, f"story {number}", max_tokens=2) for number in range(130)]
+        assert all(one.result().usage.completion_tokens for one in asked)
+        wait_for(lambda: server.get("/status").json()["plan"], "a plan")
+        plan = server.get("/status").json()["plan"]
+        assert re.search(r"attainment \d+\.\d% with 1 prefill \+ 1 decode", plan), plan
+        assert "what moved: the first requests" in plan
+        assert server.metric("disagg:plans_total") == 1
+        assert states(server) == ["ready", "ready"], "advice changes nothing"
+        assert f"re-planning: {plan}" in CliRunner().invoke(main, ["ctl", "--url", server.url, "status"]).output

@@ -76,6 +76,8 @@ def status(control: Control) -> None:
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
     for view in state.scaling:
         sys.stdout.write(_scaling(view) + "\n")
+    if state.plan:
+        sys.stdout.write(f"re-planning: {state.plan}\n")
 
 
 @ctl.command()

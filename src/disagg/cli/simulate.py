@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
+from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
@@ -106,6 +107,10 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     spec = replace(spec, kv_transfer_dtype=build(TransferSettings, values).kv_transfer_dtype)
+    if values["replan"] is not Replan.OFF:
+        from disagg.placement.replanning import answer_question
+
+        spec = replace(spec, planner=answer_question)
     if values["autoscale"] is not None:
         if on.topology is not None:
             raise ConfigurationError("--autoscale adds instances to one node: leave out --cluster")

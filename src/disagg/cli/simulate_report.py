@@ -62,6 +62,8 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
         console.print(_paths(first.paths))
     if first.prompt_tokens.computed < first.prompt_tokens.total:
         console.print(_prompts(first.prompt_tokens))
+    for time_s, words in first.decisions:
+        console.print(f"at {time_s:.0f} s  {words}")
     if first.num_preemptions:
         console.print(f"{first.num_preemptions} preemptions")
 

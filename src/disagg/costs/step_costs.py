@@ -3,6 +3,7 @@
 from typing import Final
 
 from disagg.base.messages import StepCosts
+from disagg.costs.latency import StepShape
 
 PRIOR_COSTS: Final = StepCosts(step_s=5e-3, token_s=3e-4, square_s=5e-8, prefill_s=1e-3, context_s=2e-6, decode_s=5e-4)
 """A small model on one CPU core, until steps have shown other costs."""
@@ -16,3 +17,9 @@ def prefill_work_s(costs: StepCosts, num_tokens: int, squares: int, num_prompts:
 def decode_work_s(costs: StepCosts, num_decodes: int, context: int) -> float:
     """Return the seconds that decodes with so many tokens of context in sum add to a step."""
     return (costs.token_s + costs.decode_s) * num_decodes + costs.context_s * context
+
+
+def step_time_s(costs: StepCosts, shape: StepShape) -> float:
+    """Return the seconds of a whole step."""
+    prefill_s = prefill_work_s(costs, shape.num_prefill_tokens, shape.prefill_squares, shape.num_prefills)
+    return costs.step_s + prefill_s + decode_work_s(costs, shape.num_decodes, shape.decode_context)

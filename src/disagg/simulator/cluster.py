@@ -13,6 +13,8 @@ from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.links import SerialLinks
 from disagg.costs.topology import DeviceRef, Place, Topology
+from disagg.scheduling.replan.question import PlanAnswer, PlanQuestion
+from disagg.scheduling.router.outputs import PlanDecided, ScalingDecided
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
@@ -20,7 +22,7 @@ from disagg.simulator.instance import SimulatedInstance
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
-from disagg.simulator.router import SimulatedRouter
+from disagg.simulator.router import SimulatedRouter, SlowPlanner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class ClusterSpec:
     """What serving takes of the cores of the router's node on which instances compute; None: nothing."""
     faults: Faults = field(default_factory=Faults)
     """What goes wrong."""
+
+    planner: Callable[[PlanQuestion], PlanAnswer] | None = None
+    """Answers the router's questions for a plan, ``plan_s`` later."""
+    plan_s: float = 10.0
 
     @property
     def may_change(self) -> bool:
@@ -96,6 +102,7 @@ class SimulatedCluster:
             log=recording.log,
             instances_may_die=spec.may_change,
             start_spare_s=spec.start_spare_s,
+            planner=None if spec.planner is None else SlowPlanner(spec.planner, spec.plan_s),
         )
         places = spec.places()
         links: SerialLinks | CodedLinks
@@ -123,6 +130,11 @@ class SimulatedCluster:
             self.queue.push(timed.time_s, partial(self._router.command, timed))
         for death in spec.faults.deaths:
             self.queue.push(death.time_s, partial(self._router.kill, death))
+
+    @property
+    def decisions(self) -> list[tuple[float, ScalingDecided | PlanDecided]]:
+        """What the deployment decided of itself, and when."""
+        return self._router.decisions
 
     def run(self, requests: Iterable[SimulatedRequest]) -> None:
         """Serve requests, given in order of arrival, until the last one has ended.

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
@@ -31,17 +31,21 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Expect, SequenceFacts, Start
+from disagg.scheduling.replan.question import PlanAnswer, PlanQuestion
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
-from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, ProcessExited
+from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, Planned, PlanningFailed, ProcessExited
 from disagg.scheduling.router.outputs import (
     AddInstance,
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskForPlan,
     AskToMeasure,
     HandOverEnded,
+    PlanDecided,
     RestartInstance,
+    ScalingDecided,
     SendOffer,
     SendPartOffer,
     SendWithPrefix,
@@ -60,6 +64,13 @@ _DEATH: Final = "killed by the simulation"
 _LEFT: Final = "it was removed"
 
 
+class SlowPlanner(NamedTuple):
+    """Answers a question, after so many seconds."""
+
+    answer: Callable[[PlanQuestion], PlanAnswer]
+    takes_s: float
+
+
 class SimulatedRouter:
     """Drives the router's core in virtual time."""
 
@@ -73,6 +84,7 @@ class SimulatedRouter:
         log: EventLogFolder | None = None,
         instances_may_die: bool = False,
         start_spare_s: float = 1.0,
+        planner: SlowPlanner | None = None,
     ) -> None:
         self._settings = settings
         self._queue = queue
@@ -81,6 +93,9 @@ class SimulatedRouter:
         self._log = log
         self._instances_may_die = instances_may_die
         self._start_spare_s = start_spare_s
+        self._planner = planner
+        self.decisions: list[tuple[float, ScalingDecided | PlanDecided]] = []
+        """What the deployment decided of itself, and when."""
         self._recorder: EventLog | None = None
         self._instances: Mapping[InstanceId, SimulatedInstance] = {}
         self._compared: list[SimulatedInstance] = []
@@ -244,6 +259,10 @@ class SimulatedRouter:
         match output:
             case RestartInstance(instance=instance, delay_s=delay_s):
                 self._queue.push(now + delay_s, partial(self._restart, instance))
+            case ScalingDecided() | PlanDecided():
+                self.decisions.append((now, output))
+            case AskForPlan(question=question):
+                self._plan(question)
             case AddInstance(role=role):
                 self._queue.push(now, partial(self._add, role))
             case StopInstance(instance=instance):
@@ -258,6 +277,13 @@ class SimulatedRouter:
         if self._core.members.get(instance) is not None:
             self._feed(ProcessStarting(instance=instance))
             self._start_later(instance)
+
+    def _plan(self, question: PlanQuestion) -> None:
+        if self._planner is None:
+            self._feed(PlanningFailed(why="nobody plans in this simulation"))
+            return
+        answer = self._planner.answer(question)
+        self._queue.push(self._queue.now() + self._planner.takes_s, partial(self._feed, Planned(answer=answer)))
 
     def _add(self, role: Role) -> None:
         """Let a spare of this role join that has not been there; nothing happens without one."""

@@ -90,6 +90,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     kv: tuple[KvUse, ...]
     num_refused: int = 0
     paths: PathUse | None = None
+    decisions: tuple[tuple[float, str], ...] = ()
+    """What autoscaling and re-planning decided, and when."""
 
     def percentiles(self) -> dict[str, Percentiles]:
         """Return the latencies by the names that a target calls them."""

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable
 
+from msgspec import structs
+
 from disagg.base.errors import ConfigurationError
 from disagg.measure.slo import Slo
 from disagg.scheduling.dispatch.actions import FailReason
@@ -65,4 +67,5 @@ def simulate(
             )
         )
     loads = [load for instance in cluster.instances for load in instance.loads()]
-    return collector.report(loads, kv)
+    decisions = tuple((time_s, decided.words) for time_s, decided in cluster.decisions)
+    return structs.replace(collector.report(loads, kv), decisions=decisions)

@@ -151,6 +151,9 @@ class ScriptedRouter:
             for role in (Role.PREFILL, Role.DECODE)
         )
 
+    def last_plan(self) -> None:
+        return None
+
     def scaling(self) -> tuple[ScalingView, ...]:
         return ()
 

@@ -60,8 +60,9 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
+from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.moves import Move, choose_move, is_only_with_visited, migrate, movable, send_reader_away
+from disagg.scheduling.dispatch.moves import Move, is_only_with_visited, migrate, movable, send_reader_away
 from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
@@ -106,6 +107,11 @@ class Dispatcher:
     def workload(self) -> WorkloadWindow:
         """What was asked and served lately. Not to be changed."""
         return self._turns.workload
+
+    @property
+    def experience(self) -> Experience:
+        """What was learned of answers and hand-overs. Not to be changed."""
+        return self._turns.experience
 
     @property
     def instances(self) -> tuple[InstanceEntry, ...]:
@@ -278,7 +284,7 @@ class Dispatcher:
             if progress.finished:
                 if (ended := path_ended(sequence)) is not None:
                     self._actions.append(ended)
-                self._turns.finished(sequence, self._now)
+                self._turns.finished(sequence)
                 self._finish(sequence, "finished")
         self._place_queued()
 
@@ -340,7 +346,7 @@ class Dispatcher:
     def _move_away(self, flipped: InstanceEntry | None = None) -> None:
         """Let running answers go on elsewhere whose instances give them away, as far as others can take them now."""
         for sequence in movable(self._fleet, self._sequences.values(), flipped):
-            source, how = sequence.holder, choose_move(self._fleet, sequence)
+            source, how = sequence.holder, self._turns.choose_move(sequence, self._now)
             assert source is not None, "a running sequence is somewhere"
             if how is Move.PULL:
                 self._actions.append(migrate(sequence, source, self._now))

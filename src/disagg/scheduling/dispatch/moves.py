@@ -13,6 +13,7 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import AnyDispatchAction, Drained, SendAbort, SendMigrate
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.forecaster import Forecaster, known_prefill_costs
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 
 _MOVABLE = (Whereabouts.DECODING, Whereabouts.RUNNING)
@@ -42,18 +43,24 @@ def movable(
     return [sequence for sequence in sequences if sequence.holder in sources and sequence.state in _MOVABLE]
 
 
-def choose_move(fleet: Fleet, sequence: SequenceEntry) -> Move | None:
+def choose_move(fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -> Move | None:
     """Return how a running sequence moves now; None while no other instance can go on with it.
 
-    To pull costs a copy, to compute again a whole prefill of prompt and answer: blocks are pulled wherever some
-    instance can adopt them.
+    To pull costs a copy over the link, to compute again a prefill of prompt and answer without what is cached there:
+    the one that is predicted to be quicker. A way through a prefill instance would end with the same copy, so it is
+    taken only where nobody can adopt. Where nobody knows yet what prefill costs, blocks are pulled.
     """
     others = [entry for entry in fleet.entries if entry.instance != sequence.holder]
-    if choose_adopter(others, sequence) is not None:
-        return Move.PULL
+    adopter = choose_adopter(others, sequence)
     target = choose_start(others, sequence)
     is_decided = target is not None and (target.role is not Role.PREFILL or sequence.ends_at_first_token)
-    return Move.RECOMPUTE if is_decided else None
+    if adopter is None:
+        return Move.RECOMPUTE if is_decided else None
+    if target is None or not is_decided or known_prefill_costs(fleet.entries) is None:
+        return Move.PULL
+    pull_s = forecaster.hand_over_s(sequence, sequence.holder, adopter)
+    recompute_s = forecaster.first_token_s(target, sequence.num_tokens - sequence.num_cached(target.instance))
+    return Move.RECOMPUTE if recompute_s < pull_s else Move.PULL
 
 
 def is_only_with_visited(fleet: Fleet, sequence: SequenceEntry) -> bool:

@@ -75,7 +75,7 @@ class Pathfinder:
         self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, room: WaitingRoom, now: float
     ) -> Miss | None:
         """Return why a sequence that arrives is predicted to miss its objectives; None when nothing says so."""
-        forecaster = self._forecaster(instances, now)
+        forecaster = self.forecaster(instances, now)
         forecasts, wanted = self._forecasts(instances, sequence, forecaster)
         best = best_path(forecasts, wanted)
         if best is None:
@@ -94,7 +94,7 @@ class Pathfinder:
         if not self.predicts:
             instance = choose_start(instances, sequence, append_turns=self._append_turns)
             return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
-        forecaster = self._forecaster(instances, now)
+        forecaster = self.forecaster(instances, now)
         forecasts, wanted = self._forecasts(instances, sequence, forecaster)
         chosen = best_path(forecasts, wanted)
         if chosen is None:
@@ -114,7 +114,7 @@ class Pathfinder:
         """Take account of a sequence that was given to an instance, and of who waits on."""
         if not self.predicts:
             return
-        work_s = self._forecaster(instances, now).prompt_s(sequence.num_tokens)
+        work_s = self.forecaster(instances, now).prompt_s(sequence.num_tokens)
         start.instance.prefill_work.add(work_s, now)
         self._drain.note(now, somebody_waits=len(room) > 0, started_s=work_s)
 
@@ -126,7 +126,7 @@ class Pathfinder:
         """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
         if not self.predicts:
             return choose_adopter(instances, sequence)
-        forecaster = self._forecaster(instances, now)
+        forecaster = self.forecaster(instances, now)
         others = [entry for entry in instances if entry.instance not in sequence.visited]
         decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
@@ -169,5 +169,6 @@ class Pathfinder:
         tpot_s = self._objectives.tpot_s
         return tpot_s is not None and chosen.others_tpot_s > tpot_s
 
-    def _forecaster(self, instances: Sequence[InstanceEntry], now: float) -> Forecaster:
+    def forecaster(self, instances: Sequence[InstanceEntry], now: float) -> Forecaster:
+        """Return what predicts for the instances as they are now."""
         return Forecaster(instances, self.experience, self._objectives, now)

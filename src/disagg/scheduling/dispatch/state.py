@@ -15,6 +15,7 @@ from disagg.base.request import Role
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.events import SequenceArrived
 from disagg.scheduling.dispatch.forecast import Forecast
+from disagg.scheduling.dispatch.sequence_sample import SequenceSample
 
 
 class Whereabouts(enum.Enum):
@@ -246,8 +247,8 @@ class SequenceEntry:
     first_token_s: float = math.nan
     last_token_s: float = math.nan
     num_answer_tokens: int = 0
-    num_first_computed: int = 0
-    """Tokens of its prompt that its first instance had to compute."""
+    sample: SequenceSample | None = None
+    """What is kept of it for those who look at the workload."""
     hand_over_s: float | None = None
     """How long its KV blocks travelled, once they have."""
     state: Whereabouts = Whereabouts.QUEUED

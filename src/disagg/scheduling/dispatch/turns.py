@@ -13,6 +13,7 @@ from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
 from disagg.scheduling.dispatch.choice import can_be_served
 from disagg.scheduling.dispatch.events import PartMade
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.moves import Move, choose_move
 from disagg.scheduling.dispatch.pathfinder import HeldBack, Pathfinder, Placed
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
@@ -28,6 +29,7 @@ class Turns:
         self._paths = Pathfinder(settings, scheduler)
         self._room = WaitingRoom(settings.tenants)
         self.workload = WorkloadWindow()
+        self.experience = self._paths.experience
 
     def take(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
         """Let a sequence that has just arrived wait for its turn, or return why not; best effort is taken, too.
@@ -39,6 +41,7 @@ class Turns:
         verdict = self._verdict(sequence, num_all, now)
         if not isinstance(verdict, Refuse):
             self._room.enter(sequence)
+            self.workload.take(sequence)
         return verdict
 
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
@@ -111,9 +114,14 @@ class Turns:
             is_first=part.is_first,
         )
 
+    def choose_move(self, sequence: SequenceEntry, now: float) -> Move | None:
+        """Return how a running sequence moves to another instance; None while none can go on with it."""
+        return choose_move(self._fleet, sequence, self._paths.forecaster(self._fleet.entries, now))
+
     def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
         """Take account of tokens that a sequence brought."""
         sequence.note_tokens(count, now)
+        self.workload.brought(sequence)
         self._room.served(sequence, num_output=count)
 
     def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:
@@ -121,9 +129,9 @@ class Turns:
         sequence.hand_over_s = duration_s
         self._paths.experience.hand_over_ended(sequence.num_tokens, duration_s, self._fleet.link_s(sequence))
 
-    def finished(self, sequence: SequenceEntry, now: float) -> None:
+    def finished(self, sequence: SequenceEntry) -> None:
         """Learn from a sequence that came to its end."""
-        self.workload.ended(sequence, now)
+        self.workload.ended(sequence)
         self._paths.experience.answer_ended(sequence.num_answer_tokens)
 
     def leave(self, sequence: SequenceEntry) -> None:

@@ -7,12 +7,14 @@ from typing import Final
 import msgspec
 
 from disagg.base.request import Role
+from disagg.scheduling.dispatch.sequence_sample import SequenceSample
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 
 RECENT_S: Final = 30.0
 """Arrivals and starts that count as recent."""
 _MOST_ARRIVALS: Final = 20_000
-_MOST_ENDED: Final = 4096
+_MOST_TAKEN: Final = 4096
+_MOST_ANSWERS: Final = 64
 
 
 class Arrival(msgspec.Struct, frozen=True, array_like=True):
@@ -31,24 +33,16 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
     num_computed_tokens: int
 
 
-class EndedSequence(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence that came to its end; of its prompt, so many tokens were computed."""
-
-    arrival_s: float
-    num_computed_tokens: int
-    num_prompt_tokens: int
-    num_answer_tokens: int
-
-
 class WorkloadWindow:
-    """The sequences of the last ``RECENT_S`` seconds, and the last few thousand that ended."""
+    """The sequences of the last ``RECENT_S`` seconds, and the last few thousand that were taken, as they arrived."""
 
     def __init__(self) -> None:
         self._arrivals: deque[Arrival] = deque(maxlen=_MOST_ARRIVALS)
         self._started: deque[Started] = deque(maxlen=_MOST_ARRIVALS)
-        self._ended: deque[EndedSequence] = deque(maxlen=_MOST_ENDED)
+        self._taken: deque[SequenceSample] = deque(maxlen=_MOST_TAKEN)
+        self._answers: deque[int] = deque(maxlen=_MOST_ANSWERS)
         self._since_s: float | None = None
-        self.num_ended = 0
+        self.num_taken = self.num_ended = 0
         """Since the beginning."""
 
     def arrived(self, num_prompt_tokens: int, now: float) -> None:
@@ -58,20 +52,29 @@ class WorkloadWindow:
         self._arrivals.append(Arrival(now, num_prompt_tokens))
         self._forget(now)
 
+    def take(self, sequence: SequenceEntry) -> None:
+        """Note a sequence that was not refused."""
+        sequence.sample = SequenceSample(sequence.arrived_s, sequence.num_tokens, sequence.num_tokens)
+        self._taken.append(sequence.sample)
+        self.num_taken += 1
+
     def started(self, sequence: SequenceEntry, instance: InstanceEntry, now: float) -> None:
         """Note that an instance begins a sequence; one that is resumed began before."""
-        if sequence.is_resumed:
+        if sequence.is_resumed or sequence.sample is None:
             return
-        sequence.num_first_computed = sequence.num_tokens - sequence.num_cached(instance.instance)
-        self._started.append(Started(now, instance.role, sequence.num_tokens, sequence.num_first_computed))
+        sequence.sample.num_computed_tokens = sequence.num_tokens - sequence.num_cached(instance.instance)
+        self._started.append(Started(now, instance.role, sequence.num_tokens, sequence.sample.num_computed_tokens))
 
-    def ended(self, sequence: SequenceEntry, now: float) -> None:
+    def brought(self, sequence: SequenceEntry) -> None:
+        """Note that tokens of an answer came."""
+        if sequence.sample is not None:
+            sequence.sample.num_answer_tokens = sequence.num_answer_tokens
+
+    def ended(self, sequence: SequenceEntry) -> None:
         """Note a sequence that came to its end."""
-        num_prompt_tokens = sequence.num_tokens - sequence.num_answer_tokens
-        num_computed = min(sequence.num_first_computed or num_prompt_tokens, num_prompt_tokens)
-        self._ended.append(
-            EndedSequence(sequence.arrived_s, num_computed, num_prompt_tokens, sequence.num_answer_tokens)
-        )
+        if sequence.sample is not None:
+            sequence.sample.has_ended = True
+        self._answers.append(sequence.num_answer_tokens)
         self.num_ended += 1
 
     def span_s(self, now: float) -> float:
@@ -88,10 +91,18 @@ class WorkloadWindow:
         self._forget(now)
         return self._started
 
-    def last_ended(self, count: int) -> list[EndedSequence]:
-        """Return the last sequences that ended, ``count`` at most, in the order of their ends."""
-        first = max(0, len(self._ended) - count)
-        return [self._ended[index] for index in range(first, len(self._ended))]
+    @property
+    def answers(self) -> Sequence[int]:
+        """Return the tokens of the last answers that ended."""
+        return self._answers
+
+    def taken(self, first: int, count: int) -> list[SequenceSample]:
+        """Return ``count`` sequences in the order of arrival, from the one of this number on; fewer where some are
+        forgotten or still to come. They change as their answers go on.
+        """
+        forgotten = self.num_taken - len(self._taken)
+        begin = max(0, first - forgotten)
+        return [self._taken[index] for index in range(begin, min(first + count - forgotten, len(self._taken)))]
 
     def _forget(self, now: float) -> None:
         while self._arrivals and self._arrivals[0].time_s < now - RECENT_S:

@@ -42,6 +42,11 @@ class Autoscaler:
         if self._policies and math.isinf(self.due_s):
             self.due_s = now + REVIEW_S
 
+    def rest(self, now: float) -> None:
+        """Somebody else has changed the placement: see first what comes of it."""
+        for policy in self._policies.values():
+            policy.rest(now)
+
     def review(self, members: Membership, now: float, *, has_work: bool) -> list[ScalingDecided | AddInstance | Drain]:
         """Return what is decided now, and what follows from it.
 

@@ -5,6 +5,7 @@ to whom. A shell owns the clock, the sockets, the processes, the clients, and th
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final, assert_never
 
@@ -60,7 +61,7 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceState
-from disagg.scheduling.router.autoscaler import Autoscaler
+from disagg.scheduling.router.elasticity import AnyChange, Elasticity
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
@@ -68,6 +69,8 @@ from disagg.scheduling.router.inputs import (
     InstanceSaid,
     MalformedMessage,
     MeasureLinks,
+    Planned,
+    PlanningFailed,
     ProcessExited,
     Unreachable,
 )
@@ -92,7 +95,6 @@ from disagg.scheduling.router.outputs import (
     StopInstance,
     TellPeerLost,
 )
-from disagg.scheduling.router.scaling import ScalingView
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -112,7 +114,7 @@ class RouterCore:
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
             self._members.add(entry, header.started_s)
-        self._scaling = Autoscaler(header.settings, header.scheduler, self._dispatcher.workload)
+        self._elasticity = Elasticity(header.settings, header.scheduler, self._dispatcher)
         self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
         self._offers = OfferShelf()
         self._part: KvOffer | None = None
@@ -128,9 +130,9 @@ class RouterCore:
         return self._members
 
     @property
-    def scaling(self) -> tuple[ScalingView, ...]:
-        """The roles that are scaled, as they were seen last."""
-        return self._scaling.views
+    def elasticity(self) -> Elasticity:
+        """How the deployment changes by itself. Not to be changed."""
+        return self._elasticity
 
     @property
     def links(self) -> tuple[MeasuredLink, ...]:
@@ -166,7 +168,7 @@ class RouterCore:
             case TokensEmitted():
                 self._on_tokens(one)
             case SequenceArrived() | SequenceCancelled():
-                self._scaling.expect_work(now)
+                self._elasticity.expect_work(now)
                 self._dispatch(one)
             case InstanceSaid(instance=instance, message=message):
                 self._on_message(self._members[instance], message)
@@ -181,6 +183,8 @@ class RouterCore:
                 self._dispatch(one)
             case ProcessExited():
                 self._on_exit(one)
+            case Planned() | PlanningFailed():
+                self._adapt(self._elasticity.hear(one, self._members, now))
             case _:
                 self._on_command(one)
         self._ask_to_be_woken()
@@ -199,6 +203,7 @@ class RouterCore:
             self._broke_protocol(member, "two outputs of one step are for the same sequence")
             return
         self._dispatch_from(member, event)
+        self._adapt(self._elasticity.look(self._members))
 
     def _on_message(self, member: Member, message: Loading | Ready | _FromReady) -> None:
         member.last_seen_s = self._now
@@ -350,14 +355,14 @@ class RouterCore:
 
     # Commands -------------------------------------------------------------------------------------------------
 
-    def _scale(self) -> None:
-        """Look at the numbers of instances; what cannot be done now is decided anew at a later review."""
-        for decided in self._scaling.review(self._members, self._now, has_work=self.num_sequences > 0):
-            if isinstance(decided, Drain):
+    def _adapt(self, changes: Iterable[AnyChange]) -> None:
+        """Carry out what the deployment decides for itself; what cannot be done now is decided anew another time."""
+        for change in changes:
+            if isinstance(change, Drain | ChangeRole):
                 with suppress(ConfigurationError):
-                    self._change_member(decided)
+                    self._change_member(change)
             else:
-                self._outputs.append(decided)
+                self._outputs.append(change)
 
     def _on_command(self, command: AnyCommand | MeasureLinks) -> None:
         if isinstance(command, MeasureLinks):
@@ -488,12 +493,12 @@ class RouterCore:
             for member, why in self._members.silent(self._now):
                 self._declare_lost(member, why)
             self._check_s = self._members.next_check_s(self._now)
-        if self._now >= self._scaling.due_s:
-            self._scale()
+        if self._now >= self._elasticity.due_s:
+            self._adapt(self._elasticity.review(self._members, self._now, has_work=self.num_sequences > 0))
 
     def _ask_to_be_woken(self) -> None:
         """Ask for a Tick at the earliest time at which something may be due, unless it is asked for already."""
-        due_s = min(self._dispatch_wake_s, self._check_s, self._scaling.due_s)
+        due_s = min(self._dispatch_wake_s, self._check_s, self._elasticity.due_s)
         if due_s < self._asked_s:
             self._asked_s = due_s
             self._outputs.append(WakeAt(time_s=due_s))

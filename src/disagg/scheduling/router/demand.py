@@ -23,7 +23,6 @@ _SHORTEST_S: Final = 10.0
 """With fewer arrivals in less time, nothing is predicted."""
 _MOST_PROMPTS: Final = 128
 """That are looked at one by one."""
-_ENOUGH_ANSWERS: Final = 64
 _PRIOR_ANSWER_TOKENS: Final = 128.0
 """Until an answer has ended."""
 _MOST_BUSY: Final = 0.98
@@ -119,7 +118,7 @@ def demand_of(role: Role, instances: Sequence[InstanceEntry], window: WorkloadWi
     span_s, arrivals = window.span_s(now), window.arrivals(now)
     if not arrivals:
         return Demand()
-    starts, answers = window.starts(now), window.last_ended(_ENOUGH_ANSWERS)
+    starts, answers = window.starts(now), window.answers
     prefill_costs, decode_costs = known_prefill_costs(instances), known_decode_costs(instances)
     is_short = len(arrivals) < _FEWEST_ARRIVALS and span_s < _SHORTEST_S
     if is_short or not starts or prefill_costs is None:
@@ -129,7 +128,7 @@ def demand_of(role: Role, instances: Sequence[InstanceEntry], window: WorkloadWi
     rate = _rate(arrivals, span_s, now) * len(theirs) / len(starts)
     prompts = [one for one in starts if one.role is role][-_MOST_PROMPTS:]
     decodes = role is not Role.PREFILL
-    answer_tokens = sum(one.num_answer_tokens for one in answers) / len(answers) if answers else _PRIOR_ANSWER_TOKENS
+    answer_tokens = sum(answers) / len(answers) if answers else _PRIOR_ANSWER_TOKENS
     return Demand(
         prompt_rate=rate if prompts and role is not Role.DECODE else 0.0,
         prompts_s=tuple(_prompt_s(prefill_costs, one.num_computed_tokens) for one in prompts),

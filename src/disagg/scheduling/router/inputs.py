@@ -27,6 +27,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
+from disagg.scheduling.replan.question import PlanAnswer
 from disagg.scheduling.step.events import Tick
 
 
@@ -78,6 +79,18 @@ class MeasureLinks(RouterInput, frozen=True, kw_only=True):
     """An operator wants all links measured anew."""
 
 
+class Planned(RouterInput, frozen=True, kw_only=True):
+    """The planner has answered the question that it was asked last."""
+
+    answer: PlanAnswer
+
+
+class PlanningFailed(RouterInput, frozen=True, kw_only=True):
+    """The planner cannot answer the question that it was asked last."""
+
+    why: str
+
+
 AnyCommand = Join | Drain | Undrain | Leave | ChangeRole
 """What an operator, or whoever plans in her place, may want of the deployment."""
 AnyRouterInput = (
@@ -89,6 +102,8 @@ AnyRouterInput = (
     | Unreachable
     | ProcessStarting
     | ProcessExited
+    | Planned
+    | PlanningFailed
     | AnyCommand
     | MeasureLinks
     | Tick

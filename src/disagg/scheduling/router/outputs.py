@@ -24,6 +24,8 @@ from disagg.scheduling.dispatch.actions import (
     SendPart,
     SendRelease,
 )
+from disagg.scheduling.replan.placements import RoleCounts
+from disagg.scheduling.replan.question import PlanQuestion
 from disagg.scheduling.step.actions import WakeAt
 
 
@@ -215,6 +217,44 @@ class ScalingDecided(RouterOutput, frozen=True, kw_only=True):
         return f"{change}: predicted attainment {self.attainment:.0%} -> {self.attainment_then:.0%}"
 
 
+class AskForPlan(RouterOutput, frozen=True, kw_only=True):
+    """The workload has moved, or nothing was known of it: let a planner answer this question."""
+
+    why: str
+    question: PlanQuestion
+
+
+class PlanDecided(RouterOutput, frozen=True, kw_only=True):
+    """What was made of a planner's answer.
+
+    Of ``num_placements`` that can be reached, ``best`` is predicted to keep ``best_attainment`` of the next
+    ``num_requests``, its change included, and the present one ``attainment``. ``pays``: that is gain enough; ``acts``:
+    the placement is changed.
+    """
+
+    why: str
+    present: RoleCounts
+    best: RoleCounts
+    attainment: float
+    best_attainment: float
+    num_requests: int
+    num_placements: int
+    pays: bool
+    acts: bool
+
+    @property
+    def words(self) -> str:
+        """What was decided and why, for people."""
+        predicted = f"attainment {self.attainment:.1%} with {self.present}"
+        if self.pays:
+            verb = "changing" if self.acts else "it would pay to change"
+            what = f"{verb} to {self.best}: {predicted}, {self.best_attainment:.1%} with the other, the change included"
+        else:
+            what = f"staying: {predicted}, at best {self.best_attainment:.1%} with {self.best}"
+        tried = f"{self.num_placements} placements, {self.num_requests} requests each"
+        return f"{what} ({tried}); what moved: {self.why}"
+
+
 AnySend = (
     SendGenerate
     | SendWithPrefix
@@ -252,6 +292,8 @@ AnyRouterOutput = (
     | InstanceLeft
     | AddInstance
     | ScalingDecided
+    | AskForPlan
+    | PlanDecided
     | Drained
     | WakeAt
 )

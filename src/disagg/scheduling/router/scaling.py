@@ -63,6 +63,11 @@ class ScalingPolicy:
             self._changed(wanted > count, now)
         return wanted
 
+    def rest(self, now: float) -> None:
+        """Decide nothing for a while."""
+        self._low_since_s = self._calm_since_s = math.inf
+        self._rests_until_s = now + COOL_DOWN_S
+
     def _watch(self, count: int, attainment: Attainment | None, now: float, is_behind: bool) -> None:
         """Note since when it has been too few, or more than enough, without a break."""
         is_low = attainment is not None and (is_behind or attainment(count) < TARGET)
@@ -82,8 +87,7 @@ class ScalingPolicy:
         if grew and self._has_removed:
             self.calm_s = min(2 * self.calm_s, MOST_CALM_S)
         self._has_removed = not grew
-        self._low_since_s = self._calm_since_s = math.inf
-        self._rests_until_s = now + COOL_DOWN_S
+        self.rest(now)
 
 
 class ScalingView(msgspec.Struct, frozen=True, kw_only=True):

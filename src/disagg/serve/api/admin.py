@@ -15,7 +15,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.serve.api.http import read_body
 from disagg.serve.api.responses import json_response
-from disagg.serve.api.status import audit_view, instance_view, link_view
+from disagg.serve.api.status import audit_view, instance_view, link_view, plan_words
 from disagg.serve.api.views import CommandReply, InstanceList, LinkList
 from disagg.serve.router.interface import Router
 
@@ -111,6 +111,7 @@ class Administration:
             InstanceList(
                 instances=[instance_view(status) for status in self._router.instances()],
                 scaling=list(self._router.scaling()),
+                plan=plan_words(self._router),
             )
         )
 

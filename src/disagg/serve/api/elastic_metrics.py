@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from disagg.scheduling.router.outputs import ScalingDecided
+from disagg.scheduling.router.outputs import PlanDecided, ScalingDecided
 from disagg.serve.router.interface import Router
 
 _LABELS: Final = ("model_name", "role")
@@ -24,6 +24,25 @@ class ElasticMetrics:
             (*_LABELS, "direction"),
             registry=registry,
         )
+        self._plans = Counter(
+            "disagg:plans",
+            "Times that the placement was planned anew, by what was made of it: changed, advised or stayed",
+            ("model_name", "verdict"),
+            registry=registry,
+        )
+        self._planned = Gauge(
+            "disagg:planned_attainment",
+            "Attainment that the last plan predicts of the present placement, and of the best that can be reached",
+            ("model_name", "placement"),
+            registry=registry,
+        )
+
+    def plan_decided(self, decided: PlanDecided) -> None:
+        """Count a plan, and keep its figures."""
+        verdict = "changed" if decided.acts else "advised" if decided.pays else "stayed"
+        self._plans.labels(self._model_name, verdict).inc()
+        self._planned.labels(self._model_name, "present").set(decided.attainment)
+        self._planned.labels(self._model_name, "best").set(decided.best_attainment)
 
     def scaling_decided(self, decided: ScalingDecided) -> None:
         """Count the instances that come, or go."""

@@ -14,7 +14,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, ScalingDecided
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided, ScalingDecided
 from disagg.serve.api.elastic_metrics import ElasticMetrics, ScalingCollector
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
@@ -145,6 +145,10 @@ class ServerMetrics:
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
         self._dropped_messages.labels(self._model_name, instance, reason.value).inc()
+
+    def plan_decided(self, decided: PlanDecided) -> None:
+        """Count a plan."""
+        self._elastic.plan_decided(decided)
 
     def scaling_decided(self, decided: ScalingDecided) -> None:
         """Count instances that are added or removed."""

@@ -32,7 +32,14 @@ def server_view(router: Router, model: ServedModel, version: str, accounts: Acco
         hand_overs=accounts.metrics.hand_overs,
         predictions=accounts.metrics.predictions.totals,
         scaling=list(router.scaling()),
+        plan=plan_words(router),
     )
+
+
+def plan_words(router: Router) -> str:
+    """Return what was decided last of the placement; empty before the first plan."""
+    decided = router.last_plan()
+    return "" if decided is None else decided.words
 
 
 def readiness(router: Router) -> Readiness:

@@ -56,6 +56,7 @@ class InstanceList(msgspec.Struct, frozen=True, kw_only=True):
 
     instances: list[InstanceView]
     scaling: list[ScalingView] = []
+    plan: str = ""
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +157,8 @@ class ServerView(msgspec.Struct, frozen=True, kw_only=True):
     hand_overs: HandOverTotals = msgspec.field(default_factory=HandOverTotals)
     predictions: PredictionTotals = msgspec.field(default_factory=PredictionTotals)
     scaling: list[ScalingView] = []
+    plan: str = ""
+    """What was decided last of the placement, with its numbers."""
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.planner_process import PlannerProcess
 from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,11 @@ class LiveServer:
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._manager = None if self._make_manager is None else self._make_manager()
             self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher, self._manager)
+            self._planner = PlannerProcess(self._router.hear_plan)
             self._router.start(
-                watcher_of(self._launcher, self._router, self._outside), add_instance=self._operator.add_wanted
+                watcher_of(self._launcher, self._router, self._outside),
+                add_instance=self._operator.add_wanted,
+                ask_planner=self._planner.ask,
             )
             await self._serve()
 
@@ -172,6 +176,7 @@ class LiveServer:
         finally:
             impatience.cancel()
             self._router.close()
+            await self._planner.close()
             await self._stop_instances()
             api.force_exit = True
             await asyncio.wait({api_task}, timeout=CLOSE_S)

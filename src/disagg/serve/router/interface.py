@@ -11,6 +11,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.link_survey import MeasuredLink
+from disagg.scheduling.router.outputs import PlanDecided
 from disagg.scheduling.router.scaling import ScalingView
 
 
@@ -90,6 +91,9 @@ class Router(Protocol):
 
     def scaling(self) -> tuple[ScalingView, ...]:
         """Return the roles that autoscaling looks at, as it saw them last."""
+
+    def last_plan(self) -> PlanDecided | None:
+        """Return what was decided last of the placement; None before the first plan."""
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """Return the links over which KV blocks are handed over, with what was measured of them."""

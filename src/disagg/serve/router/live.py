@@ -18,11 +18,21 @@ from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, 
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.replan.question import PlanQuestion
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
-from disagg.scheduling.router.inputs import AnyCommand, InstanceSaid, MalformedMessage, MeasureLinks, ProcessExited
+from disagg.scheduling.router.inputs import (
+    AnyCommand,
+    InstanceSaid,
+    MalformedMessage,
+    MeasureLinks,
+    Planned,
+    PlanningFailed,
+    ProcessExited,
+)
 from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
+from disagg.scheduling.router.outputs import PlanDecided
 from disagg.scheduling.router.restart import RestartSettings
 from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.router.auditing import AUDIT_TIMEOUT_S, Auditing
@@ -108,7 +118,11 @@ class LiveRouter:
 
     def scaling(self) -> tuple[ScalingView, ...]:
         """See Router."""
-        return self._core.scaling
+        return self._core.elasticity.scaling
+
+    def last_plan(self) -> PlanDecided | None:
+        """See Router."""
+        return self._core.elasticity.last_plan
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """See Router."""
@@ -139,11 +153,22 @@ class LiveRouter:
 
     # For whoever runs the server ------------------------------------------------------------------------------
 
-    def start(self, watcher: InstanceWatcher, add_instance: Callable[[Role], None] | None = None) -> None:
+    def hear_plan(self, news: Planned | PlanningFailed) -> None:
+        """Take what a planner says."""
+        self._shell.feed(news)
+
+    def start(
+        self,
+        watcher: InstanceWatcher,
+        add_instance: Callable[[Role], None] | None = None,
+        ask_planner: Callable[[PlanQuestion], None] | None = None,
+    ) -> None:
         """Listen for instances and tell ``watcher`` about them; raise ConfigurationError when that is impossible.
 
-        ``add_instance`` starts one more of a role, where somebody can.
+        ``add_instance`` starts one more of a role, ``ask_planner`` has a question answered, where somebody can.
         """
+        if ask_planner is not None:
+            self._shell.ask_planner = ask_planner
         self._shell.watcher = watcher
         if add_instance is not None:
             self._shell.add_instance = add_instance

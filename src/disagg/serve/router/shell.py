@@ -57,13 +57,15 @@ from disagg.scheduling.dispatch.actions import (
 )
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
+from disagg.scheduling.replan.question import PlanQuestion
 from disagg.scheduling.router.core import RouterCore
-from disagg.scheduling.router.inputs import AnyRouterInput, Unreachable
+from disagg.scheduling.router.inputs import AnyRouterInput, PlanningFailed, Unreachable
 from disagg.scheduling.router.outputs import (
     AddInstance,
     AnyRouterOutput,
     AnySend,
     AskForBlocks,
+    AskForPlan,
     AskToMeasure,
     EndInstance,
     GiveUpInstance,
@@ -73,6 +75,7 @@ from disagg.scheduling.router.outputs import (
     InstanceWelcomed,
     LinkFound,
     MessageDropped,
+    PlanDecided,
     RestartInstance,
     ScalingDecided,
     SendOffer,
@@ -110,6 +113,8 @@ class RouterShell:
         self.watcher: InstanceWatcher = NullWatcher()
         self.add_instance: Callable[[Role], None] = _add_nothing
         """Starts one more instance of a role, and lets it join."""
+        self.ask_planner: Callable[[PlanQuestion], None] = self._plan_nothing
+        """Has a question answered, in its own time."""
         self._core = core
         self._socket = socket
         self._clock = clock
@@ -269,6 +274,12 @@ class RouterShell:
                 self._sink.scaling_decided(output)
             case AddInstance(role=role):
                 self.add_instance(role)
+            case AskForPlan(why=why, question=question):
+                logger.info("re-planning: the workload has moved (%s); planning", why)
+                self.ask_planner(question)
+            case PlanDecided():
+                logger.info("re-planning: %s", output.words)
+                self._sink.plan_decided(output)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
             case StopInstance(instance=instance):
@@ -276,6 +287,9 @@ class RouterShell:
                 self.watcher.instance_leaving(instance)
             case InstanceLeft(instance=instance):
                 self.watcher.instance_left(instance)
+
+    def _plan_nothing(self, question: PlanQuestion) -> None:
+        self.feed(PlanningFailed(why="nobody plans here"))
 
     def stop_instance(self, instance: InstanceId) -> None:
         """Ask an instance to end; one that reads no message is ended by whoever runs it."""

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from disagg.base.ids import InstanceId
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, ScalingDecided
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided, ScalingDecided
 
 
 class RouterSink(Protocol):
@@ -30,6 +30,9 @@ class RouterSink(Protocol):
 
     def scaling_decided(self, decided: ScalingDecided) -> None:
         """Autoscaling adds or removes instances."""
+
+    def plan_decided(self, decided: PlanDecided) -> None:
+        """A planner's answer was weighed."""
 
     def instance_lost(self, instance: InstanceId) -> None:
         """An instance that had been ready died or was declared dead."""
@@ -66,6 +69,9 @@ class NullSink:
         """See RouterSink."""
 
     def scaling_decided(self, decided: ScalingDecided) -> None:
+        """See RouterSink."""
+
+    def plan_decided(self, decided: PlanDecided) -> None:
         """See RouterSink."""
 
     def instance_lost(self, instance: InstanceId) -> None:

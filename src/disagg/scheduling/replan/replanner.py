@@ -1,0 +1,187 @@
+"""When the placement is planned anew, and what is made of the answer. Pure.
+
+The requests after the last decision are the reference; the latest are tested against it. When they differ, as many
+fresh ones are waited for, so that the plan is made for the new workload alone and not for a mixture. The first sample
+of all is planned for as well: nothing says that the placement was chosen for it.
+"""
+
+import enum
+import math
+from itertools import cycle
+from typing import Final
+
+from msgspec import structs
+
+from disagg.base.config import RouterSettings, SchedulerSettings
+from disagg.base.elastic_settings import Replan
+from disagg.base.errors import ConfigurationError
+from disagg.scheduling.dispatch.experience import Experience
+from disagg.scheduling.dispatch.forecaster import known_decode_costs, known_prefill_costs
+from disagg.scheduling.dispatch.sequence_sample import SequenceSample
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.dispatch.workload import WorkloadWindow
+from disagg.scheduling.replan.placements import RoleCounts, reachable
+from disagg.scheduling.replan.question import PlanAnswer, PlannedPlacement, PlanQuestion
+from disagg.scheduling.replan.workload_shift import answer_shift, arrival_shift
+from disagg.scheduling.router.membership import Membership
+from disagg.scheduling.router.outputs import AskForPlan, PlanDecided
+
+SAMPLE: Final = 100
+"""Requests that are tested, and planned for."""
+_LOOK_EVERY: Final = 25
+"""Arrivals and ends in sum."""
+_ENOUGH: Final = 0.5
+_NEARLY_ALL: Final = 0.95
+"""Parts of a sample that have to have ended: to be planned for, and for its answers to be tested."""
+HORIZON_S: Final = 60.0
+"""Within which a change has to pay."""
+MIN_GAIN: Final = 0.03
+"""Of attainment, the change included: less is not worth it."""
+_SCORE: Final = 2.326
+"""McNemar's: a gain by chance is less likely than 1%."""
+
+
+class _Stage(enum.Enum):
+    FRESH = "fresh"
+    """Waits for a sample of the new workload."""
+    PLANNING = "planning"
+    WATCHING = "watching"
+
+
+class Replanner:
+    """Decides for one deployment; ``experience`` and ``window`` are the dispatcher's."""
+
+    def __init__(
+        self, settings: RouterSettings, scheduler: SchedulerSettings, window: WorkloadWindow, experience: Experience
+    ) -> None:
+        self._settings = settings
+        self._scheduler = scheduler
+        objectives = scheduler.objectives
+        self.is_on = settings.replan is not Replan.OFF
+        if self.is_on and objectives.ttft_s is None and objectives.tpot_s is None:
+            raise ConfigurationError(
+                f"--replan {settings.replan.value} looks for the placement that keeps the objectives best, and there "
+                "are none: give them with --slo, such as --slo ttft=500ms,tpot=50ms"
+            )
+        self._window = window
+        self._experience = experience
+        self._stage = _Stage.FRESH
+        self._why = "the first requests"
+        self._since = self._looked_at = self._reference = 0
+        self.last: PlanDecided | None = None
+        """The last decision."""
+
+    def look(self, members: Membership) -> AskForPlan | None:
+        """Return a question for the planner, when one is due."""
+        window = self._window
+        news = window.num_taken + window.num_ended
+        if not self.is_on or self._stage is _Stage.PLANNING or news < self._looked_at + _LOOK_EVERY:
+            return None
+        self._looked_at = news
+        if window.num_taken < self._since + SAMPLE:
+            return None
+        if self._stage is _Stage.FRESH:
+            return self._ask(members)
+        if why := self._what_moved():
+            self._stage, self._why, self._since = _Stage.FRESH, why, window.num_taken
+        return None
+
+    def _what_moved(self) -> str:
+        """Test the latest arrivals, and the latest answers, against those that were planned for."""
+        window = self._window
+        reference = window.taken(self._reference, SAMPLE)
+        if len(reference) < SAMPLE:
+            return ""  # long forgotten: nothing has moved for thousands of requests
+        first = window.num_taken - SAMPLE
+        if why := arrival_shift(reference, window.taken(first, SAMPLE)):
+            return why
+        while first >= self._since:
+            answered = window.taken(first, SAMPLE)
+            if sum(one.has_ended for one in answered) >= _NEARLY_ALL * SAMPLE:
+                return answer_shift(reference, answered)
+            first -= _LOOK_EVERY
+        return ""
+
+    def _sample(self) -> tuple[SequenceSample, ...] | None:
+        """Return the fresh sample; None while too few of it have ended. The others are taken to answer as those do."""
+        taken = self._window.taken(self._since, SAMPLE)
+        ended = [one for one in taken if one.has_ended]
+        if len(ended) < _ENOUGH * SAMPLE:
+            return None
+        lengths = cycle([one.num_answer_tokens for one in ended])
+        return tuple(
+            structs.replace(one, num_answer_tokens=one.num_answer_tokens if one.has_ended else next(lengths))
+            for one in taken
+        )
+
+    def _ask(self, members: Membership) -> AskForPlan | None:
+        """Return the question; None where instances are on their way, or nothing is known of their costs yet."""
+        entries = [member.entry for member in members]
+        prefill, decode = known_prefill_costs(entries), known_decode_costs(entries)
+        ready = [member for member in members if member.state is InstanceState.READY]
+        pools = [entry.pool_tokens for entry in entries if entry.pool_tokens]
+        sample = self._sample()
+        if sample is None or prefill is None or decode is None or not pools or len(ready) < len(entries):
+            return None
+        present = RoleCounts.of(member.role for member in ready)
+        settings = self._settings
+        placements = reachable(present, settings.ranges, strict_roles=settings.strict_roles)
+        mean_tokens = sum(one.num_prompt_tokens for one in sample) / len(sample)
+        mean_s = self._experience.hand_over_s(round(mean_tokens))
+        loads = [member.facts.load_s for member in ready if member.facts is not None]
+        self._stage, self._reference = _Stage.PLANNING, self._since
+        return AskForPlan(
+            why=self._why,
+            question=PlanQuestion(
+                placements=placements,
+                requests=sample,
+                router=settings,
+                scheduler=self._scheduler,
+                prefill_costs=prefill,
+                decode_costs=decode,
+                pool_tokens=min(pools),
+                hand_over_s=mean_s / 2,
+                hand_over_token_s=mean_s / 2 / max(1.0, mean_tokens),
+                join_s=max(loads, default=0.0) + 1.0,
+                horizon_s=HORIZON_S,
+            ),
+        )
+
+    def decide(self, answer: PlanAnswer) -> PlanDecided:
+        """Return what is made of an answer, and watch from now on for the next move."""
+        self._watch()
+        present = answer.placements[0]
+        best = max(answer.placements, key=lambda one: (one.attainment, -_distance(one, present)))
+        pays = best is not present and _pays(best, present)
+        self.last = PlanDecided(
+            why=self._why,
+            present=present.counts,
+            best=best.counts,
+            attainment=present.attainment,
+            best_attainment=best.attainment,
+            num_requests=answer.num_requests,
+            num_placements=len(answer.placements),
+            pays=pays,
+            acts=pays and self._settings.replan is Replan.ACT,
+        )
+        return self.last
+
+    def gave_up(self) -> None:
+        """The planner could not answer."""
+        self._watch()
+
+    def _watch(self) -> None:
+        self._stage = _Stage.WATCHING
+        self._since = self._window.num_taken
+
+
+def _pays(best: PlannedPlacement, present: PlannedPlacement) -> bool:
+    """Return whether the gain is large enough, and no play of chance (McNemar's test of paired outcomes)."""
+    num_changed = best.num_gained + best.num_lost
+    score = (best.num_gained - best.num_lost) / math.sqrt(num_changed) if num_changed else 0.0
+    return best.attainment - present.attainment >= MIN_GAIN and score >= _SCORE
+
+
+def _distance(one: PlannedPlacement, other: PlannedPlacement) -> int:
+    theirs = other.counts.by_role()
+    return sum(abs(count - theirs[role]) for role, count in one.counts.by_role().items())
