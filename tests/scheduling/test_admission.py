@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.base.config import MAX_OVERTAKE_S, Overload, RouterSettings, SchedulerSettings, TenantSettings
+from disagg.base.config import MAX_OVERTAKE_S, Overload, RouterSettings, SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepCosts
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.tenants import TenantSettings
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, RefuseReason, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (

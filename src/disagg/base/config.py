@@ -19,6 +19,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.model_code import ModelCode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.tenants import TenantSettings, is_api_key
 from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import parse_bytes
 
@@ -255,14 +256,6 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The instance ends when this process is gone; 0 watches nobody."""
 
 
-class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of those who share a server: its part where all want more than there is, and how much it may have at once."""
-
-    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
-    max_requests: Annotated[int, Meta(ge=1)] | None = None
-    """Sequences under way or waiting; more are refused with 429."""
-
-
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
@@ -349,11 +342,6 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def ranges(self) -> Mapping[Role, InstanceRange]:
         """How many instances there may be of the roles that are scaled."""
         return parse_autoscale(self.autoscale)
-
-
-def is_api_key(key: str) -> bool:
-    """Return whether a client can send a text as its key."""
-    return bool(key) and key.isprintable() and key == key.strip()
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

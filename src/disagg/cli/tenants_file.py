@@ -6,8 +6,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from disagg.base.config import TenantSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.tenants import TenantSettings
 from disagg.cli.yaml_file import read_yaml
 
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from disagg.base.config import TenantSettings
 from disagg.base.ids import RequestId
+from disagg.base.tenants import TenantSettings
 from disagg.scheduling.dispatch.state import SequenceEntry
 
 _OUTPUT_WEIGHT: Final = 2

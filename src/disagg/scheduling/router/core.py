@@ -446,16 +446,8 @@ class RouterCore:
         match action:
             case Deliver():
                 self._outputs.append(action)
-            case SendGenerate(with_prefix=True, request_id=request_id, epoch=epoch, instance=instance):
-                self._outputs.append(
-                    SendWithPrefix(
-                        request_id=request_id,
-                        epoch=epoch,
-                        instance=instance,
-                        hand_over=action.hand_over,
-                        prefix=self._offers.take(request_id, self._now),
-                    )
-                )
+            case SendGenerate(with_prefix=True, request_id=request_id):
+                self._outputs.append(SendWithPrefix.of(action, self._offers.take(request_id, self._now)))
             case Drained(instance=instance):
                 self._outputs.append(action)
                 if self._members[instance].is_leaving:

@@ -72,6 +72,17 @@ class SendWithPrefix(RouterOutput, frozen=True, kw_only=True):
     hand_over: bool
     prefix: KvOffer
 
+    @classmethod
+    def of(cls, start: SendGenerate, prefix: KvOffer) -> "SendWithPrefix":
+        """Return what lends the start of dispatch's action its prefix."""
+        return cls(
+            request_id=start.request_id,
+            epoch=start.epoch,
+            instance=start.instance,
+            hand_over=start.hand_over,
+            prefix=prefix,
+        )
+
 
 class TellPeerLost(RouterOutput, frozen=True, kw_only=True):
     """Tell ``instance`` that this life of ``lost`` has ended."""

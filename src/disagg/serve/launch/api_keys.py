@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from disagg.base.config import ServeSettings, is_api_key
+from disagg.base.config import ServeSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.tenants import is_api_key
 
 
 def read_api_keys(settings: ServeSettings) -> tuple[str, ...]:
