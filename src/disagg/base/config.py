@@ -331,7 +331,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def needs_costs(self) -> bool:
         """True when instances have to tell what their steps cost."""
-        return self.predicts or self.autoscale is not None or self.replan is not Replan.OFF
+        return self.predicts or self.watches_workload
+
+    @property
+    def watches_workload(self) -> bool:
+        """True when somebody looks at what was asked lately, and what came of it."""
+        return self.autoscale is not None or self.replan is not Replan.OFF
 
     @property
     def changes_placement(self) -> bool:

@@ -36,12 +36,15 @@ class Turns:
 
         ``num_all`` sequences are under way already.
         """
-        self.workload.arrived(sequence.num_tokens, now)
+        watches = self._settings.watches_workload
+        if watches:
+            self.workload.arrived(sequence.num_tokens, now)
         sequence.rank = self._paths.rank_of(sequence)
         verdict = self._verdict(sequence, num_all, now)
         if not isinstance(verdict, Refuse):
             self._room.enter(sequence)
-            self.workload.take(sequence)
+            if watches:
+                self.workload.take(sequence)
         return verdict
 
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:

@@ -34,7 +34,10 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkloadWindow:
-    """The sequences of the last ``RECENT_S`` seconds, and the last few thousand that were taken, as they arrived."""
+    """The sequences of the last ``RECENT_S`` seconds, and the last few thousand that were taken, as they arrived.
+
+    It stays empty where nobody looks at it.
+    """
 
     def __init__(self) -> None:
         self._arrivals: deque[Arrival] = deque(maxlen=_MOST_ARRIVALS)
@@ -72,8 +75,9 @@ class WorkloadWindow:
 
     def ended(self, sequence: SequenceEntry) -> None:
         """Note a sequence that came to its end."""
-        if sequence.sample is not None:
-            sequence.sample.has_ended = True
+        if sequence.sample is None:
+            return
+        sequence.sample.has_ended = True
         self._answers.append(sequence.num_answer_tokens)
         self.num_ended += 1
 
