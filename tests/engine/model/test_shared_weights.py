@@ -19,7 +19,7 @@ from disagg.engine.kernels.native_backend import NativeBackend, native_unavailab
 from disagg.engine.kernels.torch_backend import TorchBackend
 from disagg.engine.kernels.weight_memory import WeightMemory
 from disagg.engine.model.shared_weights import load_shared
-from disagg.engine.model.weights import load_weights, most_weight_bytes
+from disagg.engine.model.weights import TORCH_DTYPES, load_weights, most_weight_bytes
 from disagg.models.locate import ModelFiles, load_config, locate_model
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -58,8 +58,7 @@ class Loading:
 
 def make(name: str, model: Path, **options: Any) -> Loading:
     dtype = options.pop("dtype", DType.FLOAT32)
-    torch_dtype = torch.float32 if dtype is DType.FLOAT32 else torch.bfloat16
-    if name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), torch_dtype)):
+    if name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), TORCH_DTYPES[dtype])):
         pytest.skip(reason)
     return Loading(locate_model(str(model)), BACKENDS[name](), dtype=dtype, **options)
 
