@@ -14,7 +14,7 @@ from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.placement.replanning import answer_question
 from disagg.scheduling.replan.placements import RoleCounts
-from disagg.scheduling.replan.question import PlanAnswer, PlannedPlacement, PlanQuestion
+from disagg.scheduling.replan.question import ForecastPlacement, PlanAnswer, PlanQuestion
 from disagg.scheduling.router.outputs import PlanDecided
 from disagg.simulator.cluster import SimulatedCluster
 from disagg.simulator.request import Outcome, SimulatedRequest
@@ -48,9 +48,9 @@ def promising(gain: float, num_gained: int) -> Planner:
 
     def answer(question: PlanQuestion) -> PlanAnswer:
         planned = [
-            PlannedPlacement(counts=counts, attainment=0.5 + gain, num_gained=num_gained)
+            ForecastPlacement(counts=counts, attainment=0.5 + gain, num_gained=num_gained)
             if counts == RoleCounts(2, 1)
-            else PlannedPlacement(counts=counts, attainment=0.5)
+            else ForecastPlacement(counts=counts, attainment=0.5)
             for counts in question.placements
         ]
         return PlanAnswer(placements=tuple(planned), num_requests=200)

@@ -22,7 +22,7 @@ from disagg.costs.step_costs import step_time_s
 from disagg.costs.topology import Topology
 from disagg.scheduling.dispatch.events import Join
 from disagg.scheduling.replan.placements import RoleCounts, changes_towards
-from disagg.scheduling.replan.question import PlanAnswer, PlannedPlacement, PlanQuestion
+from disagg.scheduling.replan.question import ForecastPlacement, PlanAnswer, PlanQuestion
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.faults import Faults, TimedCommand
 from disagg.simulator.instance_spec import InstanceSpec
@@ -58,7 +58,7 @@ def answer_question(question: PlanQuestion) -> PlanAnswer:
     for counts in question.placements:
         kept = staying if counts == question.placements[0] else _kept(question, counts)
         planned.append(
-            PlannedPlacement(
+            ForecastPlacement(
                 counts=counts,
                 attainment=sum(kept.values()) / max(1, len(kept)),
                 num_gained=sum(one and not staying[name] for name, one in kept.items()),

@@ -28,7 +28,7 @@ class PlanQuestion(msgspec.Struct, frozen=True, kw_only=True):
     horizon_s: float
 
 
-class PlannedPlacement(msgspec.Struct, frozen=True, kw_only=True):
+class ForecastPlacement(msgspec.Struct, frozen=True, kw_only=True):
     """What came of one placement: the part of the requests that keep their objectives.
 
     ``num_gained`` keep them here and not where nothing is changed, ``num_lost`` the other way round.
@@ -43,5 +43,5 @@ class PlannedPlacement(msgspec.Struct, frozen=True, kw_only=True):
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The placements of the question in its order, and how many requests each of them was given."""
 
-    placements: tuple[PlannedPlacement, ...]
+    placements: tuple[ForecastPlacement, ...]
     num_requests: int

@@ -21,7 +21,7 @@ from disagg.scheduling.dispatch.sequence_sample import SequenceSample
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.dispatch.workload import WorkloadWindow
 from disagg.scheduling.replan.placements import RoleCounts, reachable
-from disagg.scheduling.replan.question import PlanAnswer, PlannedPlacement, PlanQuestion
+from disagg.scheduling.replan.question import ForecastPlacement, PlanAnswer, PlanQuestion
 from disagg.scheduling.replan.workload_shift import answer_shift, arrival_shift
 from disagg.scheduling.router.membership import Membership
 from disagg.scheduling.router.outputs import AskForPlan, PlanDecided
@@ -175,13 +175,13 @@ class Replanner:
         self._since = self._window.num_taken
 
 
-def _pays(best: PlannedPlacement, present: PlannedPlacement) -> bool:
+def _pays(best: ForecastPlacement, present: ForecastPlacement) -> bool:
     """Return whether the gain is large enough, and no play of chance (McNemar's test of paired outcomes)."""
     num_changed = best.num_gained + best.num_lost
     score = (best.num_gained - best.num_lost) / math.sqrt(num_changed) if num_changed else 0.0
     return best.attainment - present.attainment >= MIN_GAIN and score >= _SCORE
 
 
-def _distance(one: PlannedPlacement, other: PlannedPlacement) -> int:
+def _distance(one: ForecastPlacement, other: ForecastPlacement) -> int:
     theirs = other.counts.by_role()
     return sum(abs(count - theirs[role]) for role, count in one.counts.by_role().items())
