@@ -39,6 +39,12 @@ def test_what_a_plan_puts_on_one_node_stays_on_one_node() -> None:
     ]
 
 
+def test_instances_that_hand_nothing_over_sit_apart_though_a_plan_put_them_on_one_node() -> None:
+    placement = Placement(groups=(InstanceGroup(role=Role.COLOCATED, count=2, devices=("a:0-1",)),))
+    (bench,) = benches(placement, HOST)
+    assert (bench.spread, len(bench.seats)) == (Spread.APART, 2)
+
+
 def test_threads_of_all_and_devices_are_asked_for() -> None:
     placement = Placement(groups=(InstanceGroup(role=Role.COLOCATED, count=1, num_threads=1),))
     (bench,) = benches(placement, HostSettings(threads=4, device=Device.CUDA))

@@ -4,6 +4,7 @@ Ray is optional (``disagg[ray]``): this module is imported where ``--cluster`` a
 """
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ except ImportError as missing:
 _HERE: Final = "auto"
 _PORT: Final = 6379
 """Of the head's control store, unless it was started with another one."""
+
+_REACHED_S: Final = 5.0
+_KIND: Final = "accelerator_type:"
+"""What the resource that says a node's kind of GPU begins with."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,16 @@ def connected(cluster: str) -> Iterator[None]:
     """Be a driver of the cluster for the length of a block. Raises UnavailableError when it is not there."""
     address = address_of(cluster)
     try:
+        if address != _HERE:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), _REACHED_S).close()  # Ray itself would wait a minute
         ray.init(address=address, namespace="disagg", log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
-        raise UnavailableError(f"--cluster {cluster}: Ray is not reached there: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        why = str(error).partition(". ")[0]
+        raise UnavailableError(
+            f"--cluster {cluster}: Ray is not reached ({why}); start it with `ray start --head`, and "
+            f"on this host, if that is another one, with `ray start --address=HEAD:{_PORT}`"
+        ) from error
     try:
         yield
     finally:
@@ -74,10 +86,11 @@ def own_address() -> str:
 
 def _node(said: dict[str, Any]) -> RayNode:
     resources, labels = said["Resources"], said.get("Labels", {})
+    kinds = [name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)]
     return RayNode(
         name=str(said["NodeName"]),
         node_id=str(said["NodeID"]),
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
-        accelerator=str(labels.get("ray.io/accelerator-type", "")),
+        accelerator=str(labels.get("ray.io/accelerator-type") or next(iter(kinds), "")),
     )

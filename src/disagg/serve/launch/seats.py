@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from disagg.base.config import Device, InstanceGroup, Placement
+from disagg.base.request import Role
 from disagg.costs.topology import read_devices
 from disagg.serve.launch.deployment import HostSettings, check_parallelism
 
@@ -67,7 +68,7 @@ def benches(placement: Placement, host: HostSettings) -> tuple[Bench, ...]:
         (apart if node is None else segments.setdefault(node, [])).append(one)
     together = []
     for members in segments.values():
-        if len(members) > 1:
+        if {Role.PREFILL, Role.DECODE} <= {one.group.role for one in members}:
             together.append(Bench(tuple(members), Spread.ONE_NODE))
         else:
             apart += members
