@@ -109,6 +109,37 @@ def test_a_plan_is_made_for_each_workload_and_for_no_mixture():
     assert last > 10 * first, "each plan is for the workload of its time"
 
 
+def test_a_plan_that_failed_is_made_again_once():
+    def hopeful(question: PlanQuestion) -> PlanAnswer:
+        placements = tuple(ForecastPlacement(counts=counts, attainment=1.0) for counts in question.placements)
+        return PlanAnswer(placements=placements, num_requests=200)
+
+    decided = serve(Replan.ACT, load((READING, 900)), hopeful)
+    failed = [one.why for one in decided if one.why.startswith("attainment")]
+    assert len(failed) == 1
+    assert "100.0% predicted" in failed[0]
+
+
+def test_answers_that_are_longer_than_was_supposed_are_planned_for_again():
+    asked: list[PlanQuestion] = []
+
+    def staying(question: PlanQuestion) -> PlanAnswer:
+        asked.append(question)
+        return promising(0.0, 0)(question)
+
+    short_and_long = load((WRITING, 400))
+    for number, request in enumerate(short_and_long):
+        request.output_len = 4 if number % 2 else 1000 + number
+    decided = serve(Replan.ACT, short_and_long, staying)
+    assert [one.why.split(":")[0] for one in decided[:2]] == [
+        "the first requests",
+        "what was supposed of the answer tokens",
+    ]
+    supposed, known = (sum(one.num_answer_tokens for one in question.requests) for question in asked[:2])
+    assert known > 1.5 * supposed, "the same requests, with the answers that came"
+    assert [one.arrival_s for one in asked[0].requests] == [one.arrival_s for one in asked[1].requests]
+
+
 def test_a_workload_that_turns_is_followed():
     phases = ((WRITING, 150), (READING, 450))
     left, acted = load(*phases), load(*phases)

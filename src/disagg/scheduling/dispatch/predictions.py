@@ -23,8 +23,7 @@ def path_ended(sequence: SequenceEntry) -> PathEnded | None:
         return None
     ttft_s = sequence.first_token_s - sequence.arrived_s
     waited_s = sequence.started_s - sequence.arrived_s
-    num_gaps = sequence.num_answer_tokens - 1
-    tpot_s = (sequence.last_token_s - sequence.first_token_s) / num_gaps if num_gaps else None
+    tpot_s = sequence.tpot_s
     return PathEnded(
         request_id=sequence.request_id,
         epoch=sequence.epoch,

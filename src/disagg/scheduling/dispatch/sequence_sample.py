@@ -11,3 +11,5 @@ class SequenceSample(msgspec.Struct, array_like=True):
     num_prompt_tokens: int
     num_answer_tokens: int = 0
     has_ended: bool = False
+    has_kept: bool = False
+    """It has ended within its objectives."""

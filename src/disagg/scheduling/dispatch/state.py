@@ -341,6 +341,17 @@ class SequenceEntry:
         self.num_answer_tokens += count
 
     @property
+    def tpot_s(self) -> float | None:
+        """Mean gap between the tokens of its answer; None where there are fewer than two."""
+        num_gaps = self.num_answer_tokens - 1
+        return (self.last_token_s - self.first_token_s) / num_gaps if num_gaps > 0 else None
+
+    def keeps(self, objectives: Objectives) -> bool:
+        """Return whether its tokens have come as they ought to."""
+        in_time = objectives.ttft_s is None or self.first_token_s - self.arrived_s <= objectives.ttft_s
+        return in_time and (objectives.tpot_s is None or (self.tpot_s or 0.0) <= objectives.tpot_s)
+
+    @property
     def loss_story(self) -> str:
         """Why it is given up for what died with it, in words."""
         number, story = len(self.losses), "; ".join(self.losses)

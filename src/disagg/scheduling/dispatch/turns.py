@@ -134,7 +134,7 @@ class Turns:
 
     def finished(self, sequence: SequenceEntry) -> None:
         """Learn from a sequence that came to its end."""
-        self.workload.ended(sequence)
+        self.workload.ended(sequence, has_kept=sequence.keeps(self._paths.objectives_of(sequence)))
         self._paths.experience.answer_ended(sequence.num_answer_tokens)
 
     def leave(self, sequence: SequenceEntry) -> None:

@@ -73,11 +73,11 @@ class WorkloadWindow:
         if sequence.sample is not None:
             sequence.sample.num_answer_tokens = sequence.num_answer_tokens
 
-    def ended(self, sequence: SequenceEntry) -> None:
-        """Note a sequence that came to its end."""
+    def ended(self, sequence: SequenceEntry, *, has_kept: bool) -> None:
+        """Note a sequence that came to its end, and whether it kept its objectives."""
         if sequence.sample is None:
             return
-        sequence.sample.has_ended = True
+        sequence.sample.has_ended, sequence.sample.has_kept = True, has_kept
         self._answers.append(sequence.num_answer_tokens)
         self.num_ended += 1
 

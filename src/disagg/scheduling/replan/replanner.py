@@ -3,11 +3,16 @@
 The requests after the last decision are the reference; the latest are tested against it. When they differ, as many
 fresh ones are waited for, so that the plan is made for the new workload alone and not for a mixture. The first sample
 of all is planned for as well: nothing says that the placement was chosen for it.
+
+A plan cannot wait for the longest answers, least of all where a deployment is too slow: their lengths are supposed.
+When they have come and differ from what was supposed, the same sample is planned for again. When far fewer requests
+keep their objectives than a plan said, the latest ones are planned for: once, until something moves.
 """
 
 import enum
 import math
-from itertools import cycle
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import structs
@@ -37,6 +42,9 @@ HORIZON_S: Final = 60.0
 """Within which a change has to pay."""
 MIN_GAIN: Final = 0.03
 """Of attainment, the change included: less is not worth it."""
+_MISSING: Final = 0.1
+"""Of attainment: so far, and by more than chance, under what was predicted is a plan that failed."""
+_FAILING_SCORE: Final = 3.0
 _SCORE: Final = 2.326
 """McNemar's: a gain by chance is less likely than 1%."""
 
@@ -68,6 +76,9 @@ class Replanner:
         self._stage = _Stage.FRESH
         self._why = "the first requests"
         self._since = self._looked_at = self._reference = 0
+        self._has_failed = False
+        self._supposed: tuple[SequenceSample, ...] = ()
+        """What was planned for, until its answers have come."""
         self.last: PlanDecided | None = None
         """The last decision."""
 
@@ -80,11 +91,25 @@ class Replanner:
         self._looked_at = news
         if window.num_taken < self._since + SAMPLE:
             return None
+        if self._stage is _Stage.WATCHING and (why := self._what_was_not_so()):
+            self._stage, self._why, self._since = _Stage.FRESH, why, self._reference
         if self._stage is _Stage.FRESH:
             return self._ask(members)
         if why := self._what_moved():
-            self._stage, self._why, self._since = _Stage.FRESH, why, window.num_taken
+            self._stage, self._why, self._since, self._has_failed = _Stage.FRESH, why, window.num_taken, False
+        elif not self._has_failed and (why := self._what_failed()):
+            self._stage, self._why, self._has_failed = _Stage.FRESH, why, True
+            self._since = self._latest(_ENOUGH)
         return None
+
+    def _what_was_not_so(self) -> str:
+        """Test the answers that the sample of the last plan was supposed to get against those that it got."""
+        reference = self._window.taken(self._reference, SAMPLE)
+        if not self._supposed or not _has_ended(reference, _NEARLY_ALL):
+            return ""
+        supposed, self._supposed = self._supposed, ()
+        shift = answer_shift(supposed, reference)
+        return shift and f"what was supposed of the {shift}"
 
     def _what_moved(self) -> str:
         """Test the latest arrivals, and the latest answers, against those that were planned for."""
@@ -95,24 +120,36 @@ class Replanner:
         first = window.num_taken - SAMPLE
         if why := arrival_shift(reference, window.taken(first, SAMPLE)):
             return why
-        while first >= self._since:
-            answered = window.taken(first, SAMPLE)
-            if sum(one.has_ended for one in answered) >= _NEARLY_ALL * SAMPLE:
-                return answer_shift(reference, answered)
+        latest = self._latest(_NEARLY_ALL)
+        return answer_shift(reference, window.taken(latest, SAMPLE)) if latest >= self._since else ""
+
+    def _latest(self, part: float) -> int:
+        """Return where the latest sample begins of which so much has ended; one before the last decision is none."""
+        first = self._window.num_taken - SAMPLE
+        while first >= self._since and not _has_ended(self._window.taken(first, SAMPLE), part):
             first -= _LOOK_EVERY
-        return ""
+        return first
+
+    def _what_failed(self) -> str:
+        """Test what part of those who came since the last plan keep their objectives against what was predicted."""
+        ended = [one for one in self._window.taken(self._since, self._window.num_taken) if one.has_ended]
+        if self.last is None or len(ended) < SAMPLE:
+            return ""
+        predicted = self.last.best_attainment if self.last.acts else self.last.attainment
+        kept = sum(one.has_kept for one in ended) / len(ended)
+        deviation = math.sqrt(max(kept * (1 - kept), 0.01) / len(ended))
+        if predicted - kept < max(_MISSING, _FAILING_SCORE * deviation):
+            return ""
+        return f"attainment: {kept:.1%} of {len(ended)} requests, {predicted:.1%} predicted"
 
     def _sample(self) -> tuple[SequenceSample, ...] | None:
-        """Return the fresh sample; None while too few of it have ended. The others are taken to answer as those do."""
+        """Return the fresh sample; None while too few of it have ended. The others are supposed to be longer yet."""
         taken = self._window.taken(self._since, SAMPLE)
         ended = [one for one in taken if one.has_ended]
-        if len(ended) < _ENOUGH * SAMPLE:
+        if not _has_ended(taken, _ENOUGH):
             return None
-        lengths = cycle([one.num_answer_tokens for one in ended])
-        return tuple(
-            structs.replace(one, num_answer_tokens=one.num_answer_tokens if one.has_ended else next(lengths))
-            for one in taken
-        )
+        lengths = sorted(one.num_answer_tokens for one in ended)
+        return tuple(one if one.has_ended else _supposed(one, lengths, number) for number, one in enumerate(taken))
 
     def _ask(self, members: Membership) -> AskForPlan | None:
         """Return the question; None where instances are on their way, or nothing is known of their costs yet."""
@@ -130,6 +167,7 @@ class Replanner:
         mean_s = self._experience.hand_over_s(round(mean_tokens))
         loads = [member.facts.load_s for member in ready if member.facts is not None]
         self._stage, self._reference = _Stage.PLANNING, self._since
+        self._supposed = () if all(one.has_ended for one in sample) else sample
         return AskForPlan(
             why=self._why,
             question=PlanQuestion(
@@ -173,6 +211,21 @@ class Replanner:
     def _watch(self) -> None:
         self._stage = _Stage.WATCHING
         self._since = self._window.num_taken
+
+
+def _has_ended(sample: Sequence[SequenceSample], part: float) -> bool:
+    return sum(one.has_ended for one in sample) >= part * SAMPLE
+
+
+def _supposed(one: SequenceSample, lengths: Sequence[int], number: int) -> SequenceSample:
+    """Return a sequence under way with the length of one that ended and was longer than it is now.
+
+    Where none was, as many tokens are to come as the others had: an answer that may end at each token alike.
+    """
+    longer = lengths[bisect_right(lengths, one.num_answer_tokens) :]
+    mean = sum(lengths) // len(lengths)
+    expected = longer[number % len(longer)] if longer else one.num_answer_tokens + mean
+    return structs.replace(one, num_answer_tokens=expected)
 
 
 def _pays(best: ForecastPlacement, present: ForecastPlacement) -> bool:
