@@ -17,6 +17,7 @@ from disagg.models.hf_rope import read_rope
 from disagg.models.hf_windows import read_windows
 from disagg.models.json_fields import JsonFields
 from disagg.models.shape import check_sizes
+from disagg.models.text_part import text_entries
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def config_from_hf(
 
     Raises UnsupportedModelError for a model that our decoder cannot run, ConfigurationError for a broken file.
     """
+    entries = text_entries(entries)
     fields = JsonFields(entries, source)
     architecture = _architecture(fields)
     family = FAMILIES[architecture]

@@ -17,6 +17,7 @@ from disagg.engine.model.gguf_blocks import BLOCK_FORMATS, read_blocks
 from disagg.models.config import Architecture, ModelConfig
 from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
+from disagg.models.text_part import text_tensor_name
 
 _PERMUTED: Final = (Architecture.LLAMA, Architecture.GRANITE)
 """llama.cpp's converter changes the order of their query and key rows."""
@@ -63,6 +64,7 @@ class _SafetensorsSource:
 
     def __init__(self, files: ModelFiles, stack: ExitStack, *, adds_one_to_norms: bool = False) -> None:
         self._files: dict[str, safe_open] = {}
+        self._stored_names: dict[str, str] = {}
         self._adds_one_to_norms = adds_one_to_norms
         weight_map = files.weight_map()
         for path in files.weight_files():
@@ -82,9 +84,16 @@ class _SafetensorsSource:
                 raise ConfigurationError(
                     f"the index puts tensor {name!r} into {path}, which lacks it; download it again"
                 )
+        for stored in self._files:
+            name = text_tensor_name(stored)
+            if name is not None:
+                self._stored_names[name] = stored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}  # type: ignore[no-untyped-call]
+        return {
+            name: tuple(self._files[stored].get_slice(stored).get_shape())  # type: ignore[no-untyped-call]
+            for name, stored in self._stored_names.items()
+        }
 
     def read(self, name: str) -> torch.Tensor:
         return self._adjusted(name, self._mapped(name))
@@ -101,7 +110,8 @@ class _SafetensorsSource:
         raise InternalError(f"tensor {name!r} is in no blocks")
 
     def _mapped(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        stored = self._stored_names[name]
+        tensor: torch.Tensor = self._files[stored].get_tensor(stored)  # type: ignore[no-untyped-call]
         return tensor
 
     def _adjusted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
