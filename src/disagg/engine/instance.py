@@ -33,6 +33,7 @@ from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.grammar import Grammars
 from disagg.engine.isolation import IsolatingExecutor
+from disagg.engine.kernels.interface import KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
@@ -93,13 +94,7 @@ def build_loop(
     config = load_served_model_config(files, settings.model.model_code)
     grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
-    backend = select_backend(
-        device,
-        TORCH_DTYPES[settings.model.dtype],
-        settings.kernel_backend,
-        head_dim=config.head_dim,
-        block_size=settings.cache.block_size,
-    )
+    backend = _backend(settings, device, config.head_dim)
     capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
@@ -127,20 +122,21 @@ def build_loop(
         num_saved_blocks=len(room.saved),
         probe=shared.probe,
     )
-    ready = Ready(
-        version=PROTOCOL_VERSION,
-        instance=settings.instance,
-        incarnation=incarnation,
-        role=settings.role,
-        facts=facts,
-    )
+    name, role = settings.instance, settings.role
+    ready = Ready(version=PROTOCOL_VERSION, instance=name, incarnation=incarnation, role=role, facts=facts)
     header = core_header(settings, ready, room.saved)
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
-    measuring = LinkMeasuring(settings.instance, incarnation, links, clock, channel.wake)
+    measuring = LinkMeasuring(name, incarnation, links, clock, channel.wake)
     accessories = Accessories(log, disk, grammars, measuring)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
+
+
+def _backend(settings: InstanceSettings, device: torch.device, head_dim: int) -> KernelBackend:
+    dtype = TORCH_DTYPES[settings.model.dtype]
+    block_size = settings.cache.block_size
+    return select_backend(device, dtype, settings.kernel_backend, head_dim=head_dim, block_size=block_size)
 
 
 def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:

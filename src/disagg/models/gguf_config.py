@@ -50,15 +50,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     num_heads = _get(file, f"{name}.attention.head_count", int)
     hidden_size = _get(file, f"{name}.embedding_length", int)
     num_layers = _get(file, f"{name}.block_count", int)
-    head_dim = _get(file, f"{name}.attention.key_length", int, hidden_size // max(num_heads, 1))
     architecture = _ARCHITECTURES[name]
     family = FAMILIES[architecture]
-    rotary_dim = _get(file, f"{name}.rope.dimension_count", int, head_dim)
-    if rotary_dim != head_dim and not family.turns_parts_of_heads:
-        raise unsupported_key(file, f"{name}.rope.dimension_count", rotary_dim, f"the whole head, {head_dim}")
-    value_dim = _get(file, f"{name}.attention.value_length", int, head_dim)
-    if value_dim != head_dim:
-        raise unsupported_key(file, f"{name}.attention.value_length", value_dim, f"as long as keys, {head_dim}")
+    head_dim, rotary_dim = _head_dims(file, name, family, hidden_size // max(num_heads, 1))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     num_tokens = len(tokens) if isinstance(tokens, list) else None
     config = ModelConfig(
@@ -97,6 +91,18 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     )
     check_config(config, str(file.path))
     return config
+
+
+def _head_dims(file: GgufFile, name: str, family: ModelFamily, default: int) -> tuple[int, int]:
+    """Return the length of a head, and how much of it rotary embedding turns."""
+    head_dim = _get(file, f"{name}.attention.key_length", int, default)
+    rotary_dim = _get(file, f"{name}.rope.dimension_count", int, head_dim)
+    if rotary_dim != head_dim and not family.turns_parts_of_heads:
+        raise unsupported_key(file, f"{name}.rope.dimension_count", rotary_dim, f"the whole head, {head_dim}")
+    value_dim = _get(file, f"{name}.attention.value_length", int, head_dim)
+    if value_dim != head_dim:
+        raise unsupported_key(file, f"{name}.attention.value_length", value_dim, f"as long as keys, {head_dim}")
+    return head_dim, rotary_dim
 
 
 def _get(file: GgufFile, key: str, kind: type[T], default: T | None = None) -> T:

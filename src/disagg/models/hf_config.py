@@ -50,7 +50,6 @@ def config_from_hf(
     head_dim = fields.get("head_dim", int, family.head_dim or hidden_size // max(num_heads, 1))
     any_bias = family.may_have_attention_bias and fields.get("attention_bias", bool, False)
     rope = read_rope(fields, architecture, family)
-    generated = JsonFields(generation or {}, "generation_config.json")
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.get("vocab_size", int),
@@ -84,7 +83,7 @@ def config_from_hf(
         fused_projections=family.fused_projections,
         norms_stored_less_one=family.norms_stored_less_one,
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
-        eos_token_ids=tuple(dict.fromkeys(generated.token_ids("eos_token_id") + fields.token_ids("eos_token_id"))),
+        eos_token_ids=_eos_token_ids(fields, generation),
         stored_dtype=fields.get("dtype", str, fields.get("torch_dtype", str, "unknown")),
     )
     check_config(config, source)
@@ -124,6 +123,11 @@ def _architecture(fields: JsonFields) -> Architecture:
             f"what is computed and must agree: {' or '.join(repr(name) for name in expected)} for {names[0]}"
         )
     return architecture
+
+
+def _eos_token_ids(fields: JsonFields, generation: Mapping[str, object] | None) -> tuple[int, ...]:
+    generated = JsonFields(generation or {}, "generation_config.json")
+    return tuple(dict.fromkeys(generated.token_ids("eos_token_id") + fields.token_ids("eos_token_id")))
 
 
 def _has_qkv_bias(fields: JsonFields, family: ModelFamily) -> bool:
