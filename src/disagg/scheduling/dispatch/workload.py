@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -105,8 +106,7 @@ class WorkloadWindow:
         forgotten or still to come. They change as their answers go on.
         """
         forgotten = self.num_taken - len(self._taken)
-        begin = max(0, first - forgotten)
-        return [self._taken[index] for index in range(begin, min(first + count - forgotten, len(self._taken)))]
+        return list(islice(self._taken, max(0, first - forgotten), max(0, first + count - forgotten)))
 
     def _forget(self, now: float) -> None:
         while self._arrivals and self._arrivals[0].time_s < now - RECENT_S:

@@ -85,8 +85,10 @@ class Replanner:
     def look(self, members: Membership) -> AskForPlan | None:
         """Return a question for the planner, when one is due."""
         window = self._window
+        if not self.is_on or self._stage is _Stage.PLANNING:
+            return None
         news = window.num_taken + window.num_ended
-        if not self.is_on or self._stage is _Stage.PLANNING or news < self._looked_at + _LOOK_EVERY:
+        if news < self._looked_at + _LOOK_EVERY:
             return None
         self._looked_at = news
         if window.num_taken < self._since + SAMPLE:
@@ -132,8 +134,11 @@ class Replanner:
 
     def _what_failed(self) -> str:
         """Test what part of those who came since the last plan keep their objectives against what was predicted."""
-        ended = [one for one in self._window.taken(self._since, self._window.num_taken) if one.has_ended]
-        if self.last is None or len(ended) < SAMPLE:
+        if self.last is None:
+            return ""
+        window = self._window
+        ended = [one for one in window.taken(self._since, window.num_taken - self._since) if one.has_ended]
+        if len(ended) < SAMPLE:
             return ""
         predicted = self.last.best_attainment if self.last.acts else self.last.attainment
         kept = sum(one.has_kept for one in ended) / len(ended)
