@@ -4,14 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from safetensors.numpy import load_file
+from gguf_writing import convert
 from step_runner import StepRunner
-from test_decoder_gguf import gguf_name, permuted
 
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import DType, Quantization
@@ -25,34 +23,19 @@ from disagg.engine.model.decoder import Decoder
 from disagg.engine.model.shared_weights import load_shared
 from disagg.engine.model.weights import load_weights, most_weight_bytes
 from disagg.models.locate import load_config, locate_model
-from disagg.models.shape import NormPlacement
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 
 def quantized(folder: Path, path: Path, mixed: bool) -> Path:
     """A Llama in Q4_0; with ``mixed`` values are Q8_0, as in llama.cpp's mixtures, and cannot join queries and keys."""
-    config = load_config(locate_model(str(folder)))
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    for name, values in load_file(folder / "model.safetensors").items():
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-        stored = np.ascontiguousarray(values if heads is None else permuted(values, heads))
-        kind = GGMLQuantizationType.F32 if values.ndim == 1 else Q8_0 if mixed and ".v_proj." in name else Q4_0
-        data = gguf.quants.quantize(stored, kind)
-        writer.add_tensor(gguf_name(name, NormPlacement.BEFORE), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def kind_of(name: str, values: npt.NDArray[Any]) -> GGMLQuantizationType:
+        if values.ndim == 1:
+            return GGMLQuantizationType.F32
+        return Q8_0 if mixed and ".v_proj." in name else Q4_0
+
+    return convert(folder, path, "llama", kind_of=kind_of)
 
 
 @pytest.fixture(params=["native", "torch"])
