@@ -1,10 +1,12 @@
 """Measured links: which are, in which order, what is made of the figures, and what dispatch learns from them."""
 
 import pytest
+from instance_facts import FACTS
+from msgspec import structs
 
 from disagg.base.config import RouterSettings
 from disagg.base.ids import InstanceId
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, LinkFigure, LinkMeasured, Ready
+from disagg.base.messages import PROTOCOL_VERSION, LinkFigure, LinkMeasured, Ready
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.events import ChangeRole
 from disagg.scheduling.dispatch.experience import Experience
@@ -32,20 +34,7 @@ class Deployment:
         return self.core.handle(one, self.now)
 
     def come_up(self, instance: InstanceId, incarnation: str = "1") -> list[tuple[str, str]]:
-        facts = InstanceFacts(
-            pid=1,
-            device="cpu",
-            kernel_backend="fake",
-            num_blocks=10,
-            block_size=16,
-            max_model_len=100,
-            vocab_size=9,
-            weight_bytes=0,
-            kv_bytes=160_000,
-            load_s=0.0,
-            pool=b"here",
-            probe=b"may",
-        )
+        facts = structs.replace(FACTS, kv_bytes=160_000, pool=b"here", probe=b"may")
         ready = Ready(
             version=PROTOCOL_VERSION,
             instance=instance,

@@ -1,12 +1,14 @@
 """Dispatch by what instances hold: told to the router's core as short stories."""
 
 import pytest
+from instance_facts import FACTS
+from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
 from disagg.base.config import CacheRouting, Overload, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
+from disagg.base.messages import PROTOCOL_VERSION, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import Finish, Resume, SendGenerate, SendLend, SendRelease
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
@@ -45,18 +47,11 @@ class Story:
         return self.tell(InstanceSaid(instance=instance, message=message))
 
     def ready(self, instance: InstanceId, role: Role, num_saved_blocks: int = 0):
-        facts = InstanceFacts(
-            pid=1,
-            device="cpu",
-            kernel_backend="fake",
+        facts = structs.replace(
+            FACTS,
             num_blocks=1000,
             block_size=SIZE,
             max_model_len=60_000,
-            vocab_size=9,
-            weight_bytes=0,
-            kv_bytes=0,
-            load_s=0.0,
-            pool=b"",
             max_disk_blocks=1000,
             num_saved_blocks=num_saved_blocks,
         )

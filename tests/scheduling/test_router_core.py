@@ -1,6 +1,7 @@
 """The router's core: what instances say and do, told as short stories of inputs and outputs."""
 
 import pytest
+from instance_facts import FACTS
 from msgspec import structs
 
 from disagg.base.config import RouterSettings
@@ -8,7 +9,6 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import (
     PROTOCOL_VERSION,
-    InstanceFacts,
     InstanceLoad,
     KvOffer,
     Loading,
@@ -92,20 +92,7 @@ class Story:
         return self.tell(InstanceSaid(instance=instance, message=message))
 
     def ready(self, instance: InstanceId, role: Role, incarnation: str = "1", kv_layout: str = "", **changes: object):
-        facts = InstanceFacts(
-            pid=1,
-            device="cpu",
-            kernel_backend="fake",
-            num_blocks=10,
-            block_size=16,
-            max_model_len=100,
-            vocab_size=9,
-            weight_bytes=0,
-            kv_bytes=0,
-            load_s=0.0,
-            pool=b"",
-            kv_layout=kv_layout,
-        )
+        facts = structs.replace(FACTS, kv_layout=kv_layout)
         fields = {"version": PROTOCOL_VERSION, "instance": instance, "role": role, **changes}
         return self.say(instance, Ready(incarnation=incarnation, facts=facts, **fields))  # type: ignore[arg-type]
 
