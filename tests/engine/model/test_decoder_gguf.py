@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_writing import convert
+from gguf_converter import convert
 from step_runner import StepRunner
 
 from disagg.base.config import DType

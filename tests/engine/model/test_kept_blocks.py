@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from gguf_writing import convert
+from gguf_converter import convert
 from step_runner import StepRunner
 
 from disagg.base.clock import MonotonicClock
