@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +65,12 @@ def test_no_two_public_classes_have_one_name() -> None:
                 found[node.name].append(str(path.relative_to(SOURCES)))
     shared = {name: paths for name, paths in found.items() if len(paths) > 1}
     assert shared == {}
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """They are imported by their names alone: of two, one would hide the other."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py"))
+    assert [name for name, number in names.items() if number > 1 and name != "conftest.py"] == []
 
 
 @pytest.mark.parametrize(
