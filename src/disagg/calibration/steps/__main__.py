@@ -39,6 +39,9 @@ def main() -> int:
 def _run(settings: InstanceSettings) -> None:
     if settings.parent_pid and not end_with_parent(settings.parent_pid):
         return
+    # The decodes of a script begin together: one that was pulled first would run on, a quick model's to its end.
+    scheduler = msgspec.structs.replace(settings.scheduler, pull_before_step=True)
+    settings = msgspec.structs.replace(settings, scheduler=scheduler)
     pin_to_cores(settings.cpus)
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # PyTorch reads it while it is imported
