@@ -246,10 +246,10 @@ def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Cas
             for run in range(options.runs)
         ]
 
-        def attainment(rate: float, slices: Sequence[OpenLoop] = slices, slo: Slo = slo) -> float:
-            return predict(clusters, [one.at_rate(rate) for one in slices], slo).attainment
+        def meets(rate: float, slices: Sequence[OpenLoop] = slices, slo: Slo = slo) -> bool:
+            return predict(clusters, [one.at_rate(rate) for one in slices], slo).attainment >= 0.9
 
-        capacity = highest_rate(attainment, 0.9, 1.0)
+        capacity = highest_rate(meets, 1.0, f"{slo}@90%")
         for load in options.loads:
             yield Case(name, [one.at_rate(capacity * LOADS[load]) for one in slices], load, slo, loaded)
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from disagg.base.config import CacheSettings
 from disagg.bench.client.goodput import GoodputFound, GoodputPlan, find_goodput
-from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import Asking, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import run_load
 from disagg.bench.compare.server_process import running, serve_command
@@ -206,12 +206,11 @@ def search_live(
             server=Server(url),
             load=load_at(start_rate, UNSEEN + seed),
             asking=Asking(temperature=0.0),
-            limits=Limits(slo=target.slo),
             num_warmup=2,
         ),
         load_at=load_at,
         start_rate=start_rate,
-        target=target.attainment,
+        target=target,
         seeds=(UNSEEN + seed,),
         tolerance=TOLERANCE,
         drain_s=DRAIN_S,

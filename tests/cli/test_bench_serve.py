@@ -187,6 +187,13 @@ def test_a_server_that_keeps_none_is_told_so() -> None:
     assert "one seed is a look, no claim" in told.stdout
 
 
+def test_a_run_takes_limits_on_percentiles() -> None:
+    slo = ("--slo", "ttft=60s@80%,e2e.p99<=1us")
+    with fake_server() as server:
+        told = bench("serve", "--url", server.url, *LENGTHS, "--rate", "400", "--requests", "3", *slo).stdout
+    assert "target      ttft=60s@80%,e2e.p99<=0.001ms: missed, e2e.p99" in told
+
+
 def test_factors_of_a_grid() -> None:
     assert Factors().convert("0.5, 2", None, None) == (0.5, 2.0)
     assert Factors().convert("", None, None) == ()

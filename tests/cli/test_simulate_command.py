@@ -63,6 +63,16 @@ def test_a_report_for_programs(trace: Path) -> None:
     assert found["runs"][0]["num_finished"] == 40
 
 
+def test_a_target_is_said_with_its_part_and_its_tails(trace: Path) -> None:
+    slo = ("--slo", "ttft=0.5s,tpot=80ms@80%,ttft.p99<=1ms")
+    found = report("--workload", trace, *PUBLISHED, *slo)
+    assert found["attainment_target"] == 0.8
+    assert [words.split()[0] for words in found["missed"]] == ["ttft.p99"]
+    assert report("--workload", trace, *PUBLISHED, *slo, "--attainment", "0.7")["attainment_target"] == 0.7
+    told = run("--workload", trace, *PUBLISHED, *slo).stdout
+    assert "target  ttft=500ms,tpot=80ms@80%,ttft.p99<=1ms: missed, ttft.p99" in told
+
+
 def test_equal_calls_print_equal_bytes(trace: Path) -> None:
     assert (
         run("--workload", trace, *PUBLISHED, "--json").stdout == run("--workload", trace, *PUBLISHED, "--json").stdout

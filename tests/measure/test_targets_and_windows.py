@@ -42,6 +42,13 @@ def test_a_tail_is_kept_or_not() -> None:
     assert target.is_met(1.0, {"ttft": Percentiles.of([math.nan])})
 
 
+def test_what_was_missed_is_told_with_the_figures() -> None:
+    target = parse_target("ttft=1s@99.9%,ttft.p99<=2s")
+    near, far = (Percentiles.of([value]) for value in (1.0, 2.5))
+    assert target.missed(999 / 1000, {"ttft": near}) == ()
+    assert target.missed(998 / 1000, {"ttft": far}) == ("attainment 99.8%, not 99.9%", "ttft.p99 2500ms, not <=2000ms")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -16,7 +16,7 @@ from disagg.bench.client.run_load import LoadResult, run_load
 from disagg.cli.bench_goodput_report import print_report
 from disagg.cli.bench_load import choose_plan, choose_slo, load_options, shown_progress
 from disagg.cli.values import Count, Number, OutputPath
-from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, workload_options
+from disagg.cli.workload_flags import WORKLOAD_HELP, choose_load, choose_target, workload_options
 from disagg.measure.sessions import SessionWorkload
 
 _COUNT = Count(min=1)
@@ -49,10 +49,8 @@ class Factors(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--attainment",
     type=Number(0, 1, min_open=True),
-    default=0.9,
-    show_default=True,
     metavar="PART",
-    help="Part of all requests that must keep both objectives.",
+    help="Part of all requests that must keep both objectives, in place of that in --slo.",
 )
 @click.option(
     "--run-s", type=_ABOVE_ZERO, default=30.0, show_default=True, metavar="SECONDS", help="Length of a run at a rate."
@@ -98,14 +96,15 @@ def goodput(num_devices: int | None, save: Path | None, as_json: bool, **values:
     Doubles or halves the rate from --rate (1 unless given) until some rate keeps the attainment and another does not,
     then halves between the two. A run is given up as soon as the attainment is out of reach.
     """
-    plan = choose_plan(values, choose_slo(values))
+    target = choose_target(choose_slo(values), values["attainment"])
+    plan = choose_plan(values, target.slo)
     name, load_at = _loads(values)
     source = load_prompt_source(values["tokenizer"], values["prompts"])
     asked = GoodputPlan(
         plan=plan,
         load_at=load_at,
         start_rate=values["rate"] or 1.0,
-        target=values["attainment"],
+        target=target,
         seeds=range(values["seed"], values["seed"] + values["seeds"]),
         tolerance=values["tolerance"],
         drain_s=values["drain_s"],

@@ -5,7 +5,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from disagg.bench.client.goodput_report import GoodputReport
+from disagg.bench.client.goodput_report import GoodputReport, RatePoint
 
 
 def print_report(report: GoodputReport, as_json: bool) -> None:
@@ -15,8 +15,9 @@ def print_report(report: GoodputReport, as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{report.model}[/] at {report.url}, {report.endpoint}, {report.workload}")
+    tails = "".join(f", {tail}" for tail in report.tails)
     console.print(
-        f"{report.target:.0%} of requests within {report.slo}; {report.run_s:g} s at each rate, "
+        f"{report.target * 100:.4g}% of requests within {report.slo}{tails}; {report.run_s:g} s at each rate, "
         f"{len(report.seeds)} seed{'s' * (len(report.seeds) > 1)}\n"
     )
     console.print(_rates(report))
@@ -43,9 +44,14 @@ def _rates(report: GoodputReport) -> Table:
             f"{point.ttft.p90 * 1e3:.0f} ms",
             f"{point.tpot.p90 * 1e3:.1f} ms",
             str(share.total),
-            "[green]met[/]" if point.is_met else "[red]missed[/]" + ", cut" * point.is_cut,
+            "[green]met[/]" if point.is_met else f"[red]missed[/]{_why(report, point)}" + ", cut" * point.is_cut,
         )
     return table
+
+
+def _why(report: GoodputReport, point: RatePoint) -> str:
+    """Return what was missed, where it may be a percentile: attainment has a column of its own."""
+    return f": {', '.join(point.missed)}" if report.tails else ""
 
 
 def _verdict(report: GoodputReport) -> str:

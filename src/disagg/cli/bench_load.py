@@ -20,13 +20,13 @@ from disagg.bench.client.load_plan import (
 from disagg.bench.client.progress import LoadProgress
 from disagg.bench.client.running import Watch
 from disagg.cli.values import Count, Name, Number
-from disagg.cli.workload_flags import SloType
-from disagg.measure.slo import Slo, parse_slo
+from disagg.cli.workload_flags import SloTargetType
+from disagg.measure.slo import Slo, SloTarget, parse_target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-DEFAULT_SLO: Final = "ttft=250ms,tpot=100ms"
+DEFAULT_SLO: Final = "ttft=250ms,tpot=100ms@90%"
 _COUNT: Final = Count(min=1)
 _SECONDS: Final = Number(min=0, min_open=True)
 
@@ -71,7 +71,12 @@ _OPTIONS: Final = (
         help="Ask for token counts in every event, so that an event of several tokens is counted right.",
     ),
     click.option("--extra-body", metavar="JSON", help="Further fields of every request, as a JSON object."),
-    click.option("--slo", type=SloType(), help=f"Latency objectives.  [default: {DEFAULT_SLO}]"),
+    click.option(
+        "--slo",
+        type=SloTargetType(),
+        help="Objectives, the part of requests that keep both, and limits on percentiles such as ttft.p99<=2s.  "
+        f"[default: {DEFAULT_SLO}]",
+    ),
     click.option(
         "--goodput", multiple=True, metavar="ttft:MS tpot:MS", help="The same in the words of vllm bench serve."
     ),
@@ -96,15 +101,15 @@ def load_options(function: F) -> F:
     return function
 
 
-def choose_slo(values: Mapping[str, Any]) -> Slo:
-    """Return the objectives of ``--slo`` or ``--goodput``; raise UsageError for both, or for words without a flag."""
+def choose_slo(values: Mapping[str, Any]) -> SloTarget:
+    """Return the target of ``--slo`` or ``--goodput``; raise UsageError for both, or for words without a flag."""
     words = [*values["goodput"], *values["more_goodput"]]
     if values["more_goodput"] and not values["goodput"]:
         raise click.UsageError(f"unexpected argument {values['more_goodput'][0]!r}")
     if words and values["slo"] is not None:
         raise click.UsageError("--slo and --goodput say the same: give one of them")
-    chosen = values["slo"] or parse_slo(" ".join(words) or DEFAULT_SLO)
-    assert isinstance(chosen, Slo)
+    chosen = values["slo"] or parse_target(" ".join(words) or DEFAULT_SLO)
+    assert isinstance(chosen, SloTarget)
     return chosen
 
 

@@ -75,8 +75,8 @@ def serve(
         raise ConfigurationError(f"--records {records}: records are written as .jsonl or .parquet")
     if records is not None and records.suffix == ".parquet":
         check_parquet(records)
-    slo = choose_slo(values)
-    plan = _with_deadline(choose_plan(values, slo), values["max_run_s"])
+    target = choose_slo(values)
+    plan = _with_deadline(choose_plan(values, target.slo), values["max_run_s"])
     name, rate, loads = choose_loads(values, range(seed, seed + seeds))
     source = load_prompt_source(values["tokenizer"], values["prompts"])
     results: list[LoadResult] = []
@@ -85,7 +85,7 @@ def serve(
             results.append(run_load(dataclasses.replace(plan.numbered(number), load=load), source, watch))
         if results[-1].stopped == INTERRUPTED:
             break
-    report = serve_report(name, seed, results)
+    report = serve_report(name, seed, results, target)
     print_report(report, as_json)
     _write_records(report, results, records)
     if save is not None:

@@ -68,6 +68,7 @@ def _outcome(report: ServeReport) -> list[str]:
         f"\nfinished    {sum(summary.num_finished for summary in summaries)} of {total}{failed}",
         f"throughput  {rate:.3g} requests/s, {output:.0f} output tokens/s, {all_tokens:.0f} tokens/s in all",
         _attainment(report),
+        f"target      {report.target}: " + (f"missed, {', '.join(report.missed)}" if report.missed else "kept"),
         f"good rate   {_with_error(report.good_rate, 1, '.3g')} requests/s kept both",
     ]
 

@@ -17,11 +17,11 @@ from disagg.cli.placement_file import choose_placement
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.values import Count, Name, Number, OutputPath
-from disagg.cli.workload_flags import WORKLOAD_HELP, SloType, choose_load, workload_options
+from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, choose_load, choose_target, workload_options
 from disagg.costs.devices import DEVICES
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, SloTarget
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import IMITATED, build_cluster, build_spares
 from disagg.simulator.evaluate import Evaluation, evaluate, search_goodput
@@ -61,15 +61,14 @@ _FILE: Final = click.Path(path_type=Path)
     help="Whose rules to serve by. The flags of cache, scheduler and router below are for disagg alone.",
 )
 @workload_options
-@click.option("--slo", type=SloType(), default="ttft=250ms,tpot=100ms", show_default=True, help="Latency objectives.")
 @click.option(
-    "--attainment",
-    type=Number(0, 1),
-    default=0.9,
+    "--slo",
+    type=SloTargetType(),
+    default="ttft=250ms,tpot=100ms@90%",
     show_default=True,
-    metavar="PART",
-    help="Part of requests to keep them.",
+    help="Objectives, the part of requests that keep both, and limits on percentiles such as ttft.p99<=2s.",
 )
+@click.option("--attainment", type=Number(0, 1), metavar="PART", help="Part of requests, in place of that in --slo.")
 @click.option(
     "--seeds",
     type=Count(min=1),
@@ -78,7 +77,7 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="K",
     help="Runs, where times are drawn.",
 )
-@click.option("--find-goodput", is_flag=True, help="Search the highest rate per device that keeps --attainment.")
+@click.option("--find-goodput", is_flag=True, help="Search the highest rate per device that keeps --slo.")
 @click.option(
     "--events",
     type=OutputPath("the events", is_folder=True),
@@ -91,15 +90,16 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @flags_of(TransferSettings, without={"kv_link", "kv_digests", "kv_streams"})
 @flags_of(CacheSettings, SchedulerSettings, RouterSettings)
-def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> None:
+def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: Any) -> None:
     """Predict how a deployment serves a workload: latencies, SLO attainment, goodput.
 
     Runs the same router and scheduler code as disagg serve against a model of step times.
     """
+    target = choose_target(slo, values["attainment"])
     chosen = choose_placement(placement, {role: values[role.value] for role in Role})
     rules = choose_rules(
         values["engine"],
-        build(SchedulerSettings, values | {"objectives": slo.objectives()}),
+        build(SchedulerSettings, values | {"objectives": target.slo.objectives()}),
         build(CacheSettings, values),
         build(RouterSettings, values),
     )
@@ -116,10 +116,10 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
             raise ConfigurationError("--autoscale adds instances to one node: leave out --cluster")
         spec = replace(spec, spares=build_spares(chosen, on.platform, rules), start_spare_s=_START_SPARE_S)
     workload = choose_load(values)
-    evaluation = _evaluate(spec, workload, slo, values["seeds"], values["events"], values["html"])
+    evaluation = _evaluate(spec, workload, target.slo, values["seeds"], values["events"], values["html"])
     goodput = None
     if values["find_goodput"]:
-        goodput = search_goodput(spec, workload, slo, target=values["attainment"], num_seeds=values["seeds"])
+        goodput = search_goodput(spec, workload, target, num_seeds=values["seeds"])
     report = SimulationReport(
         platform=on.name,
         latency_errors=on.errors,
@@ -128,9 +128,11 @@ def simulate(placement: Path | None, slo: Slo, as_json: bool, **values: Any) -> 
         num_devices=evaluation.num_devices,
         rate=evaluation.rate,
         places={instance.name: tuple(map(str, instance.place)) for instance in spec.instances if instance.place},
-        slo=slo,
+        slo=target.slo,
         attainment=evaluation.attainment,
-        attainment_target=values["attainment"],
+        attainment_target=target.attainment,
+        tails=target.tails,
+        missed=evaluation.missed(target),
         goodput=goodput,
         goodput_per_device=None if goodput is None else goodput / evaluation.num_devices,
         runs=evaluation.runs,

@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, SloTarget, Tail
 from disagg.measure.statistics import Estimate, Percentiles
 from disagg.simulator.run_report import PathUse, PromptTokens, RunReport
 
@@ -27,6 +27,9 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     slo: Slo
     attainment: Estimate
     attainment_target: float
+    tails: tuple[Tail, ...]
+    missed: tuple[str, ...]
+    """What of the target was not kept, in words; nothing where all was."""
     goodput: float | None
     goodput_per_device: float | None
     runs: tuple[RunReport, ...]
@@ -51,7 +54,7 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     if report.goodput is not None:
         console.print(
             f"goodput  [bold]{report.goodput_per_device:.3g}[/] requests/s per device ({report.goodput:.3g} in all) "
-            f"at {report.attainment_target:.0%}"
+            f"at {_target(report)}"
         )
     console.print(_stages(report.runs))
     for use in first.kv:
@@ -100,7 +103,12 @@ def _attainment(report: SimulationReport) -> str:
     limits = [f"{name} <= {limit * 1e3:g} ms" for name, limit in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s))]
     alone = [_mean([getattr(run, name) for run in report.runs]) for name in ("ttft_attainment", "tpot_attainment")]
     told = " and ".join(f"{limit} ({part:.1%} alone)" for limit, part in zip(limits, alone, strict=True))
-    return f"\nattainment  [bold]{estimate.mean:.1%}[/]{interval} of {told}"
+    outcome = f"missed, {', '.join(report.missed)}" if report.missed else "kept"
+    return f"\nattainment  [bold]{estimate.mean:.1%}[/]{interval} of {told}\ntarget  {_target(report)}: {outcome}"
+
+
+def _target(report: SimulationReport) -> SloTarget:
+    return SloTarget(slo=report.slo, attainment=report.attainment_target, tails=report.tails)
 
 
 def _stages(runs: Sequence[RunReport]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
+from msgspec import structs
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.known_names import known_names
@@ -45,6 +46,11 @@ class SloType(click.ParamType[Slo]):
             return parse_slo(str(value))
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
+
+
+def choose_target(slo: SloTarget, attainment: float | None) -> SloTarget:
+    """Return the target of ``--slo``, kept by the part of ``--attainment`` where that is given."""
+    return slo if attainment is None else structs.replace(slo, attainment=attainment)
 
 
 class SloTargetType(click.ParamType[SloTarget]):

@@ -22,6 +22,8 @@ _TAIL_PERCENTILES: Final = ("p50", "p90", "p99")
 DEFAULT_ATTAINMENT: Final = 0.9
 """Part of all requests that must keep their objectives, unless said (DistServe, section 2.2)."""
 _LONGEST_S: Final = 86_400.0
+_ROUNDING: Final = 1e-9
+"""99.9 / 100 is more than 999 / 1000."""
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +85,18 @@ class SloTarget(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_met(self, attainment: float, percentiles: Mapping[str, Percentiles]) -> bool:
         """Return whether a run keeps it; ``percentiles`` are those of its finished requests, by latency."""
-        return attainment >= self.attainment and all(tail.is_met(percentiles) for tail in self.tails)
+        return not self.missed(attainment, percentiles)
+
+    def missed(self, attainment: float, percentiles: Mapping[str, Percentiles]) -> tuple[str, ...]:
+        """Return in words what of it a run does not keep; nothing where it keeps all."""
+        words = []
+        if attainment < self.attainment - _ROUNDING:
+            words.append(f"attainment {attainment * 100:.4g}%, not {self.attainment * 100:.4g}%")
+        for tail in self.tails:
+            if not tail.is_met(percentiles):
+                reached_s = getattr(percentiles[tail.latency], tail.percentile)
+                words.append(f"{tail.latency}.{tail.percentile} {_words(reached_s)}, not <={_words(tail.limit_s)}")
+        return tuple(words)
 
     def scaled(self, factor: float) -> "SloTarget":
         """Return objectives looser by ``factor``, to be kept by as many requests."""

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Final
 
 import msgspec
@@ -34,6 +35,16 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
             return cls(mean=math.nan, p50=math.nan, p90=math.nan, p99=math.nan)
         p50, p90, p99 = (float(value) for value in np.percentile(data, (50, 90, 99)))
         return cls(mean=float(data.mean()), p50=p50, p90=p90, p99=p99)
+
+    @classmethod
+    def mean_of(cls, runs: Sequence["Percentiles"]) -> "Percentiles":
+        """Return the means over runs, one for each seed."""
+        return cls(
+            mean=fmean(run.mean for run in runs),
+            p50=fmean(run.p50 for run in runs),
+            p90=fmean(run.p90 for run in runs),
+            p99=fmean(run.p99 for run in runs),
+        )
 
 
 class LogHistogram:

@@ -50,6 +50,10 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
         """Requests/s that finished and kept both objectives: what ``vllm bench serve`` calls request goodput."""
         return self.attainment.count / self.span_s if self.span_s > 0 else 0.0
 
+    def percentiles(self) -> dict[str, Percentiles]:
+        """Return the latencies by the names that a target calls them."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
+
 
 def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool = True) -> RunSummary:
     """Return the summary of all requests of a run, in any order."""
@@ -60,6 +64,7 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool 
     span_s = ended_s - started_s
     offered_s = last_due_s - started_s
     num_output_tokens = sum(record.num_output_tokens for record in finished)
+    latencies = latency_percentiles(records)
     num_prompt_tokens = sum(record.prompt_len for record in finished)
     return RunSummary(
         slo=slo,
@@ -76,10 +81,10 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool 
             record.ending is Ending.FINISHED and slo.keeps_ttft(record.ttft_s) for record in records
         ),
         tpot_attainment=Share.that(record.ending is Ending.FINISHED and record.keeps_tpot(slo) for record in records),
-        ttft=Percentiles.of([record.ttft_s for record in finished]),
-        tpot=Percentiles.of([record.tpot_s for record in finished]),
-        itl=Percentiles.of(list(chain.from_iterable(record.gaps_s for record in finished))),
-        e2e=Percentiles.of([record.e2e_s for record in finished]),
+        ttft=latencies["ttft"],
+        tpot=latencies["tpot"],
+        itl=latencies["itl"],
+        e2e=latencies["e2e"],
         longest_gap=Percentiles.of([max(record.gaps_s) for record in finished if record.gaps_s]),
         pauses=Percentiles.of(
             [pause_s for record in finished if (pause_s := record.stages.get(Stage.PAUSE.value, 0.0))]
@@ -89,8 +94,15 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, *, is_open_loop: bool 
     )
 
 
-def _pause_s(record: RequestRecord) -> float:
-    return record.stages.get(Stage.PAUSE.value, 0.0)
+def latency_percentiles(records: Sequence[RequestRecord]) -> dict[str, Percentiles]:
+    """Return those of the finished requests, by the names that a target calls the latencies."""
+    finished = [record for record in records if record.ending is Ending.FINISHED]
+    return {
+        "ttft": Percentiles.of([record.ttft_s for record in finished]),
+        "tpot": Percentiles.of([record.tpot_s for record in finished]),
+        "itl": Percentiles.of(list(chain.from_iterable(record.gaps_s for record in finished))),
+        "e2e": Percentiles.of([record.e2e_s for record in finished]),
+    }
 
 
 def _kind(record: RequestRecord) -> str:

@@ -10,8 +10,8 @@ from disagg.base.errors import ConfigurationError
 from disagg.measure.goodput_search import MAX_DOUBLINGS, bracket_goodput
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
-from disagg.measure.slo import Slo
-from disagg.measure.statistics import Estimate
+from disagg.measure.slo import Slo, SloTarget
+from disagg.measure.statistics import Estimate, Percentiles
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.run_report import RunReport
@@ -29,6 +29,12 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     slo: Slo
     attainment: Estimate
     runs: tuple[RunReport, ...]
+
+    def missed(self, target: SloTarget) -> tuple[str, ...]:
+        """Return in words what of a target is not kept, by means over the runs; nothing where all is."""
+        of_runs = [run.percentiles() for run in self.runs]
+        means = {name: Percentiles.mean_of([one[name] for one in of_runs]) for name in of_runs[0]}
+        return target.missed(fmean(run.attainment for run in self.runs), means)
 
 
 def evaluate(
@@ -85,28 +91,30 @@ def run_workload(
 
 
 def search_goodput(
-    spec: ClusterSpec, workload: OpenLoop | SessionWorkload, slo: Slo, *, target: float = 0.9, num_seeds: int = 1
+    spec: ClusterSpec, workload: OpenLoop | SessionWorkload, target: SloTarget, *, num_seeds: int = 1
 ) -> float:
-    """Return the highest rate of the workload, of all devices together, at which ``target`` of its requests keep both
-    objectives. Raises what ``highest_rate`` raises.
+    """Return the highest rate of the workload, of all devices together, at which the target is kept.
+
+    Raises what ``highest_rate`` raises.
     """
 
-    def attainment(rate: float) -> float:
-        return fmean(run.attainment for run in evaluate(spec, workload.at_rate(rate), slo, num_seeds=num_seeds).runs)
+    def meets(rate: float) -> bool:
+        found = evaluate(spec, workload.at_rate(rate), target.slo, num_seeds=num_seeds)
+        return not found.missed(target)
 
-    return highest_rate(attainment, target, workload.rate if math.isfinite(workload.rate) else 1.0)
+    return highest_rate(meets, workload.rate if math.isfinite(workload.rate) else 1.0, str(target))
 
 
-def highest_rate(attainment: Callable[[float], float], target: float, start_rate: float) -> float:
-    """Return the highest rate at which ``attainment(rate)`` is at least ``target``, to 2%: see ``bracket_goodput``.
+def highest_rate(meets: Callable[[float], bool], start_rate: float, target: str) -> float:
+    """Return the highest rate that ``meets`` the target, to 2%: see ``bracket_goodput``; ``target`` is for words.
 
     Raises ConfigurationError when no rate is low or high enough: then the objectives, not the load, decide.
     """
-    bracket = bracket_goodput(lambda rate: attainment(rate) >= target, start_rate)
+    bracket = bracket_goodput(meets, start_rate)
     if not bracket.is_closed:
         side = "met at any rate" if bracket.met > 0 else "missed at any rate"
         raise ConfigurationError(
-            f"an attainment of {target:.0%} is {side} that was tried ({start_rate / 2**MAX_DOUBLINGS:.2g} to "
+            f"{target} is {side} that was tried ({start_rate / 2**MAX_DOUBLINGS:.2g} to "
             f"{start_rate * 2**MAX_DOUBLINGS:.2g} requests/s): change the objectives or the placement"
         )
     return bracket.met

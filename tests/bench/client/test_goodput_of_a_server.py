@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from disagg.bench.client.goodput import GoodputPlan, find_goodput
-from disagg.bench.client.load_plan import ClosedLoad, Limits, LoadPlan, OpenLoad, Server
+from disagg.bench.client.load_plan import ClosedLoad, LoadPlan, OpenLoad, Server
 from disagg.bench.client.run_load import LoadResult
 from disagg.bench.client.running import INTERRUPTED
 from disagg.measure.goodput_search import RateBracket
 from disagg.measure.record import Ending, RequestRecord
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, SloTarget, Tail
 from disagg.measure.statistics import Percentiles
 from disagg.measure.workload import RequestSpec
 
@@ -60,8 +60,12 @@ def record(index: int, ttft_s: float) -> RequestRecord:
 
 
 def asked(**changes: Any) -> GoodputPlan:
-    plan = LoadPlan(Server("http://nowhere"), OpenLoad(()), limits=Limits(slo=SLO))
-    return GoodputPlan(**{"plan": plan, "load_at": load_at, "start_rate": 1.0, "target": 0.5, **changes})
+    plan = LoadPlan(Server("http://nowhere"), OpenLoad(()))
+    return GoodputPlan(**{"plan": plan, "load_at": load_at, "start_rate": 1.0, "target": held_to(0.5), **changes})
+
+
+def held_to(attainment: float, *tails: Tail) -> SloTarget:
+    return SloTarget(slo=SLO, attainment=attainment, tails=tails)
 
 
 def test_the_search_closes_in_on_the_rate_at_which_half_of_the_requests_keep_the_objectives() -> None:
@@ -75,6 +79,17 @@ def test_the_search_closes_in_on_the_rate_at_which_half_of_the_requests_keep_the
     assert best is not None
     assert best.is_met
     assert best.attainment.low <= 0.5 <= best.attainment.high
+
+
+def test_a_limit_on_a_percentile_ends_the_search_below_what_the_attainment_allows() -> None:
+    """TTFT is spread up to 1.45 times its mean of rate / 4: the slowest of 20 is within 0.5 s up to a rate of 1.4."""
+    tail = Tail(latency="ttft", percentile="p99", limit_s=0.5)
+    found = find_goodput(asked(target=held_to(0.5, tail)), FormulaServer(lambda rate: rate / 4).run)
+    assert 1.3 <= found.bracket.met <= 1.4 <= found.bracket.missed <= 1.45
+    missed = found.at(found.bracket.missed)
+    assert missed is not None
+    assert missed.attainment.share == 1.0
+    assert missed.missed == ("ttft.p99 " + missed.missed[0].split()[1] + " not <=500ms",)
 
 
 def test_the_grid_is_run_around_what_was_found_and_never_given_up_early() -> None:
@@ -98,7 +113,7 @@ def test_attainment_under_other_objectives_comes_from_the_same_runs() -> None:
 
 def test_a_second_seed_is_not_run_where_the_first_has_spoiled_it() -> None:
     server = FormulaServer(lambda rate: 10.0 * rate)
-    found = find_goodput(asked(seeds=(0, 1, 2), target=0.9, max_doublings=3), server.run)
+    found = find_goodput(asked(seeds=(0, 1, 2), target=held_to(0.9), max_doublings=3), server.run)
     assert found.bracket == RateBracket(0.0, 0.25)
     assert [len(trial.results) for trial in found.trials] == [1, 1, 1]
     assert all(trial.is_cut and trial.attainment.total == 3 * NUM_REQUESTS for trial in found.trials)
@@ -107,7 +122,7 @@ def test_a_second_seed_is_not_run_where_the_first_has_spoiled_it() -> None:
 
 def test_misses_of_one_seed_are_taken_from_what_the_next_may_miss() -> None:
     server = FormulaServer(lambda rate: 0.75)
-    find_goodput(asked(seeds=(0, 1), target=0.75, max_doublings=1), server.run)
+    find_goodput(asked(seeds=(0, 1), target=held_to(0.75), max_doublings=1), server.run)
     # Of 40 requests 10 may miss; the first run, in which 4 did, could have missed all 10 of its 20.
     targets = [plan.limits.target for plan in server.plans]
     assert targets == [0.5, 1 - (10 - num_missed(0.75)) / NUM_REQUESTS]
@@ -135,7 +150,7 @@ def test_answers_may_take_a_while_after_the_last_request_but_not_for_ever() -> N
 
 def test_every_run_has_texts_of_its_own_even_with_a_seed() -> None:
     server = FormulaServer(lambda rate: rate / 4)
-    plan = LoadPlan(Server("http://nowhere"), OpenLoad(()), prompt_seed=7, limits=Limits(slo=SLO))
+    plan = LoadPlan(Server("http://nowhere"), OpenLoad(()), prompt_seed=7)
     find_goodput(asked(plan=plan), server.run)
     seeds = [one.prompt_seed for one in server.plans]
     assert len(seeds) == len(set(seeds))

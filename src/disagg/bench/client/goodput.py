@@ -11,8 +11,9 @@ from disagg.bench.client.running import INTERRUPTED
 from disagg.bench.client.stopping import most_misses
 from disagg.measure.goodput_search import RateBracket, bracket_goodput
 from disagg.measure.record import RequestRecord
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, SloTarget
 from disagg.measure.statistics import Share
+from disagg.measure.summary import latency_percentiles
 
 SLO_SCALES: Final = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
 """Factors on both objectives at which attainment is told (DistServe, section 6.2: smaller is harder)."""
@@ -25,8 +26,8 @@ class GoodputPlan:
     plan: LoadPlan
     load_at: Callable[[float, int], Load]
     start_rate: float
-    target: float = 0.9
-    """Part of all requests that must keep both objectives of the plan's limits."""
+    target: SloTarget
+    """Takes the place of what the plan's limits say of objectives."""
     seeds: Sequence[int] = (0,)
     tolerance: float = 0.05
     """The bracket is closed to this part of its lower end."""
@@ -48,8 +49,14 @@ class Trial:
     rate: float
     results: tuple[LoadResult, ...]
     attainment: Share
-    is_met: bool
+    missed: tuple[str, ...]
+    """What of the target was not kept, in words."""
     is_cut: bool
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the target was kept."""
+        return not self.missed
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class _Search:
         result = self.run(self._plan(alone, target=None), "one request at a time")
         if result.stopped == INTERRUPTED:
             raise _InterruptedError
-        if attainment(result.records, self._slo).high < self.asked.target:
+        if attainment(result.records, self._slo).high < self.asked.target.attainment:
             raise _HopelessError
 
     def try_rate(self, rate: float, *, gives_up: bool) -> Trial:
@@ -123,7 +130,7 @@ class _Search:
         num_missed = 0
         loads = [self.asked.load_at(rate, seed) for seed in self.asked.seeds]
         num_requests = [num_requests_of(load) for load in loads]
-        allowed = most_misses(self.asked.target, sum(num_requests))
+        allowed = most_misses(self.asked.target.attainment, sum(num_requests))
         for load, seed, count in zip(loads, self.asked.seeds, num_requests, strict=True):
             if gives_up and num_missed > allowed:
                 break
@@ -135,12 +142,13 @@ class _Search:
             if result.stopped == INTERRUPTED:
                 raise _InterruptedError
         total = sum(num_requests)
-        met = sum(record.meets(self._slo) for result in results for record in result.records)
+        records = [record for result in results for record in result.records]
+        share = Share.of(sum(record.meets(self._slo) for record in records), total)
         trial = Trial(
             rate=rate,
             results=tuple(results),
-            attainment=Share.of(met, total),
-            is_met=met >= total - allowed,
+            attainment=share,
+            missed=self.asked.target.missed(share.share, latency_percentiles(records)),
             is_cut=len(results) < len(loads) or any(result.stopped for result in results),
         )
         self.trials.append(trial)
@@ -148,14 +156,14 @@ class _Search:
 
     @property
     def _slo(self) -> Slo:
-        return self.asked.plan.limits.slo
+        return self.asked.target.slo
 
     def _plan(self, load: Load, target: float | None) -> LoadPlan:
         plan = self.asked.plan
         deadline_s = math.inf
         if isinstance(load, OpenLoad):
             deadline_s = load.requests[-1].arrival_s + self.asked.drain_s
-        limits = replace(plan.limits, target=target, deadline_s=deadline_s)
+        limits = replace(plan.limits, slo=self._slo, target=target, deadline_s=deadline_s)
         self.num_runs += 1
         return replace(plan.numbered(self.num_runs - 1), load=load, limits=limits)
 

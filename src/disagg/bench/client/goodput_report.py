@@ -12,7 +12,7 @@ from disagg.bench.report.runs import GoodputResult, Load, SystemRun
 from disagg.bench.report.saved import write_results
 from disagg.measure.machine import this_machine
 from disagg.measure.record import Ending
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, Tail
 from disagg.measure.statistics import Estimate, Percentiles, Share
 
 
@@ -25,6 +25,8 @@ class RatePoint(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     attainment: Share
     is_met: bool
+    missed: tuple[str, ...]
+    """What of the target was not kept, in words."""
     is_cut: bool
     num_runs: int
     errors: dict[str, int]
@@ -51,6 +53,7 @@ class GoodputReport(msgspec.Struct, frozen=True, kw_only=True):
     workload: str
     slo: Slo
     target: float
+    tails: tuple[Tail, ...]
     run_s: float
     seeds: tuple[int, ...]
     tolerance: float
@@ -75,7 +78,7 @@ def goodput_report(
 ) -> GoodputReport:
     """Return what a search says. ``num_devices`` None: not known, taken as 1."""
     results = [result for trial in found.trials for result in trial.results]
-    server, slo = asked.plan.server, asked.plan.limits.slo
+    server, slo = asked.plan.server, asked.target.slo
     rate = found.bracket.met or None
     notes = [note for result in results for note in (*result.client_faults(), *result.notes)]
     if any(trial.is_met and trial.rate > found.bracket.missed for trial in found.trials):
@@ -86,7 +89,8 @@ def goodput_report(
         model=results[0].model if results else server.model,
         workload=workload,
         slo=slo,
-        target=asked.target,
+        target=asked.target.attainment,
+        tails=asked.target.tails,
         run_s=run_s,
         seeds=tuple(asked.seeds),
         tolerance=asked.tolerance,
@@ -113,6 +117,7 @@ def _point(trial: Trial) -> RatePoint:
         rate=trial.rate,
         attainment=trial.attainment,
         is_met=trial.is_met,
+        missed=trial.missed,
         is_cut=trial.is_cut,
         num_runs=len(trial.results),
         errors=dict(Counter(record.error or record.ending.value for record in failed)),

@@ -9,9 +9,9 @@ from disagg.bench.client.load_plan import ClosedLoad, OpenLoad, SessionLoad
 from disagg.bench.client.run_load import LoadResult
 from disagg.bench.report.runs import Load, SystemRun
 from disagg.measure.machine import this_machine
-from disagg.measure.slo import Slo
+from disagg.measure.slo import Slo, SloTarget
 from disagg.measure.statistics import Estimate, Percentiles
-from disagg.measure.summary import RunSummary, summarize
+from disagg.measure.summary import RunSummary, latency_percentiles, summarize
 
 
 class ClientCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +46,9 @@ class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
     num_users: int | None
     slo: Slo
     attainment: Estimate
+    target: SloTarget
+    missed: tuple[str, ...]
+    """What of the target was not kept by all runs together, in words; nothing where all was."""
     ttft_p50_s: Estimate
     tpot_p50_s: Estimate
     good_rate: Estimate
@@ -71,10 +74,11 @@ def measured(result: LoadResult, seed: int) -> SeedRun:
     )
 
 
-def serve_report(workload: str, first_seed: int, results: Sequence[LoadResult]) -> ServeReport:
+def serve_report(workload: str, first_seed: int, results: Sequence[LoadResult], target: SloTarget) -> ServeReport:
     """Return what all runs of one load say, one for each seed from ``first_seed`` on."""
     runs = tuple(measured(result, first_seed + number) for number, result in enumerate(results))
     plan, summaries = results[0].plan, [run.summary for run in runs]
+    records = [record for result in results for record in result.records]
     return ServeReport(
         url=plan.server.base_url,
         endpoint=plan.server.endpoint.value,
@@ -83,6 +87,10 @@ def serve_report(workload: str, first_seed: int, results: Sequence[LoadResult]) 
         load=_load_words(results[0], summaries),
         num_users=None if isinstance(plan.load, OpenLoad) else plan.load.num_users,
         slo=plan.limits.slo,
+        target=target,
+        missed=target.missed(
+            sum(summary.attainment.count for summary in summaries) / max(1, len(records)), latency_percentiles(records)
+        ),
         attainment=Estimate.of([summary.attainment.share for summary in summaries]),
         ttft_p50_s=Estimate.of([summary.ttft.p50 for summary in summaries]),
         tpot_p50_s=Estimate.of([summary.tpot.p50 for summary in summaries]),
