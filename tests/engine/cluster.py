@@ -259,7 +259,7 @@ class Instance:
         if self.disk_folder is None:
             return None, ()
         files = BlockFiles(self.disk_folder, self.name, b"fake model", self.pool.layout)
-        disk = KvDisk(files, self.pool, channel.wake)
+        disk = KvDisk(files, self.pool, MonotonicClock(), channel.wake)
         stack.callback(disk.close)
         return disk, files.scan(self.max_disk_blocks)
 

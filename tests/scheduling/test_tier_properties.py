@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
@@ -32,7 +33,7 @@ from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     BlockSaved,
-    BlocksUnreadable,
+    BlocksRead,
     Cancelled,
     KvWanted,
     LeaseReleased,
@@ -68,9 +69,12 @@ class World:
     """The instance and what is on its way to it."""
 
     clients: dict[RequestId, Client]
+    block_s: float
+    """What reading a block takes; computing one takes about a second."""
     now: float = 0.0
     on_the_way: list[AnyEvent] = field(default_factory=list)
     loading: dict[RequestId, tuple[BlockId, ...]] = field(default_factory=dict)
+    reading: dict[RequestId, BlocksRead] = field(default_factory=dict)
     saving: dict[BlockHash, BlockId] = field(default_factory=dict)
     lent: dict[RequestId, tuple[BlockId, ...]] = field(default_factory=dict)
     told: dict[bool, set[BlockHash]] = field(default_factory=lambda: {False: set(), True: set()})
@@ -100,8 +104,11 @@ class World:
 
     def feed(self, event: AnyEvent) -> None:
         self.now += 1.0
+        events: list[AnyEvent] = [event]
         if isinstance(event, TransferDone | TransferFailed):
             self.loading.pop(event.request_id, None)
+            if (read := self.reading.pop(event.request_id, None)) is not None:
+                events.insert(0, read)
         elif isinstance(event, BlockSaved):
             del self.saving[event.name]
         elif isinstance(event, LeaseReleased):
@@ -109,7 +116,7 @@ class World:
         if self.alarm_s <= self.now:
             self.alarm_s = 1e18
             self.lent.clear()  # they may have expired
-        actions = self.scheduler.handle([event], self.now)
+        actions = self.scheduler.handle(events, self.now)
         self.scheduler.validate()
         for action in actions:
             self.carry_out(action)
@@ -120,7 +127,8 @@ class World:
         match action:
             case RunStep():
                 results = tuple(self.sample(chunk.request_id) for chunk in action.chunks if chunk.samples)
-                self.on_the_way.append(StepDone(step_id=action.step_id, results=results))
+                step_s = action.num_tokens / BLOCK
+                self.on_the_way.append(StepDone(step_id=action.step_id, results=results, duration_s=step_s))
             case Emit():
                 for request_id in action.request_ids:
                     self.clients[request_id].num_got += 1
@@ -128,6 +136,9 @@ class World:
                 targets = action.copies if isinstance(action, Pull) else action.blocks
                 self.loading[action.request_id] = tuple(one.target for one in targets)
                 self.on_the_way.append(TransferDone(request_id=action.request_id, epoch=EPOCH))
+                if isinstance(action, LoadBlocks):
+                    seconds = self.block_s * len(targets)
+                    self.reading[action.request_id] = BlocksRead(num_blocks=len(targets), duration_s=seconds)
             case SaveBlock():
                 self.saving[action.name] = action.block
                 self.on_the_way.append(BlockSaved(name=action.name))
@@ -183,7 +194,8 @@ class World:
             if isinstance(event, TransferDone):
                 name = self.clients[event.request_id].names(0, 40)[number % 4]
                 self.on_the_way[index] = TransferFailed(request_id=event.request_id, epoch=EPOCH)
-                self.feed(BlocksUnreadable(names=(name,)))
+                if (read := self.reading.get(event.request_id)) is not None:
+                    self.reading[event.request_id] = structs.replace(read, unreadable=(name,))
                 return
             if isinstance(event, BlockSaved) and not event.failure:
                 self.on_the_way[index] = BlockSaved(name=event.name, failure="the disk is full")
@@ -220,10 +232,10 @@ steps = st.lists(
 )
 
 
-@given(clients=clients, steps=steps)
+@given(clients=clients, steps=steps, block_s=st.sampled_from([0.0, 0.1, 1.0, 10.0]))
 @settings(max_examples=150, deadline=None)
-def test_tiers_keep_what_they_say(clients: list[Client], steps: list[tuple[str, int]]) -> None:
-    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)})
+def test_tiers_keep_what_they_say(clients: list[Client], steps: list[tuple[str, int]], block_s: float) -> None:
+    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, block_s)
     to_come = list(world.clients)
     for what, number in steps:
         if what == "deliver" and world.on_the_way:

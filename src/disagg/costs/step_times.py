@@ -22,6 +22,8 @@ _KEPT: Final = 0.995
 _EAGER_STEPS: Final = 64
 _REFIT_EVERY: Final = 8
 """After the first ``_EAGER_STEPS``, each followed by a fit."""
+_ENOUGH_PREFILLS: Final = 4
+"""Steps with prefill after which what was learned of them is believed."""
 _ERROR_KEPT: Final = 0.98
 _FIRST_ERROR: Final = 0.25
 """Assumed until steps have shown another."""
@@ -108,6 +110,11 @@ class StepTimes:
     def version(self) -> int:
         """Equal versions predict the same."""
         return 0 if self._given is not None else self._fit.version
+
+    @property
+    def knows_prefill(self) -> bool:
+        """True when prefill is predicted by more than a guess."""
+        return self._given is not None or self.num_prefill_steps >= _ENOUGH_PREFILLS
 
     def predict_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of this shape will take."""

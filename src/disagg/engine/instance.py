@@ -103,7 +103,7 @@ def build_loop(
     executor = IsolatingExecutor(_make_executor(settings, loaded.decoder, pool, device))
     shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
     links, pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
-    disk, room = _open_disk(settings, files, pool, channel, stack)
+    disk, room = _open_disk(settings, files, pool, channel, clock, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
         device=settings.device.value,
@@ -268,7 +268,12 @@ class _DiskRoom:
 
 
 def _open_disk(
-    settings: InstanceSettings, files: ModelFiles, pool: KvPool, channel: ControlChannel, stack: ExitStack
+    settings: InstanceSettings,
+    files: ModelFiles,
+    pool: KvPool,
+    channel: ControlChannel,
+    clock: Clock,
+    stack: ExitStack,
 ) -> tuple[KvDisk | None, _DiskRoom]:
     """Open an instance's share of the disk, if it has one. Raises ConfigurationError when it cannot be used."""
     share = settings.kv_disk
@@ -283,7 +288,7 @@ def _open_disk(
             f"--kv-disk: the share of {settings.instance}, {format_bytes(share.max_bytes)}, is less than one KV block "
             f"of {format_bytes(blocks.file_bytes)}: raise it"
         )
-    disk = KvDisk(blocks, pool, channel.wake)
+    disk = KvDisk(blocks, pool, clock, channel.wake)
     stack.callback(disk.close)
     return disk, _DiskRoom(max_blocks, blocks.scan(max_blocks))
 

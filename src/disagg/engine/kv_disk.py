@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockHash, BlockId
 from disagg.engine.disk_files import BlockFiles
@@ -34,9 +35,10 @@ class DiskResult:
 class KvDisk:
     """Moves blocks between ``pool`` and files. ``wake`` is called from the threads when something has ended."""
 
-    def __init__(self, files: BlockFiles, pool: KvPool, wake: Callable[[], None]) -> None:
+    def __init__(self, files: BlockFiles, pool: KvPool, clock: Clock, wake: Callable[[], None]) -> None:
         self._files = files
         self._pool = pool
+        self._clock = clock
         self._wake = wake
         self._ended: deque[DiskResult] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-read")
@@ -69,6 +71,7 @@ class KvDisk:
         self._files.close()
 
     def _read(self, load: LoadBlocks) -> None:
+        started_s = self._clock.now()
         unreadable: list[BlockHash] = []
         for block in load.blocks:
             try:
@@ -77,7 +80,13 @@ class KvDisk:
             except Exception as error:  # whoever waits for these blocks must hear of their end
                 (logger.warning if isinstance(error, TransferError) else logger.exception)("%s", error)
                 unreadable.append(block.name)
-        result = LoadEnded(request_id=load.request_id, epoch=load.epoch, unreadable=tuple(unreadable))
+        result = LoadEnded(
+            request_id=load.request_id,
+            epoch=load.epoch,
+            num_blocks=len(load.blocks),
+            duration_s=self._clock.now() - started_s,
+            unreadable=tuple(unreadable),
+        )
         self._end(DiskResult(result, tuple(block.target for block in load.blocks)))
 
     def _write(self, save: SaveBlock) -> None:

@@ -355,14 +355,17 @@ class SimulatedInstance:
 
     def _use_disk(self, output: LoadBlocks | SaveBlock, now: float) -> None:
         """Read or write blocks, after what is being read or written before them."""
+        num_blocks = len(output.blocks) if isinstance(output, LoadBlocks) else 1
+        duration_s = self.spec.disk.transfer_time_s(num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token)
+        end_s = max(now, self._disk_free_s[type(output)]) + duration_s
+        self._disk_free_s[type(output)] = end_s
         ended: LoadEnded | BlockSaved
         if isinstance(output, LoadBlocks):
-            num_blocks, ended = len(output.blocks), LoadEnded(request_id=output.request_id, epoch=output.epoch)
+            ended = LoadEnded(
+                request_id=output.request_id, epoch=output.epoch, num_blocks=num_blocks, duration_s=duration_s
+            )
         else:
-            num_blocks, ended = 1, BlockSaved(name=output.name)
-        num_bytes = num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token
-        end_s = max(now, self._disk_free_s[type(output)]) + self.spec.disk.transfer_time_s(num_bytes)
-        self._disk_free_s[type(output)] = end_s
+            ended = BlockSaved(name=output.name)
         self._later(end_s, partial(self._end_disk, ended))
 
     def _end_disk(self, ended: LoadEnded | BlockSaved) -> None:

@@ -10,7 +10,9 @@ from typing import Final
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
+from disagg.scheduling.hand_over.disk_reads import DiskReads
 from disagg.scheduling.hand_over.early_pulls import EarlyPulls
 from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, OfferPart, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
@@ -26,9 +28,10 @@ LEASE_GRACE_S: Final = 1.0
 class HandOvers:
     """Offers and leases of this instance's blocks; adoption and pulls of other instances' blocks."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Books, times: StepTimes | None = None) -> None:
         self._books = books
         self._offered: list[Sequence] = []
+        self.reads = DiskReads(books, times)
         self.early = EarlyPulls(books, self._offered, self._compute_here, self.on_transfer_done)
 
     @property
@@ -145,17 +148,22 @@ class HandOvers:
         else:
             self._compute_here(sequence)
 
-    def read_disk(self, sequence: Sequence) -> None:
-        """Let a sequence, part of whose beginning is on disk, wait for its blocks."""
-        bisect.insort(self._offered, sequence, key=order_of)
+    def read_disk(self, sequence: Sequence) -> bool:
+        """Let a sequence that has just arrived wait for the blocks that it is to read; False: there are none."""
+        sequence.end_of_read, sequence.num_to_read = self.reads.wanted(sequence, self._offered)
+        if sequence.num_to_read:
+            sequence.move(SequenceState.OFFERED, self._books.now)
+            bisect.insort(self._offered, sequence, key=order_of)
+        return sequence.num_to_read > 0
 
     def start_pulls(self) -> None:
         """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
         books = self._books
         while self._offered and (books.has_room or self.early.make_room()):
             sequence = self._offered[0]
-            if books.waiting and books.waiting[0].order < sequence.order:
-                break  # it is served before
+            is_ahead = bool(books.waiting) and books.waiting[0].order < sequence.order
+            if is_ahead and not self.reads.may_read_ahead(sequence):
+                break  # whoever waits is served before
             if not self._begin(sequence, sequence.remote):
                 if self.early.make_room():
                     continue
@@ -164,6 +172,7 @@ class HandOvers:
             sequence.move(SequenceState.PULLING, books.now)
             books.num_pulling += 1
             if sequence.loads:
+                self.reads.started(len(sequence.loads))
                 books.actions.append(
                     LoadBlocks(request_id=sequence.request_id, epoch=sequence.epoch, blocks=sequence.loads)
                 )

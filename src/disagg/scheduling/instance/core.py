@@ -80,7 +80,7 @@ from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     BlockSaved,
-    BlocksUnreadable,
+    BlocksRead,
     Cancelled,
     KvExtended,
     KvWanted,
@@ -234,7 +234,7 @@ class InstanceCore:
             case CopyEnded():
                 self._on_copy_ended(one, events)
             case LoadEnded(request_id=request_id, epoch=epoch, unreadable=names):
-                events.append(BlocksUnreadable(names=names))
+                events.append(BlocksRead(num_blocks=one.num_blocks, duration_s=one.duration_s, unreadable=names))
                 make = TransferFailed if names else TransferDone
                 events.append(make(request_id=request_id, epoch=epoch))
             case Lend() | Release() | Migrate() | BlockSaved() | Tick():

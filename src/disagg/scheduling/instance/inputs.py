@@ -74,10 +74,15 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
 
 
 class LoadEnded(InstanceInput, frozen=True, kw_only=True):
-    """The reading of blocks from disk ended: none is written to any more. ``unreadable``: those that are not there."""
+    """The reading of blocks from disk ended: none is written to any more. ``unreadable``: those that are not there.
+
+    ``duration_s`` is what reading them took, without waiting for others; 0 where nobody measured it.
+    """
 
     request_id: RequestId
     epoch: Epoch
+    num_blocks: int
+    duration_s: float = 0.0
     unreadable: tuple[BlockHash, ...] = ()
 
 

@@ -55,15 +55,11 @@ class Batching:
     def _fill_chunked(self, builder: StepBuilder) -> None:
         decoding, prefilling = self._ready()
         self._plan_decodes(builder, decoding)
-        for sequence in prefilling:
-            self._plan(builder, sequence, builder.chunk_size(sequence))
-        self._admit(builder, builder.chunk_size)
+        self._plan_prompts(builder, prefilling, builder.chunk_size)
 
     def _fill_prefill_first(self, builder: StepBuilder) -> None:
         decoding, prefilling = self._ready()
-        for sequence in prefilling:
-            self._plan(builder, sequence, builder.whole_size(sequence))
-        self._admit(builder, builder.whole_size)
+        self._plan_prompts(builder, prefilling, builder.whole_size)
         if not len(builder):
             self._plan_decodes(builder, decoding)
 
@@ -77,9 +73,7 @@ class Batching:
         decoding, prefilling = self._ready()
         self._plan_decodes(builder, decoding)
         slack.begin(builder, self._start_s)
-        for sequence in prefilling:
-            self._plan(builder, sequence, slack.size(sequence))
-        self._admit(builder, slack.size)
+        self._plan_prompts(builder, prefilling, slack.size)
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """Return the running sequences that may take part: those with one token to compute, and those with more."""
@@ -93,6 +87,16 @@ class Batching:
             elif num_remaining > 1:
                 prefilling.append(sequence)
         return decoding, prefilling
+
+    def _plan_prompts(self, builder: StepBuilder, prefilling: list[Sequence], size: Callable[[Sequence], int]) -> None:
+        """Plan the prompts that have begun, and let in those that wait, in the order of both together.
+
+        What was read ahead from disk has its blocks before others that are served before it.
+        """
+        for sequence in prefilling:
+            self._admit(builder, size, before=sequence)
+            self._plan(builder, sequence, size(sequence))
+        self._admit(builder, size)
 
     def _plan_decodes(self, builder: StepBuilder, decoding: list[Sequence]) -> None:
         settings = self._books.settings
@@ -142,11 +146,16 @@ class Batching:
             self._preempt(victim)
         builder.add(sequence, num_tokens)
 
-    def _admit(self, builder: StepBuilder, size: Callable[[Sequence], int]) -> None:
-        """Let waiting sequences in, in order and without skipping, while places, tokens and blocks last."""
+    def _admit(self, builder: StepBuilder, size: Callable[[Sequence], int], before: Sequence | None = None) -> None:
+        """Let waiting sequences in, in order and without skipping, while places, tokens and blocks last.
+
+        Only those that are served before the one that is given, if one is.
+        """
         books = self._books
         while books.waiting and books.has_room and builder.has_place:
             sequence = books.waiting[0]
+            if before is not None and sequence.order > before.order:
+                return
             # A handed-over sequence does not grow, so it needs no headroom.
             if not size(sequence) or not books.ledger.admit(sequence, books.is_busy and not sequence.hand_over):
                 return

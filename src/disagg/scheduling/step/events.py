@@ -163,10 +163,15 @@ class BlockSaved(Event, frozen=True, kw_only=True):
     failure: str = ""
 
 
-class BlocksUnreadable(Event, frozen=True, kw_only=True):
-    """What is on disk under these names is torn, foreign or gone."""
+class BlocksRead(Event, frozen=True, kw_only=True):
+    """A read of so many blocks from disk ended; what is there under the names ``unreadable`` is torn, foreign or gone.
 
-    names: tuple[BlockHash, ...]
+    ``duration_s`` is what it took without waiting for others; 0 where nobody measured it.
+    """
+
+    num_blocks: int
+    duration_s: float = 0.0
+    unreadable: tuple[BlockHash, ...] = ()
 
 
 class Cancelled(Event, frozen=True, kw_only=True):
@@ -193,7 +198,7 @@ AnyEvent = (
     | MigrationAsked
     | SourceLost
     | BlockSaved
-    | BlocksUnreadable
+    | BlocksRead
     | Cancelled
     | Tick
 )

@@ -219,18 +219,22 @@ class KvLedger:
         """True while a failed pull of this attempt may still write."""
         return (request_id, epoch) in self._quarantine
 
-    def num_on_disk(self, sequence: Sequence) -> int:
-        """Return how many blocks of a waiting sequence are on disk behind those that are in the pool."""
+    def has_room_for(self, num_blocks: int) -> bool:
+        """True while so many blocks could be taken and the headroom would be left."""
+        return num_blocks + self._headroom <= self.pool.num_available
+
+    def on_disk(self, sequence: Sequence) -> tuple[int, int]:
+        """Return which blocks of a waiting sequence are on disk behind those in the pool: the first, and the end."""
         if not (self.disk.max_blocks and self._prefix_caching and sequence.reuse_prefix):
-            return 0
+            return 0, 0
         names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
-        return len(self.disk.following(names, len(self.pool.match_prefix(names))))
+        first = len(self.pool.match_prefix(names))
+        return first, first + len(self.disk.following(names, first))
 
     def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
         """Reserve the blocks that a sequence reads from disk, and take those for the rest of its known tokens."""
         reusable = self._reusable(sequence, sequence.num_tokens - 1)
-        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
-        on_disk = self.disk.following(names, len(reusable))
+        on_disk = self.disk.following(sequence.block_hashes[: sequence.end_of_read], len(reusable))
         num_blocks = self.num_blocks_for(sequence.num_tokens)
         taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(on_disk))
         if taken is None:

@@ -34,7 +34,7 @@ from disagg.scheduling.step.events import (
     AnyEvent,
     Arrived,
     BlockSaved,
-    BlocksUnreadable,
+    BlocksRead,
     Cancelled,
     KvExtended,
     KvOffered,
@@ -98,14 +98,15 @@ class StepScheduler:
             medium,
             disk if disk is not None else DiskTier(0),
         )
-        # Predicting costs more than most decisions: it is done where somebody asked for it.
-        is_asked = settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
-        self._times = times or (StepTimes() if is_asked else None)
-        self._hand_over = HandOvers(self._books)
+        # Predicting costs more than most decisions: it is done where somebody asked for it. With a disk it is prefill
+        # that is weighed against reading, and only steps with prefill are learned from.
+        self._has_disk = self._books.ledger.disk.max_blocks > 0
+        self._times_all = times is not None or settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._times = times or (StepTimes() if self._times_all or self._has_disk else None)
+        self._hand_over = HandOvers(self._books, self._times)
         self._batching = Batching(self._books, num_stages, self._times, self._hand_over.early.make_room)
         self._disk = DiskMoves(self._books)
         self._pool = self._books.ledger.pool
-        self._has_disk = self._books.ledger.disk.max_blocks > 0
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -204,7 +205,8 @@ class StepScheduler:
                 pass  # handle() looks at the alarm after every batch of events
             case BlockSaved(name=name, failure=failure):
                 self._disk.on_saved(name, is_there=not failure)
-            case BlocksUnreadable(names=names):
+            case BlocksRead(num_blocks=num_blocks, duration_s=duration_s, unreadable=names):
+                self._hand_over.reads.ended(num_blocks, duration_s)
                 self._disk.on_unreadable(names)
             case MigrationAsked(request_id=request_id, epoch=epoch):
                 self._on_migration_asked(request_id, epoch)
@@ -256,10 +258,7 @@ class StepScheduler:
         sequence.num_prefill_tokens = event.num_tokens
         if event.prefix is not None:
             self._hand_over.borrow(sequence, event.prefix)
-        elif self._books.ledger.num_on_disk(sequence):
-            sequence.move(SequenceState.OFFERED, self._books.now)
-            self._hand_over.read_disk(sequence)
-        else:
+        elif not self._hand_over.read_disk(sequence):
             self._books.wait(sequence)
 
     def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
@@ -373,7 +372,7 @@ class StepScheduler:
             step_id = books.statistics.num_steps
             chunks = tuple([chunk for _, chunk in parts])
             planned = PlannedStep(parts, chunks)
-            if self._times is not None:
+            if self._times is not None and (self._times_all or any(chunk.num_tokens > 1 for chunk in chunks)):
                 shape = StepShape.of(chunks)
                 predicted_s = self._times.predict_s(shape)
                 planned.forecast = StepForecast(shape, predicted_s, start_s + predicted_s)

@@ -140,6 +140,9 @@ class Sequence:
     """What the running pull writes."""
     filling: tuple[BlockId, ...] = ()
     """Blocks that are reserved for pulls or for the disk, written or not."""
+    end_of_read: int = 0
+    """Up to which of its blocks it reads what is on disk, and how many blocks that was thought to be."""
+    num_to_read: int = 0
     loads: tuple[BlockLoad, ...] = ()
     """What is being read from disk."""
     batch: int | None = None
