@@ -18,8 +18,8 @@ from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import SchedulerSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.message_fields import PROTOCOL_VERSION, Message
 from disagg.base.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Adopt,
     Failed,
@@ -27,7 +27,6 @@ from disagg.base.messages import (
     InstanceFacts,
     KvOffer,
     LoadReport,
-    Message,
     Offered,
     Ready,
     Release,

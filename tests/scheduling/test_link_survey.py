@@ -6,7 +6,8 @@ from msgspec import structs
 
 from disagg.base.config import RouterSettings
 from disagg.base.ids import InstanceId
-from disagg.base.messages import PROTOCOL_VERSION, LinkFigure, LinkMeasured, Ready
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import LinkFigure, LinkMeasured, Ready
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.events import ChangeRole
 from disagg.scheduling.dispatch.experience import Experience

@@ -8,7 +8,8 @@ from disagg.base.block_hash import hash_blocks
 from disagg.base.config import CacheRouting, Overload, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
-from disagg.base.messages import PROTOCOL_VERSION, KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import Finish, Resume, SendGenerate, SendLend, SendRelease
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted

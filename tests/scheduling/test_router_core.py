@@ -7,16 +7,8 @@ from msgspec import structs
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
-from disagg.base.messages import (
-    PROTOCOL_VERSION,
-    InstanceLoad,
-    KvOffer,
-    Loading,
-    LoadReport,
-    Offered,
-    Pulled,
-    Ready,
-)
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import InstanceLoad, KvOffer, Loading, LoadReport, Offered, Pulled, Ready
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     Drained,

@@ -20,8 +20,8 @@ import zmq
 
 from disagg.base.config import InstanceSettings
 from disagg.base.ids import InstanceId
+from disagg.base.message_fields import PROTOCOL_VERSION, Message
 from disagg.base.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Adopt,
     Failed,
@@ -32,7 +32,6 @@ from disagg.base.messages import (
     KvOffer,
     Loading,
     LoadReport,
-    Message,
     Migrate,
     Offered,
     Pulled,

@@ -11,10 +11,10 @@ from msgspec import structs
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
+from disagg.base.message_fields import Message
 from disagg.base.messages import (
     KvOffer,
     LoadReport,
-    Message,
     StepOutput,
     Stop,
     ToEngine,
@@ -116,6 +116,8 @@ class VirtualEngine:
             self._queue.push(max(self._loop._wake_s, self._queue.now()), self.wake_thread)
 
     # The control channel
+
+    routers = ()
 
     def send(self, message: Message) -> None:
         if not isinstance(message, LoadReport):  # simulated instances send none

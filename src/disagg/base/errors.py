@@ -12,7 +12,8 @@
     ├── AuthenticationError         missing or wrong API key (401)
     ├── OverloadedError             a bounded queue is full (429, with Retry-After)
     ├── UnavailableError            no instance can take the request now (503)
-    │   └── InstanceLostError       too many instances died with the request (503)
+    │   ├── InstanceLostError       too many instances died with the request (503)
+    │   └── ServerRestartingError   the router that had the request is started anew (503)
     ├── RequestTimeoutError         a deadline passed (408)
     ├── ProtocolError               a message that is too long, malformed or of another version
     ├── TransferError               a KV hand-over that did not complete
@@ -77,6 +78,10 @@ class UnavailableError(DisaggError):
 
 class InstanceLostError(UnavailableError):
     """More instances died with the request on them than ``max_instance_losses`` lets it survive."""
+
+
+class ServerRestartingError(UnavailableError):
+    """The router that had the request is started anew, and waited for it as long as it was told to."""
 
 
 class RequestTimeoutError(DisaggError):

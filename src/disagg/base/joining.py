@@ -11,7 +11,8 @@ from msgspec import Meta
 
 from disagg.base.config import DType, Quantization
 from disagg.base.ids import InstanceId
-from disagg.base.messages import Message, Name, Words, decode_message
+from disagg.base.message_fields import Message, Name, Words
+from disagg.base.messages import decode_message
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 

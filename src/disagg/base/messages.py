@@ -19,29 +19,22 @@ from msgspec import Meta
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import AnyKvEvent, EventNumber
+from disagg.base.message_fields import (
+    MAX_MESSAGE_BYTES,
+    BytesPerSecond,
+    Count,
+    Message,
+    Name,
+    Positive,
+    Seconds,
+    TokenId,
+    Words,
+)
 from disagg.base.request import GenerationRequest, Role
+from disagg.base.router_messages import ForeignLoad, JoinRouter, LeaveRouter
 from disagg.base.sampling import FinishReason, PositionLogprobs
 
 T = TypeVar("T")
-
-PROTOCOL_VERSION: Final = 4
-MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
-HEARTBEAT_MS: Final = 2000
-HEARTBEAT_TIMEOUT_MS: Final = 10_000
-"""Between hosts: a connection over which nothing comes for so long is made anew."""
-
-Count = Annotated[int, Meta(ge=0, lt=2**62)]
-Positive = Annotated[int, Meta(ge=1, lt=2**62)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e15)]
-"""Of a clock or a duration; bounds exclude NaN and infinity."""
-BytesPerSecond = Annotated[float, Meta(ge=0.0, le=1e15)]
-Name = Annotated[str, Meta(max_length=256)]
-Words = Annotated[str, Meta(max_length=65536)]
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Base of all messages: the tag is the class name."""
 
 
 class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -348,6 +341,8 @@ class LoadReport(Message, frozen=True, kw_only=True):
     instance: InstanceId
     incarnation: Name
     load: InstanceLoad
+    foreign: ForeignLoad = ForeignLoad()
+    """What of it is not the work of the router that this is sent to."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, array_like=True):
@@ -434,6 +429,8 @@ ToEngine = (
     | ReportBlocks
     | AuditBlocks
     | MeasureLink
+    | JoinRouter
+    | LeaveRouter
     | Stop
 )
 ToRouter = (

@@ -21,7 +21,8 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash
 from disagg.base.kv_events import Medium
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Loading, Ready
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import InstanceFacts, Loading, Ready
 from disagg.base.units import format_bytes
 from disagg.costs.measured_steps import StepSample, fit_latency
 from disagg.costs.profile import load_profile

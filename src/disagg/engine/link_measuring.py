@@ -24,6 +24,7 @@ class LinkMeasuring:
         self._clock = clock
         self._wake = wake
         self._ended: deque[LinkMeasured] = deque()
+        self._last: dict[InstanceId, LinkMeasured] = {}
 
     def start(self, asked: MeasureLink) -> None:
         """Measure; from the loop's thread, to which links belong."""
@@ -47,8 +48,15 @@ class LinkMeasuring:
         """Return what was measured since the last call."""
         ended = []
         while self._ended:
-            ended.append(self._ended.popleft())
+            measured = self._ended.popleft()
+            self._last[measured.source] = measured
+            ended.append(measured)
         return ended
+
+    @property
+    def known(self) -> tuple[LinkMeasured, ...]:
+        """What was measured last of each link, for a router that comes late."""
+        return tuple(self._last.values())
 
     def _end(self, asked: MeasureLink, figure: LinkFigure) -> None:
         self._ended.append(

@@ -25,11 +25,13 @@ from disagg.base.messages import (
     PartOffered,
     Pulled,
     Ready,
+    ReportBlocks,
     Reserve,
     StepOutput,
     Stop,
     ToEngine,
 )
+from disagg.base.router_messages import JoinRouter, LeaveRouter
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.grammar import Grammars
@@ -92,6 +94,7 @@ class EngineLoop:
         self._links = accessories.links
         self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size, accessories.grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
+        self._lesson: CostsLearned | None = None
         self._completed: CompletedStep | None = None
         self._wake_s = math.inf
         self._is_stopping = False
@@ -113,7 +116,7 @@ class EngineLoop:
             return
         if inputs:
             self._advance(inputs)
-        self._reporter.update(self._core.load, self._clock.now())
+        self._reporter.update(self._core.load, self._core.load_of_others, self._clock.now())
 
     # In -----------------------------------------------------------------------------------------------------
 
@@ -130,6 +133,8 @@ class EngineLoop:
             elif isinstance(message, MeasureLink):
                 if self._links is not None:
                     self._links.start(message)
+            elif isinstance(message, JoinRouter):
+                inputs.append(self._join(message))
             else:
                 inputs.append(self._input(message))
         for ended in self._pulls.take_ended():
@@ -160,10 +165,23 @@ class EngineLoop:
                 return Continue(sequence=self._sequences.add(request), offer=offer)
             case Reserve(request=request, offer=offer):
                 return Expect(sequence=self._sequences.facts_of(request), offer=offer)
-            case Stop() | MeasureLink():
+            case Stop() | MeasureLink() | JoinRouter():
                 raise AssertionError("these are not for the core")
+            case LeaveRouter(router=router):
+                self._channel.leave(router)
+                return message
             case _:
                 return message
+
+    def _join(self, message: JoinRouter) -> ReportBlocks:
+        """Tell one more router what the others know, and let the core say which blocks are cached."""
+        self._channel.join(message.router, message.endpoint)
+        self._channel.send_to(message.router, self._ready)
+        for known in (self._lesson, *(() if self._links is None else self._links.known)):
+            if known is not None:
+                self._channel.send_to(message.router, known)
+        self._reporter.report_soon()
+        return ReportBlocks()
 
     # Out ----------------------------------------------------------------------------------------------------
 
@@ -189,7 +207,7 @@ class EngineLoop:
                 sealed = self._pulls.seal(offer, is_part=isinstance(output, PartOffered))
                 self._channel.send(structs.replace(output, offer=sealed))
             case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
-                self._channel.send(output)
+                self._tell(output)
             case CacheChanged(message=message, owners=owners):
                 self._channel.send(self._sequences.with_tokens(message, owners) if owners else message)
             case Forget(request_id=request_id, epoch=epoch):
@@ -207,6 +225,11 @@ class EngineLoop:
                 self._wake_s = time_s
             case _:
                 assert_never(output)
+
+    def _tell(self, message: NotHeld | Pulled | Failed | CostsLearned | Audited) -> None:
+        if isinstance(message, CostsLearned):
+            self._lesson = message
+        self._channel.send(message)
 
     def _use_disk(self, output: LoadBlocks | SaveBlock | DropSaved) -> None:
         assert self._disk is not None, "a core without room on disk wants nothing from it"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Ready
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import InstanceFacts, Ready
 from disagg.base.request import Role
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import LinkModel

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.base.ids import InstanceId, RequestId
-from disagg.base.messages import (
-    Abort,
-    Adopt,
-    Generate,
-    InstanceFacts,
-    Message,
-    Pulled,
-    Ready,
-    SequenceOutput,
-    StepOutput,
-)
+from disagg.base.message_fields import Message
+from disagg.base.messages import Abort, Adopt, Generate, InstanceFacts, Pulled, Ready, SequenceOutput, StepOutput
 from disagg.base.request import Role
 from disagg.base.sampling import FinishReason
 from disagg.calibration.steps.player import ScriptPlayer, ScriptStage

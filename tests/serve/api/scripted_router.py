@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from disagg.base.clock import MonotonicClock
 from disagg.base.errors import DisaggError
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import InstanceId, RequestId, RouterId
 from disagg.base.messages import InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
@@ -43,6 +43,9 @@ def logprobs_of(token_id: int) -> PositionLogprobs:
     """The token with probability exp(-0.5), and the next one as its only rival."""
     chosen = TokenLogprob(token_id, -0.5, 1)
     return PositionLogprobs(chosen, (chosen, TokenLogprob((token_id + 1) % 256, -1.5, 2)))
+
+
+_ONLY = RouterId("")
 
 
 @dataclass
@@ -103,6 +106,7 @@ class ScriptedRouter:
     num_accepted: int = 0
     gate: asyncio.Semaphore | None = None
     live: bool = True
+    name: RouterId = _ONLY
     instance_wait_s: float = 20.0
     max_model_len: int = MAX_MODEL_LEN
     requests: list[GenerationRequest] = field(default_factory=list)

@@ -15,21 +15,21 @@ from disagg.serve.api.admin import Administration
 class ScriptedOperator:
     """Says what it was told; refuses to do anything to ``prefill-0``."""
 
-    def drain(self, instance: InstanceId, *, force: bool) -> str:
+    async def drain(self, instance: InstanceId, *, force: bool) -> str:
         if instance == "prefill-0":
             raise ConfigurationError("without prefill-0, no request could be served")
         return f"drain {instance} {force}"
 
-    def undrain(self, instance: InstanceId) -> str:
+    async def undrain(self, instance: InstanceId) -> str:
         return f"undrain {instance}"
 
-    def remove(self, instance: InstanceId, *, force: bool) -> str:
+    async def remove(self, instance: InstanceId, *, force: bool) -> str:
         return f"remove {instance} {force}"
 
-    def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
+    async def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
         return f"flip {instance} {role.value} {force}"
 
-    def add(self, role: Role) -> tuple[InstanceId, str]:
+    async def add(self, role: Role) -> tuple[InstanceId, str]:
         return InstanceId(f"{role.value}-1"), "add"
 
 

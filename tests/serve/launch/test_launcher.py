@@ -275,11 +275,11 @@ async def test_an_instance_is_added_and_takes_over_what_another_gives_away(make_
     stuck = cluster.request(Behaviour.STUCK_IN_DECODE)
     answer = asyncio.create_task(cluster.answer(stuck))
     await wait_until(lambda: {s.instance: s.num_sequences for s in cluster.router.instances()}[D0] == 1)
-    name, words = cluster.operator.add(Role.DECODE)
+    name, words = await cluster.operator.add(Role.DECODE)
     assert name == "decode-1"
     assert words.startswith("decode-1 starts on core ")
     await wait_until(lambda: cluster.states()[name] is InstanceState.READY)
-    cluster.operator.remove(D0, force=False)
+    await cluster.operator.remove(D0, force=False)
     assert await answer == expected_tokens(stuck)
     await wait_until(lambda: cluster.memory.left == [D0])
     assert (set(cluster.states()), set(cluster.launcher.pids)) == ({P0, name}, {P0, name})
@@ -295,31 +295,31 @@ async def test_one_that_is_removed_between_two_lives_is_gone(make_cluster, monke
     monkeypatch.setattr(RestartPolicy, "delay_s", lambda *_: 3600.0)
     os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
     await wait_until(lambda: cluster.memory.lost)
-    cluster.operator.remove(victim, force=False)
+    await cluster.operator.remove(victim, force=False)
     await wait_until(lambda: cluster.memory.left == [victim])
     assert set(cluster.states()) == {InstanceId("colocated-1")}
 
 
 async def test_an_added_instance_that_cannot_start_takes_nobody_along_and_can_be_removed(make_cluster):
     cluster = await make_cluster("--fail", "decode-1").ready()
-    name, _ = cluster.operator.add(Role.DECODE)
+    name, _ = await cluster.operator.add(Role.DECODE)
     await wait_until(lambda: cluster.states()[name] is InstanceState.GONE)
     assert not cluster.launcher.failed.done()
     assert "the KV pool needs 9 GiB" in next(s.detail for s in cluster.router.instances() if s.instance == name)
-    cluster.operator.remove(name, force=False)
+    await cluster.operator.remove(name, force=False)
     assert cluster.memory.left == [name]
-    assert cluster.operator.add(Role.DECODE)[0] == "decode-2", "no name is used twice"
+    assert (await cluster.operator.add(Role.DECODE))[0] == "decode-2", "no name is used twice"
 
 
 async def test_a_role_is_flipped_in_place_and_survives_a_death(make_cluster):
     placement = Placement(groups=(InstanceGroup(role=Role.PREFILL, count=2), InstanceGroup(role=Role.DECODE, count=1)))
     cluster = await make_cluster(placement=placement).ready()
     with pytest.raises(ConfigurationError, match="as a prefill instance decode-0, no request could be served"):
-        cluster.operator.flip(D0, Role.PREFILL, force=False)
+        await cluster.operator.flip(D0, Role.PREFILL, force=False)
     pids = cluster.launcher.pids
     flipped = InstanceId("prefill-1")
-    cluster.operator.flip(flipped, Role.DECODE, force=False)
-    cluster.operator.drain(D0, force=False)
+    await cluster.operator.flip(flipped, Role.DECODE, force=False)
+    await cluster.operator.drain(D0, force=False)
     request = cluster.request()
     assert await cluster.answer(request) == expected_tokens(request)
     assert cluster.launcher.pids == pids

@@ -11,7 +11,7 @@ import pytest
 from disagg.base.config import CacheSettings, InstanceSettings, ModelSettings, SchedulerSettings
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.serve.launch.process import Exit, InstanceProcess
+from disagg.serve.launch.process import ChildProcess, Exit
 
 SETTINGS = InstanceSettings(
     instance=InstanceId("prefill-0"),
@@ -25,7 +25,9 @@ SETTINGS = InstanceSettings(
 
 async def run(program: str) -> tuple[Exit, list[str]]:
     lines: list[str] = []
-    process = await InstanceProcess.start(SETTINGS, lambda _, line: lines.append(line), (sys.executable, "-c", program))
+    process = await ChildProcess.start(
+        SETTINGS.instance, SETTINGS, lambda _, line: lines.append(line), (sys.executable, "-c", program)
+    )
     return await process.wait(), lines
 
 

@@ -8,10 +8,9 @@ import zmq.asyncio
 from fake_instance import facts
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
+from disagg.base.message_fields import PROTOCOL_VERSION, Message
 from disagg.base.messages import (
-    PROTOCOL_VERSION,
     KvOffer,
-    Message,
     Offered,
     Pulled,
     Ready,

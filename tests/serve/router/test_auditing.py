@@ -4,7 +4,8 @@ import asyncio
 
 from disagg.base.errors import UnavailableError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import AuditBlocks, Audited, InstanceLoad, Message
+from disagg.base.message_fields import Message
+from disagg.base.messages import AuditBlocks, Audited, InstanceLoad
 from disagg.serve.router.auditing import Auditing
 
 D0, D1, D2 = (InstanceId(f"decode-{number}") for number in range(3))

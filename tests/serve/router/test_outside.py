@@ -21,7 +21,8 @@ from disagg.base.joining import (
     ToHost,
     decode_for_host,
 )
-from disagg.base.messages import PROTOCOL_VERSION, Message, encode
+from disagg.base.message_fields import PROTOCOL_VERSION, Message
+from disagg.base.messages import encode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.serve.router.control_socket import Receiver

@@ -18,7 +18,8 @@ import zmq
 from disagg.base.clock import Clock
 from disagg.base.errors import ProtocolError
 from disagg.base.ids import BlockId, InstanceId
-from disagg.base.messages import Message, Ready, Stop, ToEngine, decode_for_engine, encode
+from disagg.base.message_fields import Message
+from disagg.base.messages import Ready, Stop, ToEngine, decode_for_engine, encode
 from disagg.calibration.steps.player import ScriptPlayer, ScriptStage
 from disagg.calibration.steps.script import Command, InstanceReady, MeasuredStep, Report, RunScript, StopScript
 from disagg.engine.control import ControlChannel

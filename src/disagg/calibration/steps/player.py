@@ -6,7 +6,8 @@ from itertools import count
 from typing import Final
 
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
-from disagg.base.messages import Abort, Adopt, Generate, KvOffer, Message, Pulled, Ready, StepOutput
+from disagg.base.message_fields import Message
+from disagg.base.messages import Abort, Adopt, Generate, KvOffer, Pulled, Ready, StepOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.calibration.steps.script import MeasuredStep, Script, ScriptResult, max_output

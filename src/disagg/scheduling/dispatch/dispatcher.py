@@ -43,6 +43,7 @@ from disagg.scheduling.dispatch.events import (
     ChangeRole,
     CostsKnown,
     Drain,
+    ForeignLoadKnown,
     InstanceDown,
     InstanceUp,
     Join,
@@ -158,7 +159,7 @@ class Dispatcher:
                 self._place_waiting()
             case InstanceDown(instance=instance, returning=returning, detail=detail):
                 self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
-            case ProcessStarting() | Join() | CostsKnown() | LinkKnown():
+            case ProcessStarting() | Join() | CostsKnown() | LinkKnown() | ForeignLoadKnown():
                 self._fleet.take(event)
             case Drain(instance=instance):
                 if self._fleet.drain(instance):

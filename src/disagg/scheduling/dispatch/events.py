@@ -9,6 +9,7 @@ from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, FailureKind, StepLimits
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.router_messages import ForeignLoad
 from disagg.scheduling.step.events import Tick
 
 
@@ -183,7 +184,14 @@ class LinkKnown(DispatchEvent, frozen=True, kw_only=True):
     token_s: float
 
 
-AnyLesson = CostsKnown | LinkKnown
+class ForeignLoadKnown(DispatchEvent, frozen=True, kw_only=True):
+    """An instance says what other routers have given to it."""
+
+    instance: InstanceId
+    load: ForeignLoad
+
+
+AnyLesson = CostsKnown | LinkKnown | ForeignLoadKnown
 AnyMemberEvent = Join | Drain | Undrain | Leave | ChangeRole | ProcessStarting | InstanceUp | InstanceDown | AnyLesson
 AnyDispatchEvent = (
     SequenceArrived

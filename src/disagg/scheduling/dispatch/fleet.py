@@ -6,7 +6,16 @@ from typing import Final
 from disagg.base.errors import InternalError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
-from disagg.scheduling.dispatch.events import AnyLesson, CostsKnown, InstanceUp, Join, LinkKnown, ProcessStarting
+from disagg.base.router_messages import ForeignLoad
+from disagg.scheduling.dispatch.events import (
+    AnyLesson,
+    CostsKnown,
+    ForeignLoadKnown,
+    InstanceUp,
+    Join,
+    LinkKnown,
+    ProcessStarting,
+)
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 _NO_CHARGE: Final = Charge()
@@ -42,6 +51,7 @@ class Fleet:
         entry.capacity = event.max_total_tokens
         entry.pool_tokens = event.pool_tokens
         entry.limits = event.limits
+        _set_foreign(entry, ForeignLoad())
 
     def drain(self, instance: InstanceId) -> bool:
         """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
@@ -124,6 +134,8 @@ class Fleet:
                 self.entry(costs.instance).lesson = costs
             case LinkKnown(source=source, target=target, latency_s=latency_s, token_s=token_s):
                 self.entry(target).reads[source] = KvLink(latency_s, token_s)
+            case ForeignLoadKnown(instance=instance, load=load):
+                _set_foreign(self.entry(instance), load)
 
     def link_s(self, sequence: SequenceEntry) -> float | None:
         """Return what its measured link says that a sequence's blocks take to who pulls them; None: not measured."""
@@ -146,5 +158,15 @@ class Fleet:
                 totals[name].prefill_tokens += charge.prefill_tokens
                 totals[name].kv_tokens += charge.kv_tokens
         for name, entry in self._by_name.items():
-            if Charge(entry.prefill_tokens, entry.kv_tokens) != totals[name]:
+            own = Charge(entry.prefill_tokens - entry.foreign.prefill_tokens, entry.kv_tokens - entry.foreign.kv_tokens)
+            if own != totals[name]:
                 raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")
+
+
+def _set_foreign(entry: InstanceEntry, load: ForeignLoad) -> None:
+    """Let what others have put on an instance be part of its load."""
+    before, entry.foreign = entry.foreign, load
+    entry.prefill_tokens += load.prefill_tokens - before.prefill_tokens
+    entry.prefill_squares += load.prefill_squares - before.prefill_squares
+    entry.num_prefills += load.num_prefills - before.num_prefills
+    entry.kv_tokens += load.kv_tokens - before.kv_tokens

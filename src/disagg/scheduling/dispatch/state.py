@@ -12,6 +12,7 @@ from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepLimits
 from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
+from disagg.base.router_messages import ForeignLoad
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.events import SequenceArrived
 from disagg.scheduling.dispatch.forecast import Forecast
@@ -177,6 +178,8 @@ class InstanceEntry:
     """How fast it reads the KV blocks of others, where that was measured."""
     num_sequences: int = 0
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+    foreign: ForeignLoad = field(default_factory=ForeignLoad)
+    """The part of the numbers of tokens and of prefills that other routers have put on it."""
 
     @property
     def is_alive(self) -> bool:
@@ -196,7 +199,7 @@ class InstanceEntry:
     @property
     def num_decodes(self) -> int:
         """How many sequences it decodes, or is about to."""
-        return len(self.answers)
+        return len(self.answers) + self.foreign.num_decodes
 
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""

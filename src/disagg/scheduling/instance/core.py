@@ -13,7 +13,7 @@ from typing import assert_never
 from msgspec import structs
 
 from disagg.base.errors import InternalError
-from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId, owner_of
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import (
     Abort,
@@ -34,6 +34,7 @@ from disagg.base.messages import (
     Release,
     ReportBlocks,
 )
+from disagg.base.router_messages import ForeignLoad, LeaveRouter
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
@@ -59,7 +60,7 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import Tracked, kv_offered, mismatch, pulled_message, unread
+from disagg.scheduling.instance.tracked import Tracked, event_of, kv_offered, mismatch, pulled_message, unread
 from disagg.scheduling.step.actions import (
     AnyMove,
     DropSaved,
@@ -83,10 +84,7 @@ from disagg.scheduling.step.events import (
     BlocksRead,
     Cancelled,
     KvExtended,
-    KvWanted,
-    LeaseReleased,
     LentKv,
-    MigrationAsked,
     SourceLost,
     StepDone,
     Tick,
@@ -180,6 +178,10 @@ class InstanceCore:
         """Return how busy the instance is, and its counters."""
         return self._scheduler.load()
 
+    def load_of_others(self, router: RouterId) -> ForeignLoad:
+        """Return what of the load is not this router's."""
+        return self._scheduler.load_of_others(router)
+
     def audit(self) -> BlockAudit:
         """Count the KV blocks of each state."""
         return self._scheduler.audit()
@@ -238,11 +240,13 @@ class InstanceCore:
                 make = TransferFailed if names else TransferDone
                 events.append(make(request_id=request_id, epoch=epoch))
             case Lend() | Release() | Migrate() | BlockSaved() | Tick():
-                events.append(_event_of(one))
+                events.append(event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
             case PeerLost():
                 self._on_peer_lost(one, events)
+            case LeaveRouter(router=router):
+                self._leave(router, events)
             case ReportBlocks() | AuditBlocks():
                 self._report(one)
             case _:
@@ -363,6 +367,12 @@ class InstanceCore:
         make = TransferFailed if failed else TransferDone
         events.append(make(request_id=request_id, epoch=epoch))
 
+    def _leave(self, router: RouterId, events: list[AnyEvent]) -> None:
+        """Let go of all that a router wanted that is gone."""
+        for sequence in [one for one in self._sequences.values() if owner_of(one.request_id) == router]:
+            self._abandon(sequence.request_id, sequence.epoch, events)
+        events += self._scheduler.leases_of(router)
+
     def _on_peer_lost(self, message: PeerLost, events: list[AnyEvent]) -> None:
         self._outputs.append(ForgetPeer(incarnation=message.incarnation))
         for sequence in self._sequences.values():
@@ -481,16 +491,3 @@ class InstanceCore:
             del self._sequences[request_id]
             self._not_scheduled.discard(request_id)
             self._silent.discard(request_id)
-
-
-def _event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
-    """Return what a message means to the scheduler that means nothing more to the core."""
-    match message:
-        case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
-            return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
-        case Release(request_id=request_id, epoch=epoch):
-            return LeaseReleased(request_id=request_id, epoch=epoch)
-        case Migrate(request_id=request_id, epoch=epoch):
-            return MigrationAsked(request_id=request_id, epoch=epoch)
-        case BlockSaved() | Tick():
-            return message

@@ -5,6 +5,7 @@ import msgspec
 from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.messages import Abort, AuditBlocks, KvOffer, Lend, Migrate, MoreKv, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
+from disagg.base.router_messages import LeaveRouter
 from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
 
 
@@ -96,6 +97,7 @@ AnyInstanceInput = (
     | Release
     | Migrate
     | PeerLost
+    | LeaveRouter
     | ReportBlocks
     | AuditBlocks
     | StepDone

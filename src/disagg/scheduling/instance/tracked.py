@@ -3,11 +3,20 @@
 from dataclasses import dataclass, field
 
 from disagg.base.ids import Epoch, RequestId
-from disagg.base.messages import KvOffer, Pulled, StageStamps
+from disagg.base.messages import KvOffer, Lend, Migrate, Pulled, Release, StageStamps
 from disagg.scheduling.instance.inputs import CopyEnded, SequenceFacts
 from disagg.scheduling.instance.outputs import FirstOutput
 from disagg.scheduling.step.actions import ReleaseLease
-from disagg.scheduling.step.events import KvOffered, StepFailure
+from disagg.scheduling.step.events import (
+    AnyEvent,
+    BlockSaved,
+    KvOffered,
+    KvWanted,
+    LeaseReleased,
+    MigrationAsked,
+    StepFailure,
+    Tick,
+)
 
 
 @dataclass(slots=True)
@@ -154,3 +163,16 @@ def kv_offered(facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_who
         objectives=facts.objectives,
         is_whole=is_whole,
     )
+
+
+def event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
+    """Return what a message means to the scheduler that means nothing more to the core."""
+    match message:
+        case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
+            return KvWanted(request_id=request_id, epoch=epoch, block_hashes=names)
+        case Release(request_id=request_id, epoch=epoch):
+            return LeaseReleased(request_id=request_id, epoch=epoch)
+        case Migrate(request_id=request_id, epoch=epoch):
+            return MigrationAsked(request_id=request_id, epoch=epoch)
+        case BlockSaved() | Tick():
+            return message

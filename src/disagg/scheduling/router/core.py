@@ -45,6 +45,7 @@ from disagg.scheduling.dispatch.events import (
     ChangeRole,
     CostsKnown,
     Drain,
+    ForeignLoadKnown,
     InstanceDown,
     InstanceUp,
     Join,
@@ -99,8 +100,6 @@ from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
 _FromReady = Offered | PartOffered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
-
-
 _NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
 
 
@@ -113,6 +112,7 @@ class RouterCore:
         self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
         self._members = Membership(header.settings, header.restarts)
         for entry in self._dispatcher.instances:
+            entry.is_cordoned = entry.instance in header.cordoned
             self._members.add(entry, header.started_s)
         self._elasticity = Elasticity(header.settings, header.scheduler, self._dispatcher)
         self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
@@ -235,6 +235,8 @@ class RouterCore:
             case LoadReport():
                 if message.incarnation == member.incarnation:
                     member.load = message.load
+                    if message.foreign != member.entry.foreign:
+                        self._dispatch(ForeignLoadKnown(instance=instance, load=message.foreign))
                 else:
                     self._drop(member, DropReason.STALE)
             case CostsLearned():
@@ -327,9 +329,10 @@ class RouterCore:
         if member.is_leaving:
             self._let_go(member)
             return
-        member.num_restarts += 1
-        ready_for_s = None if member.ready_since_s is None else self._now - member.ready_since_s
-        delay_s = member.restarts.delay_s(ready_for_s) if member.was_ready and not member.is_refused else None
+        delay_s = member.die(self._now)
+        if event.returns is not None:
+            self._lose(member, event.detail, returning=event.returns)
+            return
         self._lose(member, event.detail, returning=delay_s is not None)
         if delay_s is not None:
             self._outputs.append(RestartInstance(instance=member.instance, delay_s=delay_s))

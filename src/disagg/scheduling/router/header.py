@@ -23,3 +23,5 @@ class RouterHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     restarts: RestartSettings = RestartSettings()
     watches_silence: bool = True
     measures_links: bool = False
+    cordoned: tuple[InstanceId, ...] = ()
+    """Instances that were drained before this core began."""

@@ -69,10 +69,14 @@ class Unreachable(RouterInput, frozen=True, kw_only=True):
 
 
 class ProcessExited(RouterInput, frozen=True, kw_only=True):
-    """The instance's process is gone."""
+    """The instance's process is gone.
+
+    ``returns`` says whether it is started again, where that is decided elsewhere; None lets this core decide.
+    """
 
     instance: InstanceId
     detail: str
+    returns: bool | None = None
 
 
 class MeasureLinks(RouterInput, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ class MeasuredLink(msgspec.Struct, frozen=True, kw_only=True):
 class LinkSurvey:
     """The links of a deployment. ``min_bytes_per_s`` is what is asked of each; 0 asks nothing.
 
-    Unless it ``is_wanted``, nothing is measured.
+    Unless it ``is_wanted``, nothing is asked for: others ask, and what they find is told here, too.
     """
 
     def __init__(self, min_bytes_per_s: int, *, is_wanted: bool = True) -> None:
@@ -63,12 +63,10 @@ class LinkSurvey:
 
     def next(self, members: Iterable[Member]) -> tuple[AskToMeasure, ...]:
         """Return what lets the next link be measured; nothing while one is being measured, or when none is left."""
-        if not self._is_wanted:
-            return ()
         alive = {(member.instance, member.incarnation): member for member in members if member.is_alive}
         wanted = _wanted(alive.values())
         self._figures = {ends: self._figures.get(ends) for ends in wanted}
-        if self._under_way in self._figures:
+        if not self._is_wanted or self._under_way in self._figures:
             return ()
         self._under_way = next((ends for ends, figure in self._figures.items() if figure is None), None)
         if self._under_way is None:

@@ -8,7 +8,8 @@ from typing import Final
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, InstanceLoad, Ready
+from disagg.base.message_fields import PROTOCOL_VERSION
+from disagg.base.messages import InstanceFacts, InstanceLoad, Ready
 from disagg.base.request import Role
 from disagg.scheduling.capacity import serves_requests
 from disagg.scheduling.dispatch.state import ALIVE, InstanceEntry, InstanceState
@@ -76,6 +77,13 @@ class Member:
         self.ready_since_s = now
         self.was_ready = True
         self.detail = ""
+
+    def die(self, now: float) -> float | None:
+        """Note the end of its process; return in how many seconds it is started again, None for never."""
+        self.num_restarts += 1
+        if self.is_refused or not self.was_ready:
+            return None
+        return self.restarts.delay_s(None if self.ready_since_s is None else now - self.ready_since_s)
 
     def set_lost(self, detail: str) -> None:
         """It died, or is treated as if it had."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
-from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId, owner_of
 from disagg.base.kv_events import AnyKvEvent, Medium
 from disagg.base.messages import InstanceLoad
+from disagg.base.router_messages import ForeignLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.disk_tier import DiskTier
@@ -48,6 +49,7 @@ from disagg.scheduling.step.events import (
     TransferEnded,
     TransferFailed,
 )
+from disagg.scheduling.step.foreign_load import foreign_load
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 
 
@@ -163,6 +165,19 @@ class StepScheduler:
         books = self._books
         num_waiting = len(books.waiting) + self._hand_over.num_waiting
         return books.statistics.load(books.ledger, self._times, len(books.running), num_waiting)
+
+    def load_of_others(self, router: RouterId) -> ForeignLoad:
+        """Return what of the load is not this router's."""
+        return foreign_load(self._books.sequences.values(), self._books.ledger.loans, router)
+
+    def leases_of(self, router: RouterId) -> list[LeaseReleased]:
+        """Return what ends every lease and loan for this router's sequences."""
+        ledger = self._books.ledger
+        return [
+            LeaseReleased(request_id=lease.request_id, epoch=lease.epoch)
+            for lease in (*ledger.loans, *ledger.leases)
+            if owner_of(lease.request_id) == router
+        ]
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""

@@ -25,29 +25,32 @@ Body = TypeVar("Body")
 
 
 class Operator(Protocol):
-    """Who carries out commands. Each returns at once, with words on what it began.
+    """Who carries out commands. Each returns, with words, once what it asks for has begun.
 
     Raises ConfigurationError, with the reason, when a command cannot be carried out as things are. With ``force``, one
     after which no request can be served is carried out all the same.
     """
 
-    def drain(self, instance: InstanceId, *, force: bool) -> str:
+    async def drain(self, instance: InstanceId, *, force: bool) -> str:
         """Give an instance nothing new, and its running answers to others."""
 
-    def undrain(self, instance: InstanceId) -> str:
+    async def undrain(self, instance: InstanceId) -> str:
         """Give a draining instance requests again."""
 
-    def remove(self, instance: InstanceId, *, force: bool) -> str:
+    async def remove(self, instance: InstanceId, *, force: bool) -> str:
         """Drain an instance, then end it."""
 
-    def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
+    async def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
         """Give an instance another role."""
 
-    def add(self, role: Role) -> tuple[InstanceId, str]:
+    async def add(self, role: Role) -> tuple[InstanceId, str]:
         """Start one more instance; its name comes first."""
 
-    def measure_links(self) -> None:
+    async def measure_links(self) -> None:
         """Let the links over which KV blocks are handed over be measured anew."""
+
+    async def restart(self) -> str:
+        """Start the routers anew, one after the other, while the instances live on."""
 
 
 class AddBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +102,7 @@ class Administration:
             Route("/admin/links", self.links),
             Route("/debug/audit", self.audit),
             Route("/admin/links", self.measure_links, methods=["POST"]),
+            Route("/admin/restart", self.restart, methods=["POST"]),
             Route(f"{one}/drain", self.drain, methods=["POST"]),
             Route(f"{one}/remove", self.remove, methods=["POST"]),
             Route(f"{one}/flip", self.flip, methods=["POST"]),
@@ -128,8 +132,13 @@ class Administration:
     async def measure_links(self, request: Request) -> Response:
         """Let them be measured anew; they are listed as not measured until they are."""
         self._check_caller(request)
-        self._operator.measure_links()
+        await self._operator.measure_links()
         return json_response(self._links(), _ACCEPTED)
+
+    async def restart(self, request: Request) -> Response:
+        """Start the routers anew."""
+        self._check_caller(request)
+        return json_response(CommandReply(instance=InstanceId(""), message=await self._operator.restart()), _ACCEPTED)
 
     def _links(self) -> LinkList:
         return LinkList(links=[link_view(link) for link in self._router.links()])
@@ -137,23 +146,24 @@ class Administration:
     async def add(self, request: Request) -> Response:
         """Start one more."""
         body = await self._body(request, AddBody)
-        return _accepted(*self._operator.add(body.role))
+        return _accepted(*await self._operator.add(body.role))
 
     async def drain(self, request: Request) -> Response:
         """Drain one, or end that."""
         body, name = await self._body(request, DrainBody), _name(request)
-        words = self._operator.undrain(name) if body.undo else self._operator.drain(name, force=body.force)
+        operator = self._operator
+        words = await (operator.undrain(name) if body.undo else operator.drain(name, force=body.force))
         return _accepted(name, words)
 
     async def remove(self, request: Request) -> Response:
         """Remove one."""
         body, name = await self._body(request, RemoveBody), _name(request)
-        return _accepted(name, self._operator.remove(name, force=body.force))
+        return _accepted(name, await self._operator.remove(name, force=body.force))
 
     async def flip(self, request: Request) -> Response:
         """Give one another role."""
         body, name = await self._body(request, FlipBody), _name(request)
-        return _accepted(name, self._operator.flip(name, body.role, force=body.force))
+        return _accepted(name, await self._operator.flip(name, body.role, force=body.force))
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         """Return what the caller wants; raise InvalidRequestError when it is malformed."""

@@ -86,7 +86,7 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
 
 
 def _routes(router: Router, model: ServedModel, preparation: Preparation, accounts: Accounts) -> list[Route]:
-    jobs = JobFactory(model, preparation)
+    jobs = JobFactory(model, preparation, router.name)
     operations = Operations(router, model, preparation)
     watching = Watching(router, model, accounts)
     completions = GenerationEndpoint(jobs.completion, router, accounts)

@@ -15,6 +15,7 @@ from disagg.base.errors import (
     ModelNotFoundError,
     OverloadedError,
     RequestTimeoutError,
+    ServerRestartingError,
     UnavailableError,
     http_status,
 )
@@ -38,6 +39,7 @@ _CODES: Final[dict[type[DisaggError], str]] = {
     AuthenticationError: "invalid_api_key",
     OverloadedError: "rate_limit_exceeded",
     InstanceLostError: "instance_lost",
+    ServerRestartingError: "server_restarting",
     UnavailableError: "unavailable",
     RequestTimeoutError: "timeout",
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from disagg.base.errors import InvalidRequestError
-from disagg.base.ids import Epoch, RequestId
+from disagg.base.ids import Epoch, RouterId, owned_by
 from disagg.base.objectives import Objectives
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
@@ -46,8 +46,9 @@ class Job:
 class JobFactory:
     """Makes jobs for one model."""
 
-    def __init__(self, model: ServedModel, preparation: Preparation) -> None:
+    def __init__(self, model: ServedModel, preparation: Preparation, router: RouterId) -> None:
         self._model = model
+        self._router = router
         self._preparation = preparation
 
     async def completion(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
@@ -141,7 +142,7 @@ class JobFactory:
             Answer(
                 index,
                 GenerationRequest(
-                    request_id=RequestId(f"{response_id}-{index}"),
+                    request_id=owned_by(self._router, f"{response_id}-{index}"),
                     epoch=Epoch(0),
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,

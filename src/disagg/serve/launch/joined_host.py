@@ -40,11 +40,12 @@ from disagg.base.joining import (
     ToHost,
     decode_for_host,
 )
-from disagg.base.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Message, encode
+from disagg.base.message_fields import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Message
+from disagg.base.messages import encode
 from disagg.scheduling.router.restart import RestartPolicy, RestartSettings
 from disagg.serve.launch.deployment import under_terms
 from disagg.serve.launch.launcher import CONFIGURATION_STATUS, STOP_S
-from disagg.serve.launch.process import Exit, InstanceProcess, LineListener
+from disagg.serve.launch.process import ChildProcess, Exit, LineListener
 from disagg.serve.launch.ready_file import ReadyFile
 from disagg.serve.launch.server_address import ServerAddress, ServerName
 
@@ -221,7 +222,7 @@ class JoinedHost:
         logger.info("admitted as %s: starting its engine", settings.instance)
         started_s = self._clock.now()
         try:
-            process = await InstanceProcess.start(settings, self._listener)
+            process = await ChildProcess.start(settings.instance, settings, self._listener)
         except OSError as error:
             raise UnavailableError(f"the engine could not be started: {error.strerror}") from error
         ending = asyncio.create_task(process.wait(), name=f"end of {settings.instance}")
@@ -289,7 +290,7 @@ class JoinedHost:
             await asyncio.wait_for(self._stopping.wait(), delay_s)
 
 
-async def _end(process: InstanceProcess, ending: "asyncio.Task[Exit]") -> Exit:
+async def _end(process: ChildProcess, ending: "asyncio.Task[Exit]") -> Exit:
     """End an engine, kindly at first, and return how it ended."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if not ending.done():

@@ -13,7 +13,7 @@ from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError, DisaggError, InternalError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
-from disagg.serve.launch.process import ENGINE_COMMAND, Exit, InstanceProcess
+from disagg.serve.launch.process import ENGINE_COMMAND, ChildProcess, Exit
 from disagg.serve.launch.server_observer import ServerObserver
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class _Child:
         self.stopping = asyncio.Event()
         self.supervisor: asyncio.Task[None] | None = None
         self.has_left = False
-        self.process: InstanceProcess | None = None
+        self.process: ChildProcess | None = None
         self.is_ready = False
         self.was_ready = False
         self.restart_delay_s: float | None = None
@@ -179,6 +179,9 @@ class Launcher:
                 UnavailableError(f"{lost} died too often, and nothing can be served without; last: {child.last_end}")
             )
 
+    def instance_drained(self, instance: InstanceId) -> None:
+        """See InstanceWatcher: nobody waits for it."""
+
     def instance_leaving(self, instance: InstanceId) -> None:
         """See InstanceWatcher."""
         ending = asyncio.create_task(self._end((self._children[instance],)), name=f"end of {instance}")
@@ -227,13 +230,13 @@ class Launcher:
         child.process = None
         return structs.replace(ended, fault=child.fault)
 
-    async def _start_process(self, child: _Child) -> InstanceProcess:
+    async def _start_process(self, child: _Child) -> ChildProcess:
         """Start a process, if need be once the system has what it needs. Raises OSError when that is not the reason."""
         name, delay_s = child.settings.instance, FIRST_RETRY_S
         while True:
             self._listener.instance_starting(name)  # before its first message can come
             try:
-                return await InstanceProcess.start(child.settings, self._observer.instance_line, self._command)
+                return await ChildProcess.start(name, child.settings, self._observer.instance_line, self._command)
             except OSError as error:
                 if error.errno not in _LACKING or child.stopping.is_set():
                     raise

@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Protocol
 
 from disagg.base.config import InstanceSettings
 from disagg.base.errors import ConfigurationError
@@ -11,12 +12,25 @@ from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.base.units import format_ranges
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
+from disagg.scheduling.router.inputs import AnyCommand
 from disagg.serve.launch.cluster_manager import ClusterManager
 from disagg.serve.launch.deployment import Deployment, plan_addition
 from disagg.serve.launch.launcher import Launcher
-from disagg.serve.router.live import LiveRouter
 
 logger = logging.getLogger(__name__)
+
+
+class CommandTaker(Protocol):
+    """Whoever decides on commands. See LiveRouter."""
+
+    def command(self, command: AnyCommand) -> None:
+        """Change the deployment; raise ConfigurationError, with the reason, where that cannot be done."""
+
+    def measure_links(self) -> None:
+        """Let all links be measured anew."""
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        """True for the name of an instance of the deployment."""
 
 
 class LocalOperator:
@@ -26,52 +40,65 @@ class LocalOperator:
         self,
         deployment: Deployment,
         planned: Sequence[InstanceSettings],
-        router: LiveRouter,
+        router: CommandTaker,
         launcher: Launcher,
         manager: ClusterManager | None = None,
+        restart: Callable[[], str] | None = None,
     ) -> None:
         self._deployment = deployment
         self._planned = planned
         self._router = router
         self._launcher = launcher
         self._manager = manager
+        self._restart = restart
         self._used = {settings.instance for settings in planned}
 
-    def drain(self, instance: InstanceId, *, force: bool) -> str:
+    async def drain(self, instance: InstanceId, *, force: bool) -> str:
         """See Operator."""
         self._router.command(Drain(instance=instance, force=force))
         return f"{instance} gets no new requests and gives its running answers to others"
 
-    def undrain(self, instance: InstanceId) -> str:
+    async def undrain(self, instance: InstanceId) -> str:
         """See Operator."""
         self._router.command(Undrain(instance=instance))
         return f"{instance} gets requests again"
 
-    def remove(self, instance: InstanceId, *, force: bool) -> str:
+    async def remove(self, instance: InstanceId, *, force: bool) -> str:
         """See Operator."""
         self._router.command(Drain(instance=instance, leave=True, force=force))
         return f"{instance} gives its running answers to others and ends"
 
-    def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
+    async def flip(self, instance: InstanceId, role: Role, *, force: bool) -> str:
         """See Operator."""
         self._router.command(ChangeRole(instance=instance, role=role, force=force))
         return f"{instance} is a {role.value} instance from now on; its KV cache stays"
 
-    def measure_links(self) -> None:
+    async def measure_links(self) -> None:
         """See Operator."""
         self._router.measure_links()
 
     def add_wanted(self, role: Role) -> None:
         """Start one more instance that the router wants; where that is impossible, say why and leave it."""
         try:
-            _, words = self.add(role)
+            _, words = self._add(role)
         except ConfigurationError as error:
             logger.warning("one more %s instance is wanted, and cannot be started: %s", role.value, error)
         else:
             logger.info(words)
 
-    def add(self, role: Role) -> tuple[InstanceId, str]:
+    async def add(self, role: Role) -> tuple[InstanceId, str]:
         """See Operator."""
+        return self._add(role)
+
+    async def restart(self) -> str:
+        """See Operator."""
+        if self._restart is None:
+            raise ConfigurationError(
+                "this server's one process runs the instances as well: start it with --routers N to start routers anew"
+            )
+        return self._restart()
+
+    def _add(self, role: Role) -> tuple[InstanceId, str]:
         if self._manager is not None:
             placed = self._manager.add(role)
             return placed, f"{placed} starts where the cluster has room for it"

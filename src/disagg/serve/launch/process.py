@@ -1,4 +1,4 @@
-"""One engine instance as a child process: started, listened to, ended."""
+"""One engine instance, or one router, as a child process: started, listened to, ended."""
 
 import asyncio
 import os
@@ -11,7 +11,6 @@ from typing import Final
 
 import msgspec
 
-from disagg.base.config import InstanceSettings
 from disagg.base.ids import InstanceId
 
 ENGINE_COMMAND: Final = (sys.executable, "-m", "disagg.engine")
@@ -26,7 +25,7 @@ _SPAWN_DESCRIPTORS: Final = 12
 """What starting a process opens for a moment, and more."""
 
 LineListener = Callable[[InstanceId, str], None]
-"""Takes one line of an instance's error output."""
+"""Takes one line of a child's error output."""
 
 
 def _need_descriptors() -> None:
@@ -70,21 +69,30 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
         return f"killed by {name}{hint}"
 
 
-class InstanceProcess:
-    """A running instance. It leads a session of its own, so a Ctrl-C in the terminal does not reach it."""
+class ChildProcess:
+    """A running process, by name. It leads a session of its own, so a Ctrl-C in the terminal does not reach it."""
 
-    def __init__(self, instance: InstanceId, process: asyncio.subprocess.Process, listener: LineListener) -> None:
-        self.instance = instance
+    def __init__(self, name: InstanceId, process: asyncio.subprocess.Process, listener: LineListener) -> None:
+        self.name = name
         self._process = process
         self._listener = listener
         self._last_lines: deque[str] = deque(maxlen=_NUM_LINES_KEPT)
-        self._reader = asyncio.create_task(self._read_errors(), name=f"stderr of {instance}")
+        self._reader = asyncio.create_task(self._read_errors(), name=f"stderr of {name}")
 
     @classmethod
     async def start(
-        cls, settings: InstanceSettings, listener: LineListener, command: Sequence[str] = ENGINE_COMMAND
-    ) -> "InstanceProcess":
-        """Start a process and hand it its settings. Raises OSError when the system cannot start one."""
+        cls,
+        name: InstanceId,
+        settings: msgspec.Struct,
+        listener: LineListener,
+        command: Sequence[str] = ENGINE_COMMAND,
+        *,
+        descriptors: Sequence[int] = (),
+    ) -> "ChildProcess":
+        """Start a process and hand it its settings on stdin, and ``descriptors`` under the numbers that they have here.
+
+        Raises OSError when the system cannot start one.
+        """
         _need_descriptors()
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -92,8 +100,9 @@ class InstanceProcess:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
+            pass_fds=tuple(descriptors),
         )
-        started = cls(settings.instance, process, listener)
+        started = cls(name, process, listener)
         assert process.stdin is not None
         with suppress(BrokenPipeError, ConnectionResetError):  # it died at once: ``wait`` says how
             process.stdin.write(msgspec.json.encode(settings))
@@ -136,4 +145,4 @@ class InstanceProcess:
         text = line[:_MAX_LINE_BYTES].decode(errors="replace").rstrip()
         if text:
             self._last_lines.append(text)
-            self._listener(self.instance, text)
+            self._listener(self.name, text)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 
 from disagg.base.errors import UnavailableError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import AuditBlocks, Audited, Message
+from disagg.base.message_fields import Message
+from disagg.base.messages import AuditBlocks, Audited
 
 AUDIT_TIMEOUT_S = 10.0
 """An instance answers between two steps."""

@@ -12,7 +12,7 @@ import zmq
 
 from disagg.base.errors import ConfigurationError, UnavailableError
 from disagg.base.ids import InstanceId
-from disagg.base.messages import MAX_MESSAGE_BYTES
+from disagg.base.message_fields import MAX_MESSAGE_BYTES
 from disagg.serve.router.doorkeeper import Doorkeeper, Guard
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import zmq
 from zmq.utils import z85
 
-from disagg.base.messages import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+from disagg.base.message_fields import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
 
 logger = logging.getLogger(__name__)
 

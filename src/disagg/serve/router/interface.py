@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import InstanceId, RequestId, RouterId
 from disagg.base.messages import Audited, InstanceFacts, InstanceLoad, SequenceOutput
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
@@ -25,7 +25,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     load: InstanceLoad = InstanceLoad()
     num_restarts: int = 0
     num_sequences: int = 0
-    """Sequences that it computes, or whose KV blocks it keeps for another instance."""
+    """Sequences that it computes, or whose KV blocks it keeps for another instance, those of other routers included."""
     is_leaving: bool = False
     """True when it is removed once it holds nothing."""
     detail: str = ""
@@ -70,6 +70,9 @@ class SequenceStream(Protocol):
 
 class Router(Protocol):
     """The API's view of the router."""
+
+    name: RouterId
+    """Which of a server's routers it is: its sequences are named after it."""
 
     def submit(self, request: GenerationRequest) -> SequenceStream:
         """Queue one sequence; raise OverloadedError when the bound is reached, UnavailableError when nobody serves."""

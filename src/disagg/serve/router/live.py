@@ -7,13 +7,14 @@ nothing: ``scheduling.router.core`` does.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import RouterSettings, SchedulerSettings
-from disagg.base.errors import InternalError, ProtocolError, UnavailableError
+from disagg.base.errors import DisaggError, InternalError, ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import InstanceId, RequestId, RouterId
 from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, decode_for_router, encode
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
@@ -48,6 +49,17 @@ from disagg.serve.router.watcher import InstanceWatcher
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Among:
+    """What a router is told that is one of several: its name, and which instances are cordoned already.
+
+    Silent instances are found, and links measured, by the one that keeps the fleet.
+    """
+
+    name: RouterId
+    cordoned: tuple[InstanceId, ...] = ()
+
+
 class LiveRouter:
     """The Router that the API uses. ``start`` binds the socket; ``close`` ends what is left.
 
@@ -56,7 +68,7 @@ class LiveRouter:
     ``instance_starting`` and ``instance_exited`` are for whoever runs the processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is one thing that a router may have)
         self,
         instances: Mapping[InstanceId, Role],
         settings: RouterSettings,
@@ -68,6 +80,7 @@ class LiveRouter:
         restarts: RestartSettings | None = None,
         scheduler: SchedulerSettings | None = None,
         kv_events: KvEventPublisher | None = None,
+        among: Among | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
@@ -76,8 +89,12 @@ class LiveRouter:
             scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
-            measures_links=True,
+            watches_silence=among is None,
+            measures_links=among is None,
+            cordoned=() if among is None else among.cordoned,
         )
+        self.name = RouterId("") if among is None else among.name
+        """See Router."""
         self._socket = socket
         self._kv_events = kv_events
         self._core = RouterCore(header)
@@ -179,10 +196,14 @@ class LiveRouter:
         """Refuse new sequences and wait for those under way; return False when some had to be failed."""
         self._stopping = True
         self._start_gate.open()
+        return await self.finish(timeout_s, UnavailableError("the server is stopping"))
+
+    async def finish(self, timeout_s: float, error: DisaggError) -> bool:
+        """Wait for the sequences under way; return False when some had to be failed, with ``error``."""
         try:
             await asyncio.wait_for(self._shell.wait_until_idle(), timeout_s)
         except TimeoutError:
-            self._shell.cancel_all(UnavailableError("the server is stopping"))
+            self._shell.cancel_all(error)
             return False
         return True
 
@@ -236,6 +257,10 @@ class LiveRouter:
         """See MemberListener."""
         return self._core.members.get(instance) is not None
 
+    def incarnation_of(self, instance: InstanceId) -> str:
+        """Return the name of an instance's current or last life; empty before its first."""
+        return self._core.members[instance].incarnation
+
     def takes_requests(self, instance: InstanceId) -> bool:
         """See MemberListener."""
         return self._core.members[instance].state is InstanceState.READY
@@ -275,7 +300,7 @@ def _status(member: Member) -> InstanceStatus:
         facts=member.facts,
         load=member.load,
         num_restarts=member.num_restarts,
-        num_sequences=member.entry.num_sequences,
+        num_sequences=member.entry.num_sequences + member.entry.foreign.num_sequences,
         is_leaving=member.is_leaving,
         detail=member.detail,
     )

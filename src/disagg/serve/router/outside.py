@@ -26,7 +26,8 @@ from disagg.base.joining import (
     StillHere,
     decode_from_host,
 )
-from disagg.base.messages import PROTOCOL_VERSION, InstanceFacts, Message, encode
+from disagg.base.message_fields import PROTOCOL_VERSION, Message
+from disagg.base.messages import InstanceFacts, encode
 from disagg.base.request import Role
 from disagg.serve.router.control_socket import ControlSocket, Receiver
 from disagg.serve.router.watcher import InstanceWatcher
@@ -311,6 +312,9 @@ class TwoWatchers:
         """See InstanceWatcher."""
         if instance not in self._outside:
             self._local.give_up_instance(instance, nothing_left)
+
+    def instance_drained(self, instance: InstanceId) -> None:
+        """See InstanceWatcher: nobody waits for it."""
 
     def instance_leaving(self, instance: InstanceId) -> None:
         """See InstanceWatcher: what is on another host is ended there."""

@@ -19,13 +19,13 @@ from disagg.base.errors import (
 )
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
+from disagg.base.message_fields import Message
 from disagg.base.messages import (
     Abort,
     Adopt,
     Generate,
     Lend,
     MeasureLink,
-    Message,
     Migrate,
     MoreKv,
     PeerLost,
@@ -282,6 +282,7 @@ class RouterShell:
                 self._sink.plan_decided(output)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
+                self.watcher.instance_drained(instance)
             case StopInstance(instance=instance):
                 self.stop_instance(instance)
                 self.watcher.instance_leaving(instance)

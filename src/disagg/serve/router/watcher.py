@@ -24,6 +24,9 @@ class InstanceWatcher(Protocol):
     def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
         """The instance's process is gone for good; ``nothing_left`` when no request can be served without it."""
 
+    def instance_drained(self, instance: InstanceId) -> None:
+        """The instance holds nothing of this router's any more, and is given nothing new."""
+
     def instance_leaving(self, instance: InstanceId) -> None:
         """The instance is to leave and was asked to end: see that its process does, and report its end."""
 
@@ -47,6 +50,9 @@ class NullWatcher:
         """See InstanceWatcher."""
 
     def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
+        """See InstanceWatcher."""
+
+    def instance_drained(self, instance: InstanceId) -> None:
         """See InstanceWatcher."""
 
     def instance_leaving(self, instance: InstanceId) -> None:
