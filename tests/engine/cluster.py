@@ -222,7 +222,7 @@ class Instance:
         stack.callback(channel.close)
         stack.enter_context(self.pull_thread)
         self.shared = SharedBlocks(self.pool, self.transfer, None, clock, stack)
-        links = Links(self.pool, self.pull_thread, clock, self.transfer)
+        links = Links(self.pool, self.pull_thread, clock, self.transfer, nixl=self.shared.nixl)
         pulls = Pulls(links, self.shared, self.pool.layout.num_layers, channel.wake)
         stack.callback(pulls.close)
         ready = Ready(

@@ -71,9 +71,11 @@ def answer(sequence: GenerationRequest) -> list[int]:
 
 
 class TestHandOver:
-    @pytest.fixture(params=[KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+    @pytest.fixture(params=[KvLinkChoice.SHM, KvLinkChoice.TCP, KvLinkChoice.NIXL], ids=lambda link: link.value)
     def kv_link(self, request: pytest.FixtureRequest) -> KvLinkChoice:
         """Every test of this class runs over every link."""
+        if request.param is KvLinkChoice.NIXL:
+            pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'disagg[nixl]'")
         return KvLinkChoice(request.param)
 
     @pytest.mark.parametrize("num_tokens", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 16, 17, 50])
@@ -128,7 +130,8 @@ class TestHandOver:
 
     def test_blocks_already_here_are_not_pulled_again(self, router: RouterEnd, prefill: Instance) -> None:
         prompt = request("same", 12).prompt_token_ids
-        with Instance(router, "decode-1", incarnation="c2", prefix_caching=True) as decode:
+        settings = prefill.transfer
+        with Instance(router, "decode-1", incarnation="c2", prefix_caching=True, transfer=settings) as decode:
             for name in ("same", "again"):
                 hashes = hash_blocks(prompt, BLOCK_SIZE)
                 sequence = structs.replace(request(name, 1), prompt_token_ids=prompt, block_hashes=hashes)

@@ -16,9 +16,10 @@ from disagg.base.clock import MonotonicClock
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
-from disagg.transfer.address import encode_address
+from disagg.transfer.address import NixlWay, decode_address, encode_address
 from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
+from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
@@ -50,16 +51,26 @@ def tcp_in_one_process(stack: ExitStack) -> Ends:
     return in_one_process(stack, KvLinkChoice.TCP)
 
 
+def nixl_between_processes(stack: ExitStack) -> Ends:
+    pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'disagg[nixl]'")
+    owner = OwnerProcess("bb", "nixl")
+    stack.callback(owner.kill)
+    return connect(stack, owner.address, owner.close_pool, owner.access)
+
+
 def connect(stack: ExitStack, address: bytes, close_peer: Callable[[], None], access: bytes) -> Ends:
     pool = KvPool(LOCAL_LAYOUT, "cc")
     stack.callback(pool.close)
     thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-    links = Links(pool, thread, MonotonicClock(), maps_ahead=True)
+    is_nixl = isinstance(decode_address(address).ways[0], NixlWay)
+    settings = TransferSettings(kv_link=KvLinkChoice.NIXL if is_nixl else KvLinkChoice.AUTO)
+    nixl = NixlAgent(pool, "127.0.0.1") if is_nixl else None
+    links = Links(pool, thread, MonotonicClock(), settings, maps_ahead=True, nixl=nixl)
     stack.callback(links.close)
     return Ends(links.open(address), pool, PEER_LAYOUT, close_peer, access)
 
 
-LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process]
+LINKS = [shm_in_one_process, shm_between_processes, tcp_in_one_process, nixl_between_processes]
 
 
 @pytest.fixture(params=LINKS, ids=lambda make: make.__name__)

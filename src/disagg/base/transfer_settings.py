@@ -14,6 +14,8 @@ class KvLinkChoice(enum.Enum):
     """Shared memory where it can be opened, else TCP."""
     SHM = "shm"
     TCP = "tcp"
+    NIXL = "nixl"
+    """What NIXL finds: RDMA, NVLink, sockets. It asks for no capability: for a network of trusted hosts."""
 
 
 class KvTransferDtype(enum.Enum):
@@ -31,7 +33,8 @@ class TransferSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """How KV blocks get from one instance to another."""
 
     kv_link: Annotated[
-        KvLinkChoice, Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP")
+        KvLinkChoice,
+        Meta(description="what carries KV blocks: auto takes shared memory where it works, else TCP"),
     ] = KvLinkChoice.AUTO
     kv_digests: Annotated[
         bool, Meta(description="check every handed-over KV block against a digest made where it was computed")

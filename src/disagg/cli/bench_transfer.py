@@ -29,9 +29,9 @@ def transfer(
 ) -> None:
     """Time the hand-over of KV blocks of MODEL between two processes, over each link, beside its limit.
 
-    The limit of shared memory is a plain copy out of the other process's memory, that of TCP a socket that receives
-    as many bytes into one buffer. Reads are of neighbouring blocks, and of scattered ones: a piece for each layer of
-    each block, about 1,000 for the default model and length.
+    The limit of shared memory, and of NIXL where it is installed, is a plain copy out of the other process's memory,
+    that of TCP a socket that receives as many bytes into one buffer. Reads are of neighbouring blocks, and of scattered
+    ones: a piece for each layer of each block, about 1,000 for the default model and length.
     """
     from disagg.transfer.benchmark.transfer_benchmark import TransferBenchmark
 

@@ -24,6 +24,8 @@ class LinkKind(enum.Enum):
     NVLINK = "nvlink"
     RDMA = "rdma"
     TCP = "tcp"
+    NIXL = "nixl"
+    """What the NIXL library has found: it does not say what."""
 
 
 class KvCodec(enum.Enum):

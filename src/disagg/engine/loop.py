@@ -138,8 +138,8 @@ class EngineLoop:
             else:
                 inputs.append(self._input(message))
         for ended in self._pulls.take_ended():
-            if not ended.result.failure:
-                self._blocks.receive_blocks(ended.targets)
+            if ended.received:
+                self._blocks.receive_blocks(ended.received)
             inputs.append(ended.result)
         if self._disk is not None:
             inputs += self._collect_from(self._disk)

@@ -10,7 +10,7 @@ from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.messages import KvOffer
 from disagg.costs.links import LinkKind
-from disagg.scheduling.instance.inputs import CopyEnded
+from disagg.scheduling.instance.inputs import CopyEnded, CopySettled
 from disagg.scheduling.instance.outputs import StartCopy
 from disagg.transfer.digests import split_digests
 from disagg.transfer.link import KvRead, Transfer, TransferState
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EndedPull:
-    """A pull that ended: nothing is written to ``targets`` any more."""
+    """A pull that ended. ``received`` are the blocks that it brought."""
 
-    result: CopyEnded
-    targets: tuple[BlockId, ...]
+    result: CopyEnded | CopySettled
+    received: tuple[BlockId, ...] = ()
 
 
 class Pulls:
@@ -57,8 +57,17 @@ class Pulls:
             read = _wanted(pull, self._layers, pull.expires_s - now)
             transfer = link.read(read, partial(self._on_end, pull, link.kind))
         except (TransferError, ProtocolError) as error:
-            self._ended.append(_ended(pull, 0, (now, now), str(error)))
-            self._wake()
+            self._end(
+                pull,
+                CopyEnded(
+                    request_id=pull.request_id,
+                    epoch=pull.epoch,
+                    num_bytes=0,
+                    started_s=now,
+                    ended_s=now,
+                    failure=str(error),
+                ),
+            )
         else:
             self._running[pull.request_id, pull.epoch] = transfer
 
@@ -73,7 +82,8 @@ class Pulls:
         pulls = []
         while self._ended:
             ended = self._ended.popleft()
-            self._running.pop((ended.result.request_id, ended.result.epoch), None)
+            if isinstance(ended.result, CopyEnded):
+                self._running.pop((ended.result.request_id, ended.result.epoch), None)
             pulls.append(ended)
         return pulls
 
@@ -88,10 +98,11 @@ class Pulls:
         self._links.close()
 
     def _on_end(self, pull: StartCopy, kind: LinkKind, transfer: Transfer) -> None:
+        if transfer.has_hung and transfer.state is TransferState.FAILED:
+            self._end(pull, CopySettled(request_id=pull.request_id, epoch=pull.epoch))
+            return
         link = transfer.describe(kind)
-        times = (transfer.started_s, transfer.ended_s)
         is_done = transfer.state is TransferState.DONE
-        failure = "" if is_done else transfer.failure or f"the pull was {transfer.state.value}"
         if transfer.num_repeated:
             logger.error(
                 "%d KV blocks of %s came from %s over %s with another digest than they were offered with",
@@ -100,8 +111,22 @@ class Pulls:
                 pull.source,
                 link,
             )
-        num_bytes = transfer.num_bytes if is_done else 0
-        self._ended.append(_ended(pull, num_bytes, times, failure, link=link, num_repeated=transfer.num_repeated))
+        result = CopyEnded(
+            request_id=pull.request_id,
+            epoch=pull.epoch,
+            num_bytes=transfer.num_bytes if is_done else 0,
+            started_s=transfer.started_s,
+            ended_s=transfer.ended_s,
+            failure="" if is_done else transfer.failure or f"the pull was {transfer.state.value}",
+            link=link,
+            num_repeated=transfer.num_repeated,
+            may_still_write=transfer.state is TransferState.HUNG,
+        )
+        self._end(pull, result)
+
+    def _end(self, pull: StartCopy, result: CopyEnded | CopySettled) -> None:
+        has_come = isinstance(result, CopyEnded) and not result.failure
+        self._ended.append(EndedPull(result, tuple(copy.target for copy in pull.copies) if has_come else ()))
         self._wake()
 
 
@@ -114,21 +139,3 @@ def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
         digests = b"".join([of_block[copy.source] for copy in pull.copies])
     blocks = [(copy.source, copy.target) for copy in pull.copies]
     return KvRead(blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s)
-
-
-def _ended(
-    pull: StartCopy, num_bytes: int, times: tuple[float, float], failure: str, *, link: str = "", num_repeated: int = 0
-) -> EndedPull:
-    return EndedPull(
-        result=CopyEnded(
-            request_id=pull.request_id,
-            epoch=pull.epoch,
-            num_bytes=num_bytes,
-            started_s=times[0],
-            ended_s=times[1],
-            failure=failure,
-            link=link,
-            num_repeated=num_repeated,
-        ),
-        targets=tuple(copy.target for copy in pull.copies),
-    )

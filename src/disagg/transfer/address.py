@@ -9,7 +9,7 @@ from disagg.base.errors import ConfigurationError, ProtocolError
 from disagg.cache.layout import KvLayout
 
 ADDRESS_VERSION: Final = 2
-MAX_ADDRESS_BYTES: Final = 4096
+MAX_ADDRESS_BYTES: Final = 8192
 
 
 class ShmWay(msgspec.Struct, frozen=True, kw_only=True, tag="shm", forbid_unknown_fields=True):
@@ -30,13 +30,25 @@ class TcpWay(msgspec.Struct, frozen=True, kw_only=True, tag="tcp", forbid_unknow
     port: Annotated[int, Meta(ge=1, le=65535)]
 
 
+class NixlWay(msgspec.Struct, frozen=True, kw_only=True, tag="nixl", forbid_unknown_fields=True):
+    """A pool that a NIXL agent has registered. Whoever has its ``metadata`` can read all of it."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)]
+    metadata: Annotated[bytes, Meta(min_length=1, max_length=6144)]
+    start: Annotated[int, Meta(ge=0, lt=2**62)]
+    """Where the pool's file begins in the memory of its owner."""
+
+
+AnyWay = ShmWay | TcpWay | NixlWay
+
+
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pool, and every way in which it can be reached; ``incarnation`` is new at every start of its instance."""
 
     version: int
     incarnation: Annotated[str, Meta(min_length=1, max_length=32, pattern="^[0-9a-f]+$")]
     layout: KvLayout
-    ways: Annotated[tuple[ShmWay | TcpWay, ...], Meta(max_length=8)]
+    ways: Annotated[tuple[AnyWay, ...], Meta(max_length=8)]
 
 
 _encoder = msgspec.msgpack.Encoder()

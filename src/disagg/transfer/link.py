@@ -40,19 +40,26 @@ class KvRead:
 
 
 class TransferState(enum.Enum):
-    """What became of a transfer. All but ``RUNNING`` are final."""
+    """What became of a transfer. All but ``RUNNING`` and ``HUNG`` are final."""
 
     RUNNING = "running"
+    HUNG = "hung"
+    """Given up, and bytes may still arrive: the target blocks may not be used. When none can any more, it is FAILED."""
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+class HungError(TransferError):
+    """A transfer was given up that cannot be stopped."""
 
 
 class Transfer:
     """One read that was started. Its fields may be read from any thread.
 
     ``on_end(transfer)`` is called once, on the link's thread, when the state is final *and* it is certain that no byte
-    will be written any more: until then the target blocks may not be used for anything.
+    will be written any more: until then the target blocks may not be used for anything. Of a transfer that hangs it is
+    called before that too, with ``HUNG``.
     """
 
     def __init__(self, num_bytes: int, clock: Clock, on_end: Callable[["Transfer"], None]) -> None:
@@ -63,6 +70,7 @@ class Transfer:
         self.codec = KvCodec.RAW
         self.failure = ""
         self.state = TransferState.RUNNING
+        self.has_hung = False
         self.started_s = clock.now()
         self.ended_s = 0.0
         self._clock = clock
@@ -87,6 +95,8 @@ class Transfer:
         state, failure = TransferState.FAILED, ""
         try:
             state = copy()
+        except HungError as error:
+            state, failure, self.has_hung = TransferState.HUNG, str(error), True
         except TransferError as error:
             failure = str(error)
         except Exception as error:  # a fault of ours must end the transfer too: somebody waits for it
@@ -95,6 +105,11 @@ class Transfer:
         self.ended_s = self._clock.now()
         self.failure = failure
         self.state = state
+        self._on_end(self)
+
+    def settle(self) -> None:
+        """For the link: a transfer that hung writes nothing any more."""
+        self.state = TransferState.FAILED
         self._on_end(self)
 
 

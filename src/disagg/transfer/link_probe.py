@@ -17,6 +17,7 @@ import psutil
 from disagg.base.clock import Clock
 from disagg.base.messages import LinkFigure
 from disagg.transfer.link import Link
+from disagg.transfer.nixl_link import NixlLink
 from disagg.transfer.tcp_link import TcpLink
 
 _MOST_BYTES: Final = 32 << 20
@@ -52,6 +53,8 @@ def measure_link(link: Link, access: bytes, why: str, clock: Clock) -> LinkFigur
 
 def _limit_of(link: Link, memory: memoryview, clock: Clock) -> tuple[str, float]:
     """Return what the hardware under a link is, and its bytes per second; 0 where it cannot be found out."""
+    if isinstance(link, NixlLink) and not (_is_loopback(link.host) or _interface_of(link.host)):
+        return "unknown", 0.0
     if not isinstance(link, TcpLink):
         return "a copy in memory", len(memory) / median(_times(_plain_copy(memory), clock, _NUM_TIMES))
     here, there = link.way_here()

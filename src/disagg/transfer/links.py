@@ -7,9 +7,11 @@ from typing import Final
 from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
-from disagg.transfer.address import PoolAddress, ShmWay, TcpWay, decode_address
+from disagg.transfer.address import AnyWay, NixlWay, PoolAddress, ShmWay, TcpWay, decode_address
 from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.link import Link
+from disagg.transfer.nixl_agent import NixlAgent
+from disagg.transfer.nixl_link import NixlLink
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shm_link import ShmLink
 from disagg.transfer.tcp_link import TcpLink
@@ -20,6 +22,7 @@ _USABLE: Final = {
     KvLinkChoice.AUTO: (ShmWay, TcpWay),
     KvLinkChoice.SHM: (ShmWay,),
     KvLinkChoice.TCP: (TcpWay,),
+    KvLinkChoice.NIXL: (NixlWay,),
 }
 """The kinds of ways that may be taken, best first: one copy before two and a network between them."""
 
@@ -28,7 +31,7 @@ class Links:
     """Owns the links to all peers. Copies into ``pool`` run on ``threads``, as many at once as it has.
 
     With ``maps_ahead`` all of a peer's pool is mapped in the background once its link is open: right where the peer
-    takes all of that memory anyway.
+    takes all of that memory anyway. ``nixl`` is this instance's end of NIXL, where that may be taken.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class Links:
         settings: TransferSettings | None = None,
         *,
         maps_ahead: bool = False,
+        nixl: NixlAgent | None = None,
     ) -> None:
         self._pool = pool
         self._threads = threads
         self._clock = clock
         self._settings = settings or TransferSettings()
         self._maps_ahead = maps_ahead
+        self._nixl = nixl
         self._links: dict[PoolAddress, Link] = {}
         self._why: dict[PoolAddress, str] = {}
 
@@ -95,9 +100,13 @@ class Links:
             return f"--kv-link {self._settings.kv_link.value}"
         return "the best of the ways there are" if len(address.ways) > 1 else "the only way there is"
 
-    def _over(self, address: PoolAddress, way: ShmWay | TcpWay) -> Link:
+    def _over(self, address: PoolAddress, way: AnyWay) -> Link:
         if isinstance(way, ShmWay):
             return ShmLink(address, way, self._pool, self._threads, self._clock, maps_ahead=self._maps_ahead)
+        if isinstance(way, NixlWay):
+            if self._nixl is None:
+                raise TransferError("this instance does not use NIXL: start it with --kv-link nixl")
+            return NixlLink(address, way, self._pool, self._nixl, self._threads, self._clock)
         return TcpLink(address, way, self._pool, self._threads, self._clock, self._settings)
 
     def close_peer(self, incarnation: str) -> None:

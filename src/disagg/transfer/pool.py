@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvLayout
-from disagg.transfer.address import ADDRESS_VERSION, PoolAddress, ShmWay, TcpWay
+from disagg.transfer.address import ADDRESS_VERSION, AnyWay, PoolAddress, ShmWay
 
 HEADER_BYTES: Final = mmap.PAGESIZE
 FILE_NAME: Final = "disagg-kv"
@@ -97,11 +97,16 @@ class KvPool:
         return memoryview(self._file)[HEADER_BYTES:]
 
     @property
+    def start(self) -> int:
+        """Where the pool's file, header and all, begins in this process's memory."""
+        return int(self.blocks.ctypes.data) - HEADER_BYTES
+
+    @property
     def shm_way(self) -> ShmWay:
         """How a peer on this host opens the pool."""
         return ShmWay(pid=os.getpid(), fd=self._fd)
 
-    def address(self, *ways: ShmWay | TcpWay) -> PoolAddress:
+    def address(self, *ways: AnyWay) -> PoolAddress:
         """Return what a peer needs to read the pool: over shared memory, or in these ways, best first."""
         return PoolAddress(
             version=ADDRESS_VERSION,

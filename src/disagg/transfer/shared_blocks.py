@@ -9,10 +9,11 @@ from disagg.base.clock import Clock
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
-from disagg.transfer.address import ShmWay, TcpWay, encode_address
+from disagg.transfer.address import AnyWay, encode_address
 from disagg.transfer.digests import DIGEST_BYTES, join_digests
 from disagg.transfer.grants import Grants
 from disagg.transfer.kv_server import KvServer
+from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.pool import KvPool
 
 _LOOPBACK = "127.0.0.1"
@@ -33,8 +34,14 @@ class SharedBlocks:
         self._is_open = False
         self._of_parts: dict[tuple[RequestId, Epoch], bytes] = {}
         """Digests of the blocks of sequences that are offered in parts, from the first one on."""
-        ways: list[ShmWay | TcpWay] = []
-        if settings.kv_link is not KvLinkChoice.TCP:
+        self.nixl: NixlAgent | None = None
+        """This instance's end of NIXL, where that carries blocks."""
+        ways: list[AnyWay] = []
+        if settings.kv_link is KvLinkChoice.NIXL:
+            self.nixl = NixlAgent(pool, host or _LOOPBACK)
+            stack.callback(self.nixl.close)
+            ways.append(self.nixl.way)
+        elif settings.kv_link is not KvLinkChoice.TCP:
             ways.append(pool.shm_way)
         if settings.kv_link is KvLinkChoice.TCP or (settings.kv_link is KvLinkChoice.AUTO and host is not None):
             server = KvServer(pool, self._grants, host or _LOOPBACK, clock)

@@ -45,6 +45,7 @@ from disagg.scheduling.instance.inputs import (
     AnyInstanceInput,
     Continue,
     CopyEnded,
+    CopySettled,
     Expect,
     LoadEnded,
     SequenceFacts,
@@ -239,7 +240,7 @@ class InstanceCore:
                 events.append(BlocksRead(num_blocks=one.num_blocks, duration_s=one.duration_s, unreadable=names))
                 make = TransferFailed if names else TransferDone
                 events.append(make(request_id=request_id, epoch=epoch))
-            case Lend() | Release() | Migrate() | BlockSaved() | Tick():
+            case Lend() | Release() | Migrate() | CopySettled() | BlockSaved() | Tick():
                 events.append(event_of(one))
             case Abort(request_id=request_id, epoch=epoch):
                 self._abandon(request_id, epoch, events)
@@ -363,9 +364,10 @@ class InstanceCore:
         sequence = self._find(request_id, epoch)
         if sequence is not None:
             sequence.note_copy(result)
-        failed = bool(result.failure)
-        make = TransferFailed if failed else TransferDone
-        events.append(make(request_id=request_id, epoch=epoch))
+        if result.failure:
+            events.append(TransferFailed(request_id=request_id, epoch=epoch, ended=not result.may_still_write))
+        else:
+            events.append(TransferDone(request_id=request_id, epoch=epoch))
 
     def _leave(self, router: RouterId, events: list[AnyEvent]) -> None:
         """Let go of all that a router wanted that is gone."""

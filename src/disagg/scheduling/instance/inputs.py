@@ -60,7 +60,10 @@ class Expect(InstanceInput, frozen=True, kw_only=True):
 
 
 class CopyEnded(InstanceInput, frozen=True, kw_only=True):
-    """The copying of KV blocks ended: nothing is written any more. ``failure`` is empty when all are there."""
+    """The copying of KV blocks ended. ``failure`` is empty when all are there.
+
+    Nothing is written any more, unless it ``may_still_write``: then CopySettled comes when that is over.
+    """
 
     request_id: RequestId
     epoch: Epoch
@@ -72,6 +75,14 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     """What carried the blocks."""
     num_repeated: int = 0
     """Blocks that came with another digest and were copied again."""
+    may_still_write: bool = False
+
+
+class CopySettled(InstanceInput, frozen=True, kw_only=True):
+    """A failed copy that might still write does so no more."""
+
+    request_id: RequestId
+    epoch: Epoch
 
 
 class LoadEnded(InstanceInput, frozen=True, kw_only=True):
@@ -102,6 +113,7 @@ AnyInstanceInput = (
     | AuditBlocks
     | StepDone
     | CopyEnded
+    | CopySettled
     | LoadEnded
     | BlockSaved
     | Tick

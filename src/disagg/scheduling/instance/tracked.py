@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer, Lend, Migrate, Pulled, Release, StageStamps
-from disagg.scheduling.instance.inputs import CopyEnded, SequenceFacts
+from disagg.scheduling.instance.inputs import CopyEnded, CopySettled, SequenceFacts
 from disagg.scheduling.instance.outputs import FirstOutput
 from disagg.scheduling.step.actions import ReleaseLease
 from disagg.scheduling.step.events import (
@@ -16,6 +16,7 @@ from disagg.scheduling.step.events import (
     MigrationAsked,
     StepFailure,
     Tick,
+    TransferEnded,
 )
 
 
@@ -165,7 +166,7 @@ def kv_offered(facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_who
     )
 
 
-def event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
+def event_of(message: Lend | Release | Migrate | CopySettled | BlockSaved | Tick) -> AnyEvent:
     """Return what a message means to the scheduler that means nothing more to the core."""
     match message:
         case Lend(request_id=request_id, epoch=epoch, block_hashes=names):
@@ -174,5 +175,7 @@ def event_of(message: Lend | Release | Migrate | BlockSaved | Tick) -> AnyEvent:
             return LeaseReleased(request_id=request_id, epoch=epoch)
         case Migrate(request_id=request_id, epoch=epoch):
             return MigrationAsked(request_id=request_id, epoch=epoch)
+        case CopySettled(request_id=request_id, epoch=epoch):
+            return TransferEnded(request_id=request_id, epoch=epoch)
         case BlockSaved() | Tick():
             return message

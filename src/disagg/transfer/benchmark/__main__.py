@@ -14,7 +14,7 @@ import msgspec
 from disagg.base.clock import MonotonicClock
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
-from disagg.base.transfer_settings import TransferSettings
+from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
@@ -30,6 +30,10 @@ def main() -> None:
     with ExitStack() as stack:
         stack.callback(pool.close)
         shared = SharedBlocks(pool, TransferSettings(), task.host, MonotonicClock(), stack)
+        nixl_pool = b""
+        if task.has_nixl:
+            nixl = TransferSettings(kv_link=KvLinkChoice.NIXL)
+            nixl_pool = SharedBlocks(pool, nixl, task.host, MonotonicClock(), stack).address
         offer = KvOffer(
             request_id=RequestId("benchmark"),
             epoch=Epoch(0),
@@ -42,7 +46,7 @@ def main() -> None:
         )
         listener = stack.enter_context(socket.create_server((task.host, 0)))
         threading.Thread(target=_send_plain_bytes, args=(listener, task.raw_bytes), daemon=True).start()
-        ready = PeerReady(offer=shared.seal(offer), raw_port=listener.getsockname()[1])
+        ready = PeerReady(offer=shared.seal(offer), nixl_pool=nixl_pool, raw_port=listener.getsockname()[1])
         sys.stdout.write(msgspec.json.encode(ready).decode() + "\n")
         sys.stdout.flush()
         sys.stdin.read()

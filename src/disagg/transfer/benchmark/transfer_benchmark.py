@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from disagg.base.clock import Clock, MonotonicClock
-from disagg.base.errors import InternalError, TransferError
+from disagg.base.errors import ConfigurationError, InternalError, TransferError
 from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype, TransferSettings
 from disagg.cache.layout import KvFormat, KvLayout
@@ -28,6 +28,7 @@ from disagg.transfer.digests import join_digests, split_digests
 from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
 from disagg.transfer.links import Links
+from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
@@ -49,8 +50,8 @@ class Pieces(enum.Enum):
 class TransferFigure:
     """Median speed of one kind of read, in bytes of KV per second, beside the limit measured in the same run.
 
-    The limit of shared memory is a plain copy of as many bytes out of the other process's memory, that of TCP a
-    socket that receives them into one buffer.
+    The limit of shared memory, and of NIXL on one host, is a plain copy of as many bytes out of the other process's
+    memory, that of TCP a socket that receives them into one buffer.
     """
 
     link: LinkKind
@@ -99,15 +100,22 @@ class TransferBenchmark:
             assert peer.stdin is not None
             assert peer.stdout is not None
             stack.callback(peer.stdin.close)
-            task = PeerTask(layout=self.layout, incarnation=_PEER, host=HOST, raw_bytes=self.num_bytes)
+            self._pool = KvPool(self.layout, _LOCAL)
+            stack.callback(self._pool.close)
+            self._nixl = self._nixl_agent(stack)
+            task = PeerTask(
+                layout=self.layout,
+                incarnation=_PEER,
+                host=HOST,
+                raw_bytes=self.num_bytes,
+                has_nixl=self._nixl is not None,
+            )
             peer.stdin.write(msgspec.json.encode(task) + b"\n")
             peer.stdin.flush()
             line = peer.stdout.readline()
             if not line:
                 raise InternalError("the other process of the benchmark ended before it was ready")
             self._peer = msgspec.json.decode(line, type=PeerReady)
-            self._pool = KvPool(self.layout, _LOCAL)
-            stack.callback(self._pool.close)
             for layer in range(self.layout.num_layers):
                 self._pool.touch(layer, 0, self.layout.num_blocks)
             self._stack = stack.pop_all()
@@ -116,18 +124,30 @@ class TransferBenchmark:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _nixl_agent(self, stack: ExitStack) -> NixlAgent | None:
+        """Return this process's end of NIXL; None where it is not installed."""
+        try:
+            agent = NixlAgent(self._pool, HOST)
+        except ConfigurationError:
+            return None
+        stack.callback(agent.close)
+        return agent
+
     def measure(self) -> Iterator[TransferFigure]:
         """Yield the figures of all links, each beside its limit: reads and what bounds them take turns."""
         for choice, dtype, limit in (
             (KvLinkChoice.SHM, KvTransferDtype.RAW, self._plain_copy),
             (KvLinkChoice.TCP, KvTransferDtype.RAW, self._plain_socket),
             (KvLinkChoice.TCP, KvTransferDtype.INT8, self._plain_socket),
+            (KvLinkChoice.NIXL, KvTransferDtype.RAW, self._plain_copy),
         ):
+            if choice is KvLinkChoice.NIXL and self._nixl is None:
+                continue
             settings = TransferSettings(kv_link=choice, kv_transfer_dtype=dtype, kv_streams=self.num_streams)
             with ThreadPoolExecutor(max_workers=1) as thread:
-                links = Links(self._pool, thread, self._clock, settings, maps_ahead=True)
+                links = Links(self._pool, thread, self._clock, settings, maps_ahead=True, nixl=self._nixl)
                 try:
-                    link = links.open(self._peer.offer.pool)
+                    link = links.open(self._peer.nixl_pool if choice is KvLinkChoice.NIXL else self._peer.offer.pool)
                     wait_until_touched(_DEADLINE_S)
                     yield from self._measure(link, KvCodec(dtype.value), limit)
                 finally:
