@@ -33,7 +33,9 @@ def two_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_for_people():
-    lines = CliRunner().invoke(main, ["models"]).output.splitlines()
+    result = CliRunner().invoke(main, ["models"])
+    lines = result.output.splitlines()
+    assert result.exit_code == 0, "a cache may hold what nobody asked for"
     assert lines[1].split() == ["tiny", "LlamaForCausalLM", "134", "M", "8192", "3MiB"]
     assert "MambaForCausalLM is not supported" in lines[2]
     assert "disagg serve PATH" in lines[-1]
@@ -46,14 +48,25 @@ def test_json_for_scripts():
 
 
 def described(*models: Path) -> list[str]:
-    output = CliRunner().invoke(main, ["models", "--json", *map(str, models)]).output
+    result = CliRunner().invoke(main, ["models", "--json", *map(str, models)])
+    assert result.exit_code == 2
+    output = result.stdout
     return [entry["problem"] or "" for entry in json.loads(output)]
 
 
 def test_a_named_model_is_described(tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("llama")
-    row = CliRunner().invoke(main, ["models", str(folder)]).output.splitlines()[1]
+    result = CliRunner().invoke(main, ["models", str(folder)])
+    row = result.stdout.splitlines()[1]
+    assert result.exit_code == 0
     assert row.split()[:2] == [folder.name, "LlamaForCausalLM"]
+
+
+def test_a_model_that_is_not_there_fails(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["models", str(tmp_path / "absent")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "no such model" in result.stderr
 
 
 def test_what_cannot_be_loaded_says_why(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

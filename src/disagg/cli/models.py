@@ -1,9 +1,16 @@
 """``disagg models``."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 import msgspec
 
+from disagg.base.errors import ConfigurationError
 from disagg.base.units import format_bytes
+
+if TYPE_CHECKING:
+    from disagg.models.listing import ModelListing
 
 
 @click.command()
@@ -12,16 +19,22 @@ from disagg.base.units import format_bytes
 def models(named: tuple[str, ...], as_json: bool) -> None:
     """List what can be loaded without a download: the default model and the hub's cache.
 
-    With MODELs, say of each what it is, or why it cannot be loaded.
+    With MODELs, say of each what it is, or why it cannot be loaded: then the exit status is 2.
     """
-    from disagg.models.listing import ModelListing, describe_model, list_models
+    from disagg.models.listing import describe_model, list_models
 
     listings = [describe_model(model) for model in named] if named else list_models()
     if as_json:
         click.echo(msgspec.json.encode(listings, enc_hook=str))
-        return
+    else:
+        _print_table(listings)
+    problems = [f"{listing.name}: {listing.problem}" for listing in listings if listing.problem]
+    if named and problems:
+        raise ConfigurationError("; ".join(problems))
 
-    def row(listing: ModelListing) -> tuple[str, ...]:
+
+def _print_table(listings: Sequence["ModelListing"]) -> None:
+    def row(listing: "ModelListing") -> tuple[str, ...]:
         parameters = "" if listing.num_parameters is None else f"{listing.num_parameters / 1e6:,.0f} M"
         context = "" if listing.max_position_embeddings is None else str(listing.max_position_embeddings)
         return (listing.name, listing.architecture or "", parameters, context, format_bytes(listing.num_bytes))
