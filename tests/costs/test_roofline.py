@@ -86,6 +86,17 @@ def test_capacity_is_that_of_the_published_table() -> None:
     assert platform().kv_bytes_per_token == published.kv_bytes_per_token
 
 
+def test_sliding_layers_spare_hand_overs_what_is_past_their_window() -> None:
+    sliding = msgspec.structs.replace(config(), sliding_windows=(None, 512, 512, 512) * 10)
+    window = RooflinePlatform(sliding, find_device("a100-sxm"), "13b").kv_window
+    assert window is not None
+    assert (window.tokens, window.bytes_per_token) == (512, platform().kv_bytes_per_token * 3 // 4)
+    assert [window.spared_bytes(n) / window.bytes_per_token for n in (100, 511, 512, 1023)] == [0, 0, 1, 512]
+    assert platform().kv_window is None
+    never_outgrown = msgspec.structs.replace(config(), sliding_windows=(None, 2048) * 20)
+    assert RooflinePlatform(never_outgrown, find_device("a100-sxm"), "13b").kv_window is None
+
+
 @pytest.mark.parametrize("shape", [PREFILL, DECODE])
 def test_tensor_parallelism_helps_less_than_in_proportion(shape: StepShape) -> None:
     (one,) = platform().latency(1, 1).stage_times_s(shape)

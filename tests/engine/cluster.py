@@ -244,6 +244,7 @@ class Instance:
             pool=ready.facts.pool,
             max_disk_blocks=0 if disk is None else self.max_disk_blocks,
             saved_blocks=saved,
+            window=self.pool.layout.window,
             tells_tokens=self.tells_tokens,
         )
         self.core = InstanceCore(header)

@@ -10,8 +10,9 @@ import torch
 from cluster import BLOCK_SIZE, Instance, RouterEnd, ServedModel, hand_over, request
 from msgspec import structs
 
+from disagg.base.block_hash import hash_blocks
 from disagg.base.config import CacheSettings, DType, ModelSettings, SchedulerSettings
-from disagg.base.messages import Failed, FailureKind, Generate, SequenceOutput
+from disagg.base.messages import Failed, FailureKind, Generate, Pulled, SequenceOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import PositionLogprobs
 from disagg.cache.layout import KvFormat
@@ -161,6 +162,61 @@ def test_two_instances_answer_as_one_with_a_mixture_of_experts(
     alone = tokens(by_one_instance(router, load, *sequences))
     assert tokens(by_two_instances(router, load, *sequences)) == alone
     assert len({tuple(answer) for answer in alone}) > 1
+
+
+@pytest.mark.parametrize("backend_name", ["native", "torch"])
+@pytest.mark.parametrize("model_type", ["gemma2", "mistral"])
+def test_keys_and_values_behind_a_window_are_not_handed_over(
+    router: RouterEnd, tiny_model: Callable[..., Path], model_type: str, backend_name: str
+) -> None:
+    """Where they would have been there is NaN: nothing attends to it, also after later turns were found in the cache.
+
+    In Gemma 2 every other layer slides, in Mistral every one.
+    """
+    if backend_name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
+    window, size = (5, BLOCK_SIZE) if backend_name == "torch" else (20, 16)
+    files = locate_model(str(tiny_model(model_type, vocab_size=VOCAB_SIZE, sliding_window=window)))
+    config = load_config(files)
+
+    def load() -> Decoder:
+        backend = select_backend(torch.device("cpu"), torch.float32, backend_name)
+        return Decoder(config, load_weights(files, config, backend, dtype=DType.FLOAT32), backend)
+
+    sequence = request("a", 70, max_tokens=24, temperature=0.0)
+    (alone,) = tokens(by_one_instance(router, load, sequence))
+    next_turn = structs.replace(
+        request("b", 1, max_tokens=4, temperature=0.0), prompt_token_ids=(*sequence.prompt_token_ids, *alone, 5)
+    )
+    fork = structs.replace(
+        request("c", 1, max_tokens=4, temperature=0.0), prompt_token_ids=(*sequence.prompt_token_ids[:64], 7, 8)
+    )
+    later = [tokens(by_one_instance(router, load, one))[0] for one in (next_turn, fork)]
+    with (
+        Instance(router, "prefill-0", "b1", model=served(load)) as prefill,
+        Instance(router, "decode-0", "c1", model=served(load), prefix_caching=True) as decode,
+    ):
+        decode.pool.data[:] = b"\xff" * len(decode.pool.data)
+        hand_over(router, prefill, decode, with_names(sequence, size))
+        router.wait_for_end("a")
+        pulled = router.expect(Pulled)
+        for one in (next_turn, fork):
+            decode.send(Generate(request=with_names(one, size)))
+            router.wait_for_end(one.request_id)
+        # The next turn goes on from what is there; the fork would need what is behind the window, and is computed.
+        starts = [next(step[name][0] for step in decode.executor.steps if name in step) for name in "bc"]
+    assert tokens([router.outputs(name) for name in "abc"]) == [alone, *later]
+    layout, num_blocks = decode.pool.layout, -(-70 // size)
+    num_outside = (70 - window + 1) // size
+    num_layers = num_outside * len(layout.full_layers) + (num_blocks - num_outside) * layout.num_layers
+    assert (pulled.failure, pulled.num_bytes) == ("", num_layers * layout.layer_block_bytes)
+    assert num_outside > 0
+    assert starts == [(70 + 24 - 1) // size * size, 0]
+
+
+def with_names(sequence: GenerationRequest, size: int) -> GenerationRequest:
+    """The sequence with the names of its blocks, as the API gives them."""
+    return structs.replace(sequence, block_hashes=hash_blocks(sequence.prompt_token_ids, size))
 
 
 def test_chunks_and_batches_do_not_change_the_answer(router: RouterEnd, load_decoder: LoadDecoder) -> None:

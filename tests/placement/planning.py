@@ -50,6 +50,7 @@ class EvenPlatform:
     kv_bytes_per_token: int = 1000
     name: str = "even"
     link: LinkModel = NVLINK
+    kv_window: None = None
     interference: None = None
     host: HostCosts = NO_HOST
 

@@ -11,6 +11,7 @@ from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import AnyAction, LoadBlocks, RunStep
 from disagg.scheduling.step.events import AnyEvent, Arrived, BlocksRead, StepDone, StepResult, TransferDone
+from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
 BLOCK, TOKEN_S = 10, 0.1
@@ -44,7 +45,9 @@ class Reader:
         chosen = SchedulerSettings(max_batch_tokens=1000, max_batch_size=self.max_batch_size)
         saved = tuple(name for story in range(30) for name in names(story, 10))
         times = StepTimes(EvenCosts())
-        self.scheduler = StepScheduler(chosen, self.num_blocks, BLOCK, times=times, disk=DiskTier(300, saved))
+        self.scheduler = StepScheduler(
+            chosen, self.num_blocks, BLOCK, times=times, memory=KvMemory(disk=DiskTier(300, saved))
+        )
 
     def feed(self, *events: AnyEvent) -> list[AnyAction]:
         self.now += 1.0

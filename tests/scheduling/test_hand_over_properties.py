@@ -2,11 +2,13 @@
 
 Whatever happens (cancellations, failed pulls, expired leases, the death of the prefill instance): the books are right
 after every event, no step reads a block that holds something else than what it should, every sequence that is not
-cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well.
+cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well. Some
+models have layers with a sliding window, whose part of a block need not be there behind the window.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from unittest import mock
 
 from hypothesis import given, settings
@@ -44,11 +46,13 @@ from disagg.scheduling.step.events import (
     TransferEnded,
     TransferFailed,
 )
+from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
 PREFILL, DECODE = InstanceId("prefill-0"), InstanceId("decode-0")
 EPOCH = Epoch(1)
 NUM_BLOCKS, BLOCK = 10, 4
+FULL, SLIDING = "full layers", "sliding layers"
 
 
 @dataclass
@@ -72,23 +76,25 @@ class World:
 
     clients: dict[RequestId, Client]
     mode: SchedulingMode
+    window: int | None = None
     now: float = 0.0
     on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
     alarms: dict[InstanceId, float] = field(default_factory=dict)
     writing: dict[RequestId, Pull] = field(default_factory=dict)
-    contents: dict[tuple[InstanceId, int, BlockId], object] = field(default_factory=dict)
-    """What each block of each life of an instance holds."""
+    contents: dict[tuple[InstanceId, int, BlockId, str], object] = field(default_factory=dict)
+    """What each block of each life of an instance holds in its layers of each kind."""
     lives: Counter[InstanceId] = field(default_factory=Counter)
     num_parts: int = 0
 
     def __post_init__(self) -> None:
         self.life_read: dict[RequestId, int] = {}
-        self.digests: dict[tuple[RequestId, BlockId], object] = {}
+        self.digests: dict[tuple[RequestId, BlockId, str], object] = {}
+        self.num_spared = 0
         self.instances = {name: self.new_instance() for name in (PREFILL, DECODE)}
 
     def new_instance(self) -> StepScheduler:
         chosen = SchedulerSettings(max_batch_tokens=6, max_batch_size=3, lease_s=40.0, scheduling=self.mode)
-        return StepScheduler(chosen, NUM_BLOCKS, BLOCK)
+        return StepScheduler(chosen, NUM_BLOCKS, BLOCK, memory=KvMemory(window=self.window))
 
     def hashes(self, client: Client) -> tuple[BlockHash, ...]:
         return tuple(BlockHash(bytes([client.prefix, n])) for n in range(client.num_prompt // BLOCK))
@@ -139,10 +145,14 @@ class World:
         """Read the blocks of a pull as late as can be. What is not what was offered is found by its digest."""
         pull, client = self.writing[done.request_id], self.clients[done.request_id]
         is_sound = True
-        for copy in pull.copies:
-            source = (PREFILL, self.life_read[done.request_id], copy.source)
-            self.contents[target, self.lives[target], copy.target] = self.contents[source]
-            is_sound = is_sound and self.contents[source] == self.digests[done.request_id, copy.source]
+        for copy, kind in product(pull.copies, (FULL, SLIDING)):
+            if (done.request_id, copy.source, kind) not in self.digests:
+                self.contents.pop((target, self.lives[target], copy.target, kind), None)
+                self.num_spared += 1
+                continue  # it was offered without these layers
+            content = self.contents[PREFILL, self.life_read[done.request_id], copy.source, kind]
+            self.contents[target, self.lives[target], copy.target, kind] = content
+            is_sound = is_sound and content == self.digests[done.request_id, copy.source, kind]
         # Only what nobody wants any more, or an offer that has ended, may be overwritten.
         is_wanted = not client.cancelled and not client.is_complete and client.epoch == done.epoch
         assert is_sound or not is_wanted or self.now >= pull.expires_s
@@ -180,8 +190,12 @@ class World:
         client = self.clients[action.request_id]
         is_whole = isinstance(action, OfferKv)
         self.life_read[action.request_id] = self.lives[PREFILL]
-        for block in action.block_ids:
-            self.digests[action.request_id, block] = self.contents[PREFILL, self.lives[PREFILL], block]
+        for place, block in enumerate(action.block_ids):
+            kinds = (FULL, SLIDING) if place >= action.num_outside_window else (FULL,)
+            self.digests.pop((action.request_id, block, SLIDING), None)
+            for kind in kinds:
+                content = self.contents[PREFILL, self.lives[PREFILL], block, kind]
+                self.digests[action.request_id, block, kind] = content
         event: AnyEvent = KvOffered(
             request_id=action.request_id,
             epoch=client.epoch,
@@ -212,11 +226,14 @@ class World:
     def compute(self, name: InstanceId, chunk: Chunk) -> None:
         """A step attends to every block before its chunk, and fills those of the chunk."""
         end = chunk.start + chunk.num_tokens
-        for index, block in enumerate(chunk.block_ids[: -(-end // BLOCK)]):
-            place, meant = (name, self.lives[name], block), self.meant(chunk.request_id, index)
-            if index * BLOCK < chunk.start:
-                assert self.contents.get(place) == meant, f"{chunk.request_id} reads block {index} on {name}"
-            self.contents[place] = meant
+        seen = {FULL: 0, SLIDING: 0 if self.window is None else max(0, chunk.start - self.window + 1)}
+        blocks = enumerate(chunk.block_ids[: -(-end // BLOCK)])
+        for (index, block), kind in product(blocks, (FULL, SLIDING)):
+            place, meant = (name, self.lives[name], block, kind), self.meant(chunk.request_id, index)
+            if index * BLOCK < chunk.start and (index + 1) * BLOCK > seen[kind]:
+                assert self.contents.get(place) == meant, f"{chunk.request_id} reads {kind} of {index} on {name}"
+            if (index + 1) * BLOCK > chunk.start:
+                self.contents[place] = meant
 
     def meant(self, name: RequestId, index: int) -> object:
         """What a block of a sequence holds: full ones of equal prompts are equal."""
@@ -304,12 +321,17 @@ steps = st.lists(
     steps=steps,
     mode=st.sampled_from(SchedulingMode),
     least_part_tokens=st.sampled_from([BLOCK, hand_overs.LEAST_PART_TOKENS]),
+    window=st.sampled_from([None, 1, 5, 8, 11]),
 )
 @settings(max_examples=400, deadline=None)
 def test_nothing_is_lost_and_nothing_is_kept(
-    clients: list[Client], steps: list[tuple[str, int]], mode: SchedulingMode, least_part_tokens: int
+    clients: list[Client],
+    steps: list[tuple[str, int]],
+    mode: SchedulingMode,
+    least_part_tokens: int,
+    window: int | None,
 ) -> None:
-    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode)
+    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode, window)
     with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
         go_through(world, steps)
     for name, client in world.clients.items():
@@ -349,4 +371,14 @@ def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
         world.arrive(name, PREFILL, hand_over=True)
         go_through(world, [])
     assert world.num_parts == 3
+    assert world.clients[name].is_complete
+
+
+def test_sliding_layers_of_blocks_behind_the_window_are_not_read() -> None:
+    """Of five blocks the token after twenty tokens sees positions 16 to 20 with a window of five: the last block."""
+    name = RequestId("r0")
+    world = World({name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED, window=5)
+    world.arrive(name, PREFILL, hand_over=True)
+    go_through(world, [])
+    assert world.num_spared == 4
     assert world.clients[name].is_complete

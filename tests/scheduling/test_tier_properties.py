@@ -44,6 +44,7 @@ from disagg.scheduling.step.events import (
     TransferDone,
     TransferFailed,
 )
+from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
 EPOCH, BLOCK, NUM_BLOCKS = Epoch(1), 4, 12
@@ -83,7 +84,7 @@ class World:
     def __post_init__(self) -> None:
         chosen = SchedulerSettings(max_batch_tokens=8, max_batch_size=3, lease_s=30.0)
         saved = tuple(BlockHash(bytes([story, n])) for story in (0, 1) for n in range(4))
-        self.scheduler = StepScheduler(chosen, NUM_BLOCKS, BLOCK, disk=DiskTier(12, saved))
+        self.scheduler = StepScheduler(chosen, NUM_BLOCKS, BLOCK, memory=KvMemory(disk=DiskTier(12, saved)))
         self.told[True].update(saved)
         self.ledger = self.scheduler._books.ledger
 

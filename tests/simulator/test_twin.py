@@ -19,6 +19,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
+from disagg.costs.platform import KvWindow
 from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
@@ -125,8 +126,12 @@ def test_two_prefill_instances_into_one_decode_instance(
     assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
 
 
-def test_long_prompts_are_read_while_they_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_window", [None, KvWindow(tokens=100, bytes_per_token=600)], ids=["full", "sliding"])
+def test_long_prompts_are_read_while_they_are_computed(
+    kv_window: KvWindow | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through deaths of both sides and clients that leave, with more blocks wanted than there are."""
+    instances = tuple(replace(one, kv_window=kv_window) for one in TWO_AND_ONE.instances)
     requests = poisson(rate=25, count=60, seed=6, prompt=(300, 2000), output=(1, 40))
     for request in requests[::6]:
         request.cancel_s = request.arrival_s + 0.03
@@ -136,7 +141,7 @@ def test_long_prompts_are_read_while_they_are_computed(tmp_path: Path, monkeypat
             InstanceDeath(1.02, InstanceId("decode-0"), start_s=0.1),
         )
     )
-    run_both(replace(TWO_AND_ONE, faults=faults), requests, tmp_path, monkeypatch)
+    run_both(replace(TWO_AND_ONE, instances=instances, faults=faults), requests, tmp_path, monkeypatch)
     told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
     assert len({output.request_id for output in told if isinstance(output, SendPartOffer)}) > 20
 

@@ -157,7 +157,7 @@ class VirtualEngine:
     # Pulls
 
     def start(self, copy: StartCopy, now: float) -> None:
-        num_bytes = len(copy.copies) * self._spec.block_size * self._spec.kv_bytes_per_token
+        num_bytes = self._spec.copied_bytes(copy)
         end_s = self._deployment.links.start(copy.source, self._spec.name, num_bytes, now)
         failing_pulls = self._deployment.failing_pulls[self._spec.name]
         failure = FAILED_PULL if copy.request_id in failing_pulls else ""

@@ -58,6 +58,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     access: bytes = b""
     first_block: Count = 0
     """Of a part of a sequence's blocks: which of them is the first one here."""
+    num_outside_window: Count = 0
+    """So many of the first blocks no sliding window reaches any more: of them only the other layers are offered."""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class _Block:
     hash: BlockHash | None = None
     was_found: bool = False
     """Another sequence has found it since it was published, or since eviction passed it over."""
+    has_window: bool = True
+    """It holds the sliding layers too: false where it came from elsewhere when no window reached it any more."""
 
 
 class BlockPool:
@@ -152,13 +154,31 @@ class BlockPool:
         self._change_holds(reversed(blocks), leases=-1)
 
     def publish(self, index: BlockId, block_hash: BlockHash) -> bool:
-        """Make the KV of a full ACTIVE block findable by its prefix; return False when an equal block already is."""
+        """Make the KV of a full ACTIVE block findable by its prefix; return False when an equal block already is.
+
+        One that lacks its sliding layers makes place for one that has them.
+        """
         self._expect(index, BlockState.ACTIVE)
-        if self._blocks[index].hash is not None or block_hash in self._by_hash:
+        if self._blocks[index].hash is not None:
             return False
+        known = self._by_hash.get(block_hash)
+        if known is not None:
+            if self._blocks[known].has_window or not self._blocks[index].has_window:
+                return False
+            self._replace(known)
         self._blocks[index].hash = block_hash
         self._by_hash[block_hash] = index
         return True
+
+    def has_window(self, index: BlockId) -> bool:
+        """Return whether a block holds the layers with a sliding window too."""
+        return self._blocks[index].has_window
+
+    def lose_window(self, blocks: Iterable[BlockId]) -> None:
+        """Note that FILLING blocks are filled in the layers without a sliding window alone."""
+        for index in blocks:
+            self._expect(index, BlockState.FILLING)
+            self._blocks[index].has_window = False
 
     @property
     def published(self) -> tuple[BlockHash, ...]:
@@ -248,6 +268,7 @@ class BlockPool:
             block = self._blocks[index]
             block.num_sequences = num_sequences
             block.state = state
+            block.has_window = True
         self._counts[BlockState.FREE] -= num_free
         self._counts[BlockState.CACHED] -= count - num_free
         self._counts[state] += count
@@ -266,6 +287,14 @@ class BlockPool:
             raise InternalError(f"cached block {index} has no hash")
         self._unpublish(block)
         return index
+
+    def _replace(self, index: BlockId) -> None:
+        """Let a block be found no more; when nobody holds it, it is free."""
+        self._unpublish(self._blocks[index])
+        if self._blocks[index].state is BlockState.CACHED:
+            del self._cached[index]
+            self._move(index, BlockState.FREE)
+            self._free.append(index)
 
     def _unpublish(self, block: _Block) -> None:
         if block.hash is not None:

@@ -33,11 +33,12 @@ class KvFormat(enum.Enum):
     TOKEN_MAJOR = "token_major"
 
 
-class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Shape of a KV pool: ``[layer, block, K or V, kv head, block_size * head_dim elements]``, contiguous.
 
     Layer is outermost, so that one layer of a sequence can travel while the next is computed; the head is outside the
-    tokens, so that a range of heads (another tensor parallelism) is one run of bytes per block.
+    tokens, so that a range of heads (another tensor parallelism) is one run of bytes per block. Layers with a sliding
+    window come last, so that the others of a block, which are needed for longer, are a run of layers.
     """
 
     num_layers: int
@@ -47,6 +48,9 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     dtype: KvDtype
     format: KvFormat
+    num_window_layers: int = 0
+    """The last layers of the pool, of which a token sees only the last ``window`` tokens, itself included."""
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim"):
@@ -56,6 +60,15 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(
                 f"KV layout: block_size ({self.block_size}) and head_dim ({self.head_dim}) must be even"
             )
+        if not 0 <= self.num_window_layers <= self.num_layers or bool(self.num_window_layers) != bool(self.window):
+            raise ConfigurationError(
+                f"KV layout: {self.num_window_layers} of {self.num_layers} layers cannot have a window of {self.window}"
+            )
+
+    @property
+    def full_layers(self) -> range:
+        """The layers of which a token sees all before it."""
+        return range(self.num_layers - self.num_window_layers)
 
     @property
     def head_bytes(self) -> int:
@@ -84,7 +97,8 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """Return in words what blocks of one pool share with those of another that can be handed over to it."""
-        return f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens"
+        words = f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens"
+        return words + (f", a window of {self.window} in {self.num_window_layers} layers" if self.window else "")
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
@@ -93,3 +107,11 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     def offset(self, layer: int, block: int) -> int:
         """Return the byte offset of ``block`` of ``layer`` from the start of the pool."""
         return layer * self.layer_bytes + block * self.layer_block_bytes
+
+
+def first_seen_block(num_tokens: int, window: int | None, block_size: int) -> int:
+    """Return the first block of which the token after ``num_tokens`` tokens, or any later one, sees a part.
+
+    So in layers with a sliding window; without one it is the first block of all.
+    """
+    return 0 if window is None else max(0, num_tokens - window + 1) // block_size

@@ -16,6 +16,17 @@ class HostCosts(NamedTuple):
     serving: ServingCost | None = None
 
 
+class KvWindow(NamedTuple):
+    """What of a token's keys and values is not handed over once a sliding window of so many ``tokens`` is past it."""
+
+    tokens: int
+    bytes_per_token: int
+
+    def spared_bytes(self, num_tokens: float) -> float:
+        """Return what of a sequence of so many tokens is past the window."""
+        return max(0.0, num_tokens - self.tokens + 1) * self.bytes_per_token
+
+
 class Platform(Protocol):
     """A model on a kind of device, at any parallelism that there are figures for.
 
@@ -29,6 +40,10 @@ class Platform(Protocol):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, over all layers and devices of an instance."""
+
+    @property
+    def kv_window(self) -> KvWindow | None:
+        """What sliding layers spare a hand-over; None where no layer slides, or the figures do not say."""
 
     @property
     def link(self) -> LinkModel:
@@ -54,6 +69,11 @@ class Platform(Protocol):
 
 class OwnDevices:
     """Base of platforms whose instances have devices of their own, and whose figures hold nothing of the host."""
+
+    @property
+    def kv_window(self) -> KvWindow | None:
+        """See ``Platform``."""
+        return None
 
     @property
     def interference(self) -> None:

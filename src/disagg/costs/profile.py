@@ -25,7 +25,7 @@ from disagg.costs.measured_steps import (
     fit_latency,
 )
 from disagg.costs.memory import BytesPerSecond, MemorySample, Scarcity
-from disagg.costs.platform import HostCosts
+from disagg.costs.platform import HostCosts, KvWindow
 from disagg.costs.serving_fit import ServedRequest, ServedSample, fit_serving
 
 PROFILE_VERSION: Final = 3
@@ -118,6 +118,11 @@ class ProfiledPlatform:
     def kv_bytes_per_token(self) -> int:
         """See ``Platform``."""
         return self.profile.kv_bytes_per_token
+
+    @property
+    def kv_window(self) -> KvWindow | None:
+        """See ``Platform``."""
+        return None
 
     @property
     def most_tokens(self) -> int:

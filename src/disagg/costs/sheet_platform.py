@@ -8,7 +8,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.costs.devices import DeviceSheet
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import InstanceLinks, LinkModel
-from disagg.costs.platform import OwnDevices
+from disagg.costs.platform import KvWindow, OwnDevices
 from disagg.models.shape import ModelShape
 
 MEMORY_UTILISATION: Final = 0.95
@@ -43,6 +43,14 @@ class SheetPlatform(OwnDevices, ABC):
     def kv_bytes_per_token(self) -> int:
         """See ``Platform``."""
         return self.config.kv_bytes_per_token(self.itemsize)
+
+    @property
+    def kv_window(self) -> KvWindow | None:
+        """See ``Platform``."""
+        if self.config.longest_window is None:
+            return None
+        share = self.config.num_window_layers / self.config.num_layers
+        return KvWindow(self.config.longest_window, round(share * self.kv_bytes_per_token))
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """See ``Platform``: what the weights and a reserve leave of the devices' memory."""

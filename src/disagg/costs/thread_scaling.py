@@ -11,7 +11,7 @@ from typing import Final
 from disagg.costs.contention import ServingCost
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.links import InstanceLinks, LinkModel
-from disagg.costs.platform import HostCosts
+from disagg.costs.platform import HostCosts, KvWindow
 from disagg.costs.profile import ProfiledPlatform
 
 _EFFICIENCY: Final = 0.95
@@ -82,6 +82,11 @@ class ThreadScaledPlatform:
     def kv_bytes_per_token(self) -> int:
         """See ``Platform``."""
         return self.profiled.kv_bytes_per_token
+
+    @property
+    def kv_window(self) -> KvWindow | None:
+        """See ``Platform``."""
+        return self.profiled.kv_window
 
     def latency(
         self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None

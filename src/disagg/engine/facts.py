@@ -40,6 +40,8 @@ def plan_capacity(model: ModelSettings, cache: CacheSettings, config: ModelShape
         head_dim=config.head_dim,
         dtype=_KV_DTYPES[model.dtype],
         format=kv_format,
+        num_window_layers=config.num_window_layers,
+        window=config.longest_window,
     )
     limit = config.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > limit:

@@ -125,7 +125,7 @@ def build_loop(
     )
     name, role = settings.instance, settings.role
     ready = Ready(version=PROTOCOL_VERSION, instance=name, incarnation=incarnation, role=role, facts=facts)
-    header = core_header(settings, ready, room.saved)
+    header = core_header(settings, ready, room.saved, capacity.layout.window)
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
@@ -140,10 +140,12 @@ def _backend(settings: InstanceSettings, device: torch.device, head_dim: int) ->
     return select_backend(device, dtype, settings.kernel_backend, head_dim=head_dim, block_size=block_size)
 
 
-def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
+def core_header(
+    settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = (), window: int | None = None
+) -> InstanceHeader:
     """Return what the core of an instance is made from, which an event log begins with.
 
-    ``saved_blocks`` are on its disk from a life before.
+    ``saved_blocks`` are on its disk from a life before; ``window`` is that of its pool's layout.
     """
     facts = ready.facts
     return InstanceHeader(
@@ -156,6 +158,7 @@ def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[Bl
         max_model_len=facts.max_model_len,
         pool=facts.pool,
         max_disk_blocks=facts.max_disk_blocks,
+        window=window,
         saved_blocks=saved_blocks,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,

@@ -25,6 +25,10 @@ class ModelExecutor:
     def __init__(self, decoder: StepDecoder, store: KvStore, builder: BatchBuilder) -> None:
         self._decoder = decoder
         self._store = store
+        # A model's layers in their own order: in the pool those that slide come last.
+        in_pool = decoder.config.pool_layers
+        is_same = in_pool == tuple(range(len(in_pool)))
+        self._kv = store.layers if is_same else tuple(store.layers[layer] for layer in in_pool)
         self._builder = builder
         self._chooser = chooser_of(decoder.backend)
         # The sampler's view of each sequence; it goes when the loop lets go of the sequence.
@@ -33,7 +37,7 @@ class ModelExecutor:
     @torch.inference_mode()
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
         """See ``Executor.run``."""
-        logits = self._decoder.forward(self._builder.build(step), self._store.layers)
+        logits = self._decoder.forward(self._builder.build(step), self._kv)
         rows = [self._row(work.sequence) for work in step if work.chunk.samples]
         prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
         # Even a view that changes nothing costs microseconds.

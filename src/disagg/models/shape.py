@@ -163,6 +163,26 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         embeddings += self.num_learned_positions * self.hidden_size
         return self.num_linear_parameters + embeddings + self.num_layers * per_layer + norm
 
+    @property
+    def longest_window(self) -> int | None:
+        """What the layers that slide see at most; None where none does, or sequences never outgrow it."""
+        windows = [window for window in self.sliding_windows if window is not None]
+        longest = max(windows, default=None)
+        return None if longest is None or longest >= self.max_position_embeddings else longest
+
+    @property
+    def num_window_layers(self) -> int:
+        """Layers whose keys and values are not needed any more when a sequence has outgrown ``longest_window``."""
+        return 0 if self.longest_window is None else self.num_layers - self.sliding_windows.count(None)
+
+    @property
+    def pool_layers(self) -> tuple[int, ...]:
+        """Where each layer is in a KV pool: those that slide come last, see ``KvLayout``."""
+        if self.longest_window is None:
+            return tuple(range(self.num_layers))
+        in_pool = sorted(range(self.num_layers), key=lambda layer: self.sliding_windows[layer] is not None)
+        return tuple(in_pool.index(layer) for layer in range(self.num_layers))
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Return the bytes of keys and values of one token over all layers, at ``itemsize`` bytes per element."""
         return 2 * self.num_layers * self.kv_size * itemsize

@@ -226,7 +226,10 @@ def hand_over_rate(problem: PlanProblem, prefill: InstanceChoice, decode: Instan
     ports = next((passage.ports for passage in route.passages if passage.ports is not None), None)
     if ports is None:
         return math.inf
-    prompt_bytes = problem.platforms[prefill.kind].kv_bytes_per_token * problem.sample.mean_prompt
+    platform, prompt = problem.platforms[prefill.kind], problem.sample.mean_prompt
+    prompt_bytes = platform.kv_bytes_per_token * prompt
+    if platform.kv_window is not None:
+        prompt_bytes -= platform.kv_window.spared_bytes(prompt)
     crossing = len(pairs) / (len(sources) * len(targets))
     bytes_per_s = ports.link.bytes_per_s * ports.count * min(len(sources), len(targets))
     return _PORT_SHARE * bytes_per_s / (prompt_bytes * crossing)

@@ -242,6 +242,7 @@ def build_instance(
         block_size=rules.block_size,
         latency=platform.latency(tensor, pipeline, links),
         kv_bytes_per_token=platform.kv_bytes_per_token,
+        kv_window=platform.kv_window,
         num_devices=tensor * pipeline,
         place=place,
         prefix_caching=rules.prefix_caching,

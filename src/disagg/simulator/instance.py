@@ -337,7 +337,7 @@ class SimulatedInstance:
             self._plan_turn()
 
     def _copy(self, copy: StartCopy, now: float) -> None:
-        num_bytes = len(copy.copies) * self.spec.block_size * self.spec.kv_bytes_per_token
+        num_bytes = self.spec.copied_bytes(copy)
         end_s = self._links.start(copy.source, self.spec.name, num_bytes, now)
         if self._timeline is not None:
             self._timeline.pull(copy.request_id, copy.source, self.spec.name, now, end_s)

@@ -10,9 +10,11 @@ from disagg.base.messages import InstanceFacts, Ready
 from disagg.base.request import Role
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import LinkModel
+from disagg.costs.platform import KvWindow
 from disagg.costs.topology import Place
 from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.header import InstanceHeader
+from disagg.scheduling.instance.outputs import StartCopy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class InstanceSpec:
     block_size: int
     latency: LatencyModel
     kv_bytes_per_token: int = 0
+    kv_window: KvWindow | None = None
     num_devices: int = 1
     place: Place = ()
     """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
@@ -48,6 +51,15 @@ class InstanceSpec:
         """Longest sequence that the KV pool holds, in tokens."""
         return self.num_blocks * self.block_size
 
+    def copied_bytes(self, copy: StartCopy) -> int:
+        """Return what a pull carries: of blocks past every sliding window the other layers alone."""
+        num_bytes = len(copy.copies) * self.block_size * self.kv_bytes_per_token
+        if self.kv_window is None:
+            return num_bytes
+        outside = frozenset(copy.offer.block_ids[: copy.offer.num_outside_window])
+        num_outside = sum(one.source in outside for one in copy.copies)
+        return num_bytes - num_outside * self.block_size * self.kv_window.bytes_per_token
+
     def header(self, incarnation: str) -> InstanceHeader:
         """Return what the core of one life of the instance is made from."""
         return InstanceHeader(
@@ -59,6 +71,7 @@ class InstanceSpec:
             prefix_caching=self.prefix_caching,
             max_disk_blocks=self.max_disk_blocks,
             num_stages=self.latency.num_stages,
+            window=None if self.kv_window is None else self.kv_window.tokens,
         )
 
     def ready(self, incarnation: str) -> Ready:

@@ -20,6 +20,7 @@ class CodedBlocks:
     def __init__(self, pool: KvPool, layers: range) -> None:
         self._pool = pool
         self._layers = layers
+        self._blocks = pool.blocks[layers.start : layers.stop]
         self._codec = Int8Codec(pool.layout)
         self._block_bytes = self._codec.layer_bytes * len(layers)
         self._buffer = bytearray()
@@ -34,7 +35,7 @@ class CodedBlocks:
         self._codec.encode(self._pool.data, self._layers, blocks, coded)
         for index, digest in enumerate(digests):
             seal = xxh3_64_digest(self._block(coded, index))
-            if block_digest(self._pool.blocks, blocks[index]) != digest:
+            if block_digest(self._blocks, blocks[index]) != digest:
                 seal = bytes(byte ^ 0xFF for byte in seal)
             start = len(blocks) * self._block_bytes + index * DIGEST_BYTES
             coded[start : start + DIGEST_BYTES] = seal

@@ -70,7 +70,12 @@ class SharedBlocks:
         blocks, key = offer.block_ids, (offer.request_id, offer.epoch)
         known = self._of_parts.get(key, b"")
         num_known = 0 if is_part else len(known) // DIGEST_BYTES
-        digests = join_digests(self._pool.blocks, blocks[num_known:]) if self._has_digests else b""
+        digests = b""
+        if self._has_digests:
+            num_outside = max(num_known, offer.num_outside_window)
+            full = self._pool.blocks[: self._pool.layout.full_layers.stop]
+            digests = join_digests(full, blocks[num_known:num_outside])
+            digests += join_digests(self._pool.blocks, blocks[num_outside:])
         if is_part:
             self._of_parts[key] = known + digests
         else:

@@ -33,7 +33,7 @@ class NativeDecoder:
         self._mlps: list[_native.Mlp] = []
         self._settings = settings
         self._prepare_step = prepare_step
-        self._last_kv: torch.Tensor | None = None
+        self._last_kv: torch.Tensor | Sequence[torch.Tensor] | None = None
         self._last_pools: tuple[torch.Tensor, list[int]]
         self._head_dim = head_dim_of(weights.layers[0], settings)
         self._vocab_size, self._hidden = weights.embeddings.shape
@@ -68,19 +68,12 @@ class NativeDecoder:
 
     def _pools(self, kv: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
         """Return the first layer's pool, and where each layer's is; all must be alike."""
-        if isinstance(kv, torch.Tensor):
-            if kv is not self._last_kv:
-                self._last_pools = kv[0], self._addresses(kv)
-                self._last_kv = kv
-            return self._last_pools
-        for layer in kv:
-            check_tensor(layer, self._dtype, kv[0].numel())
-        return kv[0], [layer.data_ptr() for layer in kv]
-
-    def _addresses(self, kv: torch.Tensor) -> list[int]:
-        size = kv[0].numel()
-        check_tensor(kv, self._dtype, len(self._weights.layers) * size)
-        return [kv.data_ptr() + index * size * kv.element_size() for index in range(len(kv))]
+        if kv is not self._last_kv:
+            for layer in kv:
+                check_tensor(layer, self._dtype, kv[0].numel())
+            self._last_pools = kv[0], [layer.data_ptr() for layer in kv]
+            self._last_kv = kv
+        return self._last_pools
 
     def _add(self, layer: LayerWeights, settings: LayerSettings) -> None:
         self._mlps.append(native_mlp(layer.mlp))

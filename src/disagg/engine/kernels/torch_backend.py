@@ -272,13 +272,13 @@ def _attend_decodes(
     num_sequences, num_heads, head_dim = q.shape
     keys = torch.arange(k.shape[2], device=q.device)
     ends = context_lens.unsqueeze(1)
-    # Blocks are not cleared when they are handed out, and 0 * NaN is NaN.
-    unwritten = (keys >= ends)[:, None, :, None]
-    k = k.masked_fill_(unwritten, 0)
-    v = v.masked_fill_(unwritten, 0)
     seen = keys < ends
     if sight.window is not None:
         seen &= keys >= ends - sight.window
+    # Blocks are not cleared when they are handed out, nor filled behind a window, and 0 * NaN is NaN.
+    unseen = ~seen[:, None, :, None]
+    k = k.masked_fill_(unseen, 0)
+    v = v.masked_fill_(unseen, 0)
     rows = q.reshape(num_sequences, k.shape[1], num_heads // k.shape[1], head_dim)
     if sight.softcap is not None:
         out = _attend_capped(rows, k, v, seen[:, None, None, :], sight.scale, sight.softcap)
@@ -296,14 +296,16 @@ def _attend_capped(
 
 
 def _attend_chunk(q: torch.Tensor, pool: _Pool, chunk: _Chunk, sight: "_Sight") -> torch.Tensor:
-    """Attend with the rows of one sequence, Q [n, Hq, D], over its whole context; return [n, Hq, D]."""
+    """Attend with the rows of one sequence, Q [n, Hq, D], over its context; return [n, Hq, D]."""
     num_rows, num_heads, head_dim = q.shape
     num_blocks = -(-chunk.context_len // pool.block_size(head_dim))
-    k, v = (x[None, :, : chunk.context_len] for x in pool.gather(chunk.sequence, num_blocks, head_dim))
+    # What is behind the window of the first row may never have been filled.
+    first = 0 if sight.window is None else max(0, chunk.context_len - num_rows - sight.window + 1)
+    k, v = (x[None, :, first : chunk.context_len] for x in pool.gather(chunk.sequence, num_blocks, head_dim))
     whole_prompt = num_rows == chunk.context_len and sight.window is None and sight.softcap is None
     mask = None
     if not whole_prompt:
-        keys = torch.arange(chunk.context_len, device=q.device)
+        keys = torch.arange(first, chunk.context_len, device=q.device)
         positions = keys[-num_rows:].unsqueeze(1)
         mask = keys <= positions
         if sight.window is not None:

@@ -17,6 +17,7 @@ from disagg.engine.kernels.interface import (
 )
 from disagg.engine.model.rope import rope_tables
 from disagg.models.config import ModelConfig
+from disagg.models.shape import ModelShape
 
 
 class StepDecoder(Protocol):
@@ -28,6 +29,10 @@ class StepDecoder(Protocol):
 
     backend: KernelBackend
     max_model_len: int
+
+    @property
+    def config(self) -> ModelShape:
+        """What the KV pool is laid out by."""
 
     def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """See ``Decoder.forward``."""

@@ -55,6 +55,7 @@ class HandOvers:
                 num_tokens=sequence.num_computed,
                 block_ids=sequence.block_ids,
                 lease_s=lease_s,
+                num_outside_window=books.ledger.first_seen_block(sequence.num_computed),
             )
         )
         books.wake_at(expires_s)
@@ -79,6 +80,7 @@ class HandOvers:
                 num_tokens=num_full * size,
                 block_ids=sequence.block_ids[first:num_full],
                 lease_s=books.settings.lease_s,
+                num_outside_window=books.ledger.num_outside(sequence.num_tokens, first, num_full),
             )
         )
 
@@ -97,6 +99,7 @@ class HandOvers:
                 num_tokens=len(blocks) * books.ledger.block_size,
                 block_ids=blocks,
                 lease_s=lease_s,
+                num_outside_window=books.ledger.first_seen_block(len(blocks) * books.ledger.block_size),
             )
         )
 

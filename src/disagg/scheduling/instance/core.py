@@ -93,6 +93,7 @@ from disagg.scheduling.step.events import (
     TransferEnded,
     TransferFailed,
 )
+from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
 
@@ -109,8 +110,7 @@ class InstanceCore:
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
             times=given_times(header),
-            medium=header.medium,
-            disk=DiskTier(header.max_disk_blocks, header.saved_blocks),
+            memory=KvMemory(header.medium, DiskTier(header.max_disk_blocks, header.saved_blocks), header.window),
         )
         self._lessons = Lessons(header)
         self._sequences: dict[RequestId, Tracked] = {}
@@ -450,6 +450,7 @@ class InstanceCore:
             block_ids=action.block_ids,
             lease_s=action.lease_s,
             pool=self._header.pool,
+            num_outside_window=action.num_outside_window,
         )
 
     def _pull(self, action: Pull) -> None:

@@ -30,6 +30,8 @@ class InstanceHeader(
     max_disk_blocks: int = 0
     """KV blocks that may be on its disk, and the names of those that are there, least recently used first."""
     saved_blocks: tuple[BlockHash, ...] = ()
+    window: int | None = None
+    """Tokens that the model's sliding layers see; None where no layer slides."""
     tells_tokens: bool = False
     """News of cached blocks say whose they are, so that their tokens can go with them."""
     latency: FittedLatency | None = None

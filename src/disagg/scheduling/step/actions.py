@@ -52,6 +52,8 @@ class OfferKv(Action, frozen=True, kw_only=True):
     num_tokens: int
     block_ids: tuple[BlockId, ...]
     lease_s: float
+    num_outside_window: int = 0
+    """See ``KvOffer``."""
 
 
 class OfferPart(Action, frozen=True, kw_only=True):
@@ -64,6 +66,7 @@ class OfferPart(Action, frozen=True, kw_only=True):
     """Up to the end of the last of them."""
     block_ids: tuple[BlockId, ...]
     lease_s: float
+    num_outside_window: int = 0
 
 
 class LendKv(Action, frozen=True, kw_only=True):
@@ -74,6 +77,7 @@ class LendKv(Action, frozen=True, kw_only=True):
     num_tokens: int
     block_ids: tuple[BlockId, ...]
     lease_s: float
+    num_outside_window: int = 0
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):

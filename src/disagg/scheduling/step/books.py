@@ -6,15 +6,13 @@ import math
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
-from disagg.base.kv_events import Medium
 from disagg.base.sampling import FinishReason
-from disagg.cache.disk_tier import DiskTier
 from disagg.scheduling.capacity import capacity_tokens
 from disagg.scheduling.epoch_memory import EpochMemory
 from disagg.scheduling.queue_order import queue_order, rank_of
 from disagg.scheduling.step.actions import AnyAction, Forget, Reject, RejectReason, WakeAt
 from disagg.scheduling.step.events import Arrived, KvOffered
-from disagg.scheduling.step.kv_ledger import KvLedger
+from disagg.scheduling.step.kv_ledger import KvLedger, KvMemory
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 from disagg.scheduling.step.statistics import SchedulerStatistics
 
@@ -37,12 +35,11 @@ class Books:
         block_size: int,
         prefix_caching: bool,
         max_model_len: int | None,
-        medium: Medium,
-        disk: DiskTier,
+        memory: KvMemory | None = None,
     ) -> None:
         self.settings = settings
         self._order = queue_order(settings.queue, settings.objectives)
-        self.ledger = KvLedger(num_blocks, block_size, prefix_caching, medium, disk)
+        self.ledger = KvLedger(num_blocks, block_size, prefix_caching, memory)
         self.capacity = capacity_tokens(num_blocks, block_size, max_model_len)
         self.sequences: dict[RequestId, Sequence] = {}
         self.waiting: list[Sequence] = []

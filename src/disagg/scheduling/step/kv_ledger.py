@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from disagg.base.errors import InternalError
@@ -10,9 +12,22 @@ from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Med
 from disagg.cache.block_pool import BlockPool
 from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import KvJournal
+from disagg.cache.layout import first_seen_block
 from disagg.cache.leases import Lease, LeaseTable
 from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 from disagg.scheduling.step.sequence import EarlyKv, RemoteKv, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """Where an instance's KV blocks are, beside the pool on which disk, and what of them is needed for how long.
+
+    Layers that slide see so many tokens, ``window``; None where the model has none.
+    """
+
+    medium: Medium = Medium.GPU
+    disk: DiskTier = field(default_factory=lambda: DiskTier(0))
+    window: int | None = None
 
 
 class KvLedger:
@@ -23,13 +38,13 @@ class KvLedger:
         num_blocks: int,
         block_size: int,
         prefix_caching: bool,
-        medium: Medium = Medium.GPU,
-        disk: DiskTier | None = None,
+        memory: KvMemory | None = None,
     ) -> None:
-        self.disk = DiskTier(0) if disk is None else disk
+        memory = memory or KvMemory()
+        self.disk = memory.disk
         self._saving: dict[BlockHash, BlockId] = {}
         self._found_again: list[BlockHash] = []
-        self.journal = KvJournal(block_size, medium)
+        self.journal = KvJournal(block_size, memory.medium)
         self.pool = BlockPool(num_blocks, self.journal.removed)
         self.leases = LeaseTable()
         self.loans = LeaseTable()
@@ -40,7 +55,8 @@ class KvLedger:
         self.num_prefix_loaded = 0
         self._block_size = block_size
         self._prefix_caching = prefix_caching
-        self._medium = medium
+        self._medium = memory.medium
+        self._window = memory.window
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
@@ -57,6 +73,14 @@ class KvLedger:
     def fits_at_all(self, num_tokens: int) -> bool:
         """True when an otherwise empty pool could hold the tokens."""
         return self.num_blocks_for(num_tokens) <= self.pool.num_blocks
+
+    def first_seen_block(self, num_tokens: int) -> int:
+        """Return the first of a sequence's blocks of which the token after ``num_tokens`` needs the sliding layers."""
+        return first_seen_block(num_tokens, self._window, self._block_size)
+
+    def num_outside(self, num_tokens: int, first: int, end: int) -> int:
+        """Return how many of the blocks from ``first`` to before ``end`` are outside the window then."""
+        return max(0, min(self.first_seen_block(num_tokens), end) - first)
 
     def admit(self, sequence: Sequence, keep_headroom: bool) -> bool:
         """Give a waiting sequence blocks for all its known tokens, reusing published prefixes.
@@ -161,7 +185,7 @@ class KvLedger:
         known = self.loans.find(request_id)
         if known is not None:
             self.end_loan(request_id, known.epoch)
-        blocks = self.pool.match_prefix(tuple(names))
+        blocks = self._continuable(self.pool.match_prefix(tuple(names)))
         if blocks:
             self.pool.acquire(blocks)
             self.pool.lease(blocks)
@@ -182,7 +206,7 @@ class KvLedger:
         """
         longest = sequence.num_tokens - 1 if remote.is_prefix else remote.num_tokens
         num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else len(remote.blocks)
-        reusable = self._reusable(sequence, longest)
+        reusable = self._reusable(sequence, longest, remote.num_tokens)
         missing = remote.blocks[len(reusable) :]
         taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(missing))
         if taken is None:
@@ -194,6 +218,7 @@ class KvLedger:
         sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
         sequence.num_published = len(reusable)
         targets = taken[: len(missing)]
+        self.pool.lose_window(targets[: self.num_outside(remote.num_tokens, len(reusable), len(remote.blocks))])
         if len(missing) != len(targets):
             raise InternalError(f"{len(targets)} blocks were taken for a copy of {len(missing)}")
         sequence.copies, sequence.filling = tuple(map(BlockCopy, missing, targets)), targets
@@ -201,11 +226,12 @@ class KvLedger:
 
     def begin_early(self, sequence: Sequence, early: EarlyKv) -> bool:
         """Reserve blocks for all of a sequence that another instance is still computing."""
-        reusable = self._reusable(sequence, sequence.num_tokens)
         num_blocks = self.num_blocks_for(sequence.num_tokens)
+        reusable = self._reusable(sequence, sequence.num_tokens, sequence.num_tokens)
         taken = self._hold(reusable, num_blocks, keep_headroom=True, num_pulled=num_blocks - len(reusable))
         if taken is None:
             return False
+        self.pool.lose_window(taken[: self.num_outside(sequence.num_tokens, len(reusable), num_blocks)])
         sequence.block_ids, sequence.filling = reusable + taken, taken
         early.num_here = sequence.num_published = len(reusable)
         return True
@@ -227,14 +253,12 @@ class KvLedger:
         """Return which blocks of a waiting sequence are on disk behind those in the pool: the first, and the end."""
         if not (self.disk.max_blocks and self._prefix_caching and sequence.reuse_prefix):
             return 0, 0
-        names = sequence.block_hashes[: (sequence.num_tokens - 1) // self._block_size]
-        first = len(self.pool.match_prefix(names))
-        return first, first + len(self.disk.following(names, first))
+        found, names = self._with_disk(sequence, (sequence.num_tokens - 1) // self._block_size)
+        return len(found), len(found) + len(names)
 
     def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
         """Reserve the blocks that a sequence reads from disk, and take those for the rest of its known tokens."""
-        reusable = self._reusable(sequence, sequence.num_tokens - 1)
-        on_disk = self.disk.following(sequence.block_hashes[: sequence.end_of_read], len(reusable))
+        reusable, on_disk = self._with_disk(sequence, sequence.end_of_read)
         num_blocks = self.num_blocks_for(sequence.num_tokens)
         taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(on_disk))
         if taken is None:
@@ -257,6 +281,8 @@ class KvLedger:
     def begin_save(self, name: BlockHash) -> BlockId | None:
         """Keep a block as it is while it is written to disk; None when it is not cached any more."""
         block = self.pool.find(name)
+        if block is not None and not self.pool.has_window(block):
+            return None  # a file holds all layers
         if block is not None:
             self.pool.pin(block)
             self._saving[name] = block
@@ -290,7 +316,43 @@ class KvLedger:
             self.pool.abandon(targets)
         return targets is not None
 
-    def _reusable(self, sequence: Sequence, num_tokens: int) -> tuple[BlockId, ...]:
+    def _with_disk(self, sequence: Sequence, end: int) -> tuple[tuple[BlockId, ...], Seq[BlockHash]]:
+        """Return the published blocks that a sequence can begin with, and the names of those behind them on disk.
+
+        The latter only before block ``end``.
+        """
+        names = sequence.block_hashes[:end]
+        found = self._published(sequence, sequence.num_tokens - 1)
+        while True:
+            on_disk = self.disk.following(names, len(found))
+            usable = self._continuable(found, (len(found) + len(on_disk)) * self._block_size)
+            if len(usable) == len(found):
+                return found, on_disk
+            found = usable
+
+    def _reusable(self, sequence: Sequence, num_tokens: int, num_coming: int = 0) -> tuple[BlockId, ...]:
+        """Return published blocks of the sequence's first ``num_tokens`` tokens that can be gone on from.
+
+        Of its first ``num_coming`` tokens the other blocks come from elsewhere.
+        """
+        return self._continuable(self._published(sequence, num_tokens), num_coming)
+
+    def _continuable(self, found: tuple[BlockId, ...], num_coming: int = 0) -> tuple[BlockId, ...]:
+        """Return as many of these leading blocks as can be used where ``num_coming`` tokens will be there, or they.
+
+        What the next token sees of them must be there in the sliding layers too.
+        """
+        if self._window is None:
+            return found
+        while found:
+            seen = self.first_seen_block(max(num_coming, len(found) * self._block_size))
+            lacking = [place for place in range(seen, len(found)) if not self.pool.has_window(found[place])]
+            if not lacking:
+                break
+            found = found[: lacking[-1]]
+        return found
+
+    def _published(self, sequence: Sequence, num_tokens: int) -> tuple[BlockId, ...]:
         """Return published blocks that hold a prefix of the sequence's first ``num_tokens`` tokens."""
         if not (self._prefix_caching and sequence.reuse_prefix):
             return ()

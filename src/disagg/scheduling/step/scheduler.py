@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId, owner_of
-from disagg.base.kv_events import AnyKvEvent, Medium
+from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import InstanceLoad
 from disagg.base.router_messages import ForeignLoad
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
-from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import KvJournal
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
@@ -50,6 +49,7 @@ from disagg.scheduling.step.events import (
     TransferFailed,
 )
 from disagg.scheduling.step.foreign_load import foreign_load
+from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 
 
@@ -75,7 +75,7 @@ class StepScheduler:
     """Decides what one instance computes, pulls, offers and frees. Not thread-safe; deterministic.
 
     ``max_model_len`` bounds sequences beside what the pool holds. ``num_stages`` are those of the executor's pipeline;
-    ``times`` predicts steps.
+    ``times`` predicts steps; ``memory`` says where KV blocks are.
     """
 
     def __init__(
@@ -88,18 +88,9 @@ class StepScheduler:
         max_model_len: int | None = None,
         num_stages: int = 1,
         times: StepTimes | None = None,
-        medium: Medium = Medium.GPU,
-        disk: DiskTier | None = None,
+        memory: KvMemory | None = None,
     ) -> None:
-        self._books = Books(
-            settings,
-            num_blocks,
-            block_size,
-            prefix_caching,
-            max_model_len,
-            medium,
-            disk if disk is not None else DiskTier(0),
-        )
+        self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, memory)
         # Predicting costs more than most decisions: it is done where somebody asked for it. With a disk it is prefill
         # that is weighed against reading, and only steps with prefill are learned from.
         self._has_disk = self._books.ledger.disk.max_blocks > 0
