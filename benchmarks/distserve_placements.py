@@ -1,9 +1,10 @@
 """DistServe's published placements beside ours: ``python benchmarks/distserve_placements.py [LENGTHS]``.
 
 For each deployment of the paper (table 3; that of 13B is also what its repository finds), plans with DistServe's rules
-and objectives, and simulates the published placement. Prints both, with the rate for each device at which nine requests
-in ten keep the objectives. LENGTHS is a file of ShareGPT's lengths; HumanEval and LongBench are requests of the mean
-lengths of the paper. OPT-175B has no published step times: its are those of the roofline.
+and objectives, and judges the published placement beside, with the same requests. Prints both, with the rate for each
+device at which nine requests in ten keep the objectives. LENGTHS is a file of ShareGPT's lengths; HumanEval and
+LongBench are requests of the mean lengths of the paper. OPT-175B has no published step times: its are those of the
+roofline.
 """
 
 import argparse
@@ -81,20 +82,17 @@ def compare(case: Case, lengths: Path, folder: Path) -> Sequence[str]:
     cluster = folder / "cluster.yaml"
     cluster.write_text(CLUSTER, encoding="utf-8")
     devices = ["--devices", str(case.num_devices)] if case.num_devices else ["--cluster", str(cluster)]
-    plan = run("plan", *devices, *flags, "--slo", case.slo, "--per", "device")
     placement = folder / "theirs.yaml"
     placement.write_text(json.dumps({"groups": theirs(case)}), encoding="utf-8")
-    at = ["--cluster", str(cluster)] if case.num_devices is None else []
-    slo = case.slo.partition("@")[0]
-    found = run("simulate", *at, *flags, "--slo", slo, "--rate", "1", "--placement", str(placement), "--find-goodput")
+    plan = run("plan", *devices, *flags, "--slo", case.slo, "--per", "device", "--beside", str(placement))
     best = plan["placements"][0]
-    rank = next((str(number) for number, one in enumerate(plan["placements"], 1) if is_theirs(case, one)), "not judged")
+    rank, found = next((number, one) for number, one in enumerate(plan["placements"], 1) if is_theirs(case, one))
     return (
         best["words"],
         f"{best['goodput_per_device']['mean']:.2f} ± {best['goodput_per_device']['half_width']:.2f}",
         f"prefill TP{case.prefill[0]} PP{case.prefill[1]}, decode TP{case.decode[0]} PP{case.decode[1]}",
-        f"{found['goodput_per_device']:.2f}",
-        rank,
+        f"{found['goodput_per_device']['mean']:.2f}",
+        str(rank),
     )
 
 

@@ -1,7 +1,9 @@
 """The search closes in on the rate at which a target stops being kept."""
 
+import itertools
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,13 @@ def test_the_goodput_lies_in_a_bracket_as_narrow_as_asked(limit: float, start: f
     assert bracket.met <= limit <= bracket.missed
     assert bracket.missed - bracket.met <= tolerance * bracket.met
     assert len(asked) == len(set(asked))
+
+
+def test_a_guess_that_is_far_off_is_left_in_growing_steps() -> None:
+    asked: list[float] = []
+    bracket_goodput(lambda rate: bool(asked.append(rate)) or rate < 0.1, 1.0, tolerance=1.0, growth=1.2)
+    steps = [first / second for first, second in itertools.pairwise(asked[:5])]
+    assert steps == pytest.approx([1.2, 1.44, 2.0, 2.0])
 
 
 def test_a_target_that_no_rate_keeps_leaves_the_bracket_open_below() -> None:

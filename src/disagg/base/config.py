@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
+from disagg.base.disk_settings import DiskSettings
 from disagg.base.elastic_settings import InstanceRange, Replan, parse_autoscale
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -20,8 +21,7 @@ from disagg.base.model_code import ModelCode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.tenants import TenantSettings, is_api_key
-from disagg.base.transfer_settings import TransferSettings
-from disagg.base.units import parse_bytes
+from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
 
@@ -126,21 +126,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ]
         | None
     ) = None
-
-
-class DiskSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where KV blocks are kept on disk, and how many bytes of them at most."""
-
-    folder: str
-    max_bytes: int
-
-    @classmethod
-    def parse(cls, text: str) -> "DiskSettings":
-        """Return what PATH,SIZE says. Raises ConfigurationError when it says neither."""
-        folder, comma, size = text.rpartition(",")
-        if not comma or not folder.strip():
-            raise ConfigurationError(f"--kv-disk {text!r} is not PATH,SIZE, such as /var/cache/disagg,20GiB")
-        return cls(folder=folder.strip(), max_bytes=parse_bytes(size))
 
 
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -483,6 +468,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     groups: tuple[InstanceGroup, ...]
     others_join: bool = False
     """Instances on other hosts complete it, so that it need not serve anything alone."""
+    kv_transfer_dtype: KvTransferDtype | None = None
+    """Form of KV blocks over TCP, where ``--kv-transfer-dtype`` says none."""
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))

@@ -1,13 +1,20 @@
 """Placements from flags, and from and to YAML files."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import click
 import msgspec
 import yaml
+from click.core import ParameterSource
+from msgspec import structs
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.base.transfer_settings import TransferSettings
+from disagg.cli.flags import build
 from disagg.cli.yaml_file import read_yaml
 
 DEFAULT_COUNTS = {Role.PREFILL: 1, Role.DECODE: 1}
@@ -36,6 +43,15 @@ def read_placement(file: Path) -> Placement:
     return read_yaml(file, Placement, "placement")
 
 
+def choose_transfer(values: Mapping[str, Any], placement: Placement) -> TransferSettings:
+    """Return how KV blocks travel: what flags leave open, as the placement says."""
+    source = click.get_current_context().get_parameter_source("kv_transfer_dtype")
+    settings = build(TransferSettings, values)
+    if placement.kv_transfer_dtype is None or source is not ParameterSource.DEFAULT:
+        return settings
+    return structs.replace(settings, kv_transfer_dtype=placement.kv_transfer_dtype)
+
+
 def write_placement(placement: Placement, file: Path) -> None:
     """Write what ``read_placement`` reads, without what is as usual. Raises ConfigurationError when it cannot."""
     groups = []
@@ -45,7 +61,10 @@ def write_placement(placement: Placement, file: Path) -> None:
         groups.append(
             {name: value for name, value in said.items() if name in ("role", "count") or value != usual[name]}
         )
+    whole: dict[str, object] = {"groups": groups}
+    if placement.kv_transfer_dtype is not None:
+        whole["kv_transfer_dtype"] = placement.kv_transfer_dtype.value
     try:
-        file.write_text(yaml.safe_dump({"groups": groups}, sort_keys=False, default_flow_style=None), encoding="utf-8")
+        file.write_text(yaml.safe_dump(whole, sort_keys=False, default_flow_style=None), encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"cannot write the placement {file}: {error.strerror}") from error

@@ -11,8 +11,9 @@ from msgspec import structs
 
 from disagg.base.config import MAX_INSTANCES, CacheSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.cli.flags import build, flags_of
-from disagg.cli.placement_file import write_placement
+from disagg.cli.placement_file import read_placement, write_placement
 from disagg.cli.plan_page import write_page
 from disagg.cli.plan_problem import OVERLAY, choose_host_problem, choose_problem, is_for_a_host
 from disagg.cli.plan_report import print_plan
@@ -20,6 +21,7 @@ from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, workload_options
 from disagg.costs.devices import DEVICES
 from disagg.measure.slo import SloTarget
+from disagg.placement.beside import composition_of
 from disagg.placement.curves import attainment_curves
 from disagg.placement.describe import describe
 from disagg.placement.describe_host import describe_host
@@ -83,7 +85,21 @@ _FILE: Final = click.Path(path_type=Path)
     type=Name([unit.value for unit in CostUnit]),
     help="Compare goodput per device, dollar an hour or watt.  [default: the rate of the whole cluster]",
 )
+@click.option(
+    "--kv-transfer-dtype",
+    type=Name([dtype.value for dtype in KvTransferDtype]),
+    default=KvTransferDtype.AUTO.value,
+    show_default=True,
+    help="Form of KV blocks over TCP: raw, int8 (lossy), or auto, int8 where more requests are served in time by it.",
+)
 @click.option("--max-nodes", type=Count(min=1), default=4, show_default=True, help="Nodes that an instance may span.")
+@click.option(
+    "--beside",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE.yaml",
+    help="Judge this placement too, with the same requests. May be given several times.",
+)
 @click.option("--seeds", type=Count(min=1), default=3, show_default=True, metavar="K", help="Of the final runs.")
 @click.option(
     "--workers", type=Count(min=1), metavar="N", help="Processes that simulate.  [default: one for each core]"
@@ -133,7 +149,9 @@ def _launch(values: dict[str, Any], result: Plan, placed: tuple[PlacedInstance, 
 def _cluster_plan(
     values: dict[str, Any], slo: SloTarget, cache: CacheSettings, workers: Workers, on_progress: OnProgress
 ) -> Made:
-    found = search(choose_problem(values, slo, cache), workers, on_progress)
+    problem = choose_problem(values, slo, cache)
+    beside = [composition_of(problem, read_placement(file)) for file in values["beside"]]
+    found = search(problem, workers, on_progress, beside)
     if not found.judged:
         raise ConfigurationError("no placement fits on the devices: give the cluster more, or allow --max-nodes")
     result = structs.replace(describe(found), rate_shifts=rate_shifts(found))

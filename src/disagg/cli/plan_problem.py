@@ -8,9 +8,11 @@ from typing import Any, Final
 from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings, SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.cli.flags import flag_name
 from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform
 from disagg.cli.workload_flags import choose_workload
+from disagg.costs.links import KvCodec
 from disagg.costs.platform import Platform
 from disagg.costs.profile import ProfiledPlatform, load_profile
 from disagg.costs.thread_scaling import ThreadScaledPlatform
@@ -61,6 +63,7 @@ def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSet
         target=target,
         target_rate=values["target_rate"],
         per=None if values["per"] is None else CostUnit(values["per"]),
+        codecs=_codecs(values),
         max_nodes=values["max_nodes"],
         min_requests=values["num_requests"] or PlanProblem.min_requests,
         num_seeds=values["seeds"],
@@ -79,6 +82,8 @@ def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: Cac
             raise ConfigurationError(
                 f"a profile is of one model on one machine, and its plan for all of it: leave out {flag_name(name)}"
             )
+    if values["beside"]:
+        raise ConfigurationError("a profile's plan simulates every placement of its cores: leave out --beside")
     if values["launch_as"] not in (None, OVERLAY):
         raise ConfigurationError(f"a profile's plan is of disagg's own instances: take --as {OVERLAY}")
     measured = {}
@@ -104,6 +109,17 @@ def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: Cac
         num_requests=values["num_requests"] or HostProblem.num_requests,
         num_seeds=values["seeds"],
     )
+
+
+def _codecs(values: Mapping[str, Any]) -> tuple[KvCodec, ...]:
+    """Return the forms in which KV may travel: those of vLLM, and of other engines, is as it is in the pool."""
+    asked = values["kv_transfer_dtype"]
+    is_ours = values["engine"] not in IMITATED and values["launch_as"] is None
+    if asked == KvTransferDtype.AUTO.value:
+        return (KvCodec.RAW, KvCodec.INT8) if is_ours else (KvCodec.RAW,)
+    if asked == KvTransferDtype.INT8.value and not is_ours:
+        raise ConfigurationError("only disagg sends KV blocks as int8: leave out --kv-transfer-dtype, --engine or --as")
+    return (KvCodec(asked),)
 
 
 def _platform(values: Mapping[str, Any], cache: CacheSettings) -> ChosenPlatform:

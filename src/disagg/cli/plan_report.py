@@ -37,18 +37,27 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
         told = ", ".join(f"{name.upper()} {part:.1%}" for name, part in best.objective_costs.items())
         console.print(f"of its requests at that rate miss: {told}")
     if plan.behind_one_router is not None:
-        behind = _percent(plan.behind_one_router)
-        crossing = " (it hands over from unit to unit)" if len(best.instances) > 1 else ""
-        console.print(
-            f"{best.num_units} equal units, a router for each; with one router for all{crossing} {behind} of requests "
-            "keep the objectives at that rate"
-        )
+        console.print(router_words(plan))
     if plan.losing:
         console.print("\nwhy not")
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
     _print_shifts(plan, console)
     console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
+
+
+def router_words(plan: Plan) -> str:
+    """Return how the placement does as it is written, behind one router, where units were simulated apart."""
+    one = plan.behind_one_router
+    assert one is not None, "asked where there are several units"
+    begin = f"{plan.best.num_units} equal unit{'s' * (plan.best.num_units > 1)}, simulated apart"
+    if one.is_as_predicted:
+        return f"{begin}; all of it behind one router serves {one.asked:.3g} requests/s as well"
+    crossing = ", which hands over from unit to unit," if len(plan.best.instances) > 1 else ""
+    return (
+        f"{begin}. The placement as it is written, behind one router{crossing} serves {one.served:.3g} of these "
+        f"{one.asked:.3g} requests/s ({one.served / one.asked - 1:+.0%}): serve each unit by itself"
+    )
 
 
 def _print_shifts(plan: Plan, console: Console) -> None:
@@ -101,11 +110,6 @@ def _latencies(one: PlannedPlacement) -> tuple[str, str]:
 def _estimate(value: Estimate) -> str:
     interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.2g}"
     return f"{value.mean:.3g}{interval}"
-
-
-def _percent(value: Estimate) -> str:
-    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.1%}"
-    return f"{value.mean:.1%}{interval}"
 
 
 def _or_dash(value: float | None) -> str:

@@ -18,7 +18,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
-from disagg.cli.placement_file import choose_placement
+from disagg.cli.placement_file import choose_placement, choose_transfer
 from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
@@ -94,11 +94,12 @@ def serve(
     if join is not None and remote.cluster is not None:
         raise ConfigurationError("--join is for an instance, --cluster for a server: leave one out")
     others_join = remote.listen_instances is not None
+    chosen = choose_placement(placement, counts, others_join=others_join)
     deployment = Deployment(
-        placement=choose_placement(placement, counts, others_join=others_join),
+        placement=chosen,
         model=build(ModelSettings, values),
         cache=build(CacheSettings, values),
-        transfer=build(TransferSettings, values),
+        transfer=choose_transfer(values, chosen),
         scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
         router=build(RouterSettings, values | {"tenants": tenants.settings()}),
         serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),

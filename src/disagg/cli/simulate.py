@@ -13,7 +13,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
-from disagg.cli.placement_file import choose_placement
+from disagg.cli.placement_file import choose_placement, choose_transfer
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.values import Count, Name, Number, OutputPath
@@ -106,7 +106,7 @@ def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: An
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
-    spec = replace(spec, kv_transfer_dtype=build(TransferSettings, values).kv_transfer_dtype)
+    spec = replace(spec, kv_transfer_dtype=choose_transfer(values, chosen).kv_transfer_dtype)
     if values["replan"] is not Replan.OFF:
         from disagg.placement.replanning import answer_question
 

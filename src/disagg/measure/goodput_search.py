@@ -7,6 +7,7 @@ from typing import Final
 
 RATE_TOLERANCE: Final = 0.02
 MAX_DOUBLINGS: Final = 20
+_LARGEST_STEP: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def bracket_goodput(
 
     ``meets(rate)`` is asked at most once for a rate and taken to be true below some rate and false above. From
     ``start_rate`` the rate is doubled or halved up to ``max_doublings`` times, or, where the start is a good guess,
-    changed by the factor ``growth``; then the bracket is halved.
+    changed by the factor ``growth`` and then by its square each time, up to 2; then the bracket is halved.
     """
     bracket = RateBracket(0.0, math.inf)
     rate = start_rate
@@ -52,6 +53,7 @@ def bracket_goodput(
             bracket, rate = RateBracket(bracket.met, rate), rate / growth
         if bracket.is_closed:
             break
+        growth = max(growth, min(growth**2, _LARGEST_STEP))
     while bracket.is_closed and not bracket.is_within(tolerance):
         middle = (bracket.met + bracket.missed) / 2
         bracket = RateBracket(middle, bracket.missed) if meets(middle) else RateBracket(bracket.met, middle)

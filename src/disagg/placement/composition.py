@@ -2,20 +2,18 @@
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
 
 from disagg.base.request import Role
-from disagg.costs.topology import DeviceRef
+from disagg.costs.links import KvCodec
 from disagg.placement.instance_choice import InstanceChoice
+from disagg.placement.networks import Networks, NodeNetwork
 from disagg.placement.problem import CostUnit, PlanProblem
 
 Goodputs = Callable[[InstanceChoice], float]
 """Known or estimated requests/s of one instance in its phase."""
-_PORT_SHARE: Final = 0.9
-"""Of a network port's bandwidth that hand-overs may take before they queue for ever."""
 
 
 class Family(enum.Enum):
@@ -38,7 +36,9 @@ class Composition:
     num_units: int
     nodes_per_unit: int = 0
     hand_over_rate: float = math.inf
-    """Requests/s whose KV the network could carry for all units."""
+    """Requests/s whose KV the network could carry in time for all units."""
+    codec: KvCodec = KvCodec.RAW
+    """In which form it carries KV."""
     extra: tuple[tuple[InstanceChoice, int], ...] = ()
     """Colocated instances on devices that no unit takes."""
 
@@ -94,6 +94,7 @@ def score_of(problem: PlanProblem, cost: float, rate: float) -> tuple[float, ...
 
 def compose(problem: PlanProblem, choices: Iterable[InstanceChoice], goodputs: Goodputs) -> Iterator[Composition]:
     """Yield the best composition of every pair of a prefill and a decode choice, and of every colocated choice."""
+    networks = Networks(problem)
     by_role: dict[Role, list[InstanceChoice]] = {role: [] for role in Role}
     for choice in choices:
         by_role[choice.role].append(choice)
@@ -103,7 +104,7 @@ def compose(problem: PlanProblem, choices: Iterable[InstanceChoice], goodputs: G
             yield composition
     for prefill in by_role[Role.PREFILL]:
         for decode in by_role[Role.DECODE]:
-            yield from _pairs(problem, prefill, decode, goodputs)
+            yield from _pairs(problem, prefill, decode, goodputs, networks)
 
 
 def room(problem: PlanProblem, choice: InstanceChoice) -> int:
@@ -120,10 +121,10 @@ def _colocated(problem: PlanProblem, choice: InstanceChoice, goodput: float) -> 
 
 
 def _pairs(
-    problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice, goodputs: Goodputs
+    problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice, goodputs: Goodputs, networks: Networks
 ) -> Iterator[Composition]:
     pair = _Pair(problem, prefill, decode, goodputs(prefill), goodputs(decode))
-    found = [pair.anywhere()]
+    found = [pair.anywhere(networks.between(prefill.kind, decode.kind))]
     if prefill.kind == decode.kind and len(problem.nodes(prefill.kind)) > 1:
         found.append(pair.segments())
     yield from (one for one in found if one is not None)
@@ -145,25 +146,36 @@ class _Pair:
         self._rates = prefill_rate, decode_rate
         self._costs = tuple(problem.cost(choice, problem.compared_by()) for choice in (prefill, decode))
 
-    def anywhere(self) -> Composition | None:
-        """Return the best on any devices: for each number of prefill instances the decodes that keep up with them."""
+    def anywhere(self, networks: Sequence[NodeNetwork]) -> Composition | None:
+        """Return the best on any devices: for each number of prefill instances the decodes that keep up with them.
+
+        KV travels in the first form that serves as much as any.
+        """
         problem, prefill, decode = self._problem, self._prefill, self._decode
         most_decode = room(problem, decode)
         free = sum(node.num_devices for node in problem.nodes(prefill.kind))
         shared = prefill.kind == decode.kind
-        network = hand_over_rate(problem, prefill, decode)
-        best: tuple[tuple[float, ...], int, int] = ((-math.inf,), 0, 0)
+        best: tuple[tuple[float, ...], int, int, int] = ((-math.inf,), 0, 0, 0)
         for num_prefill in _counts(problem, room(problem, prefill), self._rates[0]):
             left = (free - num_prefill * prefill.num_devices) // decode.num_devices if shared else most_decode
             for num_decode in self._decodes(num_prefill, left):
-                best = max(best, (self._score(num_prefill, num_decode, 1, network), num_prefill, num_decode))
-        _, num_prefill, num_decode = best
+                for number, network in enumerate(networks):
+                    reached = self._score(num_prefill, num_decode, 1, self._carried(network, num_prefill, num_decode))
+                    best = max(best, (reached, -number, num_prefill, num_decode))
+        _, number, num_prefill, num_decode = best
         if not num_prefill:
             return None
         # Equal parts serve among themselves: the smaller a unit, the shorter its hand-overs.
         units = math.gcd(num_prefill, num_decode)
+        network = networks[-number]
         unit = ((prefill, num_prefill // units), (decode, num_decode // units))
-        return Composition(Family.ANYWHERE, unit, units, hand_over_rate=network)
+        return Composition(
+            Family.ANYWHERE,
+            unit,
+            units,
+            hand_over_rate=self._carried(network, num_prefill, num_decode),
+            codec=network.codec,
+        )
 
     def segments(self) -> Composition | None:
         """Return the best whose pipelines are cut into as many parts as a unit has nodes, a part of each in a node."""
@@ -187,6 +199,10 @@ class _Pair:
         unit = ((prefill, num_prefill), (decode, num_decode))
         return Composition(Family.SEGMENTS, unit, units, nodes_per_unit=-width)
 
+    def _carried(self, network: NodeNetwork, num_prefill: int, num_decode: int) -> float:
+        counts = ((num_prefill, self._prefill), (num_decode, self._decode))
+        return network.rate(*(count * _spanned(self._problem, choice) for count, choice in counts))
+
     def _decodes(self, num_prefill: int, most: int) -> set[int]:
         """Return the numbers of decode instances that keep up, or nearly, with so many prefill instances."""
         wanted = num_prefill * self._rates[0] / self._rates[1]
@@ -204,6 +220,11 @@ class _Pair:
         return score_of(self._problem, cost, min(rate, network))
 
 
+def _spanned(problem: PlanProblem, choice: InstanceChoice) -> int:
+    """Return how many nodes an instance is on, at least."""
+    return -(-choice.num_devices // max(node.num_devices for node in problem.nodes(choice.kind)))
+
+
 def _counts(problem: PlanProblem, most: int, goodput: float) -> Iterable[int]:
     """Return how many instances to try: enough for the target rate, or up to what the cluster holds."""
     if problem.target_rate is None:
@@ -213,23 +234,3 @@ def _counts(problem: PlanProblem, most: int, goodput: float) -> Iterable[int]:
 
 def _needed(target_rate: float, goodput: float) -> int:
     return max(1, math.ceil(target_rate / goodput - 1e-9)) if goodput > 0 else 1
-
-
-def hand_over_rate(problem: PlanProblem, prefill: InstanceChoice, decode: InstanceChoice) -> float:
-    """Return the requests/s whose KV the network carries between instances on any nodes; infinite within one."""
-    sources, targets = problem.nodes(prefill.kind), problem.nodes(decode.kind)
-    pairs = [(a, b) for a in sources for b in targets if a.name != b.name]
-    if not pairs:
-        return math.inf
-    source, target = pairs[0]
-    route = problem.topology.route((DeviceRef(source.name, 0),), (DeviceRef(target.name, 0),))
-    ports = next((passage.ports for passage in route.passages if passage.ports is not None), None)
-    if ports is None:
-        return math.inf
-    platform, prompt = problem.platforms[prefill.kind], problem.sample.mean_prompt
-    prompt_bytes = platform.kv_bytes_per_token * prompt
-    if platform.kv_window is not None:
-        prompt_bytes -= platform.kv_window.spared_bytes(prompt)
-    crossing = len(pairs) / (len(sources) * len(targets))
-    bytes_per_s = ports.link.bytes_per_s * ports.count * min(len(sources), len(targets))
-    return _PORT_SHARE * bytes_per_s / (prompt_bytes * crossing)

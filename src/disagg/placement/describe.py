@@ -26,7 +26,11 @@ def describe(search: Search, num_shown: int = 5) -> Plan:
         workload=problem.workload.name,
         target=problem.target,
         target_rate=problem.target_rate,
-        placements=tuple(_planned(search, one) for one in search.judged[:num_shown]),
+        placements=tuple(
+            _planned(search, one)
+            for number, one in enumerate(search.judged)
+            if number < num_shown or one.composition in search.beside
+        ),
         losing=tuple(_losing(search, best, others)),
         effort=SearchEffort(
             num_choices=len(search.shapes.built),
@@ -62,7 +66,7 @@ def _planned(search: Search, judged: JudgedPlacement) -> PlannedPlacement:
             )
             for choice in composition.choices
         ),
-        placement=placement_of(judged.placed),
+        placement=placement_of(judged.placed, composition.codec),
         num_units=composition.num_units,
         num_devices=composition.num_devices,
         goodput=judged.goodput,
@@ -99,7 +103,7 @@ def bottleneck(search: Search, composition: Composition) -> str:
         limits[choice.role] = search.phases.phases[choice].bound.limited_by
     least, most = sorted((Role.PREFILL, Role.DECODE), key=rates.__getitem__)
     if composition.hand_over_rate < rates[least]:
-        return f"the network: KV of {composition.hand_over_rate:.3g} requests/s"
+        return f"the network: KV of {composition.hand_over_rate:.3g} requests/s in time"
     spare = 1 - rates[least] / rates[most]
     if spare < _NEAR:
         return "both phases alike"
@@ -107,14 +111,15 @@ def bottleneck(search: Search, composition: Composition) -> str:
 
 
 def _losing(search: Search, best: JudgedPlacement, others: Sequence[JudgedPlacement]) -> Iterator[LosingPlacement]:
-    """Yield the best of each other family, and the parallelisms that were never in question."""
+    """Yield those that were given, the best of each other family, and the parallelisms never in question."""
     seen = {best.composition.family}
     for other in others:
         family = other.composition.family
-        if family in seen:
-            continue
+        if other.composition in search.beside:
+            yield LosingPlacement(words=f"that beside: {other.composition}", reason=_why(search, best, other))
+        elif family not in seen:
+            yield LosingPlacement(words=f"{family.value}: {other.composition}", reason=_why(search, best, other))
         seen.add(family)
-        yield LosingPlacement(words=f"{family.value}: {other.composition}", reason=_why(search, best, other))
     if Role.COLOCATED not in search.problem.rules.schedulers:
         yield LosingPlacement(
             words="colocated", reason=f"the rules of {search.problem.rules.name} know no colocated instances"

@@ -8,21 +8,18 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.measure.statistics import Estimate
 from disagg.placement.composition import Composition, Goodputs, score
-from disagg.placement.goodput_job import KNOWN_GROWTH, GoodputJob, JobResult, run_at, run_goodput_job
+from disagg.placement.goodput_job import KNOWN_GROWTH, GoodputJob, JobResult, run_goodput_job
 from disagg.placement.layout import PlacedInstance, cluster_of, lay_out
 from disagg.placement.phases import requests_per_rate
+from disagg.placement.plan import OneRouter
 from disagg.placement.problem import PlanProblem
 from disagg.placement.shapes import build_choice
 from disagg.placement.workers import Workers
 from disagg.simulator.run_report import RunReport
 
-_START: Final = 0.85
-"""Of what the phases alone promise: both objectives at once, and the hand-over, cost some."""
-
 _ANSWERS: Final = 4.0
 _CLOSER: Final = 3
 """Placements that are judged with all seeds, the best by the first."""
-_WHOLE_SEEDS: Final = 2
 _WHOLE_REQUESTS: Final = 1200
 
 
@@ -41,6 +38,11 @@ class JudgedPlacement:
         return self.results[0].report if self.results else None
 
     @property
+    def is_added_up(self) -> bool:
+        """Whether its goodput is that of its parts, each simulated apart."""
+        return self.composition.num_units > 1 or bool(self.composition.extra)
+
+    @property
     def num_runs(self) -> int:
         """Runs that were simulated."""
         return sum(result.num_runs for result in self.results)
@@ -57,7 +59,9 @@ def judge(
     """Yield each composition that fits on the devices with its goodput; those that may still win with all seeds."""
     fitting = [(one, placed) for one in compositions if (placed := _placed(problem, one)) is not None]
     firsts = [
-        replace(unit_job(problem, goodputs, one, placed, seed=0), most_rate=_unit_rate(one, bounds))
+        replace(
+            unit_job(problem, goodputs, one, placed, seed=0), growth=KNOWN_GROWTH, most_rate=_unit_rate(one, bounds)
+        )
         for one, placed in fitting
     ]
     found = [
@@ -92,25 +96,18 @@ def unjudged(problem: PlanProblem, goodputs: Goodputs, composition: Composition)
     return JudgedPlacement(composition, tuple(placed), Estimate.of([composition.rate(goodputs)]), ())
 
 
-def attainment_behind_one_router(
-    problem: PlanProblem, goodputs: Goodputs, judged: JudgedPlacement, workers: Workers
-) -> Estimate:
-    """Return the attainment of the whole placement at its goodput when one router serves all units.
-
-    It hands over from any unit to any other, over the links between them.
-    """
-    jobs = []
-    for seed in range(_WHOLE_SEEDS):
-        job = unit_job(problem, goodputs, judged.composition, judged.placed, seed)
-        spec = cluster_of(problem, judged.placed)
-        jobs.append(replace(job, spec=spec, start_rate=judged.goodput.mean, max_requests=_WHOLE_REQUESTS))
-    return Estimate.of(list(workers.map(_attainment, jobs)))
-
-
-def _attainment(job: GoodputJob) -> float:
-    report = run_at(job, job.start_rate, gives_up=False)
-    assert report is not None, "it was not given up"
-    return report.attainment
+def serve_behind_one_router(problem: PlanProblem, goodputs: Goodputs, judged: JudgedPlacement) -> OneRouter:
+    """Return what the whole placement serves of its goodput, or of the target rate, when one router serves it all."""
+    asked = judged.goodput.mean if problem.target_rate is None else min(problem.target_rate, judged.goodput.mean)
+    job = replace(
+        unit_job(problem, goodputs, judged.composition, judged.placed, seed=0),
+        spec=cluster_of(problem, judged.placed, judged.composition.codec),
+        start_rate=asked,
+        most_rate=asked,
+        growth=KNOWN_GROWTH,
+        max_requests=_WHOLE_REQUESTS,
+    )
+    return OneRouter(asked=asked, served=run_goodput_job(job).rate)
 
 
 def _placed(problem: PlanProblem, composition: Composition) -> list[PlacedInstance] | None:
@@ -128,10 +125,10 @@ def unit_job(
     expected = _unit_rate(composition, goodputs)
     decoding = next(choice for choice, _ in composition.unit if choice.role is not Role.PREFILL)
     return GoodputJob(
-        spec=cluster_of(problem, one_unit),
+        spec=cluster_of(problem, one_unit, composition.codec),
         workload=problem.workload,
         target=problem.target,
-        start_rate=expected * _START,
+        start_rate=expected,
         seed=seed,
         min_requests=problem.min_requests,
         max_requests=2 * problem.max_requests,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
+from disagg.base.transfer_settings import KvTransferDtype
+from disagg.costs.links import KvCodec
 from disagg.costs.topology import DeviceRef, NodeName, Place, write_devices
 from disagg.placement.composition import Composition
 from disagg.placement.instance_choice import InstanceChoice
@@ -93,18 +95,20 @@ def _largest_first(parts: Sequence[tuple[InstanceChoice, int]]) -> list[Instance
     return sorted(every, key=lambda choice: -choice.tensor_parallel)
 
 
-def placement_of(placed: Sequence[PlacedInstance]) -> Placement:
-    """Return the placement file of these instances, with their devices."""
+def placement_of(placed: Sequence[PlacedInstance], codec: KvCodec = KvCodec.RAW) -> Placement:
+    """Return the placement file of these instances, with their devices, and the form in which KV travels."""
     groups: list[InstanceGroup] = []
     order = {(one.unit, one.choice): None for one in placed}
     for unit, choice in order:
         places = [one.place for one in placed if (one.unit, one.choice) == (unit, choice)]
         devices = write_devices(tuple(device for place in places for device in place))
         groups.append(choice.group(len(places), devices))
-    return Placement(groups=tuple(groups))
+    coded = None if codec is KvCodec.RAW else KvTransferDtype(codec.value)
+    return Placement(groups=tuple(groups), kv_transfer_dtype=coded)
 
 
-def cluster_of(problem: PlanProblem, placed: Sequence[PlacedInstance]) -> ClusterSpec:
+def cluster_of(problem: PlanProblem, placed: Sequence[PlacedInstance], codec: KvCodec = KvCodec.RAW) -> ClusterSpec:
     """Return the simulated deployment of these instances."""
     any_platform = next(iter(problem.platforms.values()))
-    return build_cluster(placement_of(placed), any_platform, problem.rules, problem.topology, problem.platforms)
+    placement = placement_of(placed, codec)
+    return build_cluster(placement, any_platform, problem.rules, problem.topology, problem.platforms)

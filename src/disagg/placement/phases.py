@@ -23,8 +23,8 @@ from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_instance
 
 _AT_ONCE: Final = ConstantLatency(1e-9)
-_START: Final = {Role.PREFILL: 1.0, Role.DECODE: 0.9, Role.COLOCATED: 0.6}
-"""Usual goodput as a part of the estimate: where searches begin."""
+_START: Final = {Role.PREFILL: 1.0, Role.DECODE: 1.0, Role.COLOCATED: 0.6}
+"""Where searches begin, as a part of the estimate: rather too high, as a rate that misses is soon given up."""
 MOST_BUSY: Final = 0.95
 """Of a bound that an instance reaches for long: closer to it queues grow without end, in runs longer than ours."""
 _LEAST_PART: Final = 0.02

@@ -92,6 +92,22 @@ class RateShift(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is made of instances like those of the answer, more or fewer."""
 
 
+class OneRouter(msgspec.Struct, frozen=True, kw_only=True):
+    """The best placement as it is written, behind one router: requests/s that were asked of it, and that it serves.
+
+    One router hands over from any unit to any other, over the links between them, and nobody's queue is empty beside
+    another's. A plan adds up units, each with a router of its own.
+    """
+
+    asked: float
+    served: float
+
+    @property
+    def is_as_predicted(self) -> bool:
+        """Whether it serves what its units serve apart."""
+        return self.served >= self.asked
+
+
 class SearchEffort(msgspec.Struct, frozen=True, kw_only=True):
     """What the search did. ``is_complete`` is False when it was stopped."""
 
@@ -117,8 +133,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     placements: tuple[PlannedPlacement, ...]
     losing: tuple[LosingPlacement, ...]
     effort: SearchEffort
-    behind_one_router: Estimate | None = None
-    """Attainment of the best, at its goodput, with one router for all its units instead of one for each."""
+    behind_one_router: OneRouter | None = None
+    """None where the best is one unit, and was simulated as it is written."""
     curves: tuple[PlannedCurve, ...] = ()
     rate_shifts: tuple[RateShift, ...] = ()
     prompt_shifts: tuple[PromptShift, ...] = ()

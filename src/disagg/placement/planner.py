@@ -7,16 +7,16 @@ from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.measure.statistics import Estimate
 from disagg.placement.composition import Composition, Family, compose, score
 from disagg.placement.goodput_job import JobResult, run_goodput_job
 from disagg.placement.instance_choice import InstanceChoice
-from disagg.placement.judging import JudgedPlacement, attainment_behind_one_router, judge, unjudged
+from disagg.placement.judging import JudgedPlacement, judge, serve_behind_one_router, unjudged
 from disagg.placement.mixing import fill_up
 from disagg.placement.phases import MOST_BUSY, PhaseChoice, bound_choice, other_batchings, phase_job
+from disagg.placement.plan import OneRouter
 from disagg.placement.problem import PlanProblem
 from disagg.placement.progress import OnProgress, PlanProgress
-from disagg.placement.shapes import FoundShapes, find_shapes
+from disagg.placement.shapes import FoundShapes, build_choice, find_shapes
 from disagg.placement.workers import Workers
 
 _WAVE: Final = 4
@@ -78,16 +78,20 @@ class Search:
     phases: PhaseSearch
     num_compositions: int
     judged: tuple[JudgedPlacement, ...]
-    behind_one_router: Estimate | None
-    """Attainment of the best placement when its units are not served apart; None where there is one unit."""
+    behind_one_router: OneRouter | None
+    """None where the best is one unit, or the search was stopped."""
     is_complete: bool
+    beside: tuple[Composition, ...] = ()
+    """Placements that were given, to be judged like those that were found."""
 
 
-def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> Search:
+def search(
+    problem: PlanProblem, workers: Workers, on_progress: OnProgress, beside: Sequence[Composition] = ()
+) -> Search:
     """Search the best placements. A KeyboardInterrupt ends it with what is known by then, if that is a placement.
 
-    Raises ConfigurationError, with the figure that is in the way, when the model fits nowhere or no instance can keep
-    the objectives.
+    Those given as ``beside`` are judged too. Raises ConfigurationError, with the figure that is in the way, when the
+    model fits nowhere, also as they have it, or no instance can keep the objectives.
     """
     shapes = find_shapes(problem)
     bounded = [bound_choice(problem, built) for built in shapes.built]
@@ -95,6 +99,10 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
     ruled_out = tuple(phase for phase in bounded if phase.bound.rate <= 0)
     _check(problem, shapes, possible, ruled_out)
     phases = PhaseSearch(problem, {phase.built.choice: phase for phase in _keep(problem, possible)})
+    given = dict.fromkeys(choice for one in beside for choice in one.choices)
+    phases.phases |= {
+        choice: bound_choice(problem, build_choice(problem, choice)) for choice in given if choice not in phases.phases
+    }
     judged: list[JudgedPlacement] = []
     num_compositions = 0
     behind_one_router = None
@@ -103,19 +111,38 @@ def search(problem: PlanProblem, workers: Workers, on_progress: OnProgress) -> S
         leaders, num_compositions = _search_phases(problem, phases, workers, on_progress)
         leaders = _refine(problem, phases, leaders, workers)
         leaders = _with_mixed(problem, phases, leaders)
+        phases.search([choice for choice in given if choice not in phases.known], workers)
+        found = {(one.unit, one.num_units, one.extra) for one in leaders}
+        leaders += [one for one in beside if (one.unit, one.num_units, one.extra) not in found]
         for one in judge(problem, phases.goodput, phases.bound, leaders, workers):
             judged.append(one)
             on_progress(PlanProgress(len(phases.known) + len(judged), len(phases.known) + len(leaders), one.words))
-        judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
-        if judged and judged[0].composition.num_units > 1 and judged[0].report is not None:
-            behind_one_router = attainment_behind_one_router(problem, phases.goodput, judged[0], workers)
+        judged.sort(key=lambda one: _judgement(problem, one), reverse=True)
+        if judged and judged[0].report is not None and judged[0].is_added_up:
+            behind_one_router = serve_behind_one_router(problem, phases.goodput, judged[0])
     except KeyboardInterrupt:
         is_complete = False
         judged = judged or _best_of_known(problem, phases)
         if not judged:
             raise
-        judged.sort(key=lambda one: score(problem, one.composition, one.goodput.mean), reverse=True)
-    return Search(problem, shapes, ruled_out, phases, num_compositions, tuple(judged), behind_one_router, is_complete)
+        judged.sort(key=lambda one: _judgement(problem, one), reverse=True)
+    return Search(
+        problem,
+        shapes,
+        ruled_out,
+        phases,
+        num_compositions,
+        tuple(judged),
+        behind_one_router,
+        is_complete,
+        tuple(beside),
+    )
+
+
+def _judgement(problem: PlanProblem, judged: JudgedPlacement) -> tuple[float, ...]:
+    """Return how good a placement is. Of equals the one with more requests to spare comes first."""
+    attainment = 0.0 if judged.report is None else judged.report.attainment
+    return (*score(problem, judged.composition, judged.goodput.mean), attainment)
 
 
 def _check(

@@ -9,6 +9,7 @@ from typing import Final
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
+from disagg.costs.links import KvCodec
 from disagg.costs.platform import Platform
 from disagg.costs.topology import Node, Topology
 from disagg.measure.open_loop import OpenLoop
@@ -95,6 +96,8 @@ class PlanProblem:
     target: SloTarget
     target_rate: float | None = None
     per: CostUnit | None = None
+    codecs: tuple[KvCodec, ...] = (KvCodec.RAW,)
+    """In which KV may travel over networks of kind TCP: the first that serves as much as any is taken."""
     max_nodes: int = 4
     """That one instance may spread over."""
     min_requests: int = 300

@@ -8,16 +8,17 @@ import msgspec
 
 from disagg.base.config import (
     CacheSettings,
-    DiskSettings,
     InstanceGroup,
     Placement,
     RouterSettings,
     SchedulerSettings,
     SchedulingMode,
 )
+from disagg.base.disk_settings import DiskSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
+from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
 from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read_devices
@@ -147,6 +148,7 @@ def build_cluster(
         instances=tuple(instances),
         router=rules.router,
         topology=topology or Topology.one_node(platform.link, num_devices),
+        kv_transfer_dtype=placement.kv_transfer_dtype or KvTransferDtype.RAW,
         accept_s=platform.host.accept_s,
         message_s=platform.host.message_s,
         deliver_s=platform.host.deliver_s,
