@@ -216,7 +216,8 @@ class TestConfiguration:
         ("architecture", "changes", "words"),
         [
             ("gemma4", {}, ["'gemma3'", "general.architecture", "'qwen2'"]),
-            ("llama", {"expert_count": 8}, ["llama.expert_count", "8", "dense"]),
+            ("qwen2", {"expert_count": 8}, ["qwen2.expert_count", "8", "dense"]),
+            ("llama", {"expert_count": 8, "expert_gating_func": 2}, ["llama.expert_gating_func", "2", "softmax"]),
             ("qwen2", {"rope__scaling__type": "longrope"}, ["qwen2.rope.scaling.type", "'longrope'", "'yarn'"]),
             ("llama", {"attention__sliding_window": 4096}, ["sliding_window", "4096", "Hugging Face folder"]),
             ("llama", {"rope__dimension_count": 8}, ["rope.dimension_count", "8", "16"]),

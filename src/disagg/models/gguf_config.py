@@ -12,6 +12,7 @@ from disagg.models.gguf_fields import check_keys, unsupported_key
 from disagg.models.gguf_file import GgufFile
 from disagg.models.hf_config import check_config
 from disagg.models.hf_rope import longrope_magnitude, yarn_magnitude
+from disagg.models.shape import Experts
 
 T = TypeVar("T", int, float, str)
 
@@ -24,9 +25,13 @@ _ARCHITECTURES: Final = {
     "phi3": Architecture.PHI3,
     "olmo2": Architecture.OLMO2,
     "granite": Architecture.GRANITE,
+    "qwen2moe": Architecture.QWEN2_MOE,
+    "qwen3moe": Architecture.QWEN3_MOE,
+    "olmoe": Architecture.OLMOE,
 }
 _SUPPORTED: Final = (
-    "'llama' (Llama, SmolLM2, Mistral), 'qwen2', 'qwen3', 'gemma2', 'gemma3', 'phi3' (Phi-3, Phi-4), 'olmo2', 'granite'"
+    "'llama' (Llama, SmolLM2, Mistral, Mixtral), 'qwen2', 'qwen3', 'gemma2', 'gemma3', 'phi3' (Phi-3, Phi-4), 'olmo2', "
+    "'granite', 'qwen2moe', 'qwen3moe', 'olmoe'"
 )
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 _SHORT_FACTORS: Final = "rope_factors_short.weight"
@@ -50,7 +55,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     num_heads = _get(file, f"{name}.attention.head_count", int)
     hidden_size = _get(file, f"{name}.embedding_length", int)
     num_layers = _get(file, f"{name}.block_count", int)
-    architecture = _ARCHITECTURES[name]
+    has_experts = _get(file, f"{name}.expert_count", int, 0) > 0
+    architecture = Architecture.MIXTRAL if name == "llama" and has_experts else _ARCHITECTURES[name]
     family = FAMILIES[architecture]
     head_dim, rotary_dim = _head_dims(file, name, family, hidden_size // max(num_heads, 1))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -75,6 +81,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         qkv_bias=any(f"blk.0.{part}.bias" in file.tensors for part in ("attn_q", "attn_qkv")),
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        layer_experts=_layer_experts(file, name, architecture, num_layers) if has_experts else (),
         qk_norm=family.qk_norm,
         norm_placement=family.norm_placement,
         activation=family.activation,
@@ -91,6 +98,31 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     )
     check_config(config, str(file.path))
     return config
+
+
+def _layer_experts(
+    file: GgufFile, name: str, architecture: Architecture, num_layers: int
+) -> tuple[Experts | None, ...]:
+    """Return the experts of each layer that has a router. Defaults are llama.cpp's, and transformers' of the family."""
+    inner, num_per_token = (_get(file, f"{name}.{key}", int) for key in ("feed_forward_length", "expert_used_count"))
+    default = inner // max(num_per_token, 1) if name in ("qwen2moe", "qwen3moe") else inner
+    normalizes = architecture in (Architecture.MIXTRAL, Architecture.QWEN3_MOE)
+    shared = _get(file, f"{name}.expert_shared_feed_forward_length", int, inner) if name == "qwen2moe" else 0
+    experts = Experts(
+        num_experts=_get(file, f"{name}.expert_count", int),
+        num_per_token=num_per_token,
+        intermediate_size=_get(file, f"{name}.expert_feed_forward_length", int, default),
+        normalize_weights=_get_bool(file, f"{name}.expert_weights_norm", normalizes),
+        shared_intermediate_size=shared,
+    )
+    return tuple(experts if f"blk.{layer}.ffn_gate_inp.weight" in file.tensors else None for layer in range(num_layers))
+
+
+def _get_bool(file: GgufFile, key: str, default: bool) -> bool:
+    value = file.metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{file.path}: metadata key {key!r} should be true or false, got {value!r}")
+    return value
 
 
 def _head_dims(file: GgufFile, name: str, family: ModelFamily, default: int) -> tuple[int, int]:

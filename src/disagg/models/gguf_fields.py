@@ -40,7 +40,12 @@ READ_KEYS: Final = frozenset(
 """What ``gguf_config`` reads."""
 
 _SLIDING: Final = frozenset({"attention.sliding_window"})
+_EXPERTS: Final = frozenset({"expert_count", "expert_used_count", "expert_weights_norm"})
 ARCHITECTURE_KEYS: Final = {
+    "llama": _EXPERTS,
+    "qwen2moe": _EXPERTS | {"expert_feed_forward_length", "expert_shared_feed_forward_length"},
+    "qwen3moe": _EXPERTS | {"expert_feed_forward_length"},
+    "olmoe": _EXPERTS,
     "gemma2": _SLIDING | {"attn_logit_softcapping", "final_logit_softcapping"},
     "gemma3": _SLIDING | {"final_logit_softcapping", "rope.freq_base_swa"},
     "phi3": _SLIDING | {"rope.scaling.attn_factor"},
@@ -67,6 +72,11 @@ LIMITED_KEYS: Final = (
     LimitedKey("expert_count", (0,), _DENSE),
     LimitedKey("expert_used_count", (0,), _DENSE),
     LimitedKey("expert_shared_count", (0,), _DENSE),
+    LimitedKey("expert_gating_func", (0, 1), "1 (softmax)"),
+    LimitedKey("expert_weights_scale", (0, 1), "1.0"),
+    LimitedKey("expert_group_count", (0, 1), "one group of experts"),
+    LimitedKey("leading_dense_block_count", (0,), "0"),
+    LimitedKey("interleave_moe_layer_step", (0, 1), "1 (experts in every layer)"),
     LimitedKey(
         "attention.sliding_window",
         (0,),

@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -87,6 +87,14 @@ class GgufTensor:
     offset: int
     num_bytes: int
 
+    def split(self) -> tuple["GgufTensor", ...]:
+        """Return the matrices of which a tensor of three dimensions consists."""
+        size = self.num_bytes // max(1, self.shape[0])
+        return tuple(
+            replace(self, shape=self.shape[1:], offset=self.offset + place * size, num_bytes=size)
+            for place in range(self.shape[0])
+        )
+
 
 class GgufFile:
     """A memory-mapped GGUF file. Close it, or use it as a context manager.
@@ -130,18 +138,22 @@ class GgufFile:
                 _, num_bytes = GGML_QUANT_SIZES[quantization]
                 self._dequantized(np.zeros((1, num_bytes), np.uint8), tensor)
 
-    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+    def stored(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
         """Return the bytes of one tensor, in the file's own memory."""
-        tensor = self.tensors[name]
         return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor, dequantised to float32, in torch's shape; the array owns its memory.
 
-        Raises KeyError for a name that is not in the file, UnsupportedModelError for a block format that ``gguf``
-        cannot dequantise.
+        Raises KeyError for a name that is not in the file, and what ``read_tensor`` raises.
         """
-        tensor = self.tensors[name]
+        return self.read_tensor(self.tensors[name])
+
+    def read_tensor(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
+        """Return a tensor of the file, or a part of one, as ``read`` does.
+
+        Raises UnsupportedModelError for a block format that ``gguf`` cannot dequantise.
+        """
         try:
             return self._read(tensor)
         finally:
@@ -150,7 +162,7 @@ class GgufFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.num_bytes - start)
 
     def _read(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
-        stored = self.stored(tensor.name)
+        stored = self.stored(tensor)
         if tensor.quantization is GGMLQuantizationType.F32:
             return stored.view(np.float32).reshape(tensor.shape).copy()
         num_rows = 1 if len(tensor.shape) < 2 else int(np.prod(tensor.shape[:-1]))

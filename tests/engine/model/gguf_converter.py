@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written as llama.cpp's converter and quantiser write them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from safetensors.numpy import load_file
 
 from disagg.engine.model.rope import inverse_frequencies
-from disagg.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
+from disagg.models.config import Architecture, LinearRope, Llama3Rope, LongRope, ModelConfig
 from disagg.models.locate import load_config, locate_model
 from disagg.models.shape import NormPlacement
 
@@ -37,7 +38,15 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
+_EXPERT = re.compile(r"(?P<layer>model\.layers\.\d+)\.\w+\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
+_EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 def gguf_name(name: str, placement: NormPlacement) -> str:
@@ -47,7 +56,22 @@ def gguf_name(name: str, placement: NormPlacement) -> str:
         return f"{GGUF_NAMES[part]}.{kind}"
     layer, _, inner = part.removeprefix("model.layers.").partition(".")
     is_output_norm = inner == "post_attention_layernorm" and placement is not NormPlacement.BEFORE
+    if inner.startswith("ffn_"):
+        return f"blk.{layer}.{inner}.{kind}"
     return f"blk.{layer}.{'post_attention_norm' if is_output_norm else GGUF_NAMES[inner]}.{kind}"
+
+
+def with_merged_experts(tensors: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """One tensor for all experts of a layer, as the converter makes it."""
+    merged, experts = {}, dict[str, dict[int, npt.NDArray[Any]]]()
+    for name, values in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            merged[name] = values
+        else:
+            whole = f"{match['layer']}.ffn_{_EXPERT_PARTS[match['part']]}_exps.weight"
+            experts.setdefault(whole, {})[int(match["number"])] = values
+    return merged | {name: np.stack([parts[n] for n in range(len(parts))]) for name, parts in experts.items()}
 
 
 def permuted(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
@@ -81,7 +105,9 @@ def convert(
         writer.add_tensor("rope_freqs.weight", rope_divisors(config))
     if surplus is not None:
         writer.add_tensor(surplus, np.ones(4, np.float32))
-    for name, values in load_file(folder / "model.safetensors").items():
+    for name, values in with_merged_experts(load_file(folder / "model.safetensors")).items():
+        if name.endswith("shared_expert_gate.weight"):
+            values = values.squeeze()
         if architecture in ("llama", "granite") and ".q_proj." in name:
             values = permuted(values, config.num_heads)
         if architecture in ("llama", "granite") and ".k_proj." in name:
@@ -98,8 +124,20 @@ def convert(
     return path
 
 
+def add_experts(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    experts = next(filter(None, config.layer_experts))
+    writer.add_expert_count(experts.num_experts)
+    writer.add_expert_used_count(experts.num_per_token)
+    if config.architecture in (Architecture.QWEN2_MOE, Architecture.QWEN3_MOE):
+        writer.add_expert_feed_forward_length(experts.intermediate_size)
+    if experts.shared_intermediate_size:
+        writer.add_expert_shared_feed_forward_length(experts.shared_intermediate_size)
+
+
 def add_architecture(writer: gguf.GGUFWriter, architecture: str, config: ModelConfig) -> None:
     """What the converter writes for one architecture."""
+    if config.layer_experts:
+        add_experts(writer, config)
     if architecture in ("gemma2", "gemma3"):
         writer.add_sliding_window(next(window for window in config.sliding_windows if window is not None))
     if config.attention_softcap is not None:

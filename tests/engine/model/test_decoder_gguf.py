@@ -7,6 +7,7 @@ import pytest
 import torch
 from gguf_converter import convert
 from step_runner import StepRunner
+from transformers_logits import reference_logits
 
 from disagg.base.config import DType
 from disagg.base.errors import ConfigurationError
@@ -70,6 +71,32 @@ def test_same_logits(tiny_model: Any, tmp_path: Path, architecture: str, setting
     converted = convert(folder, tmp_path / "model.gguf", architecture)
 
     torch.testing.assert_close(logits_of(converted, token_ids), logits_of(folder, token_ids), atol=1e-4, rtol=1e-4)
+
+
+EIGHT = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "settings"),
+    [
+        ("mixtral", "llama", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+        ("qwen2_moe", "qwen2moe", EIGHT | {"shared_expert_intermediate_size": 96}),
+        ("qwen3_moe", "qwen3moe", EIGHT | {"norm_topk_prob": True}),
+        ("olmoe", "olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mixtures_of_experts_give_the_logits_of_transformers(
+    tiny_model: Any, tmp_path: Path, model_type: str, architecture: str, settings: dict[str, Any]
+) -> None:
+    folder = tiny_model(model_type, **settings)
+    token_ids = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    converted = convert(folder, tmp_path / "model.gguf", architecture)
+    assert (
+        load_config(locate_model(str(converted))).layer_experts == load_config(locate_model(str(folder))).layer_experts
+    )
+    expected = reference_logits(folder, token_ids)
+    torch.testing.assert_close(logits_of(converted, token_ids), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_tensor_that_the_decoder_has_no_use_for_is_named(tiny_model: Any, tmp_path: Path) -> None:

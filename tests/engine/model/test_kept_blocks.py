@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf_converter import convert
-from step_runner import StepRunner
+from step_runner import StepRunner, greedy
 
 from disagg.base.clock import MonotonicClock
 from disagg.base.config import DType, Quantization
@@ -73,6 +73,33 @@ def test_same_logits(tiny_model: Any, tmp_path: Path, backend: KernelBackend, ti
     )
     if backend.name == "native":
         assert kept.num_bytes < (0.6 if tied else 0.5) * dequantized.num_bytes
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_keep_their_blocks(tiny_model: Any, tmp_path: Path, backend: KernelBackend, model_type: str) -> None:
+    """Greedy answers too are those of the dequantised weights, which transformers' are in ``test_decoder_gguf``."""
+    settings = {
+        "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+        "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    }[model_type]
+    folder = tiny_model(model_type, num_experts_per_tok=2, **{k: v for k, v in settings.items() if k[-3:] != "tok"})
+
+    def kind_of(name: str, values: npt.NDArray[Any]) -> GGMLQuantizationType:
+        is_plain = values.ndim == 1 or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+        return GGMLQuantizationType.F32 if is_plain else Q8_0 if "down" in name else Q4_0
+
+    architecture = {"mixtral": "llama", "qwen2_moe": "qwen2moe"}[model_type]
+    path = convert(folder, tmp_path / "model.gguf", architecture, kind_of=kind_of)
+    dequantized, kept = load(path, backend, None), load(path, backend, Quantization.GGUF)
+
+    torch.testing.assert_close(
+        logits_of(path, kept, backend), logits_of(path, dequantized, backend), atol=1e-4, rtol=1e-4
+    )
+    config = load_config(locate_model(str(path)))
+    answers = [greedy(Decoder(config, weights, backend), [[5, 6, 7]], max_tokens=12) for weights in (kept, dequantized)]
+    assert answers[0] == answers[1]
+    if backend.name == "native":
+        assert kept.num_bytes < 0.5 * dequantized.num_bytes
 
 
 def test_instances_share_them(tiny_model: Any, tmp_path: Path, backend: KernelBackend) -> None:

@@ -1,9 +1,11 @@
 """The tensors of a layer that is a mixture of experts: their names in Hugging Face's files, and their shapes."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Final
 
 from disagg.models.config import Architecture, ModelConfig
+from disagg.models.gguf_file import GgufTensor
 from disagg.models.shape import Experts
 
 
@@ -44,6 +46,33 @@ PLAIN_NAMES: Final = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", do
 def expert_names(config: ModelConfig) -> ExpertNames:
     """Return the names of the model's family."""
     return _MIXTRAL if config.architecture is Architecture.MIXTRAL else PLAIN_NAMES
+
+
+_GGUF_NAME: Final = re.compile(
+    r"blk\.(?P<layer>\d+)\.ffn_(?:(?P<gate>gate_inp)|(?P<kind>gate|up|down))(?:_(?P<whose>exps|shexp))?\.weight"
+)
+"""What llama.cpp calls routers and experts: one tensor for all experts of a layer, ``shexp`` for the shared one."""
+
+
+def gguf_expert_tensors(tensor: GgufTensor, config: ModelConfig) -> dict[str, GgufTensor] | None:
+    """Return the matrices of a GGUF tensor of experts, or of their router, under Hugging Face's names.
+
+    None for any other tensor, and in models without experts.
+    """
+    match = _GGUF_NAME.fullmatch(tensor.name)
+    if match is None or not config.layer_experts:
+        return None
+    names, prefix, whose = expert_names(config), f"model.layers.{match['layer']}.", match["whose"]
+    if match["gate"] and whose is None:
+        return {f"{prefix}{names.router}.weight": tensor}
+    if match["gate"] and whose == "shexp":  # one row, which the converter writes as a vector
+        return {f"{prefix}{names.shared_gate}.weight": replace(tensor, shape=(1, tensor.shape[-1]))}
+    if match["gate"] or whose is None:
+        return None
+    part = {"gate": names.gate, "up": names.up, "down": names.down}[match["kind"]]
+    if whose == "shexp":
+        return {f"{prefix}{names.shared}.{part}.weight": tensor}
+    return {f"{prefix}{names.expert(number)}.{part}.weight": matrix for number, matrix in enumerate(tensor.split())}
 
 
 def expert_shapes(config: ModelConfig, experts: Experts) -> dict[str, tuple[int, ...]]:

@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.engine.kernels.blocks import BlockFormat, BlockWeight
+from disagg.engine.model.expert_tensors import gguf_expert_tensors
 from disagg.engine.model.gguf_blocks import BLOCK_FORMATS, read_blocks
 from disagg.models.config import Architecture, ModelConfig
-from disagg.models.gguf_file import GgufFile, hf_tensor_name, is_rope_table, undo_rope_permutation
+from disagg.models.gguf_file import GgufFile, GgufTensor, hf_tensor_name, is_rope_table, undo_rope_permutation
 from disagg.models.locate import ModelFiles, ModelKind
 from disagg.models.text_part import text_tensor_name
 
-_PERMUTED: Final = (Architecture.LLAMA, Architecture.GRANITE)
+_PERMUTED: Final = (Architecture.LLAMA, Architecture.MIXTRAL, Architecture.GRANITE)
 """llama.cpp's converter changes the order of their query and key rows."""
 
 _LIBC: Final = ctypes.CDLL(None)
@@ -143,16 +144,20 @@ class _GgufSource:
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
-        # A tensor without a counterpart keeps its name, so that it is refused as left over.
-        self._names = {hf_tensor_name(name, config) or name: name for name in file.tensors if not is_rope_table(name)}
+        self._tensors: dict[str, GgufTensor] = {}
+        for name, tensor in file.tensors.items():
+            if not is_rope_table(name):
+                # A tensor without a counterpart keeps its name, so that it is refused as left over.
+                alone = {hf_tensor_name(name, config) or name: tensor}
+                self._tensors |= gguf_expert_tensors(tensor, config) or alone
         permuted = config.architecture in _PERMUTED
         self._permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {hf_name: self._file.tensors[name].shape for hf_name, name in self._names.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        values = self._file.read(self._names[name])
+        values = self._file.read_tensor(self._tensors[name])
         num_heads = self._permuted_heads.get(name.split(".")[-2])
         if num_heads is not None:
             values = undo_rope_permutation(values, num_heads)
@@ -162,12 +167,12 @@ class _GgufSource:
         place.copy_(self.read(name))
 
     def block_format(self, name: str) -> BlockFormat | None:
-        return BLOCK_FORMATS.get(self._file.tensors[self._names[name]].quantization)
+        return BLOCK_FORMATS.get(self._tensors[name].quantization)
 
     def read_blocks(self, name: str) -> BlockWeight:
-        tensor = self._file.tensors[self._names[name]]
+        tensor = self._tensors[name]
         num_rows = tensor.shape[0]
-        weight = read_blocks(self._file.stored(tensor.name), tensor.quantization, num_rows)
+        weight = read_blocks(self._file.stored(tensor), tensor.quantization, num_rows)
         num_heads = self._permuted_heads.get(name.split(".")[-2])
         if num_heads is None:
             return weight
