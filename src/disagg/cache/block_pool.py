@@ -71,8 +71,11 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, on_removed: Callable[[BlockHash], None] = lambda name: None) -> None:
         self._on_removed = on_removed
-        self._blocks = [_Block() for _ in range(num_blocks)]
-        self._free = [BlockId(index) for index in range(num_blocks - 1, -1, -1)]
+        self._num_blocks = num_blocks
+        self._blocks: list[_Block] = []
+        """Those that were taken once; those behind them are free."""
+        self._free: list[BlockId] = []
+        """Of those, the ones that came back: taken first, the last first."""
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._counts = dict.fromkeys(BlockState, 0)
@@ -81,12 +84,17 @@ class BlockPool:
     @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
+        return self._num_blocks
+
+    @property
+    def num_touched(self) -> int:
+        """Leading blocks that were taken at least once."""
         return len(self._blocks)
 
     @property
     def num_available(self) -> int:
         """Blocks that can be handed out now: free ones and evictable cached ones."""
-        return len(self._free) + len(self._cached)
+        return self._num_blocks - len(self._blocks) + len(self._free) + len(self._cached)
 
     @property
     def num_held(self) -> int:
@@ -95,7 +103,7 @@ class BlockPool:
 
     def state_of(self, index: BlockId) -> BlockState:
         """Return what a block is used for."""
-        return self._blocks[index].state
+        return self._block(index).state
 
     def allocate(self, count: int) -> tuple[BlockId, ...] | None:
         """Take ``count`` blocks for one sequence (ACTIVE), or None when there are not enough."""
@@ -109,7 +117,7 @@ class BlockPool:
         """Make FILLING blocks, now completely written, ACTIVE for the one sequence that reserved them."""
         num_committed = 0
         for index in blocks:
-            block = self._blocks[index]
+            block = self._block(index)
             if block.state is not BlockState.FILLING:
                 self._expect(index, BlockState.FILLING)
             block.num_sequences = 1
@@ -127,7 +135,7 @@ class BlockPool:
     def abandon(self, blocks: Iterable[BlockId]) -> None:
         """Free FILLING or QUARANTINED blocks: their writer is known to have ended."""
         for index in blocks:
-            if self._blocks[index].state is not BlockState.QUARANTINED:
+            if self.state_of(index) is not BlockState.QUARANTINED:
                 self._expect(index, BlockState.FILLING)
             self._move(index, BlockState.FREE)
             self._free.append(index)
@@ -142,7 +150,7 @@ class BlockPool:
 
     def pin(self, index: BlockId) -> None:
         """Put one more lease on a published block, whoever holds it, that ``end_lease`` ends."""
-        block = self._blocks[index]
+        block = self._block(index)
         if block.hash is None:
             raise InternalError(f"block {index} is {block.state.value}: it holds no published prefix")
         block.num_leases += 1
@@ -212,7 +220,7 @@ class BlockPool:
     def acquire(self, blocks: Iterable[BlockId]) -> None:
         """Hold published blocks for one more sequence."""
         for index in blocks:
-            block = self._blocks[index]
+            block = self._block(index)
             if block.state not in (BlockState.ACTIVE, BlockState.LEASED, BlockState.CACHED):
                 raise InternalError(f"block {index} is {block.state.value}: it holds no published prefix")
             self._cached.pop(index, None)
@@ -223,11 +231,11 @@ class BlockPool:
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
         counts = {state.value: count for state, count in self._counts.items()}
-        return BlockAudit(total=len(self._blocks), **counts)
+        return BlockAudit(total=self._num_blocks, **counts)
 
     def holds_of(self, index: BlockId) -> tuple[int, int]:
         """Return how many sequences, and how many leases, hold a block."""
-        block = self._blocks[index]
+        block = self._block(index)
         return block.num_sequences, block.num_leases
 
     def validate(self) -> None:
@@ -239,6 +247,7 @@ class BlockPool:
         """Return, in words, every block that contradicts itself, and counts that are not those of the blocks."""
         found = []
         actual = dict.fromkeys(BlockState, 0)
+        actual[BlockState.FREE] = self._num_blocks - len(self._blocks)
         for index, block in enumerate(self._blocks):
             actual[block.state] += 1
             holders = (block.num_sequences > 0, block.num_leases > 0)
@@ -255,6 +264,9 @@ class BlockPool:
             found.append(f"block counts {self._counts} do not match the blocks, {actual}")
         return found
 
+    def _block(self, index: BlockId) -> _Block:
+        return self._blocks[index] if index < len(self._blocks) else _Block()
+
     def _take(self, count: int, state: BlockState) -> tuple[BlockId, ...] | None:
         if count > self.num_available:
             return None
@@ -262,6 +274,9 @@ class BlockPool:
         taken = self._free[len(self._free) - num_free :]
         del self._free[len(self._free) - num_free :]
         if num_free < count:
+            num_new = min(count - num_free, self._num_blocks - len(self._blocks))
+            taken += self._touch(num_new)
+            num_free += num_new
             taken += [self._evict() for _ in range(count - num_free)]
         num_sequences = 1 if state is BlockState.ACTIVE else 0
         for index in taken:
@@ -274,6 +289,12 @@ class BlockPool:
         self._counts[state] += count
         taken.sort()  # neighbours stay neighbours: memory is read quickest in runs
         return tuple(taken)
+
+    def _touch(self, count: int) -> list[BlockId]:
+        """Take blocks for the first time."""
+        first = len(self._blocks)
+        self._blocks += [_Block() for _ in range(count)]
+        return [BlockId(index) for index in range(first, first + count)]
 
     def _evict(self) -> BlockId:
         index, _ = self._cached.popitem(last=False)
@@ -306,9 +327,9 @@ class BlockPool:
     def _change_holds(self, indices: Iterable[BlockId], *, sequences: int = 0, leases: int = 0) -> None:
         """Add so many holds of each kind to each block; one that no sequence holds goes where leases and index say."""
         blocks, free, cached = self._blocks, self._free, self._cached
-        num_free, num_cached, num_loose = len(free), len(cached), 0
+        num_free, num_cached, num_loose, num_touched = len(free), len(cached), 0, len(blocks)
         for index in indices:
-            block = blocks[index]
+            block = blocks[index] if index < num_touched else _Block()
             if sequences:
                 if block.state is not BlockState.ACTIVE:
                     self._expect(index, BlockState.ACTIVE)
@@ -342,5 +363,5 @@ class BlockPool:
         block.state = state
 
     def _expect(self, index: BlockId, state: BlockState) -> None:
-        if self._blocks[index].state is not state:
-            raise InternalError(f"block {index} is {self._blocks[index].state.value}, expected {state.value}")
+        if self.state_of(index) is not state:
+            raise InternalError(f"block {index} is {self.state_of(index).value}, expected {state.value}")

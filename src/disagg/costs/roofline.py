@@ -8,6 +8,7 @@ attention is taken to see the whole context.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from disagg.costs.devices import DeviceSheet
@@ -34,21 +35,33 @@ class RooflineLatency:
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """See ``LatencyModel``."""
         layer_s = self._layer_s(shape)
-        times = [layer_s * layers for layers in split_layers(self.config.num_layers, self.num_stages)]
+        times = [layer_s * layers for layers in self._layers_of_stages]
         for stage, link in enumerate(self.links.stages):
             times[stage] += link.transfer_time_s(shape.num_tokens * self.config.hidden_size * self.itemsize)
         times[-1] += self._logits_s(shape.num_samples)
         return tuple(times)
 
+    @cached_property
+    def _layers_of_stages(self) -> list[int]:
+        return split_layers(self.config.num_layers, self.num_stages)
+
+    @cached_property
+    def _active_per_layer(self) -> float:
+        """Weights of a layer that one token passes through."""
+        config = self.config
+        return (config.num_active_parameters - config.vocab_size * config.hidden_size) / config.num_layers
+
+    def _read_per_layer(self, num_tokens: int) -> float:
+        """Return the weights of a layer that a step of so many tokens reads."""
+        config = self.config
+        if not config.layer_experts:
+            return self._active_per_layer
+        return (config.num_read_parameters(num_tokens) - config.vocab_size * config.hidden_size) / config.num_layers
+
     def _layer_s(self, shape: StepShape) -> float:
         config, device = self.config, self.device
         num_tokens = shape.num_tokens
-        vocabulary = config.vocab_size * config.hidden_size
-        seconds = self._matmul_s(
-            num_tokens,
-            (config.num_active_parameters - vocabulary) / config.num_layers,
-            (config.num_read_parameters(num_tokens) - vocabulary) / config.num_layers,
-        )
+        seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
         num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
         seconds += 4 * config.q_size * num_pairs / self.tensor_parallel / (device.flops_per_s * device.attention_share)
         kv_bytes = 2 * config.kv_size * self.itemsize * shape.decode_context / self.tensor_parallel

@@ -1,5 +1,7 @@
 """What fits: how long a sequence an instance holds, and how many tokens of one it must hold."""
 
+from collections.abc import Collection
+
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.messages import StepLimits
 from disagg.base.request import Role
@@ -28,7 +30,7 @@ def most_tokens(num_tokens: int, max_total_tokens: int, *, hand_over: bool) -> i
     return num_tokens if hand_over else max_total_tokens
 
 
-def serves_requests(roles: set[Role], *, strict_roles: bool = True) -> bool:
+def serves_requests(roles: Collection[Role], *, strict_roles: bool = True) -> bool:
     """Return whether instances of these roles together can serve a request from prompt to last token."""
     if not strict_roles:
         return bool(roles)

@@ -92,6 +92,9 @@ class SimulatedRouter:
         self._message_s = message_s
         self._log = log
         self._instances_may_die = instances_may_die
+        # Where a message takes time, loads are those of when it was sent; a change of the fleet, or a prediction,
+        # looks at all of them.
+        self._compares_all = message_s > 0 or instances_may_die or settings.needs_costs
         self._start_spare_s = start_spare_s
         self._planner = planner
         self.decisions: list[tuple[float, ScalingDecided | PlanDecided]] = []
@@ -131,27 +134,26 @@ class SimulatedRouter:
 
     def submit(self, request: SimulatedRequest) -> None:
         """Take a request that arrives now."""
-        self._report_loads()
+        arrived = SequenceArrived(
+            request_id=request.request_id,
+            epoch=request.epoch,
+            num_tokens=request.prompt_len,
+            max_total_tokens=request.max_total_tokens,
+            priority=request.priority,
+            tenant=request.tenant,
+            objectives=request.objectives,
+            block_hashes=request.prompt_names(self._block_size),
+        )
+        self._report_loads(arrived)
         self._requests[request.request_id] = request
         if request.cancel_s < math.inf:
             self._queue.push(max(request.cancel_s, self._queue.now()), partial(self._cancel, request))
-        self._feed(
-            SequenceArrived(
-                request_id=request.request_id,
-                epoch=request.epoch,
-                num_tokens=request.prompt_len,
-                max_total_tokens=request.max_total_tokens,
-                priority=request.priority,
-                tenant=request.tenant,
-                objectives=request.objectives,
-                block_hashes=request.prompt_names(self._block_size),
-            )
-        )
+        self._feed(arrived)
 
     def hear(self, said: AnyRouterInput) -> None:
         """Take what an instance says; it arrives after the control plane's delay."""
         if isinstance(said, InstanceSaid) and isinstance(said.message, Offered | PartOffered):
-            self._report_loads()
+            self._report_loads(said.message.offer.request_id)
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, partial(self._feed, said))
         else:
@@ -182,18 +184,28 @@ class SimulatedRouter:
             request.outcome = Outcome.CANCELLED
             self._feed(SequenceCancelled(request_id=request.request_id, epoch=request.epoch))
 
-    def _report_loads(self) -> None:
-        """Tell the core how far the running answers are, before it compares instances.
+    def _report_loads(self, one: SequenceArrived | RequestId) -> None:
+        """Tell the core how far the running answers are, before it compares instances for a sequence.
 
         First and last tokens are reported at once; those between only change the load of an instance, so they are
-        reported together when that load is about to be looked at: never, where there is no choice.
+        reported together when that load is about to be looked at: never, where there is no choice. Loads grow
+        meanwhile, so that one that is known and least decides, whatever the others have become.
         """
         if len(self._compared) < 2:
             return
-        for instance in self._compared:
-            unreported = instance.unreported()
-            if unreported:
-                self._feed(tokens_emitted(instance.spec.name, unreported))
+        if self._compares_all:
+            for instance in self._compared:
+                self._report(instance)
+            return
+        while any(self._report(self._instances[entry.instance]) for entry in self._core.compared(one)):
+            pass
+
+    def _report(self, instance: SimulatedInstance) -> bool:
+        """Tell the core how far an instance's answers are; return False when it knew."""
+        unreported = instance.unreported()
+        if unreported:
+            self._feed(tokens_emitted(instance.spec.name, unreported))
+        return bool(unreported)
 
     # Deciding and telling -----------------------------------------------------------------------------------
 

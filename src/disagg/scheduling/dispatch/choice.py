@@ -12,63 +12,82 @@ A sequence that goes on elsewhere need not wait for a prefill instance: where no
 computes it again, from its known tokens on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from disagg.base.config import RouterSettings
+from disagg.base.ids import InstanceId
 from disagg.base.request import Role
 from disagg.scheduling.capacity import most_tokens, serves_requests
 from disagg.scheduling.dispatch.actions import FailReason
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.prefixes import choose_append, hand_over_cost, num_to_compute, start_cost
+from disagg.scheduling.dispatch.load_index import LoadIndex
+from disagg.scheduling.dispatch.prefixes import (
+    choose_append,
+    hand_over_cost,
+    held_by,
+    lenders,
+    num_to_compute,
+    start_cost,
+)
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
 
 def choose_start(
-    instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, append_turns: bool = False
+    fleet: Fleet, sequence: SequenceEntry, *, append_turns: bool = False, but: Collection[InstanceId] = ()
 ) -> InstanceEntry | None:
-    """Return the live instance on which the sequence starts, or None when it has to wait.
+    """Return the live instance on which the sequence starts, or None when it has to wait; none of those in ``but``.
 
     A prefill instance is taken only when a decode instance can continue (or nothing is left to decode); one that is
     restarting counts, unless a live colocated instance offers a path without waiting. With ``append_turns`` a decode
     instance may start what it holds the beginning of.
     """
-    pair = _best_pair(instances, sequence)
-    colocated = _best_colocated(instances, sequence)
+    holders = lenders(fleet, sequence, but)
+    pair = _best_pair(fleet, sequence, holders, but)
+    colocated = _best_colocated(fleet, sequence, holders, but)
     if pair is None and colocated is None:
-        return choose_decode(instances, sequence) if sequence.is_resumed else None
+        return choose_decode(fleet, sequence, but) if sequence.is_resumed else None
     if pair is None:
         return colocated
     if append_turns and sequence.held:
-        append = choose_append(sequence, _fitting(instances, Role.DECODE, sequence))
+        holding = [one for one in held_by(fleet, sequence, but) if one in fleet.ready.to_decode]
+        append = choose_append(sequence, (one for one in holding if _fits(one, sequence)))
         if append is not None and append[1] < pair.first_token_cost:
             return append[0]
     if colocated is None:
         return pair.prefill
-    alone = start_cost(instances, sequence, colocated) + colocated.kv_tokens
+    alone = start_cost(holders, sequence, colocated) + colocated.kv_tokens
     return colocated if pair.must_wait or alone < pair.cost else pair.prefill
 
 
-def choose_decode(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
-    """Return the live decode instance that adopts the sequence, or None when it has to wait."""
-    return _least_held(_fitting(instances, Role.DECODE, sequence), sequence)
+def choose_decode(fleet: Fleet, sequence: SequenceEntry, but: Collection[InstanceId] = ()) -> InstanceEntry | None:
+    """Return the live decode instance that adopts the sequence, or None when it has to wait; none of ``but``."""
+    return _least_held(fleet, fleet.ready.to_decode, sequence, but)
 
 
-def choose_adopter(instances: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
+def choose_adopter(fleet: Fleet, sequence: SequenceEntry) -> InstanceEntry | None:
     """Return the live instance that adopts an offered sequence, or None when it has to wait.
 
     Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
     """
-    others = [entry for entry in instances if entry.instance not in sequence.visited]
-    return choose_decode(others, sequence) or _least_held(_fitting(others, Role.COLOCATED, sequence), sequence)
+    but = sequence.visited
+    return choose_decode(fleet, sequence, but) or _least_held(fleet, fleet.ready.to_go_on, sequence, but)
 
 
-def can_be_served(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
+def compared_to_start(fleet: Fleet, sequence: SequenceEntry) -> list[InstanceEntry]:
+    """Return whose KV tokens decide where a sequence starts: were those of others higher, nothing would change."""
+    if not sequence.held and not len(fleet.ready.to_do_both):
+        return []  # any decode instance will do
+    compared = (choose_decode(fleet, sequence), _best_colocated(fleet, sequence, lenders(fleet, sequence), ()))
+    return [entry for entry in compared if entry is not None]
+
+
+def can_be_served(fleet: Fleet, sequence: SequenceEntry, *, strict_roles: bool = True) -> bool:
     """True when instances that are ready or will be could serve the sequence in its state.
 
     Their size is not looked at: see ``can_be_held``.
     """
-    present = {entry.role for entry in instances if entry.will_take}
+    present = fleet.ready.roles_to_come
     if sequence.lease is not None:
         return not present.isdisjoint((Role.DECODE, Role.COLOCATED))
     return serves_requests(present, strict_roles=strict_roles) or (sequence.is_resumed and Role.DECODE in present)
@@ -79,9 +98,7 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, 
     if sequence.lease is None and not strict_roles:
         return any(entry.can_hold(sequence.max_total_tokens) for entry in instances if entry.will_take)
     holds = {
-        role: any(
-            entry.can_hold(_needed(role, sequence)) for entry in instances if entry.role is role and entry.will_take
-        )
+        role: any(_fits(entry, sequence) for entry in instances if entry.role is role and entry.will_take)
         for role in Role
     }
     if sequence.lease is not None:
@@ -92,7 +109,7 @@ def can_be_held(instances: Sequence[InstanceEntry], sequence: SequenceEntry, *, 
 
 def why_unplaceable(fleet: Fleet, sequence: SequenceEntry, *, strict_roles: bool) -> tuple[FailReason, str] | None:
     """Return why a sequence that no instance can take now need not wait for one; None where it may."""
-    if not can_be_served(fleet.entries, sequence, strict_roles=strict_roles):
+    if not can_be_served(fleet, sequence, strict_roles=strict_roles):
         return FailReason.UNAVAILABLE, f"no instances are left that could serve the request ({fleet.describe()})"
     if not can_be_held(fleet.entries, sequence, strict_roles=strict_roles):
         return FailReason.TOO_LONG, (
@@ -127,38 +144,74 @@ class _Pair(NamedTuple):
     must_wait: bool = False
 
 
-def _best_pair(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> _Pair | None:
-    costs = [(start_cost(instances, sequence, entry), entry) for entry in _fitting(instances, Role.PREFILL, sequence)]
-    if not costs:
+def _best_pair(
+    fleet: Fleet, sequence: SequenceEntry, holders: Sequence[InstanceEntry], but: Collection[InstanceId]
+) -> _Pair | None:
+    def load(entry: InstanceEntry) -> tuple[float, int]:
+        return start_cost(holders, sequence, entry), entry.kv_tokens
+
+    prefill = _least(fleet, fleet.ready.to_prefill, sequence, but, load)
+    if prefill is None:
         return None
-    cost, prefill = min(costs, key=lambda pair: (pair[0], pair[1].kv_tokens))
+    cost = start_cost(holders, sequence, prefill)
     if sequence.ends_at_first_token:
         return _Pair(prefill, cost, cost)
-    decode = choose_decode(instances, sequence)
+    decode = choose_decode(fleet, sequence, but)
     if decode is not None:
         travel = hand_over_cost(sequence, decode)
         return _Pair(prefill, cost + travel, cost + decode.prefill_tokens + decode.kv_tokens)
     coming = any(
-        entry.role is Role.DECODE and entry.is_coming and entry.can_hold(_needed(Role.DECODE, sequence))
-        for entry in instances
+        entry.role is Role.DECODE and entry.is_coming and entry.instance not in but and _fits(entry, sequence)
+        for entry in fleet.entries
     )
     return _Pair(prefill, cost, cost, must_wait=True) if coming else None
 
 
-def _best_colocated(instances: Sequence[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
-    return min(
-        _fitting(instances, Role.COLOCATED, sequence),
-        key=lambda entry: (start_cost(instances, sequence, entry) + entry.kv_tokens, entry.kv_tokens),
-        default=None,
-    )
+def _best_colocated(
+    fleet: Fleet, sequence: SequenceEntry, holders: Sequence[InstanceEntry], but: Collection[InstanceId]
+) -> InstanceEntry | None:
+    def load(entry: InstanceEntry) -> tuple[float, int]:
+        return start_cost(holders, sequence, entry) + entry.kv_tokens, entry.kv_tokens
+
+    return _least(fleet, fleet.ready.to_do_both, sequence, but, load)
 
 
-def _least_held(entries: Iterable[InstanceEntry], sequence: SequenceEntry) -> InstanceEntry | None:
-    return min(
-        entries,
-        key=lambda entry: (entry.kv_tokens + num_to_compute(sequence, entry), entry.prefill_tokens),
-        default=None,
-    )
+def _least_held(
+    fleet: Fleet, index: LoadIndex, sequence: SequenceEntry, but: Collection[InstanceId]
+) -> InstanceEntry | None:
+    def load(entry: InstanceEntry) -> tuple[float, int]:
+        return entry.kv_tokens + num_to_compute(sequence, entry), entry.prefill_tokens
+
+    return _least(fleet, index, sequence, but, load)
+
+
+def _least(
+    fleet: Fleet,
+    index: LoadIndex,
+    sequence: SequenceEntry,
+    but: Collection[InstanceId],
+    load: Callable[[InstanceEntry], tuple[float, int]],
+) -> InstanceEntry | None:
+    """Return the instance that can hold the sequence and would have the least load with it.
+
+    The sequence is the same load for all that hold nothing of it, so the first of those in the index is the best of
+    them. The others are looked at one by one.
+    """
+    if not len(index):
+        return None
+    held, needed = sequence.held, _needed(index.role, sequence)
+    holders = [entry for entry in held_by(fleet, sequence) if entry in index] if held else []
+    first = None
+    if len(holders) < len(index):
+        first = index.first(
+            lambda entry: entry.can_hold(needed) and entry.instance not in but and entry.instance not in held
+        )
+    if not holders:
+        return first
+    candidates = [entry for entry in holders if entry.can_hold(needed) and entry.instance not in but]
+    if first is not None:
+        candidates.append(first)
+    return min(candidates, key=lambda entry: (*load(entry), entry.order), default=None)
 
 
 def open_to(
@@ -173,8 +226,8 @@ def open_to(
     ]
 
 
-def _fitting(instances: Iterable[InstanceEntry], role: Role, sequence: SequenceEntry) -> list[InstanceEntry]:
-    return open_to(instances, sequence, role, hand_over=role is Role.PREFILL)
+def _fits(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
+    return entry.can_hold(_needed(entry.role, sequence))
 
 
 def _needed(role: Role, sequence: SequenceEntry) -> int:

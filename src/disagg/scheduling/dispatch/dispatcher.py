@@ -66,7 +66,7 @@ from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.moves import Move, is_only_with_visited, migrate, movable, send_reader_away
 from disagg.scheduling.dispatch.pathfinder import HeldBack
 from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
-from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, num_to_compute
+from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.turns import Turns
 from disagg.scheduling.dispatch.workload import WorkloadWindow
@@ -118,6 +118,11 @@ class Dispatcher:
     def instances(self) -> tuple[InstanceEntry, ...]:
         """All configured instances with their loads, in the order of configuration. Not to be changed."""
         return self._fleet.entries
+
+    def compared(self, one: SequenceArrived | RequestId) -> list[InstanceEntry]:
+        """See ``Turns.compared``, of a sequence that arrives or one that is offered."""
+        found = SequenceEntry.arrived(one, 0, 0, 0) if isinstance(one, SequenceArrived) else self._sequences.get(one)
+        return [] if found is None else self._turns.compared(found, self._held(found))
 
     def handle(self, event: AnyDispatchEvent, now: float) -> list[AnyDispatchAction]:
         """Take one event at time ``now`` (seconds) and return what is to be done, in order.
@@ -172,9 +177,7 @@ class Dispatcher:
                 self._down(instance, InstanceState.GONE, "it was removed")
                 self._fleet.remove(instance)
             case ChangeRole(instance=instance, role=role):
-                entry = self._fleet.entry(instance)
-                entry.role = role
-                self._place_waiting(entry)
+                self._place_waiting(self._fleet.change_role(instance, role))
             case _:
                 assert_never(event)
 
@@ -222,7 +225,7 @@ class Dispatcher:
             return True
         instance = start.instance
         sequence.visited.add(instance.instance)
-        lender = choose_lender(self.instances, sequence, instance)
+        lender = choose_lender(lenders(self._fleet, sequence), sequence, instance)
         num_new = num_to_compute(sequence, instance, lender)
         self._charge(sequence, instance.instance, Charge(prefill_tokens=num_new))
         if start.chosen is not None:
@@ -359,10 +362,7 @@ class Dispatcher:
                 self._place_queued()
 
     def _down(self, instance: InstanceId, state: InstanceState, detail: str) -> None:
-        entry = self._fleet.entry(instance)
-        was_alive = entry.is_alive
-        entry.state = state
-        if was_alive:
+        if self._fleet.lose(instance, state):
             for other in self.instances:
                 if other.is_alive:
                     self._actions.append(SendPeerLost(instance=other.instance, lost=instance))

@@ -6,7 +6,7 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, FailureKind, StepLimits
+from disagg.base.messages import CostsLearned, Failed, FailureKind, Pulled, StepLimits
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
@@ -84,6 +84,12 @@ class PullEnded(DispatchEvent, frozen=True, kw_only=True):
     duration_s: float | None = None
     """Of the copying; None where the blocks did not arrive."""
 
+    @classmethod
+    def of(cls, message: Pulled, instance: InstanceId) -> "PullEnded":
+        """Return what an instance's message means."""
+        duration_s = None if message.failure else max(0.0, message.duration_s - message.overlapped_s)
+        return cls(request_id=message.request_id, epoch=message.epoch, instance=instance, duration_s=duration_s)
+
 
 class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` gave a sequence back."""
@@ -93,6 +99,17 @@ class SequenceFailed(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
     kind: FailureKind
     detail: str
+
+    @classmethod
+    def of(cls, message: Failed, instance: InstanceId) -> "SequenceFailed":
+        """Return what an instance's message means."""
+        return cls(
+            request_id=message.request_id,
+            epoch=message.epoch,
+            instance=instance,
+            kind=message.kind,
+            detail=message.message,
+        )
 
 
 class SequenceCancelled(DispatchEvent, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from disagg.scheduling.dispatch.events import (
     LinkKnown,
     ProcessStarting,
 )
+from disagg.scheduling.dispatch.load_index import ReadyInstances
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 _NO_CHARGE: Final = Charge()
@@ -25,9 +26,15 @@ class Fleet:
     """All instances by name, in the order in which they were configured or joined."""
 
     def __init__(self, instances: Mapping[InstanceId, Role]) -> None:
-        self._by_name = {name: InstanceEntry(name, role) for name, role in instances.items()}
-        self.entries = tuple(self._by_name.values())
+        self._by_name: dict[InstanceId, InstanceEntry] = {}
+        self._num_joined = 0
+        self.entries: tuple[InstanceEntry, ...] = ()
         """Not to be changed: read by every choice."""
+        self.draining: set[InstanceId] = set()
+        """Those that give away what they hold. Not to be changed."""
+        self._ready: ReadyInstances | None = None
+        for name, role in instances.items():
+            self._join(name, role)
 
     def entry(self, instance: InstanceId) -> InstanceEntry:
         """Return an instance by name; raise InternalError, naming those there are."""
@@ -36,29 +43,55 @@ class Fleet:
             raise InternalError(f"instance {instance!r} is not one of {', '.join(self._by_name)}")
         return entry
 
+    def find(self, instance: InstanceId) -> InstanceEntry | None:
+        """Return an instance by name; None where there is none."""
+        return self._by_name.get(instance)
+
+    @property
+    def ready(self) -> ReadyInstances:
+        """The instances that take new sequences now, in order of load."""
+        if self._ready is None:
+            self._ready = ReadyInstances(self.entries)
+        return self._ready
+
     def _join(self, instance: InstanceId, role: Role) -> None:
         if instance in self._by_name:
             raise InternalError(f"instance {instance} joined twice")
-        self._by_name[instance] = InstanceEntry(instance, role)
+        self._by_name[instance] = InstanceEntry(instance, role, order=self._num_joined)
+        self._num_joined += 1
+        self._list()
+
+    def _list(self) -> None:
         self.entries = tuple(self._by_name.values())
+        self._ready = None
+
+    def _move(self, entry: InstanceEntry, state: InstanceState) -> None:
+        """Change a state: who is ready is sorted anew before the next choice."""
+        entry.state = state
+        self._ready = None
+        if state is InstanceState.DRAINING:
+            self.draining.add(entry.instance)
+        else:
+            self.draining.discard(entry.instance)
 
     def up(self, event: InstanceUp) -> None:
         """An instance takes sequences; raise InternalError when it did already."""
         entry = self.entry(event.instance)
         if entry.is_alive:
             raise InternalError(f"instance {event.instance} came up twice without going down")
-        entry.state = InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY
+        self._move(entry, InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY)
         entry.capacity = event.max_total_tokens
         entry.pool_tokens = event.pool_tokens
         entry.limits = event.limits
-        _set_foreign(entry, ForeignLoad())
+        self._set_foreign(entry, ForeignLoad())
 
     def drain(self, instance: InstanceId) -> bool:
         """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
         entry = self.entry(instance)
         if entry.state is not InstanceState.READY:
             raise InternalError(f"instance {instance} cannot drain: it is {entry.state.value}")
-        entry.state, entry.is_cordoned = InstanceState.DRAINING, True
+        entry.is_cordoned = True
+        self._move(entry, InstanceState.DRAINING)
         return not entry.num_sequences
 
     def undrain(self, instance: InstanceId) -> None:
@@ -66,12 +99,27 @@ class Fleet:
         entry = self.entry(instance)
         entry.is_cordoned = False
         if entry.state is InstanceState.DRAINING:
-            entry.state = InstanceState.READY
+            self._move(entry, InstanceState.READY)
+
+    def lose(self, instance: InstanceId, state: InstanceState) -> bool:
+        """An instance takes nothing any more; return whether it did until now."""
+        entry = self.entry(instance)
+        was_alive = entry.is_alive
+        self._move(entry, state)
+        return was_alive
+
+    def change_role(self, instance: InstanceId, role: Role) -> InstanceEntry:
+        """Let an instance get sequences of another role from now on, and return it."""
+        entry = self.entry(instance)
+        entry.role = role
+        self._ready = None
+        return entry
 
     def remove(self, instance: InstanceId) -> None:
         """Forget an instance that nobody is on any more."""
         del self._by_name[instance]
-        self.entries = tuple(self._by_name.values())
+        self.draining.discard(instance)
+        self._list()
 
     def charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge, now: float) -> None:
         """Set the sequence's part of an instance's load."""
@@ -89,6 +137,8 @@ class Fleet:
                     entry.prefilling_since_s = now
                 entry.num_prefills += 1 if is_now else -1
         entry.kv_tokens += charge.kv_tokens - before.kv_tokens
+        if self._ready is not None and (is_now < was or charge.kv_tokens < before.kv_tokens):
+            self._ready.fell(entry)
         if charge.is_decoding:
             entry.answers[sequence.request_id] = sequence
         elif before.is_decoding:
@@ -127,7 +177,7 @@ class Fleet:
             case ProcessStarting(instance=instance):
                 entry = self.entry(instance)
                 if not entry.is_alive:
-                    entry.state = InstanceState.STARTING
+                    self._move(entry, InstanceState.STARTING)
             case Join(instance=instance, role=role):
                 self._join(instance, role)
             case CostsKnown(lesson=costs):
@@ -135,7 +185,7 @@ class Fleet:
             case LinkKnown(source=source, target=target, latency_s=latency_s, token_s=token_s):
                 self.entry(target).reads[source] = KvLink(latency_s, token_s)
             case ForeignLoadKnown(instance=instance, load=load):
-                _set_foreign(self.entry(instance), load)
+                self._set_foreign(self.entry(instance), load)
 
     def link_s(self, sequence: SequenceEntry) -> float | None:
         """Return what its measured link says that a sequence's blocks take to who pulls them; None: not measured."""
@@ -161,12 +211,14 @@ class Fleet:
             own = Charge(entry.prefill_tokens - entry.foreign.prefill_tokens, entry.kv_tokens - entry.foreign.kv_tokens)
             if own != totals[name]:
                 raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")
+        self.ready.validate()
 
-
-def _set_foreign(entry: InstanceEntry, load: ForeignLoad) -> None:
-    """Let what others have put on an instance be part of its load."""
-    before, entry.foreign = entry.foreign, load
-    entry.prefill_tokens += load.prefill_tokens - before.prefill_tokens
-    entry.prefill_squares += load.prefill_squares - before.prefill_squares
-    entry.num_prefills += load.num_prefills - before.num_prefills
-    entry.kv_tokens += load.kv_tokens - before.kv_tokens
+    def _set_foreign(self, entry: InstanceEntry, load: ForeignLoad) -> None:
+        """Let what others have put on an instance be part of its load."""
+        before, entry.foreign = entry.foreign, load
+        entry.prefill_tokens += load.prefill_tokens - before.prefill_tokens
+        entry.prefill_squares += load.prefill_squares - before.prefill_squares
+        entry.num_prefills += load.num_prefills - before.num_prefills
+        entry.kv_tokens += load.kv_tokens - before.kv_tokens
+        if self._ready is not None:
+            self._ready.fell(entry)

@@ -6,7 +6,7 @@ live migration). An answer stays where it is while no other instance can take it
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from disagg.base.ids import InstanceId
 from disagg.base.request import Role
@@ -14,7 +14,7 @@ from disagg.scheduling.dispatch.actions import AnyDispatchAction, Drained, SendA
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.forecaster import Forecaster, known_prefill_costs
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry, Whereabouts
+from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry, Whereabouts
 
 _MOVABLE = (Whereabouts.DECODING, Whereabouts.RUNNING)
 
@@ -35,9 +35,9 @@ def movable(
 
     ``flipped`` has another role since this moment.
     """
-    sources = {entry.instance for entry in fleet.entries if entry.state is InstanceState.DRAINING}
+    sources: Collection[InstanceId] = fleet.draining
     if flipped is not None and flipped.role is Role.PREFILL:
-        sources.add(flipped.instance)
+        sources = {*sources, flipped.instance}
     if not sources:
         return []
     return [sequence for sequence in sequences if sequence.holder in sources and sequence.state in _MOVABLE]
@@ -50,9 +50,9 @@ def choose_move(fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -
     the one that is predicted to be quicker. A way through a prefill instance would end with the same copy, so it is
     taken only where nobody can adopt. Where nobody knows yet what prefill costs, blocks are pulled.
     """
-    others = [entry for entry in fleet.entries if entry.instance != sequence.holder]
-    adopter = choose_adopter(others, sequence)
-    target = choose_start(others, sequence)
+    assert sequence.holder is not None, "a running sequence is somewhere"
+    adopter = choose_adopter(fleet, sequence)  # its holder is one of those that it has visited
+    target = choose_start(fleet, sequence, but=(sequence.holder,))
     is_decided = target is not None and (target.role is not Role.PREFILL or sequence.ends_at_first_token)
     if adopter is None:
         return Move.RECOMPUTE if is_decided else None

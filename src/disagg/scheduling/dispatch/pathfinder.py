@@ -14,10 +14,11 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open_to
 from disagg.scheduling.dispatch.experience import Experience
+from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
-from disagg.scheduling.dispatch.prefixes import choose_lender, num_to_compute
+from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.queue_order import queue_order, rank_of
@@ -71,35 +72,31 @@ class Pathfinder:
         )
         return (priority, rank_s, sequence.order)
 
-    def miss(
-        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, room: WaitingRoom, now: float
-    ) -> Miss | None:
+    def miss(self, fleet: Fleet, sequence: SequenceEntry, room: WaitingRoom, now: float) -> Miss | None:
         """Return why a sequence that arrives is predicted to miss its objectives; None when nothing says so."""
-        forecaster = self.forecaster(instances, now)
-        forecasts, wanted = self._forecasts(instances, sequence, forecaster)
+        forecaster = self.forecaster(fleet.entries, now)
+        forecasts, wanted = self._forecasts(fleet, sequence, forecaster)
         best = best_path(forecasts, wanted)
         if best is None:
             return None
         num_prefilling = sum(
             entry.state is InstanceState.READY and (entry.role is not Role.DECODE or not self._strict_roles)
-            for entry in instances
+            for entry in fleet.entries
         )
         rate = self._drain.rate(num_prefilling)
         return judge(sequence, best, forecaster, room.ahead_of(sequence), rate, wanted.objectives)
 
-    def start(
-        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float
-    ) -> Placed | HeldBack | None:
+    def start(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
         if not self.predicts:
-            instance = choose_start(instances, sequence, append_turns=self._append_turns)
+            instance = choose_start(fleet, sequence, append_turns=self._append_turns)
             return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
-        forecaster = self.forecaster(instances, now)
-        forecasts, wanted = self._forecasts(instances, sequence, forecaster)
+        forecaster = self.forecaster(fleet.entries, now)
+        forecasts, wanted = self._forecasts(fleet, sequence, forecaster)
         chosen = best_path(forecasts, wanted)
         if chosen is None:
             return None
-        instance = next(entry for entry in instances if entry.instance == chosen.path.prefill)
+        instance = fleet.entry(chosen.path.prefill)
         ahead_s = forecaster.backlog_s(instance)
         if ahead_s > AHEAD_S:
             return HeldBack(now + max(ahead_s - AHEAD_S, _SHORTEST_WAIT_S))
@@ -122,12 +119,12 @@ class Pathfinder:
         """Take account of somebody who waits on."""
         self._drain.note(now, somebody_waits=True)
 
-    def adopt(self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, now: float) -> InstanceEntry | None:
+    def adopt(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> InstanceEntry | None:
         """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
         if not self.predicts:
-            return choose_adopter(instances, sequence)
-        forecaster = self.forecaster(instances, now)
-        others = [entry for entry in instances if entry.instance not in sequence.visited]
+            return choose_adopter(fleet, sequence)
+        forecaster = self.forecaster(fleet.entries, now)
+        others = [entry for entry in fleet.entries if entry.instance not in sequence.visited]
         decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
             decode or colocated,
@@ -136,18 +133,19 @@ class Pathfinder:
         )
 
     def _forecasts(
-        self, instances: Sequence[InstanceEntry], sequence: SequenceEntry, forecaster: Forecaster
+        self, fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster
     ) -> tuple[list[Forecast], Wanted]:
         # A sequence that lost an instance need not wait for one of the right role.
         strict_roles = self._strict_roles and not sequence.is_resumed
+        holders = lenders(fleet, sequence)
 
         def cached(entry: InstanceEntry, sequence: SequenceEntry) -> int:
             if not sequence.held:
                 return 0
-            return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(instances, sequence, entry))
+            return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(holders, sequence, entry))
 
         forecasts = forecast_paths(
-            instances,
+            fleet.entries,
             sequence,
             forecaster,
             strict_roles=strict_roles,

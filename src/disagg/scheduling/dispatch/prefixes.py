@@ -5,14 +5,16 @@ other: an instance that holds a prefix is taken only while the tokens it saves a
 another instance holds is pulled where that beats computing it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from heapq import nsmallest
 from types import MappingProxyType
 from typing import Final
 
 from disagg.base.config import CacheRouting
 from disagg.base.ids import BlockHash, InstanceId
 from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
+from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 
 PULL_COST: Final = 1 / 16
@@ -37,20 +39,30 @@ def held_prefixes(
     return held
 
 
-def choose_lender(
-    instances: Iterable[InstanceEntry], sequence: SequenceEntry, borrower: InstanceEntry
-) -> InstanceEntry | None:
-    """Return the instance from which ``borrower`` pulls the beginning of a sequence that it is to compute, if any.
+def lenders(fleet: Fleet, sequence: SequenceEntry, but: Collection[InstanceId] = ()) -> tuple[InstanceEntry, ...]:
+    """Return the two instances that hold most of a sequence's beginning in their pools, where others can read it.
 
-    The one that holds most of it in its pool; of equals the one with the fewest sequences.
+    Of equals those with the fewest sequences. Two, as the first may be the one that is to compute the rest.
     """
     if not sequence.held:
-        return None
-    lender = max(
-        (entry for entry in instances if entry is not borrower and entry.is_alive),
-        key=lambda entry: (_num_lent(entry, sequence), -entry.num_sequences),
-        default=None,
-    )
+        return ()
+    holders = [
+        entry for entry in held_by(fleet, sequence, but) if entry.is_alive and _num_lent(entry, sequence) >= MIN_LOAN
+    ]
+    return tuple(nsmallest(2, holders, lambda one: (-_num_lent(one, sequence), one.num_sequences, one.order)))
+
+
+def held_by(fleet: Fleet, sequence: SequenceEntry, but: Collection[InstanceId] = ()) -> list[InstanceEntry]:
+    """Return the instances that hold a beginning of a sequence, those named left out."""
+    known = (fleet.find(instance) for instance in sequence.held if instance not in but)
+    return [entry for entry in known if entry is not None]
+
+
+def choose_lender(
+    holders: Iterable[InstanceEntry], sequence: SequenceEntry, borrower: InstanceEntry
+) -> InstanceEntry | None:
+    """Return which of ``lenders`` lends the beginning of a sequence to an instance that is to compute it, if any."""
+    lender = next((entry for entry in holders if entry is not borrower), None)
     if lender is None or _gain(lender, sequence, borrower) < MIN_LOAN:
         return None
     return lender
@@ -58,14 +70,19 @@ def choose_lender(
 
 def num_to_compute(sequence: SequenceEntry, entry: InstanceEntry, lender: InstanceEntry | None = None) -> int:
     """Return how many of a sequence's tokens an instance lacks, given who lends it their beginning."""
+    if not sequence.held:
+        return sequence.num_tokens
     num_here = sequence.num_cached(entry.instance)
     return sequence.num_tokens - (num_here if lender is None else max(num_here, _num_lent(lender, sequence)))
 
 
-def start_cost(instances: Iterable[InstanceEntry], sequence: SequenceEntry, entry: InstanceEntry) -> float:
-    """Return the tokens that an instance computes until a new sequence's first token: those that wait, and its own."""
+def start_cost(holders: Iterable[InstanceEntry], sequence: SequenceEntry, entry: InstanceEntry) -> float:
+    """Return the tokens that an instance computes until a new sequence's first token: those that wait, and its own.
+
+    ``holders`` are the ``lenders`` of its beginning.
+    """
     cost = entry.prefill_tokens + num_to_compute(sequence, entry)
-    lender = choose_lender(instances, sequence, entry)
+    lender = choose_lender(holders, sequence, entry)
     return cost if lender is None else cost - _gain(lender, sequence, entry) * (1 - PULL_COST)
 
 
@@ -74,11 +91,12 @@ def choose_append(sequence: SequenceEntry, decode: Iterable[InstanceEntry]) -> t
 
     None where none holds most of it: a prompt that merely begins like others is a prefill instance's work.
     """
-    costs = [(_append_cost(entry, sequence), entry) for entry in decode if holds_most(entry, sequence)]
-    if not costs:
-        return None
-    cost, entry = min(costs, key=lambda pair: pair[0])
-    return entry, cost
+    best = min(
+        (entry for entry in decode if holds_most(entry, sequence)),
+        key=lambda entry: (_append_cost(entry, sequence), entry.order),
+        default=None,
+    )
+    return None if best is None else (best, _append_cost(best, sequence))
 
 
 def hand_over_cost(sequence: SequenceEntry, decode: InstanceEntry) -> float:

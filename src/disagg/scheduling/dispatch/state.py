@@ -180,6 +180,8 @@ class InstanceEntry:
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
     foreign: ForeignLoad = field(default_factory=ForeignLoad)
     """The part of the numbers of tokens and of prefills that other routers have put on it."""
+    order: int = 0
+    """Its place in the order of joining: decides between equals."""
 
     @property
     def is_alive(self) -> bool:

@@ -3,14 +3,15 @@
 It joins ``admission``, ``waiting_room`` and ``pathfinder``, each of which decides one thing, and keeps their books.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from disagg.base.config import Overload, RouterSettings, SchedulerSettings
-from disagg.base.ids import RequestId
+from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
+from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, SendPart
 from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
-from disagg.scheduling.dispatch.choice import can_be_served
+from disagg.scheduling.dispatch.choice import can_be_served, choose_adopter, compared_to_start
 from disagg.scheduling.dispatch.events import PartMade
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.moves import Move, choose_move
@@ -48,15 +49,15 @@ class Turns:
         return verdict
 
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
-        settings, instances = self._settings, self._fleet.entries
+        settings = self._settings
         refusal = over_bounds(sequence, settings, num_all, self._room.num_under_way(sequence.tenant))
         if refusal is not None:
             return refusal
-        if not can_be_served(instances, sequence, strict_roles=settings.strict_roles):
+        if not can_be_served(self._fleet, sequence, strict_roles=settings.strict_roles):
             return unserved(sequence, self._fleet.describe())
         if settings.overload is Overload.QUEUE:
             return None
-        miss = self._paths.miss(instances, sequence, self._room, now)
+        miss = self._paths.miss(self._fleet, sequence, self._room, now)
         if miss is None:
             return None
         if settings.overload is Overload.SHED:
@@ -70,7 +71,7 @@ class Turns:
 
     def start(self, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a sequence whose turn it is starts, or that it waits on, with a time or without."""
-        start = self._paths.start(self._fleet.entries, sequence, now)
+        start = self._paths.start(self._fleet, sequence, now)
         if isinstance(start, Placed):
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
@@ -88,6 +89,17 @@ class Turns:
         self._fleet.expect_no_more(sequence)
         self._room.wait(sequence)
 
+    def compared(self, sequence: SequenceEntry, held: Mapping[InstanceId, HeldPrefix]) -> list[InstanceEntry]:
+        """Return the instances whose KV tokens decide where a sequence starts, or goes on once it is offered.
+
+        That those of the others have grown meanwhile changes nothing.
+        """
+        sequence.held = held
+        if sequence.state is Whereabouts.QUEUED:
+            return compared_to_start(self._fleet, sequence)
+        adopter = choose_adopter(self._fleet, sequence) if sequence.reader is None else None
+        return [] if adopter is None else [adopter]
+
     def adopter(self, sequence: SequenceEntry, now: float) -> InstanceEntry | None:
         """Return the instance that goes on with an offered sequence; None when none can take it now.
 
@@ -96,7 +108,7 @@ class Turns:
         reader = None if sequence.reader is None else self._fleet.entry(sequence.reader)
         if reader is not None and reader.state is InstanceState.READY and reader.role is not Role.PREFILL:
             return reader
-        adopter = self._paths.adopt(self._fleet.entries, sequence, now)
+        adopter = self._paths.adopt(self._fleet, sequence, now)
         if adopter is not None:
             self._fleet.expect_no_more(sequence)
         return adopter

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Final, assert_never
 
 from disagg.base.errors import ConfigurationError, InternalError
+from disagg.base.ids import RequestId
 from disagg.base.messages import (
     CostsLearned,
     Failed,
@@ -61,7 +62,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
-from disagg.scheduling.dispatch.state import COMING, InstanceState
+from disagg.scheduling.dispatch.state import COMING, InstanceEntry, InstanceState
 from disagg.scheduling.router.elasticity import AnyChange, Elasticity
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
@@ -148,6 +149,10 @@ class RouterCore:
         """True when ready instances can serve a request from prompt to last token."""
         return self._members.serves(self._members.roles({InstanceState.READY}))
 
+    def compared(self, one: SequenceArrived | RequestId) -> list[InstanceEntry]:
+        """See ``Dispatcher.compared``."""
+        return self._dispatcher.compared(one)
+
     def validate(self) -> None:
         """Raise InternalError unless all books agree."""
         self._dispatcher.validate()
@@ -224,14 +229,11 @@ class RouterCore:
                 self._on_offer(member, message)
             case NotHeld(request_id=request_id, epoch=epoch):
                 self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
-            case Pulled(request_id=request_id, epoch=epoch):
+            case Pulled():
                 self._outputs.append(HandOverEnded.of(message, instance))
-                duration_s = None if message.failure else max(0.0, message.duration_s - message.overlapped_s)
-                ended = PullEnded(request_id=request_id, epoch=epoch, instance=instance, duration_s=duration_s)
-                self._dispatch_from(member, ended)
-            case Failed(request_id=request_id, epoch=epoch, kind=kind, message=detail):
-                failed = SequenceFailed(request_id=request_id, epoch=epoch, instance=instance, kind=kind, detail=detail)
-                self._dispatch_from(member, failed)
+                self._dispatch_from(member, PullEnded.of(message, instance))
+            case Failed():
+                self._dispatch_from(member, SequenceFailed.of(message, instance))
             case LoadReport():
                 if message.incarnation == member.incarnation:
                     member.load = message.load
@@ -294,8 +296,7 @@ class RouterCore:
         member.num_malformed += 1
         self._drop(member, DropReason.MALFORMED)
         if member.num_malformed == MAX_MALFORMED_MESSAGES:
-            why = f"{member.num_malformed} malformed messages, the last: {event.error}"
-            self._declare_lost(member, why)
+            self._declare_lost(member, f"{member.num_malformed} malformed messages, the last: {event.error}")
 
     def _welcome(self, member: Member, message: Ready) -> None:
         if why := self._members.why_unfit(member, message):

@@ -24,7 +24,8 @@ def block_faults(ledger: KvLedger, sequences: Iterable[Sequence]) -> tuple[str, 
     for sequence in sequences:
         writers.update(sequence.filling)
         holders.update(set(sequence.block_ids).difference(sequence.filling))
-    for index in map(BlockId, range(pool.num_blocks)):
+    claimed = (index for index in {*holders, *leases, *writers} if index >= pool.num_touched)
+    for index in (*map(BlockId, range(pool.num_touched)), *sorted(claimed)):
         found, expected = pool.holds_of(index), (holders[index], leases[index])
         if found != expected:
             faults.append(
