@@ -1,9 +1,10 @@
 """What a client sees of the hand-over of long prompts, with parts that travel during the prefill and without.
 
-For each link and length: the gap between the first and the second token, less the mean of the gaps after it, which is
-what the hand-over costs a client; and its share of the time to the first token. Real servers, one request at a time,
-the settings taking turns. ``--rate 1gbit`` holds the loopback interface to a rate (``tc tbf``; needs root, and a
-network namespace of its own: run it behind ``unshare --net``).
+For each link and length: the gap between the first and the second token, less the median of the gaps after it, which is
+what the hand-over costs a client; its share of the time to the first token; the ratio of that gap to those after it;
+and what the control path (until the decode instance knows of the offer) and the pull took of it. Real servers, one
+request at a time, the settings taking turns. ``--rate 1gbit`` holds the loopback interface to a rate (``tc tbf``; needs
+root, and a network namespace of its own: run it behind ``unshare --net``).
 """
 
 import argparse
@@ -44,10 +45,17 @@ def token_times(url: str, num_tokens: int, salt: int) -> list[float]:
         return [time.perf_counter() - started_s for line in response.iter_lines() if line.startswith("data: {")]
 
 
-def exposed(times: list[float]) -> tuple[float, float]:
-    """Return the time to the first token, and what the second gap has more than those after it."""
+def exposed(times: list[float]) -> tuple[float, float, float]:
+    """Return the time to the first token, what the second gap has more than those after it, and its ratio to them."""
     gaps = [after - before for before, after in pairwise(times)]
-    return times[0], max(0.0, gaps[0] - statistics.mean(gaps[1:]))
+    later_s = statistics.median(gaps[1:])
+    return times[0], max(0.0, gaps[0] - later_s), gaps[0] / later_s
+
+
+def stages(url: str) -> tuple[float, float]:
+    """Return what the last request's control path and what was left of its pull took, in seconds."""
+    (last,) = httpx.get(f"{url}/requests", params={"after": -1}).json()["requests"]
+    return last["stages"]["hand_over_control"], last["stages"]["hand_over"]
 
 
 def main() -> None:
@@ -63,9 +71,20 @@ def main() -> None:
         shape = f"tc qdisc replace dev lo root tbf rate {chosen.rate} burst 256kb latency 50ms"
         subprocess.run(shape.split(), check=True)
     common = ("--max-model-len", "8192", "--threads", "1", "--no-prefix-caching")
-    print("| link | tokens | overlap | TTFT ms | exposed ms | share of TTFT |\n|---|---|---|---|---|---|")
+    columns = (
+        "link",
+        "tokens",
+        "overlap",
+        "TTFT ms",
+        "exposed ms",
+        "share of TTFT",
+        "gap ratio",
+        "control ms",
+        "pull ms",
+    )
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for link in chosen.links:
-        found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        found: dict[tuple[int, str], list[tuple[float, ...]]] = {}
         with (
             serving(*common, "--kv-link", link, "--kv-overlap") as on,
             serving(*common, "--kv-link", link, "--no-kv-overlap") as off,
@@ -76,11 +95,15 @@ def main() -> None:
                 for length in chosen.lengths:
                     for word, url in (("on", on), ("off", off)):
                         times = token_times(url, length, 1 + repeat)
-                        found.setdefault((length, word), []).append(exposed(times))
+                        found.setdefault((length, word), []).append((*exposed(times), *stages(url)))
         for (length, word), rows in found.items():
-            ttft_s, exposed_s = (statistics.median(column) for column in zip(*rows, strict=True))
-            share = exposed_s / ttft_s
-            print(f"| {link} | {length} | {word} | {ttft_s * 1e3:.0f} | {exposed_s * 1e3:.1f} | {share:.1%} |")
+            ttft_s, exposed_s, ratio, control_s, pull_s = (
+                statistics.median(column) for column in zip(*rows, strict=True)
+            )
+            print(
+                f"| {link} | {length} | {word} | {ttft_s * 1e3:.0f} | {exposed_s * 1e3:.1f} | {exposed_s / ttft_s:.1%} "
+                f"| {ratio:.2f} | {control_s * 1e3:.1f} | {pull_s * 1e3:.1f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
 
 
 def test_host_costs_are_what_is_neither_step_nor_pull() -> None:
-    stages = {"queue_prefill": 0.003, "prefill": 0.05, "hand_over_wait": 0.002, "hand_over": 0.001}
+    stages = {"queue_prefill": 0.003, "prefill": 0.05, "hand_over_control": 0.002, "hand_over": 0.001}
     costs = host_costs([LoneRequest(0.057, told) for told in (stages, {}, stages)])
     assert costs == pytest.approx(HostCosts(accept_s=0.002, message_s=0.001, deliver_s=0.004))
     with pytest.raises(ProtocolError, match="no request"):

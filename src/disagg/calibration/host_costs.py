@@ -80,14 +80,15 @@ def _tokenizer(model: str | None) -> TextTokenizer:
 def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:
     """Return the medians.
 
-    From the first token to the start of the pull two messages pass: the offer, and the order to adopt. Before the first
-    step there is one. What the client waits for its first token beyond that step and what comes before it is delivery.
+    From the first token until the decode instance knows of the offer two messages pass: the offer, and the order to
+    adopt. Before the first step there is one. What the client waits for its first token beyond that step and what comes
+    before it is delivery.
     """
-    wanted = {Stage.QUEUE_PREFILL.value, Stage.PREFILL.value, Stage.HAND_OVER_WAIT.value}
+    wanted = {Stage.QUEUE_PREFILL.value, Stage.PREFILL.value, Stage.HAND_OVER_CONTROL.value}
     told = [request for request in requests if wanted <= request.stages.keys()]
     if not told:
         raise ProtocolError("the server told the stages of no request: is another version of it installed?")
-    message_s = statistics.median(request.stages[Stage.HAND_OVER_WAIT.value] for request in told) / 2
+    message_s = statistics.median(request.stages[Stage.HAND_OVER_CONTROL.value] for request in told) / 2
     queue_s = [request.stages[Stage.QUEUE_PREFILL.value] for request in told]
     deliver_s = statistics.median(
         request.ttft_s - before_s - request.stages[Stage.PREFILL.value]

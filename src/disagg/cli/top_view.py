@@ -41,6 +41,7 @@ class Look(NamedTuple):
 STAGE_LOOKS: Final = {
     Stage.QUEUE_PREFILL.value: Look("░", "#b4bec8", "queue for prefill"),
     Stage.PREFILL.value: Look("█", "#e69f00", "prefill"),
+    Stage.HAND_OVER_CONTROL.value: Look("│", "#b4bec8", "offer on its way"),
     Stage.HAND_OVER_WAIT.value: Look("╲", "#b4bec8", "wait for hand-over"),
     Stage.HAND_OVER.value: Look("▞", "#009e73", "hand-over"),
     Stage.QUEUE_DECODE.value: Look("╱", "#b4bec8", "queue for decode"),

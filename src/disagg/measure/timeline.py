@@ -20,8 +20,10 @@ class Stage(enum.Enum):
     """From arrival at the API to its first prefill step (dispatch and tokenising included)."""
     PREFILL = "prefill"
     """From there to the first token at the prefill (or colocated) instance."""
+    HAND_OVER_CONTROL = "hand_over_control"
+    """From the first token until the decode instance knows of the offer: digests, the router's choice, two messages."""
     HAND_OVER_WAIT = "hand_over_wait"
-    """From the first token to the start of the pull: the decode instance has no room yet."""
+    """From there to the start of the pull: the decode instance has no room yet."""
     HAND_OVER = "hand_over"
     """The pull of the KV blocks."""
     QUEUE_DECODE = "queue_decode"
@@ -39,13 +41,15 @@ class Stage(enum.Enum):
 class RequestTimeline(msgspec.Struct, kw_only=True):
     """Stamps in seconds of one clock; NaN where the request did not (yet) pass.
 
-    ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``pull_started_s``, ``pulled_s``. A request
+    ``arrival_s`` to ``finished_s`` are in order. A colocated request has no ``offered_s`` to ``pulled_s``. A request
     that lost its instance has the stamps of the instance that brought the token.
     """
 
     arrival_s: float
     prefill_started_s: float = math.nan
     first_token_s: float = math.nan
+    offered_s: float = math.nan
+    """When the decode instance knew of the whole offer."""
     pull_started_s: float = math.nan
     pulled_s: float = math.nan
     decode_started_s: float = math.nan
@@ -85,7 +89,9 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         elif num_tokens == 1:
             self.last_token_s = self.first_token_s
         if num_tokens < 2:
-            self.pull_started_s = self.pulled_s = self.decode_started_s = self.second_token_s = math.nan
+            self.offered_s = self.pull_started_s = self.pulled_s = self.decode_started_s = self.second_token_s = (
+                math.nan
+            )
 
     def pause(self, now: float) -> None:
         """Note that the request lost its instance; a pause that has begun goes on."""
@@ -96,6 +102,7 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         if stamps is None:  # it came from the instance that brought the first token
             self.decode_started_s, self.second_token_s = self.first_token_s, now
             return
+        self.offered_s = max(self.first_token_s, stamps.received_s) if stamps.received_s else math.nan
         self.pull_started_s = _passed(stamps.pull_started_s)
         self.pulled_s = _passed(stamps.pulled_s)
         self.decode_started_s = _passed(stamps.scheduled_s)
@@ -107,6 +114,7 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
             self.arrival_s,
             self.prefill_started_s,
             self.first_token_s,
+            self.offered_s,
             self.pull_started_s,
             self.pulled_s,
             self.decode_started_s,

@@ -97,6 +97,7 @@ def test_the_stages_add_up_to_the_whole() -> None:
         arrival_s=10.0,
         prefill_started_s=11.0,
         first_token_s=13.0,
+        offered_s=13.25,
         pull_started_s=13.5,
         pulled_s=14.0,
         decode_started_s=14.25,

@@ -210,7 +210,7 @@ async def test_prefill_here_decode_there(scene):
     await decode.pulled(request, prefill)
     assert (await prefill.expect(Release)).request_id == "a"
 
-    stamps = StageStamps(pull_started_s=14.0, pulled_s=16.0, scheduled_s=17.0, first_step_done_s=19.0)
+    stamps = StageStamps(13.25, pull_started_s=14.0, pulled_s=16.0, scheduled_s=17.0, first_step_done_s=19.0)
     await decode.emit(request, 12, stamps=stamps)
     await decode.emit(request, 13, 14, finished=FinishReason.STOP)
     assert [output.token_ids async for output in outputs(stream)] == [(12,), (13, 14)]
@@ -220,7 +220,7 @@ async def test_prefill_here_decode_there(scene):
     assert sum(stages.values()) == pytest.approx(stream.timeline.finished_s - 10.0)
     assert stages.pop(Stage.PAUSE) == 0.0
     del stages[Stage.DECODE], stages[Stage.DELIVERY]  # stamped by the router's own clock
-    assert list(stages.values()) == [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
+    assert list(stages.values()) == [1.0, 2.0, 0.25, 0.75, 2.0, 1.0, 2.0]
     assert scene.tally.hand_overs == [("prefill-0", "decode-0", 4096, "")]
 
 

@@ -26,6 +26,7 @@ _LOOKS: Final = {
     Stage.QUEUE_PREFILL.value: ("queue for prefill", QUEUE, ""),
     Stage.PREFILL.value: ("prefill", ORANGE, ""),
     "until_first_token": ("until the first token (queue and prefill)", ORANGE, "//"),
+    Stage.HAND_OVER_CONTROL.value: ("offer on its way", QUEUE, "||"),
     Stage.HAND_OVER_WAIT.value: ("wait for hand-over", QUEUE, "////"),
     Stage.HAND_OVER.value: ("hand-over of KV blocks", GREEN, ""),
     Stage.QUEUE_DECODE.value: ("queue for decode", QUEUE, "...."),

@@ -27,7 +27,9 @@ _LABELLED_SHARE: Final = 0.06
 _HALF: Final = 0.36
 """Half of a bar's height, in lanes."""
 _STALL_FACE: Final = (VERMILLION, 0.3)
-_HAND_OVER: Final = (Stage.HAND_OVER_WAIT.value, Stage.HAND_OVER.value, Stage.QUEUE_DECODE.value)
+_HAND_OVER: Final = tuple(
+    stage.value for stage in (Stage.HAND_OVER_CONTROL, Stage.HAND_OVER_WAIT, Stage.HAND_OVER, Stage.QUEUE_DECODE)
+)
 
 
 @dataclass(frozen=True)

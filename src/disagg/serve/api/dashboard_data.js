@@ -10,6 +10,7 @@ const COMPLETE = new Set(["stop", "length"]);
 const STAGES = [
   { name: "queue_prefill", label: "queue for prefill", hint: "arrival to the first prefill step" },
   { name: "prefill", label: "prefill", hint: "to the first token" },
+  { name: "hand_over_control", label: "offer on its way", hint: "until the decode instance knows of it" },
   { name: "hand_over_wait", label: "wait for hand-over", hint: "until the decode instance has room" },
   { name: "hand_over", label: "hand-over", hint: "the pull of the KV blocks" },
   { name: "queue_decode", label: "queue for decode", hint: "blocks there, first decode step not yet begun" },
@@ -18,7 +19,7 @@ const STAGES = [
   { name: "delivery", label: "delivery", hint: "from the instance to the API" },
   { name: "pause", label: "pause", hint: "from the loss of an instance to the next token" },
 ];
-const NUM_STAGES_TO_SECOND_TOKEN = 6;
+const NUM_STAGES_TO_SECOND_TOKEN = 7;
 
 const BLOCK_STATES = ["active", "filling", "leased", "quarantined", "cached", "free"];
 

@@ -41,6 +41,7 @@ COUNT_BUCKETS: Final = tuple(scale * base for scale in (1, 10, 100, 1_000, 10_00
 HAND_OVER_BUCKETS: Final = (0.0001, 0.0002, 0.0005, *TOKEN_BUCKETS)
 
 _DECODE_STAGES: Final = (
+    Stage.HAND_OVER_CONTROL,
     Stage.HAND_OVER_WAIT,
     Stage.HAND_OVER,
     Stage.QUEUE_DECODE,
