@@ -3,14 +3,19 @@
 For each standard workload and its tight and loose objectives: the plan, then the goodput of the live server in every
 placement that the plan puts near its first (``--near``), and of the best of each number of instances, role and mode.
 The objectives are factors on what a lone request of median length takes by the profile. Prints the chosen beside the
-measured best, and fails when more than one case in eight is off by more than 5%, noise aside.
+measured best, and fails when more than one case in eight is off by more than 5%, noise aside. Noise: over which rates
+the goodput of a search may lie, by the 95% intervals of the attainments, and how searches with other requests differ.
 
 A search of one placement takes about six runs of ``--requests`` requests, so 6 x requests / goodput seconds and each
 seed again: at 0.4 requests/s and 40 requests ten minutes. Eight cases of about five placements with one seed take six
 to seven hours there, ``--workloads chat --slo tight --near 0.8`` a part of one. Nothing else should run meanwhile.
+
+``--quick`` is a look in ten minutes: a quick profile of one thread, chat alone, runs of 25 s at the predicted rate,
+the plan's first and then, while ``--minutes`` last, the best of each other kind. Its noise is large, and told.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -50,8 +55,33 @@ TOLERANCE: Final = 0.05
 GROWTH: Final = 1.2
 SETTLE_S: Final = 3.0
 DRAIN_S: Final = 120.0
+QUICK_MINUTES: Final = 9.0
+QUICK_RUN_S: Final = 25.0
+QUICK_TOLERANCE: Final = 0.15
+QUICK_PLAN: Final = 120
+FEWEST_REQUESTS: Final = 12
 UNSEEN: Final = 1000
 """First seed of the live requests: the plan draws others."""
+
+
+class Searched(msgspec.Struct, frozen=True):
+    """What one live search found: the highest rate that met, and the range in which the goodput may lie."""
+
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, found: GoodputFound, attainment: float) -> "Searched":
+        """Return it: rates of whole runs whose attainment may be the target's, by its interval, are in the range."""
+        rate = found.bracket.met
+        may_be = [
+            trial.rate
+            for trial in found.trials
+            if not trial.is_cut and trial.attainment.low <= attainment <= trial.attainment.high
+        ]
+        missed = [found.bracket.missed] if math.isfinite(found.bracket.missed) else []
+        return cls(rate, min([rate, *may_be]), max([rate, *may_be, *missed]))
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -59,12 +89,19 @@ class Measured(msgspec.Struct, frozen=True):
 
     words: str
     predicted: float
-    measured: tuple[float, ...]
+    measured: tuple[Searched, ...]
 
     @property
     def goodput(self) -> float:
         """The median of the searches."""
-        return median(self.measured)
+        return median(one.rate for one in self.measured)
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the range in which the goodput lies, in requests/s: more searches narrow it."""
+        half_s = sum(one.high - one.low for one in self.measured) / 2 / len(self.measured) ** 1.5
+        rates = [one.rate for one in self.measured]
+        return max(half_s, (max(rates) - min(rates)) / 2)
 
 
 class CheckedCase(msgspec.Struct, frozen=True):
@@ -87,15 +124,15 @@ class CheckedCase(msgspec.Struct, frozen=True):
 
     @property
     def noise(self) -> float:
-        """Half of what the searches of the chosen and of the best placement spread."""
-        spreads = [(max(one.measured) - min(one.measured)) / 2 for one in (self.placements[0], self.best)]
-        return max(spreads) / self.best.goodput if self.best.goodput else 0.0
+        """How uncertain the difference of the chosen and of the best placement is, as a part of the best's goodput."""
+        both = [one.uncertainty for one in (self.placements[0], self.best)]
+        return math.hypot(*both) / self.best.goodput if self.best.goodput else 0.0
 
     @property
     def verdict(self) -> str:
         """Whether the plan was right."""
         if self.shortfall <= WITHIN:
-            return "yes"
+            return "yes" if len(self.placements) > 1 else "nothing beside"
         return "within noise" if self.shortfall <= self.noise else "NO"
 
 
@@ -126,13 +163,13 @@ def read_machine(files: Sequence[Path]) -> Machine:
     return Machine(by_threads, known, num_cores, first.most_tokens)
 
 
-def make_profiles(folder: Path) -> list[Path]:
-    """Measure this machine with each number of threads up to all cores: four minutes each."""
+def make_profiles(folder: Path, *, quick: bool) -> list[Path]:
+    """Measure this machine with each number of threads up to all cores, four minutes each; ``quick``: one, in one."""
     files = []
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = 1 if quick else len(os.sched_getaffinity(0))
     for num_threads in (2**power for power in range(num_cores.bit_length())):
         files.append(folder / f"profile-{num_threads}.json")
-        command = ["profile", "--threads", str(num_threads), "-o", str(files[-1])]
+        command = ["profile", "--threads", str(num_threads), "-o", str(files[-1]), *(["--quick"] if quick else [])]
         subprocess.run([sys.executable, "-m", "disagg.cli.main", *command], check=True)
     return files
 
@@ -177,7 +214,7 @@ def measure(
     machine: Machine, one: JudgedHostPlacement, workload: str, target: SloTarget, options: argparse.Namespace
 ) -> Measured:
     """Search the goodput of a live server in this placement, once for each seed."""
-    rates = []
+    searches = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_placement(one.candidate.placement, folder / "placement.yaml")
@@ -187,15 +224,18 @@ def measure(
         for seed in range(options.seeds):
             with running(serve_command(str(one.candidate), arguments), folder / "log") as server:
                 time.sleep(SETTLE_S)
-                found = search_live(server.command.url, one.goodput.mean, workload, target, options.requests, seed)
-            rates.append(found.bracket.met)
-    return Measured(str(one.candidate), one.goodput.mean, tuple(rates))
+                found = search_live(server.command.url, one.goodput.mean, workload, target, options, seed)
+            searches.append(Searched.of(found, target.attainment))
+    return Measured(str(one.candidate), one.goodput.mean, tuple(searches))
 
 
 def search_live(
-    url: str, start_rate: float, workload: str, target: SloTarget, num_requests: int, seed: int
+    url: str, start_rate: float, workload: str, target: SloTarget, options: argparse.Namespace, seed: int
 ) -> GoodputFound:
     """Search the goodput of a running server with requests that the plan has not seen."""
+    num_requests = options.requests
+    if options.quick:
+        num_requests = min(num_requests, max(FEWEST_REQUESTS, round(start_rate * QUICK_RUN_S)))
 
     def load_at(rate: float, drawn: int) -> OpenLoad:
         return OpenLoad(tuple(standard_workload(workload, rate, num_requests).draw(drawn)))
@@ -212,27 +252,47 @@ def search_live(
         start_rate=start_rate,
         target=target,
         seeds=(UNSEEN + seed,),
-        tolerance=TOLERANCE,
-        drain_s=DRAIN_S,
+        tolerance=QUICK_TOLERANCE if options.quick else TOLERANCE,
+        drain_s=QUICK_RUN_S if options.quick else DRAIN_S,
         growth=GROWTH,
+        max_doublings=4 if options.quick else 8,
+        num_unloaded=3 if options.quick else 8,
     )
     return find_goodput(asked, lambda plan, what: run_load(plan, source))
 
 
 def cases(options: argparse.Namespace, machine: Machine, console: Console) -> Iterator[CheckedCase]:
-    """Yield each workload under each pair of objectives, measured."""
-    for workload in options.workloads:
-        for kind in options.slo:
-            target = SloTarget(slo=objectives(machine, workload, SloKind(kind)))
-            judged = plan_case(machine, workload, target, options.plan_requests)
-            chosen = contenders(judged, options.near)
-            console.print(f"{workload}, {kind} ({target}): {len(chosen)} placements near {judged[0].candidate}")
-            measured = []
-            for one in chosen:
-                measured.append(measure(machine, one, workload, target, options))
-                told = ", ".join(f"{rate:.3g}" for rate in measured[-1].measured)
-                console.print(f"  {one.candidate}: predicted {one.goodput.mean:.3g}, measured {told} requests/s")
-            yield CheckedCase(workload, kind, str(target.slo), tuple(measured))
+    """Yield each workload under each pair of objectives, measured. Each case has an equal part of the minutes left."""
+    ends_s = options.begin_s + 60 * options.minutes
+    asked = [(workload, SloKind(kind)) for workload in options.workloads for kind in options.slo]
+    for number, (workload, kind) in enumerate(asked):
+        begin_s = time.monotonic()
+        until_s = begin_s + (ends_s - begin_s) / (len(asked) - number)
+        target = SloTarget(slo=objectives(machine, workload, kind))
+        judged = plan_case(machine, workload, target, options.plan_requests)
+        chosen = contenders(judged, options.near)
+        console.print(
+            f"case {number + 1} of {len(asked)}: {workload}, {kind.value} ({target}), {len(chosen)} placements near "
+            f"{judged[0].candidate}; {_minutes(begin_s - options.begin_s)} passed"
+        )
+        measured: list[Measured] = []
+        longest_s = 0.0
+        for one in chosen:
+            now_s = time.monotonic()
+            if measured and now_s + longest_s > until_s:
+                console.print(f"  no time for {len(chosen) - len(measured)} more")
+                break
+            measured.append(measure(machine, one, workload, target, options))
+            longest_s = max(longest_s, time.monotonic() - now_s)
+            told = ", ".join(
+                f"{found.rate:.3g} ({found.low:.3g} to {found.high:.3g})" for found in measured[-1].measured
+            )
+            console.print(f"  {one.candidate}: predicted {one.goodput.mean:.3g}, measured {told} requests/s")
+        yield CheckedCase(workload, kind.value, str(target.slo), tuple(measured))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
 
 
 def table(checked: Sequence[CheckedCase]) -> Table:
@@ -272,15 +332,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--profile", type=Path, nargs="+", help="of this machine, one for each --threads; measured when missing"
     )
-    parser.add_argument("--workloads", nargs="+", choices=STANDARD_WORKLOADS, default=list(STANDARD_WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=STANDARD_WORKLOADS)
     kinds = [kind.value for kind in SloKind]
     parser.add_argument("--slo", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--requests", type=int, default=40, help="of each run")
-    parser.add_argument("--plan-requests", type=int, default=HostProblem.num_requests, help="of each simulated run")
+    parser.add_argument("--plan-requests", type=int, help="of each simulated run")
+    parser.add_argument("--quick", action="store_true", help="a look in ten minutes")
+    parser.add_argument("--minutes", type=float, help="start no further search that would end later")
     parser.add_argument("--seeds", type=int, default=1, help="searches of each placement, with other requests each")
     parser.add_argument("--near", type=float, default=0.7, help="measure what the plan puts at this part of its first")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each case")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.begin_s = time.monotonic()
+    options.workloads = options.workloads or (["chat"] if options.quick else list(STANDARD_WORKLOADS))
+    options.plan_requests = options.plan_requests or (QUICK_PLAN if options.quick else HostProblem.num_requests)
+    options.minutes = options.minutes or (QUICK_MINUTES if options.quick else math.inf)
+    return options
 
 
 def main() -> int:
@@ -288,7 +355,7 @@ def main() -> int:
     options = parse()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        machine = read_machine(options.profile or make_profiles(Path(folder)))
+        machine = read_machine(options.profile or make_profiles(Path(folder), quick=options.quick))
         checked = list(cases(options, machine, console))
     if options.json:
         for case in checked:

@@ -90,6 +90,14 @@ def test_a_slow_network_keeps_phases_together() -> None:
     assert families.index(Family.SEGMENTS) < families.index(Family.ANYWHERE)
 
 
+def test_each_unit_is_on_one_node_where_nodes_have_room() -> None:
+    """Units of five devices on nodes of eight: the second does not begin in what the first leaves over."""
+    one = problem(topology=topology(nodes(2, 8)))
+    prefill, decode = InstanceChoice(Role.PREFILL, "gpu", 2), InstanceChoice(Role.DECODE, "gpu")
+    for placed in lay_out(one, Composition(Family.ANYWHERE, ((prefill, 1), (decode, 3)), 2)):
+        assert {device.node for device in placed.place} == {f"gpu-{placed.unit}"}
+
+
 @pytest.mark.parametrize(("bytes_per_s", "agrees"), [(1e7, False), (1e12, True)])
 def test_units_behind_one_router_hand_over_between_nodes(bytes_per_s: float, agrees: bool) -> None:
     """A pair in each of two nodes: apart, KV never leaves a node."""

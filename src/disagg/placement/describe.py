@@ -77,7 +77,7 @@ def _planned(search: Search, judged: JudgedPlacement) -> PlannedPlacement:
         watts=watts,
         goodput_per_dollar=rate / dollars if dollars else None,
         goodput_per_watt=rate / watts if watts else None,
-        bottleneck=bottleneck(search, composition),
+        bottleneck=bottleneck(search, judged),
         attainment=report.attainment if report else 0.0,
         ttft_p90_s=report.ttft.p90 if report else math.nan,
         tpot_p90_s=report.tpot.p90 if report else math.nan,
@@ -91,8 +91,9 @@ def _known_cost(problem: PlanProblem, composition: Composition, unit: CostUnit) 
     return composition.cost(problem, unit) if known else None
 
 
-def bottleneck(search: Search, composition: Composition) -> str:
-    """Return what holds a composition back: a phase and what limits it there, or the network."""
+def bottleneck(search: Search, judged: JudgedPlacement) -> str:
+    """Return what holds a placement back: a phase and what limits it there, or the network."""
+    composition = judged.composition
     if composition.family is Family.COLOCATED:
         choice = composition.choices[0]
         return search.phases.phases[choice].bound.limited_by
@@ -102,7 +103,7 @@ def bottleneck(search: Search, composition: Composition) -> str:
         rates[choice.role] = search.phases.goodput(choice) * count * composition.num_units
         limits[choice.role] = search.phases.phases[choice].bound.limited_by
     least, most = sorted((Role.PREFILL, Role.DECODE), key=rates.__getitem__)
-    if composition.hand_over_rate < rates[least]:
+    if composition.hand_over_rate < rates[least] and judged.crosses_nodes:
         return f"the network: KV of {composition.hand_over_rate:.3g} requests/s in time"
     spare = 1 - rates[least] / rates[most]
     if spare < _NEAR:
@@ -141,5 +142,5 @@ def _why(search: Search, best: JudgedPlacement, other: JudgedPlacement) -> str:
     theirs = other.goodput.mean / other.composition.num_devices
     return (
         f"{theirs:.3g} requests/s per device, {theirs / ours - 1:+.0%}, {other.goodput.mean:.3g} in all, "
-        f"{other.goodput.mean / best.goodput.mean - 1:+.0%}; held back by {bottleneck(search, other.composition)}"
+        f"{other.goodput.mean / best.goodput.mean - 1:+.0%}; held back by {bottleneck(search, other)}"
     )

@@ -21,6 +21,7 @@ _ANSWERS: Final = 4.0
 _CLOSER: Final = 3
 """Placements that are judged with all seeds, the best by the first."""
 _WHOLE_REQUESTS: Final = 1200
+_WHOLE_TOLERANCE: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class JudgedPlacement:
     def report(self) -> RunReport | None:
         """The run of a unit at its goodput; None where no rate was kept, or nothing was simulated."""
         return self.results[0].report if self.results else None
+
+    @property
+    def crosses_nodes(self) -> bool:
+        """Whether the unit that was simulated is on several nodes."""
+        return len({device.node for one in self.placed if one.unit == 0 for device in one.place}) > 1
 
     @property
     def is_added_up(self) -> bool:
@@ -106,6 +112,7 @@ def serve_behind_one_router(problem: PlanProblem, goodputs: Goodputs, judged: Ju
         most_rate=asked,
         growth=KNOWN_GROWTH,
         max_requests=_WHOLE_REQUESTS,
+        tolerance=_WHOLE_TOLERANCE,
     )
     return OneRouter(asked=asked, served=run_goodput_job(job).rate)
 

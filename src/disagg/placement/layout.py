@@ -44,6 +44,17 @@ class _Devices:
             place += stage
         return place
 
+    def room_for(self, unit: Sequence[tuple[InstanceChoice, int]]) -> list[NodeName] | None:
+        """Return the fullest node with room for a whole unit, whose KV then never leaves it; None where none has."""
+        kinds = {choice.kind for choice, _ in unit}
+        wanted = sum(choice.num_devices * count for choice, count in unit)
+        candidates = [
+            (len(free), name)
+            for name, free in self._free.items()
+            if {self._kinds[name]} == kinds and len(free) >= wanted
+        ]
+        return [min(candidates, key=lambda one: one[0])[1]] if candidates else None
+
     def _take(self, kind: str, count: int, nodes: Sequence[NodeName] | None) -> Place | None:
         candidates = [
             (len(free), name)
@@ -65,8 +76,9 @@ def lay_out(problem: PlanProblem, composition: Composition) -> list[PlacedInstan
         if composition.nodes_per_unit:
             placed += _segments(problem, composition, devices, unit)
             continue
+        together = devices.room_for(composition.unit)
         for choice in _largest_first(composition.unit):
-            placed.append(PlacedInstance(choice, devices.take(choice), unit))
+            placed.append(PlacedInstance(choice, devices.take(choice, together), unit))
     placed += [PlacedInstance(choice, devices.take(choice), -1) for choice in _largest_first(composition.extra)]
     return placed
 

@@ -140,9 +140,9 @@ def search(
 
 
 def _judgement(problem: PlanProblem, judged: JudgedPlacement) -> tuple[float, ...]:
-    """Return how good a placement is. Of equals the one with more requests to spare comes first."""
+    """Return how good a placement is, its rate as it is printed. Of equals the one with more requests to spare."""
     attainment = 0.0 if judged.report is None else judged.report.attainment
-    return (*score(problem, judged.composition, judged.goodput.mean), attainment)
+    return (*score(problem, judged.composition, float(f"{judged.goodput.mean:.3g}")), attainment)
 
 
 def _check(
