@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
@@ -22,7 +23,7 @@ from disagg.scheduling.dispatch.events import (
 )
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.forecast import Path
-from disagg.scheduling.dispatch.forecaster import Forecaster
+from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand, prefill_share
 from disagg.scheduling.dispatch.paths import forecast_paths
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.step.actions import WakeAt
@@ -88,17 +89,59 @@ class TestForecasts:
         # 4 ms of the step and 20 of the decodes leave 26 of 50.
         assert forecaster(one).first_token_s(one, 260) == pytest.approx(0.260 * 50 / 26)
 
-    def test_an_answer_is_slowed_by_those_beside_it_by_the_hand_over_and_by_prompts(self) -> None:
+    def test_prompts_get_little_where_not_even_the_smallest_chunk_fits(self) -> None:
+        assert prefill_share(structs.replace(COSTS, token_s=0.006), alone_s=0.02, tpot_s=0.05) == pytest.approx(
+            0.096 / 0.5
+        )
+        assert prefill_share(structs.replace(COSTS, token_s=0.004), alone_s=0.02, tpot_s=0.05) == pytest.approx(0.6)
+
+    def test_answers_that_end_leave_a_prompt_all_of_the_time(self) -> None:
+        one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))
+        end_s = 100 * 0.05 * sum(1 / number for number in range(1, 21))
+        assert forecaster(one).first_token_s(one, 20_000) == pytest.approx(20 + end_s * 24 / 50)
+
+    def test_an_answer_is_slowed_by_those_beside_it_and_by_the_hand_over(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(9))
-        alone_s = forecaster(one).later_token_s(one, sequence(), 0.0)
+        alone_s = forecaster(one).later_token_s(one, sequence(), ahead_s=0.0)
         assert alone_s == pytest.approx(0.004 + 0.010 + 149.5e-6, rel=0.01)
-        assert forecaster(one).later_token_s(one, sequence(), 0.99) == pytest.approx(alone_s + 0.01)
+        handed_over_s = forecaster(one).later_token_s(one, sequence(), ahead_s=0.0, travels_s=0.99)
+        assert handed_over_s == pytest.approx(alone_s + 0.01)
+
+    def test_an_answer_is_slowed_by_the_prompts_that_are_left_when_it_begins(self) -> None:
+        one = entry(D, Role.DECODE, num_prefills=1, prefill_tokens=990)
+        alone_s, slowed_s = (forecaster(one).later_token_s(one, sequence(), ahead_s=ahead_s) for ahead_s in (1.0, 0.0))
+        assert slowed_s == pytest.approx(alone_s + 0.01)
+
+    def test_an_answer_is_slowed_by_prompts_that_wait_and_that_will_come(self) -> None:
+        one = entry(D, Role.DECODE, limits=StepLimits(sized_by_slack=True))
+        one.prefill_work.add(1.0, 0.0)
+
+        def later_s(demand: PromptDemand) -> float:
+            return Forecaster([one], Experience(), OBJECTIVES, 0.0, demand).later_token_s(one, sequence(), ahead_s=0.0)
+
+        alone_s = later_s(PromptDemand())
+        assert later_s(PromptDemand(waiting_tokens=990)) == pytest.approx(alone_s + 0.01)
+        assert later_s(PromptDemand(tokens_per_s=500)) == pytest.approx(2 * alone_s)
+        assert later_s(PromptDemand(waiting_tokens=1e6)) == pytest.approx(5 * alone_s), (
+            "that is what is planned at most"
+        )
+
+    def test_an_answer_waits_for_those_that_have_not_ended_when_it_begins(self) -> None:
+        one = entry(D, Role.DECODE, answers=answers(9))
+        soon_s, later_s = (forecaster(one).later_token_s(one, sequence(), ahead_s=ahead_s) for ahead_s in (0.1, 99.0))
+        assert soon_s > later_s == pytest.approx(0.005, rel=0.1)
+
+    def test_short_answers_feel_a_hand_over_more(self) -> None:
+        experience = Experience()
+        for _ in range(64):
+            experience.answer_ended(3)
+            experience.answer_ended(97)
+        assert experience.gaps_inverse == pytest.approx((1 / 2 + 1 / 96) / 2, rel=0.1)
 
     def test_no_room_for_kv_is_waited_for(self) -> None:
         roomy, full = (entry(D, Role.DECODE, kv_tokens=900, pool_tokens=size) for size in (5000, 1000))
-        assert forecaster(full).later_token_s(full, sequence(), 0.0) > forecaster(roomy).later_token_s(
-            roomy, sequence(), 0.0
-        )
+        full_s, roomy_s = (forecaster(one).handed_over_token_s(one, sequence(), P) for one in (full, roomy))
+        assert full_s > roomy_s
 
     def test_an_instance_that_never_prefilled_is_taken_to_be_as_quick_as_one_that_did(self) -> None:
         prefill = entry(P, Role.PREFILL)
@@ -227,3 +270,12 @@ def test_the_log_tells_what_was_predicted_what_came_and_the_regret() -> None:
     assert ended.predicted_ttft_s == chosen.chosen.ttft_s == pytest.approx(0.104)
     assert ended.tpot_s == pytest.approx(0.05)
     assert ended.ttft_regret_s == pytest.approx(0.3 - chosen.other.ttft_s)
+
+
+def test_what_an_instance_prefills_for_itself_it_is_expected_to_decode() -> None:
+    story = Story(roles={C: Role.COLOCATED})
+    story.arrive("a", num_tokens=100)
+    (one,) = story.dispatcher.instances
+    assert (list(one.expected), one.num_decodes) == (["a"], 0)
+    story.emit(C, "a")
+    assert (list(one.expected), one.num_decodes) == ([], 1)

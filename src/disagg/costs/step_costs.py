@@ -14,7 +14,7 @@ def prefill_work_s(costs: StepCosts, num_tokens: int, squares: int, num_prompts:
     return costs.token_s * num_tokens + costs.square_s * squares + costs.prefill_s * num_prompts
 
 
-def decode_work_s(costs: StepCosts, num_decodes: int, context: int) -> float:
+def decode_work_s(costs: StepCosts, num_decodes: float, context: float) -> float:
     """Return the seconds that decodes with so many tokens of context in sum add to a step."""
     return (costs.token_s + costs.decode_s) * num_decodes + costs.context_s * context
 

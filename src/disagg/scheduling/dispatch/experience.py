@@ -15,7 +15,9 @@ class Experience:
     def __init__(self) -> None:
         self.answer_tokens = _PRIOR_ANSWER_TOKENS
         """Mean length of an answer."""
-        self._num_answers = _PRIOR_WEIGHT
+        self.gaps_inverse = 1 / _PRIOR_ANSWER_TOKENS
+        """Mean of one over the number of gaps between an answer's tokens."""
+        self._num_answers = self._num_with_gaps = _PRIOR_WEIGHT
         self._hand_over_tokens = 0.0
         self._hand_over_s = _PRIOR_HAND_OVER_S
         self._num_hand_overs = 1.0
@@ -26,6 +28,9 @@ class Experience:
         """Note the length of an answer that came to its end."""
         self._num_answers = min(self._num_answers + 1, _MEMORY)
         self.answer_tokens += (num_tokens - self.answer_tokens) / self._num_answers
+        if num_tokens > 1:
+            self._num_with_gaps = min(self._num_with_gaps + 1, _MEMORY)
+            self.gaps_inverse += (1 / (num_tokens - 1) - self.gaps_inverse) / self._num_with_gaps
 
     def hand_over_ended(self, num_tokens: int, duration_s: float, link_s: float | None = None) -> None:
         """Note how long KV blocks of so many tokens travelled, and how long by what was measured of their link."""

@@ -154,7 +154,7 @@ class Fleet:
         return entry.state is InstanceState.DRAINING and not entry.num_sequences
 
     def expect(self, sequence: SequenceEntry, instance: InstanceId) -> None:
-        """Let an instance expect a sequence that another one prefills."""
+        """Let an instance expect to decode a sequence that it, or another one, prefills."""
         entry = self._by_name[instance]
         entry.expected[sequence.request_id] = sequence
         entry.expected_tokens += sequence.num_tokens

@@ -7,6 +7,7 @@ prefill, a prefill instance decodes) it is taken to be as quick as the instance 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 from disagg.base.ids import InstanceId
@@ -15,7 +16,7 @@ from disagg.base.objectives import Objectives
 from disagg.costs.step_costs import PRIOR_COSTS, decode_work_s, prefill_work_s
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
-from disagg.scheduling.step.slack import MIN_CHUNK, PATIENCE
+from disagg.scheduling.step.slack import MIN_CHUNK, MOST_GAP, PATIENCE
 
 _LEFT: Final = 0.5
 """Part of a mean answer that is still to come, of one that is longer already."""
@@ -40,6 +41,17 @@ class Harm:
 NO_HARM: Final = Harm()
 
 
+@dataclass(frozen=True, slots=True)
+class PromptDemand:
+    """Prompts that no instance was given yet, in tokens: what waits in the router, and what comes in a second."""
+
+    waiting_tokens: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+NO_DEMAND: Final = PromptDemand()
+
+
 class Forecaster:
     """Predicts for the instances as they are at ``now``: make one for each decision.
 
@@ -47,11 +59,17 @@ class Forecaster:
     """
 
     def __init__(
-        self, instances: Sequence[InstanceEntry], experience: Experience, objectives: Objectives, now: float
+        self,
+        instances: Sequence[InstanceEntry],
+        experience: Experience,
+        objectives: Objectives,
+        now: float,
+        demand: PromptDemand = NO_DEMAND,
     ) -> None:
         self._instances = instances
         self._experience = experience
         self._objectives = objectives
+        self._demand = demand
         self.now = now
 
     def objectives_of(self, sequence: SequenceEntry) -> Objectives:
@@ -83,27 +101,98 @@ class Forecaster:
         work_s = self.backlog_s(entry) + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
         decodes_s = self._decodes_s(entry)
         tpot_s = self._objectives.tpot_s
-        if entry.num_decodes and entry.limits.sized_by_slack and tpot_s is not None:
-            least_s, alone_s = MIN_CHUNK * costs.token_s, costs.step_s + decodes_s
-            # What the objective leaves of each step, or now and then a smallest chunk.
-            share = (tpot_s - alone_s) / tpot_s
-            return work_s / max(share, least_s / (least_s + (PATIENCE * tpot_s if share > 0 else alone_s)))
+        if (entry.num_decodes or entry.expected) and entry.limits.sized_by_slack and tpot_s is not None:
+            return self._beside_answers_s(entry, work_s, tpot_s)
         most = max(1, entry.limits.max_batch_tokens - entry.num_decodes)
         num_steps = -(-(entry.prefill_tokens + num_tokens) // most)
         return work_s + num_steps * (costs.step_s + decodes_s)
 
-    def later_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, work_s: float) -> float:
-        """Return the mean gap of an answer that joins those of an instance, on top of ``work_s`` of other work.
+    def _beside_answers_s(self, entry: InstanceEntry, work_s: float, tpot_s: float) -> float:
+        """Return in how many seconds so much prefill is done where answers leave it a share of the time.
 
-        That work comes before or between its tokens: a hand-over, prompts that wait there.
+        Before the first and after the last of them it has all of it. One of many is expected to be a long one.
         """
-        num_tokens = self.num_answer_tokens(sequence)
-        step_s = self._decode_step_s(entry, 1, sequence.num_tokens + int(num_tokens / 2))
-        return step_s + self._kept_off_s(entry, work_s, step_s, num_tokens) + self._no_room_s(entry, sequence, step_s)
+        alone_s = self._decode_step_s(entry, 0, 0)
+        share = prefill_share(self._prefill_costs(entry), alone_s, tpot_s)
+        gap_s = alone_s / (1 - share)
+        answers = [(waits_s, self._num_left(answer) * gap_s) for answer, _, waits_s in self._answers(entry)]
+        first_s = min((waits_s for waits_s, _ in answers), default=work_s)
+        if work_s <= first_s:
+            return work_s
+        longer = sum(1 / number for number in range(1, len(answers) + 1))
+        between_s = max(waits_s + left_s * longer for waits_s, left_s in answers) - first_s
+        left_s = work_s - first_s
+        return first_s + (left_s / share if left_s < share * between_s else between_s + left_s - share * between_s)
 
-    def handed_over_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, source: InstanceId | None) -> float:
+    def later_token_s(
+        self, entry: InstanceEntry, sequence: SequenceEntry, *, ahead_s: float, travels_s: float = 0.0
+    ) -> float:
+        """Return the expected mean gap of an answer that joins those of an instance in ``ahead_s``.
+
+        ``travels_s``: so long its KV blocks travel there, in its first gap; 0 where it was prefilled there.
+        """
+        num_gaps = self.num_answer_tokens(sequence)
+        step_s = self._decode_step_s(entry, 1, sequence.num_tokens + int(num_gaps / 2), self._part_left(entry, ahead_s))
+        # No more prompts like its own than places in the batch, each of which somebody leaves while it goes on.
+        most_s = entry.limits.max_batch_size * sequence.num_tokens * self._prefill_costs(entry).token_s
+        left_s = min(max(0.0, self.backlog_s(entry) + self._waiting_s(entry) - ahead_s), most_s)
+        gap_s = self._between_prompts_s(entry, step_s, left_s / num_gaps)
+        if not travels_s:
+            return gap_s  # it has its place and its blocks since its first token
+        most = max(1, sequence.max_total_tokens - sequence.num_tokens - 1)
+        first_s = travels_s + self._step_in_flight_s(entry, ahead_s)
+        # Of short answers, the first gap is a larger part: the mean of their means is not that of the mean answer.
+        gap_s += first_s * max(self._experience.gaps_inverse, 1 / most)
+        return gap_s + self._no_room_s(entry, sequence, step_s)
+
+    def handed_over_token_s(
+        self, entry: InstanceEntry, sequence: SequenceEntry, source: InstanceId | None, ahead_s: float = 0.0
+    ) -> float:
         """Return the mean gap of an answer that an instance goes on with, the hand-over from ``source`` in it."""
-        return self.later_token_s(entry, sequence, self.hand_over_s(sequence, source, entry))
+        travels_s = self.hand_over_s(sequence, source, entry)
+        return self.later_token_s(entry, sequence, ahead_s=ahead_s, travels_s=travels_s)
+
+    def _between_prompts_s(self, entry: InstanceEntry, step_s: float, known_s: float) -> float:
+        """Return the mean gap of an answer with the prompts that are computed between its tokens.
+
+        ``known_s`` in each for those that are known of, and the instance's part of those that come meanwhile.
+        """
+        part, costs = self._part_of_prompts(entry), self._prefill_costs(entry)
+        share = min(_MOST_SHARE, part * self._demand.tokens_per_s * costs.token_s)
+        gap_s = (step_s + known_s) / (1 - share)
+        tpot_s = self._objectives.tpot_s
+        if entry.limits.sized_by_slack and tpot_s is not None:
+            if step_s >= tpot_s:
+                return step_s  # so many answers leave prompts no place, either
+            return min(gap_s, step_s / (1 - min(_MOST_SHARE, prefill_share(costs, step_s, tpot_s))))
+        return min(gap_s, step_s + entry.limits.max_batch_tokens * costs.token_s)
+
+    def _waiting_s(self, entry: InstanceEntry) -> float:
+        """Return the seconds of an instance's part of the prompts that wait in the router.
+
+        Where they would keep answers off for whole chunks, they go where there are none.
+        """
+        part = self._part_of_prompts(entry)
+        if part < 1.0 and not entry.limits.sized_by_slack:
+            return 0.0
+        return part * self._demand.waiting_tokens * self._prefill_costs(entry).token_s
+
+    def _step_in_flight_s(self, entry: InstanceEntry, ahead_s: float) -> float:
+        """Return how long who joins an instance in ``ahead_s`` is expected to wait for the prompts in its steps."""
+        token_s = self._prefill_costs(entry).token_s
+        is_busy = 1.0
+        if self.backlog_s(entry) + self._waiting_s(entry) <= ahead_s:
+            is_busy = min(1.0, self._part_of_prompts(entry) * self._demand.tokens_per_s * token_s)
+        longest_s = entry.limits.max_batch_tokens * token_s
+        tpot_s = self._objectives.tpot_s
+        if entry.limits.sized_by_slack and tpot_s is not None and entry.answers:
+            longest_s = min(longest_s, tpot_s)
+        return is_busy * longest_s
+
+    def _part_of_prompts(self, entry: InstanceEntry) -> float:
+        """Return which part of all prompts an instance is given, as lately."""
+        total = sum(one.prefill_work.share(self.now) for one in self._instances)
+        return entry.prefill_work.share(self.now) / total if total else 0.0
 
     def harm(self, entry: InstanceEntry, prefill_tokens: int, answer_tokens: int) -> Harm:
         """Return what it does to the answers of an instance to compute so many tokens of a prompt there.
@@ -156,31 +245,33 @@ class Forecaster:
         most = answer.max_total_tokens - answer.num_tokens
         return min(most, max(mean - answer.num_answer_tokens, _LEFT * mean))
 
-    def _decode_step_s(self, entry: InstanceEntry, num_more: int, more_context: int) -> float:
-        """Return the time from token to token on an instance, with more answers, between prompts as lately."""
+    def _part_left(self, entry: InstanceEntry, ahead_s: float) -> float:
+        """Return which part of an instance's answers, and of those it expects, is to go on still in ``ahead_s``."""
+        num_answers = entry.num_decodes + len(entry.expected)
+        if not num_answers or not ahead_s:
+            return 1.0
+        gap_s = self._decode_step_s(entry, 0, 0)
+        return fmean(
+            math.exp(min(0.0, waits_s - ahead_s) / (self._num_left(answer) * gap_s + 1e-9))
+            for answer, _, waits_s in self._answers(entry)
+        )
+
+    def _decode_step_s(self, entry: InstanceEntry, num_more: int, more_context: int, part_left: float = 1.0) -> float:
+        """Return what a step of an instance's decodes takes, with more answers, and without prompts.
+
+        Of those that it has and expects, ``part_left`` take part, as many as a step takes.
+        """
         costs = self._decode_costs(entry)
-        num_decodes = entry.num_decodes + len(entry.expected) + num_more
-        context = entry.kv_tokens + entry.expected_tokens + more_context
-        step_s = costs.step_s + decode_work_s(costs, num_decodes, context)
-        busy_s = step_s / (1 - min(entry.prefill_work.share(self.now), _MOST_SHARE))
-        tpot_s = self._objectives.tpot_s
-        if entry.limits.sized_by_slack and tpot_s is not None:
-            return max(step_s, min(busy_s, tpot_s))
-        return busy_s
+        num_decodes = part_left * (entry.num_decodes + len(entry.expected)) + num_more
+        context = part_left * (entry.kv_tokens + entry.expected_tokens) + more_context
+        fitting = min(1.0, entry.limits.max_batch_size / max(1.0, num_decodes))
+        return costs.step_s + decode_work_s(costs, fitting * num_decodes, fitting * context)
 
     def hand_over_s(self, sequence: SequenceEntry, source: InstanceId | None, target: InstanceEntry) -> float:
         """Return the seconds that the KV blocks of a sequence travel."""
         link = None if source is None else target.reads.get(source)
         link_s = None if link is None else link.transfer_time_s(sequence.num_tokens)
         return self._experience.hand_over_s(sequence.num_tokens, link_s)
-
-    def _kept_off_s(self, entry: InstanceEntry, work_s: float, step_s: float, num_tokens: float) -> float:
-        """Return how much ``work_s`` of other work lengthens each of an answer's gaps."""
-        added_s = work_s / num_tokens
-        tpot_s = self._objectives.tpot_s
-        if entry.limits.sized_by_slack and tpot_s is not None:
-            return min(added_s, max(0.0, tpot_s - step_s))
-        return added_s
 
     def _no_room_s(self, entry: InstanceEntry, sequence: SequenceEntry, step_s: float) -> float:
         """Return what waiting for a place in the batch and for KV blocks adds to each gap.
@@ -214,6 +305,21 @@ class Forecaster:
         if lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS:
             return lesson.costs
         return known_decode_costs(self._instances) or PRIOR_COSTS
+
+
+def prefill_share(costs: StepCosts, alone_s: float, tpot_s: float) -> float:
+    """Return the part of its time that an instance has for prompts beside answers, where slack sizes its steps.
+
+    ``alone_s`` is what a step of their decodes takes. What the objective leaves, in chunks as answers save it up; where
+    not even a smallest chunk fits so, one now and then.
+    """
+    least_s = MIN_CHUNK * costs.token_s
+    longest_s = MOST_GAP * tpot_s - alone_s
+    if alone_s >= tpot_s:
+        return max(least_s, longest_s) / (max(least_s, longest_s) + alone_s)
+    if least_s <= longest_s:
+        return (tpot_s - alone_s) / tpot_s
+    return least_s / (PATIENCE * tpot_s)
 
 
 def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:

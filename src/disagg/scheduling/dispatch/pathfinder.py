@@ -16,10 +16,10 @@ from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.forecast import Forecast
-from disagg.scheduling.dispatch.forecaster import Forecaster
+from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, RecentWork, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.queue_order import queue_order, rank_of
 
@@ -46,9 +46,9 @@ class HeldBack:
 
 
 class Pathfinder:
-    """Chooses among the instances of a fleet. ``scheduler`` is what all of those are told."""
+    """Chooses among the instances of a fleet. ``scheduler`` is what all of those are told, ``room`` who waits."""
 
-    def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings) -> None:
+    def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings, room: WaitingRoom) -> None:
         self.predicts = settings.predicts
         self.experience = Experience()
         self._strict_roles = settings.strict_roles
@@ -56,6 +56,9 @@ class Pathfinder:
         self._objectives = scheduler.objectives
         self._order = queue_order(scheduler.queue, scheduler.objectives)
         self._drain = DrainRate()
+        self._room = room
+        self._arrivals = RecentWork()
+        """Tokens of prompts that came."""
 
     def objectives_of(self, sequence: SequenceEntry) -> Objectives:
         """Return what a sequence's latencies ought to be."""
@@ -72,7 +75,11 @@ class Pathfinder:
         )
         return (priority, rank_s, sequence.order)
 
-    def miss(self, fleet: Fleet, sequence: SequenceEntry, room: WaitingRoom, now: float) -> Miss | None:
+    def note_arrival(self, sequence: SequenceEntry, now: float) -> None:
+        """Take account of a sequence that was not refused."""
+        self._arrivals.add(sequence.num_tokens, now)
+
+    def miss(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> Miss | None:
         """Return why a sequence that arrives is predicted to miss its objectives; None when nothing says so."""
         forecaster = self.forecaster(fleet.entries, now)
         forecasts, wanted = self._forecasts(fleet, sequence, forecaster)
@@ -84,7 +91,7 @@ class Pathfinder:
             for entry in fleet.entries
         )
         rate = self._drain.rate(num_prefilling)
-        return judge(sequence, best, forecaster, room.ahead_of(sequence), rate, wanted.objectives)
+        return judge(sequence, best, forecaster, self._room.ahead_of(sequence), rate, wanted.objectives)
 
     def start(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
@@ -106,14 +113,14 @@ class Pathfinder:
         return Placed(instance, chosen.path.hands_over, chosen, other)
 
     def note_start(
-        self, instances: Sequence[InstanceEntry], start: Placed, sequence: SequenceEntry, room: WaitingRoom, now: float
+        self, instances: Sequence[InstanceEntry], start: Placed, sequence: SequenceEntry, now: float
     ) -> None:
         """Take account of a sequence that was given to an instance, and of who waits on."""
         if not self.predicts:
             return
         work_s = self.forecaster(instances, now).prompt_s(sequence.num_tokens)
         start.instance.prefill_work.add(work_s, now)
-        self._drain.note(now, somebody_waits=len(room) > 0, started_s=work_s)
+        self._drain.note(now, somebody_waits=len(self._room) > 0, started_s=work_s)
 
     def note_held_back(self, now: float) -> None:
         """Take account of somebody who waits on."""
@@ -169,4 +176,5 @@ class Pathfinder:
 
     def forecaster(self, instances: Sequence[InstanceEntry], now: float) -> Forecaster:
         """Return what predicts for the instances as they are now."""
-        return Forecaster(instances, self.experience, self._objectives, now)
+        demand = PromptDemand(self._room.num_tokens, self._arrivals.share(now))
+        return Forecaster(instances, self.experience, self._objectives, now, demand)

@@ -53,11 +53,11 @@ def forecast_paths(
     decode = open_to(instances, sequence, Role.DECODE, hand_over=False)
     if prefill and decode and not sequence.ends_at_first_token:
         for entry in prefill:
-            targets = [(forecaster.handed_over_token_s(one, sequence, entry.instance), one) for one in decode]
-            tpot_s, target = min(targets, key=lambda pair: pair[0])
-            harm = forecaster.harm(target, 0, sequence.num_tokens)
             num_tokens = sequence.num_tokens - cached(entry, sequence)
             ttft_s = forecaster.first_token_s(entry, num_tokens)
+            targets = [(forecaster.handed_over_token_s(one, sequence, entry.instance, ttft_s), one) for one in decode]
+            tpot_s, target = min(targets, key=lambda pair: pair[0])
+            harm = forecaster.harm(target, 0, sequence.num_tokens)
             harms = forecaster.harm(entry, num_tokens, 0).and_also(harm)
             path = Path(entry.instance, target.instance)
             forecasts.append(
@@ -82,12 +82,13 @@ def forecast_paths(
                 continue
             num_tokens = sequence.num_tokens - cached(entry, sequence)
             harms = forecaster.harm(entry, num_tokens, sequence.num_tokens)
+            ttft_s = forecaster.first_token_s(entry, num_tokens)
             forecasts.append(
                 Forecast(
                     path=Path(entry.instance, entry.instance),
                     follows_roles=follows_roles,
-                    ttft_s=forecaster.first_token_s(entry, num_tokens),
-                    tpot_s=forecaster.later_token_s(entry, sequence, forecaster.backlog_s(entry)),
+                    ttft_s=ttft_s,
+                    tpot_s=forecaster.later_token_s(entry, sequence, ahead_s=ttft_s),
                     others_tpot_s=harms.tpot_s,
                     num_harmed=harms.num_late,
                 )

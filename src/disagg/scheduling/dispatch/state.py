@@ -167,7 +167,7 @@ class InstanceEntry:
     prefill_work: RecentWork = field(default_factory=RecentWork)
     """Seconds of prefill that it was given."""
     expected: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
-    """Sequences that are being prefilled elsewhere, to be handed over to it, and their tokens in sum."""
+    """Sequences that are being prefilled, there or elsewhere, to be decoded there, and their tokens in sum."""
     expected_tokens: int = 0
     pool_tokens: int | None = None
     """Tokens of its KV pool; unknown until it was up once."""

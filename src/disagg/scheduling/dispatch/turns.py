@@ -27,8 +27,8 @@ class Turns:
     def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings, fleet: Fleet) -> None:
         self._settings = settings
         self._fleet = fleet
-        self._paths = Pathfinder(settings, scheduler)
         self._room = WaitingRoom(settings.tenants)
+        self._paths = Pathfinder(settings, scheduler, self._room)
         self.workload = WorkloadWindow()
         self.experience = self._paths.experience
 
@@ -44,6 +44,7 @@ class Turns:
         verdict = self._verdict(sequence, num_all, now)
         if not isinstance(verdict, Refuse):
             self._room.enter(sequence)
+            self._paths.note_arrival(sequence, now)
             if watches:
                 self.workload.take(sequence)
         return verdict
@@ -57,7 +58,7 @@ class Turns:
             return unserved(sequence, self._fleet.describe())
         if settings.overload is Overload.QUEUE:
             return None
-        miss = self._paths.miss(self._fleet, sequence, self._room, now)
+        miss = self._paths.miss(self._fleet, sequence, now)
         if miss is None:
             return None
         if settings.overload is Overload.SHED:
@@ -76,9 +77,9 @@ class Turns:
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
             self.workload.started(sequence, start.instance, now)
-            self._paths.note_start(self._fleet.entries, start, sequence, self._room, now)
+            self._paths.note_start(self._fleet.entries, start, sequence, now)
             sequence.assign(start.instance.instance, start.chosen, start.other, now)
-            if start.hands_over and start.chosen is not None:
+            if start.chosen is not None and not sequence.ends_at_first_token:
                 self._fleet.expect(sequence, start.chosen.path.decode)
         elif start is not None:
             self._paths.note_held_back(now)
@@ -136,6 +137,8 @@ class Turns:
     def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
         """Take account of tokens that a sequence brought."""
         sequence.note_tokens(count, now)
+        if sequence.expected is not None and sequence.holder == sequence.expected[0]:
+            self._fleet.expect_no_more(sequence)
         self.workload.brought(sequence)
         self._room.served(sequence, num_output=count)
 

@@ -40,6 +40,8 @@ class WaitingRoom:
         self._num_under_way: dict[str, int] = {}
         self._last_served = 0.0
         """Of the tenant that left last."""
+        self.num_tokens = 0
+        """Of all who wait, in sum."""
 
     def __len__(self) -> int:
         return sum(len(tenant.waiting) for tenant in self._tenants.values())
@@ -64,11 +66,13 @@ class WaitingRoom:
             present = [other.served for other in self._tenants.values() if other.waiting]
             tenant.served = max(tenant.served, min(present, default=self._last_served))
         bisect.insort(tenant.waiting, sequence, key=_rank)
+        self.num_tokens += sequence.num_tokens
 
     def stop_waiting(self, sequence: SequenceEntry) -> None:
         """Take out a sequence whose turn has come, or that nobody wants any more."""
         tenant = self._tenants[sequence.tenant]
         tenant.waiting.remove(sequence)
+        self.num_tokens -= sequence.num_tokens
         if not tenant.waiting:
             self._last_served = tenant.served
 
