@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class ServerProcess:
         """The log so far."""
         return "".join(self.log)
 
+    @cached_property
+    def model(self) -> str:
+        """The name of the model."""
+        return str(self.client.models.list().data[0].id)
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30.0)
 
@@ -117,5 +123,4 @@ def completion(server: ServerProcess, prompt: list[int] | str, **fields: Any) ->
     known = {"max_tokens", "temperature", "seed", "n", "stop", "logprobs", "echo", "stream", "top_p"}
     extra = {name: value for name, value in fields.items() if name not in known}
     chosen = {name: value for name, value in fields.items() if name in known}
-    model = server.client.models.list().data[0].id
-    return server.client.completions.create(model=model, prompt=prompt, extra_body=extra, **chosen)
+    return server.client.completions.create(model=server.model, prompt=prompt, extra_body=extra, **chosen)

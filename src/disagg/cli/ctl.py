@@ -122,6 +122,13 @@ def flip(control: Control, instance: str, role: str, force: bool) -> None:
     control.give(instance, "flip", {"role": role, "force": force}, has_flipped)
 
 
+@ctl.command()
+@click.pass_obj
+def restart(control: Control) -> None:
+    """Start the routers anew (--routers), one after the other, while the instances and their KV caches live on."""
+    click.echo(control.client.restart().message)
+
+
 def _is_ready(one: InstanceView | None) -> str:
     if one is not None and one.state == InstanceState.GONE.value:
         raise UnavailableError(f"{one.instance} did not start: {one.detail}")

@@ -65,6 +65,10 @@ class ControlClient:
         """Have them measured anew."""
         self._ask("POST", _LINKS, None, LinkList)
 
+    def restart(self) -> CommandReply:
+        """Begin to start the routers anew."""
+        return self._ask("POST", "/admin/restart", {}, CommandReply)
+
     def command(self, instance: str | None, verb: str, body: dict[str, object]) -> CommandReply:
         """Give a command to an instance; without one, to the server as a whole."""
         path = _PATH if instance is None else f"{_PATH}/{quote(instance, safe='')}/{verb}"

@@ -23,7 +23,7 @@ from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo
-from disagg.serve.launch.deployment import Deployment, HostSettings, RemoteSettings
+from disagg.serve.launch.deployment import Deployment, FrontSettings, HostSettings, RemoteSettings
 
 _COUNT = Count(min=0, max=MAX_INSTANCES)
 
@@ -59,6 +59,7 @@ _COUNT = Count(min=0, max=MAX_INSTANCES)
     HostSettings,
     RemoteSettings,
     RouterSettings,
+    FrontSettings,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line on stdout when ready.")
 @click.option(
@@ -105,6 +106,7 @@ def serve(
         serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),
         host=build(HostSettings, values),
         remote=remote,
+        front=build(FrontSettings, values),
     )
     from disagg.cli.serve_output import make_display
 

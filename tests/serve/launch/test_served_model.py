@@ -11,8 +11,8 @@ from disagg.base.config import InstanceGroup, ModelSettings, Placement, ServeSet
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.models.generation_config import GenerationDefaults
+from disagg.serve.launch.api_parts import load_served_model
 from disagg.serve.launch.deployment import Deployment
-from disagg.serve.launch.main import load_served_model
 
 
 @pytest.fixture

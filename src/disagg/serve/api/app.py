@@ -29,7 +29,7 @@ from disagg.serve.api.operations import Operations
 from disagg.serve.api.preparers import Preparation, Preparers
 from disagg.serve.api.recent_requests import RecentRequests
 from disagg.serve.api.served_model import ServedModel
-from disagg.serve.api.watching import Watching
+from disagg.serve.api.watching import AllMetrics, Watching
 from disagg.serve.router.interface import Router
 
 if TYPE_CHECKING:  # its library is an extra
@@ -51,18 +51,20 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     tenant_keys: Mapping[str, str] | None = None,
     cors_origins: Sequence[str] = (),
     traces: "Traces | None" = None,
+    all_metrics: AllMetrics | None = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the ASGI application over a router.
 
     With ``api_keys`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
     Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
+    ``all_metrics`` is asked for what all routers of a server have counted, where there are several.
     Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there. With
     ``operator``, ``/admin`` takes commands.
     """
     metrics.watch(router)
     accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
-    routes = _routes(router, model, Preparation(model, preparers), accounts)
+    routes = _routes(router, model, Preparation(model, preparers), accounts, all_metrics)
     if operator is not None:
         routes += Administration(
             router, operator, has_key=bool(api_keys or tenant_keys), tenants=set((tenant_keys or {}).values())
@@ -85,10 +87,16 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     )
 
 
-def _routes(router: Router, model: ServedModel, preparation: Preparation, accounts: Accounts) -> list[Route]:
+def _routes(
+    router: Router,
+    model: ServedModel,
+    preparation: Preparation,
+    accounts: Accounts,
+    all_metrics: AllMetrics | None,
+) -> list[Route]:
     jobs = JobFactory(model, preparation, router.name)
     operations = Operations(router, model, preparation)
-    watching = Watching(router, model, accounts)
+    watching = Watching(router, model, accounts, all_metrics)
     completions = GenerationEndpoint(jobs.completion, router, accounts)
     chat = GenerationEndpoint(jobs.chat, router, accounts)
     responses = GenerationEndpoint(jobs.response, router, accounts)

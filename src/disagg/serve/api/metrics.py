@@ -55,6 +55,7 @@ class ServerMetrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self._of_instances = CollectorRegistry()
         self.hand_overs = HandOverTotals()
         self._model_name = model_name
         self._links: dict[tuple[InstanceId, InstanceId], str] = {}
@@ -66,12 +67,20 @@ class ServerMetrics:
 
     def watch(self, router: Router) -> None:
         """Export what the instances report about themselves."""
-        self.registry.register(InstanceCollector(router, self._model_name))
-        self.registry.register(ScalingCollector(router, self._model_name))
+        self._of_instances.register(InstanceCollector(router, self._model_name))
+        self._of_instances.register(ScalingCollector(router, self._model_name))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        return self.of_router() + self.of_instances()
+
+    def of_router(self) -> bytes:
+        """Return what was counted here."""
         return generate_latest(self.registry)
+
+    def of_instances(self) -> bytes:
+        """Return what the instances say of themselves, which is the same for all routers of a server."""
+        return generate_latest(self._of_instances)
 
     def choice_ended(self, reason: FinishReason) -> None:
         """Count one choice by how it ended."""

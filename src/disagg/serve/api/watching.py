@@ -1,5 +1,7 @@
 """What an operator, her browser or a scraper asks: state, recent requests, metrics, pages."""
 
+from collections.abc import Awaitable, Callable
+
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,11 +16,17 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.status import server_view
 from disagg.serve.router.interface import Router
 
+AllMetrics = Callable[[], Awaitable[bytes]]
+"""Returns what all routers of a server have counted."""
+
 
 class Watching:
     """Handlers of what shows the server at work."""
 
-    def __init__(self, router: Router, model: ServedModel, accounts: Accounts) -> None:
+    def __init__(
+        self, router: Router, model: ServedModel, accounts: Accounts, all_metrics: AllMetrics | None = None
+    ) -> None:
+        self._all_metrics = all_metrics
         self._router = router
         self._model = model
         self._accounts = accounts
@@ -38,7 +46,9 @@ class Watching:
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
-        return Response(self._accounts.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        own, others = self._accounts.metrics, self._all_metrics
+        text = own.exposition() if others is None else await others()
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def front_page(self, _: Request) -> Response:
         """Show what is running and how to call it."""

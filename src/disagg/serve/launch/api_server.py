@@ -1,5 +1,7 @@
 """The HTTP server under the API: uvicorn with our connections."""
 
+import asyncio
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +21,21 @@ CLOSE_S: Final = 3.0
 
 class ApiServer(uvicorn.Server):
     """A uvicorn server that leaves the signals to us."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.has_begun = asyncio.Event()
+        """Set once clients are accepted."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets)
+        self.has_begun.set()
+
+    def retire(self, timeout_s: float) -> None:
+        """Accept no more, and give the answers under way so long."""
+        self.config.timeout_graceful_shutdown = int(timeout_s + CLOSE_S)
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from disagg.base.config import (
     SchedulerSettings,
     ServeSettings,
 )
+from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.joining import ServerTerms
@@ -93,6 +94,32 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = None
 
 
+class FrontSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The processes that serve clients."""
+
+    routers: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=64,
+                description="processes that serve the API and route, each with clients of its own, before the same "
+                "instances [default: one, which runs the instances as well]",
+            ),
+        ]
+        | None
+    ) = None
+    restart_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=86400,
+            description="seconds that running requests get to finish when --routers are started anew (SIGHUP, disagg "
+            "ctl restart)",
+        ),
+    ] = 60.0
+
+
 class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One server: its model, its instances, its address."""
 
@@ -105,6 +132,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     serve: ServeSettings = ServeSettings()
     host: HostSettings = HostSettings()
     remote: RemoteSettings = RemoteSettings()
+    front: FrontSettings = FrontSettings()
 
     def roles(self) -> dict[InstanceId, Role]:
         """Return the instances by name: prefill before decode before colocated, as cores are given out."""
@@ -269,3 +297,19 @@ def usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int
             f"--cpus names core {format_ranges(absent)}, but this process may use {format_ranges(sorted(available))}"
         )
     return list(dict.fromkeys(asked)) or sorted(available)
+
+
+def check_routers(deployment: Deployment) -> None:
+    """Raise ConfigurationError for what a server of several routers cannot do: see docs/operations.md."""
+    router, remote, host = deployment.router, deployment.remote, deployment.host
+    others = {
+        "--autoscale": router.autoscale is not None,
+        "--replan": router.replan is not Replan.OFF,
+        "--listen-instances": remote.listen_instances is not None,
+        "--cluster": remote.cluster is not None,
+        "--kv-events": host.kv_events is not None,
+    }
+    if found := [flag for flag, is_given in others.items() if is_given]:
+        raise ConfigurationError(
+            f"{', '.join(found)}: needs one process that all requests and all instances come to; leave out --routers"
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import RouterSettings, SchedulerSettings
-from disagg.base.errors import DisaggError, InternalError, ProtocolError, UnavailableError
+from disagg.base.errors import ConfigurationError, DisaggError, InternalError, ProtocolError, UnavailableError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId, RouterId
 from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, decode_for_router, encode
@@ -235,6 +235,17 @@ class LiveRouter:
         """The instance's process is gone. The watcher is told, before this returns, whether to start it again."""
         self._shell.feed(ProcessExited(instance=instance, detail=detail))
 
+    def follow(self, change: ProcessStarting | ProcessExited | AnyCommand) -> None:
+        """Take what was decided about the deployment elsewhere. What is of no use here any more is left."""
+        if not isinstance(change, Join) and not self.has_instance(change.instance):
+            return
+        try:
+            self._shell.feed(change)
+        except ConfigurationError as error:
+            logger.debug("%s", error)
+            if isinstance(change, Drain):
+                self._shell.watcher.instance_drained(change.instance)
+
     def instance_joined(self, instance: InstanceId, role: Role) -> None:
         """See MemberListener."""
         self._shell.feed(Join(instance=instance, role=role))
@@ -256,6 +267,10 @@ class LiveRouter:
     def has_instance(self, instance: InstanceId) -> bool:
         """See MemberListener."""
         return self._core.members.get(instance) is not None
+
+    def started_as(self, instance: InstanceId) -> Role:
+        """Return the role that the instance's process was told."""
+        return self._core.members[instance].started_as
 
     def incarnation_of(self, instance: InstanceId) -> str:
         """Return the name of an instance's current or last life; empty before its first."""

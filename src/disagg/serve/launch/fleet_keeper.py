@@ -1,0 +1,225 @@
+"""Keeps one fleet for several routers: a router of no sequences decides what becomes of instances, the others follow.
+
+The keeper's own core is fed by the instances as any router's is. What it decides of the deployment (who is started
+again, drained, removed, flipped, added) is told to the routers, and to each instance which routers there are.
+"""
+
+import logging
+
+from disagg.base.errors import ConfigurationError, UnavailableError
+from disagg.base.ids import InstanceId, RouterId
+from disagg.base.message_fields import Message
+from disagg.base.messages import InstanceFacts, encode
+from disagg.base.router_messages import JoinRouter, LeaveRouter
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Leave, ProcessStarting, Undrain
+from disagg.scheduling.dispatch.state import ALIVE, InstanceState
+from disagg.scheduling.router.inputs import AnyCommand, ProcessExited
+from disagg.serve.launch.fleet_messages import FleetChanged, InstanceFaulty, Roster, RosterEntry
+from disagg.serve.launch.launcher import Launcher
+from disagg.serve.launch.router_child import RouterChild
+from disagg.serve.router.control_socket import ControlSocket
+from disagg.serve.router.interface import InstanceStatus
+from disagg.serve.router.live import LiveRouter
+
+logger = logging.getLogger(__name__)
+
+
+class FleetKeeper:
+    """See the module. It is the launcher's ProcessListener, the operator's CommandTaker, and an InstanceWatcher.
+
+    ``router`` is its own, which uses ``socket`` to speak with instances.
+    """
+
+    def __init__(self, router: LiveRouter, socket: ControlSocket) -> None:
+        self._router = router
+        self._socket = socket
+        self._routers: dict[RouterId, tuple[RouterChild, str]] = {}
+        """Those that know the instances, each with where it listens."""
+        self._drained: dict[InstanceId, set[RouterId]] = {}
+        """Draining instances, with the routers that have nothing on them any more."""
+        self._leaving: set[InstanceId] = set()
+        """Those of them that are removed once no router has."""
+        self.launcher: Launcher | None = None
+
+    # Routers --------------------------------------------------------------------------------------------------
+
+    def roster(self) -> Roster:
+        """Return the instances as they are now."""
+        return Roster(
+            instances=tuple(
+                RosterEntry(
+                    instance=one.instance,
+                    started_as=self._router.started_as(one.instance),
+                    role=one.role,
+                    is_cordoned=one.instance in self._drained,
+                    is_ready=one.state is InstanceState.READY,
+                )
+                for one in self._router.instances()
+            )
+        )
+
+    def router_up(self, child: RouterChild, endpoint: str) -> None:
+        """A router wants to know the instances; from now on it is told what becomes of them."""
+        child.tell(self.roster())
+        self._routers[child.name] = (child, endpoint)
+        for drained in self._drained.values():
+            drained.add(child.name)  # it is given nothing there
+
+    def router_listening(self, child: RouterChild) -> None:
+        """Instances can connect to a router."""
+        child.is_up = True
+        for status in self._router.instances():
+            if status.state in ALIVE:
+                self._introduce(status.instance, child.name)
+
+    def router_gone(self, child: RouterChild) -> None:
+        """A router's process is gone, and its sequences with it."""
+        if self._routers.pop(child.name, None) is None:
+            return
+        for status in self._router.instances():
+            if status.state in ALIVE:
+                self._tell_instance(status.instance, LeaveRouter(router=child.name))
+        self._remove_drained()
+
+    def router_says_faulty(self, said: InstanceFaulty) -> None:
+        """End the process of an instance that a router cannot use, unless it is another life by now."""
+        assert self.launcher is not None, "instances run"
+        if self.has_instance(said.instance) and self._router.incarnation_of(said.instance) == said.incarnation:
+            logger.error("a router treats %s as dead: %s", said.instance, said.why)
+            self.launcher.instance_faulty(said.instance, said.why)
+
+    def router_has_drained(self, child: RouterChild, instance: InstanceId) -> None:
+        """A router has nothing on a draining instance any more."""
+        if (drained := self._drained.get(instance)) is not None:
+            drained.add(child.name)
+            self._remove_drained()
+
+    def _introduce(self, instance: InstanceId, router: RouterId) -> None:
+        _, endpoint = self._routers[router]
+        self._tell_instance(instance, JoinRouter(router=router, endpoint=endpoint))
+
+    def _tell_instance(self, instance: InstanceId, message: Message) -> None:
+        try:
+            self._socket.send(instance, encode(message))
+        except UnavailableError as error:
+            logger.debug("%s is not told of routers: %s", instance, error)  # its end is noticed elsewhere
+
+    def _tell_routers(self, change: ProcessStarting | ProcessExited | AnyCommand) -> None:
+        for child, _ in list(self._routers.values()):
+            child.tell(FleetChanged(change=change))
+
+    # Commands -------------------------------------------------------------------------------------------------
+
+    def command(self, command: AnyCommand) -> None:
+        """See CommandTaker."""
+        match command:
+            case Drain(instance=instance):
+                self._drain(instance, leave=command.leave, force=command.force)
+            case Undrain(instance=instance) if instance in self._leaving:
+                raise ConfigurationError(f"{instance} cannot be given sequences again: it is being removed")
+            case Undrain(instance=instance):
+                self._router.command(command)
+                self._drained.pop(instance, None)
+                self._tell_routers(command)
+            case ChangeRole(instance=instance, role=role):
+                self._router.command(command)
+                self._tell_routers(ChangeRole(instance=instance, role=role, force=True))
+            case _:
+                self._router.command(command)
+                self._tell_routers(command)
+
+    def measure_links(self) -> None:
+        """See CommandTaker."""
+        self._router.measure_links()
+
+    def has_instance(self, instance: InstanceId) -> bool:
+        """See CommandTaker."""
+        return self._router.has_instance(instance)
+
+    def _drain(self, instance: InstanceId, *, leave: bool, force: bool) -> None:
+        """Let all routers drain an instance; one that is to leave is ended when no router has anything on it."""
+        status = self._status(instance)
+        if instance in self._leaving:
+            raise ConfigurationError(f"{instance} is being removed already")
+        if leave and (status is None or status.state not in ALIVE):
+            self._router.command(Drain(instance=instance, leave=True, force=force))
+            return
+        if instance not in self._drained or not leave:
+            self._router.command(Drain(instance=instance, force=force))
+            self._drained[instance] = set()
+            self._tell_routers(Drain(instance=instance, force=True))
+        if leave:
+            self._leaving.add(instance)
+            self._remove_drained()
+
+    def _remove_drained(self) -> None:
+        """End the instances that are to leave, and that no router has anything on."""
+        for instance in [one for one in self._leaving if self._drained.get(one, set()) >= self._routers.keys()]:
+            self._leaving.remove(instance)
+            self._router.command(Drain(instance=instance, leave=True, force=True))
+
+    def _status(self, instance: InstanceId) -> InstanceStatus | None:
+        return next((one for one in self._router.instances() if one.instance == instance), None)
+
+    # ProcessListener ------------------------------------------------------------------------------------------
+
+    def instance_starting(self, instance: InstanceId) -> None:
+        """See ProcessListener."""
+        self._router.instance_starting(instance)
+        self._tell_routers(ProcessStarting(instance=instance))
+
+    def instance_exited(self, instance: InstanceId, detail: str) -> None:
+        """See ProcessListener."""
+        self._router.instance_exited(instance, detail)
+        status = self._status(instance)
+        if status is None:
+            return  # it was to leave
+        returns = status.state is InstanceState.LOST
+        self._tell_routers(ProcessExited(instance=instance, detail=detail, returns=returns))
+        if instance in self._leaving:
+            self._leaving.remove(instance)
+            self._router.command(Drain(instance=instance, leave=True, force=True))
+
+    # InstanceWatcher ------------------------------------------------------------------------------------------
+
+    def instance_loading(self, instance: InstanceId, stage: str, fraction: float) -> None:
+        """See InstanceWatcher."""
+        self._runner.instance_loading(instance, stage, fraction)
+
+    def instance_ready(self, instance: InstanceId, facts: InstanceFacts) -> None:
+        """See InstanceWatcher."""
+        self._runner.instance_ready(instance, facts)
+        for child, _ in list(self._routers.values()):
+            if child.is_up:
+                self._introduce(instance, child.name)
+
+    def instance_faulty(self, instance: InstanceId, why: str) -> None:
+        """See InstanceWatcher."""
+        self._runner.instance_faulty(instance, why)
+
+    def restart_instance(self, instance: InstanceId, delay_s: float) -> None:
+        """See InstanceWatcher."""
+        self._runner.restart_instance(instance, delay_s)
+
+    def give_up_instance(self, instance: InstanceId, nothing_left: bool) -> None:
+        """See InstanceWatcher."""
+        self._runner.give_up_instance(instance, nothing_left)
+
+    def instance_drained(self, instance: InstanceId) -> None:
+        """See InstanceWatcher: the keeper itself has never anything on it."""
+
+    def instance_leaving(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        self._runner.instance_leaving(instance)
+
+    def instance_left(self, instance: InstanceId) -> None:
+        """See InstanceWatcher."""
+        self._runner.instance_left(instance)
+        self._drained.pop(instance, None)
+        self._leaving.discard(instance)
+        self._tell_routers(Leave(instance=instance))
+
+    @property
+    def _runner(self) -> Launcher:
+        assert self.launcher is not None, "instances run"
+        return self.launcher

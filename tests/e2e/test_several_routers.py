@@ -1,0 +1,165 @@
+"""Several routers before one fleet, in real processes: answers, deaths of routers and instances, restarts, the end."""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import openai
+import psutil
+import pytest
+from server_process import ServerProcess, completion, serving
+from test_lifecycle import assert_no_block_is_held, run_serve, wait_for
+
+SMALL = ("--routers", "2", "--max-model-len", "2048", "--kv-memory", "256MiB", "--instance-wait-s", "120")
+NUM_TOKENS = 200
+
+
+@dataclass
+class Story:
+    """What a client saw of a streamed answer."""
+
+    num_tokens: int = 0
+    error: str = ""
+
+
+def routers(server: ServerProcess) -> list[psutil.Process]:
+    """The routers' processes."""
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "disagg.serve.launch.router_process" in " ".join(child.cmdline())]
+
+
+def num_clients(router: psutil.Process) -> int:
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in router.net_connections("tcp"))
+
+
+def tell(server: ServerProcess, max_tokens: int, begun: "Future[None]") -> Story:
+    """Read a stream to its end on a connection of its own; ``begun`` is done with its first token."""
+    story = Story()
+    try:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120.0) as client:
+            stream = client.completions.create(
+                model=server.model,
+                prompt="Tell me",
+                max_tokens=max_tokens,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            for _ in stream:
+                story.num_tokens += 1
+                if not begun.done():
+                    begun.set_result(None)
+    except (openai.APIError, httpx.HTTPError) as error:
+        story.error = str(error)
+        if not begun.done():
+            begun.set_result(None)
+    return story
+
+
+def tell_on_both(server: ServerProcess, pool: ThreadPoolExecutor, max_tokens: int) -> "list[Future[Story]]":
+    """Begin streams until each router has some."""
+    stories: list[Future[Story]] = []
+    idle = {router: num_clients(router) for router in routers(server)}  # connections that are kept for a next request
+    while not all(num_clients(router) > num for router, num in idle.items()):
+        begun: Future[None] = Future()
+        stories.append(pool.submit(tell, server, max_tokens, begun))
+        begun.result(timeout=60)
+        assert len(stories) < 40, "one router takes all clients"
+    return stories
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with serving(*SMALL) as server:
+        yield server
+
+
+def test_all_routers_answer_alike_and_one_scrape_counts_them_all(server: ServerProcess) -> None:
+    before = server.metric("vllm:generation_tokens_total")
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: completion(server, "Rivers are", max_tokens=20, temperature=0), range(10)))
+    assert len({answer.choices[0].text for answer in answers}) == 1
+    tokens = sum(answer.usage.completion_tokens for answer in answers)
+    assert server.metric("vllm:generation_tokens_total") == before + tokens
+    assert_no_block_is_held(server)
+
+
+def test_a_router_that_is_killed_takes_only_its_own_streams_along(server: ServerProcess) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        stories = tell_on_both(server, pool, NUM_TOKENS)
+        victim, other = routers(server)
+        victim.kill()
+        told = [story.result(timeout=90) for story in stories]
+    assert {story.num_tokens for story in told if not story.error} == {NUM_TOKENS}
+    assert any(story.error for story in told)
+    wait_for(lambda: len(routers(server)) == 2 and victim not in routers(server), "a new router")
+    assert other in routers(server)
+    assert_no_block_is_held(server)
+    assert server.get("/debug/audit").json()["faults"] == []
+
+
+def test_an_instance_that_is_killed_fails_no_request_of_any_router(server: ServerProcess) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        stories = tell_on_both(server, pool, NUM_TOKENS)
+        (victim,) = [one["pid"] for one in server.get("/status").json()["instances"] if one["role"] == "decode"]
+        os.kill(victim, signal.SIGKILL)
+        told = [story.result(timeout=90) for story in stories]
+    assert told == [Story(NUM_TOKENS)] * len(told)
+    wait_for(lambda: server.get("/ready").status_code == 200, "the restarted instance")
+    assert_no_block_is_held(server)
+
+
+def test_a_hangup_starts_the_routers_anew_and_loses_no_request(server: ServerProcess) -> None:
+    before, instances = routers(server), server.instances()
+    with ThreadPoolExecutor(40) as pool:
+        stories = tell_on_both(server, pool, NUM_TOKENS)
+        server.process.send_signal(signal.SIGHUP)
+        while any(router.is_running() and router in before for router in routers(server)):
+            stories.append(pool.submit(tell, server, 20, Future()))
+            stories[-1].result(timeout=60)
+        told = [story.result(timeout=90) for story in stories]
+    assert [story.error for story in told if story.error] == []
+    wait_for(lambda: len(routers(server)) == 2, "two routers")
+    assert server.instances() == instances
+    assert completion(server, "Hello", max_tokens=3).usage.completion_tokens > 0
+
+
+def test_commands_reach_all_routers(server: ServerProcess) -> None:
+    added = httpx.post(f"{server.url}/admin/instances", json={"role": "decode"}, timeout=30).json()["instance"]
+
+    def states() -> set[str]:
+        found = {one["instance"]: one["state"] for one in server.get("/admin/instances").json()["instances"]}
+        return {found.get(added, "none")}
+
+    def everywhere(state: str) -> bool:
+        return set().union(*(states() for _ in range(6))) == {state}
+
+    wait_for(lambda: everywhere("ready"), "the new instance at both routers")
+    assert httpx.post(f"{server.url}/admin/instances/{added}/remove", timeout=30).status_code == 202
+    wait_for(lambda: everywhere("none"), "its end at both routers")
+    refused = httpx.post(f"{server.url}/admin/instances/decode-0/remove", timeout=30)
+    assert refused.status_code == 409
+    assert "no request could be served" in refused.text
+
+
+def test_the_end_leaves_no_process(server: ServerProcess) -> None:
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    assert server.end(signal.SIGINT) == 0
+    assert not [process for process in processes if process.is_running()]
+
+
+def test_a_stream_that_a_restart_cannot_wait_for_is_told() -> None:
+    with serving(*SMALL, "--restart-timeout-s", "0") as server, ThreadPoolExecutor(1) as pool:
+        begun: Future[None] = Future()
+        story = pool.submit(tell, server, 1900, begun)
+        begun.result(timeout=60)
+        httpx.post(f"{server.url}/admin/restart", timeout=30).raise_for_status()
+        assert "--restart-timeout-s" in story.result(timeout=90).error
+
+
+def test_what_needs_one_router_is_refused() -> None:
+    ended = run_serve("--routers", "2", "--autoscale", "decode=1..2")
+    assert ended.returncode == 2
+    assert "--autoscale" in ended.stderr
