@@ -8,10 +8,9 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
+from disagg.serve.launch.signals import SignalQueue
 from disagg.serve.launch.weights_file import shared_weights
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
@@ -73,9 +73,8 @@ class LiveServer:
 
         Raises a DisaggError when an instance does not start, or when too many died for good.
         """
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue(maxsize=16)
         with ExitStack() as resources:
-            resources.enter_context(self._handle_signals())
+            self._signals = resources.enter_context(SignalQueue())
             endpoint = resources.enter_context(private_endpoint())
             control_key = secrets.token_hex()
             self._outside = open_door(self._deployment)
@@ -141,7 +140,7 @@ class LiveServer:
 
     async def _wait_for_end(self, api_task: asyncio.Task[None]) -> None:
         """Return on a signal; raise when the server cannot go on."""
-        stopped = asyncio.create_task(self._signals.get(), name="signal")
+        stopped = asyncio.create_task(self._signals.next(), name="signal")
         try:
             ends: set[asyncio.Future[Any]] = {stopped, *self._failures(), api_task}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -164,7 +163,7 @@ class LiveServer:
 
     async def _end(self, api: ApiServer, api_task: asyncio.Task[None]) -> None:
         """Drain, then stop the instances and the API; a second signal cuts every wait short."""
-        impatience = asyncio.create_task(self._signals.get(), name="second signal")
+        impatience = asyncio.create_task(self._signals.next(), name="second signal")
         ending = asyncio.create_task(self._end_patiently(api_task), name="end")
         try:
             ends: set[asyncio.Future[Any]] = {impatience, ending}
@@ -187,19 +186,3 @@ class LiveServer:
         await asyncio.wait({api_task}, timeout=CLOSE_S)
         self._router.stop_instances()
         await self._stop_instances()
-
-    @contextmanager
-    def _handle_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in numbers:
-            loop.add_signal_handler(number, self._take_signal, number)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
-
-    def _take_signal(self, number: signal.Signals) -> None:
-        if not self._signals.full():
-            self._signals.put_nowait(number)
