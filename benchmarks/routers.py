@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -195,7 +196,8 @@ class PacedInstance:
 
 
 def serve(num_routers: int, options: Options, arguments: Sequence[str]) -> None:
-    """Run a server over such instances until a signal ends it."""
+    """Run a server over such instances until a signal ends it, or the process that measures is gone."""
+    end_with_parent(os.getppid())
     raise_descriptor_limit()
     deployment = Deployment(
         placement=Placement(groups=(InstanceGroup(role=Role.COLOCATED, count=options.instances, num_threads=1),)),

@@ -6,6 +6,7 @@ from instance_facts import FACTS
 
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId, RouterId, owned_by, owner_of
+from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import KvOffer, Lend, LoadReport, Offered, Ready
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad, LeaveRouter
@@ -169,6 +170,10 @@ def test_each_router_is_told_the_load_of_the_others() -> None:
     assert instance.core.load_of_others(THEIRS).num_decodes == 1
 
 
+def ready(instance: InstanceId, incarnation: str, role: Role) -> Ready:
+    return Ready(version=PROTOCOL_VERSION, instance=instance, incarnation=incarnation, role=role, facts=FACTS)
+
+
 class Router:
     """A router's core before two prefill instances and a decode instance."""
 
@@ -176,7 +181,9 @@ class Router:
         instances = {P0: Role.PREFILL, P1: Role.PREFILL, D0: Role.DECODE}
         self.core = RouterCore(RouterHeader(instances=instances, settings=RouterSettings(), **header))
         for instance, role in instances.items():
-            self.say(instance, Ready(version=4, instance=instance, incarnation="1", role=role, facts=FACTS))
+            self.say(
+                instance, Ready(version=PROTOCOL_VERSION, instance=instance, incarnation="1", role=role, facts=FACTS)
+            )
 
     def say(self, instance: InstanceId, message: Ready | LoadReport) -> None:
         self.core.handle(InstanceSaid(instance=instance, message=message), 1.0)
@@ -205,7 +212,7 @@ def test_what_others_had_on_an_instance_goes_with_its_life() -> None:
     router = Router()
     router.report(P0, ForeignLoad(num_sequences=1, num_prefills=1, prefill_tokens=100, prefill_squares=10_000))
     router.core.handle(ProcessExited(instance=P0, detail="killed"), 2.0)
-    router.say(P0, Ready(version=4, instance=P0, incarnation="2", role=Role.PREFILL, facts=FACTS))
+    router.say(P0, ready(P0, "2", Role.PREFILL))
     assert router.arrive("a") == P0
 
 
