@@ -67,6 +67,7 @@ COLUMNS: Final = (
 )
 SETTLE_S: Final = 3.0
 """What a server that is ready still starts: processes that prepare requests."""
+END_S: Final = 120.0
 REPORT_S: Final = 0.5
 DEADLINE_S: Final = 300.0
 
@@ -354,8 +355,10 @@ def run_once(num_routers: int, options: Options, arguments: Sequence[str]) -> Fi
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(measure(url, psutil.Process(process.pid), options))
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            for number in (signal.SIGTERM, signal.SIGTERM):  # the second one ends it at once
+                process.send_signal(number)
+                time.sleep(0.5)
+            process.wait(END_S)
 
 
 def check_descriptors(num_streams: int) -> None:

@@ -45,10 +45,12 @@ def tell(server: ServerProcess, max_tokens: int, begun: "Future[None]") -> Story
                 prompt="Tell me",
                 max_tokens=max_tokens,
                 stream=True,
+                stream_options={"include_usage": True},
                 extra_body={"ignore_eos": True},
             )
-            for _ in stream:
-                story.num_tokens += 1
+            for chunk in stream:
+                if chunk.usage is not None:
+                    story.num_tokens = chunk.usage.completion_tokens
                 if not begun.done():
                     begun.set_result(None)
     except (openai.APIError, httpx.HTTPError) as error:
@@ -150,6 +152,7 @@ def test_the_end_leaves_no_process(server: ServerProcess) -> None:
     assert not [process for process in processes if process.is_running()]
 
 
+@pytest.mark.slow
 def test_a_stream_that_a_restart_cannot_wait_for_is_told() -> None:
     with serving(*SMALL, "--restart-timeout-s", "0") as server, ThreadPoolExecutor(1) as pool:
         begun: Future[None] = Future()

@@ -27,6 +27,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 LINGER_S: Final = 2.0
 """How long a refused client may go on sending, unheard, before the connection is cut: a cut at once would take the
 refusal with it."""
+FIRST_REQUEST_S: Final = 0.5
+"""What a client that has just connected gets to ask when the server takes no more requests."""
 FLUSH_S: Final = 60.0
 """How long the last bytes of an answer may take to be read."""
 
@@ -60,6 +62,8 @@ class Connection(HttpToolsProtocol):
         self._in_message = False
         self._in_head = False
         self._is_deaf = False
+        self._is_last = False
+        """The next answer is the connection's last."""
         self._is_half_closed = False
         self._num_parsed = 0
         """Bytes of the head that the parser has told of."""
@@ -178,6 +182,14 @@ class Connection(HttpToolsProtocol):
         else:
             self.drop()
 
+    def shutdown(self) -> None:
+        """Take no more requests. A client that has connected and not asked yet is answered once."""
+        if self._running is None and not self._is_deaf and not self.transport.is_closing():
+            self._is_last = True
+            self._set_deadline(FIRST_REQUEST_S)
+        else:
+            super().shutdown()
+
     def drop(self) -> None:
         """End the connection at once, whatever was not read yet."""
         self._is_deaf = True
@@ -185,6 +197,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.keep_alive = cycle.keep_alive and not self._is_last
         if cycle.scope["http_version"] == "1.0":
             app = _ended_by_close(cycle, app)
         super()._start_asgi_task(cycle, app)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from msgspec import structs
 
-from disagg.base.errors import ConfigurationError, DisaggError, UnavailableError
+from disagg.base.errors import ConfigurationError, DisaggError, InternalError, UnavailableError
 from disagg.base.ids import InstanceId, RouterId
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Undrain
 from disagg.scheduling.router.inputs import MeasureLinks
@@ -67,6 +67,7 @@ class RouterProcesses:
         self._is_stopping = False
         self._restarting: asyncio.Task[None] | None = None
         self._metrics = MetricsGathering()
+        self._answering: set[asyncio.Task[None]] = set()
         self.operator: LocalOperator | None = None
         self.failed: asyncio.Future[DisaggError] = asyncio.get_running_loop().create_future()
 
@@ -124,6 +125,7 @@ class RouterProcesses:
         name = RouterId(f"{slot}.{self._num_lives[slot]}")
         child = RouterChild(name, slot, self._hear)
         self._lives[child] = asyncio.create_task(self._live(child), name=f"life of router {name}")
+        self._lives[child].add_done_callback(self._note_end)
         return child
 
     def _endpoint(self, child: RouterChild) -> str:
@@ -159,6 +161,11 @@ class RouterProcesses:
         if not self._is_stopping:
             self._current[slot] = self._begin(slot)
 
+    def _note_end(self, life: asyncio.Task[None]) -> None:
+        if not life.cancelled() and (error := life.exception()) is not None and not self.failed.done():
+            logger.error("the %s failed", life.get_name(), exc_info=error)
+            self.failed.set_result(InternalError(f"the {life.get_name()} failed: {error}"))
+
     def _fail(self, child: RouterChild, ended: Exit) -> None:
         if not self.failed.done():
             kind = ConfigurationError if ended.status == CONFIGURATION_STATUS else UnavailableError
@@ -166,7 +173,7 @@ class RouterProcesses:
 
     async def _restart(self) -> None:
         """Put a new process in the place of each router, one by one; one that does not start changes nothing."""
-        for slot, old in sorted(self._current.items()):
+        for slot in sorted(self._current):
             new = self._begin(slot)
             serving = asyncio.create_task(new.is_serving.wait())
             waiting: set[asyncio.Future[Any]] = {serving, self._lives[new]}
@@ -178,8 +185,10 @@ class RouterProcesses:
                 new.end("it did not begin to serve")
                 logger.error("a new router did not begin to serve: the routers that run stay")
                 return
+            old = self._current.get(slot)  # another one than before, if that died meanwhile
             self._current[slot] = new
-            old.retire(self._deployment.front.restart_timeout_s, is_restart=True)
+            if old is not None:
+                old.retire(self._deployment.front.restart_timeout_s, is_restart=True)
             logger.info("%s is started anew; the old process finishes what it has", new.label)
 
     async def _watch_silence(self) -> None:
@@ -204,7 +213,9 @@ class RouterProcesses:
             case InstanceDrained(instance=instance):
                 self._keeper.router_has_drained(child, instance)
             case CommandGiven():
-                asyncio.get_running_loop().create_task(self._answer(child, message))
+                answering = asyncio.create_task(self._answer(child, message), name="answer to a router")
+                self._answering.add(answering)
+                answering.add_done_callback(self._answering.discard)
             case MetricsWanted(number=number):
                 serving = [one for one in self._lives if one.is_serving.is_set()]
                 self._metrics.gather(child, number, serving)
