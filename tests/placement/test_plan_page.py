@@ -10,7 +10,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.cli.plan_page import draw_nodes, page, write_page
 from disagg.placement.curves import RATE_PARTS, SLO_SCALES, attainment_curves
 from disagg.placement.describe import describe
-from disagg.placement.plan import Plan
+from disagg.placement.plan import OneRouter, Plan
 from disagg.placement.planner import search
 from disagg.placement.sensitivity import PROMPT_FACTORS, RATE_FACTORS, prompt_shifts, rate_shifts
 from disagg.placement.workers import Workers
@@ -59,6 +59,14 @@ def test_the_page_shows_every_device_and_loads_nothing(plan: Plan, tmp_path: Pat
     assert "http" not in text.replace("http://www.w3.org", "")
     assert text.count('class="device"') == sum(len(node.devices) for node in draw_nodes(plan.best))
     assert text.count("<figure") == 3
+    assert text.count("the same instances, ") > 0
+
+
+def test_the_page_tells_what_one_router_serves(plan: Plan) -> None:
+    text = page(structs.replace(plan, behind_one_router=OneRouter(asked=2.0, served=1.0)))
+    assert "serves 1 of these 2 requests/s (-50%)" in text
+    same = page(structs.replace(plan, behind_one_router=OneRouter(asked=2.0, served=2.0)))
+    assert "behind one router serves 2 requests/s as well" in same
 
 
 def test_a_page_that_cannot_be_written_is_told(plan: Plan, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from disagg.bench.report.curves import AttainmentCurve, draw_rate_curves, draw_s
 from disagg.bench.report.picture import Picture
 from disagg.bench.report.runs import Interval
 from disagg.bench.report.theme import SeriesStyle, add_legend, house_style, styles_of
-from disagg.cli.plan_report import effort_words
+from disagg.cli.plan_report import effort_words, router_words
 from disagg.costs.topology import read_devices
 from disagg.placement.plan import Plan, PlannedCurve, PlannedPlacement
 
@@ -65,6 +65,7 @@ def page(plan: Plan) -> str:
         else f"{plan.target_rate:g} requests/s",
         nodes=draw_nodes(plan.best),
         rows=_rows(list(_pictures(plan))),
+        router=None if plan.behind_one_router is None else router_words(plan),
         effort=effort_words(plan),
     )
 

@@ -75,6 +75,8 @@ _STYLES: Final = (
     SeriesStyle(INK, (0, (3, 1)), "X"),
 )
 _MANY_SYSTEMS: Final = 3
+_LONG_NAME: Final = 24
+"""Characters: a longer one would cover curves."""
 _BAR_STEP: Final = 0.008
 """Between the bars of two systems, as a share of the axis."""
 
@@ -132,9 +134,9 @@ def draw_spread(
 
 
 def add_legend(figure: "Figure", axes: "Axes") -> None:
-    """Name the systems where the curves leave room, or below them when there are many."""
+    """Name the systems where the curves leave room, or below them when there are many, or their names are long."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) <= _MANY_SYSTEMS:
+    if len(labels) <= _MANY_SYSTEMS and max(map(len, labels), default=0) <= _LONG_NAME:
         axes.legend(loc="best")
     else:
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7.5)
