@@ -31,3 +31,11 @@ async def test_who_answers_is_in_it_and_who_is_gone_or_silent_is_not() -> None:
     assert [instance for instance, _ in asked] == [D0, D1]
     auditing.take(D1, answer(D1, 1))  # too late: nobody waits for it
     assert await auditing.ask([D0]) == {D0: answer(D0, 2)}
+
+
+async def test_an_answer_to_another_router_is_not_taken_for_ones_own() -> None:
+    def send(instance: InstanceId, message: Message) -> None:
+        asyncio.get_running_loop().call_soon(auditing.take, instance, answer(instance, 1))
+
+    auditing = Auditing(send, timeout_s=0.05, first=1 << 40)
+    assert await auditing.ask([D0]) == {}

@@ -13,12 +13,17 @@ AUDIT_TIMEOUT_S = 10.0
 
 
 class Auditing:
-    """The audits under way of one router. ``send`` takes a message to an instance, or raises UnavailableError."""
+    """The audits under way of one router. ``send`` takes a message to an instance, or raises UnavailableError.
 
-    def __init__(self, send: Callable[[InstanceId, Message], None], timeout_s: float = AUDIT_TIMEOUT_S) -> None:
+    Numbers count from ``first``: an instance of several routers answers to all of them, which then differ in theirs.
+    """
+
+    def __init__(
+        self, send: Callable[[InstanceId, Message], None], timeout_s: float = AUDIT_TIMEOUT_S, first: int = 0
+    ) -> None:
         self._send = send
         self._timeout_s = timeout_s
-        self._number = 0
+        self._number = first
         self._answers: dict[tuple[int, InstanceId], asyncio.Future[Audited]] = {}
 
     async def ask(self, instances: Collection[InstanceId]) -> dict[InstanceId, Audited]:

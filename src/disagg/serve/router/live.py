@@ -6,6 +6,7 @@ nothing: ``scheduling.router.core`` does.
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,10 @@ class LiveRouter:
         )
         self._start_gate = StartGate(settings.instance_wait_s, settings.max_queued_requests)
         self._stopping = False
-        self._auditing = Auditing(lambda instance, message: socket.send(instance, encode(message)))
+        self._auditing = Auditing(
+            lambda instance, message: socket.send(instance, encode(message)),
+            first=0 if among is None else secrets.randbits(60),
+        )
 
     # For the API ----------------------------------------------------------------------------------------------
 
