@@ -75,6 +75,8 @@ _STYLES: Final = (
     SeriesStyle(INK, (0, (3, 1)), "X"),
 )
 _MANY_SYSTEMS: Final = 3
+_LEGEND_INCHES: Final = 0.09
+"""Of a character there, with its part of the handle."""
 _LONG_NAME: Final = 24
 """Characters: a longer one would cover curves."""
 _BAR_STEP: Final = 0.008
@@ -139,7 +141,9 @@ def add_legend(figure: "Figure", axes: "Axes") -> None:
     if len(labels) <= _MANY_SYSTEMS and max(map(len, labels), default=0) <= _LONG_NAME:
         axes.legend(loc="best")
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7.5)
+        width = max(map(len, labels)) * _LEGEND_INCHES
+        num_columns = 2 if 2 * width <= figure.get_figwidth() else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=7.5)
 
 
 @contextmanager
