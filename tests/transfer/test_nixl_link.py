@@ -25,7 +25,9 @@ def test_a_read_from_a_frozen_peer_is_given_up_and_ends_when_the_peer_wakes_or_d
     )
     assert ended.returncode == 0, ended.stderr
     hung = "NIXL did not complete the read in time, and may still write its blocks"
-    assert ended.stdout.splitlines() == ["done", "hung", hung, "failed", blocks]
+    told = ended.stdout.splitlines()
+    assert told[:4] == ["done", "hung", hung, "failed"]
+    assert told[4:] in ([blocks], [] if fate == "wakes" else [blocks])
 
 
 def test_without_nixl_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""What coded KV blocks cost in accuracy: the second half of real texts, read over a first half that was handed over."""
+"""What coded and converted KV blocks cost in accuracy.
+
+The second half of real texts is read over a first half that was handed over.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,7 @@ from disagg.engine.benchmark.cases import Phase, StepCase
 from disagg.engine.benchmark.engine_benchmark import EngineBenchmark, make_batch
 from disagg.models.locate import ModelFiles
 from disagg.models.tokenizer import load_tokenizer
+from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.int8_codec import Int8Codec, ScaleOf
 
 _CHARACTERS_OF_TOKEN: Final = 8
@@ -62,9 +66,44 @@ def measure_quality(ready: EngineBenchmark, texts: Sequence[torch.Tensor]) -> It
             yield _compare(name, codec.ratio, found, reference, texts)
 
 
+def measure_kinds(
+    prefill: EngineBenchmark, decode: EngineBenchmark, texts: Sequence[torch.Tensor]
+) -> Iterator[KvQuality]:
+    """Yield what decode computes alone, what prefill does, and decode over the blocks of prefill, converted.
+
+    Logits are compared with those of decode alone.
+    """
+    reference = [_second_half(decode, text, lambda pool, layout: None) for text in texts]
+    yield _compare("decode's kind alone", 1.0, reference, reference, texts)
+    alone = [_second_half(prefill, text, lambda pool, layout: None) for text in texts]
+    yield _compare("prefill's kind alone", 1.0, alone, reference, texts)
+    theirs, ours = prefill.layout(1), decode.layout(1)
+    found = [_second_half(decode, text, _converted(prefill, text)) for text in texts]
+    yield _compare(
+        "prefill's, then decode's", theirs.layer_block_bytes / ours.layer_block_bytes, found, reference, texts
+    )
+
+
+def _converted(prefill: EngineBenchmark, text: torch.Tensor) -> Coding:
+    """Return what puts the blocks that another kind makes of a text's first half into a pool."""
+
+    def take(pool: torch.Tensor, layout: KvLayout) -> None:
+        theirs = prefill.layout(layout.num_blocks)
+        source = _first_half(prefill, text, theirs.num_blocks)
+        blocks, layers = [BlockId(block) for block in range(layout.num_blocks)], range(layout.num_layers)
+        starts = [theirs.offset(layer, block) for layer in layers for block in blocks]
+        BlockForms(theirs, layout).convert(_bytes_of(source), starts, _bytes_of(pool), layers, blocks)
+
+    return take
+
+
+def _bytes_of(pool: torch.Tensor) -> memoryview:
+    return memoryview(pool.view(torch.uint8).flatten().numpy().data)
+
+
 def _through(codec: Int8Codec) -> Coding:
     def send(pool: torch.Tensor, layout: KvLayout) -> None:
-        data = pool.view(torch.uint8).flatten().numpy().data
+        data = _bytes_of(pool)
         blocks, layers = [BlockId(block) for block in range(layout.num_blocks)], range(layout.num_layers)
         coded = memoryview(bytearray(codec.layer_bytes * len(blocks) * len(layers)))
         codec.encode(data, layers, blocks, coded)
@@ -76,16 +115,25 @@ def _through(codec: Int8Codec) -> Coding:
 def _second_half(ready: EngineBenchmark, text: torch.Tensor, send: Coding) -> torch.Tensor:
     """Return the logits after each token of the second half, float32 [tokens, vocabulary]."""
     length = len(text)
-    half = length // 2
-    pool = ready.make_pool(-(-length // ready.block_size))
+    pool = _first_half(ready, text, -(-length // ready.block_size))
+    send(pool, ready.layout(pool.shape[1]))
+    return _forward(ready, text, pool, (length // 2, length))
+
+
+def _first_half(ready: EngineBenchmark, text: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Return a pool with the KV blocks of the first half."""
+    pool = ready.make_pool(num_blocks)
+    _forward(ready, text, pool, (0, len(text) // 2))
+    return pool
+
+
+def _forward(ready: EngineBenchmark, text: torch.Tensor, pool: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
+    """Compute the tokens from the first place to the second; return the logits after each."""
+    (start, end), length = part, len(text)
     table = make_batch(StepCase(Phase.PREFILL, 1, length, length), ready.block_size).block_tables
-    for start, end in ((0, half), (half, length)):
-        batch = make_batch(StepCase(Phase.PREFILL, 1, end - start, end), ready.block_size)
-        batch = replace(batch, token_ids=text[start:end], block_tables=table, logit_rows=torch.arange(end - start))
-        logits = ready.decoder.forward(batch, pool).float()
-        if start == 0:
-            send(pool, ready.layout(pool.shape[1]))
-    return logits
+    batch = make_batch(StepCase(Phase.PREFILL, 1, end - start, end), ready.block_size)
+    batch = replace(batch, token_ids=text[start:end], block_tables=table, logit_rows=torch.arange(end - start))
+    return ready.decoder.forward(batch, pool).float()
 
 
 def _compare(
