@@ -1,10 +1,12 @@
 """What a simulation costs: requests simulated in a second of CPU time, and memory, for a pair and for a fleet.
 
-    python benchmarks/simulation_cost.py [--only pair|fleet] [--instances 1000] [--requests 100000] [--json]
+    python benchmarks/simulation_cost.py [--only pair|fleet|index] [--instances 1000] [--requests 100000]
+        [--router] [--json]
 
 The pair is one prefill and one decode instance at 30 requests/s, the best of four runs. The fleet is as many instances
 of Llama 3 8B on L40S devices, ten to a node, by their data sheet: half of them prefill, half decode. Its network gives
 each node one port of 400 Gbit/s, which all its hand-overs share. A chat workload comes at a rate per instance.
+`--router` counts what the router's core of the fleet does, its clock included, and how many bytes are handed over.
 """
 
 import argparse
@@ -12,21 +14,27 @@ import gc
 import random
 import resource
 import time
+import tracemalloc
 from collections.abc import Iterator
 
 import msgspec
 
 from disagg.base.config import InstanceGroup, Placement, RouterSettings, SchedulerSettings
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import BlockHash, InstanceId, RequestId
+from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.request import Role
+from disagg.cache.prefix_index import PrefixIndex
 from disagg.costs.devices import find_device
 from disagg.costs.latency import StepShape
-from disagg.costs.links import LinkKind, LinkModel
+from disagg.costs.links import LinkKind, LinkModel, SerialLinks
 from disagg.costs.roofline import RooflinePlatform
 from disagg.costs.topology import Network, Node, NodeName, Topology
 from disagg.measure.slo import parse_slo
 from disagg.measure.standard import standard_workload
 from disagg.models.known_shapes import KNOWN_SHAPES
+from disagg.scheduling.router.core import RouterCore
+from disagg.scheduling.router.inputs import AnyRouterInput
+from disagg.scheduling.router.outputs import AnyRouterOutput, AnySend
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
 from disagg.simulator.engines import build_cluster, own_rules
 from disagg.simulator.instance_spec import InstanceSpec
@@ -48,6 +56,15 @@ class PairCost(msgspec.Struct, frozen=True, kw_only=True):
     num_events: int
 
 
+class RouterWork(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the router's core: CPU seconds and inputs, messages that it sends, and KV bytes that instances read."""
+
+    busy_s: float
+    num_inputs: int
+    num_sent: int
+    kv_bytes: int
+
+
 class FleetCost(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Seconds are of CPU time, but for ``span_s``, which is simulated; memory is the process's peak."""
 
@@ -62,6 +79,45 @@ class FleetCost(msgspec.Struct, frozen=True, kw_only=True):
     span_s: float
     base_bytes: int
     peak_bytes: int
+    attainment: float
+    router: RouterWork | None
+
+
+class RouterMeter:
+    """Stands between the simulated router and its core, and between instances and their links."""
+
+    def __init__(self) -> None:
+        self._handle, self._start = RouterCore.handle, SerialLinks.start
+        self._busy_s, self._num_inputs, self._num_sent, self._kv_bytes = 0.0, 0, 0, 0
+
+    def attach(self) -> None:
+        def handle(core: RouterCore, one: AnyRouterInput, now: float) -> list[AnyRouterOutput]:
+            begin_s = time.thread_time()
+            outputs = self._handle(core, one, now)
+            self._busy_s += time.thread_time() - begin_s
+            self._num_inputs += 1
+            self._num_sent += sum(isinstance(output, AnySend) for output in outputs)
+            return outputs
+
+        def start(links: SerialLinks, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
+            self._kv_bytes += num_bytes
+            return self._start(links, source, target, num_bytes, now)
+
+        RouterCore.handle, SerialLinks.start = handle, start  # type: ignore[method-assign]
+
+    def work(self) -> RouterWork:
+        return RouterWork(
+            busy_s=self._busy_s, num_inputs=self._num_inputs, num_sent=self._num_sent, kv_bytes=self._kv_bytes
+        )
+
+
+class IndexCost(msgspec.Struct, frozen=True, kw_only=True):
+    """The router's index of prefixes: bytes for each block of its own name, seconds to look a prompt up."""
+
+    bytes_per_block: float
+    blocks_per_instance: int
+    unknown_s: float
+    held_by_all_s: float
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +125,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
     pair: PairCost | None
     fleet: FleetCost | None
+    index: IndexCost | None
 
 
 class LinearLatency:
@@ -137,12 +194,14 @@ def fleet(num_instances: int) -> ClusterSpec:
     return build_cluster(placement, platform, own_rules(router=router), Topology(nodes, Network(PORT)))
 
 
-def fleet_cost(num_instances: int, num_requests: int, rate: float) -> FleetCost:
+def fleet_cost(num_instances: int, num_requests: int, rate: float, meter: RouterMeter | None) -> FleetCost:
     begin_s = time.process_time()
     spec = fleet(num_instances)
     SimulatedCluster(spec, lambda request: None)
     built_s = time.process_time()
     base_bytes = peak_bytes()
+    if meter is not None:
+        meter.attach()
     workload = standard_workload("chat", rate, num_requests)
     requests = simulated_requests(workload.draw(0), "chat", spec.instances[0].block_size)
     report = simulate(spec, requests, parse_slo("ttft=1s,tpot=50ms"))
@@ -159,7 +218,44 @@ def fleet_cost(num_instances: int, num_requests: int, rate: float) -> FleetCost:
         span_s=report.span_s,
         base_bytes=base_bytes,
         peak_bytes=peak_bytes(),
+        attainment=report.attainment,
+        router=None if meter is None else meter.work(),
     )
+
+
+def index_cost(num_instances: int) -> IndexCost:
+    """Let instances hold blocks of their own, and then all of them the same nine."""
+    rng = random.Random(1)
+    index, num_blocks, num_each = PrefixIndex(), fleet(num_instances).instances[0].num_blocks, 200
+    names = [InstanceId(f"instance-{number}") for number in range(num_instances)]
+    for name in names:
+        index.join(name, 64, num_blocks)
+    tracemalloc.start()
+    for number in range(num_each):
+        for name in names:
+            index.take(name, number, (stored(rng.randbytes(16)),))
+    bytes_per_block = tracemalloc.get_traced_memory()[0] / (num_each * num_instances)
+    tracemalloc.stop()
+    shared = [rng.randbytes(16) for _ in range(9)]
+    for name in names:
+        index.take(name, num_each, (stored(*shared),))
+    return IndexCost(
+        bytes_per_block=bytes_per_block,
+        blocks_per_instance=num_blocks,
+        unknown_s=find_s(index, [rng.randbytes(16) for _ in range(9)]),
+        held_by_all_s=find_s(index, shared),
+    )
+
+
+def stored(*names: bytes) -> BlockStored:
+    return BlockStored(tuple(map(BlockHash, names)), None, (), 64, None, Medium.GPU)
+
+
+def find_s(index: PrefixIndex, names: list[bytes]) -> float:
+    begin_s = time.thread_time()
+    for _ in range(200):
+        index.find([BlockHash(name) for name in names])
+    return (time.thread_time() - begin_s) / 200
 
 
 def peak_bytes() -> int:
@@ -168,16 +264,23 @@ def peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("pair", "fleet"))
+    parser.add_argument("--only", choices=("pair", "fleet", "index"))
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--rate", type=float, help="requests/s of the whole fleet [default: 3 for each instance]")
+    parser.add_argument("--router", action="store_true", help="count what the fleet's router does")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rate = arguments.rate or RATE_PER_INSTANCE * arguments.instances
+    meter = RouterMeter() if arguments.router else None
     costs = Costs(
-        pair=None if arguments.only == "fleet" else pair_cost(),
-        fleet=None if arguments.only == "pair" else fleet_cost(arguments.instances, arguments.requests, rate),
+        pair=pair_cost() if arguments.only in (None, "pair") else None,
+        fleet=(
+            fleet_cost(arguments.instances, arguments.requests, rate, meter)
+            if arguments.only in (None, "fleet")
+            else None
+        ),
+        index=index_cost(arguments.instances) if arguments.only in (None, "index") else None,
     )
     if arguments.json:
         print(msgspec.json.encode(costs).decode())
@@ -189,7 +292,21 @@ def main() -> None:
             f"fleet of {one.num_instances:,} instances on {one.num_nodes:,} nodes, {one.num_requests:,} requests at "
             f"{one.rate:,.0f}/s: {one.requests_per_s:,.0f} requests/s of CPU time ({one.run_s:.1f} s, and "
             f"{one.build_s:.1f} s to build), {one.span_s:.0f} s simulated, {one.num_finished:,} finished, "
+            f"{one.attainment:.1%} within 1 s TTFT and 50 ms TPOT, "
             f"peak memory {one.peak_bytes / 1e6:,.0f} MB ({one.base_bytes / 1e6:,.0f} MB before the first request)"
+        )
+        if (work := one.router) is not None:
+            count = one.num_requests
+            print(
+                f"router, for each request: {work.busy_s / count * 1e6:.0f} us of CPU time, "
+                f"{work.num_inputs / count:.1f} inputs, {work.num_sent / count:.1f} messages sent, "
+                f"{work.kv_bytes / count / 1e6:.0f} MB handed over"
+            )
+    if (index := costs.index) is not None:
+        print(
+            f"index of prefixes: {index.bytes_per_block:.0f} bytes a block, {index.blocks_per_instance:,} blocks an "
+            f"instance; a prompt that nobody holds is looked up in {index.unknown_s * 1e6:.0f} us, one whose blocks "
+            f"all hold in {index.held_by_all_s * 1e6:.0f} us"
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
+from disagg.costs import links as links_module
 from disagg.costs.links import Direction, LinkModel, Passage, Ports, Route, SerialLinks
 
 A, B, C, D = (InstanceId(name) for name in "abcd")
@@ -65,3 +66,13 @@ def test_a_transfer_over_several_ports_waits_for_as_many() -> None:
     assert links.start(A, C, 1000, now=0.0) == 1.75
     assert links.start(B, C, 1000, now=0.0) == 1.75 + 1.25
     assert links.start(A, D, 1000, now=0.0) == 3.0 + 1.75
+
+
+def test_pairs_that_are_free_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "_MOST_PAIRS", 4)
+    links = SerialLinks(lambda source, target: Route.over(LINK))
+    busy_until_s = links.start(A, B, 10**6, now=0.0)
+    for number in range(20):
+        links.start(InstanceId(f"source-{number}"), B, 0, now=10.0 * number)
+    assert links.num_pairs <= 4
+    assert links.start(A, B, 0, now=300.0) == busy_until_s + 0.75

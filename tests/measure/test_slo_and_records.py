@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from disagg.base.errors import ConfigurationError
 from disagg.measure.record import Ending, RequestRecord, read_records, write_records
 from disagg.measure.slo import Slo, parse_slo
-from disagg.measure.statistics import Estimate, LogHistogram, Share
+from disagg.measure.statistics import Estimate, LogHistogram, Percentiles, Share, ValueSketch
 from disagg.measure.summary import summarize
 
 SLO = Slo(ttft_s=0.25, tpot_s=0.1)
@@ -189,6 +189,21 @@ def test_a_histogram_gives_percentiles_to_a_percent(values: list[float]) -> None
     for part, percentile in ((0.5, found.p50), (0.9, found.p90), (0.99, found.p99)):
         exact = sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
         assert percentile == pytest.approx(exact, rel=0.011)
+
+
+def test_a_sketch_is_exact_until_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ValueSketch, "MOST_EXACT", 100)
+    values = [1 + number * 0.01 for number in range(101)]
+    sketch = ValueSketch()
+    for value in values[:100]:
+        sketch.add(value)
+    assert sketch.percentiles() == Percentiles.of(values[:100])
+    sketch.add(values[100])
+    found, exact = sketch.percentiles(), Percentiles.of(values)
+    assert found != exact
+    assert found.mean == pytest.approx(exact.mean, rel=1e-9)
+    for name in ("p50", "p90", "p99"):
+        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=0.011)
 
 
 def test_a_share_has_wilsons_interval() -> None:

@@ -1,5 +1,6 @@
 """What a simulation costs: by changes, not by tokens, and no memory for what is over."""
 
+import gc
 import tracemalloc
 from collections.abc import Iterator
 
@@ -44,6 +45,14 @@ def peak_bytes(count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_length_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Schedulers remember the last 8,192 requests that ended; the rest must be flat.
+    # Schedulers remember 8,192 to 16,384 requests that ended; the rest must be flat.
     monkeypatch.setattr(epoch_memory, "CAPACITY", 50)
     assert peak_bytes(1500) < 1.3 * peak_bytes(300)
+
+
+def test_a_run_leaves_the_collector_of_cycles_as_it_was() -> None:
+    before = gc.get_threshold()
+    seen: list[tuple[int, int, int]] = []
+    SimulatedCluster(pair(), lambda request: seen.append(gc.get_threshold())).run(stream(1))
+    assert seen != [before]
+    assert gc.get_threshold() == before

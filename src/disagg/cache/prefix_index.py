@@ -82,7 +82,12 @@ class PrefixIndex:
 
     def find(self, names: Sequence[BlockHash]) -> dict[InstanceId, HeldPrefix]:
         """Return who holds how much of the beginning of a sequence; those that hold nothing are left out."""
-        somewhere = in_pool = sum(holder.bit for holder in self._holders.values())
+        if not names:
+            return {}
+        in_pool = self._pool.get(names[0], 0)
+        somewhere = in_pool | self._disk.get(names[0], 0)
+        if not somewhere:
+            return {}  # most prompts, however many instances there are
         lengths: dict[int, int] = {}
         in_pools: dict[int, int] = {}
         for count, name in enumerate(names):
@@ -100,7 +105,7 @@ class PrefixIndex:
         _note(lengths, somewhere, len(names))
         return {
             holder.instance: HeldPrefix(
-                lengths[holder.bit] * holder.block_size, in_pools[holder.bit] * holder.block_size
+                lengths[holder.bit] * holder.block_size, in_pools.get(holder.bit, 0) * holder.block_size
             )
             for holder in self._holders.values()
             if lengths.get(holder.bit, 0)

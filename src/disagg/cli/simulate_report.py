@@ -1,7 +1,9 @@
 """The report of ``disagg simulate``, for people and as JSON."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from heapq import nlargest
+from itertools import islice
 from typing import Final
 
 import click
@@ -11,7 +13,7 @@ from rich.table import Table
 
 from disagg.measure.slo import Slo, SloTarget, Tail
 from disagg.measure.statistics import Estimate, Percentiles
-from disagg.simulator.run_report import PathUse, PromptTokens, RunReport
+from disagg.simulator.run_report import KvUse, PathUse, PromptTokens, RunReport
 
 _ENOUGH: Final = 10
 """Times the TTFT objective: in a shorter run the requests that come first find no queue, and are most of them."""
@@ -39,6 +41,10 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[RunReport, ...]
 
 
+_MOST_INSTANCES: Final = 24
+"""Of which each has its own lines."""
+
+
 def print_report(report: SimulationReport, as_json: bool) -> None:
     """Write the report to stdout."""
     if as_json:
@@ -47,8 +53,7 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     console = Console(highlight=False)
     first = report.runs[0]
     console.print(f"[bold]{report.platform}[/], rules of {report.engine}, {report.num_devices} device(s)")
-    for instance, devices in report.places.items():
-        console.print(f"  {instance} on {', '.join(devices)}")
+    _print_places(console, report.places)
     for what, error in report.latency_errors.items():
         console.print(f"  step times, {what}: {error}")
     seeds = f", {len(report.runs)} seeds" if len(report.runs) > 1 else ""
@@ -67,8 +72,7 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
                 f"{report.slo.ttft_s:g} s each: a queue that grows without end may not show; give more --requests"
             )
     console.print(_stages(report.runs))
-    for use in first.kv:
-        console.print(f"KV of {use.instance}: mean {use.mean:.0%}, peak {use.peak:.0%}  {_sparkline(use.course)}")
+    _print_kv(console, first.kv)
     if first.num_refused:
         console.print(f"{first.num_refused} requests were refused")
     if first.paths is not None:
@@ -79,6 +83,25 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
         console.print(f"at {time_s:.0f} s  {words}")
     if first.num_preemptions:
         console.print(f"{first.num_preemptions} preemptions")
+
+
+def _print_places(console: Console, places: Mapping[str, Sequence[str]]) -> None:
+    for instance, devices in islice(places.items(), _MOST_INSTANCES):
+        console.print(f"  {instance} on {', '.join(devices)}")
+    if len(places) > _MOST_INSTANCES:
+        console.print(f"  and {len(places) - _MOST_INSTANCES} more: --json names all")
+
+
+def _print_kv(console: Console, kv: Sequence[KvUse]) -> None:
+    """Print how full the pools were: of a large fleet the fullest."""
+    for use in kv if len(kv) <= _MOST_INSTANCES else nlargest(_MOST_INSTANCES, kv, _peak):
+        console.print(f"KV of {use.instance}: mean {use.mean:.0%}, peak {use.peak:.0%}  {_sparkline(use.course)}")
+    if len(kv) > _MOST_INSTANCES:
+        console.print(f"  the fullest of {len(kv)} pools; mean of all {_mean([use.mean for use in kv]):.0%}")
+
+
+def _peak(use: KvUse) -> float:
+    return use.peak
 
 
 def _prompts(tokens: PromptTokens) -> str:

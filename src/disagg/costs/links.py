@@ -4,6 +4,7 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -96,6 +97,8 @@ class Direction(enum.Enum):
     OUT = "out"
     IN = "in"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and every transfer looks up two ports
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -144,44 +147,55 @@ class Route:
         return max(self.passage_time_s(passage, num_bytes) for passage in self.passages)
 
 
+_MOST_PAIRS: Final = 4096
+"""Pairs of instances of which it is remembered when they are free, before those that are free are forgotten."""
+
+
 class SerialLinks:
     """Transfers between instances. Those of the same pair run one after the other, first come first.
 
-    So do those of any pairs on the same ports of a network. ``route`` says how to get from one instance to another.
+    So do those of any pairs on the same ports of a network. ``route`` says how to get from one instance to another; it
+    is asked for each transfer.
     """
 
     def __init__(self, route: Callable[[InstanceId, InstanceId], Route]) -> None:
         self._route = route
-        self._routes: dict[tuple[InstanceId, InstanceId], Route] = {}
         self._free_at_s: dict[tuple[InstanceId, InstanceId], float] = {}
         self._ports_free_at_s: dict[Ports, list[float]] = {}
 
     def start(self, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
         """Queue a transfer at ``now`` and return when it ends."""
         pair = (source, target)
-        route = self._way(source, target)
+        route = self._route(source, target)
         begin_s = max(now, self._free_at_s.get(pair, 0.0))
-        for passage in route.passages:
-            if passage.ports is not None:
-                free_at_s = self._ports_free_at_s.setdefault(passage.ports, [0.0] * passage.ports.count)
+        ports_free_at_s = [
+            None if passage.ports is None else self._free_ports(passage.ports) for passage in route.passages
+        ]
+        for passage, free_at_s in zip(route.passages, ports_free_at_s, strict=True):
+            if free_at_s is not None:
                 begin_s = max(begin_s, free_at_s[passage.num_lanes - 1])
-        for passage in route.passages:
-            if passage.ports is not None:
-                free_at_s = self._ports_free_at_s[passage.ports]
-                free_at_s[: passage.num_lanes] = [
-                    begin_s + route.passage_time_s(passage, num_bytes)
-                ] * passage.num_lanes
+        longest_s = 0.0
+        for passage, free_at_s in zip(route.passages, ports_free_at_s, strict=True):
+            time_s = route.passage_time_s(passage, num_bytes)
+            longest_s = max(longest_s, time_s)
+            if free_at_s is not None:
+                free_at_s[: passage.num_lanes] = [begin_s + time_s] * passage.num_lanes
                 free_at_s.sort()
-        end_s = begin_s + route.transfer_time_s(num_bytes)
+        end_s = begin_s + longest_s
+        if len(self._free_at_s) >= _MOST_PAIRS:
+            self._free_at_s = {one: free_s for one, free_s in self._free_at_s.items() if free_s > now}
         self._free_at_s[pair] = end_s
         return end_s
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of instances of which it is remembered when they are free."""
+        return len(self._free_at_s)
+
     def kind(self, source: InstanceId, target: InstanceId) -> LinkKind:
         """Return what carries the bytes: of several links one after the other, the last."""
-        return self._way(source, target).passages[-1].link.kind
+        return self._route(source, target).passages[-1].link.kind
 
-    def _way(self, source: InstanceId, target: InstanceId) -> Route:
-        route = self._routes.get((source, target))
-        if route is None:
-            route = self._routes[source, target] = self._route(source, target)
-        return route
+    def _free_ports(self, ports: Ports) -> list[float]:
+        """Return when each of these ports is free, the first one first."""
+        return self._ports_free_at_s.setdefault(ports, [0.0] * ports.count)

@@ -46,6 +46,11 @@ class RooflineLatency:
         return split_layers(self.config.num_layers, self.num_stages)
 
     @cached_property
+    def _products_s(self) -> dict[int, float]:
+        """What a layer's matrix products take, by tokens: as many entries as steps can have tokens."""
+        return {}
+
+    @cached_property
     def _active_per_layer(self) -> float:
         """Weights of a layer that one token passes through."""
         config = self.config
@@ -61,7 +66,10 @@ class RooflineLatency:
     def _layer_s(self, shape: StepShape) -> float:
         config, device = self.config, self.device
         num_tokens = shape.num_tokens
-        seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
+        seconds = self._products_s.get(num_tokens)
+        if seconds is None:
+            seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
+            self._products_s[num_tokens] = seconds
         num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
         seconds += 4 * config.q_size * num_pairs / self.tensor_parallel / (device.flops_per_s * device.attention_share)
         kv_bytes = 2 * config.kv_size * self.itemsize * shape.decode_context / self.tensor_parallel

@@ -1,12 +1,13 @@
 """Topology: the nodes of a cluster, the devices of each, and the link between any two of them. Pure."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Final, NamedTuple, NewType
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.ids import InstanceId
 from disagg.costs.links import Direction, InstanceLinks, LinkKind, LinkModel, Passage, Ports, Route
 
 NodeName = NewType("NodeName", str)
@@ -173,6 +174,24 @@ class Topology:
         if network is None:
             raise ConfigurationError(f"nothing joins the nodes {a} and {b}: give the cluster a network, or them a link")
         return network
+
+
+class Routes:
+    """The routes between instances. Places on the same nodes have the same one, which is made once."""
+
+    def __init__(self, topology: Topology, places: Mapping[InstanceId, Place]) -> None:
+        self._topology = topology
+        self._places = places
+        self._nodes = {name: tuple(device.node for device in place) for name, place in places.items()}
+        self._known: dict[tuple[tuple[NodeName, ...], tuple[NodeName, ...]], Route] = {}
+
+    def between(self, source: InstanceId, target: InstanceId) -> Route:
+        """Return how the KV of ``source`` gets to ``target``: see ``Topology.route``."""
+        nodes = self._nodes[source], self._nodes[target]
+        route = self._known.get(nodes)
+        if route is None:
+            route = self._known[nodes] = self._topology.route(self._places[source], self._places[target])
+        return route
 
 
 class InstanceSize(NamedTuple):

@@ -1,6 +1,7 @@
 """Percentiles of latencies, and how sure one can be of a mean or of a share."""
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -73,6 +74,32 @@ class LogHistogram:
         ranks = np.searchsorted(totals, np.array((0.5, 0.9, 0.99)) * self._total)
         p50, p90, p99 = (math.exp((bins[rank] + 0.5) * self._LOG_WIDTH) for rank in ranks)
         return Percentiles(mean=self._sum / self._total * 1e-12, p50=p50, p90=p90, p99=p99)
+
+
+class ValueSketch:
+    """Percentiles of positive values in bounded memory: exact for up to ``MOST_EXACT`` of them, then to 0.5%."""
+
+    MOST_EXACT: Final = 100_000
+
+    def __init__(self) -> None:
+        self._values = array("d")
+        self._rest: LogHistogram | None = None
+
+    def add(self, value: float) -> None:
+        """Count a value, above 0."""
+        if self._rest is not None:
+            self._rest.add(value)
+            return
+        self._values.append(value)
+        if len(self._values) > self.MOST_EXACT:
+            self._rest = LogHistogram()
+            for one in self._values:
+                self._rest.add(one)
+            self._values = array("d")
+
+    def percentiles(self) -> Percentiles:
+        """Return them; the mean is always exact."""
+        return Percentiles.of(self._values) if self._rest is None else self._rest.percentiles()
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,9 +1,12 @@
 """A whole deployment in virtual time: arrivals in, ended requests out."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from typing import Final
 
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError, InternalError
@@ -12,7 +15,7 @@ from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.links import SerialLinks
-from disagg.costs.topology import DeviceRef, Place, Topology
+from disagg.costs.topology import DeviceRef, Place, Routes, Topology
 from disagg.scheduling.replan.question import PlanAnswer, PlanQuestion
 from disagg.scheduling.router.outputs import PlanDecided, ScalingDecided
 from disagg.simulator.event_queue import EventQueue
@@ -23,6 +26,9 @@ from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter, SlowPlanner
+
+_MOST_NEW_OBJECTS: Final = 100_000
+"""Objects that come to be, less those that go, between two searches for cycles while a simulation runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +112,7 @@ class SimulatedCluster:
         )
         places = spec.places()
         links: SerialLinks | CodedLinks
-        links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
+        links = SerialLinks(Routes(spec.topology, places).between)
         if spec.kv_transfer_dtype is not KvTransferDtype.RAW:
             links = CodedLinks(links, spec.kv_transfer_dtype)
         hosts = {node.name: SimulatedHost(self.queue, spec.interference) for node in spec.topology.nodes}
@@ -142,7 +148,8 @@ class SimulatedCluster:
         Raise InternalError when one never ends or blocks do not come back: a fault of a policy.
         """
         self._expect(iter(requests))
-        self.queue.run()
+        with _rare_collections():
+            self.queue.run()
         if self._router.num_requests:
             raise InternalError(f"{self._router.num_requests} requests never ended and nothing is left to happen")
         for instance in self.instances:
@@ -178,3 +185,14 @@ class SimulatedCluster:
         request.deliver_s = self._spec.deliver_s
         self._router_host.arrive(request.prompt_len)
         self._router.submit(request)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let cycles be collected rarely: a run makes hardly any, and a search goes through all that is simulated."""
+    before = gc.get_threshold()
+    gc.set_threshold(_MOST_NEW_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

@@ -1,7 +1,6 @@
 """What came out of a simulation: latencies, attainment, where the time went, how full the KV pools were."""
 
 import math
-from array import array
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -9,7 +8,7 @@ import msgspec
 
 from disagg.base.messages import InstanceLoad
 from disagg.measure.slo import Slo
-from disagg.measure.statistics import LogHistogram, Percentiles
+from disagg.measure.statistics import LogHistogram, Percentiles, ValueSketch
 from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.actions import PathEnded
 from disagg.simulator.request import Outcome, SimulatedRequest
@@ -99,12 +98,12 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collector:
-    """Takes each request as it ends and keeps three numbers of it."""
+    """Takes each request as it ends, and keeps none: sums and sketches, however many there are."""
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
         self.gaps = LogHistogram()
-        self._ttft, self._tpot, self._e2e = array("d"), array("d"), array("d")
+        self._ttft, self._tpot, self._e2e = ValueSketch(), ValueSketch(), ValueSketch()
         self._stages = dict.fromkeys(Stage, 0.0)
         self._num_requests = self._num_finished = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
         self._num_output_tokens = self._num_prompt_tokens = self._num_refused = 0
@@ -126,10 +125,10 @@ class Collector:
         self._num_finished += 1
         self._num_output_tokens += request.num_output_tokens
         ttft_s, tpot_s = request.ttft_s, request.tpot_s
-        self._ttft.append(ttft_s)
-        self._e2e.append(request.timeline.last_token_s + request.deliver_s - request.arrival_s)
+        self._ttft.add(ttft_s)
+        self._e2e.add(request.timeline.last_token_s + request.deliver_s - request.arrival_s)
         if not math.isnan(tpot_s):
-            self._tpot.append(tpot_s)
+            self._tpot.add(tpot_s)
         ttft_met, tpot_met = self._slo.keeps_ttft(ttft_s), self._slo.keeps_tpot(tpot_s)
         self._num_ttft_met += ttft_met
         self._num_tpot_met += tpot_met
@@ -156,10 +155,10 @@ class Collector:
             attainment=self._num_met / count,
             ttft_attainment=self._num_ttft_met / count,
             tpot_attainment=self._num_tpot_met / count,
-            ttft=Percentiles.of(self._ttft),
-            tpot=Percentiles.of(self._tpot),
+            ttft=self._ttft.percentiles(),
+            tpot=self._tpot.percentiles(),
             itl=self.gaps.percentiles(),
-            e2e=Percentiles.of(self._e2e),
+            e2e=self._e2e.percentiles(),
             stage_shares={
                 stage.value: seconds / total_s if total_s else 0.0 for stage, seconds in self._stages.items()
             },
