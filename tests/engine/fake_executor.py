@@ -91,7 +91,7 @@ class FakeExecutor:
     """Keeps token ids in the pool where keys and values would be, and reads them back to sample.
 
     A token is a function of every KV entry of its sequence in every layer, so that one wrong, missing or late block
-    changes the answer, as it would with a real model.
+    changes the answer, as it would with a real model; in layers that slide, of those in the window.
     """
 
     def __init__(self, pool: KvPool, vocab_size: int) -> None:
@@ -122,7 +122,10 @@ class FakeExecutor:
             prompt_logprobs = tuple(_logprobs(int(sequence.tokens[p])) for p in range(chunk.start + 1, last))
         if not chunk.samples:
             return ChunkResult(prompt_logprobs=prompt_logprobs)
-        entries = self._pool.blocks[:, table, :size].reshape(self._pool.layout.num_layers, -1)[:, :end]
+        layout = self._pool.layout
+        entries = self._pool.blocks[:, table, :size].reshape(layout.num_layers, -1)[:, :end].copy()
+        if layout.window is not None:
+            entries[layout.full_layers.stop :, : max(0, end - layout.window)] = 0
         token = sample(entries, sequence.sampling.seed, self._vocab_size)
         logprobs = _logprobs(token) if sequence.sampling.logprobs is not None else None
         return ChunkResult(token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
@@ -134,12 +137,20 @@ def sample(entries: np.ndarray, seed: int, vocab_size: int) -> int:
 
 
 def continue_prompt(
-    prompt: Sequence[int], num_tokens: int, num_layers: int, vocab_size: int, seed: int = 1
+    prompt: Sequence[int],
+    num_tokens: int,
+    num_layers: int,
+    vocab_size: int,
+    seed: int = 1,
+    *,
+    num_window_layers: int = 0,
+    window: int = 0,
 ) -> list[int]:
     """What the fake model answers, computed without any engine."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         entries = np.array([[token + 10_000 * layer for token in tokens] for layer in range(num_layers)], np.uint64)
+        entries[num_layers - num_window_layers :, : max(0, len(tokens) - window)] = 0
         tokens.append(sample(entries, seed, vocab_size))
     return tokens[len(prompt) :]
 

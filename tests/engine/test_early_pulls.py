@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from cluster import VOCAB_SIZE, Instance, RouterEnd, abort, continuation, release, request
+from cluster import VOCAB_SIZE, Instance, RouterEnd, abort, continuation, fake_model, release, request
 from fake_executor import continue_prompt
 
 from disagg.base.messages import Adopt, Generate, MoreKv, Offered, PartOffered, PeerLost, Pulled, Reserve
@@ -62,6 +62,32 @@ def test_parts_and_the_rest_are_all_blocks_each_read_once(pair: tuple[RouterEnd,
     assert 0 <= pulled.overlapped_s <= pulled.duration_s
     prefill.send(release(offer))
     router.wait(lambda: router.tokens("a") == answer(sequence))
+
+
+@pytest.mark.parametrize("kv_link", [KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+def test_parts_behind_a_window_are_read_without_the_layers_that_slide(kv_link: KvLinkChoice) -> None:
+    """The token after 61 sees the last 10 positions, 52 to 61: blocks 13 to 15 of 16, in two layers of three."""
+    settings, layers = TransferSettings(kv_link=kv_link), {"num_window_layers": 2, "window": 10}
+    sequence = request("a", PROMPT)
+    with ExitStack() as stack:
+        router = RouterEnd()
+        stack.callback(router.close)
+        prefill, decode = (
+            stack.enter_context(Instance(router, name, life, transfer=settings, model=fake_model(**layers)))
+            for name, life in (("prefill-0", "b1"), ("decode-0", "c1"))
+        )
+        decode.pool.data[:] = b"\xee" * len(decode.pool.data)
+        prefill.send(Generate(request=sequence, hand_over=True))
+        pass_parts_on(router, decode, sequence, 3)
+        offer = router.expect(Offered, "prefill-0").offer
+        decode.send(Adopt(request=continuation(sequence, router.tokens("a")), offer=offer))
+        pulled = router.expect(Pulled)
+        prefill.send(release(offer))
+        router.wait_for_end("a")
+        one_layer = decode.pool.layout.layer_block_bytes
+    assert (offer.num_outside_window, pulled.failure, pulled.num_bytes) == (13, "", (13 * 1 + 3 * 3) * one_layer)
+    expected = continue_prompt(sequence.prompt_token_ids, sequence.sampling.max_tokens, 3, VOCAB_SIZE, **layers)
+    assert router.tokens("a") == expected
 
 
 def test_nobody_goes_on_with_what_was_read(pair: tuple[RouterEnd, Instance, Instance]) -> None:
