@@ -16,8 +16,8 @@ from setuptools import setup
 from setuptools.extension import Extension
 
 NATIVE = Path("src/disagg/engine/kernels/native")
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
-X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 FLAGS = [
     "-O3",

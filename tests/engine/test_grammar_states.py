@@ -161,7 +161,7 @@ class TestChoice:
     """Masks in the sampler, of every backend and element type."""
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_only_allowed_tokens_are_chosen(
         self, compiler: GrammarCompiler, backend: str, dtype: torch.dtype, temperature: float

@@ -11,4 +11,4 @@ if native.native_unavailable_reason(torch.device("cpu"), torch.float32) is not N
 BACKENDS = {name: native.NativeBackend(name) for name in native.instruction_sets()}
 FASTEST = next(iter(BACKENDS.values()))
 backends = st.sampled_from(list(BACKENDS))
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

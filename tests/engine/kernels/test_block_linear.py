@@ -62,7 +62,7 @@ def test_a_product_is_that_of_the_dequantised_matrix(
     has_bias: bool,
     threads: int,
 ) -> None:
-    """The integers are exact and sums float32: bfloat16 rounds the input and the result alone."""
+    """The integers are exact and sums float32: shorter types round the input and the result alone."""
     kept, elements = case
     torch.manual_seed(0)
     x = torch.randn(num_rows, elements.shape[1]).to(dtype)
@@ -71,12 +71,12 @@ def test_a_product_is_that_of_the_dequantised_matrix(
         got = BACKENDS[name].block_linear(kept, bias, dtype)(x)
     expected = torch.nn.functional.linear(x.double(), elements.double(), None if bias is None else bias.double())
     size = x.double().abs() @ elements.double().abs().T  # what a sum was made of decides its rounding
-    rounding = 2**-8 * expected.abs() if dtype is torch.bfloat16 else 0
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * expected.abs()
     assert got.dtype is dtype
     assert ((got.double() - expected).abs() <= 4e-6 * size + rounding + 1e-6).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantization", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K], ids=lambda q: q.name)
 def test_other_rows_and_threads_change_no_bit(quantization: GGMLQuantizationType, dtype: torch.dtype) -> None:
     """Few rows are multiplied as the blocks come, many by a widened panel."""

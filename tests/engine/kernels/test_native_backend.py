@@ -256,3 +256,15 @@ def test_a_shape_without_kernel_is_refused() -> None:
 
 def test_the_kernels_run_on_the_threads_of_pytorch() -> None:
     assert native.share_openmp()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 2.7e-4, 900.0])
+def test_every_float16_is_widened_and_rounded_as_ieee_says(name: str, factor: float) -> None:
+    """Subnormal numbers, overflow and NaN among them; the product is float32's."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = halves.clone()[None]
+    BACKENDS[name].bound_logits(values, LogitBounds(factor))
+    expected = (halves.float() * torch.tensor(factor, dtype=torch.float32)).half()
+    assert torch.equal(values[0].nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
+    assert torch.equal(values[0].isnan(), expected.isnan())

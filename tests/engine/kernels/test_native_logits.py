@@ -93,7 +93,7 @@ def test_rows_of_a_model_are_decided_without_the_whole_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("place", [0, 40, 999])
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 def test_a_row_without_a_finite_maximum_is_told(name: str, dtype: torch.dtype, place: int, fault: float) -> None:

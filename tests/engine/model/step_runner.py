@@ -65,9 +65,12 @@ class StepRunner:
         del self._lengths[sequence]
 
 
-def greedy(decoder: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+def greedy(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, dtype: torch.dtype = torch.float32
+) -> list[list[int]]:
     """Return greedy continuations of a few prompts: each prefilled alone, all decoded together."""
-    runner = StepRunner(decoder, num_blocks=sum(-(-(len(prompt) + max_tokens) // 16) for prompt in prompts))
+    num_blocks = sum(-(-(len(prompt) + max_tokens) // 16) for prompt in prompts)
+    runner = StepRunner(decoder, num_blocks=num_blocks, dtype=dtype)
     outputs = [[int(runner.step({index: prompt}).argmax())] for index, prompt in enumerate(prompts)]
     running = {index for index, output in enumerate(outputs) if output[-1] not in decoder.config.eos_token_ids}
     for _ in range(max_tokens - 1):

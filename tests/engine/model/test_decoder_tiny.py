@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from step_runner import StepRunner
+from step_runner import StepRunner, greedy
 from transformers_logits import load_decoder, reference_logits
 
 from disagg.base.config import DType
+from disagg.engine.kernels.native_backend import native_unavailable_reason
+from disagg.engine.kernels.select import select_backend
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -139,12 +141,20 @@ def test_a_step_that_wants_no_logits_still_writes_keys_and_values(tiny_model: An
     torch.testing.assert_close(chunked.step({0: token_ids[30:]}), whole.step({0: token_ids}), atol=1e-5, rtol=1e-5)
 
 
-def test_float16_differs_by_its_rounding(tiny_model: Any) -> None:
+@pytest.mark.parametrize("backend_name", ["native", "torch"])
+def test_float16_differs_by_its_rounding(tiny_model: Any, backend_name: str) -> None:
+    if backend_name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), torch.float16)):
+        pytest.skip(reason)
+    backend = select_backend(torch.device("cpu"), torch.float16, backend_name)
     folder = tiny_model("llama", initializer_range=0.05)
     token_ids = torch.randint(0, 320, (40,), generator=torch.Generator().manual_seed(4)).tolist()
-    runner = StepRunner(load_decoder(folder, dtype=DType.FLOAT16), dtype=torch.float16)
+    runner = StepRunner(load_decoder(folder, dtype=DType.FLOAT16, backend=backend), dtype=torch.float16)
 
     logits = [runner.step({0: token_ids[:39]}), runner.step({0: token_ids[39:]})]
 
     expected = reference_logits(folder, token_ids)[-2:]
-    torch.testing.assert_close(torch.cat(logits), expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(torch.cat(logits).float(), expected, atol=5e-3, rtol=5e-3)
+    prompts = [[5, 6, 7], list(range(40, 57))]
+    exact = greedy(load_decoder(folder), prompts, max_tokens=12)
+    half = load_decoder(folder, dtype=DType.FLOAT16, backend=backend)
+    assert greedy(half, prompts, max_tokens=12, dtype=torch.float16) == exact

@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     _import_error = error
 
-DTYPES: Final = (torch.float32, torch.bfloat16)
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES: Final = (16, 32, 64, 128)
 _OPENMP_LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 
@@ -47,7 +47,7 @@ def native_unavailable_reason(
     if device.type != "cpu":
         return f"they are for the CPU, not for {device}"
     if dtype not in DTYPES:
-        return f"they have no {dtype}; use float32 or bfloat16"
+        return f"they have no {dtype}; use float32, bfloat16 or float16"
     if head_dim is not None and (head_dim % 16 or not 16 <= head_dim <= 256):
         return f"their head dimensions are multiples of 16 up to 256, not {head_dim}"
     if block_size is not None and block_size not in BLOCK_SIZES:
@@ -58,7 +58,7 @@ def native_unavailable_reason(
 
 
 class NativeBackend:
-    """Every operation of a decoder layer in C++, for float32 and bfloat16 on the CPU.
+    """Every operation of a decoder layer in C++, for float32, bfloat16 and float16 on the CPU.
 
     ``instruction_set`` is one of ``instruction_sets()``, by default the fastest this processor has. Work is spread
     over ``torch.get_num_threads()`` threads of PyTorch's own pool. A StepBatch and its tensors must not change while
@@ -74,13 +74,17 @@ class NativeBackend:
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self.instruction_set = instruction_set or instruction_sets()[0]
-        self._kernels = {dtype: _native.Kernels(self.instruction_set, dtype is torch.bfloat16) for dtype in DTYPES}
+        self._kernels = {
+            torch.float32: _native.Kernels(self.instruction_set, _native.ElementType.FLOAT32),
+            torch.bfloat16: _native.Kernels(self.instruction_set, _native.ElementType.BFLOAT16),
+            torch.float16: _native.Kernels(self.instruction_set, _native.ElementType.FLOAT16),
+        }
         self._step: tuple[StepBatch, torch.Size, int, _native.Step] | None = None
         share_openmp()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Copy ``weight`` into the order in which the kernels read it."""
-        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
+        if weight.dtype is not torch.float32 and weight.shape[1] % 2:
             return plain_linear(weight.clone(), bias, memory)
         return self._pack(weight, weight.dtype, [], bias, memory)
 
@@ -88,7 +92,7 @@ class NativeBackend:
         self, weight: Int8Weight, bias: torch.Tensor | None, dtype: torch.dtype, memory: WeightMemory = PRIVATE
     ) -> Linear:
         """Copy ``weight`` into the order in which the kernels read it."""
-        if dtype is torch.bfloat16 and weight.values.shape[1] % 2:
+        if dtype is not torch.float32 and weight.values.shape[1] % 2:
             return plain_int8_linear(weight, bias, memory)
         return self._pack(weight.values, dtype, memory.keep(weight.scale).tolist(), bias, memory)
 

@@ -1,7 +1,7 @@
 // What the bindings call: plain structs and one table of functions per instruction set.
 //
-// A "unit" is the 32-bit word of the INTERLEAVED pool: one float32, or two bfloat16 that a dot-product instruction
-// multiplies together. With w elements per unit a KV head of a block holds K as [head_dim / w][block_size] units and
+// A "unit" is the 32-bit word of the INTERLEAVED pool: one float32, two bfloat16 that a dot-product instruction
+// multiplies together, or two float16 that are widened. With w elements per unit a KV head of a block holds K as [head_dim / w][block_size] units and
 // V as [block_size / w][head_dim] units.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace disagg {
 
-enum ElementType { kFloat32 = 0, kBFloat16 = 1, kNumElementTypes = 2 };
+enum ElementType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNumElementTypes = 3 };
 // What a gate goes through before it multiplies the other half.
 enum Activation { kSilu = 0, kGeluTanh = 1, kNumActivations = 2 };
 

@@ -43,7 +43,7 @@ constexpr Kernels kernels_for() {
 }
 
 extern const Kernels kKernels[kNumElementTypes];
-const Kernels kKernels[kNumElementTypes] = {kernels_for<F32>(), kernels_for<BF16>()};
+const Kernels kKernels[kNumElementTypes] = {kernels_for<F32>(), kernels_for<BF16>(), kernels_for<F16>()};
 
 }  // namespace DISAGG_ISA
 }  // namespace disagg

@@ -86,9 +86,9 @@ struct DrawSettings {
 // The kernels of one instruction set and element type, as Python sees them.
 class BoundKernels {
  public:
-  BoundKernels(const std::string& instruction_set, bool bfloat16) : bfloat16_(bfloat16) {
+  BoundKernels(const std::string& instruction_set, ElementType element) : element_(element) {
     for (const InstructionSet& set : supported_instruction_sets())
-      if (set.name == instruction_set) kernels_ = &set.kernels[bfloat16 ? kBFloat16 : kFloat32];
+      if (set.name == instruction_set) kernels_ = &set.kernels[element];
     if (kernels_ == nullptr) throw std::invalid_argument("this processor has no " + instruction_set);
   }
 
@@ -162,15 +162,15 @@ class BoundKernels {
     for_each_row(count, num_threads, [&](int64_t index) {
       char* row = at<char>(logits) + at<int64_t>(numbers)[index] * width * item_bytes();
       const uint32_t* bits = at<uint32_t>(allowed) + index * words;
-      if (bfloat16_)
-        forbid_tokens(reinterpret_cast<uint16_t*>(row), width, bits, uint16_t{0xFF80});
+      if (element_ != kFloat32)
+        forbid_tokens(reinterpret_cast<uint16_t*>(row), width, bits, element_ == kFloat16 ? uint16_t{0xFC00} : uint16_t{0xFF80});
       else
         forbid_tokens(reinterpret_cast<float*>(row), width, bits, -std::numeric_limits<float>::infinity());
     });
   }
 
   const Kernels& table() const { return *kernels_; }
-  int64_t item_bytes() const { return bfloat16_ ? 2 : 4; }
+  int64_t item_bytes() const { return element_ == kFloat32 ? 4 : 2; }
 
  private:
   template <class Work>
@@ -189,7 +189,7 @@ class BoundKernels {
   }
 
   const Kernels* kernels_ = nullptr;
-  bool bfloat16_;
+  ElementType element_;
 };
 
 // A packed weight matrix, as Python sees it; ``packed`` stays in Python's hands.
@@ -316,8 +316,12 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float>(), py::kw_only(),
            py::arg("temperature"), py::arg("top_p"), py::arg("min_p"), py::arg("top_k"), py::arg("seed"),
            py::arg("position"), py::arg("floor"));
+  py::enum_<ElementType>(module, "ElementType")
+      .value("FLOAT32", kFloat32)
+      .value("BFLOAT16", kBFloat16)
+      .value("FLOAT16", kFloat16);
   py::class_<BoundKernels>(module, "Kernels")
-      .def(py::init<const std::string&, bool>(), py::arg("instruction_set"), py::arg("bfloat16"))
+      .def(py::init<const std::string&, ElementType>(), py::arg("instruction_set"), py::arg("element"))
       .def("rms_norm", &BoundKernels::rms_norm)
       .def("gate", &BoundKernels::gate)
       .def("scale_and_cap", &BoundKernels::scale_and_cap)

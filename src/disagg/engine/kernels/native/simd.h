@@ -290,6 +290,88 @@ struct BF16 {
   }
 };
 
+// Between float16 and float32, rounding to nearest even. Beyond 65504 is infinity, which a model's check finds.
+#if defined(__F16C__)
+DISAGG_INLINE Floats widen(Halves halves) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)halves);
+#else
+  return (Floats)_mm256_cvtph_ps((__m128i)halves);
+#endif
+}
+DISAGG_INLINE Halves narrow(Floats x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+}
+DISAGG_INLINE float widen_one(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
+DISAGG_INLINE uint16_t narrow_one(float x) {
+  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)));
+}
+#else
+DISAGG_INLINE Floats widen(Halves halves) {
+  const Units half = __builtin_convertvector(halves, Units);
+  const Units magnitude = (half & 0x7fffu) << 13;
+  const Units finite = (Units)((Floats)magnitude * 0x1p112f);
+  const Units bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
+  return (Floats)(bits | (half & 0x8000u) << 16);
+}
+DISAGG_INLINE Halves narrow(Floats x) {
+  const Units bits = (Units)x;
+  const Units magnitude = bits & 0x7fffffffu;
+  const Units normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Units tiny = (Units)((Floats)magnitude + 0.5f) - 0x3f000000u;  // the addition rounds
+  Units half = magnitude < 0x38800000u ? tiny : normal;
+  half = magnitude >= 0x47800000u ? broadcast(uint32_t{0x7c00}) : half;
+  half = magnitude > 0x7f800000u ? broadcast(uint32_t{0x7e00}) : half;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000u), Halves);
+}
+DISAGG_INLINE float widen_one(uint16_t half) { return widen(Halves{} + half)[0]; }
+DISAGG_INLINE uint16_t narrow_one(float x) { return narrow(Floats{} + x)[0]; }
+#endif
+
+// Float16 is widened to float32 as it is read: no instruction is asked for that multiplies it as it is.
+struct F16 {
+  using Storage = uint16_t;
+  static constexpr int kPerUnit = 2;
+  static constexpr int kExpDegree = 3;
+  struct Operand {
+    Floats low, high;
+  };
+  using Factor = Operand;
+  static DISAGG_INLINE Operand operand_of(Units units) {
+    return {widen(__builtin_convertvector(units & 0xffffu, Halves)), widen(__builtin_convertvector(units >> 16, Halves))};
+  }
+  static DISAGG_INLINE Operand operand(const void* units) { return operand_of(load<Units>(units)); }
+  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
+    const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
+    return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
+  }
+  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
+    return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
+            __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
+  }
+  static DISAGG_INLINE Units units_of(const Operand& operand) {
+    return __builtin_convertvector(narrow(operand.low), Units) | __builtin_convertvector(narrow(operand.high), Units) << 16;
+  }
+  static DISAGG_INLINE void keep(Operand& operand) {
+    keep_in_register(operand.low);
+    keep_in_register(operand.high);
+  }
+  static DISAGG_INLINE Factor factor(uint32_t unit) {
+    return {broadcast(widen_one(static_cast<uint16_t>(unit))), broadcast(widen_one(static_cast<uint16_t>(unit >> 16)))};
+  }
+  static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
+    return a.low * b.low + (a.high * b.high + sum);
+  }
+  static DISAGG_INLINE Floats load_floats(const uint16_t* from) { return widen(load<Halves>(from)); }
+  static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) { store(to, narrow(x)); }
+  static DISAGG_INLINE float to_float(uint16_t x) { return widen_one(x); }
+  static DISAGG_INLINE uint16_t from_float(float x) { return narrow_one(x); }
+};
+
 DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 }  // namespace DISAGG_ISA
