@@ -4,12 +4,17 @@ Replays Mooncake's conversations and its synthetic trace, and sessions of coding
 simulator: Llama-70B's shape on H200 (roofline), two prefill and two decode instances of four devices each. The rows go
 from the blind dispatch of prompts alone to all there is. ``computed`` is the part of the prompts' tokens that was
 computed, ``of bound`` what was not computed as a part of what an endless cache for all instances together would have
-spared. Rates are chosen so that blind dispatch can just bear them.
+spared. Rates are chosen so that blind dispatch can just bear them. ``agents_1m`` are the same sessions of agents with
+all lengths times eight, up to a million tokens, on instances of eight devices.
+
+``--goodput`` searches, for blind dispatch, for all without tiers and for all there is, the highest rate at which 90% of
+the requests keep both objectives, within a tenth.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,9 +34,10 @@ from disagg.base.request import Role
 from disagg.costs.devices import find_device
 from disagg.costs.roofline import RooflinePlatform
 from disagg.measure.arrivals import ArrivalKind, Arrivals
+from disagg.measure.goodput_search import bracket_goodput
 from disagg.measure.open_loop import LengthLimits, OpenLoop
 from disagg.measure.sessions import SessionWorkload
-from disagg.measure.slo import parse_slo
+from disagg.measure.slo import Slo, parse_slo
 from disagg.measure.trace import Trace
 from disagg.models.config import Architecture, ModelConfig
 from disagg.simulator.cluster import ClusterSpec
@@ -40,7 +46,7 @@ from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.run_report import RunReport
 from disagg.simulator.session_load import SimulatedSessions
 from disagg.simulator.simulated_requests import simulated_requests
-from disagg.simulator.simulation import simulate
+from disagg.simulator.simulation import TargetLostError, simulate
 
 LLAMA_70B: Final = ModelConfig(
     architecture=Architecture.LLAMA,
@@ -59,13 +65,9 @@ LLAMA_70B: Final = ModelConfig(
     sliding_windows=(None,) * 80,
     tie_word_embeddings=False,
 )
-PLACEMENT: Final = Placement(
-    groups=(
-        InstanceGroup(role=Role.PREFILL, count=2, tensor_parallel=4),
-        InstanceGroup(role=Role.DECODE, count=2, tensor_parallel=4),
-    )
-)
 SLO: Final = parse_slo("ttft=5s,tpot=100ms")
+TARGET: Final = 0.9
+"""Part of the requests that are to keep both objectives at the goodput."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Variant:
     answers: bool = True
     append_turns: bool = False
     disk: str | None = None
+    host_bytes: int | None = None
 
 
 VARIANTS: Final = (
@@ -86,15 +89,29 @@ VARIANTS: Final = (
     Variant("and pulled", CacheRouting.PULL),
     Variant("and appended", CacheRouting.PULL, append_turns=True),
     Variant("and 16 TiB of disk", CacheRouting.PULL, append_turns=True, disk="/,16TiB"),
+    Variant("and 1 TiB of host memory each", CacheRouting.PULL, append_turns=True, disk="/,16TiB", host_bytes=1 << 40),
 )
+COMPARED: Final = (VARIANTS[1], VARIANTS[4], VARIANTS[6])
+"""Those whose goodput is searched."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One trace: an open loop of requests, or sessions."""
+    """One trace, an open loop of requests or sessions, its objectives, and what an instance is."""
 
     name: str
     workload: OpenLoop | SessionWorkload
+    slo: Slo = SLO
+    num_devices: int = 4
+    block_size: int = 64
+
+    @property
+    def placement(self) -> Placement:
+        """Two prefill and two decode instances."""
+        roles = (Role.PREFILL, Role.DECODE)
+        return Placement(
+            groups=tuple(InstanceGroup(role=role, count=2, tensor_parallel=self.num_devices) for role in roles)
+        )
 
 
 def loads(folder: Path, count: int | None) -> Iterator[Load]:
@@ -109,6 +126,14 @@ def loads(folder: Path, count: int | None) -> Iterator[Load]:
         folder / "agent_coding_128k.jsonl.gz", 0.05, num_sessions=num_sessions, max_total_len=131_072
     )
     yield Load("agent_coding_128k", sessions)
+    long = replace(
+        sessions,
+        rate=0.004,
+        num_sessions=None if num_sessions is None else max(1, num_sessions // 4),
+        length_factor=8.0,
+        max_total_len=2**20,
+    )
+    yield Load("agents_1m", long, parse_slo("ttft=30s,tpot=100ms"), num_devices=8, block_size=512)
 
 
 class Bound:
@@ -131,8 +156,8 @@ class Bound:
         self._known.update(names)
 
 
-def run(spec: ClusterSpec, load: Load, variant: Variant) -> tuple[RunReport, Bound]:
-    """Serve a trace; return the report and the bound for what arrived."""
+def run(spec: ClusterSpec, load: Load, variant: Variant, most_misses: float = math.inf) -> tuple[RunReport, Bound]:
+    """Serve a trace; return the report and the bound for what arrived. Raises TargetLostError as ``simulate`` does."""
     block_size = spec.instances[0].block_size
     bound = Bound(block_size)
 
@@ -145,39 +170,60 @@ def run(spec: ClusterSpec, load: Load, variant: Variant) -> tuple[RunReport, Bou
     workload = load.workload
     if isinstance(workload, OpenLoop):
         requests = simulated_requests(workload.draw(0), workload.name, block_size)
-        return simulate(spec, map(seen, requests), SLO), bound
+        return simulate(spec, map(seen, requests), load.slo, most_misses=most_misses), bound
     sessions = SimulatedSessions(workload.draw(0), block_size)
 
     def following(ended: SimulatedRequest) -> SimulatedRequest | None:
         request = sessions.next_call(ended)
         return None if request is None else seen(request)
 
-    return simulate(spec, map(seen, sessions.first_calls()), SLO, next_call=following), bound
+    first = map(seen, sessions.first_calls())
+    return simulate(spec, first, load.slo, next_call=following, most_misses=most_misses), bound
+
+
+def build(load: Load, variant: Variant) -> ClusterSpec:
+    """Return the cluster that serves a load in this way."""
+    rules = own_rules(
+        SchedulerSettings(max_batch_tokens=8192, max_batch_size=256),
+        cache=CacheSettings(kv_disk=variant.disk, kv_host_memory_bytes=variant.host_bytes, block_size=load.block_size),
+        router=RouterSettings(
+            cache_routing=variant.routing,
+            append_turns=variant.append_turns,
+            max_queued_requests=10**6,
+            request_timeout_s=1e6,
+        ),
+    )
+    return build_cluster(load.placement, RooflinePlatform(LLAMA_70B, find_device("h200-sxm"), "Llama-70B"), rules)
+
+
+def goodput(load: Load, variant: Variant) -> float:
+    """Return the highest rate, of requests or of sessions, that keeps the target, to a tenth."""
+    spec = build(load, variant)
+
+    def keeps(rate: float) -> bool:
+        try:
+            report, _ = run(spec, replace(load, workload=load.workload.at_rate(rate)), variant)
+        except TargetLostError:
+            return False
+        return report.attainment >= TARGET
+
+    return bracket_goodput(keeps, load.workload.rate, tolerance=0.1, growth=1.5).met
 
 
 def rows(load: Load, variants: Sequence[Variant]) -> Iterator[tuple[str, ...]]:
     """Yield what each variant comes to."""
-    platform = RooflinePlatform(LLAMA_70B, find_device("h200-sxm"), "Llama-70B")
     for variant in variants:
-        rules = own_rules(
-            SchedulerSettings(max_batch_tokens=8192, max_batch_size=256),
-            cache=CacheSettings(kv_disk=variant.disk),
-            router=RouterSettings(
-                cache_routing=variant.routing,
-                append_turns=variant.append_turns,
-                max_queued_requests=10**6,
-                request_timeout_s=1e6,
-            ),
-        )
-        spec = build_cluster(PLACEMENT, platform, rules)
-        report, bound = run(spec, load, variant)
+        report, bound = run(build(load, variant), load, variant)
         tokens = report.prompt_tokens
         spared = tokens.total - bound.num_computed
         yield (
             variant.name,
             f"{tokens.computed / tokens.total:.1%}",
             f"{(tokens.total - tokens.computed) / spared:.2f}" if spared else "-",
-            *(f"{count / tokens.total:.1%}" for count in (tokens.cached, tokens.pulled, tokens.loaded)),
+            *(
+                f"{count / tokens.total:.1%}"
+                for count in (tokens.cached, tokens.pulled, tokens.from_host, tokens.loaded)
+            ),
             f"{report.ttft.p50:.2f}",
             f"{report.ttft.p90:.2f}",
             f"{report.tpot.p90 * 1e3:.0f}",
@@ -191,16 +237,34 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, help="folder of the trace files")
     parser.add_argument("--requests", type=int, help="only the first N requests of each")
     parser.add_argument("--only", help="one trace")
+    parser.add_argument("--rows", default="", help="only the rows with this in their name")
+    parser.add_argument("--goodput", action="store_true", help="search the goodput instead")
     options = parser.parse_args()
-    console = Console(highlight=False, width=120)
+    console = Console(highlight=False, width=140)
     for load in loads(options.traces, options.requests):
         if options.only not in (None, load.name):
             continue
-        table = Table(box=None, pad_edge=False, title=f"{load.name}, {SLO}")
+        if options.goodput:
+            for variant in COMPARED:
+                console.print(f"{load.name}: {variant.name:32} goodput {goodput(load, variant):.3f}/s, {load.slo}")
+            continue
+        table = Table(box=None, pad_edge=False, title=f"{load.name}, {load.slo}")
         table.add_column("", no_wrap=True)
-        for heading in ("computed", "of bound", "cached", "pulled", "disk", "TTFT P50 s", "P90", "TPOT P90 ms", "kept"):
+        headings = (
+            "computed",
+            "of bound",
+            "cached",
+            "pulled",
+            "host",
+            "disk",
+            "TTFT P50 s",
+            "P90",
+            "TPOT P90 ms",
+            "kept",
+        )
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in rows(load, VARIANTS):
+        for row in rows(load, [variant for variant in VARIANTS if options.rows in variant.name]):
             table.add_row(*row)
         console.print(table)
 

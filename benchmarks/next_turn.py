@@ -3,9 +3,13 @@
 Serves the default model on one prefill and one decode instance with a disk, asks a question with ``--words`` words
 before it, then a second one; starts the server again on the same disk and asks the second one again. Prints time to
 first token and cached tokens of each, and whether the answer after the restart is the one before. Takes two cores.
+
+The default model has 8,192 positions. ``--positions N`` serves a Llama of random weights instead (four layers of width
+256) with as many, and the default model's tokenizer: its answers are noise, its KV cache is like any other.
 """
 
 import argparse
+import json
 import random
 import tempfile
 import time
@@ -18,6 +22,10 @@ from openai import OpenAI
 from rich.console import Console
 
 from disagg.bench.compare.server_process import running, serve_command
+from disagg.models.locate import locate_model
+from disagg.models.tokenizer import load_tokenizer
+
+PATIENCE_S = 3600.0
 
 WORDS = (
     "river",
@@ -45,12 +53,39 @@ class Answer:
     cached_tokens: int
 
 
+def save_long_model(folder: Path, num_positions: int) -> None:
+    """Make a model of random weights that takes so many positions, as transformers saves it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    files = locate_model(None)
+    tokenizer = load_tokenizer(files)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=num_positions,
+        initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+
+
 def ask(client: OpenAI, messages: Sequence[Any]) -> Answer:
     """Ask for 48 tokens, the most likely ones."""
     started_s = time.perf_counter()
     ttft_s, text, usage = 0.0, "", None
     stream = client.chat.completions.create(
-        model="smollm2-135m-instruct",
+        model=client.models.list().data[0].id,
         messages=list(messages),
         max_tokens=48,
         temperature=0,
@@ -73,16 +108,22 @@ def main() -> None:
     """Serve twice, and print what came."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--words", type=int, default=7500, help="length of the first question")
-    num_words = parser.parse_args().words
+    parser.add_argument("--positions", type=int, help="serve a model of random weights with so many positions")
+    options = parser.parse_args()
+    num_words = options.words
     draw = random.Random(1)
     question = " ".join(draw.choice(WORDS) for _ in range(num_words)) + " What is this?"
     messages = [{"role": "user", "content": question}]
     console = Console(highlight=False, width=160)
     with tempfile.TemporaryDirectory() as folder:
-        command = serve_command("next-turn", ["--kv-disk", f"{folder}/blocks,2GiB"])
+        settings = ["--kv-disk", f"{folder}/blocks,2GiB"]
+        if options.positions is not None:
+            save_long_model(Path(folder) / "model", options.positions)
+            settings += [f"{folder}/model", "--request-timeout-s", str(PATIENCE_S)]
+        command = serve_command("next-turn", settings)
         log = Path(folder) / "log"
+        client = OpenAI(base_url=f"{command.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
         with running(command, log):
-            client = OpenAI(base_url=f"{command.url}/v1", api_key="none")
             ask(client, [{"role": "user", "content": "Hello!"}])
             first = ask(client, messages)
             messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Tell me more."}]

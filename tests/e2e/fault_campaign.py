@@ -25,9 +25,12 @@ from test_lifecycle import wait_for
 
 INSTANCE_TIMEOUT_S = 10.0
 """More than a busy machine keeps a healthy instance from its turn."""
+INSTANCE_WAIT_S = 120.0
+"""More than such a machine takes to start the only instance that is left: waiting is no fault, giving up is one."""
 SETTINGS = (
     *("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--block-size", "32", "--threads", "1"),
     *("--max-instance-losses", "1000", "--instance-timeout-s", str(INSTANCE_TIMEOUT_S)),
+    *("--instance-wait-s", str(INSTANCE_WAIT_S)),
 )
 MOST_DEATHS = 3
 """Of one instance: one more in quick succession, and it would soon be given up."""

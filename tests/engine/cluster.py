@@ -18,6 +18,7 @@ from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import SchedulerSettings
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.message_fields import PROTOCOL_VERSION, Message
 from disagg.base.messages import (
     Abort,
@@ -44,7 +45,8 @@ from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.engine.control import ControlChannel
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
-from disagg.engine.kv_disk import KvDisk
+from disagg.engine.host_blocks import HostBlocks
+from disagg.engine.kv_tiers import BlockStore, KvTiers
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
@@ -182,6 +184,7 @@ class Instance:
     prefix_caching: bool = False
     disk_folder: Path | None = None
     max_disk_blocks: int = 16
+    max_host_blocks: int = 0
     tells_tokens: bool = False
     log_path: Path | None = None
     audit: BlockAudit | None = None
@@ -232,7 +235,7 @@ class Instance:
             role=Role.COLOCATED,
             facts=self._facts(),
         )
-        disk, saved = self._disk(channel, stack)
+        tiers, saved = self._tiers(channel, stack)
         header = InstanceHeader(
             instance=ready.instance,
             incarnation=self.incarnation,
@@ -242,7 +245,8 @@ class Instance:
             prefix_caching=self.prefix_caching,
             max_model_len=self.model.max_model_len,
             pool=ready.facts.pool,
-            max_disk_blocks=0 if disk is None else self.max_disk_blocks,
+            max_host_blocks=self.max_host_blocks,
+            max_disk_blocks=0 if self.disk_folder is None else self.max_disk_blocks,
             saved_blocks=saved,
             window=self.pool.layout.window,
             tells_tokens=self.tells_tokens,
@@ -250,18 +254,25 @@ class Instance:
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
         steps = self._steps(channel, clock, stack)
-        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, Accessories(log, disk))
+        self.loop = EngineLoop(ready, self.core, steps, self.executor, pulls, channel, clock, Accessories(log, tiers))
         self.loop.run()
         self.core.validate()
         self.audit = self.core.audit()
 
-    def _disk(self, channel: ControlChannel, stack: ExitStack) -> tuple[KvDisk | None, tuple[BlockHash, ...]]:
-        if self.disk_folder is None:
+    def _tiers(self, channel: ControlChannel, stack: ExitStack) -> tuple[KvTiers | None, tuple[BlockHash, ...]]:
+        stores: dict[Medium, BlockStore] = {}
+        saved: tuple[BlockHash, ...] = ()
+        if self.max_host_blocks:
+            stores[Medium.CPU] = HostBlocks(self.max_host_blocks, self.pool.layout)
+        if self.disk_folder is not None:
+            files = BlockFiles(self.disk_folder, self.name, b"fake model", self.pool.layout)
+            stack.callback(files.close)
+            stores[Medium.DISK], saved = files, files.scan(self.max_disk_blocks)
+        if not stores:
             return None, ()
-        files = BlockFiles(self.disk_folder, self.name, b"fake model", self.pool.layout)
-        disk = KvDisk(files, self.pool, MonotonicClock(), channel.wake)
-        stack.callback(disk.close)
-        return disk, files.scan(self.max_disk_blocks)
+        tiers = KvTiers(stores, self.pool, MonotonicClock(), channel.wake)
+        stack.callback(tiers.close)
+        return tiers, saved
 
     def _steps(self, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Steps:
         if self.settings.max_steps_in_flight == 1:

@@ -137,3 +137,26 @@ def test_the_disk_is_never_filled(files: BlockFiles, monkeypatch: pytest.MonkeyP
         files.write(NAMES[0], block(0))
     assert refused.value.errno == errno.ENOSPC
     assert list(files.folder.glob("*/*")) == []
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_files_are_whole_pages_past_the_page_cache_or_through_it(
+    tmp_path: Path, is_direct: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    if not is_direct:
+        monkeypatch.setattr(disk_files.os, "O_DIRECT", disk_files.os.O_DIRECTORY)  # which no file takes
+    odd = structs.replace(LAYOUT, block_size=LAYOUT.block_size + 2)
+    files = BlockFiles(tmp_path, "decode-0", MODEL, odd)
+    if is_direct and not files.is_direct:
+        pytest.skip("this file system has no direct I/O")
+    data = np.arange(odd.block_bytes // 8, dtype=np.uint64).reshape(odd.num_layers, -1)
+    files.write(NAMES[0], data)
+    assert files.file_bytes % disk_files.PAGE_BYTES == path_of(files, NAMES[0]).stat().st_size % files.file_bytes == 0
+    target = np.zeros_like(data)
+    files.read(NAMES[0], target)
+    assert (target == data).all()
+    assert files.scan(10) == NAMES[:1]
+    assert files.is_direct is is_direct
+    assert ("no direct I/O" in caplog.text) is not is_direct
+    files.close()

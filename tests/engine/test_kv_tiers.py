@@ -8,8 +8,19 @@ from cluster import BLOCK_SIZE, VOCAB_SIZE, Instance, RouterEnd, abort, continua
 from fake_executor import continue_prompt
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.kv_events import AllBlocksCleared, BlockStored, Medium
-from disagg.base.messages import Adopt, Generate, KvEvents, Lend, NotHeld, Offered, Pulled, Release, ReportBlocks
+from disagg.base.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Medium
+from disagg.base.messages import (
+    Adopt,
+    Generate,
+    KvEvents,
+    Lend,
+    LoadReport,
+    NotHeld,
+    Offered,
+    Pulled,
+    Release,
+    ReportBlocks,
+)
 from disagg.base.request import GenerationRequest
 
 
@@ -150,12 +161,71 @@ def stored(router: RouterEnd, medium: Medium = Medium.GPU) -> list[bytes]:
     ]
 
 
+def removed(router: RouterEnd, medium: Medium) -> list[bytes]:
+    return [
+        name
+        for message in router.all(KvEvents)
+        for event in message.events
+        if isinstance(event, BlockRemoved) and event.medium is medium
+        for name in event.block_hashes
+    ]
+
+
 def first_life(router: RouterEnd, folder: Path) -> tuple[int, ...]:
     """Let an engine answer, write its six blocks and end; return prompt and answer."""
     with Instance(router, "decode-0", incarnation="d1", prefix_caching=True, disk_folder=folder) as decode:
         said = first_turn(router, decode)
         router.wait(lambda: len(stored(router, Medium.DISK)) == 6)
     return said
+
+
+class TestHostMemory:
+    """The fake device computes in the pool, so its host memory is a tier like that of any device."""
+
+    def evicted(self, router: RouterEnd, engine: Instance, *media: Medium) -> tuple[int, ...]:
+        """Let an engine answer, keep that in these media, and let others have its pool."""
+        said = first_turn(router, engine)
+        router.wait(lambda: all(len(stored(router, medium)) == 6 for medium in media))
+        for number in range(4):
+            name = f"other-{number}"
+            engine.send(Generate(request=named(name, tuple(range(number + 1, number + 40)))))
+            router.wait_for_end(name)
+        engine.wait_until_idle()
+        return said
+
+    def test_the_next_turn_comes_from_host_memory_when_others_have_had_the_pool(self, router: RouterEnd) -> None:
+        with Instance(router, "decode-0", prefix_caching=True, max_host_blocks=64, num_blocks=16) as decode:
+            said = self.evicted(router, decode, Medium.CPU)
+            second = named("second", (*said, 1, 2, 3, 4))
+            decode.send(Generate(request=second))
+            router.wait_for_end("second")
+            assert router.tokens("second") == answer(second)
+            assert router.outputs("second")[0].num_cached_tokens == 24
+            decode.wait_until_idle()
+            load = router.all(LoadReport, "decode-0")[-1].load
+            assert (load.num_prefix_from_host_total, load.num_prefix_loaded_total) == (24, 0)
+
+    def test_what_host_memory_has_no_room_for_comes_from_disk(self, router: RouterEnd, tmp_path: Path) -> None:
+        with Instance(
+            router,
+            "decode-0",
+            prefix_caching=True,
+            max_host_blocks=6,
+            max_disk_blocks=200,
+            disk_folder=tmp_path,
+            num_blocks=16,
+        ) as decode:
+            said = self.evicted(router, decode, Medium.CPU, Medium.DISK)
+            router.wait(lambda: hash_blocks(said, BLOCK_SIZE)[0] in removed(router, Medium.CPU))
+            second = named("second", (*said, 1, 2, 3, 4))
+            decode.send(Generate(request=second))
+            router.wait_for_end("second")
+            assert router.tokens("second") == answer(second)
+            decode.wait_until_idle()
+            load = router.all(LoadReport, "decode-0")[-1].load
+            assert load.num_prefix_from_host_total + load.num_prefix_loaded_total == 24
+            assert load.num_prefix_loaded_total >= BLOCK_SIZE
+            assert 0 < load.blocks_on_host <= 6
 
 
 class TestDisk:

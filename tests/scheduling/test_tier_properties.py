@@ -4,6 +4,7 @@ Whatever happens: the books are right after every event, what is read and writte
 say exactly what is cached where, every sequence that is not cancelled gets its tokens, and in the end no block is held.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Medium
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockState
-from disagg.cache.disk_tier import DiskTier
+from disagg.cache.block_tier import BlockTier
 from disagg.scheduling.step.actions import (
     AnyAction,
     DropSaved,
@@ -41,6 +42,7 @@ from disagg.scheduling.step.events import (
     StepDone,
     StepResult,
     Tick,
+    TierRead,
     TransferDone,
     TransferFailed,
 )
@@ -71,21 +73,22 @@ class World:
 
     clients: dict[RequestId, Client]
     block_s: float
-    """What reading a block takes; computing one takes about a second."""
+    """What reading a block from disk takes, and a tenth of that from the host; computing one takes about a second."""
+    has_host: bool
     now: float = 0.0
     on_the_way: list[AnyEvent] = field(default_factory=list)
     loading: dict[RequestId, tuple[BlockId, ...]] = field(default_factory=dict)
     reading: dict[RequestId, BlocksRead] = field(default_factory=dict)
-    saving: dict[BlockHash, BlockId] = field(default_factory=dict)
+    saving: dict[tuple[Medium, BlockHash], BlockId] = field(default_factory=dict)
     lent: dict[RequestId, tuple[BlockId, ...]] = field(default_factory=dict)
-    told: dict[bool, set[BlockHash]] = field(default_factory=lambda: {False: set(), True: set()})
+    told: dict[Medium, set[BlockHash]] = field(default_factory=lambda: {medium: set() for medium in Medium})
     alarm_s: float = 1e18
 
     def __post_init__(self) -> None:
         chosen = SchedulerSettings(max_batch_tokens=8, max_batch_size=3, lease_s=30.0)
         saved = tuple(BlockHash(bytes([story, n])) for story in (0, 1) for n in range(4))
-        self.scheduler = StepScheduler(chosen, NUM_BLOCKS, BLOCK, memory=KvMemory(disk=DiskTier(12, saved)))
-        self.told[True].update(saved)
+        self.scheduler = StepScheduler(chosen, NUM_BLOCKS, BLOCK, memory=KvMemory(tiers=self.tiers(saved)))
+        self.told[Medium.DISK].update(saved)
         self.ledger = self.scheduler._books.ledger
 
     def arrive(self, name: RequestId) -> None:
@@ -111,7 +114,7 @@ class World:
             if (read := self.reading.pop(event.request_id, None)) is not None:
                 events.insert(0, read)
         elif isinstance(event, BlockSaved):
-            del self.saving[event.name]
+            del self.saving[event.medium, event.name]
         elif isinstance(event, LeaseReleased):
             self.lent.pop(event.request_id, None)
         if self.alarm_s <= self.now:
@@ -138,11 +141,10 @@ class World:
                 self.loading[action.request_id] = tuple(one.target for one in targets)
                 self.on_the_way.append(TransferDone(request_id=action.request_id, epoch=EPOCH))
                 if isinstance(action, LoadBlocks):
-                    seconds = self.block_s * len(targets)
-                    self.reading[action.request_id] = BlocksRead(num_blocks=len(targets), duration_s=seconds)
+                    self.reading[action.request_id] = self.read_of(action)
             case SaveBlock():
-                self.saving[action.name] = action.block
-                self.on_the_way.append(BlockSaved(name=action.name))
+                self.saving[action.medium, action.name] = action.block
+                self.on_the_way.append(BlockSaved(name=action.name, medium=action.medium))
             case LendKv():
                 if action.num_tokens:
                     self.lent[action.request_id] = action.block_ids
@@ -156,6 +158,15 @@ class World:
             case _:
                 raise AssertionError(f"unexpected {action}")
 
+    def tiers(self, saved: tuple[BlockHash, ...]) -> tuple[BlockTier, ...]:
+        disk = BlockTier(Medium.DISK, 12, saved)
+        return (BlockTier(Medium.CPU, 5), disk) if self.has_host else (disk,)
+
+    def read_of(self, load: LoadBlocks) -> BlocksRead:
+        counts = Counter(block.medium for block in load.blocks)
+        seconds = {Medium.CPU: 0.1 * self.block_s, Medium.DISK: self.block_s}
+        return BlocksRead(reads=tuple(TierRead(one, count, count * seconds[one]) for one, count in counts.items()))
+
     def sample(self, name: RequestId) -> StepResult:
         client = self.clients[name]
         known = client.num_prompt + client.num_got
@@ -166,17 +177,19 @@ class World:
         events, _ = self.scheduler.journal.take()
         for event in events:
             assert not isinstance(event, AllBlocksCleared)
-            names = self.told[event.medium is Medium.DISK]
             assert isinstance(event, BlockStored | BlockRemoved)
+            names = self.told[event.medium]
             (names.update if isinstance(event, BlockStored) else names.difference_update)(event.block_hashes)
 
     def check(self) -> None:
         pool = self.ledger.pool
-        assert self.told[False] == set(pool.published)
-        assert self.told[True] == set(self.ledger.disk.names)
+        assert self.told[Medium.GPU] == set(pool.published)
+        for tier in self.ledger.tiers:
+            assert self.told[tier.medium] == set(tier.names)
+            assert len(tier) <= tier.max_blocks
         for targets in self.loading.values():
             assert {pool.state_of(target) for target in targets} <= {BlockState.FILLING, BlockState.QUARANTINED}
-        for name, block in self.saving.items():
+        for (_, name), block in self.saving.items():
             assert pool.find(name) == block
             assert pool.state_of(block) in (BlockState.ACTIVE, BlockState.LEASED)
         for blocks in self.lent.values():
@@ -196,10 +209,12 @@ class World:
                 name = self.clients[event.request_id].names(0, 40)[number % 4]
                 self.on_the_way[index] = TransferFailed(request_id=event.request_id, epoch=EPOCH)
                 if (read := self.reading.get(event.request_id)) is not None:
-                    self.reading[event.request_id] = structs.replace(read, unreadable=(name,))
+                    first, *others = read.reads
+                    failed = structs.replace(first, unreadable=(name,))
+                    self.reading[event.request_id] = BlocksRead(reads=(failed, *others))
                 return
             if isinstance(event, BlockSaved) and not event.failure:
-                self.on_the_way[index] = BlockSaved(name=event.name, failure="the disk is full")
+                self.on_the_way[index] = structs.replace(event, failure="the disk is full")
                 return
 
     def settle(self) -> None:
@@ -233,10 +248,12 @@ steps = st.lists(
 )
 
 
-@given(clients=clients, steps=steps, block_s=st.sampled_from([0.0, 0.1, 1.0, 10.0]))
+@given(clients=clients, steps=steps, block_s=st.sampled_from([0.0, 0.1, 1.0, 10.0]), has_host=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_tiers_keep_what_they_say(clients: list[Client], steps: list[tuple[str, int]], block_s: float) -> None:
-    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, block_s)
+def test_tiers_keep_what_they_say(
+    clients: list[Client], steps: list[tuple[str, int]], block_s: float, has_host: bool
+) -> None:
+    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, block_s, has_host)
     to_come = list(world.clients)
     for what, number in steps:
         if what == "deliver" and world.on_the_way:

@@ -6,6 +6,8 @@ cancelled requests and failed pulls.
 """
 
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from virtual_deployment import TOKEN, VirtualDeployment, VirtualLoop
 from disagg.base.block_hash import hash_blocks
 from disagg.base.config import RouterSettings, SchedulingMode
 from disagg.base.ids import InstanceId
+from disagg.base.messages import InstanceLoad
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
@@ -23,7 +26,9 @@ from disagg.costs.platform import KvWindow
 from disagg.measure.timeline import Stage
 from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
-from disagg.scheduling.event_log import AnyRecord, parse_log, replay
+from disagg.scheduling.event_log import AnyRecord, InstanceRecord, parse_log, replay
+from disagg.scheduling.instance.core import InstanceCore
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.router.outputs import MessageDropped, SendPartOffer
 from disagg.serve.router import shell as shell_module
 from disagg.simulator.cluster import ClusterSpec
@@ -72,6 +77,17 @@ def run_both(
         assert records(folder / "live" / name) == records(folder / "simulated" / name), name
     assert decisions(folder / "live" / "router.jsonl") == decisions(folder / "simulated" / "router.jsonl")
     return live
+
+
+def load_of(path: Path) -> InstanceLoad:
+    """What an instance has found where, by the log of its core."""
+    log = parse_log(path.read_bytes().splitlines(keepends=True))
+    assert isinstance(log.header, InstanceHeader)
+    core = InstanceCore(log.header)
+    for record in log.records:
+        assert isinstance(record, InstanceRecord)
+        core.handle(record.inputs, record.now)
+    return core.load()
 
 
 def named(requests: list[SimulatedRequest]) -> list[SimulatedRequest]:
@@ -215,3 +231,38 @@ def test_drains_joins_flips_and_a_removal_among_deaths(
     assert [request.num_output_tokens for request in requests] == [request.output_len for request in requests]
     told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
     assert {output.instance for output in told if isinstance(output, SendMigrate)} == {d0, p1}
+
+
+@pytest.mark.parametrize("disk_bytes_per_s", [2e8, 2e6])
+@pytest.mark.parametrize("seed", range(2))
+def test_simulated_hits_are_the_live_ones_in_pool_and_tiers(
+    seed: int, disk_bytes_per_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten conversations of growing prompts, with room for three in the pool and for five in host memory."""
+    tiers = {
+        "num_blocks": 80,
+        "max_host_blocks": 120,
+        "host_memory": LinkModel(bytes_per_s=1e9, latency_s=1e-5),
+        "max_disk_blocks": 4000,
+        "disk": LinkModel(bytes_per_s=disk_bytes_per_s, latency_s=1e-4),
+    }
+    spec = cluster_spec(
+        instance(Role.COLOCATED, **tiers), instance(Role.COLOCATED, number=1, **tiers), link=LINK, message_s=0.0002
+    )
+    rng = random.Random(seed)
+    requests = poisson(rate=25, count=100, seed=seed, prompt=(16, 60), output=(1, 60))
+    turns: Counter[int] = Counter()
+    for request in requests:
+        story = rng.randrange(10)
+        request.prompt_len += 24 * turns[story]
+        turns[story] += 1
+        tokens = [0] * request.prompt_len + [TOKEN] * request.output_len
+        request.block_hashes = hash_blocks(tokens, 16, bytes([story]))
+    live = run_both(spec, requests, tmp_path, monkeypatch)
+    check_stages(live, requests)
+    hits = []
+    for name in ("colocated-0.jsonl", "colocated-1.jsonl"):
+        load, simulated = (load_of(tmp_path / side / name) for side in ("live", "simulated"))
+        assert load == simulated
+        hits.append((load.num_prefix_hits_total, load.num_prefix_from_host_total, load.num_prefix_loaded_total))
+    assert all(sum(of_all) > 0 for of_all in zip(*hits, strict=True)), hits

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import structs
+from virtual_tiers import VirtualTiers
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
@@ -83,6 +84,7 @@ class VirtualEngine:
         self.ready = structs.replace(ready, facts=structs.replace(ready.facts, vocab_size=TOKEN + 1))
         header = spec.header(self.ready.incarnation)
         self._log = EventLog(log_path, header)
+        tiers = VirtualTiers(spec, deployment.queue, self.wake_thread) if header.tiers() else None
         self._loop = EngineLoop(
             self.ready,
             InstanceCore(header),
@@ -91,7 +93,7 @@ class VirtualEngine:
             self,  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]
             deployment.queue,
-            Accessories(self._log),
+            Accessories(self._log, tiers),
         )
 
     def kill(self) -> None:

@@ -133,6 +133,15 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     kv_memory_bytes: Annotated[int, Meta(ge=1, description="memory for the KV pool of each instance")] = 1 << 30
     block_size: Annotated[int, Meta(ge=2, le=1024, description="tokens of a KV block (even)")] = 64
+    kv_host_memory_bytes: (
+        Annotated[
+            int,
+            Meta(
+                ge=1, description="host memory behind the KV pool of each instance whose device has memory of its own"
+            ),
+        ]
+        | None
+    ) = None
     prefix_caching: Annotated[
         bool, Meta(description="keep full KV blocks of prompts and answers and reuse them for equal prefixes")
     ] = True
@@ -150,6 +159,10 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if self.kv_disk is not None and not self.prefix_caching:
             raise ConfigurationError("--kv-disk keeps what --no-prefix-caching does not want to find: leave one out")
+        if self.kv_host_memory_bytes is not None and not self.prefix_caching:
+            raise ConfigurationError(
+                "--kv-host-memory keeps what --no-prefix-caching does not want to find: leave one out"
+            )
 
     def disk(self, num_instances: int) -> DiskSettings | None:
         """Return what each of so many instances may use; None without a disk. Raises ConfigurationError."""

@@ -188,6 +188,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     limits: StepLimits = StepLimits()
     kv_layout: Name = ""
     """In words: instances whose words differ cannot read each other's KV blocks."""
+    max_host_blocks: Count = 0
+    """KV blocks that it may keep in host memory behind the pool of its device."""
     max_disk_blocks: Count = 0
     """KV blocks that it may keep on disk, and how many are there from a life before."""
     num_saved_blocks: Count = 0
@@ -325,8 +327,10 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_prefix_queries_total: Count = 0
     num_prefix_hits_total: Count = 0
     num_prefix_pulled_total: Count = 0
-    """Tokens whose KV another instance lent, and those whose KV came from disk."""
+    """Tokens whose KV another instance lent, and those whose KV came from host memory and from disk."""
+    num_prefix_from_host_total: Count = 0
     num_prefix_loaded_total: Count = 0
+    blocks_on_host: Count = 0
     blocks_on_disk: Count = 0
     num_leases_expired_total: Count = 0
     num_steps_timed_total: Count = 0

@@ -29,11 +29,11 @@ class KvJournal:
         self._events.append(BlockStored(tuple(names), parent, (), self._block_size, None, self._pool))
         self._owners.append(owner)
 
-    def saved(self, name: BlockHash) -> None:
-        """A block can be found on disk from now on."""
+    def saved(self, name: BlockHash, medium: Medium) -> None:
+        """A block can be found in a tier behind the pool from now on."""
         self._end_removals()
         self.has_news = True
-        self._events.append(BlockStored((name,), None, (), self._block_size, None, Medium.DISK))
+        self._events.append(BlockStored((name,), None, (), self._block_size, None, medium))
         self._owners.append(None)
 
     def removed(self, name: BlockHash, medium: Medium | None = None) -> None:

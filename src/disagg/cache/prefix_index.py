@@ -14,7 +14,7 @@ from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockRemoved, Bl
 
 @dataclass(frozen=True, slots=True)
 class HeldPrefix:
-    """How much of a sequence's beginning an instance holds, in tokens: ``num_tokens`` in its pool or on its disk,
+    """How much of a sequence's beginning an instance holds, in tokens: ``num_tokens`` in its pool or behind it,
     ``num_in_pool`` of them without a gap in the pool, where others can read them.
     """
 
@@ -30,6 +30,7 @@ class _Holder:
     bit: int
     block_size: int
     max_blocks: int
+    has_host_tier: bool
     num_blocks: int = 0
     next_number: int = 0
     is_current: bool = True
@@ -42,18 +43,22 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._holders: dict[InstanceId, _Holder] = {}
         self._pool: dict[BlockHash, int] = {}
-        """A bit for each holder that has the block in its pool; and for each that has it on its disk."""
+        """A bit for each holder that has the block in its pool; and for each that has it in a tier behind that."""
+        self._host: dict[BlockHash, int] = {}
         self._disk: dict[BlockHash, int] = {}
 
     def __len__(self) -> int:
         return sum(holder.num_blocks for holder in self._holders.values())
 
-    def join(self, instance: InstanceId, block_size: int, max_blocks: int) -> None:
-        """Take an instance that begins a life, with no block and its events from number 0 on."""
+    def join(self, instance: InstanceId, block_size: int, max_blocks: int, *, has_host_tier: bool = False) -> None:
+        """Take an instance that begins a life, with no block and its events from number 0 on.
+
+        Where it ``has_host_tier``, blocks in the host's memory are behind its pool; elsewhere its pool is there.
+        """
         self.leave(instance)
         used = {holder.bit for holder in self._holders.values()}
         bit = next(1 << place for place in range(len(used) + 1) if 1 << place not in used)
-        self._holders[instance] = _Holder(instance, bit, block_size, max_blocks)
+        self._holders[instance] = _Holder(instance, bit, block_size, max_blocks, has_host_tier)
 
     def leave(self, instance: InstanceId) -> None:
         """Forget an instance and its blocks, if it is known."""
@@ -95,7 +100,7 @@ class PrefixIndex:
             if lost := in_pool & ~there:
                 _note(in_pools, lost, count)
                 in_pool &= there
-            there |= self._disk.get(name, 0)
+            there |= self._host.get(name, 0) | self._disk.get(name, 0)
             if lost := somewhere & ~there:
                 _note(lengths, lost, count)
                 somewhere &= there
@@ -112,7 +117,11 @@ class PrefixIndex:
         }
 
     def _change(self, holder: _Holder, event: BlockStored | BlockRemoved) -> None:
-        masks, bit = self._disk if event.medium is Medium.DISK else self._pool, holder.bit
+        masks, bit = self._pool, holder.bit
+        if event.medium is Medium.DISK:
+            masks = self._disk
+        elif event.medium is Medium.CPU and holder.has_host_tier:
+            masks = self._host
         for name in event.block_hashes:
             before = masks.get(name, 0)
             if isinstance(event, BlockStored):
@@ -126,7 +135,7 @@ class PrefixIndex:
     def _clear(self, holder: _Holder) -> None:
         if not holder.num_blocks:
             return
-        for masks in (self._pool, self._disk):
+        for masks in (self._pool, self._host, self._disk):
             for name in [name for name, mask in masks.items() if mask & holder.bit]:
                 _drop(masks, name, holder.bit)
         holder.num_blocks = 0

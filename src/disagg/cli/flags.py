@@ -117,7 +117,7 @@ def _option(field: inspect.Field, variable: str | None) -> Callable[[F], F]:
         arguments["metavar"] = None if field.name.endswith("_bytes") else _METAVARS.get(type(kind))
     if isinstance(kind, inspect.EnumType) and default is not None:
         default = default.value
-    if field.name.endswith("_bytes"):
+    if field.name.endswith("_bytes") and default is not None:
         default = format_bytes(default)
     shown = default is not None and default != ()
     return click.option(

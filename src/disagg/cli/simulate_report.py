@@ -105,11 +105,13 @@ def _peak(use: KvUse) -> float:
 
 
 def _prompts(tokens: PromptTokens) -> str:
-    found = ", ".join(
-        f"{count / tokens.total:.1%} {how}"
-        for count, how in ((tokens.cached, "cached"), (tokens.pulled, "pulled"), (tokens.loaded, "read from disk"))
-        if count
+    counts = (
+        (tokens.cached, "cached"),
+        (tokens.pulled, "pulled"),
+        (tokens.from_host, "read from host memory"),
+        (tokens.loaded, "read from disk"),
     )
+    found = ", ".join(f"{count / tokens.total:.1%} {how}" for count, how in counts if count)
     return f"prompt tokens  {tokens.computed / tokens.total:.1%} computed, {found}"
 
 

@@ -3,35 +3,44 @@
 A file is a header of a page and the block, layer after layer. It is written under another name first, so it is there
 as a whole or not at all. A file that is torn, changed or of another model or layout is never read as a block: length,
 header and digest say so. Durability is not promised: what a power cut tears is found out and computed again.
+
+Files are read and written past the page cache where the file system allows it: what is kept is bounded by what the
+user gave, not by the memory that is free, and reads take what the disk takes. So files are whole pages long, and each
+thread has a buffer of its own that begins at a page.
 """
 
 import errno
 import fcntl
 import hashlib
+import logging
+import mmap
 import os
 import shutil
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from disagg.base.errors import ConfigurationError, TransferError
 from disagg.base.ids import BlockHash
 from disagg.cache.layout import KvLayout
+from disagg.engine.kv_tiers import BlockData
 
-FORMAT_VERSION: Final = 1
-HEADER_BYTES: Final = 4096
+FORMAT_VERSION: Final = 2
+PAGE_BYTES: Final = 4096
+HEADER_BYTES: Final = PAGE_BYTES
 SUFFIX: Final = ".kv"
 MIN_FREE_BYTES: Final = 1 << 30
 """What is left free on the disk for others, whatever SIZE says."""
+logger = logging.getLogger(__name__)
+
 _HEADER: Final = struct.Struct("<8sI32s64sQ32s")
 _MAGIC: Final = b"DISAGGKB"
-
-BlockData = NDArray[np.unsignedinteger[Any]]
-"""One block as [layer, words]."""
 
 
 class BlockFiles:
@@ -57,11 +66,25 @@ class BlockFiles:
         except OSError as error:
             raise ConfigurationError(f"--kv-disk {folder}: {error}") from error
         self._remove_other_versions(folder, instance)
+        self._buffers = threading.local()
+        self._direct = os.O_DIRECT if self._takes_direct_io() else 0
+        if not self._direct:
+            logger.info("%s: the file system has no direct I/O: KV blocks pass through its page cache", self.folder)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether files are read and written past the page cache."""
+        return self._direct != 0
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return str(self.folder)
 
     @property
     def file_bytes(self) -> int:
         """Bytes of one block's file."""
-        return HEADER_BYTES + self._num_bytes
+        return HEADER_BYTES + -(-self._num_bytes // PAGE_BYTES) * PAGE_BYTES
 
     def scan(self, max_blocks: int) -> tuple[BlockHash, ...]:
         """Return the names of the blocks that are there, those used longest ago first; what is no block is removed.
@@ -88,12 +111,14 @@ class BlockFiles:
             raise OSError(errno.ENOSPC, f"less than {MIN_FREE_BYTES >> 30} GiB would be left free")
         path = self._path(name)
         path.parent.mkdir(exist_ok=True)
-        data = np.ascontiguousarray(block)
+        buffer = self._buffer()
+        content = buffer[HEADER_BYTES : HEADER_BYTES + self._num_bytes]
+        np.copyto(np.frombuffer(content, dtype=block.dtype).reshape(block.shape), block)
+        buffer[:HEADER_BYTES] = self._header(name, hashlib.sha256(buffer[HEADER_BYTES:]).digest())
         unfinished = path.with_suffix(".tmp")
         try:
-            with unfinished.open("wb", buffering=0) as file:
-                file.write(self._header(name, hashlib.sha256(data.data).digest()))
-                _write_all(file.fileno(), data.data.cast("B"))
+            with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | self._direct) as file:
+                _write_all(file, buffer)
             unfinished.replace(path)
         except OSError:
             unfinished.unlink(missing_ok=True)
@@ -101,19 +126,19 @@ class BlockFiles:
 
     def read(self, name: BlockHash, block: BlockData) -> None:
         """Read a block into ``block``, which is as it was when TransferError says why that cannot be."""
-        data = np.empty(block.shape, dtype=block.dtype)
+        buffer = self._buffer()
         try:
-            with self._path(name).open("rb", buffering=0) as file:
-                header = file.read(HEADER_BYTES)
-                num_read = _read_all(file.fileno(), data.data.cast("B"))
-                is_longer = bool(file.read(1))
+            with _opened(self._path(name), os.O_RDONLY | self._direct) as file:
+                num_bytes = os.fstat(file).st_size
+                num_read = _read_all(file, buffer) if num_bytes == len(buffer) else 0
         except OSError as error:
             raise TransferError(f"the block {name.hex()} cannot be read from disk: {error}") from error
-        if num_read != self._num_bytes or is_longer:
+        if num_read != len(buffer):
             raise TransferError(f"the file of block {name.hex()} is of another length")
-        if header != self._header(name, hashlib.sha256(data.data).digest()):
+        content = buffer[HEADER_BYTES : HEADER_BYTES + self._num_bytes]
+        if buffer[:HEADER_BYTES] != self._header(name, hashlib.sha256(buffer[HEADER_BYTES:]).digest()):
             raise TransferError(f"the file of block {name.hex()} is damaged, or of another model")
-        np.copyto(block, data)
+        np.copyto(block, np.frombuffer(content, dtype=block.dtype).reshape(block.shape))
 
     def remove(self, name: BlockHash) -> None:
         """Remove a block's file, if it is there."""
@@ -131,6 +156,24 @@ class BlockFiles:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _buffer(self) -> memoryview:
+        """Return this thread's buffer for a file, which begins at a page."""
+        buffer: memoryview | None = getattr(self._buffers, "whole", None)
+        if buffer is None:
+            buffer = self._buffers.whole = memoryview(mmap.mmap(-1, self.file_bytes))
+        return buffer
+
+    def _takes_direct_io(self) -> bool:
+        probe = self.folder / "direct"
+        try:
+            with _opened(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT) as file:
+                os.write(file, self._buffer()[:PAGE_BYTES])
+        except OSError:
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
 
     def _path(self, name: BlockHash) -> Path:
         text = name.hex()
@@ -164,6 +207,15 @@ def _name_of(path: Path) -> BlockHash | None:
     except ValueError:
         return None
     return BlockHash(name) if path.parent.name == path.stem[:2] and 0 < len(name) <= 64 else None
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def _write_all(file: int, data: memoryview) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from disagg.base.clock import Clock
 from disagg.base.config import Device, InstanceSettings, ModelSettings
+from disagg.base.disk_settings import DiskSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash
@@ -33,11 +34,12 @@ from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
 from disagg.engine.facts import Capacity, check_memory, plan_capacity
 from disagg.engine.grammar import Grammars
+from disagg.engine.host_blocks import HostBlocks
 from disagg.engine.isolation import IsolatingExecutor
 from disagg.engine.kernels.interface import KernelBackend
 from disagg.engine.kernels.select import select_backend
-from disagg.engine.kv_disk import KvDisk
 from disagg.engine.kv_store import make_kv_store
+from disagg.engine.kv_tiers import BlockStore, KvTiers
 from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import StepDecoder
@@ -104,7 +106,7 @@ def build_loop(
     executor = IsolatingExecutor(_make_executor(settings, loaded.decoder, pool, device))
     shared = SharedBlocks(pool, settings.transfer, settings.kv_host, clock, stack)
     links, pulls = _make_pulls(settings, pool, shared, channel, clock, stack)
-    disk, room = _open_disk(settings, files, pool, channel, clock, stack)
+    tiers, room = _open_tiers(settings, files, pool, channel.wake, clock, stack)
     facts = InstanceFacts(
         pid=os.getpid(),
         device=settings.device.value,
@@ -119,7 +121,8 @@ def build_loop(
         pool=shared.address,
         limits=step_limits(settings.scheduler),
         kv_layout=capacity.layout.describe(),
-        max_disk_blocks=room.max_blocks,
+        max_host_blocks=room.max_host_blocks,
+        max_disk_blocks=room.max_disk_blocks,
         num_saved_blocks=len(room.saved),
         probe=shared.probe,
     )
@@ -130,7 +133,7 @@ def build_loop(
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     measuring = LinkMeasuring(name, incarnation, links, clock, channel.wake)
-    accessories = Accessories(log, disk, grammars, measuring)
+    accessories = Accessories(log, tiers, grammars, measuring)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
@@ -157,6 +160,7 @@ def core_header(
         prefix_caching=settings.cache.prefix_caching,
         max_model_len=facts.max_model_len,
         pool=facts.pool,
+        max_host_blocks=facts.max_host_blocks,
         max_disk_blocks=facts.max_disk_blocks,
         window=window,
         saved_blocks=saved_blocks,
@@ -264,25 +268,73 @@ def _make_pulls(
 
 
 @dataclass(frozen=True, slots=True)
-class _DiskRoom:
-    """How many KV blocks an instance may keep on disk, and the names of those that are there."""
+class _TierRoom:
+    """How many KV blocks an instance may keep in its tiers, and the names of those that are on disk."""
 
-    max_blocks: int = 0
+    max_host_blocks: int = 0
+    max_disk_blocks: int = 0
     saved: tuple[BlockHash, ...] = ()
 
 
-def _open_disk(
+def _open_tiers(
     settings: InstanceSettings,
     files: ModelFiles,
     pool: KvPool,
-    channel: ControlChannel,
+    wake: Callable[[], None],
     clock: Clock,
     stack: ExitStack,
-) -> tuple[KvDisk | None, _DiskRoom]:
-    """Open an instance's share of the disk, if it has one. Raises ConfigurationError when it cannot be used."""
-    share = settings.kv_disk
-    if share is None:
-        return None, _DiskRoom()
+) -> tuple[KvTiers | None, _TierRoom]:
+    """Open what an instance has behind its pool, if anything. Raises ConfigurationError when it cannot be used."""
+    stores: dict[Medium, BlockStore] = {}
+    host = _open_host_memory(settings, pool)
+    if host is not None:
+        stores[Medium.CPU] = host
+    disk = None if settings.kv_disk is None else _open_disk(settings, settings.kv_disk, files, pool, stack)
+    if disk is not None:
+        stores[Medium.DISK] = disk.files
+    if not stores:
+        return None, _TierRoom()
+    tiers = KvTiers(stores, pool, clock, wake)
+    stack.callback(tiers.close)
+    max_host_blocks = 0 if host is None else host.max_blocks
+    if disk is None:
+        return tiers, _TierRoom(max_host_blocks)
+    return tiers, _TierRoom(max_host_blocks, disk.max_blocks, disk.files.scan(disk.max_blocks))
+
+
+def _open_host_memory(settings: InstanceSettings, pool: KvPool) -> HostBlocks | None:
+    num_bytes = settings.cache.kv_host_memory_bytes
+    if num_bytes is None:
+        return None
+    if settings.device is Device.CPU:
+        raise ConfigurationError(
+            "--kv-host-memory is for devices with memory of their own; on a CPU the KV pool is in host memory already: "
+            "raise --kv-memory instead"
+        )
+    max_blocks = num_bytes // pool.layout.block_bytes
+    if not max_blocks:
+        raise ConfigurationError(
+            f"--kv-host-memory {format_bytes(num_bytes)} is less than one KV block of "
+            f"{format_bytes(pool.layout.block_bytes)}: raise it"
+        )
+    available = psutil.virtual_memory().available
+    if num_bytes > available:
+        raise ConfigurationError(
+            f"--kv-host-memory {format_bytes(num_bytes)} is more than the {format_bytes(available)} that this host has "
+            "left: lower it"
+        )
+    return HostBlocks(max_blocks, pool.layout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    files: BlockFiles
+    max_blocks: int
+
+
+def _open_disk(
+    settings: InstanceSettings, share: DiskSettings, files: ModelFiles, pool: KvPool, stack: ExitStack
+) -> _Disk:
     folder = Path(share.folder).expanduser()
     blocks = BlockFiles(folder, settings.instance, _contents(files, settings.model), pool.layout)
     stack.callback(blocks.close)
@@ -292,9 +344,7 @@ def _open_disk(
             f"--kv-disk: the share of {settings.instance}, {format_bytes(share.max_bytes)}, is less than one KV block "
             f"of {format_bytes(blocks.file_bytes)}: raise it"
         )
-    disk = KvDisk(blocks, pool, clock, channel.wake)
-    stack.callback(disk.close)
-    return disk, _DiskRoom(max_blocks, blocks.scan(max_blocks))
+    return _Disk(blocks, max_blocks)
 
 
 def _contents(files: ModelFiles, model: ModelSettings) -> bytes:

@@ -35,7 +35,7 @@ from disagg.base.router_messages import JoinRouter, LeaveRouter
 from disagg.engine.control import ControlChannel
 from disagg.engine.executor import BlockMover, Work
 from disagg.engine.grammar import Grammars
-from disagg.engine.kv_disk import KvDisk
+from disagg.engine.kv_tiers import KvTiers
 from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
@@ -58,12 +58,12 @@ from disagg.scheduling.step.events import Tick
 
 @dataclass(frozen=True, slots=True)
 class Accessories:
-    """What an instance may have besides: a log of its decisions, a disk for KV blocks, a compiler of grammars, links
+    """What an instance may have besides: a log of its decisions, tiers for KV blocks, a compiler of grammars, links
     to measure.
     """
 
     log: EventLog | None = None
-    disk: KvDisk | None = None
+    tiers: KvTiers | None = None
     grammars: Grammars | None = None
     links: LinkMeasuring | None = None
 
@@ -90,7 +90,7 @@ class EngineLoop:
         self._channel = channel
         self._clock = clock
         self._log = accessories.log
-        self._disk = accessories.disk
+        self._tiers = accessories.tiers
         self._links = accessories.links
         self._sequences = SequenceTable(ready.facts.vocab_size, core.named_block_size, accessories.grammars)
         self._reporter = LoadReporter(ready.instance, ready.incarnation, channel)
@@ -141,18 +141,18 @@ class EngineLoop:
             if ended.received:
                 self._blocks.receive_blocks(ended.received)
             inputs.append(ended.result)
-        if self._disk is not None:
-            inputs += self._collect_from(self._disk)
+        if self._tiers is not None:
+            inputs += self._collect_from(self._tiers)
         for measured in () if self._links is None else self._links.take_ended():
             self._channel.send(measured)
         if self._clock.now() >= self._wake_s:
             inputs.append(Tick())
         return inputs
 
-    def _collect_from(self, disk: KvDisk) -> list[AnyInstanceInput]:
+    def _collect_from(self, tiers: KvTiers) -> list[AnyInstanceInput]:
         inputs: list[AnyInstanceInput] = []
-        for ended in disk.take_ended():
-            if isinstance(ended.result, LoadEnded) and not ended.result.unreadable:
+        for ended in tiers.take_ended():
+            if isinstance(ended.result, LoadEnded) and ended.result.is_whole:
                 self._blocks.receive_blocks(ended.targets)
             inputs.append(ended.result)
         return inputs
@@ -218,7 +218,7 @@ class EngineLoop:
             case CancelCopy(request_id=request_id, epoch=epoch):
                 self._pulls.cancel(request_id, epoch)
             case LoadBlocks() | SaveBlock() | DropSaved():
-                self._use_disk(output)
+                self._use_tiers(output)
             case ForgetPeer(incarnation=incarnation):
                 self._pulls.close_peer(incarnation)
             case WakeAt(time_s=time_s):
@@ -231,16 +231,16 @@ class EngineLoop:
             self._lesson = message
         self._channel.send(message)
 
-    def _use_disk(self, output: LoadBlocks | SaveBlock | DropSaved) -> None:
-        assert self._disk is not None, "a core without room on disk wants nothing from it"
+    def _use_tiers(self, output: LoadBlocks | SaveBlock | DropSaved) -> None:
+        assert self._tiers is not None, "a core without tiers wants nothing from them"
         match output:
             case LoadBlocks():
-                self._disk.load(output)
+                self._tiers.load(output)
             case SaveBlock(block=block):
                 self._blocks.publish_blocks((block,))
-                self._disk.save(output)
-            case DropSaved(names=names):
-                self._disk.drop(names)
+                self._tiers.save(output)
+            case DropSaved():
+                self._tiers.drop(output)
 
     def _emit(self, output: Emitted) -> None:
         assert self._completed is not None, "tokens come from the step that was collected in this turn"

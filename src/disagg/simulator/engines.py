@@ -25,6 +25,8 @@ from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.instance_spec import InstanceSpec
 
+HOST_BYTES_PER_S: Final = 50e9
+"""Between the memory of one device and that of its host, over PCIe 5 with 16 lanes."""
 NVME: Final = LinkModel(bytes_per_s=2e9, latency_s=1e-4)
 """A disk of the kind that servers have, as read and written block by block."""
 _NEVER_S: Final = 1e9
@@ -45,6 +47,8 @@ class EngineRules:
     block_size: int
     prefix_caching: bool = False
     router: RouterSettings = _PATIENT_ROUTER
+    kv_host_bytes: int = 0
+    """Host memory for KV blocks behind the pool of each instance."""
     kv_disk: DiskSettings | None = None
     """Of all instances together."""
     swap: LinkModel | None = None
@@ -65,6 +69,7 @@ def own_rules(
         schedulers=dict.fromkeys(Role, scheduler),
         block_size=cache.block_size,
         prefix_caching=cache.prefix_caching,
+        kv_host_bytes=cache.kv_host_memory_bytes or 0,
         kv_disk=cache.disk(1),
         router=router,
     )
@@ -142,7 +147,10 @@ def build_cluster(
             its_platform = by_kind.get(topology.node(place[0].node).device, platform)
             links = topology.instance_links(place, group.tensor_parallel)
         spec = build_instance(name, group, its_platform, rules, place, links)
-        instances.append(replace(spec, max_disk_blocks=disk_bytes // (spec.block_size * spec.kv_bytes_per_token)))
+        block_bytes = spec.block_size * spec.kv_bytes_per_token
+        instances.append(
+            replace(spec, max_host_blocks=rules.kv_host_bytes // block_bytes, max_disk_blocks=disk_bytes // block_bytes)
+        )
     num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
@@ -248,6 +256,7 @@ def build_instance(
         num_devices=tensor * pipeline,
         place=place,
         prefix_caching=rules.prefix_caching,
+        host_memory=LinkModel(HOST_BYTES_PER_S * tensor * pipeline, latency_s=2e-5),
         disk=NVME,
         swap=rules.swap,
     )

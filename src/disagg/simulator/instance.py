@@ -6,6 +6,7 @@ flight; what comes in between waits for the next turn.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,6 +16,7 @@ from msgspec import structs
 
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.messages import (
     Audited,
     CostsLearned,
@@ -46,7 +48,7 @@ from disagg.scheduling.instance.outputs import (
 )
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
 from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
-from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick
+from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick, TierRead
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
@@ -113,12 +115,14 @@ class SimulatedInstance:
         self._messages: list[AnyInstanceInput] = []
         self._steps_done: list[AnyInstanceInput] = []
         self._pulls_done: list[AnyInstanceInput] = []
+        self._tiers_done: list[AnyInstanceInput] = []
         self._num_in_flight = 0
         self._is_turn_due = False
         self._wake_s = math.inf
         self._lost_peers: set[str] = set()
-        self._disk_free_s = {LoadBlocks: 0.0, SaveBlock: 0.0}
-        """Until when the disk reads, and writes, what it was given."""
+        self._reading_until_s = dict.fromkeys(Medium, 0.0)
+        """Until when each tier reads what it was given, and writes it."""
+        self._writing_until_s = dict.fromkeys(Medium, 0.0)
         self._run: DecodeRun | None = None
         self.is_alive = True
 
@@ -227,10 +231,11 @@ class SimulatedInstance:
         inputs = self._steps_done
         inputs += self._messages
         inputs += self._pulls_done
+        inputs += self._tiers_done
         if now >= self._wake_s:
             self._wake_s = math.inf
             inputs.append(Tick())
-        self._steps_done, self._messages, self._pulls_done = [], [], []
+        self._steps_done, self._messages, self._pulls_done, self._tiers_done = [], [], [], []
         outputs = self._core.handle(inputs, now)
         self.kv_use.record(now, self._core.num_held_blocks)
         if self._recorder is not None:
@@ -253,8 +258,10 @@ class SimulatedInstance:
                 self._tell(InstanceSaid(instance=self.spec.name, message=message))
             case StartCopy():
                 self._copy(output, now)
-            case LoadBlocks() | SaveBlock():
-                self._use_disk(output, now)
+            case LoadBlocks():
+                self._load(output, now)
+            case SaveBlock():
+                self._save(output, now)
             case Forget(request_id=request_id):
                 self._requests.pop(request_id, None)
                 self._expected.discard(request_id)
@@ -353,23 +360,29 @@ class SimulatedInstance:
         )
         self._later(end_s, partial(self._end_copy, copy, ended))
 
-    def _use_disk(self, output: LoadBlocks | SaveBlock, now: float) -> None:
-        """Read or write blocks, after what is being read or written before them."""
-        num_blocks = len(output.blocks) if isinstance(output, LoadBlocks) else 1
-        duration_s = self.spec.disk.transfer_time_s(num_blocks * self.spec.block_size * self.spec.kv_bytes_per_token)
-        end_s = max(now, self._disk_free_s[type(output)]) + duration_s
-        self._disk_free_s[type(output)] = end_s
-        ended: LoadEnded | BlockSaved
-        if isinstance(output, LoadBlocks):
-            ended = LoadEnded(
-                request_id=output.request_id, epoch=output.epoch, num_blocks=num_blocks, duration_s=duration_s
-            )
-        else:
-            ended = BlockSaved(name=output.name)
-        self._later(end_s, partial(self._end_disk, ended))
+    def _load(self, load: LoadBlocks, now: float) -> None:
+        """Read blocks, of each tier after what is being read before them, the tiers side by side."""
+        reads, end_s = [], now
+        for medium, num_blocks in Counter(block.medium for block in load.blocks).items():
+            duration_s = self._tier_time_s(medium, num_blocks)
+            self._reading_until_s[medium] = max(now, self._reading_until_s[medium]) + duration_s
+            end_s = max(end_s, self._reading_until_s[medium])
+            reads.append(TierRead(medium, num_blocks, duration_s))
+        ended = LoadEnded(request_id=load.request_id, epoch=load.epoch, reads=tuple(reads))
+        self._later(end_s, partial(self._end_tier, ended))
 
-    def _end_disk(self, ended: LoadEnded | BlockSaved) -> None:
-        self._pulls_done.append(ended)
+    def _save(self, save: SaveBlock, now: float) -> None:
+        end_s = max(now, self._writing_until_s[save.medium]) + self._tier_time_s(save.medium, 1)
+        self._writing_until_s[save.medium] = end_s
+        self._later(end_s, partial(self._end_tier, BlockSaved(name=save.name, medium=save.medium)))
+
+    def _tier_time_s(self, medium: Medium, num_blocks: int) -> float:
+        spec = self.spec
+        link = spec.disk if medium is Medium.DISK else spec.host_memory
+        return link.transfer_time_s(num_blocks * spec.block_size * spec.kv_bytes_per_token)
+
+    def _end_tier(self, ended: LoadEnded | BlockSaved) -> None:
+        self._tiers_done.append(ended)
         self._request_turn()
 
     def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:

@@ -34,8 +34,11 @@ class InstanceSpec:
     """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
     of its first stage, where hosts matter."""
     prefix_caching: bool = True
+    host_memory: LinkModel = field(default_factory=LinkModel)
+    """How quick the memory of its host is, in each direction, and how many KV blocks it may keep there."""
+    max_host_blocks: int = 0
     disk: LinkModel = field(default_factory=LinkModel)
-    """How quick its disk is, in each direction, and how many KV blocks it may keep there."""
+    """The same of its disk."""
     max_disk_blocks: int = 0
     swap: LinkModel | None = None
     """Where the KV of preempted sequences waits; None computes it again."""
@@ -69,6 +72,7 @@ class InstanceSpec:
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             prefix_caching=self.prefix_caching,
+            max_host_blocks=self.max_host_blocks,
             max_disk_blocks=self.max_disk_blocks,
             num_stages=self.latency.num_stages,
             window=None if self.kv_window is None else self.kv_window.tokens,
@@ -94,6 +98,7 @@ class InstanceSpec:
                 load_s=0.0,
                 pool=b"",
                 limits=step_limits(self.scheduler),
+                max_host_blocks=self.max_host_blocks,
                 max_disk_blocks=self.max_disk_blocks,
             ),
         )

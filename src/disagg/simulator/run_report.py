@@ -63,6 +63,8 @@ class PromptTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Found in the pool of the instance that computed the rest."""
     pulled: int = 0
     """Lent by another instance."""
+    from_host: int = 0
+    """Read from host memory behind the pool."""
     loaded: int = 0
     """Read from disk."""
 
@@ -167,6 +169,7 @@ class Collector:
                 computed=sum(load.num_prefill_tokens_total for load in loads),
                 cached=sum(load.num_prefix_hits_total for load in loads),
                 pulled=sum(load.num_prefix_pulled_total for load in loads),
+                from_host=sum(load.num_prefix_from_host_total for load in loads),
                 loaded=sum(load.num_prefix_loaded_total for load in loads),
             ),
             num_preemptions=sum(load.num_preemptions_total for load in loads),

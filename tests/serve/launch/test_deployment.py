@@ -5,13 +5,13 @@ import pytest
 from disagg.base.config import (
     CacheSettings,
     CurveKeys,
-    DiskSettings,
     InstanceGroup,
     Placement,
     RouterSettings,
     SchedulerSettings,
     SchedulingMode,
 )
+from disagg.base.disk_settings import DiskSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.joining import ServerTerms

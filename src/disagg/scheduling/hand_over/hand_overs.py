@@ -12,8 +12,8 @@ from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.hand_over.disk_reads import DiskReads
 from disagg.scheduling.hand_over.early_pulls import EarlyPulls
+from disagg.scheduling.hand_over.tier_reads import TierReads
 from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, OfferPart, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
 from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
@@ -31,7 +31,7 @@ class HandOvers:
     def __init__(self, books: Books, times: StepTimes | None = None) -> None:
         self._books = books
         self._offered: list[Sequence] = []
-        self.reads = DiskReads(books, times)
+        self.reads = TierReads(books, times)
         self.early = EarlyPulls(books, self._offered, self._compute_here, self.on_transfer_done)
 
     @property
@@ -151,13 +151,13 @@ class HandOvers:
         else:
             self._compute_here(sequence)
 
-    def read_disk(self, sequence: Sequence) -> bool:
+    def read_tiers(self, sequence: Sequence) -> bool:
         """Let a sequence that has just arrived wait for the blocks that it is to read; False: there are none."""
-        sequence.end_of_read, sequence.num_to_read = self.reads.wanted(sequence, self._offered)
-        if sequence.num_to_read:
+        self.reads.choose(sequence, self._offered)
+        if sequence.to_read:
             sequence.move(SequenceState.OFFERED, self._books.now)
             bisect.insort(self._offered, sequence, key=order_of)
-        return sequence.num_to_read > 0
+        return bool(sequence.to_read)
 
     def start_pulls(self) -> None:
         """Pull offered sequences, first come first served, while there are places in the batch and blocks."""
@@ -175,7 +175,7 @@ class HandOvers:
             sequence.move(SequenceState.PULLING, books.now)
             books.num_pulling += 1
             if sequence.loads:
-                self.reads.started(len(sequence.loads))
+                self.reads.started(sequence.loads)
                 books.actions.append(
                     LoadBlocks(request_id=sequence.request_id, epoch=sequence.epoch, blocks=sequence.loads)
                 )

@@ -37,7 +37,6 @@ from disagg.base.messages import (
 from disagg.base.router_messages import ForeignLoad, LeaveRouter
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
-from disagg.cache.disk_tier import DiskTier
 from disagg.cache.journal import Owner
 from disagg.scheduling.instance.copy_queue import CopyQueue
 from disagg.scheduling.instance.header import InstanceHeader
@@ -110,7 +109,7 @@ class InstanceCore:
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
             times=given_times(header),
-            memory=KvMemory(header.medium, DiskTier(header.max_disk_blocks, header.saved_blocks), header.window),
+            memory=KvMemory(header.medium, header.tiers(), header.window),
         )
         self._lessons = Lessons(header)
         self._sequences: dict[RequestId, Tracked] = {}
@@ -236,9 +235,9 @@ class InstanceCore:
                 self._on_sequence(one, events)
             case CopyEnded():
                 self._on_copy_ended(one, events)
-            case LoadEnded(request_id=request_id, epoch=epoch, unreadable=names):
-                events.append(BlocksRead(num_blocks=one.num_blocks, duration_s=one.duration_s, unreadable=names))
-                make = TransferFailed if names else TransferDone
+            case LoadEnded(request_id=request_id, epoch=epoch, reads=reads):
+                events.append(BlocksRead(reads=reads))
+                make = TransferDone if one.is_whole else TransferFailed
                 events.append(make(request_id=request_id, epoch=epoch))
             case Lend() | Release() | Migrate() | CopySettled() | BlockSaved() | Tick():
                 events.append(event_of(one))

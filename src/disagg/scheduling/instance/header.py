@@ -5,6 +5,7 @@ import msgspec
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import BlockHash, InstanceId
 from disagg.base.kv_events import Medium
+from disagg.cache.block_tier import BlockTier
 from disagg.costs.measured_steps import FittedLatency
 
 
@@ -27,6 +28,8 @@ class InstanceHeader(
     pool: bytes = b""
     medium: Medium = Medium.GPU
     """Where its pool is."""
+    max_host_blocks: int = 0
+    """KV blocks that may be in host memory behind the pool of a device."""
     max_disk_blocks: int = 0
     """KV blocks that may be on its disk, and the names of those that are there, least recently used first."""
     saved_blocks: tuple[BlockHash, ...] = ()
@@ -36,3 +39,9 @@ class InstanceHeader(
     """News of cached blocks say whose they are, so that their tokens can go with them."""
     latency: FittedLatency | None = None
     """Predicts its steps; None learns from those that run."""
+
+    def tiers(self) -> tuple[BlockTier, ...]:
+        """Return what is kept behind the pool when the instance starts, the quickest first."""
+        host = BlockTier(Medium.CPU, self.max_host_blocks)
+        disk = BlockTier(Medium.DISK, self.max_disk_blocks, self.saved_blocks)
+        return tuple(tier for tier in (host, disk) if tier.max_blocks)

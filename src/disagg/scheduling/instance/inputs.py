@@ -6,7 +6,7 @@ from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.messages import Abort, AuditBlocks, KvOffer, Lend, Migrate, MoreKv, PeerLost, Release, ReportBlocks
 from disagg.base.objectives import Objectives
 from disagg.base.router_messages import LeaveRouter
-from disagg.scheduling.step.events import BlockSaved, StepDone, Tick
+from disagg.scheduling.step.events import BlockSaved, StepDone, Tick, TierRead
 
 
 class SequenceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -86,16 +86,16 @@ class CopySettled(InstanceInput, frozen=True, kw_only=True):
 
 
 class LoadEnded(InstanceInput, frozen=True, kw_only=True):
-    """The reading of blocks from disk ended: none is written to any more. ``unreadable``: those that are not there.
-
-    ``duration_s`` is what reading them took, without waiting for others; 0 where nobody measured it.
-    """
+    """The reading of blocks from tiers ended: none is written to any more."""
 
     request_id: RequestId
     epoch: Epoch
-    num_blocks: int
-    duration_s: float = 0.0
-    unreadable: tuple[BlockHash, ...] = ()
+    reads: tuple[TierRead, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """True when every block was there."""
+        return not any(read.unreadable for read in self.reads)
 
 
 AnyInstanceInput = (

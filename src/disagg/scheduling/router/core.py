@@ -309,7 +309,8 @@ class RouterCore:
         member.set_ready(message, self._now)
         facts = message.facts
         capacity = capacity_tokens(facts.num_blocks, facts.block_size, facts.max_model_len)
-        self._prefixes.join(member.instance, facts.block_size, facts.num_blocks + facts.max_disk_blocks)
+        max_blocks = facts.num_blocks + facts.max_host_blocks + facts.max_disk_blocks
+        self._prefixes.join(member.instance, facts.block_size, max_blocks, has_host_tier=facts.max_host_blocks > 0)
         self._dispatch(
             InstanceUp(
                 instance=member.instance,

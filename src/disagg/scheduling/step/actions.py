@@ -5,6 +5,7 @@ import enum
 import msgspec
 
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.sampling import FinishReason
 
 
@@ -100,14 +101,15 @@ class Pull(Action, frozen=True, kw_only=True):
 
 
 class BlockLoad(msgspec.Struct, frozen=True, array_like=True):
-    """One block to read from disk: that of this name into ``target``."""
+    """One block to read from ``medium``: that of this name into ``target``."""
 
     name: BlockHash
     target: BlockId
+    medium: Medium = Medium.DISK
 
 
 class LoadBlocks(Action, frozen=True, kw_only=True):
-    """Read blocks from disk into this instance's pool, then report TransferDone or TransferFailed."""
+    """Read blocks from tiers into this instance's pool, then report TransferDone or TransferFailed."""
 
     request_id: RequestId
     epoch: Epoch
@@ -115,16 +117,18 @@ class LoadBlocks(Action, frozen=True, kw_only=True):
 
 
 class SaveBlock(Action, frozen=True, kw_only=True):
-    """Write a block, which keeps its contents meanwhile, to disk under this name; then report BlockSaved."""
+    """Write a block, which keeps its contents meanwhile, to a tier under this name; then report BlockSaved."""
 
     block: BlockId
     name: BlockHash
+    medium: Medium = Medium.DISK
 
 
 class DropSaved(Action, frozen=True, kw_only=True):
-    """Remove the blocks of these names from disk."""
+    """Remove the blocks of these names from a tier."""
 
     names: tuple[BlockHash, ...]
+    medium: Medium = Medium.DISK
 
 
 class ReleaseLease(Action, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 import msgspec
 
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.messages import FailureKind
 from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
@@ -157,21 +158,29 @@ class SourceLost(Event, frozen=True, kw_only=True):
 
 
 class BlockSaved(Event, frozen=True, kw_only=True):
-    """A block was written to disk; it is not there when ``failure`` says why."""
+    """A block was written to a tier; it is not there when ``failure`` says why."""
 
     name: BlockHash
+    medium: Medium = Medium.DISK
     failure: str = ""
 
 
-class BlocksRead(Event, frozen=True, kw_only=True):
-    """A read of so many blocks from disk ended; what is there under the names ``unreadable`` is torn, foreign or gone.
+class TierRead(msgspec.Struct, frozen=True, array_like=True):
+    """What a read had of one tier. What is there under the names ``unreadable`` is torn, foreign or gone.
 
     ``duration_s`` is what it took without waiting for others; 0 where nobody measured it.
     """
 
+    medium: Medium
     num_blocks: int
     duration_s: float = 0.0
     unreadable: tuple[BlockHash, ...] = ()
+
+
+class BlocksRead(Event, frozen=True, kw_only=True):
+    """A sequence's blocks were read from tiers."""
+
+    reads: tuple[TierRead, ...]
 
 
 class Cancelled(Event, frozen=True, kw_only=True):

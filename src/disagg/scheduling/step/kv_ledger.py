@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Collection, Iterable, Iterator
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
 from disagg.cache.block_pool import BlockPool
-from disagg.cache.disk_tier import DiskTier
+from disagg.cache.block_tier import BlockTier
 from disagg.cache.journal import KvJournal
 from disagg.cache.layout import first_seen_block
 from disagg.cache.leases import Lease, LeaseTable
@@ -20,13 +19,13 @@ from disagg.scheduling.step.sequence import EarlyKv, RemoteKv, Sequence
 
 @dataclass(frozen=True, slots=True)
 class KvMemory:
-    """Where an instance's KV blocks are, beside the pool on which disk, and what of them is needed for how long.
+    """Where an instance's KV blocks are, in which tiers behind the pool, the quickest first, and what of them is needed.
 
     Layers that slide see so many tokens, ``window``; None where the model has none.
     """
 
     medium: Medium = Medium.GPU
-    disk: DiskTier = field(default_factory=lambda: DiskTier(0))
+    tiers: tuple[BlockTier, ...] = ()
     window: int | None = None
 
 
@@ -41,8 +40,9 @@ class KvLedger:
         memory: KvMemory | None = None,
     ) -> None:
         memory = memory or KvMemory()
-        self.disk = memory.disk
-        self._saving: dict[BlockHash, BlockId] = {}
+        self.tiers = memory.tiers
+        """What is kept behind the pool, the quickest first."""
+        self._saving: dict[tuple[Medium, BlockHash], BlockId] = {}
         self._found_again: list[BlockHash] = []
         self.journal = KvJournal(block_size, memory.medium)
         self.pool = BlockPool(num_blocks, self.journal.removed)
@@ -52,7 +52,7 @@ class KvLedger:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self.num_prefix_pulled = 0
-        self.num_prefix_loaded = 0
+        self.num_prefix_loaded = dict.fromkeys(Medium, 0)
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = memory.medium
@@ -99,7 +99,7 @@ class KvLedger:
 
     @property
     def leased(self) -> Iterator[BlockId]:
-        """The blocks of every lease, loan and writer to disk, each as often as it is held."""
+        """The blocks of every lease, loan and writer to a tier, each as often as it is held."""
         for table in (self.leases, self.loans):
             for lease in table:
                 yield from lease.blocks
@@ -142,7 +142,7 @@ class KvLedger:
     def all_cached(self) -> tuple[AnyKvEvent, ...]:
         """Return, in place of the events so far, all that can be found now."""
         self.journal.take()
-        cached = ((self.pool.published, self._medium), (self.disk.names, Medium.DISK))
+        cached = ((self.pool.published, self._medium), *((tier.names, tier.medium) for tier in self.tiers))
         stored = [BlockStored(names, None, (), self._block_size, None, medium) for names, medium in cached if names]
         return (AllBlocksCleared(), *stored)
 
@@ -245,32 +245,40 @@ class KvLedger:
         """True while a failed pull of this attempt may still write."""
         return (request_id, epoch) in self._quarantine
 
+    def num_in_tier(self, medium: Medium) -> int:
+        """Return how many blocks are in the tier of this medium."""
+        return sum(len(tier) for tier in self.tiers if tier.medium is medium)
+
     def has_room_for(self, num_blocks: int) -> bool:
         """True while so many blocks could be taken and the headroom would be left."""
         return num_blocks + self._headroom <= self.pool.num_available
 
-    def on_disk(self, sequence: Sequence) -> tuple[int, int]:
-        """Return which blocks of a waiting sequence are on disk behind those in the pool: the first, and the end."""
-        if not (self.disk.max_blocks and self._prefix_caching and sequence.reuse_prefix):
-            return 0, 0
-        found, names = self._with_disk(sequence, (sequence.num_tokens - 1) // self._block_size)
-        return len(found), len(found) + len(names)
+    def in_tiers(self, sequence: Sequence) -> tuple[int, tuple[Medium, ...]]:
+        """Return how many blocks of a waiting sequence are in the pool, and where those are that follow in a tier."""
+        if not (self.tiers and self._prefix_caching and sequence.reuse_prefix):
+            return 0, ()
+        found, media = self._with_tiers(sequence, (sequence.num_tokens - 1) // self._block_size)
+        return len(found), media
 
     def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
-        """Reserve the blocks that a sequence reads from disk, and take those for the rest of its known tokens."""
-        reusable, on_disk = self._with_disk(sequence, sequence.end_of_read)
+        """Reserve the blocks that a sequence reads from tiers, and take those for the rest of its known tokens."""
+        reusable, media = self._with_tiers(sequence, sequence.end_of_read)
+        first = len(reusable)
+        names = sequence.block_hashes[first : first + len(media)]
         num_blocks = self.num_blocks_for(sequence.num_tokens)
-        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(on_disk))
+        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(media))
         if taken is None:
             return False
         self._count_query(sequence, len(reusable))
-        self.num_prefix_loaded += len(on_disk) * self._block_size
-        self.disk.touch(on_disk)
+        for medium in media:
+            self.num_prefix_loaded[medium] += self._block_size
+        for tier in self.tiers:
+            tier.touch(names)
         sequence.block_ids = reusable + taken
-        sequence.num_computed = (len(reusable) + len(on_disk)) * self._block_size
+        sequence.num_computed = (first + len(media)) * self._block_size
         sequence.num_published = len(reusable)
-        sequence.loads = tuple(map(BlockLoad, on_disk, taken))
-        sequence.filling = taken[: len(on_disk)]
+        sequence.loads = tuple(map(BlockLoad, names, taken, media))
+        sequence.filling = taken[: len(media)]
         return True
 
     def take_found_again(self) -> list[BlockHash]:
@@ -278,19 +286,19 @@ class KvLedger:
         found, self._found_again = self._found_again, []
         return found
 
-    def begin_save(self, name: BlockHash) -> BlockId | None:
-        """Keep a block as it is while it is written to disk; None when it is not cached any more."""
+    def begin_save(self, name: BlockHash, medium: Medium) -> BlockId | None:
+        """Keep a block as it is while it is written to a tier; None when it is not cached any more."""
         block = self.pool.find(name)
         if block is not None and not self.pool.has_window(block):
             return None  # a file holds all layers
         if block is not None:
             self.pool.pin(block)
-            self._saving[name] = block
+            self._saving[medium, name] = block
         return block
 
-    def end_save(self, name: BlockHash) -> None:
+    def end_save(self, name: BlockHash, medium: Medium) -> None:
         """The block need not be kept for its writer any more."""
-        self.pool.end_lease((self._saving.pop(name),))
+        self.pool.end_lease((self._saving.pop((medium, name)),))
 
     def commit_pull(self, sequence: Sequence) -> None:
         """The copies are complete: the sequence holds its blocks like any other."""
@@ -316,18 +324,18 @@ class KvLedger:
             self.pool.abandon(targets)
         return targets is not None
 
-    def _with_disk(self, sequence: Sequence, end: int) -> tuple[tuple[BlockId, ...], Seq[BlockHash]]:
-        """Return the published blocks that a sequence can begin with, and the names of those behind them on disk.
+    def _with_tiers(self, sequence: Sequence, end: int) -> tuple[tuple[BlockId, ...], tuple[Medium, ...]]:
+        """Return the published blocks that a sequence can begin with, and where those are that follow in a tier.
 
         The latter only before block ``end``.
         """
         names = sequence.block_hashes[:end]
         found = self._published(sequence, sequence.num_tokens - 1)
         while True:
-            on_disk = self.disk.following(names, len(found))
-            usable = self._continuable(found, (len(found) + len(on_disk)) * self._block_size)
+            media = tuple(self._media(names, len(found)))
+            usable = self._continuable(found, (len(found) + len(media)) * self._block_size)
             if len(usable) == len(found):
-                return found, on_disk
+                return found, media
             found = usable
 
     def _reusable(self, sequence: Sequence, num_tokens: int, num_coming: int = 0) -> tuple[BlockId, ...]:
@@ -377,11 +385,19 @@ class KvLedger:
             raise InternalError(f"{missing} blocks were available and then were not")
         return pulled + own
 
+    def _media(self, names: tuple[BlockHash, ...], start: int) -> Iterator[Medium]:
+        """Yield the quickest tier of each of ``names`` from ``start`` on, up to the first that is in none."""
+        for name in names[start:]:
+            medium = next((tier.medium for tier in self.tiers if name in tier), None)
+            if medium is None:
+                return
+            yield medium
+
     def _count_query(self, sequence: Sequence, num_found: int) -> None:
         if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
             self.num_prefix_queries += sequence.num_tokens
             self.num_prefix_hits += num_found * self._block_size
-            if self.disk.max_blocks:
+            if self.tiers:
                 self._found_again.extend(sequence.block_hashes[:num_found])
 
     @staticmethod

@@ -24,8 +24,8 @@ from disagg.cache.journal import KvJournal
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
-from disagg.scheduling.hand_over.disk_moves import DiskMoves
 from disagg.scheduling.hand_over.hand_overs import HandOvers
+from disagg.scheduling.hand_over.tier_moves import TierMoves
 from disagg.scheduling.step.actions import AnyAction, Chunk, Emit, RunStep
 from disagg.scheduling.step.batching import Batching
 from disagg.scheduling.step.block_audit import block_faults
@@ -91,14 +91,13 @@ class StepScheduler:
         memory: KvMemory | None = None,
     ) -> None:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, memory)
-        # Predicting costs more than most decisions: it is done where somebody asked for it. With a disk it is prefill
+        # Predicting costs more than most decisions: it is done where somebody asked for it. With tiers it is prefill
         # that is weighed against reading, and only steps with prefill are learned from.
-        self._has_disk = self._books.ledger.disk.max_blocks > 0
         self._times_all = times is not None or settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
-        self._times = times or (StepTimes() if self._times_all or self._has_disk else None)
+        self._times = times or (StepTimes() if self._times_all or self._books.ledger.tiers else None)
         self._hand_over = HandOvers(self._books, self._times)
         self._batching = Batching(self._books, num_stages, self._times, self._hand_over.early.make_room)
-        self._disk = DiskMoves(self._books)
+        self._tiers = TierMoves(self._books)
         self._pool = self._books.ledger.pool
         self._steps: dict[int, PlannedStep] = {}
 
@@ -119,8 +118,8 @@ class StepScheduler:
         self._hand_over.start_pulls()
         if not (books.settings.pull_before_step and books.num_pulling > len(self._hand_over.early.awaiting)):
             self._start_steps()
-        if self._has_disk:
-            self._disk.start_saves()
+        if books.ledger.tiers:
+            self._tiers.start_saves()
         return books.actions
 
     @property
@@ -209,11 +208,11 @@ class StepScheduler:
                     self._cancel(sequence)
             case Tick():
                 pass  # handle() looks at the alarm after every batch of events
-            case BlockSaved(name=name, failure=failure):
-                self._disk.on_saved(name, is_there=not failure)
-            case BlocksRead(num_blocks=num_blocks, duration_s=duration_s, unreadable=names):
-                self._hand_over.reads.ended(num_blocks, duration_s)
-                self._disk.on_unreadable(names)
+            case BlockSaved():
+                self._tiers.on_saved(event)
+            case BlocksRead(reads=reads):
+                self._hand_over.reads.ended(reads)
+                self._tiers.on_read(reads)
             case MigrationAsked(request_id=request_id, epoch=epoch):
                 self._on_migration_asked(request_id, epoch)
             case _:
@@ -264,7 +263,7 @@ class StepScheduler:
         sequence.num_prefill_tokens = event.num_tokens
         if event.prefix is not None:
             self._hand_over.borrow(sequence, event.prefix)
-        elif not self._hand_over.read_disk(sequence):
+        elif not self._hand_over.read_tiers(sequence):
             self._books.wait(sequence)
 
     def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
@@ -358,7 +357,7 @@ class StepScheduler:
     def _let_go(self, sequence: Sequence) -> None:
         if not sequence.num_in_flight and sequence.discarded is not None:
             if sequence.discarded is not FinishReason.ERROR:
-                self._disk.sequence_ended(sequence)
+                self._tiers.sequence_ended(sequence)
             self._books.ledger.free(sequence)
             self._books.end(sequence, sequence.discarded)
 

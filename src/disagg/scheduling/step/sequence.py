@@ -10,6 +10,7 @@ import msgspec
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.kv_events import Medium
 from disagg.base.objectives import Objectives
 from disagg.base.sampling import FinishReason
 from disagg.scheduling.step.actions import BlockCopy, BlockLoad
@@ -19,7 +20,7 @@ class SequenceState(enum.Enum):
     """Where a sequence is on one instance.
 
     ``WAITING`` to be computed, holding no block. ``RUNNING``: holds blocks and takes part in steps. ``OFFERED``: KV
-    blocks of it are elsewhere or on disk and there was no room yet. ``PULLING``: they are being copied here.
+    blocks of it are elsewhere or in tiers and there was no room yet. ``PULLING``: they are being copied here.
     ``AWAITING``: it is still being computed elsewhere, and all that can be copied already is here.
     ``LEASED``: computed here, its blocks wait to be read by another instance. ``ENDED``: gone; it holds nothing.
     """
@@ -40,7 +41,7 @@ _State = SequenceState
 TRANSITIONS: Final = frozenset(
     {
         (_State.WAITING, _State.RUNNING),  # blocks found
-        (_State.WAITING, _State.OFFERED),  # just arrived, part of it is on disk
+        (_State.WAITING, _State.OFFERED),  # just arrived, part of it is in a tier
         (_State.RUNNING, _State.WAITING),  # preempted: will be computed again
         (_State.RUNNING, _State.LEASED),  # first token sampled, hand-over begins
         (_State.OFFERED, _State.PULLING),  # room found
@@ -139,12 +140,12 @@ class Sequence:
     copies: tuple[BlockCopy, ...] = ()
     """What the running pull writes."""
     filling: tuple[BlockId, ...] = ()
-    """Blocks that are reserved for pulls or for the disk, written or not."""
+    """Blocks that are reserved for pulls or for reads, written or not."""
     end_of_read: int = 0
-    """Up to which of its blocks it reads what is on disk, and how many blocks that was thought to be."""
-    num_to_read: int = 0
+    """Up to which of its blocks it reads what is in tiers behind the pool, and where those were when that was said."""
+    to_read: tuple[Medium, ...] = ()
     loads: tuple[BlockLoad, ...] = ()
-    """What is being read from disk."""
+    """What is being read from tiers."""
     batch: int | None = None
     """Which of a pipeline's fixed batches it is in; None before it is in one, and where there are none."""
     num_in_flight: int = 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from disagg.base.kv_events import Medium
 from disagg.base.messages import InstanceLoad
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import Chunk
@@ -50,8 +51,10 @@ class SchedulerStatistics:
             num_prefix_queries_total=ledger.num_prefix_queries,
             num_prefix_hits_total=ledger.num_prefix_hits,
             num_prefix_pulled_total=ledger.num_prefix_pulled,
-            num_prefix_loaded_total=ledger.num_prefix_loaded,
-            blocks_on_disk=len(ledger.disk),
+            num_prefix_from_host_total=ledger.num_prefix_loaded[Medium.CPU],
+            num_prefix_loaded_total=ledger.num_prefix_loaded[Medium.DISK],
+            blocks_on_host=ledger.num_in_tier(Medium.CPU),
+            blocks_on_disk=ledger.num_in_tier(Medium.DISK),
             num_leases_expired_total=self.num_leases_expired,
             num_steps_timed_total=times.num_steps if times else 0,
             step_seconds_total=times.measured_s if times else 0.0,

@@ -149,8 +149,10 @@ function card(one) {
     const share = (tokens) => `${number(100 * tokens / one.num_prefix_queries_total)}%`;
     minor.push(`${share(one.num_prefix_hits_total)} of prompt tokens cached`);
     if (one.num_prefix_pulled_total) minor.push(`${share(one.num_prefix_pulled_total)} pulled from others`);
+    if (one.num_prefix_from_host_total) minor.push(`${share(one.num_prefix_from_host_total)} read from host memory`);
     if (one.num_prefix_loaded_total) minor.push(`${share(one.num_prefix_loaded_total)} read from disk`);
   }
+  if (one.blocks_on_host) minor.push(`${number(one.blocks_on_host)} blocks in host memory`);
   if (one.blocks_on_disk) minor.push(`${number(one.blocks_on_disk)} blocks on disk`);
   if (one.num_preemptions_total) minor.push(`${number(one.num_preemptions_total)} computed again`);
   if (one.num_leases_expired_total) minor.push(`${number(one.num_leases_expired_total)} leases expired`);

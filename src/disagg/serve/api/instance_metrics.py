@@ -35,6 +35,7 @@ _GAUGES: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ("vllm:num_requests_waiting", "Sequences that wait for blocks, a place or KV", lambda load: load.num_waiting),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks held (1 is full)", kv_usage),
     ("disagg:step_time_error", "Running mean error of predicted step times (0.1 is 10%)", lambda load: load.step_error),
+    ("disagg:kv_host_blocks", "KV blocks in host memory behind the pool", lambda load: load.blocks_on_host),
     ("disagg:kv_disk_blocks", "KV blocks on disk", lambda load: load.blocks_on_disk),
     ("disagg:kv_leases", "Sequences whose blocks wait to be pulled", lambda load: load.num_leases),
 )
@@ -46,6 +47,11 @@ _COUNTERS: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
         "disagg:prefix_cache_pulled",
         "Prompt tokens whose KV another instance lent",
         lambda load: load.num_prefix_pulled_total,
+    ),
+    (
+        "disagg:prefix_cache_from_host",
+        "Prompt tokens whose KV came from host memory behind the pool",
+        lambda load: load.num_prefix_from_host_total,
     ),
     (
         "disagg:prefix_cache_loaded",

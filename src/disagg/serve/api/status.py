@@ -138,6 +138,8 @@ def instance_view(status: InstanceStatus) -> InstanceView:
         num_sequences=status.num_sequences,
         is_leaving=status.is_leaving,
         num_prefix_pulled_total=load.num_prefix_pulled_total,
+        num_prefix_from_host_total=load.num_prefix_from_host_total,
         num_prefix_loaded_total=load.num_prefix_loaded_total,
+        blocks_on_host=load.blocks_on_host,
         blocks_on_disk=load.blocks_on_disk,
     )

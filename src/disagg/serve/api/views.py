@@ -47,7 +47,9 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
     is_leaving: bool = False
     num_prefix_pulled_total: int = 0
+    num_prefix_from_host_total: int = 0
     num_prefix_loaded_total: int = 0
+    blocks_on_host: int = 0
     blocks_on_disk: int = 0
 
 

@@ -6,11 +6,12 @@ import pytest
 
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import BlockHash, Epoch, RequestId
-from disagg.cache.disk_tier import DiskTier
+from disagg.base.kv_events import Medium
+from disagg.cache.block_tier import BlockTier
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import AnyAction, LoadBlocks, RunStep
-from disagg.scheduling.step.events import AnyEvent, Arrived, BlocksRead, StepDone, StepResult, TransferDone
+from disagg.scheduling.step.events import AnyEvent, Arrived, BlocksRead, StepDone, StepResult, TierRead, TransferDone
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
@@ -46,7 +47,11 @@ class Reader:
         saved = tuple(name for story in range(30) for name in names(story, 10))
         times = StepTimes(EvenCosts())
         self.scheduler = StepScheduler(
-            chosen, self.num_blocks, BLOCK, times=times, memory=KvMemory(disk=DiskTier(300, saved))
+            chosen,
+            self.num_blocks,
+            BLOCK,
+            times=times,
+            memory=KvMemory(tiers=(BlockTier(Medium.DISK, 300, saved),)),
         )
 
     def feed(self, *events: AnyEvent) -> list[AnyAction]:
@@ -79,7 +84,7 @@ class Reader:
     def end_read(self, load: LoadBlocks, block_s: float) -> list[AnyAction]:
         count = len(load.blocks)
         return self.feed(
-            BlocksRead(num_blocks=count, duration_s=count * block_s),
+            BlocksRead(reads=(TierRead(Medium.DISK, count, count * block_s),)),
             TransferDone(request_id=load.request_id, epoch=load.epoch),
         )
 

@@ -1,15 +1,20 @@
-"""Which blocks are on an instance's disk: names, least recently used first, as many as there is room for. No I/O."""
+"""Which blocks are kept behind an instance's pool, in host memory or on disk: names, the oldest first. No I/O."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from disagg.base.ids import BlockHash
+from disagg.base.kv_events import Medium
 
 
-class DiskTier:
-    """Names of the blocks on disk, and of those that are being written. ``saved`` are there from the start."""
+class BlockTier:
+    """Names of the blocks in ``medium``, ``max_blocks`` at most, and of those that are being written.
 
-    def __init__(self, max_blocks: int, saved: Iterable[BlockHash] = ()) -> None:
+    ``saved`` are there from the start.
+    """
+
+    def __init__(self, medium: Medium, max_blocks: int, saved: Iterable[BlockHash] = ()) -> None:
+        self.medium = medium
         self.max_blocks = max_blocks
         self._saved: OrderedDict[BlockHash, None] = OrderedDict.fromkeys(saved)
         self._saving: set[BlockHash] = set()
@@ -22,19 +27,12 @@ class DiskTier:
 
     @property
     def names(self) -> tuple[BlockHash, ...]:
-        """Names of all blocks on disk."""
+        """Names of all blocks that are there."""
         return tuple(self._saved)
 
     def lacks(self, name: BlockHash) -> bool:
         """Return whether a block is neither there nor on its way there."""
         return name not in self._saved and name not in self._saving
-
-    def following(self, names: Sequence[BlockHash], start: int) -> Sequence[BlockHash]:
-        """Return those of ``names`` from index ``start`` on that are there without a gap."""
-        end = start
-        while end < len(names) and names[end] in self._saved:
-            end += 1
-        return names[start:end]
 
     def begin_save(self, name: BlockHash) -> tuple[BlockHash, ...]:
         """Note that a block is being written; return the names of those that have to go for it."""
