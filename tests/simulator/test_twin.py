@@ -237,10 +237,10 @@ def test_drains_joins_flips_and_a_removal_among_deaths(
 def test_simulated_hits_are_the_live_ones_in_pool_and_tiers(
     seed: int, disk_bytes_per_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten conversations of growing prompts, with room for three in the pool and for five in host memory."""
+    """Ten conversations of growing prompts, with room for three in the pool and for fewer in host memory."""
     tiers = {
         "num_blocks": 80,
-        "max_host_blocks": 120,
+        "max_host_blocks": 60,
         "host_memory": LinkModel(bytes_per_s=1e9, latency_s=1e-5),
         "max_disk_blocks": 4000,
         "disk": LinkModel(bytes_per_s=disk_bytes_per_s, latency_s=1e-4),

@@ -19,7 +19,7 @@ from disagg.scheduling.step.sequence import EarlyKv, RemoteKv, Sequence
 
 @dataclass(frozen=True, slots=True)
 class KvMemory:
-    """Where an instance's KV blocks are, in which tiers behind the pool, the quickest first, and what of them is needed.
+    """Where an instance's KV blocks are, in which tiers behind the pool, quickest first, and what is needed of them.
 
     Layers that slide see so many tokens, ``window``; None where the model has none.
     """
