@@ -47,10 +47,12 @@ class BlockFiles:
     """The files of one instance. Methods may be called from several threads, for different blocks.
 
     ``model`` is the fingerprint of the model that the blocks are of. Raises ConfigurationError when the folder cannot
-    be used, or is used by another server.
+    be used, or is used by another server. ``past_page_cache`` holds where the file system allows it.
     """
 
-    def __init__(self, folder: Path, instance: str, model: bytes, layout: KvLayout) -> None:
+    def __init__(
+        self, folder: Path, instance: str, model: bytes, layout: KvLayout, *, past_page_cache: bool = True
+    ) -> None:
         shape = msgspec.msgpack.encode(msgspec.structs.replace(layout, num_blocks=1))
         self._version = hashlib.sha256(bytes([FORMAT_VERSION]) + model + shape).digest()
         self._num_bytes = layout.block_bytes
@@ -67,8 +69,8 @@ class BlockFiles:
             raise ConfigurationError(f"--kv-disk {folder}: {error}") from error
         self._remove_other_versions(folder, instance)
         self._buffers = threading.local()
-        self._direct = os.O_DIRECT if self._takes_direct_io() else 0
-        if not self._direct:
+        self._direct = os.O_DIRECT if past_page_cache and self._takes_direct_io() else 0
+        if past_page_cache and not self._direct:
             logger.info("%s: the file system has no direct I/O: KV blocks pass through its page cache", self.folder)
 
     @property
