@@ -19,9 +19,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.ids import RouterId
 from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.fleet_keeper import FleetKeeper
-from disagg.serve.launch.fleet_messages import (
-    RouterTask,
-)
+from disagg.serve.launch.fleet_messages import RouterTask
 from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.operator import LocalOperator
