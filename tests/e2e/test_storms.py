@@ -15,7 +15,7 @@ from server_process import ServerProcess, completion, serving
 from test_lifecycle import wait_for
 
 NUM_AT_ONCE = 100
-NUM_SHORT = 100
+NUM_SHORT = 40
 PROMPT = "There was a house by the sea, and in it lived"
 FIELDS = {"max_tokens": 24, "min_tokens": 24, "temperature": 0.0, "return_token_ids": True}
 
