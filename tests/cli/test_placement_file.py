@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from disagg.base.config import InstanceGroup, Placement
+from disagg.base.config import InstanceGroup, Placement, RouterSettings
 from disagg.base.errors import ConfigurationError
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
-from disagg.cli.placement_file import choose_placement
+from disagg.base.service_classes import Overload, ServiceClass
+from disagg.base.tenants import TenantSettings
+from disagg.cli.placement_file import choose_placement, classes_of, read_placement, write_placement
+
+GROUP = "{groups: [{role: colocated, count: 1}]"
 
 
 def counts(prefill: int | None = None, decode: int | None = None, colocated: int | None = None):
@@ -60,6 +65,31 @@ def test_from_a_file(tmp_path):
     )
 
 
+def test_classes_of_service_are_read_and_written(tmp_path):
+    text = f"{GROUP}, classes: {{chat: {{slo: 'ttft=500ms,tpot=50ms', priority: -10, overload: shed}}, batch: {{}}}}}}"
+    placement = choose_placement(write(tmp_path, text), counts())
+    assert classes_of(placement) == {
+        "chat": ServiceClass(objectives=Objectives(ttft_s=0.5, tpot_s=0.05), priority=-10, overload=Overload.SHED),
+        "batch": ServiceClass(),
+    }
+    written = tmp_path / "written.yaml"
+    write_placement(placement, written)
+    assert read_placement(written) == placement
+
+
+def test_a_tenant_has_a_class_that_there_is():
+    tenants = {"nightly": TenantSettings(service_class="bath")}
+    with pytest.raises(ConfigurationError, match=r"tenant nightly .*'bath'.*there is batch; did you mean batch\?"):
+        RouterSettings(tenants=tenants, classes={"batch": ServiceClass()})
+    assert RouterSettings(tenants={"a": TenantSettings(service_class="b")}, classes={"b": ServiceClass()}).predicts
+
+
+def test_predictions_are_wanted_where_any_class_needs_them():
+    assert not RouterSettings(classes={"batch": ServiceClass(overload=Overload.QUEUE)}).predicts
+    assert RouterSettings(classes={"chat": ServiceClass(overload=Overload.SHED)}).predicts
+    assert not RouterSettings(classes={"chat": ServiceClass()}).predicts
+
+
 def test_a_file_and_flags_contradict_each_other(tmp_path):
     with pytest.raises(ConfigurationError, match="leave out --prefill and --colocated"):
         choose_placement(tmp_path / "placement.yaml", counts(prefill=1, colocated=1))
@@ -86,6 +116,14 @@ def test_a_file_and_flags_contradict_each_other(tmp_path):
         ("groups: [{role: prefill, count: 1}]", "1 prefill, 0 decode"),
         ("groups: [", "is not a placement"),
         ("", "is not a placement"),
+        (
+            f"{GROUP}, classes: {{chat: {{slo: ttft=5}}}}}}",
+            "slo of the class chat: 'ttft=5' is not a pair of objectives",
+        ),
+        (f"{GROUP}, classes: {{chat: {{slo: ttfb=5ms}}}}}}", "no objective is called 'ttfb'"),
+        (f"{GROUP}, classes: {{chat: {{overload: drop}}}}}}", "'drop'.*classes.*there are queue, best-effort, shed"),
+        (f"{GROUP}, classes: {{chat: {{prio: 1}}}}}}", r"unknown field `prio`.*did you mean priority\?"),
+        (f"{GROUP}, classes: {{a b: {{}}}}}}", "regex"),
         ("[1, 2]", "is not a placement"),
     ],
 )

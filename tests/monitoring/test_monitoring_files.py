@@ -90,7 +90,9 @@ def exported() -> dict[str, dict[str, set[str]]]:
         metrics.plan_decided(PlanDecided(why="", attainment=0.5, best_attainment=0.9, pays=pays, acts=acts, **counts))
     metrics.instance_lost(InstanceId("decode-0"))
     for refusal in RefuseReason:
-        metrics.sequence_refused(refusal, 0)
+        metrics.sequence_refused(refusal, 0, "interactive")
+    metrics.sequence_degraded("batch")
+    metrics.predictions.held_to_objectives("interactive", has_kept=True)
     metrics.error_shown(503)
     metrics.choice_ended(FinishReason.ERROR)
     metrics.stages_passed(RequestTimeline(arrival_s=0.0))

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.base.config import MAX_OVERTAKE_S, Overload, RouterSettings, SchedulerSettings
+from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepCosts
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.service_classes import Overload, ServiceClass
 from disagg.base.tenants import TenantSettings
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, RefuseReason, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
@@ -109,8 +110,13 @@ class TestRoom:
 class Story:
     """One colocated instance, a millisecond a prompt token, under a TTFT objective of a second."""
 
-    def __init__(self, overload: Overload, tenants: dict[str, TenantSettings] | None = None) -> None:
-        router = RouterSettings(overload=overload, tenants=tenants or {})
+    def __init__(
+        self,
+        overload: Overload,
+        tenants: dict[str, TenantSettings] | None = None,
+        classes: dict[str, ServiceClass] | None = None,
+    ) -> None:
+        router = RouterSettings(overload=overload, tenants=tenants or {}, classes=classes or {})
         scheduler = SchedulerSettings(objectives=Objectives(ttft_s=1.0))
         self.dispatcher = Dispatcher({C: Role.COLOCATED}, router, scheduler)
         self.now = 100.0
@@ -201,6 +207,44 @@ class TestOverload:
             running = next(one for one in "bcde" if one in story.dispatcher._sequences and _is_held(story, one))
             order += story.started(story.first_token(running))
         assert order.index("e") < order.index("d")
+
+    def test_each_class_says_what_becomes_of_its_own(self) -> None:
+        classes = {
+            "interactive": ServiceClass(overload=Overload.SHED),
+            "batch": ServiceClass(overload=Overload.QUEUE),
+            "free": ServiceClass(overload=Overload.BEST_EFFORT),
+            "plain": ServiceClass(),
+        }
+        for overload, of_all in ((Overload.QUEUE, None), (Overload.SHED, Refuse)):
+            story = Story(overload, classes=classes)
+            for name in "abc":
+                story.arrive(name)
+
+            def verdict(name: str, story: Story = story) -> type | None:
+                actions = story.arrive(name, service_class=name)
+                return next((type(one) for one in actions if isinstance(one, Refuse | Degrade)), None)
+
+            assert verdict("interactive") is Refuse
+            assert verdict("plain") is of_all
+            assert verdict("free") is Degrade
+            assert verdict("batch") is None
+
+    def test_a_class_that_is_shed_is_named(self) -> None:
+        story = Story(Overload.QUEUE, classes={"interactive": ServiceClass(overload=Overload.SHED)})
+        assert not any(isinstance(one, Refuse) for name in "abcd" for one in story.arrive(name))
+        (refusal,) = story.arrive("e", service_class="interactive")
+        assert refusal.reason is RefuseReason.SHED
+        assert "overload of the class interactive: shed" in refusal.detail
+
+    def test_a_more_important_class_does_not_wait_for_the_others(self) -> None:
+        story = Story(Overload.QUEUE, classes={"interactive": ServiceClass(overload=Overload.SHED)})
+        for number in range(20):
+            story.arrive(f"batch{number}", priority=10)
+        actions = story.arrive("chat", service_class="interactive", priority=-10, num_tokens=10)
+        assert not any(isinstance(one, Refuse) for one in actions), "what waits is served after it"
+        running = [one for one in story.dispatcher._sequences if _is_held(story, one)]
+        story.now += 0.3
+        assert story.started(story.first_token(running[0]))[0] == "chat"
 
     def test_best_effort_is_served_in_the_end(self) -> None:
         story = Story(Overload.BEST_EFFORT)

@@ -5,12 +5,13 @@ from instance_facts import FACTS
 from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import CacheRouting, Overload, RouterSettings
+from disagg.base.config import CacheRouting, RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import KvEvents, KvOffer, NotHeld, Offered, Pulled, Ready
 from disagg.base.request import Role
+from disagg.base.service_classes import Overload
 from disagg.scheduling.dispatch.actions import Finish, Resume, SendGenerate, SendLend, SendRelease
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.router.core import RouterCore

@@ -20,7 +20,8 @@ from disagg.base.ids import InstanceId
 from disagg.base.model_code import ModelCode
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
-from disagg.base.tenants import TenantSettings, is_api_key
+from disagg.base.service_classes import MAX_CLASSES, ClassName, Overload, ServiceClass, ServiceClassEntry
+from disagg.base.tenants import TenantSettings, check_classes, is_api_key
 from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+|null")
@@ -80,18 +81,6 @@ class QueueOrder(enum.Enum):
 
 
 MAX_OVERTAKE_S: Final = 30.0
-
-
-class Overload(enum.Enum):
-    """What becomes of a request that is predicted to miss its TTFT objective.
-
-    ``QUEUE``: it waits. ``BEST_EFFORT``: it is served after those that can keep theirs, and at the latest
-    ``MAX_OVERTAKE_S`` late. ``SHED``: it is refused, with the time after which to try again.
-    """
-
-    QUEUE = "queue"
-    BEST_EFFORT = "best-effort"
-    SHED = "shed"
 
 
 class CacheRouting(enum.Enum):
@@ -265,10 +254,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = True
     overload: Annotated[
-        Overload, Meta(description="what becomes of a request that is predicted to miss its TTFT objective")
+        Overload, Meta(description="what becomes of a request that is predicted to miss its objectives")
     ] = Overload.QUEUE
     tenants: dict[str, TenantSettings] = {}
-    """Those with a weight or a bound of their own, by name."""
+    """Those with a weight, a bound or a class of their own, by name."""
+    classes: dict[str, ServiceClass] = {}
+    """Classes of service by name."""
     max_queued_requests: Annotated[
         int,
         Meta(ge=1, description="sequences that may be under way or wait at once; more are refused with 429"),
@@ -320,11 +311,13 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         parse_autoscale(self.autoscale)
+        check_classes(self.tenants, self.classes)
 
     @property
     def predicts(self) -> bool:
         """True when dispatch goes by predicted latency."""
-        return not self.strict_roles or self.overload is not Overload.QUEUE or bool(self.tenants)
+        overloads = {self.overload, *(one.overload or self.overload for one in self.classes.values())}
+        return not self.strict_roles or overloads != {Overload.QUEUE} or bool(self.tenants)
 
     @property
     def needs_costs(self) -> bool:
@@ -483,6 +476,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Instances on other hosts complete it, so that it need not serve anything alone."""
     kv_transfer_dtype: KvTransferDtype | None = None
     """Form of KV blocks over TCP, where ``--kv-transfer-dtype`` says none."""
+    classes: Annotated[dict[ClassName, ServiceClassEntry], Meta(max_length=MAX_CLASSES)] = {}
+    """Classes of service."""
 
     def __post_init__(self) -> None:
         prefill, decode, colocated = (self.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED))

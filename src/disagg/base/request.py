@@ -42,6 +42,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     """What is missing here is as the server says."""
     tenant: str = ""
     """Who shares fairly with others; the router's business."""
+    service_class: str = ""
+    """Whose objectives and priority it has; the router's business, too."""
     arrival_s: float = 0.0
     """When the API received it: monotonic seconds of the API's host."""
 

@@ -20,7 +20,7 @@ from disagg.cli.values import Count, Name, Number
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=msgspec.Struct)
 
-NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants", "tenant_keys"})
+NOT_FLAGS: Final = frozenset({"objectives", "tells_costs", "tenants", "tenant_keys", "classes"})
 """Settings that commands work out, from other flags and from files."""
 _MOST_INTEGERS: Final = 1 << 16
 _METAVARS: Final = {inspect.IntType: "N", inspect.FloatType: "SECONDS", inspect.StrType: "TEXT"}

@@ -12,10 +12,13 @@ from msgspec import structs
 
 from disagg.base.config import InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.service_classes import ServiceClass, ServiceClassEntry
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build
 from disagg.cli.yaml_file import read_yaml
+from disagg.measure.slo import parse_slo
 
 DEFAULT_COUNTS = {Role.PREFILL: 1, Role.DECODE: 1}
 
@@ -40,7 +43,25 @@ def choose_placement(file: Path | None, counts: dict[Role, int | None], *, other
 
 def read_placement(file: Path) -> Placement:
     """Read a placement. Raises ConfigurationError, naming the place in the file, when it is none."""
-    return read_yaml(file, Placement, "placement")
+    placement = read_yaml(file, Placement, "placement")
+    try:
+        classes_of(placement)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{file} is not a placement: {error}") from error
+    return placement
+
+
+def classes_of(placement: Placement) -> dict[str, ServiceClass]:
+    """Return the classes of service by name. Raises ConfigurationError for objectives that are none."""
+    return {name: _service_class(name, entry) for name, entry in placement.classes.items()}
+
+
+def _service_class(name: str, entry: ServiceClassEntry) -> ServiceClass:
+    try:
+        objectives = parse_slo(entry.slo).objectives() if entry.slo else Objectives()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"slo of the class {name}: {error}") from error
+    return ServiceClass(objectives=objectives, priority=entry.priority, overload=entry.overload)
 
 
 def choose_transfer(values: Mapping[str, Any], placement: Placement) -> TransferSettings:
@@ -64,6 +85,8 @@ def write_placement(placement: Placement, file: Path) -> None:
     whole: dict[str, object] = {"groups": groups}
     if placement.kv_transfer_dtype is not None:
         whole["kv_transfer_dtype"] = placement.kv_transfer_dtype.value
+    if placement.classes:
+        whole["classes"] = msgspec.to_builtins(placement.classes)
     try:
         file.write_text(yaml.safe_dump(whole, sort_keys=False, default_flow_style=None), encoding="utf-8")
     except OSError as error:

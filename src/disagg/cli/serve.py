@@ -18,7 +18,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
-from disagg.cli.placement_file import choose_placement, choose_transfer
+from disagg.cli.placement_file import choose_placement, choose_transfer, classes_of
 from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
@@ -102,7 +102,7 @@ def serve(
         cache=build(CacheSettings, values),
         transfer=choose_transfer(values, chosen),
         scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
-        router=build(RouterSettings, values | {"tenants": tenants.settings()}),
+        router=build(RouterSettings, values | {"tenants": tenants.settings(), "classes": classes_of(chosen)}),
         serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),
         host=build(HostSettings, values),
         remote=remote,

@@ -13,7 +13,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
-from disagg.cli.placement_file import choose_placement, choose_transfer
+from disagg.cli.placement_file import choose_placement, choose_transfer, classes_of
 from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.values import Count, Name, Number, OutputPath
@@ -101,7 +101,7 @@ def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: An
         values["engine"],
         build(SchedulerSettings, values | {"objectives": target.slo.objectives()}),
         build(CacheSettings, values),
-        build(RouterSettings, values),
+        build(RouterSettings, values | {"classes": classes_of(chosen)}),
     )
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)

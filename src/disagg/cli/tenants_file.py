@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.service_classes import ClassName
 from disagg.base.tenants import TenantSettings
 from disagg.cli.yaml_file import read_yaml
 
@@ -18,6 +19,7 @@ class TenantEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     key: str | None = None
     weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     max_requests: Annotated[int, Meta(ge=1)] | None = None
+    service_class: ClassName | None = None
 
 
 class TenantsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +29,10 @@ class TenantsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def settings(self) -> dict[str, TenantSettings]:
         """Return what the router is told: no keys."""
-        return {one.name: TenantSettings(weight=one.weight, max_requests=one.max_requests) for one in self.tenants}
+        return {
+            one.name: TenantSettings(weight=one.weight, max_requests=one.max_requests, service_class=one.service_class)
+            for one in self.tenants
+        }
 
     def keys(self) -> dict[str, str]:
         """Return the name of each key's tenant."""

@@ -41,6 +41,7 @@ class SimulatedRequest:
     """Names of its full KV blocks, as far as somebody else's can be equal: of the prompt, and on into the answer."""
     priority: int = 0
     tenant: str = ""
+    service_class: str = ""
     objectives: Objectives = field(default_factory=Objectives)
     num_output_tokens: int = 0
     num_reported_tokens: int = 0

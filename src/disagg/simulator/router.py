@@ -141,6 +141,7 @@ class SimulatedRouter:
             max_total_tokens=request.max_total_tokens,
             priority=request.priority,
             tenant=request.tenant,
+            service_class=request.service_class,
             objectives=request.objectives,
             block_hashes=request.prompt_names(self._block_size),
         )

@@ -23,6 +23,7 @@ from disagg.serve.api.app import create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.terms import NO_TERMS, ServiceTerms
 from disagg.serve.api.tracing import Traces
 from disagg.serve.launch.api_server import make_api_server
 from disagg.serve.launch.descriptors import DescriptorBudget
@@ -80,6 +81,8 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
             preparers: Preparers | None = None,
             operator: Operator | None = None,
             traces: Traces | None = None,
+            terms: ServiceTerms = NO_TERMS,
+            tenant_keys: dict[str, str] | None = None,
             **router: Any,
         ) -> Site:
             scripted = ScriptedRouter(script or (lambda _: [*ids_of(ANSWER), EOS]), **router)
@@ -92,6 +95,8 @@ async def serve(served_model: ServedModel) -> AsyncIterator[Serve]:
                 api_keys=() if api_key is None else (api_key, *further_keys),
                 cors_origins=settings.cors_origin,
                 traces=traces,
+                terms=terms,
+                tenant_keys=tenant_keys,
             )
             url = await stack.enter_async_context(listening(app, settings, max_connections))
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}

@@ -11,6 +11,7 @@ from typing import Final
 
 from disagg.base.config import RouterSettings
 from disagg.base.objectives import Objectives
+from disagg.base.service_classes import Overload
 from disagg.scheduling.dispatch.actions import Refuse, RefuseReason
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
@@ -103,9 +104,16 @@ def over_bounds(sequence: SequenceEntry, settings: RouterSettings, num_all: int,
     return None
 
 
+def overload_of(sequence: SequenceEntry, settings: RouterSettings) -> Overload:
+    """Return what becomes of the sequence when it is predicted to miss: as its class says, or else as for all."""
+    own = settings.classes.get(sequence.service_class)
+    return settings.overload if own is None or own.overload is None else own.overload
+
+
 def shed(sequence: SequenceEntry, miss: Miss) -> Refuse:
     """Return the refusal of a sequence that is predicted to miss."""
-    detail = f"the server has too much to do: {miss.why} (--overload shed)"
+    why = f"overload of the class {sequence.service_class}" if sequence.service_class else "--overload"
+    detail = f"the server has too much to do: {miss.why} ({why}: shed)"
     return _refuse(sequence, RefuseReason.SHED, detail, miss.retry_after_s)
 
 

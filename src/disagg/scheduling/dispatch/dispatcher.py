@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import assert_never
 
-from disagg.base.config import Overload, RouterSettings, SchedulerSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.request import Role
@@ -187,7 +187,7 @@ class Dispatcher:
         if event.request_id in self._sequences:
             raise InternalError(f"sequence {event.request_id} was submitted twice")
         sequence = SequenceEntry.arrived(event, self._num_arrived, self._now, self._settings.request_timeout_s)
-        if self._settings.overload is not Overload.QUEUE:
+        if self._turns.is_judged(sequence):
             sequence.held = self._held(sequence)  # to predict it before its turn has come
         verdict = self._turns.take(sequence, len(self._sequences), self._now)
         if verdict is not None:

@@ -28,6 +28,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     """Lower is served earlier among those that wait."""
     tenant: str = ""
     """Who shares fairly with others of other names."""
+    service_class: str = ""
+    """Says what becomes of it when it is predicted to come too late; "": of none."""
     objectives: Objectives = Objectives()
     """What is missing here is as the server says."""
     block_hashes: tuple[BlockHash, ...] = ()

@@ -237,6 +237,7 @@ class SequenceEntry:
     arrived_s: float
     deadline_s: float
     tenant: str = ""
+    service_class: str = ""
     objectives: Objectives = field(default_factory=Objectives)
     rank: tuple[int, float, int] = (0, 0.0, 0)
     """Its place among those of its tenant that wait."""
@@ -289,6 +290,7 @@ class SequenceEntry:
             max_total_tokens=event.max_total_tokens,
             priority=event.priority,
             tenant=event.tenant,
+            service_class=event.service_class,
             objectives=event.objectives,
             block_hashes=event.block_hashes,
             order=order,

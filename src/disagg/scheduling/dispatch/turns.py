@@ -5,12 +5,13 @@ It joins ``admission``, ``waiting_room`` and ``pathfinder``, each of which decid
 
 from collections.abc import Collection, Mapping
 
-from disagg.base.config import Overload, RouterSettings, SchedulerSettings
+from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
+from disagg.base.service_classes import Overload
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, SendPart
-from disagg.scheduling.dispatch.admission import over_bounds, shed, unserved
+from disagg.scheduling.dispatch.admission import over_bounds, overload_of, shed, unserved
 from disagg.scheduling.dispatch.choice import can_be_served, choose_adopter, compared_to_start
 from disagg.scheduling.dispatch.events import PartMade
 from disagg.scheduling.dispatch.fleet import Fleet
@@ -49,6 +50,10 @@ class Turns:
                 self.workload.take(sequence)
         return verdict
 
+    def is_judged(self, sequence: SequenceEntry) -> bool:
+        """Return whether it matters that the sequence is predicted to miss."""
+        return overload_of(sequence, self._settings) is not Overload.QUEUE
+
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
         settings = self._settings
         refusal = over_bounds(sequence, settings, num_all, self._room.num_under_way(sequence.tenant))
@@ -56,12 +61,12 @@ class Turns:
             return refusal
         if not can_be_served(self._fleet, sequence, strict_roles=settings.strict_roles):
             return unserved(sequence, self._fleet.describe())
-        if settings.overload is Overload.QUEUE:
+        if not self.is_judged(sequence):
             return None
         miss = self._paths.miss(self._fleet, sequence, now)
         if miss is None:
             return None
-        if settings.overload is Overload.SHED:
+        if overload_of(sequence, settings) is Overload.SHED:
             return shed(sequence, miss)
         sequence.degrade()
         return Degrade(request_id=sequence.request_id, epoch=sequence.epoch, why=miss.why)

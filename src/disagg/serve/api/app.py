@@ -29,6 +29,7 @@ from disagg.serve.api.operations import Operations
 from disagg.serve.api.preparers import Preparation, Preparers
 from disagg.serve.api.recent_requests import RecentRequests
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.terms import NO_TERMS, ServiceTerms
 from disagg.serve.api.watching import AllMetrics, Watching
 from disagg.serve.router.interface import Router
 
@@ -49,6 +50,7 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     preparers: Preparers | None = None,
     api_keys: Sequence[str] = (),
     tenant_keys: Mapping[str, str] | None = None,
+    terms: ServiceTerms = NO_TERMS,
     cors_origins: Sequence[str] = (),
     traces: "Traces | None" = None,
     all_metrics: AllMetrics | None = None,
@@ -57,14 +59,14 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
     """Return the ASGI application over a router.
 
     With ``api_keys`` or ``tenant_keys``, everything but health, readiness, version, metrics and the pages needs a key.
-    Pages of ``cors_origins`` may call it from a browser. ``clock`` must be the router's.
-    ``all_metrics`` is asked for what all routers of a server have counted, where there are several.
-    Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced there. With
-    ``operator``, ``/admin`` takes commands.
+    ``terms`` are what requests have that say nothing else. Pages of ``cors_origins`` may call it from a browser.
+    ``clock`` must be the router's. ``all_metrics`` is asked for what all routers of a server have counted, where there
+    are several. Without ``preparers``, bodies are prepared by the event loop; with ``traces``, requests are traced
+    there. With ``operator``, ``/admin`` takes commands.
     """
     metrics.watch(router)
-    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces)
-    routes = _routes(router, model, Preparation(model, preparers), accounts, all_metrics)
+    accounts = Accounts(metrics, RecentRequests(), clock or MonotonicClock(), traces, terms.objectives)
+    routes = _routes(router, model, Preparation(model, preparers), accounts, terms, all_metrics)
     if operator is not None:
         routes += Administration(
             router, operator, has_key=bool(api_keys or tenant_keys), tenants=set((tenant_keys or {}).values())
@@ -92,9 +94,10 @@ def _routes(
     model: ServedModel,
     preparation: Preparation,
     accounts: Accounts,
+    terms: ServiceTerms,
     all_metrics: AllMetrics | None,
 ) -> list[Route]:
-    jobs = JobFactory(model, preparation, router.name)
+    jobs = JobFactory(model, preparation, router.name, terms)
     operations = Operations(router, model, preparation)
     watching = Watching(router, model, accounts, all_metrics)
     completions = GenerationEndpoint(jobs.completion, router, accounts)

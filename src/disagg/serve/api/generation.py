@@ -5,21 +5,20 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from msgspec import UNSET, structs
+from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
 from disagg.base.errors import UnavailableError
-from disagg.base.objectives import Objectives
 from disagg.serve.api.answer import Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
 from disagg.serve.api.failures import as_disagg_error
 from disagg.serve.api.http import EventStream, read_body, send_json
 from disagg.serve.api.jobs import Job
-from disagg.serve.api.objectives import objectives_of_headers
 from disagg.serve.api.observer import Accounts, RequestObserver
 from disagg.serve.api.responses import PromptTokensDetails, Usage, encode
 from disagg.serve.api.sequences import Arrival, RunningSequences
 from disagg.serve.api.shapes import ShownUsage
+from disagg.serve.api.terms import Caller, caller_of
 from disagg.serve.router.interface import Router
 
 if TYPE_CHECKING:  # its library is an extra
@@ -27,8 +26,8 @@ if TYPE_CHECKING:  # its library is an extra
 
 logger = logging.getLogger(__name__)
 
-MakeJob = Callable[[bytes, float, int, Objectives], Awaitable[Job]]
-"""From a body, its arrival, the longest sequence, in tokens, that the instances take, and what its headers want."""
+MakeJob = Callable[[bytes, float, int, Caller], Awaitable[Job]]
+"""From a body, its arrival, the longest sequence, in tokens, that the instances take, and who asks."""
 
 MANY_LOGPROBS: Final = 5_000
 """Answers with more probabilities at once are written in a thread: these take some 10 ms."""
@@ -60,21 +59,19 @@ class GenerationEndpoint:
         arrival_s = self._accounts.clock.now()
         request_id = scope["state"]["request_id"]
         try:
-            job = await self._read_job(receive, arrival_s, objectives_of_headers(scope))
+            job = await self._read_job(receive, arrival_s, caller_of(scope))
             with RequestObserver(self._accounts, job, request_id, arrival_s, trace) as observer:
-                await self._answer(job, observer, scope["state"].get("tenant", ""), receive, send)
+                await self._answer(job, observer, receive, send)
         except ClientDisconnectedError:
             logger.debug("%s %s: the client went away", request_id, scope["path"])
 
-    async def _read_job(self, receive: Receive, arrival_s: float, objectives: Objectives) -> Job:
+    async def _read_job(self, receive: Receive, arrival_s: float, caller: Caller) -> Job:
         await self._router.wait_started()  # before the body is read, so that it takes no memory meanwhile
         body = await read_body(receive)
-        return await self._make_job(body, arrival_s, longest_sequence(self._router), objectives)
+        return await self._make_job(body, arrival_s, longest_sequence(self._router), caller)
 
-    async def _answer(self, job: Job, observer: RequestObserver, tenant: str, receive: Receive, send: Send) -> None:
+    async def _answer(self, job: Job, observer: RequestObserver, receive: Receive, send: Send) -> None:
         requests = [answer.request for answer in job.answers]
-        if tenant:  # a key says more than what a body calls itself
-            requests = [structs.replace(request, tenant=tenant) for request in requests]
         async with (
             RunningSequences(self._router, requests) as running,
             noticing_disconnect(receive, running.cancel),

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 
 from disagg.base.errors import InvalidRequestError
 from disagg.base.ids import Epoch, RouterId, owned_by
-from disagg.base.objectives import Objectives
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder
 from disagg.serve.api.answer import Answer
 from disagg.serve.api.chat_shape import ChatShape
 from disagg.serve.api.completion_shape import CompletionShape
-from disagg.serve.api.objectives import objectives_of_ms
 from disagg.serve.api.preparers import Preparation
 from disagg.serve.api.preparing import PreparedChat
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.responses_api.shape import ResponsesShape
 from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
-from disagg.serve.api.schema import MAX_TENANT_CHARACTERS, ChatCompletionRequest, CompletionRequest, StreamOptions
+from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.shapes import Heading, Shape
+from disagg.serve.api.terms import Caller, ServiceTerms
 from disagg.serve.api.text_stream import StopString, TextStream
 
 
@@ -46,12 +45,13 @@ class Job:
 class JobFactory:
     """Makes jobs for one model."""
 
-    def __init__(self, model: ServedModel, preparation: Preparation, router: RouterId) -> None:
+    def __init__(self, model: ServedModel, preparation: Preparation, router: RouterId, terms: ServiceTerms) -> None:
         self._model = model
+        self._terms = terms
         self._router = router
         self._preparation = preparation
 
-    async def completion(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
+    async def completion(self, body: bytes, arrival_s: float, max_model_len: int, caller: Caller) -> Job:
         """Make the job of a ``/v1/completions`` body. Raises InvalidRequestError and ModelNotFoundError."""
         prepared = await self._preparation.completion(body, max_model_len)
         request, prompts = prepared.request, prepared.prompts
@@ -63,7 +63,7 @@ class JobFactory:
             params = sampling_params(
                 request, length, self._model.vocab_size, self._model.defaults, constraints=prepared.constraints
             )
-            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s, objectives)
+            answers += self._answers(request, prompt, params, stops, response_id, len(answers), arrival_s, caller)
         of_choice = [prompt for prompt in prompts for _ in range(request.n or 1)]
         return Job(
             response_id=response_id,
@@ -75,7 +75,7 @@ class JobFactory:
             counts_answer=request.most_tokens != 0,
         )
 
-    async def chat(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
+    async def chat(self, body: bytes, arrival_s: float, max_model_len: int, caller: Caller) -> Job:
         """Make the job of a ``/v1/chat/completions`` body. Raises as ``completion`` does."""
         prepared = await self._preparation.chat(body, max_model_len)
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -84,9 +84,9 @@ class JobFactory:
         def shape(_: SamplingParams) -> Shape:
             return ChatShape(prepared.request, heading, tokenizer, prepared.prompt, prepared.reading)
 
-        return self._chat_job(prepared, response_id, shape, arrival_s, max_model_len, objectives)
+        return self._chat_job(prepared, response_id, shape, arrival_s, max_model_len, caller)
 
-    async def response(self, body: bytes, arrival_s: float, max_model_len: int, objectives: Objectives) -> Job:
+    async def response(self, body: bytes, arrival_s: float, max_model_len: int, caller: Caller) -> Job:
         """Make the job of a ``/v1/responses`` body. Raises as ``completion`` does."""
         prepared = await self._preparation.response(body, max_model_len)
         response_id = f"resp_{uuid.uuid4().hex}"
@@ -95,7 +95,7 @@ class JobFactory:
         def shape(sampling: SamplingParams) -> Shape:
             return ResponsesShape(prepared.request, heading, prepared.chat.reading, sampling)
 
-        return self._chat_job(prepared.chat, response_id, shape, arrival_s, max_model_len, objectives)
+        return self._chat_job(prepared.chat, response_id, shape, arrival_s, max_model_len, caller)
 
     def _chat_job(
         self,
@@ -104,7 +104,7 @@ class JobFactory:
         shape: Callable[[SamplingParams], Shape],
         arrival_s: float,
         max_model_len: int,
-        objectives: Objectives,
+        caller: Caller,
     ) -> Job:
         request, prompt, model = prepared.request, prepared.prompt, self._model
         length = chat_length(request, len(prompt.token_ids), max_model_len, model.defaults)
@@ -112,9 +112,7 @@ class JobFactory:
         marks = prepared.reading.marks(model.tokenizer)
         return Job(
             response_id=response_id,
-            answers=self._answers(
-                request, prompt, params, _stops(request), response_id, 0, arrival_s, objectives, marks
-            ),
+            answers=self._answers(request, prompt, params, _stops(request), response_id, 0, arrival_s, caller, marks),
             shape=shape(params[0]),
             num_prompt_tokens=len(prompt.token_ids),
             num_choices=request.n or 1,
@@ -130,14 +128,14 @@ class JobFactory:
         response_id: str,
         first: int,
         arrival_s: float,
-        objectives: Objectives,
+        caller: Caller,
         marks: frozenset[int] = frozenset(),
     ) -> list[Answer]:
-        """Return the choices of one prompt, numbered from ``first``. ``objectives`` are those of the headers.
+        """Return the choices of one prompt, numbered from ``first``.
 
         ``marks``: control tokens that are text all the same.
         """
-        own = objectives_of_ms(request.x_slo_ttft_ms, request.x_slo_tpot_ms).or_else(objectives)
+        own = self._terms.of(request, caller)
         return [
             Answer(
                 index,
@@ -149,9 +147,10 @@ class JobFactory:
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
                     cache_salt=request.cache_salt or "",
-                    priority=request.priority or 0,
-                    tenant=(request.user or "")[:MAX_TENANT_CHARACTERS],
-                    objectives=own,
+                    priority=own.priority,
+                    tenant=own.tenant,
+                    service_class=own.service_class,
+                    objectives=own.objectives,
                     arrival_s=arrival_s,
                 ),
                 TextStream(

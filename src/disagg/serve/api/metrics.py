@@ -140,13 +140,13 @@ class ServerMetrics:
             self._links[source, target] = link
             self._kv_link.labels(self._model_name, source, target, link).set(1)
 
-    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+    def sequence_refused(self, reason: RefuseReason, priority: int, service_class: str) -> None:
         """Count a sequence that was not taken."""
-        self.predictions.refused(reason, priority)
+        self.predictions.refused(reason, priority, service_class)
 
-    def sequence_degraded(self) -> None:
+    def sequence_degraded(self, service_class: str) -> None:
         """Count a sequence that is served as best effort."""
-        self.predictions.degraded()
+        self.predictions.degraded(service_class)
 
     def path_ended(self, ended: PathEnded) -> None:
         """Account for a sequence that went by predictions."""

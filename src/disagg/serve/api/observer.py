@@ -3,12 +3,14 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from disagg.base.clock import Clock
 from disagg.base.errors import DisaggError, http_status
+from disagg.base.objectives import Objectives
+from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason
 from disagg.base.text import one_line
 from disagg.serve.api.answer import Answer, Delta
@@ -33,6 +35,8 @@ class Accounts:
     recent: RecentRequests
     clock: Clock
     traces: "Traces | None" = None
+    objectives: Objectives = field(default_factory=Objectives)
+    """Of requests that have none of their own."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class RequestObserver:
         self._job = job
         self._request_id = request_id
         self._arrival_s = arrival_s
+        self._objectives = accounts.objectives
         self._trace = trace
         self._ttft_s = math.nan
         self._streams: Sequence[SequenceStream] = ()
@@ -134,20 +139,24 @@ class RequestObserver:
         e2e_s: float | None = None,
     ) -> None:
         """Count a choice by how it ended, and keep what there is to show of it."""
+        request, progress = answer.request, self._progress.get(choice)
+        ttft_s = progress.first_s - self._arrival_s if progress else None
         self._recent.num_under_way -= 1
         self._metrics.choice_ended(reason)
+        is_answer = reason not in (FinishReason.ERROR, FinishReason.ABORT)
+        has_kept = is_answer and self._keeps(request, ttft_s, tpot_s)
+        self._metrics.predictions.held_to_objectives(request.service_class, has_kept=has_kept)
         now = self._clock.now()
-        progress = self._progress.get(choice)
         view = RequestView(
             request_id=self._request_id,
             choice=choice,
             arrival_unix_s=self._recent.unix_time_of(self._arrival_s, now),
-            num_prompt_tokens=len(answer.request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=answer.num_tokens,
             num_cached_tokens=progress.num_cached_tokens if progress else 0,
             finish_reason=reason.value,
             error=self._error_shown() if reason is FinishReason.ERROR else "",
-            ttft_s=progress.first_s - self._arrival_s if progress else None,
+            ttft_s=ttft_s,
             tpot_s=tpot_s,
             e2e_s=e2e_s,
         )
@@ -156,6 +165,12 @@ class RequestObserver:
         self._recent.add(view)
         if self._trace is not None:
             self._trace.choice_ended(view, len(self._job.answers))
+
+    def _keeps(self, request: GenerationRequest, ttft_s: float | None, tpot_s: float | None) -> bool:
+        """Return whether a finished choice of these latencies keeps its objectives; one without tokens does."""
+        wanted = request.objectives.or_else(self._objectives)
+        in_time = wanted.ttft_s is None or (ttft_s or 0.0) <= wanted.ttft_s
+        return in_time and (wanted.tpot_s is None or (tpot_s or 0.0) <= wanted.tpot_s)
 
     def _error_shown(self) -> str:
         """Return the words of what failed; those of a fault of ours are for the log alone."""

@@ -1,4 +1,4 @@
-"""Predicted beside measured latencies of sequences, where they were prefilled, and what was not taken: as metrics."""
+"""Predicted beside measured latencies of sequences, their paths, what was not taken, and attainment: as metrics."""
 
 from typing import Final
 
@@ -34,26 +34,40 @@ class PredictionMetrics:
             "latency",
             ("ttft", "tpot"),
         )
+        self._held = Counter(
+            "disagg:objectives",
+            "Sequences by whether they kept their objectives; what failed, was refused or lost its client did not",
+            ("model_name", "service_class", "outcome"),
+            registry=registry,
+        )
         self._refused = Counter(
             "disagg:refused_sequences",
             f"Sequences that were not taken; priorities beyond {_MOST_PRIORITY} count as that",
-            ("model_name", "reason", "priority"),
+            ("model_name", "reason", "priority", "service_class"),
             registry=registry,
         )
         self._degraded = Counter(
-            "disagg:degraded_sequences", "Sequences served as best effort", ("model_name",), registry=registry
-        ).labels(model_name)
+            "disagg:degraded_sequences",
+            "Sequences served as best effort",
+            ("model_name", "service_class"),
+            registry=registry,
+        )
 
-    def refused(self, reason: RefuseReason, priority: int) -> None:
+    def held_to_objectives(self, service_class: str, *, has_kept: bool) -> None:
+        """Count a sequence that ended, and whether it kept its objectives; what failed or was refused did not."""
+        kept, missed = (self._held.labels(self._model_name, service_class, outcome) for outcome in ("kept", "missed"))
+        (kept if has_kept else missed).inc()
+
+    def refused(self, reason: RefuseReason, priority: int, service_class: str) -> None:
         """Count a sequence that was not taken."""
         shown = str(min(max(priority, -_MOST_PRIORITY), _MOST_PRIORITY))
-        self._refused.labels(self._model_name, reason.value, shown).inc()
+        self._refused.labels(self._model_name, reason.value, shown, service_class).inc()
         self.totals.num_refused_total += 1
         self.totals.num_shed_total += reason is RefuseReason.SHED
 
-    def degraded(self) -> None:
+    def degraded(self, service_class: str) -> None:
         """Count a sequence that is served as best effort."""
-        self._degraded.inc()
+        self._degraded.labels(self._model_name, service_class).inc()
         self.totals.num_degraded_total += 1
 
     def add(self, ended: PathEnded) -> None:

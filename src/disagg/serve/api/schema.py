@@ -168,6 +168,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     """Only requests of the same salt share cached KV blocks, as in vLLM."""
+    service_class: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """One of the server's, for what the request does not say itself."""
     x_slo_ttft_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
     x_slo_tpot_ms: Annotated[float, Meta(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
 

@@ -20,6 +20,7 @@ from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
 from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
+from disagg.serve.api.terms import ServiceTerms
 from disagg.serve.api.watching import AllMetrics
 from disagg.serve.launch.api_keys import read_api_keys
 from disagg.serve.launch.deployment import Deployment
@@ -45,7 +46,7 @@ class ApiParts:
 
         ``all_metrics`` is asked for what all routers have counted, where there are several.
         """
-        settings = self.deployment.serve
+        settings, routing = self.deployment.serve, self.deployment.router
         return create_app(
             router,
             self.model,
@@ -54,6 +55,7 @@ class ApiParts:
             preparers=self.preparers,
             api_keys=self.api_keys,
             tenant_keys=settings.tenant_keys,
+            terms=ServiceTerms(routing.classes, routing.tenants, self.deployment.scheduler.objectives),
             cors_origins=settings.cors_origin,
             traces=self.traces,
             all_metrics=all_metrics,

@@ -143,6 +143,7 @@ class RouterShell:
                 max_total_tokens=request.max_total_tokens,
                 priority=request.priority,
                 tenant=request.tenant,
+                service_class=request.service_class,
                 objectives=request.objectives,
                 block_hashes=request.block_hashes,
             )
@@ -226,8 +227,9 @@ class RouterShell:
                 case Fail(request_id=request_id, reason=reason, detail=detail):
                     self._records.pop(request_id).stream.end(_ERRORS[reason](detail))
                 case Refuse(request_id=request_id):
-                    self._sink.sequence_refused(output.reason, output.priority)
-                    self._records.pop(request_id).stream.refuse(_refusal(output))
+                    record = self._records.pop(request_id)
+                    self._sink.sequence_refused(output.reason, output.priority, record.request.service_class)
+                    record.stream.refuse(_refusal(output))
                 case WakeAt(time_s=time_s):
                     self._wake_at(time_s, now)
                 case _ if isinstance(output, AnySend):
@@ -259,8 +261,9 @@ class RouterShell:
                 self.watcher.give_up_instance(instance, nothing_left)
             case Degrade(request_id=request_id, why=why):
                 logger.debug("sequence %s is served as best effort: %s", request_id, why)
-                self._records[request_id].degrade()
-                self._sink.sequence_degraded()
+                record = self._records[request_id]
+                record.degrade()
+                self._sink.sequence_degraded(record.request.service_class)
             case PathEnded():
                 self._sink.path_ended(output)
             case _:

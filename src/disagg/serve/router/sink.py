@@ -16,10 +16,10 @@ class RouterSink(Protocol):
     def link_found(self, found: LinkFound) -> None:
         """It was measured how fast an instance reads the KV blocks of another."""
 
-    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
-        """A sequence of this priority was not taken."""
+    def sequence_refused(self, reason: RefuseReason, priority: int, service_class: str) -> None:
+        """A sequence of this priority and class ("": none) was not taken."""
 
-    def sequence_degraded(self) -> None:
+    def sequence_degraded(self, service_class: str) -> None:
         """A sequence is served as best effort."""
 
     def path_ended(self, ended: PathEnded) -> None:
@@ -56,10 +56,10 @@ class NullSink:
     def link_found(self, found: LinkFound) -> None:
         """See RouterSink."""
 
-    def sequence_refused(self, reason: RefuseReason, priority: int) -> None:
+    def sequence_refused(self, reason: RefuseReason, priority: int, service_class: str) -> None:
         """See RouterSink."""
 
-    def sequence_degraded(self) -> None:
+    def sequence_degraded(self, service_class: str) -> None:
         """See RouterSink."""
 
     def path_ended(self, ended: PathEnded) -> None:
