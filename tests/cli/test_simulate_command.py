@@ -415,6 +415,53 @@ def test_a_missing_workload_is_refused() -> None:
     assert "cannot read the trace nowhere.csv" in str(result.exception)
 
 
+CLASSES = """
+groups: [{role: colocated, count: 1}]
+classes:
+  chat: {slo: 'ttft=1s,tpot=200ms', priority: -10, overload: shed}
+  batch: {slo: 'ttft=60min,tpot=60s', priority: 10}
+"""
+ALIKE = CLASSES.replace(", priority: -10, overload: shed", "").replace(", priority: 10", "")
+
+
+def test_classes_of_service_are_held_to_their_own_objectives(tmp_path: Path, model: Path) -> None:
+    trace, alike, apart = (tmp_path / name for name in ("mixed.csv", "alike.yaml", "apart.yaml"))
+    alike.write_text(ALIKE)
+    apart.write_text(CLASSES)
+    rows = [f"{number * 0.02},{1000 if number % 2 else 100},8,{('chat', 'batch')[number % 2]}" for number in range(200)]
+    trace.write_text("\n".join(("arrival_s,prompt_len,output_len,service_class", *rows)))
+    engine = ("--model", model, "--latency", "l40s", "--kv-memory", "16GiB", "--no-strict-roles")
+    flags = ("--workload", trace, *engine, "--queue", "priority", "--slo", "ttft=1s,tpot=200ms")
+    found = {}
+    for file in (alike, apart):
+        batch, chat = report(*flags, "--placement", file)["runs"][0]["classes"]
+        assert (batch["name"], batch["num_requests"], batch["num_refused"]) == ("batch", 100, 0)
+        assert (chat["name"], chat["num_requests"]) == ("chat", 100)
+        assert batch["attainment"] == 1.0
+        found[file] = chat["attainment"]
+    assert found[apart] > found[alike] + 0.2
+    printed = run(*flags, "--placement", apart).output
+    assert "class batch: 100.0% of 100 requests kept their objectives, 0 refused" in printed.replace("\n", " ")
+    assert "class" not in run(*flags, "--colocated", 1, "--prefill", 0, "--decode", 0).output
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.jsonl"])
+def test_a_class_that_is_none_is_refused_with_its_line(tmp_path: Path, model: Path, file: str) -> None:
+    trace, placement = tmp_path / file, tmp_path / "placement.yaml"
+    placement.write_text(CLASSES)
+    rows = {
+        "a.csv": "prompt_len,output_len,service_class\n10,1,\n10,1,chatt\n",
+        "a.jsonl": '{"input_length": 10, "output_length": 1}\n'
+        '{"input_length": 10, "output_length": 1, "service_class": "chatt"}\n',
+    }
+    trace.write_text(rows[file])
+    flags = ("--model", model, "--latency", "l40s", "--kv-memory", "16GiB", "--placement", placement)
+    result = run("--workload", trace, *flags, "--rate", 1)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "line " in str(result.exception)
+    assert "called 'chatt': there are chat, batch; did you mean chat?" in str(result.exception)
+
+
 def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     ids = ([1, 2], [1, 3], [4, 2])

@@ -75,6 +75,11 @@ def print_report(report: SimulationReport, as_json: bool) -> None:
     _print_kv(console, first.kv)
     if first.num_refused:
         console.print(f"{first.num_refused} requests were refused")
+    for one in first.classes:
+        console.print(
+            f"class {one.name or 'none'}: {one.attainment:.1%} of {one.num_requests} requests kept their objectives, "
+            f"{one.num_refused} refused"
+        )
     if first.paths is not None:
         console.print(_paths(first.paths))
     if first.prompt_tokens.computed < first.prompt_tokens.total:

@@ -51,6 +51,11 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
             tpot_s=None if math.isinf(self.tpot_s) else self.tpot_s,
         )
 
+    @classmethod
+    def of(cls, objectives: Objectives) -> "Slo":
+        """Return what instances are told as it is measured."""
+        return cls(ttft_s=objectives.ttft_s or math.inf, tpot_s=objectives.tpot_s or math.inf)
+
     def scaled(self, factor: float) -> "Slo":
         """Return objectives looser by ``factor``: DistServe's SLO scale (section 6.2)."""
         return Slo(ttft_s=self.ttft_s * factor, tpot_s=self.tpot_s * factor)

@@ -4,7 +4,9 @@
   ``hash_ids``, one for each block of 512 tokens of the prompt; gzipped where the name ends in ``.gz``.
 - CSV in DistServe's words, ``prompt_len, output_len`` and ``arrival_s``; in Azure's, ``ContextTokens,
   GeneratedTokens`` and ``TIMESTAMP`` (a date and time, of 2023 without and of 2024 with a time zone); in Vidur's,
-  ``num_prefill_tokens, num_decode_tokens``. Other columns are ignored.
+  ``num_prefill_tokens, num_decode_tokens``.
+
+In all of them ``service_class`` may name a class of service. Other fields and columns are ignored.
 
 Blank lines and a byte order mark say nothing. Every number is finite and within ``MAX_TOKENS`` or ``LATEST_S``.
 """
@@ -46,6 +48,7 @@ class _MooncakeRow(msgspec.Struct, frozen=True):
     output_length: TokenCount
     timestamp: Milliseconds | None = None
     hash_ids: tuple[BlockId, ...] = ()
+    service_class: Annotated[str, Meta(max_length=64)] = ""
     session_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
@@ -134,6 +137,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[RequestSpec]:
             arrival_s=math.nan if row.timestamp is None else row.timestamp * 1e-3,
             prefix=PrefixBlocks(row.hash_ids, MOONCAKE_BLOCK_TOKENS) if row.hash_ids else NO_PREFIX,
             line=number,
+            service_class=row.service_class,
         )
 
 
@@ -165,4 +169,10 @@ def _csv_row(path: Path, line: int, fields: Mapping[str, str], columns: _Columns
             f"{path}, line {line}: arrival at {arrival_s} s is {'negative' if arrival_s < 0 else 'no time'}; times are "
             f"from 0 to {LATEST_S:g} s"
         )
-    return RequestSpec(prompt_len=prompt_len, output_len=max(1, output_len), arrival_s=arrival_s, line=line)
+    return RequestSpec(
+        prompt_len=prompt_len,
+        output_len=max(1, output_len),
+        arrival_s=arrival_s,
+        line=line,
+        service_class=fields.get("service_class") or "",
+    )

@@ -31,6 +31,8 @@ class RequestSpec:
     prefix: PrefixBlocks = NO_PREFIX
     line: int = 0
     """Line of the file it came from, for messages; 0 where it came from none."""
+    service_class: str = ""
+    """Name of its class of service; "": none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def run_workload(
     """Serve the requests, or the sessions, that a seed draws. Raises TargetLostError as ``simulate`` does."""
     block_size = spec.instances[0].block_size
     if isinstance(workload, OpenLoop):
-        requests = simulated_requests(workload.draw(seed), workload.name, block_size)
+        requests = simulated_requests(workload.draw(seed), workload.name, block_size, spec.router.classes)
         return simulate(spec, requests, slo, log=log, timeline=timeline, most_misses=most_misses)
     load = SimulatedSessions(workload.draw(seed), block_size)
     return simulate(

@@ -1,12 +1,13 @@
 """What came out of a simulation: latencies, attainment, where the time went, how full the KV pools were."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import msgspec
 
 from disagg.base.messages import InstanceLoad
+from disagg.base.service_classes import ServiceClass
 from disagg.measure.slo import Slo
 from disagg.measure.statistics import LogHistogram, Percentiles, ValueSketch
 from disagg.measure.timeline import Stage
@@ -69,6 +70,15 @@ class PromptTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Read from disk."""
 
 
+class ClassReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The requests of one class of service ("": of none), held to its objectives. What was refused or failed missed."""
+
+    name: str
+    num_requests: int
+    num_refused: int
+    attainment: float
+
+
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run. ``attainment`` counts every request that was sent; refused and failed ones are misses."""
 
@@ -93,17 +103,47 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     paths: PathUse | None = None
     decisions: tuple[tuple[float, str], ...] = ()
     """What autoscaling and re-planning decided, and when."""
+    classes: tuple[ClassReport, ...] = ()
+    """Of those that have requests, by name; nothing where the placement has no classes."""
 
     def percentiles(self) -> dict[str, Percentiles]:
         """Return the latencies by the names that a target calls them."""
         return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
 
 
-class Collector:
-    """Takes each request as it ends, and keeps none: sums and sketches, however many there are."""
+class ClassTally:
+    """Counts the requests of one class of service."""
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
+        self._num_requests = self._num_refused = self._num_met = 0
+
+    def add(self, request: SimulatedRequest) -> None:
+        """Count one ended request."""
+        self._num_requests += 1
+        self._num_refused += request.outcome is Outcome.REFUSED
+        self._num_met += request.outcome is Outcome.FINISHED and self._slo.is_met(request.ttft_s, request.tpot_s)
+
+    def report(self, name: str) -> ClassReport:
+        """Return what came of them."""
+        return ClassReport(
+            name=name,
+            num_requests=self._num_requests,
+            num_refused=self._num_refused,
+            attainment=self._num_met / max(1, self._num_requests),
+        )
+
+
+class Collector:
+    """Takes each request as it ends, and keeps none: sums and sketches, however many there are.
+
+    Requests of ``classes`` are held to their objectives, too, and to those of ``slo`` where a class has none.
+    """
+
+    def __init__(self, slo: Slo, classes: Mapping[str, ServiceClass]) -> None:
+        self._slo = slo
+        self._class_slos = {name: Slo.of(one.objectives.or_else(slo.objectives())) for name, one in classes.items()}
+        self._classes: dict[str, ClassTally] = {}
         self.gaps = LogHistogram()
         self._ttft, self._tpot, self._e2e = ValueSketch(), ValueSketch(), ValueSketch()
         self._stages = dict.fromkeys(Stage, 0.0)
@@ -116,6 +156,8 @@ class Collector:
         """Count one ended request."""
         self._num_requests += 1
         self._num_refused += request.outcome is Outcome.REFUSED
+        if self._class_slos:
+            self._tally(request.service_class).add(request)
         if request.path_ended is not None:
             self._paths.append(request.path_ended)
         self._num_prompt_tokens += request.prompt_len
@@ -135,6 +177,12 @@ class Collector:
         self._num_ttft_met += ttft_met
         self._num_tpot_met += tpot_met
         self._num_met += ttft_met and tpot_met
+
+    def _tally(self, name: str) -> ClassTally:
+        tally = self._classes.get(name)
+        if tally is None:
+            tally = self._classes[name] = ClassTally(self._class_slos.get(name, self._slo))
+        return tally
 
     @property
     def num_missed(self) -> int:
@@ -178,4 +226,5 @@ class Collector:
             kv=tuple(kv),
             num_refused=self._num_refused,
             paths=PathUse.of(self._paths),
+            classes=tuple(tally.report(name) for name, tally in sorted(self._classes.items())),
         )

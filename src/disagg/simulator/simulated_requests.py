@@ -1,23 +1,53 @@
 """Requests of a workload as the simulator takes them: with names and the hashes of their KV blocks."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final
 
+from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockHash, RequestId
+from disagg.base.known_names import known_names
+from disagg.base.service_classes import ServiceClass
 from disagg.measure.workload import PrefixBlocks, RequestSpec
 from disagg.simulator.request import SimulatedRequest
 
+NO_CLASSES: Final[Mapping[str, ServiceClass]] = MappingProxyType({})
+_NO_CLASS: Final = ServiceClass()
 
-def simulated_requests(specs: Iterable[RequestSpec], name: str, block_size: int) -> Iterator[SimulatedRequest]:
-    """Yield the requests; each is called after the workload and its line there, or its number where it has none."""
+
+def simulated_requests(
+    specs: Iterable[RequestSpec], name: str, block_size: int, classes: Mapping[str, ServiceClass] = NO_CLASSES
+) -> Iterator[SimulatedRequest]:
+    """Yield the requests; each is called after the workload and its line there, or its number where it has none.
+
+    Where there are ``classes`` of service, requests have the terms of theirs. Raises ConfigurationError for a class
+    that is none of them; without any, what requests are called says nothing.
+    """
     for number, spec in enumerate(specs):
+        own = _class_of(spec, name, classes)
         yield SimulatedRequest(
             request_id=RequestId(f"{name}:{spec.line}" if spec.line else f"{name}#{number}"),
             arrival_s=spec.arrival_s,
             prompt_len=spec.prompt_len,
             output_len=spec.output_len,
             block_hashes=block_hashes(spec.prefix, spec.prompt_len, block_size),
+            priority=own.priority,
+            service_class=spec.service_class if classes else "",
+            objectives=own.objectives,
         )
+
+
+def _class_of(spec: RequestSpec, name: str, classes: Mapping[str, ServiceClass]) -> ServiceClass:
+    if not classes or not spec.service_class:
+        return _NO_CLASS
+    own = classes.get(spec.service_class)
+    if own is None:
+        raise ConfigurationError(
+            f"{name}, line {spec.line}: no class of service is called {spec.service_class!r}: "
+            f"{known_names(spec.service_class, classes)}"
+        )
+    return own
 
 
 def block_hashes(prefix: PrefixBlocks, prompt_len: int, block_size: int) -> tuple[BlockHash, ...]:

@@ -35,7 +35,7 @@ def simulate(
     ``next_call`` may name a request that follows from one that ended, as in a closed loop. Raise TargetLostError as
     soon as more than ``most_misses`` requests have missed their objectives.
     """
-    collector = Collector(slo)
+    collector = Collector(slo, spec.router.classes)
 
     def end(request: SimulatedRequest) -> None:
         if request.fail_reason is FailReason.TOO_LONG:
