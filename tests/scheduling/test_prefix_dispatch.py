@@ -194,6 +194,16 @@ class TestLoans:
         story.emit(P1)
         assert story.say(P1, Offered(offer=offer(P1, 4096))) == [SendOffer(**IDS, instance=D0, offer=offer(P1, 4096))]
 
+    def test_who_lent_a_beginning_goes_on_with_the_whole(self) -> None:
+        story = Story(P0, D0, append_turns=False)
+        story.hold(D0, 3072)
+        assert story.arrive() == [SendLend(**IDS, instance=D0)]
+        story.say(D0, Offered(offer=offer(D0, 3072)))
+        pulled = Pulled(**IDS, source=D0, num_bytes=7, duration_s=0.1)
+        assert story.say(P0, pulled)[-1] == SendRelease(**IDS, instance=D0)
+        story.emit(P0)
+        assert story.say(P0, Offered(offer=offer(P0, 4096))) == [SendOffer(**IDS, instance=D0, offer=offer(P0, 4096))]
+
     def test_what_is_not_there_any_more_is_computed(self, story: Story) -> None:
         story.arrive()
         assert story.say(P0, NotHeld(**IDS))[-1] == generate(P1, hand_over=True)

@@ -24,12 +24,12 @@ from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.costs.platform import KvWindow
 from disagg.measure.timeline import Stage
-from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendMigrate
+from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendLend, SendMigrate
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.scheduling.event_log import AnyRecord, InstanceRecord, parse_log, replay
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
-from disagg.scheduling.router.outputs import MessageDropped, SendPartOffer
+from disagg.scheduling.router.outputs import MessageDropped, SendOffer, SendPartOffer
 from disagg.serve.router import shell as shell_module
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.event_log import EventLogFolder
@@ -231,6 +231,36 @@ def test_drains_joins_flips_and_a_removal_among_deaths(
     assert [request.num_output_tokens for request in requests] == [request.output_len for request in requests]
     told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
     assert {output.instance for output in told if isinstance(output, SendMigrate)} == {d0, p1}
+
+
+@pytest.mark.parametrize(("append_turns", "seed", "num_blocks"), [(False, 0, 80), (True, 1, 300)])
+def test_a_decode_instance_lends_its_conversations_and_goes_on_with_them(
+    append_turns: bool, seed: int, num_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four conversations of growing prompts on one pair, whose decode pool is small, with host memory behind both."""
+    tiers = {"max_host_blocks": 60, "host_memory": LinkModel(bytes_per_s=1e9, latency_s=1e-5)}
+    spec = cluster_spec(
+        instance(Role.PREFILL, num_blocks=200, **tiers),
+        instance(Role.DECODE, num_blocks=num_blocks, **tiers),
+        link=LINK,
+        message_s=0.0002,
+        router=RouterSettings(max_queued_requests=10**6, request_timeout_s=1e6, append_turns=append_turns),
+    )
+    rng = random.Random(seed)
+    requests = poisson(rate=25, count=32, seed=seed, prompt=(16, 60), output=(1, 160))
+    turns: Counter[int] = Counter()
+    for request in requests:
+        story = rng.randrange(4)
+        request.prompt_len += min(120 * turns[story], 840)
+        turns[story] += 1
+        tokens = [0] * request.prompt_len + [TOKEN] * request.output_len
+        request.block_hashes = hash_blocks(tokens, 16, bytes([story]))
+    live = run_both(spec, requests, tmp_path, monkeypatch)
+    told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
+    lent = {output.request_id for output in told if isinstance(output, SendLend)}
+    assert lent & {output.request_id for output in told if isinstance(output, SendOffer)}
+    assert {request.epoch for request in requests} == {FIRST_EPOCH}, "nobody was computed twice"
+    assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
 
 
 @pytest.mark.parametrize(("seed", "disk_bytes_per_s"), [(0, 2e8), (1, 2e6)])

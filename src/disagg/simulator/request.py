@@ -47,7 +47,7 @@ class SimulatedRequest:
     num_reported_tokens: int = 0
     """Output tokens that the dispatcher was told of."""
     num_delivered_tokens: int = 0
-    """Output tokens that the router had when it was last told of some; not counted where no instance may die."""
+    """Output tokens that the router had when it was last told of some."""
     epoch: Epoch = FIRST_EPOCH
     deliver_s: float = 0.0
     """How long its tokens travel from the instance to the client."""

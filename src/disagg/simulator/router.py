@@ -91,7 +91,6 @@ class SimulatedRouter:
         self._on_ended = on_ended
         self._message_s = message_s
         self._log = log
-        self._instances_may_die = instances_may_die
         # Where a message takes time, loads are those of when it was sent; a change of the fleet, or a prediction,
         # looks at all of them.
         self._compares_all = message_s > 0 or instances_may_die or settings.needs_costs
@@ -231,8 +230,7 @@ class SimulatedRouter:
             self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
         for output in outputs:
             if isinstance(output, Deliver):
-                if self._instances_may_die:
-                    self._note_delivered(current, output)
+                self._note_delivered(current, output)
             else:
                 self._carry_out(output, now)
 

@@ -234,7 +234,6 @@ class Dispatcher:
         if lender is None:
             self._actions.append(borrowing.start(sequence, state, self._now))
         else:
-            sequence.visited.add(lender.instance)
             self._charge(sequence, lender.instance, Charge())
             self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True

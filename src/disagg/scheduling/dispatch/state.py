@@ -278,7 +278,9 @@ class SequenceEntry:
     is_resumed: bool = False
     """True from its second attempt on."""
     visited: set[InstanceId] = field(default_factory=set)
-    """The instances that held it in this attempt. They remember that it ended there, and do not take it back."""
+    """The instances that held it in this attempt. They remember that it ended there, and do not take it back.
+
+    Who merely lent its beginning is none of them, and may well go on with it."""
 
     @classmethod
     def arrived(cls, event: SequenceArrived, order: int, now: float, timeout_s: float) -> "SequenceEntry":
