@@ -28,6 +28,7 @@ from disagg.scheduling.dispatch.actions import (
     SendMigrate,
     SendRelease,
 )
+from disagg.scheduling.dispatch.borrowing import lendable
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.instance.inputs import Continue, Expect, SequenceFacts, Start
@@ -331,7 +332,8 @@ class SimulatedRouter:
                 facts = request.facts(instance.spec.block_size)
                 return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
             case SendLend(request_id=request_id, epoch=epoch):
-                names = self._requests[request_id].prompt_names(self._block_size)
+                prompt, size = self._requests[request_id], self._block_size
+                names = lendable(prompt.prompt_names(size), prompt.prompt_len, size)
                 return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
             case SendPartOffer(offer=offer, is_first=False):
                 return partial(instance.deliver, MoreKv(offer=offer))

@@ -4,7 +4,7 @@ The lender is asked first, and keeps the blocks under a lease; then the chosen i
 them and computes the rest. Whatever goes wrong on the way, it computes all of it.
 """
 
-from disagg.base.ids import InstanceId
+from disagg.base.ids import BlockHash, InstanceId
 from disagg.scheduling.dispatch.actions import SendGenerate, SendLend
 from disagg.scheduling.dispatch.events import NothingLent, OfferMade
 from disagg.scheduling.dispatch.state import SequenceEntry, Whereabouts
@@ -29,6 +29,11 @@ def borrow(sequence: SequenceEntry, lender: InstanceId, state: Whereabouts, now:
     sequence.move(Whereabouts.BORROWING, now, f"borrows from {lender}")
     sequence.lease, sequence.borrows_for = lender, state
     return SendLend(request_id=sequence.request_id, epoch=sequence.epoch, instance=lender)
+
+
+def lendable(names: tuple[BlockHash, ...], num_tokens: int, block_size: int) -> tuple[BlockHash, ...]:
+    """Return which of a prompt's blocks its borrower has a use for: it computes the last of ``num_tokens`` itself."""
+    return names[: (num_tokens - 1) // block_size]
 
 
 def answered(sequence: SequenceEntry, now: float, *, has_lent: bool) -> SendGenerate:

@@ -18,7 +18,7 @@ from disagg.base.errors import (
     UnavailableError,
 )
 from disagg.base.event_log import EventLog
-from disagg.base.ids import InstanceId, RequestId
+from disagg.base.ids import BlockHash, InstanceId, RequestId
 from disagg.base.message_fields import Message
 from disagg.base.messages import (
     Abort,
@@ -55,6 +55,7 @@ from disagg.scheduling.dispatch.actions import (
     SendMigrate,
     SendRelease,
 )
+from disagg.scheduling.dispatch.borrowing import lendable
 from disagg.scheduling.dispatch.events import Progress, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
 from disagg.scheduling.replan.question import PlanQuestion
@@ -313,8 +314,7 @@ class RouterShell:
             case SendGenerate(request_id=request_id, hand_over=hand_over):
                 return Generate(request=self._started(request_id, hand_over), hand_over=hand_over)
             case SendLend(request_id=request_id, epoch=epoch):
-                names = self._records[request_id].request.block_hashes
-                return Lend(request_id=request_id, epoch=epoch, block_hashes=names)
+                return Lend(request_id=request_id, epoch=epoch, block_hashes=self._lendable(output))
             case SendWithPrefix() | SendOffer() | SendPartOffer():
                 return self._with_offer(output)
             case SendAbort(request_id=request_id, epoch=epoch):
@@ -332,6 +332,11 @@ class RouterShell:
                 return MeasureLink(source=source, incarnation=incarnation, pool=pool, access=access)
             case _:
                 assert_never(output)
+
+    def _lendable(self, output: SendLend) -> tuple[BlockHash, ...]:
+        facts, request = self._core.members[output.instance].facts, self._records[output.request_id].request
+        assert facts is not None, "an instance that holds something has said what it is"
+        return lendable(request.block_hashes, request.num_tokens, facts.block_size)
 
     def _with_offer(self, output: SendWithPrefix | SendOffer | SendPartOffer) -> Message:
         """Return a message that says where KV blocks of the sequence are."""
