@@ -59,6 +59,17 @@ def test_an_instance_that_leaves_takes_its_blocks_along(index: PrefixIndex) -> N
     assert len(index) == 1
 
 
+def test_those_that_come_after_others_have_left_are_told_apart(index: PrefixIndex) -> None:
+    index.take(B, 0, (stored(NAMES[0]),))
+    index.leave(A)
+    late = [InstanceId(f"late-{number}") for number in range(3)]
+    for length, name in enumerate(late, start=2):
+        index.join(name, SIZE, max_blocks=8)
+        index.take(name, 0, (stored(*NAMES[:length]),))
+    held = {B: 1, **{name: length for length, name in enumerate(late, start=2)}}
+    assert index.find(NAMES) == {name: HeldPrefix(length * SIZE, length * SIZE) for name, length in held.items()}
+
+
 def test_an_instance_cannot_hold_more_than_it_has_room_for(index: PrefixIndex) -> None:
     many = tuple(BlockHash(bytes([1, number])) for number in range(9))
     with pytest.raises(InternalError, match="holds more than the 8 blocks"):

@@ -1,5 +1,6 @@
 """Objectives as people write them, and the one place where stamps become latencies."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -177,6 +178,16 @@ def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path) -> No
         list(read_records(path))
     with pytest.raises(ConfigurationError, match="cannot read"):
         list(read_records(tmp_path / "nowhere"))
+
+
+def test_gaps_between_times_count_like_single_values() -> None:
+    times_s = [0.5, 0.75, 1.25, 1.2578125]
+    one_by_one, at_once = LogHistogram(), LogHistogram()
+    for before_s, after_s in itertools.pairwise(times_s):
+        one_by_one.add(after_s - before_s, 3)
+    at_once.add_between(times_s, 3)
+    assert at_once.percentiles() == one_by_one.percentiles()
+    assert at_once.percentiles().mean == pytest.approx(0.7578125 / 3)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))

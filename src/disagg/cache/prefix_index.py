@@ -4,6 +4,7 @@ An instance's blocks are counted against what it can hold, so the index is as bo
 are numbered: after a gap nothing is believed until the instance has said anew what it holds.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._holders: dict[InstanceId, _Holder] = {}
+        self._unused_bits: list[int] = []
+        """A heap of those that holders before had; all others below the highest are in use."""
         self._pool: dict[BlockHash, int] = {}
         """A bit for each holder that has the block in its pool; and for each that has it in a tier behind that."""
         self._host: dict[BlockHash, int] = {}
@@ -56,8 +59,7 @@ class PrefixIndex:
         Where it ``has_host_tier``, blocks in the host's memory are behind its pool; elsewhere its pool is there.
         """
         self.leave(instance)
-        used = {holder.bit for holder in self._holders.values()}
-        bit = next(1 << place for place in range(len(used) + 1) if 1 << place not in used)
+        bit = heapq.heappop(self._unused_bits) if self._unused_bits else 1 << len(self._holders)
         self._holders[instance] = _Holder(instance, bit, block_size, max_blocks, has_host_tier)
 
     def leave(self, instance: InstanceId) -> None:
@@ -65,6 +67,7 @@ class PrefixIndex:
         holder = self._holders.pop(instance, None)
         if holder is not None:
             self._clear(holder)
+            heapq.heappush(self._unused_bits, holder.bit)
 
     def take(self, instance: InstanceId, number: int, events: Iterable[AnyKvEvent]) -> bool:
         """Take events of a known instance. Return False when some before them were lost: it has to say what it holds.

@@ -38,8 +38,16 @@ class RooflineLatency:
         times = [layer_s * layers for layers in self._layers_of_stages]
         for stage, link in enumerate(self.links.stages):
             times[stage] += link.transfer_time_s(shape.num_tokens * self.config.hidden_size * self.itemsize)
-        times[-1] += self._logits_s(shape.num_samples)
+        times[-1] += self._logits(shape.num_samples)
         return tuple(times)
+
+    def _logits(self, num_samples: int) -> float:
+        seconds = self._logits_s.get(num_samples)
+        if seconds is None:
+            vocabulary = self.config.vocab_size * self.config.hidden_size
+            seconds = self._matmul_s(num_samples, vocabulary, vocabulary) if num_samples else 0.0
+            self._logits_s[num_samples] = seconds
+        return seconds
 
     @cached_property
     def _layers_of_stages(self) -> list[int]:
@@ -49,6 +57,20 @@ class RooflineLatency:
     def _products_s(self) -> dict[int, float]:
         """What a layer's matrix products take, by tokens: as many entries as steps can have tokens."""
         return {}
+
+    @cached_property
+    def _logits_s(self) -> dict[int, float]:
+        """What the logits take, by samples: as many entries as steps can have sequences."""
+        return {}
+
+    @cached_property
+    def _kv_bytes(self) -> int:
+        """What a decode reads in a layer of each token of its context, on all devices together."""
+        return 2 * self.config.kv_size * self.itemsize
+
+    @cached_property
+    def _kv_bytes_per_s(self) -> float:
+        return self.device.memory_bytes_per_s * self.device.kv_share
 
     @cached_property
     def _active_per_layer(self) -> float:
@@ -64,23 +86,19 @@ class RooflineLatency:
         return (config.num_read_parameters(num_tokens) - config.vocab_size * config.hidden_size) / config.num_layers
 
     def _layer_s(self, shape: StepShape) -> float:
-        config, device = self.config, self.device
         num_tokens = shape.num_tokens
         seconds = self._products_s.get(num_tokens)
         if seconds is None:
             seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
             self._products_s[num_tokens] = seconds
-        num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
-        seconds += 4 * config.q_size * num_pairs / self.tensor_parallel / (device.flops_per_s * device.attention_share)
-        kv_bytes = 2 * config.kv_size * self.itemsize * shape.decode_context / self.tensor_parallel
-        seconds += kv_bytes / (device.memory_bytes_per_s * device.kv_share)
+        if shape.num_prefill_tokens:
+            num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
+            flops_per_s = self.device.flops_per_s * self.device.attention_share
+            seconds += 4 * self.config.q_size * num_pairs / self.tensor_parallel / flops_per_s
+        seconds += self._kv_bytes * shape.decode_context / self.tensor_parallel / self._kv_bytes_per_s
         if self.tensor_parallel > 1:
-            seconds += 2 * self._all_reduce_s(shape.num_tokens)
-        return seconds + KERNELS_PER_LAYER * device.kernel_s
-
-    def _logits_s(self, num_samples: int) -> float:
-        vocabulary = self.config.vocab_size * self.config.hidden_size
-        return self._matmul_s(num_samples, vocabulary, vocabulary) if num_samples else 0.0
+            seconds += 2 * self._all_reduce_s(num_tokens)
+        return seconds + KERNELS_PER_LAYER * self.device.kernel_s
 
     def _matmul_s(self, num_rows: int, num_weights: float, num_read: float) -> float:
         """Return the time of ``num_rows`` through ``num_weights`` each, for which ``num_read`` weights are read."""

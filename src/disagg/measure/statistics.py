@@ -65,6 +65,18 @@ class LogHistogram:
         self._sum += round(value * 1e12) * count
         self._total += count
 
+    def add_between(self, times_s: Sequence[float], count: int) -> None:
+        """Count each difference between neighbours of ``times_s``, which ascend, ``count`` times."""
+        counts, width, log, before_s = self._counts, self._LOG_WIDTH, math.log, times_s[0]
+        total = 0
+        for time_s in times_s[1:]:
+            value = time_s - before_s
+            before_s = time_s
+            counts[math.floor(log(value) / width)] += count
+            total += round(value * 1e12)
+        self._sum += total * count
+        self._total += count * (len(times_s) - 1)
+
     def percentiles(self) -> "Percentiles":
         """Return them to 0.5%; the mean is exact."""
         if not self._total:

@@ -23,6 +23,8 @@ class DecodeRun:
         self.started_s = now
         """When the step in flight did."""
         self.ends_s: list[float] = []
+        self.is_interrupted = False
+        """It ends with the step in flight, whatever was planned."""
         self._shape = shape
         self._latency = latency
         self._time_s = now
@@ -52,6 +54,10 @@ class DecodeRun:
             add(time_s)
             shape.decode_context += num_decodes
         self._time_s = time_s
+
+    def is_last(self, count: int) -> bool:
+        """True when no step is left after the next ``count``: the last one may end a sequence."""
+        return not self._num_left and count == len(self.ends_s)
 
     def num_ended(self, now: float) -> int:
         """Return how many steps ended before ``now``; one that ends at this very moment still counts as in flight."""

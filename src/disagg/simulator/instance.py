@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Final, assert_never
 
 from msgspec import structs
@@ -410,38 +409,50 @@ class SimulatedInstance:
     def _requests_of(self, step: RunStep) -> list[SimulatedRequest]:
         return [self._requests[chunk.request_id] for chunk in step.chunks]
 
-    def _book(self, run: DecodeRun, count: int) -> None:
-        if count:
-            requests = self._requests_of(run.step)
-            names: dict[RequestId, tuple[BlockHash, ...]] = {}
-            for request in requests:
-                request.num_output_tokens += count
-                if request.block_hashes:
-                    names[request.request_id] = request.names_of_new(count, self.spec.block_size)
-            run.step, firsts = self._core.repeat(count, run.ends_s[0], names)
-            self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
-            ends_s = run.take(count)
-            stamps = _stamps_of(firsts) if firsts else None
-            for request in requests:
-                gap_s = request.add_tokens(
-                    count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None
-                )
-                if self._gaps is not None and gap_s > 0:
-                    self._gaps.add(gap_s)
-            if self._gaps is not None:
-                for before_s, after_s in pairwise(ends_s):
-                    self._gaps.add(after_s - before_s, len(run.step.chunks))
+    def _book(self, run: DecodeRun, count: int, *, is_over: bool = False) -> None:
+        """Book the next ``count`` ends of steps of a run; when it ``is_over``, no step is in flight after them."""
+        if not count:
+            return
+        requests = self._requests_of(run.step)
+        names: dict[RequestId, tuple[BlockHash, ...]] = {}
+        for request in requests:
+            request.num_output_tokens += count
+            if request.block_hashes:
+                names[request.request_id] = request.names_of_new(count, self.spec.block_size)
+        run.step, firsts = self._core.repeat(count, run.ends_s[0], names, is_over=is_over)
+        self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
+        ends_s = run.take(count)
+        stamps = _stamps_of(firsts) if firsts else None
+        first_s, last_s = ends_s[0], ends_s[-1]
+        for request in requests:
+            gap_s = request.add_tokens(count, first_s, last_s, stamps.get(request.request_id) if stamps else None)
+            if self._gaps is not None and gap_s > 0:
+                self._gaps.add(gap_s)
+        if self._gaps is not None and count > 1:
+            self._gaps.add_between(ends_s, len(requests))
 
     def _end_equal_steps(self) -> None:
         """Something came, here or beside: the step in flight is its run's last, and its end asks the scheduler."""
         run = self._run
-        if run is not None:
-            self.sync()
+        if run is not None and not run.is_interrupted:
+            run.is_interrupted = True
+            self._later(run.ends_s[run.num_ended(self._queue.now())], partial(self._end_interrupted, run))
+
+    def _end_interrupted(self, run: DecodeRun) -> None:
+        """End a run before its time, in one go with all its steps that nobody has asked for."""
+        if self._run is run:
+            count = run.num_ended(self._queue.now()) + 1
+            is_last = run.is_last(count)
+            self._book(run, count - is_last, is_over=not is_last)
             self._run = None
-            self._later(run.ends_s[0], partial(self._end_step, run.step, run.ends_s[0] - run.started_s))
+            if is_last:
+                self._end_step(run.step, run.ends_s[0] - run.started_s)
+            else:
+                self._num_in_flight -= 1
+                self._plan_turn()
 
     def _end_run(self, run: DecodeRun) -> None:
-        if self._run is not run:
+        if self._run is not run or run.is_interrupted:
             return
         if run.is_complete or len(run.ends_s) >= MOST_STEPS:
             self._book(run, len(run.ends_s) - 1)

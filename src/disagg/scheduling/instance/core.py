@@ -195,13 +195,13 @@ class InstanceCore:
         return self._scheduler.num_repeats()
 
     def repeat(
-        self, count: int, first_end_s: float, names: Mapping[RequestId, tuple[BlockHash, ...]]
+        self, count: int, first_end_s: float, names: Mapping[RequestId, tuple[BlockHash, ...]], *, is_over: bool
     ) -> tuple[RunStep, tuple[FirstOutput, ...]]:
         """See ``StepScheduler.repeat``; the first of these steps ended at ``first_end_s``.
 
         Returns the step in flight, which is now the last repetition, and what goes with first tokens.
         """
-        step = self._scheduler.repeat(count, names)
+        step = self._scheduler.repeat(count, names, is_over=is_over)
         if not self._silent:
             return step, ()
         return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)

@@ -4,7 +4,7 @@ A prefill instance's pool is read by those that go on with its sequences. Each s
 requests, one link after the other, so that no measurement disturbs another.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -63,7 +63,7 @@ class LinkSurvey:
 
     def next(self, members: Iterable[Member]) -> tuple[AskToMeasure, ...]:
         """Return what lets the next link be measured; nothing while one is being measured, or when none is left."""
-        alive = {(member.instance, member.incarnation): member for member in members if member.is_alive}
+        alive = {(member.instance, member.incarnation): member for member in members if member.is_readable}
         wanted = _wanted(alive.values())
         self._figures = {ends: self._figures.get(ends) for ends in wanted}
         if not self._is_wanted or self._under_way in self._figures:
@@ -134,8 +134,7 @@ def link_known(link: LinkFound, source: Member) -> LinkKnown:
     return LinkKnown(source=link.source, target=link.target, latency_s=figure.latency_s, token_s=token_s)
 
 
-def _wanted(alive: Iterable[Member]) -> list[LinkEnds]:
-    members = [member for member in alive if member.facts is not None and member.facts.pool]
+def _wanted(members: Collection[Member]) -> list[LinkEnds]:
     targets = [member for member in members if member.role is Role.DECODE]
     targets = targets or [member for member in members if member.role is Role.COLOCATED]
     return [

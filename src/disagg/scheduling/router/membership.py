@@ -62,6 +62,16 @@ class Member:
         """True while it takes messages."""
         return self.entry.is_alive
 
+    @property
+    def tells_layout(self) -> bool:
+        """True while it takes messages and has said what its KV blocks look like."""
+        return self.facts is not None and bool(self.facts.kv_layout) and self.is_alive
+
+    @property
+    def is_readable(self) -> bool:
+        """True while it takes messages and has a pool that others could read."""
+        return self.facts is not None and bool(self.facts.pool) and self.is_alive
+
     def set_starting(self, now: float) -> None:
         """A new process of it is about to be started."""
         self.last_seen_s = now
@@ -135,13 +145,13 @@ class Membership:
     def why_unfit(self, member: Member, message: Ready) -> str:
         """Return why this Ready of a member cannot be accepted, or an empty string."""
         ours = message.facts.kv_layout
-        for other in self:
-            theirs = other.facts.kv_layout if other.facts is not None and other is not member and other.is_alive else ""
-            if ours and theirs and ours != theirs:
-                return (
-                    f"its KV blocks ({ours}) are not those of {other.instance} ({theirs}): start it with the same "
-                    "model and --block-size"
-                )
+        # Whoever was accepted has the layout of those before: one of them speaks for all.
+        other = next((one for one in self if one is not member and one.tells_layout), None) if ours else None
+        if other is not None and other.facts is not None and ours != other.facts.kv_layout:
+            return (
+                f"its KV blocks ({ours}) are not those of {other.instance} ({other.facts.kv_layout}): start it with "
+                "the same model and --block-size"
+            )
         return member.why_unfit(message)
 
     def roles(self, states: Iterable[InstanceState]) -> set[Role]:

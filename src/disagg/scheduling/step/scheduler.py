@@ -396,7 +396,7 @@ class StepScheduler:
         books = self._books
         if len(self._steps) != 1 or books.settings.max_steps_in_flight != 1:
             return 0
-        if books.settings.scheduling is SchedulingMode.SLACK or books.settings.tells_costs:
+        if self._times_all:
             return 0
         step = next(iter(self._steps.values())).parts
         if len(step) != len(books.running):
@@ -408,13 +408,14 @@ class StepScheduler:
         num_blocks_each = books.ledger.pool.num_available // len(step)
         return max(0, num_blocks_each - 1) * books.ledger.block_size
 
-    def repeat(self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]]) -> RunStep:
+    def repeat(self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]], *, is_over: bool = False) -> RunStep:
         """Do what ``count`` ends of the step in flight, none of which ends a sequence, would have done.
 
         Between two changes of a decode batch every call would do the same: book one token for each sequence, take a
         block here and there, and order the same step again. So a simulation costs by changes, not by tokens. ``names``
         are those of the blocks that the new tokens fill. Returns the step in flight, which is now the last repetition;
-        its chunks name the positions of the first.
+        its chunks name the positions of the first. When it ``is_over``, the last of these ends has started no other:
+        that is for the next call of ``handle`` to decide.
         """
         books = self._books
         ((step_id, step),) = self._steps.items()
@@ -422,11 +423,15 @@ class StepScheduler:
         for sequence, _ in step.parts:
             sequence.num_tokens += count
             sequence.num_computed += count
-            if not grow(sequence, sequence.num_tokens):
+            if is_over:
+                sequence.num_in_flight = sequence.num_coming = 0
+            if not grow(sequence, sequence.num_planned):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
-            sequence.block_hashes += names.get(sequence.request_id, ())
-            books.ledger.publish(sequence)
-        books.statistics.num_steps += count
+            if sequence.block_hashes:
+                sequence.block_hashes += names.get(sequence.request_id, ())
+                books.ledger.publish(sequence)
+        books.statistics.num_steps += count - is_over
         books.statistics.num_decode_tokens += count * len(step.parts)
-        self._steps = {step_id + count: step}
-        return RunStep(step_id=step_id + count, chunks=step.chunks)
+        last_id = step_id + count - is_over
+        self._steps = {} if is_over else {last_id: step}
+        return RunStep(step_id=last_id, chunks=step.chunks)
