@@ -267,6 +267,18 @@ def test_a_decode_instance_lends_its_conversations_and_goes_on_with_them(
     assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
 
 
+def test_one_that_reads_ahead_is_given_the_same_sequence_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill instance dies meanwhile: the end of one attempt and the beginning of the next come in one turn."""
+    faults = Faults(deaths=(InstanceDeath(0.36, InstanceId("prefill-0"), start_s=0.1),))
+    spec = cluster_spec(
+        instance(Role.PREFILL), instance(Role.DECODE, num_blocks=300), link=LINK, message_s=0.0002, faults=faults
+    )
+    requests = poisson(rate=60, count=40, seed=6, prompt=(600, 1500), output=(20, 60))
+    live = run_both(spec, requests, tmp_path, monkeypatch)
+    assert any(request.epoch > FIRST_EPOCH for request in requests)
+    assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
+
+
 @pytest.mark.parametrize(("seed", "disk_bytes_per_s"), [(0, 2e8), (1, 2e6)])
 def test_simulated_hits_are_the_live_ones_in_pool_and_tiers(
     seed: int, disk_bytes_per_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from typing import Final, assert_never
 from msgspec import structs
 
 from disagg.base.event_log import EventLog
-from disagg.base.ids import BlockHash, RequestId
+from disagg.base.ids import BlockHash, Epoch, RequestId
 from disagg.base.kv_events import Medium
 from disagg.base.messages import (
     Audited,
@@ -35,7 +35,7 @@ from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import SerialLinks
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, CopyEnded, Expect, LoadEnded
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, Expect, LoadEnded, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -109,6 +109,8 @@ class SimulatedInstance:
         self._activity: Activity | None = None
         self._step_tokens, self._step_s = 0, 0.0
         self._requests: dict[RequestId, SimulatedRequest] = {}
+        self._attempts: dict[RequestId, Epoch] = {}
+        """In which of their attempts they came last."""
         self._expected: set[RequestId] = set()
         """Those of them that another instance still computes."""
         self._messages: list[AnyInstanceInput] = []
@@ -159,10 +161,11 @@ class SimulatedInstance:
 
     # Messages -----------------------------------------------------------------------------------------------
 
-    def take(self, request: SimulatedRequest, message: AnyInstanceInput) -> None:
+    def take(self, request: SimulatedRequest, message: Start | Continue | Expect) -> None:
         """Receive a sequence: the message says whether it starts here or continues."""
         if self.is_alive:
             self._requests[request.request_id] = request
+            self._attempts[request.request_id] = message.sequence.epoch
             if isinstance(message, Expect):
                 self._expected.add(request.request_id)
             else:
@@ -261,9 +264,8 @@ class SimulatedInstance:
                 self._load(output, now)
             case SaveBlock():
                 self._save(output, now)
-            case Forget(request_id=request_id):
-                self._requests.pop(request_id, None)
-                self._expected.discard(request_id)
+            case Forget():
+                self._forget(output)
             case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
@@ -273,6 +275,13 @@ class SimulatedInstance:
                 self._later(time_s, self._wake)
             case _:
                 assert_never(output)
+
+    def _forget(self, output: Forget) -> None:
+        request_id = output.request_id
+        if self._attempts.get(request_id, output.epoch) <= output.epoch:  # else it has come again meanwhile
+            self._requests.pop(request_id, None)
+            self._attempts.pop(request_id, None)
+            self._expected.discard(request_id)
 
     def _emit(self, output: Emitted, now: float) -> None:
         """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances.
