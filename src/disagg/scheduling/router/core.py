@@ -319,7 +319,7 @@ class RouterCore:
                 limits=facts.limits,
             )
         )
-        self._outputs += (InstanceWelcomed(instance=member.instance), *self._links.next(self._members))
+        self._outputs += (InstanceWelcomed(instance=member.instance), *self._links.joined(member, self._members))
         if facts.num_saved_blocks:
             self._outputs.append(AskForBlocks(instance=member.instance))
 

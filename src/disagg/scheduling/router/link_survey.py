@@ -61,6 +61,10 @@ class LinkSurvey:
             for ends, figure in self._figures.items()
         )
 
+    def joined(self, member: Member, members: Iterable[Member]) -> tuple[AskToMeasure, ...]:
+        """See ``next``. One that nobody can read has no links, and the others' stay what they are."""
+        return self.next(members) if member.is_readable else ()
+
     def next(self, members: Iterable[Member]) -> tuple[AskToMeasure, ...]:
         """Return what lets the next link be measured; nothing while one is being measured, or when none is left."""
         alive = {(member.instance, member.incarnation): member for member in members if member.is_readable}
