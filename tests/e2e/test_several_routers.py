@@ -146,9 +146,10 @@ def test_commands_reach_all_routers(server: ServerProcess) -> None:
     assert "no request could be served" in refused.text
 
 
-def test_the_end_leaves_no_process(server: ServerProcess) -> None:
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    assert server.end(signal.SIGINT) == 0
+def test_the_end_leaves_no_process() -> None:
+    with serving(*SMALL) as server:  # of its own, which no other test needs any more
+        processes = psutil.Process(server.process.pid).children(recursive=True)
+        assert server.end(signal.SIGINT) == 0
     assert not [process for process in processes if process.is_running()]
 
 

@@ -489,6 +489,9 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 "give at least one prefill and one decode instance, or one colocated"
             )
 
+    def __hash__(self) -> int:
+        return hash((self.groups, self.others_join, self.kv_transfer_dtype))  # classes are no key, and rarely differ
+
     def count(self, role: Role) -> int:
         """Return the number of instances of one role."""
         return sum(group.count for group in self.groups if group.role is role)
