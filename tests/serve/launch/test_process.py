@@ -1,10 +1,12 @@
 """One child process: what it says and how it ends."""
 
+import asyncio
 import errno
 import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -94,3 +96,18 @@ def _lowest_free() -> int:
     descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
     return descriptor
+
+
+async def test_its_end_is_known_before_the_event_loop_hears_of_it():
+    program = "import sys; sys.stdin.read(); sys.stderr.write('up\\n'); sys.stderr.flush(); import time; time.sleep(60)"
+    up = asyncio.Event()
+    process = await ChildProcess.start(
+        SETTINGS.instance, SETTINGS, lambda _, line: up.set(), (sys.executable, "-c", program)
+    )
+    await asyncio.wait_for(up.wait(), 30)
+    assert not process.has_ended
+    os.kill(process.pid, signal.SIGKILL)
+    with suppress(ChildProcessError):  # the event loop has taken its status already
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert process.has_ended
+    assert (await process.wait()).status == -signal.SIGKILL

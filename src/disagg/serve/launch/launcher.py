@@ -160,7 +160,7 @@ class Launcher:
     def instance_faulty(self, instance: InstanceId, why: str) -> None:
         """See InstanceWatcher."""
         child = self._children[instance]
-        if child.process is not None:
+        if child.process is not None and not child.process.has_ended:  # else its own end says more
             child.fault = why
             child.process.send_signal(signal.SIGKILL)
 

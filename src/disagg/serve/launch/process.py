@@ -122,6 +122,14 @@ class ChildProcess:
         self._reader.cancel()
         return Exit(status=status, last_lines=tuple(self._last_lines))
 
+    @property
+    def has_ended(self) -> bool:
+        """True once it has ended, also before the event loop has heard of it."""
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process and all that it started; nothing happens when it is gone."""
         if self._process.returncode is None:
