@@ -96,7 +96,7 @@ def colocated_answers() -> dict[str, Answer]:
         return answers(server, concurrency=1)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ["1x1", pytest.param("1x2", marks=pytest.mark.slow), "2x1"])
 def test_prefill_and_decode_on_two_instances_equal_one(placement: str, colocated_answers: dict[str, Answer]) -> None:
     with serving(*PLACEMENTS[placement], *SETTINGS) as server:
         for concurrency in (1, 32):

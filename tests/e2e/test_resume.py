@@ -49,7 +49,7 @@ def answer(server: ServerProcess, number: int, under_way: Barrier | None = None)
     return tokens, logprobs, usage
 
 
-@pytest.mark.parametrize("role", ["decode", "prefill"])
+@pytest.mark.parametrize("role", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_every_answer_is_the_undisturbed_one(role: str) -> None:
     with serving(*EXACT) as server, ThreadPoolExecutor(NUM_STREAMS) as pool:
         expected = list(pool.map(lambda number: answer(server, number), range(NUM_STREAMS)))
