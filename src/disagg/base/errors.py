@@ -17,6 +17,7 @@
     ├── RequestTimeoutError         a deadline passed (408)
     ├── ProtocolError               a message that is too long, malformed or of another version
     ├── TransferError               a KV hand-over that did not complete
+    │   └── HungError               a transfer that was given up and cannot be stopped
     └── InternalError               a fault of ours that must not be hidden (500)
 
 Messages say what was wrong, with the value, and what to do about it. ``HTTP_STATUS`` maps the tree to HTTP.
@@ -94,6 +95,10 @@ class ProtocolError(DisaggError):
 
 class TransferError(DisaggError):
     """A KV hand-over that did not complete."""
+
+
+class HungError(TransferError):
+    """A transfer was given up that cannot be stopped."""
 
 
 class InternalError(DisaggError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from disagg.base.clock import Clock
-from disagg.base.errors import TransferError
+from disagg.base.errors import HungError, TransferError
 from disagg.base.ids import BlockId
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec, LinkKind
@@ -61,10 +61,6 @@ class TransferState(enum.Enum):
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-
-class HungError(TransferError):
-    """A transfer was given up that cannot be stopped."""
 
 
 class Transfer:

@@ -15,13 +15,13 @@ from typing import Any, Final
 import numpy as np
 
 from disagg.base.clock import Clock
-from disagg.base.errors import TransferError
+from disagg.base.errors import HungError, TransferError
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import LinkKind
 from disagg.transfer.address import NixlWay, PoolAddress
 from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import bad_blocks, corrupt, split_digests
-from disagg.transfer.link import BlockPair, HungError, KvRead, Transfer, TransferState, check_read
+from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
 from disagg.transfer.nixl_agent import NixlAgent, Posted
 from disagg.transfer.pool import HEADER_BYTES, KvPool, header
 
