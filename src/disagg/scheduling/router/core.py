@@ -234,18 +234,16 @@ class RouterCore:
                 self._dispatch_from(member, PullEnded.of(message, instance))
             case Failed():
                 self._dispatch_from(member, SequenceFailed.of(message, instance))
+            case LoadReport(incarnation=life) | CostsLearned(incarnation=life) if life != member.incarnation:
+                self._drop(member, DropReason.STALE)
             case LoadReport():
-                if message.incarnation == member.incarnation:
-                    member.load = message.load
-                    if message.foreign != member.entry.foreign:
-                        self._dispatch(ForeignLoadKnown(instance=instance, load=message.foreign))
-                else:
-                    self._drop(member, DropReason.STALE)
+                member.load = message.load
+                if message.foreign != member.entry.foreign:
+                    self._dispatch(ForeignLoadKnown(instance=instance, load=message.foreign))
+            case CostsLearned() if message.instance != instance:
+                self._drop(member, DropReason.STALE)
             case CostsLearned():
-                if (message.instance, message.incarnation) == (instance, member.incarnation):
-                    self._dispatch(CostsKnown(lesson=message))
-                else:
-                    self._drop(member, DropReason.STALE)
+                self._dispatch(CostsKnown(lesson=message))
             case LinkMeasured():
                 self._on_measured(message)
             case KvEvents():
