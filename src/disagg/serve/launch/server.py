@@ -163,17 +163,14 @@ class LiveServer:
 
     async def _end(self, api: ApiServer, api_task: asyncio.Task[None]) -> None:
         """Drain, then stop the instances and the API; a second signal cuts every wait short."""
-        impatience = asyncio.create_task(self._signals.next(), name="second signal")
-        ending = asyncio.create_task(self._end_patiently(api_task), name="end")
+
+        def kill() -> None:
+            self._launcher.kill()
+            api.force_exit = True
+
         try:
-            ends: set[asyncio.Future[Any]] = {impatience, ending}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():
-                self._launcher.kill()
-                api.force_exit = True
-                ending.cancel()
+            await self._signals.cut_short(self._end_patiently(api_task), kill)
         finally:
-            impatience.cancel()
             self._router.close()
             await self._planner.close()
             await self._stop_instances()

@@ -2,9 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class SignalQueue:
@@ -20,6 +20,19 @@ class SignalQueue:
     async def next(self) -> signal.Signals:
         """Return the next one that ends a server, once it has come."""
         return await self._queue.get()
+
+    async def cut_short(self, patiently: Coroutine[Any, Any, None], at_once: Callable[[], None]) -> None:
+        """Let a server end ``patiently``; the next signal has it end ``at_once`` instead."""
+        impatience = asyncio.create_task(self.next(), name="second signal")
+        ending = asyncio.create_task(patiently, name="end")
+        try:
+            ends: set[asyncio.Future[Any]] = {impatience, ending}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                at_once()
+                ending.cancel()
+        finally:
+            impatience.cancel()
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()

@@ -140,20 +140,16 @@ class SupervisedServer:
 
     async def _end(self) -> None:
         """Drain, then stop routers and instances; a second signal cuts every wait short."""
-        impatience = asyncio.create_task(self._signals.next(), name="second signal")
-        ending = asyncio.create_task(self._end_patiently(), name="end")
         try:
-            ends: set[asyncio.Future[Any]] = {impatience, ending}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():
-                self._launcher.kill()
-                self._routers.kill()
-                ending.cancel()
+            await self._signals.cut_short(self._end_patiently(), self._kill)
         finally:
-            impatience.cancel()
             await self._routers.stop(0.0)
             self._router.close()
             await self._launcher.stop()
+
+    def _kill(self) -> None:
+        self._launcher.kill()
+        self._routers.kill()
 
     async def _end_patiently(self) -> None:
         failed = self._launcher.failed.done() or self._routers.failed.done()
