@@ -34,6 +34,8 @@ SETTINGS = (
 )
 MOST_DEATHS = 3
 """Of one instance: one more in quick succession, and it would soon be given up."""
+NUM_HUNGRY = 4
+"""Prompts that come while an instance gets no memory."""
 
 
 class Fault(enum.Enum):
@@ -42,10 +44,15 @@ class Fault(enum.Enum):
     KILL = "kill -9"
     FREEZE = "freeze for longer than --instance-timeout-s"
     PAUSE = "freeze for a moment"
+    STARVE = "no more memory, while there are prompts that want much of it"
     DRAIN = "drain"
     UNDRAIN = "undo a drain"
     FLIP = "flip"
     REPLACE = "add one like it and remove it"
+
+
+_DEADLY = {Fault.KILL, Fault.FREEZE, Fault.STARVE}
+"""Those of which an instance may die."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ class Campaign:
             return
         victim = self._rng.choice(sorted(ready, key=lambda one: one["instance"]))
         name, pid = victim["instance"], victim["pid"]
-        if self._deaths[name] >= MOST_DEATHS and fault in (Fault.KILL, Fault.FREEZE):
+        if self._deaths[name] >= MOST_DEATHS and fault in _DEADLY:
             fault = Fault.REPLACE
         done = self._bring_to(fault, name, pid, victim["role"])
         (self.outcome.faults if done else self.outcome.refused)[fault] += 1
@@ -197,6 +204,9 @@ class Campaign:
                 self._freeze(pid, 1.5 * INSTANCE_TIMEOUT_S)
             case Fault.PAUSE:
                 self._freeze(pid, self._rng.uniform(0.05, 1.0))
+            case Fault.STARVE:
+                self._deaths[name] += 1
+                self._starve(pid)
             case Fault.DRAIN:
                 return self._command(f"{name}/drain", {})
             case Fault.UNDRAIN:
@@ -213,6 +223,27 @@ class Campaign:
         send_signal(pid, signal.SIGSTOP)
         self._over.wait(seconds)
         send_signal(pid, signal.SIGCONT)
+
+    def _starve(self, pid: int) -> None:
+        """Refuse a process all memory that it does not have yet, until prompts were answered whose logits want much."""
+        with suppress(psutil.NoSuchProcess), ThreadPoolExecutor(NUM_HUNGRY) as clients:
+            process = psutil.Process(pid)
+            _, most = process.rlimit(psutil.RLIMIT_AS)
+            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().rss, most))
+            number = self._rng.random()
+            prompts = [
+                f"{number} {index}: " + "the sea took much and gave little, " * 40 for index in range(NUM_HUNGRY)
+            ]
+            self.outcome.wrong += filter(None, clients.map(self._ask_for_logprobs, prompts))
+            process.rlimit(psutil.RLIMIT_AS, (most, most))
+
+    def _ask_for_logprobs(self, prompt: str) -> str:
+        """Return why a prompt did not get the log-probabilities of its tokens; an empty string if it did."""
+        try:
+            answer = completion(self._server, prompt, max_tokens=1, echo=True, logprobs=1)
+        except Exception as error:
+            return f"the logprobs of {prompt[:20]!r} failed: {error}"
+        return "" if len(answer.choices[0].logprobs.tokens) > 40 else f"too few logprobs of {prompt[:20]!r}"
 
     def _replace(self, name: str, role: str) -> bool:
         added = self._post("", {"role": role})

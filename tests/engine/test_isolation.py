@@ -1,8 +1,9 @@
 """An exception in a step ends the sequence that raises it, and the instance only when nothing else works."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from cluster import request
 
 from disagg.base.errors import InternalError
@@ -65,6 +66,26 @@ def test_an_instance_that_computes_nothing_any_more_ends() -> None:
         executor.run(step("bad"))
 
 
-def test_want_of_memory_is_the_instances_own() -> None:
-    with pytest.raises(MemoryError):
-        IsolatingExecutor(Raising(MemoryError())).run(step("bad", "good"))
+def no_memory_for_a_tensor() -> Exception:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize("make", [MemoryError, no_memory_for_a_tensor, torch.OutOfMemoryError])
+def test_want_of_memory_is_the_instances_own(make: Callable[[], Exception]) -> None:
+    error = make()
+    with pytest.raises(type(error)) as caught:
+        IsolatingExecutor(Raising(error)).run(step("good", "bad", "good too"))
+    assert caught.value is error
+
+
+def test_a_step_that_finds_no_memory_is_computed_again_one_sequence_at_a_time() -> None:
+    class Small(Raising):
+        def run(self, step: Sequence[Work]) -> list[ChunkResult]:
+            if len(step) > 1:
+                raise self.error
+            return super().run(step)
+
+    results = IsolatingExecutor(Small(MemoryError())).run(step("a", "bb"))
+    assert [result.token_id for result in results] == [1, 2]

@@ -17,14 +17,16 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES: Final = 16
 """So many sequences in a row that raise, with none between that was computed, are a fault of the instance."""
 
-_OF_THE_INSTANCE: Final = (MemoryError, torch.AcceleratorError)
-"""What is no sequence's fault, and would come again with the next."""
+_WANT_OF_MEMORY: Final = ("can't allocate memory", "bad_alloc")
+"""What PyTorch says of the host's memory, in a plain RuntimeError."""
 
 
 class IsolatingExecutor:
     """Another executor, whose steps fail by the sequence.
 
     A step that raises is computed again, each sequence alone: what it writes is the same. Those that raise again fail.
+    Where one sequence alone finds no memory, or the device is broken, the next would meet the same: the instance ends,
+    and its sequences go on elsewhere.
     """
 
     def __init__(self, inner: Executor) -> None:
@@ -35,11 +37,13 @@ class IsolatingExecutor:
         """See ``Executor.run``. Raises what is a fault of the instance."""
         try:
             results = self._inner.run(step)
-        except _OF_THE_INSTANCE:
+        except torch.AcceleratorError:
             raise
         except Exception as error:
             if len(step) > 1:
                 return [result for work in step for result in self.run([work])]
+            if _is_want_of_memory(error):
+                raise
             return [self._failed(step[0], error)]
         self._num_failures = 0
         return results
@@ -59,3 +63,9 @@ class IsolatingExecutor:
         logger.error("sequence %s failed alone", work.sequence.request_id, exc_info=error)
         shown = str(error) if isinstance(error, DisaggError) else "the instance's log has the details"
         return ChunkResult(failure=SequenceFailure(FailureKind.INTERNAL, f"the engine could not compute it: {shown}"))
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WANT_OF_MEMORY)
