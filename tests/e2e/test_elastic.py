@@ -4,7 +4,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import pytest
 from click.testing import CliRunner
+from fault_campaign import audit
 from server_process import ServerProcess, completion, serving
 from test_lifecycle import wait_for
 
@@ -43,6 +45,40 @@ def test_a_load_that_is_too_much_for_one_instance_gets_a_second_one():
         shown = CliRunner().invoke(main, ["ctl", "--url", server.url, "status"]).output
         assert "autoscaling: 2 colocated of 1..2" in shown
         assert "last change: 1 -> 2 colocated instances: predicted attainment" in shown
+
+
+def ask_now_and_then(server: ServerProcess, ended: Event) -> list[list[int]]:
+    """Send one request after the other with pauses; return the tokens of all answers."""
+    answers = []
+    while not ended.wait(0.7):
+        fields = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
+        answers.append(completion(server, "There was a house by the sea", **fields).choices[0].token_ids)
+    return answers
+
+
+@pytest.mark.slow
+def test_an_instance_that_the_load_no_longer_needs_drains_and_leaves_and_no_request_fails():
+    scaling = ("--colocated", "1", "--autoscale", "colocated=1..2", "--slo", "ttft=2s", "--dtype", "float32")
+    with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS + 2) as pool:
+        is_calm, ended = Event(), Event()
+        crowd = [pool.submit(keep_asking, server, number, is_calm) for number in range(NUM_CLIENTS)]
+        others = [pool.submit(ask_now_and_then, server, ended) for _ in range(2)]
+        try:
+            wait_for(lambda: states(server) == ["ready", "ready"], "a second instance")
+            is_calm.set()
+            wait_for(lambda: states(server) == ["ready"], "one instance to leave", deadline_s=300.0)
+        finally:
+            is_calm.set()
+            ended.set()
+        assert all(client.result() > 0 for client in crowd)
+        answers = [tokens for client in others for tokens in client.result()]
+        assert len(answers) > 10
+        assert all(tokens == answers[0] for tokens in answers), "each answer is the one of an instance that stays"
+        assert server.metric("disagg:scalings_total", role="colocated", direction="removed") == 1
+        wait_for(lambda: len(server.instances()) == 1, "the process to end")
+        assert audit(server)["is_exact"]
+        shown = CliRunner().invoke(main, ["ctl", "--url", server.url, "status"]).output
+        assert "last change: 2 -> 1 colocated instances: predicted attainment" in shown
 
 
 def test_a_plan_is_made_in_a_process_of_its_own_and_its_numbers_are_shown():
