@@ -159,6 +159,34 @@ def test_what_a_failed_request_waited_for_in_vain_is_told() -> None:
     assert run_script(f"[lostSeconds({json.dumps(failed)}), lostSeconds({json.dumps(ended(0))})]") == [2, 0]
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"state": "ready", "detail": ""}, ""),
+        ({"state": "lost", "detail": "killed by SIGKILL"}, "killed by SIGKILL"),
+        ({"state": "starting", "detail": "starting"}, "being started"),
+        ({"state": "starting", "detail": "weights 40%"}, "being started: weights 40%"),
+        ({"state": "draining", "num_sequences": 1}, "gets nothing new: 1 sequence still on it"),
+        ({"state": "draining", "num_sequences": 0}, "gets nothing new: holds nothing any more"),
+        ({"state": "draining", "num_sequences": 3, "is_leaving": True}, "leaves: 3 sequences still on it"),
+    ],
+)
+def test_an_instance_that_is_not_ready_says_what_it_waits_for(fields: dict[str, Any], words: str) -> None:
+    assert run_script(f"wordsOf({json.dumps(fields)})") == words
+
+
+def test_what_was_decided_of_instances_is_told_with_its_numbers() -> None:
+    known = {"role": "decode", "count": 2, "fewest": 1, "most": 3, "attainment": 0.994, "attainment_with_fewer": 0.5}
+    unknown = {**known, "attainment": None, "attainment_with_fewer": None, "last_change": "1 -> 2 decode instances"}
+    shown = run_script(f"decisionsOf({json.dumps({'scaling': [known, unknown], 'plan': 'staying'})})")
+    assert shown == [
+        ["autoscaling", "2 decode of 1..3; predicted attainment 99%, 50% with 1"],
+        ["autoscaling", "2 decode of 1..3; last change: 1 -> 2 decode instances"],
+        ["re-planning", "staying"],
+    ]
+    assert run_script("decisionsOf({ scaling: [], plan: '' })") == []
+
+
 # In a browser ---------------------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,7 @@ function fact(value, name, plural = name) {
 }
 
 function card(one) {
-  const up = one.state === "ready", kind = up ? "good" : one.state === "lost" ? "bad" : "wait";
+  const up = one.state === "ready", isDown = one.state === "lost" || one.state === "gone", kind = up ? "good" : isDown ? "bad" : "wait";
   const rate = field => store.recent(sample => sample.instances.get(one.instance)?.[field] ?? 0);
   const facts = element("div", "facts", fact(one.num_running, "running"), fact(one.num_waiting, "waiting"));
   if (one.role === "prefill") facts.append(fact(one.num_leases, "lease", "leases"));
@@ -164,8 +164,8 @@ function card(one) {
   const spark = sparkline(points, store.begin(view.windowS), store.now, one.role);
   const where = one.pid === null ? "" : `${one.kernel_backend} on ${one.device} · pid ${one.pid}`;
   const made = element("article", `card ${one.role}${up ? "" : " down"}`,
-    element("h3", "", element("span", "", one.instance, element("em", "", where)), element("span", `pill ${kind}`, one.state)));
-  if (!up) made.append(element("p", "detail", one.state === "starting" ? `being started: ${one.detail}` : one.detail));
+    element("h3", "", element("span", "", one.instance, element("em", "", where)), element("span", `pill ${kind}`, one.is_leaving ? "leaving" : one.state)));
+  if (!up) made.append(element("p", isDown ? "detail bad" : "detail", wordsOf(one)));
   made.append(element("div", "body", facts, spark), ...blocks(one));
   return made;
 }
@@ -213,6 +213,7 @@ function drawInstances() {
   }
   $("flow").className = split ? "flow split" : "flow";
   $("flow").replaceChildren(...children);
+  $("decisions").replaceChildren(...decisionsOf(store.status).map(([who, words]) => element("p", "", element("b", "", who), ` ${words}`)));
 }
 
 function drawLatency(field, requests) {

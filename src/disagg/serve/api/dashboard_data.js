@@ -58,6 +58,27 @@ const lostSeconds = request => COMPLETE.has(request.finish_reason) || request.st
 /* Growth of a counter from one answer to the next; one that fell began anew with its instance. */
 const growth = (before, after) => after >= before ? after - before : after;
 
+/* What is to be said of an instance beside its figures; nothing of one that is ready. */
+function wordsOf(one) {
+  if (one.state === "starting") return one.detail === "starting" ? "being started" : `being started: ${one.detail}`;
+  if (one.state !== "draining") return one.state === "ready" ? "" : one.detail;
+  const left = one.num_sequences;
+  const holds = left ? `${left} ${left === 1 ? "sequence" : "sequences"} still on it` : "holds nothing any more";
+  return `${one.is_leaving ? "leaves" : "gets nothing new"}: ${holds}`;
+}
+
+/* What the server decided of its own instances, with the numbers: [what decides, words]. */
+function decisionsOf(status) {
+  const share = part => `${(100 * part).toFixed(0)}%`;
+  const scaled = status.scaling.map(one => {
+    const fewer = one.attainment_with_fewer === null ? "" : `, ${share(one.attainment_with_fewer)} with ${one.count - 1}`;
+    const predicted = one.attainment === null ? "" : `; predicted attainment ${share(one.attainment)}${fewer}`;
+    const last = one.last_change ? `; last change: ${one.last_change}` : "";
+    return ["autoscaling", `${one.count} ${one.role} of ${one.fewest}..${one.most}${predicted}${last}`];
+  });
+  return status.plan ? [...scaled, ["re-planning", status.plan]] : scaled;
+}
+
 class Store {
   constructor() {
     this.status = null;
