@@ -129,6 +129,24 @@ class TestCapabilities:
         assert "same model" in served.ask(access, 3, block_bytes=8).failure
 
 
+def test_readers_are_served_again_after_one_for_whom_no_thread_could_start(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "kv-serve":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with socket.create_connection(("127.0.0.1", served.server.way.port)) as reader:
+            reader.settimeout(DEADLINE_S)
+            assert reader.recv(1) == b""
+    assert not served.ask(served.grant(1, 2), 1, 2).failure
+
+
 class TestStrangers:
     def test_another_incarnation_has_ended(self, served: Served) -> None:
         connection = KvSocket.connect("127.0.0.1", served.server.way.port, MonotonicClock())

@@ -87,21 +87,28 @@ class KvServer:
             try:
                 accepted, _ = self._listener.accept()
                 connection = KvSocket(accepted, self._clock)
-            except OSError as error:
+                try:
+                    self._begin(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+            except (OSError, RuntimeError, MemoryError) as error:  # what no thread can be started for is a RuntimeError
                 if not self._is_closing:
                     logger.error("a reader of KV blocks could not connect: %s", error)
-                    self._closed.wait(_RETRY_S)  # descriptors may be short
-                continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name="kv-serve", daemon=True)
-            with self._lock:
-                is_full = self._is_closing or len(self._connections) >= MAX_CONNECTIONS
-                if not is_full:
-                    self._connections.add(connection)
-                    self._threads.add(thread)
-                    thread.start()
-            if is_full:
-                logger.warning("a reader of KV blocks (%s) was turned away: there are too many", connection.peer)
-                connection.close()
+                    self._closed.wait(_RETRY_S)  # descriptors, threads or memory may be short
+
+    def _begin(self, connection: KvSocket) -> None:
+        """Serve a reader in a thread of its own, unless there are too many. Raises where no thread can be started."""
+        thread = threading.Thread(target=self._serve, args=(connection,), name="kv-serve", daemon=True)
+        with self._lock:
+            is_full = self._is_closing or len(self._connections) >= MAX_CONNECTIONS
+            if not is_full:
+                thread.start()
+                self._connections.add(connection)
+                self._threads.add(thread)
+        if is_full:
+            logger.warning("a reader of KV blocks (%s) was turned away: there are too many", connection.peer)
+            connection.close()
 
     def _serve(self, connection: KvSocket) -> None:
         try:
