@@ -1,4 +1,4 @@
-"""``disagg bench transfer``: how fast KV blocks are handed over on this machine."""
+"""``disagg bench transfer``: how fast KV blocks are handed over on this machine, and what the control path adds."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from disagg.base.config import DType
 from disagg.cli.values import Count, Name
 
 if TYPE_CHECKING:
+    from disagg.bench.client.hand_over_times import HandOverTimes
     from disagg.cache.layout import KvLayout
     from disagg.transfer.benchmark.transfer_benchmark import TransferFigure
 
@@ -23,16 +24,34 @@ NUM_TIMES_IN_POOL = 8
 @click.option("--block-size", type=Count(min=2), default=64, show_default=True, help="Tokens of a KV block.")
 @click.option("--streams", type=Count(min=1, max=64), default=2, show_default=True, help="TCP connections.")
 @click.option("--reads", type=Count(min=1), default=15, show_default=True, help="Of which the median counts.")
+@click.option("--url", help="A running server: time its whole hand-overs instead, control path and bytes.")
+@click.option("--api-key", envvar="DISAGG_API_KEY", show_envvar=True, help="Key of that server.")
+@click.option("--requests", type=Count(min=1), default=100, show_default=True, help="To that server, in turn.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line for each kind of read.")
 def transfer(
-    model: str | None, tokens: int, dtype: str, block_size: int, streams: int, reads: int, as_json: bool
+    model: str | None,
+    tokens: int,
+    dtype: str,
+    block_size: int,
+    streams: int,
+    reads: int,
+    url: str | None,
+    api_key: str | None,
+    requests: int,
+    as_json: bool,
 ) -> None:
     """Time the hand-over of KV blocks of MODEL between two processes, over each link, beside its limit.
 
     The limit of shared memory, and of NIXL where it is installed, is a plain copy out of the other process's memory,
     that of TCP a socket that receives as many bytes into one buffer. Reads are of neighbouring blocks, and of scattered
     ones: a piece for each layer of each block, about 1,000 for the default model and length.
+
+    With --url nothing is read here: prompts of --tokens tokens are sent to a server, which tells how long each of its
+    hand-overs took from the first token until the decode instance knew of the blocks, and from there until it had them.
     """
+    if url is not None:
+        _print_hand_overs(url, api_key, requests, tokens, as_json=as_json)
+        return
     from disagg.transfer.benchmark.transfer_benchmark import TransferBenchmark
 
     layout = _layout(model, DType(dtype), block_size, tokens)
@@ -57,6 +76,28 @@ def transfer(
         click.echo(msgspec.json.encode(ends).decode())
     else:
         _print_table(figures, tokens, ends)
+
+
+def _print_hand_overs(url: str, api_key: str | None, num_requests: int, tokens: int, *, as_json: bool) -> None:
+    from disagg.bench.client.hand_over_times import measure_hand_overs
+    from disagg.bench.client.load_plan import Server
+
+    times = measure_hand_overs(Server(url, api_key=api_key), num_requests, tokens)
+    if as_json:
+        row = {**msgspec.to_builtins(times), "control_share": times.control_share}
+        click.echo(msgspec.json.encode(row).decode())
+    else:
+        click.echo(_words(times))
+
+
+def _words(times: "HandOverTimes") -> str:
+    control, moved, ratio = times.control_s, times.bytes_s, times.gap_ratio
+    return (
+        f"{times.num_hand_overs} hand-overs of {times.num_tokens} tokens, median and 99th percentile\n"
+        f"  control path  {control.p50 * 1e3:8.2f} {control.p99 * 1e3:8.2f} ms, {times.control_share:.0%} of the two\n"
+        f"  bytes         {moved.p50 * 1e3:8.2f} {moved.p99 * 1e3:8.2f} ms that were left when the prefill had ended\n"
+        f"  second token  {ratio.p50:8.2f} {ratio.p99:8.2f} times as late as those after it"
+    )
 
 
 def _layout(model: str | None, dtype: DType, block_size: int, tokens: int) -> "KvLayout":

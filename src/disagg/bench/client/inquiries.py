@@ -75,6 +75,7 @@ class RecentRequest(msgspec.Struct):
     request_id: str
     prefill_instance: str | None = None
     decode_instance: str | None = None
+    num_output_tokens: int = 0
     stages: dict[str, float] = {}
 
 
