@@ -46,3 +46,11 @@ def test_other_types_and_weights_begin_the_same_answer(tmp_path: Path) -> None:
     with serving("--placement", file, *COMMON, "--kv-link", "tcp") as server:
         assert answer(server).startswith(" wise")
         check_converted(server)
+
+
+def test_coded_blocks_of_another_type_begin_the_same_answer(tmp_path: Path) -> None:
+    file = placement(tmp_path, "dtype: float16", "dtype: bfloat16")
+    with serving("--placement", file, *COMMON, "--kv-link", "tcp", "--kv-transfer-dtype", "int8") as server:
+        assert answer(server).startswith(" wise")
+        check_converted(server)
+        assert server.metric("disagg:kv_link", link="tcp int8") == 1

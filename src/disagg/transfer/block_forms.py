@@ -5,14 +5,14 @@ the source's own form, which its address declares; the reader converts. Compiled
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
-from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.cache.layout import KvFormat, KvLayout
 from disagg.transfer.digests import bad_blocks
 from disagg.transfer.element_types import from_float, to_float
 from disagg.transfer.pool import KvPool
@@ -22,8 +22,13 @@ try:
 except ImportError:  # no compiler was there at installation
     _native = None  # type: ignore[assignment]
 
-_CONVERTIBLE = ("num_blocks", "dtype", "format")
+_CONVERTIBLE: Final = ("num_blocks", "dtype", "format")
 """In what the layouts of two pools may differ."""
+_SAME: Final = {
+    "block_size": "block size: blocks are offered, named in caches and checked as wholes, so none is made of parts of "
+    "others"
+}
+"""What both ends must be started with, where that is not simply the model."""
 
 
 def check_convertible(remote: KvLayout, local: KvLayout) -> None:
@@ -33,7 +38,7 @@ def check_convertible(remote: KvLayout, local: KvLayout) -> None:
         if name not in _CONVERTIBLE and theirs != ours:
             raise TransferError(
                 f"KV layouts differ in {name}: the peer has {theirs}, this instance {ours}; "
-                "start both with the same model and block size"
+                f"start both with the same {_SAME.get(name, 'model')}"
             )
 
 
@@ -88,21 +93,21 @@ class ConvertedBlocks:
 
     def __init__(self, forms: BlockForms, remote: KvLayout, pool: KvPool, layers: range) -> None:
         self._forms = forms
-        self._remote = remote
+        self.remote = remote
         self._pool = pool
         self._layers = layers
         self._buffer = bytearray()
 
     def room_for(self, num_blocks: int) -> memoryview:
         """Return the memory for a group's bytes. The next call reuses it."""
-        num_bytes = num_blocks * len(self._layers) * self._remote.layer_block_bytes
+        num_bytes = num_blocks * len(self._layers) * self.remote.layer_block_bytes
         if len(self._buffer) < num_bytes:
             self._buffer = bytearray(num_bytes)
         return memoryview(self._buffer)[:num_bytes]
 
     def take(self, room: memoryview, blocks: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
         """Convert a group into the pool; return the places in ``blocks`` of those that came with a wrong digest."""
-        size = self._remote.layer_block_bytes
+        size = self.remote.layer_block_bytes
         starts = [index * size for index in range(len(blocks) * len(self._layers))]
         self._forms.convert(room, starts, self._pool.data, self._layers, blocks)
         came = np.frombuffer(room, np.uint8).reshape(len(self._layers), len(blocks), size)
@@ -133,10 +138,11 @@ def _in_format(heads: NDArray[np.float32], layout: KvLayout, *, is_key: bool) ->
 
 def _make_native(source: KvLayout, target: KvLayout) -> Any:
     """Return compiled code for these forms, or None where there is none."""
-    if _native is None or KvDtype.FLOAT16 in (source.dtype, target.dtype):
+    native: Any = _native
+    if native is None:
         return None
-    one, other = ((layout.dtype.itemsize, layout.format is KvFormat.INTERLEAVED) for layout in (source, target))
+    one, other = ((layout.dtype.value, layout.format is KvFormat.INTERLEAVED) for layout in (source, target))
     try:
-        return _native.FormConverter(one, other, source.num_kv_heads, source.block_size, source.head_dim)
+        return native.FormConverter(one, other, source.num_kv_heads, source.block_size, source.head_dim)
     except ValueError:  # odd numbers of tokens or channels
         return None

@@ -9,19 +9,24 @@ from collections.abc import Sequence
 from xxhash import xxh3_64_digest
 
 from disagg.base.ids import BlockId
+from disagg.transfer.block_forms import ConvertedBlocks
 from disagg.transfer.digests import DIGEST_BYTES, block_digest
 from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.pool import KvPool
 
 
 class CodedBlocks:
-    """Codes groups of blocks of one pool, or takes them over into it."""
+    """Codes groups of blocks of one pool, or takes them over into it.
 
-    def __init__(self, pool: KvPool, layers: range) -> None:
+    ``converted`` makes the pool's blocks of what was coded in another form; without it they have one form.
+    """
+
+    def __init__(self, pool: KvPool, layers: range, converted: ConvertedBlocks | None = None) -> None:
         self._pool = pool
         self._layers = layers
+        self._converted = converted
         self._blocks = pool.blocks[layers.start : layers.stop]
-        self._codec = Int8Codec(pool.layout)
+        self._codec = Int8Codec(pool.layout if converted is None else converted.remote)
         self._block_bytes = self._codec.layer_bytes * len(layers)
         self._buffer = bytearray()
 
@@ -50,7 +55,10 @@ class CodedBlocks:
 
     def decode(self, coded: memoryview, blocks: Sequence[BlockId], *, has_digests: bool) -> list[int]:
         """Take a group over into the pool; return the places in ``blocks`` of those that came with a wrong digest."""
-        self._codec.decode(coded, self._layers, blocks, self._pool.data)
+        if self._converted is None:
+            self._codec.decode(coded, self._layers, blocks, self._pool.data)
+        else:
+            self._decode_converted(self._converted, coded, blocks)
         if not has_digests:
             return []
         start = len(blocks) * self._block_bytes
@@ -59,6 +67,15 @@ class CodedBlocks:
             for index in range(len(blocks))
             if xxh3_64_digest(self._block(coded, index)) != coded[start + index * DIGEST_BYTES :][:DIGEST_BYTES]
         ]
+
+    def _decode_converted(self, converted: ConvertedBlocks, coded: memoryview, blocks: Sequence[BlockId]) -> None:
+        room, size = converted.room_for(len(blocks)), converted.remote.layer_block_bytes
+        # There layers lie one after the other, in coded bytes blocks.
+        starts = [
+            (layer * len(blocks) + index) * size for index in range(len(blocks)) for layer in range(len(self._layers))
+        ]
+        self._codec.decode_at(coded, starts, room)
+        converted.take(room, blocks, ())
 
     def _block(self, coded: memoryview, index: int) -> memoryview:
         return coded[index * self._block_bytes : (index + 1) * self._block_bytes]

@@ -23,7 +23,8 @@ def from_float(values: NDArray[np.float32], dtype: KvDtype) -> NDArray[np.uint8]
         case KvDtype.FLOAT32:
             return values.view(np.uint8)
         case KvDtype.FLOAT16:
-            return values.astype(np.float16).view(np.uint8)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                return values.astype(np.float16).view(np.uint8)
         case KvDtype.BFLOAT16:
             bits = values.view(np.uint32)
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

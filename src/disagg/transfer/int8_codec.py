@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg.base.ids import BlockId
-from disagg.cache.layout import KvDtype, KvFormat, KvLayout
+from disagg.cache.layout import KvFormat, KvLayout
 from disagg.transfer.element_types import from_float, to_float
 
 try:
@@ -100,29 +100,32 @@ class Int8Codec:
 
     def encode(self, pool: memoryview, layers: range, blocks: Sequence[BlockId], coded: memoryview) -> None:
         """Code ``layers`` of ``blocks`` one after the other, each block's layers side by side, into ``coded``."""
-        starts, ends = self._places(layers, blocks)
+        starts = [self._layout.offset(layer, block) for block in blocks for layer in layers]
+        ends = self._coded_places(len(starts))
         if self._native is not None:
-            self._native.encode(pool, starts, coded, ends)
+            self._native.encode(pool, np.array(starts, np.int64), coded, ends)
             return
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        for start, end in zip(starts, ends.tolist(), strict=True):
             raw = np.frombuffer(pool, np.uint8, self._layout.layer_block_bytes, start)
             coded[end : end + self.layer_bytes] = self._encode_one(raw).data
 
     def decode(self, coded: memoryview, layers: range, blocks: Sequence[BlockId], pool: memoryview) -> None:
         """Write what ``encode`` made of other blocks of this layout into these."""
-        starts, ends = self._places(layers, blocks)
-        if self._native is not None:
-            self._native.decode(coded, ends, pool, starts)
-            return
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            raw = self._decode_one(np.frombuffer(coded, np.uint8, self.layer_bytes, end))
-            pool[start : start + self._layout.layer_block_bytes] = raw.data
+        self.decode_at(coded, [self._layout.offset(layer, block) for block in blocks for layer in layers], pool)
 
-    def _places(self, layers: range, blocks: Sequence[BlockId]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where each layer of each block begins in the pool, and coded."""
-        layout = self._layout
-        starts = [layout.offset(layer, block) for block in blocks for layer in layers]
-        return np.array(starts, np.int64), np.arange(len(starts), dtype=np.int64) * self.layer_bytes
+    def decode_at(self, coded: memoryview, starts: Sequence[int], target: memoryview) -> None:
+        """Write coded layers of blocks, in their order, to these places (bytes)."""
+        ends = self._coded_places(len(starts))
+        if self._native is not None:
+            self._native.decode(coded, ends, target, np.array(starts, np.int64))
+            return
+        for start, end in zip(starts, ends.tolist(), strict=True):
+            raw = self._decode_one(np.frombuffer(coded, np.uint8, self.layer_bytes, end))
+            target[start : start + self._layout.layer_block_bytes] = raw.data
+
+    def _coded_places(self, count: int) -> NDArray[np.int64]:
+        """Return where so many layers of blocks begin, coded one after the other."""
+        return np.arange(count, dtype=np.int64) * self.layer_bytes
 
     # The portable form ----------------------------------------------------------------------------------------
 
@@ -159,10 +162,11 @@ class Int8Codec:
 
 def _make_native(layout: KvLayout, rows: tuple[Rows, Rows]) -> Any:
     """Return compiled code for these rows, or None where there is none."""
-    if _native is None or layout.dtype is KvDtype.FLOAT16:
+    native: Any = _native
+    if native is None:
         return None
     k, v = ((one.outer, one.inner, one.lanes) for one in rows)
     try:
-        return _native.Int8Blocks(layout.dtype.itemsize, layout.num_kv_heads, k, v)
+        return native.Int8Blocks(layout.dtype.value, layout.num_kv_heads, k, v)
     except ValueError:  # rows that are no multiple of 32 elements
         return None

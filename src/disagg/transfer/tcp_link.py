@@ -160,8 +160,6 @@ class TcpLink:
                 raise corrupt(still_bad.blocks[0][0])
 
     def _codec(self, num_bytes: int) -> KvCodec:
-        if not self._forms.is_same:
-            return KvCodec.RAW  # the codec knows the rows of one form, and int8 of another one's is not worth a second
         if self._dtype is KvTransferDtype.AUTO:
             return self._codecs.choose(num_bytes)
         return KvCodec(self._dtype.value)
@@ -200,7 +198,9 @@ class TcpLink:
         """Return what takes over a group; raise TransferError unless the announced bytes are those of the part."""
         layout, layers = self._pool.layout, ask.read.layers
         converted = ConvertedBlocks(self._forms, self._address.layout, self._pool, layers)
-        coded = CodedBlocks(self._pool, layers) if ask.codec is KvCodec.INT8 else None
+        coded = None
+        if ask.codec is KvCodec.INT8:
+            coded = CodedBlocks(self._pool, layers, None if self._forms.is_same else converted)
         expected = len(part.blocks) * len(layers) * self._address.layout.layer_block_bytes
         if coded is not None:
             expected = coded.num_bytes(len(part.blocks), has_digests=bool(part.digests))
@@ -222,9 +222,9 @@ class TcpLink:
             connection.receive([room])
             return converted.take(room, targets, digests)
 
-        if not self._forms.is_same:
-            return receive_converted
-        return receive_raw if coded is None else receive_coded
+        if coded is not None:
+            return receive_coded
+        return receive_raw if self._forms.is_same else receive_converted
 
     def _probe_part(self, target: memoryview, access: bytes) -> None:
         check = partial(self._check_open, self._clock.now() + PROBE_TIMEOUT_S)

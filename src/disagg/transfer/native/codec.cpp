@@ -12,9 +12,11 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "conversion.h"
+#include "elements.h"
 
 namespace py = pybind11;
 
@@ -30,38 +32,9 @@ namespace {
 constexpr int kChunk = 32;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
 
-struct Bf16 {
-    using Bits = uint16_t;
-    static constexpr Bits kMagnitude = 0x7fff;
-    static constexpr Bits kLargest = 0x7f7f;
-    static INLINE float to_float(Bits bits) {
-        uint32_t wide = static_cast<uint32_t>(bits) << 16;
-        float value;
-        std::memcpy(&value, &wide, 4);
-        return value;
-    }
-    static INLINE Bits from_float(float value) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        return static_cast<Bits>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
-};
-
-struct F32 {
-    using Bits = uint32_t;
-    static constexpr Bits kMagnitude = 0x7fffffff;
-    static constexpr Bits kLargest = 0x7f7fffff;
-    static INLINE float to_float(Bits bits) {
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    static INLINE Bits from_float(float value) {
-        Bits bits;
-        std::memcpy(&bits, &value, 4);
-        return bits;
-    }
-};
+using elements::Bf16;
+using elements::F16;
+using elements::F32;
 
 // Elements that share scales: `count` chunks, `stride` elements apart; lane n of a chunk has scale n % Period.
 struct Strip {
@@ -188,18 +161,28 @@ INLINE void decode_block(const int8_t* source, typename Type::Bits* target, int 
     }
 }
 
-CLONES void encode_bf16(const uint16_t* source, int8_t* target, int heads, const Matrix* kinds) {
-    encode_block<Bf16>(source, target, heads, kinds);
+template <class Type>
+CLONES void encode_one(const uint8_t* source, uint8_t* target, int heads, const Matrix* kinds) {
+    encode_block<Type>(reinterpret_cast<const typename Type::Bits*>(source), reinterpret_cast<int8_t*>(target), heads,
+                       kinds);
 }
-CLONES void encode_f32(const uint32_t* source, int8_t* target, int heads, const Matrix* kinds) {
-    encode_block<F32>(source, target, heads, kinds);
+
+template <class Type>
+CLONES void decode_one(const uint8_t* source, uint8_t* target, int heads, const Matrix* kinds) {
+    decode_block<Type>(reinterpret_cast<const int8_t*>(source), reinterpret_cast<typename Type::Bits*>(target), heads,
+                       kinds);
 }
-CLONES void decode_bf16(const int8_t* source, uint16_t* target, int heads, const Matrix* kinds) {
-    decode_block<Bf16>(source, target, heads, kinds);
+
+enum class Element { kFloat32, kBfloat16, kFloat16 };
+
+Element element_named(const std::string& name) {
+    if (name == "float32") return Element::kFloat32;
+    if (name == "bfloat16") return Element::kBfloat16;
+    if (name == "float16") return Element::kFloat16;
+    throw std::invalid_argument("no such element type: " + name);
 }
-CLONES void decode_f32(const int8_t* source, uint32_t* target, int heads, const Matrix* kinds) {
-    decode_block<F32>(source, target, heads, kinds);
-}
+
+int bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 // Call `one` with the bytes at each place of both buffers; places are multiples of 4 and lie inside.
 template <class One>
@@ -225,45 +208,47 @@ void for_each(py::buffer source, py::array_t<int64_t>& from, int64_t from_bytes,
 
 class Int8Blocks {
 public:
-    Int8Blocks(int itemsize, int heads, std::array<int, 3> k, std::array<int, 3> v)
-        : itemsize_(itemsize), heads_(heads), kinds_{{k[0], k[1], k[2]}, {v[0], v[1], v[2]}} {
+    Int8Blocks(const std::string& element, int heads, std::array<int, 3> k, std::array<int, 3> v)
+        : element_(element_named(element)), heads_(heads), kinds_{{k[0], k[1], k[2]}, {v[0], v[1], v[2]}} {
         for (const Matrix& kind : kinds_) {
             const bool is_narrow = kind.lanes == 1 || kind.lanes == 2;
             const bool fits = is_narrow ? kind.inner * kind.lanes % kChunk == 0 : kind.lanes % kChunk == 0;
             if (!fits) throw std::invalid_argument("the rows are no multiple of 32 elements");
         }
-        if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
     }
 
     // Layers of blocks that begin at `from` in `source` to those that begin at `to` in `target`.
     void encode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
-        for_each(source, from, raw_bytes(), target, to, coded_bytes(), [this](const uint8_t* in, uint8_t* out) {
-            int8_t* bytes = reinterpret_cast<int8_t*>(out);
-            if (itemsize_ == 2) encode_bf16(reinterpret_cast<const uint16_t*>(in), bytes, heads_, kinds_);
-            else encode_f32(reinterpret_cast<const uint32_t*>(in), bytes, heads_, kinds_);
-        });
+        const Code one = pick(encode_one<F32>, encode_one<Bf16>, encode_one<F16>);
+        for_each(source, from, raw_bytes(), target, to, coded_bytes(),
+                 [&](const uint8_t* in, uint8_t* out) { one(in, out, heads_, kinds_); });
     }
 
     void decode(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
-        for_each(source, from, coded_bytes(), target, to, raw_bytes(), [this](const uint8_t* in, uint8_t* out) {
-            const int8_t* bytes = reinterpret_cast<const int8_t*>(in);
-            if (itemsize_ == 2) decode_bf16(bytes, reinterpret_cast<uint16_t*>(out), heads_, kinds_);
-            else decode_f32(bytes, reinterpret_cast<uint32_t*>(out), heads_, kinds_);
-        });
+        const Code one = pick(decode_one<F32>, decode_one<Bf16>, decode_one<F16>);
+        for_each(source, from, coded_bytes(), target, to, raw_bytes(),
+                 [&](const uint8_t* in, uint8_t* out) { one(in, out, heads_, kinds_); });
     }
 
 private:
-    int64_t raw_bytes() const { return heads_ * (kinds_[0].elements() + kinds_[1].elements()) * itemsize_; }
-    int64_t coded_bytes() const {
-        return heads_ * (kinds_[0].elements() + kinds_[1].elements() + 4 * (kinds_[0].scales() + kinds_[1].scales()));
-    }
+    using Code = void (*)(const uint8_t*, uint8_t*, int, const Matrix*);
 
-    int itemsize_;
+    Code pick(Code float32, Code bfloat16, Code float16) const {
+        return element_ == Element::kFloat32 ? float32 : element_ == Element::kBfloat16 ? bfloat16 : float16;
+    }
+    int64_t elements() const { return heads_ * (kinds_[0].elements() + kinds_[1].elements()); }
+    int64_t raw_bytes() const { return elements() * bytes_of(element_); }
+    int64_t coded_bytes() const { return elements() + 4 * heads_ * (kinds_[0].scales() + kinds_[1].scales()); }
+
+    Element element_;
     int heads_;
     Matrix kinds_[2];
 };
 
-using conversion::Form;
+struct Form {
+    Element element;
+    bool interleaved;
+};
 
 template <class From, int FromLanes, class To, int ToLanes>
 CLONES void convert_one(const uint8_t* source, uint8_t* target, int heads, int tokens, int channels) {
@@ -274,23 +259,35 @@ using Convert = void (*)(const uint8_t*, uint8_t*, int, int, int);
 
 template <class From, int FromLanes>
 Convert pick_target(Form to) {
-    if (to.itemsize == 2)
-        return to.interleaved ? convert_one<From, FromLanes, Bf16, 2> : convert_one<From, FromLanes, Bf16, 0>;
-    return to.interleaved ? convert_one<From, FromLanes, F32, 1> : convert_one<From, FromLanes, F32, 0>;
+    switch (to.element) {
+        case Element::kFloat32:
+            return to.interleaved ? convert_one<From, FromLanes, F32, 1> : convert_one<From, FromLanes, F32, 0>;
+        case Element::kBfloat16:
+            return to.interleaved ? convert_one<From, FromLanes, Bf16, 2> : convert_one<From, FromLanes, Bf16, 0>;
+        default:
+            return to.interleaved ? convert_one<From, FromLanes, F16, 2> : convert_one<From, FromLanes, F16, 0>;
+    }
 }
 
 Convert pick(Form from, Form to) {
-    if (from.itemsize == 2) return from.interleaved ? pick_target<Bf16, 2>(to) : pick_target<Bf16, 0>(to);
-    return from.interleaved ? pick_target<F32, 1>(to) : pick_target<F32, 0>(to);
+    switch (from.element) {
+        case Element::kFloat32: return from.interleaved ? pick_target<F32, 1>(to) : pick_target<F32, 0>(to);
+        case Element::kBfloat16: return from.interleaved ? pick_target<Bf16, 2>(to) : pick_target<Bf16, 0>(to);
+        default: return from.interleaved ? pick_target<F16, 2>(to) : pick_target<F16, 0>(to);
+    }
 }
 
-// Layers of blocks of a pool in one form (itemsize 2: bfloat16, 4: float32), as those of a pool in another one.
+// Layers of blocks of a pool in one form, as those of a pool in another one.
 class FormConverter {
 public:
-    FormConverter(std::pair<int, bool> from, std::pair<int, bool> to, int heads, int tokens, int channels)
-        : from_{from.first, from.second}, to_{to.first, to.second}, heads_(heads), tokens_(tokens), channels_(channels) {
-        for (const Form& form : {from_, to_})
-            if (form.itemsize != 2 && form.itemsize != 4) throw std::invalid_argument("elements have 2 or 4 bytes");
+    using Named = std::pair<std::string, bool>;
+
+    FormConverter(const Named& from, const Named& to, int heads, int tokens, int channels)
+        : from_{element_named(from.first), from.second},
+          to_{element_named(to.first), to.second},
+          heads_(heads),
+          tokens_(tokens),
+          channels_(channels) {
         if (heads < 1 || tokens < 2 || channels < 2 || tokens % 2 || channels % 2)
             throw std::invalid_argument("heads, and an even number of tokens and channels are needed");
     }
@@ -298,7 +295,7 @@ public:
     void convert(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
         const Convert one = pick(from_, to_);
         const int64_t elements = 2 * static_cast<int64_t>(heads_) * tokens_ * channels_;
-        for_each(source, from, elements * from_.itemsize, target, to, elements * to_.itemsize,
+        for_each(source, from, elements * bytes_of(from_.element), target, to, elements * bytes_of(to_.element),
                  [&](const uint8_t* in, uint8_t* out) { one(in, out, heads_, tokens_, channels_); });
     }
 
@@ -311,10 +308,10 @@ private:
 
 PYBIND11_MODULE(_native, module) {
     py::class_<FormConverter>(module, "FormConverter")
-        .def(py::init<std::pair<int, bool>, std::pair<int, bool>, int, int, int>())
+        .def(py::init<FormConverter::Named, FormConverter::Named, int, int, int>())
         .def("convert", &FormConverter::convert);
     py::class_<Int8Blocks>(module, "Int8Blocks")
-        .def(py::init<int, int, std::array<int, 3>, std::array<int, 3>>())
+        .def(py::init<std::string, int, std::array<int, 3>, std::array<int, 3>>())
         .def("encode", &Int8Blocks::encode)
         .def("decode", &Int8Blocks::decode);
 }

@@ -9,11 +9,6 @@
 
 namespace conversion {
 
-struct Form {
-    int itemsize;
-    bool interleaved;
-};
-
 // Where element (token, channel) of one head lies: the two strides of the outer and the lane of the inner dimension.
 template <int Lanes, bool IsKey>
 inline __attribute__((always_inline)) int64_t place(int token, int channel, int tokens, int channels) {
