@@ -24,6 +24,7 @@ NUM_TIMES_IN_POOL = 8
 @click.option("--block-size", type=Count(min=2), default=64, show_default=True, help="Tokens of a KV block.")
 @click.option("--streams", type=Count(min=1, max=64), default=2, show_default=True, help="TCP connections.")
 @click.option("--reads", type=Count(min=1), default=15, show_default=True, help="Of which the median counts.")
+@click.option("--cpu-time", is_flag=True, help="The reader's CPU time in place of wall time: for a busy machine.")
 @click.option("--url", help="A running server: time its whole hand-overs instead, control path and bytes.")
 @click.option("--api-key", envvar="DISAGG_API_KEY", show_envvar=True, help="Key of that server.")
 @click.option("--requests", type=Count(min=1), default=100, show_default=True, help="To that server, in turn.")
@@ -35,6 +36,7 @@ def transfer(
     block_size: int,
     streams: int,
     reads: int,
+    cpu_time: bool,
     url: str | None,
     api_key: str | None,
     requests: int,
@@ -57,7 +59,7 @@ def transfer(
     layout = _layout(model, DType(dtype), block_size, tokens)
     num_blocks = layout.num_blocks // NUM_TIMES_IN_POOL
     figures = []
-    with TransferBenchmark(layout, num_blocks, reads, streams) as benchmark:
+    with TransferBenchmark(layout, num_blocks, reads, streams, counts_cpu=cpu_time) as benchmark:
         for figure in benchmark.measure():
             figures.append(figure)
             if as_json:
