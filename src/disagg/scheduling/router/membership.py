@@ -150,7 +150,7 @@ class Membership:
         if other is not None and other.facts is not None and ours != other.facts.kv_layout:
             return (
                 f"its KV blocks ({ours}) are not those of {other.instance} ({other.facts.kv_layout}): start it with "
-                "the same model and --block-size"
+                "the same model and --block-size (blocks of another size are not converted)"
             )
         return member.why_unfit(message)
 
