@@ -34,10 +34,12 @@ def test_a_campaign_of_a_thousand_requests(placement: str, seed: int, capsys: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", ["shm", "tcp"])
+@pytest.mark.parametrize("link", ["shm", "tcp", "nixl"])
 def test_ten_minutes_of_aborts_stops_and_kills_end_with_an_exact_audit(
     link: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if link == "nixl":
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'disagg[nixl]'")
     row = run_hand_over_campaign(link, 600.0)
     with capsys.disabled():
         sys.stdout.write(f"\n{row}\n")
