@@ -42,7 +42,7 @@ from disagg.base.request import Role
 from disagg.bench.client.load_plan import Asking, Limits, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import run_load
-from disagg.bench.compare.server_process import running, serve_command
+from disagg.bench.compare.server_process import running, serve_command, terminable
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.profile import Profile, ProfiledPlatform, load_profile
 from disagg.engine.benchmark.memory_reader import MemoryReader
@@ -354,7 +354,7 @@ def main() -> int:
     """Compare and print; return the exit status."""
     options = parse()
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with terminable(), tempfile.TemporaryDirectory() as folder:
         profile = options.profile
         if profile is None:
             profile = Path(folder) / "profile.json"

@@ -36,7 +36,7 @@ from disagg.bench.client.goodput import GoodputFound, GoodputPlan, find_goodput
 from disagg.bench.client.load_plan import Asking, LoadPlan, OpenLoad, Server
 from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import run_load
-from disagg.bench.compare.server_process import running, serve_command
+from disagg.bench.compare.server_process import running, serve_command, terminable
 from disagg.cli.placement_file import write_placement
 from disagg.costs.latency import StepShape
 from disagg.costs.platform import Platform
@@ -354,7 +354,7 @@ def main() -> int:
     """Check and print; return the exit status."""
     options = parse()
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with terminable(), tempfile.TemporaryDirectory() as folder:
         machine = read_machine(options.profile or make_profiles(Path(folder), quick=options.quick))
         checked = list(cases(options, machine, console))
     if options.json:

@@ -1,12 +1,9 @@
 """``disagg bench compare``: several servers on the same cores, asked the same."""
 
-import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -86,9 +83,10 @@ def _collect(spec: "ComparisonSpec", logs: Path, runs: "list[SystemRun]") -> Non
     """Run the comparison; ``runs`` gets what is measured as it comes, so that nothing is lost with an error."""
     from disagg.bench.client.prompt_source import load_prompt_source
     from disagg.bench.compare.comparison import Comparison
+    from disagg.bench.compare.server_process import terminable
 
     source = load_prompt_source(spec.model)
-    with _terminable(), _shown_progress() as watch, closing(Comparison(spec, source, logs, watch).runs()) as found:
+    with terminable(), _shown_progress() as watch, closing(Comparison(spec, source, logs, watch).runs()) as found:
         for run in found:
             runs.append(run)
 
@@ -122,25 +120,6 @@ def _tell(
             page.write(output)
         if png is not None:
             page.write_pngs(png)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a comparison as Ctrl-C does: with its servers.
-
-    SIGINT too, which a shell lets its background jobs ignore: the others are passed on as it.
-    """
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

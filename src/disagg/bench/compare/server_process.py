@@ -1,6 +1,7 @@
 """A server as a process group of its own: started on chosen cores, awaited, and ended without a trace."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import httpx
@@ -113,6 +115,25 @@ def serve_command(name: str, arguments: Sequence[str]) -> ServerCommand:
         ready=OUR_READY,
         start_deadline_s=_START_DEADLINE_S,
     )
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does: with the servers that it runs.
+
+    SIGINT too, which a shell lets its background jobs ignore: the others are passed on as it.
+    """
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
