@@ -1,5 +1,6 @@
 """What the index of loads finds is what a look at every instance would find, whatever their loads have gone through."""
 
+import math
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.events import InstanceUp, SequenceArrived
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.prefixes import BUSY_COST, MIN_LOAN, PULL_COST, holds_most
-from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 SMALL, LARGE = 400, 4000
 
@@ -59,7 +60,21 @@ class Scan:
 
     def adopter(self) -> InstanceEntry | None:
         self.entries = [entry for entry in self.entries if entry.instance not in self.sequence.visited]
-        return self.least_held(self.open_to(Role.DECODE)) or self.least_held(self.open_to(Role.COLOCATED))
+        decode = self.open_to(Role.DECODE)
+        least = self.least_held(decode)
+        if least is None:
+            return self.least_held(self.open_to(Role.COLOCATED))
+        far_s = self.travel_s(least)
+        near = [entry for entry in decode if 2 * self.travel_s(entry) <= far_s < math.inf]
+        nearest = min(near, key=lambda one: (one.kv_tokens, one.prefill_tokens), default=None)
+        if far_s < 0.01 or nearest is None:
+            return least
+        num_tokens = self.sequence.num_tokens
+        return nearest if nearest.kv_tokens + num_tokens <= 2 * (least.kv_tokens + num_tokens) else least
+
+    def travel_s(self, entry: InstanceEntry) -> float:
+        link = entry.reads.get(self.sequence.lease or InstanceId(""))
+        return math.inf if link is None else link.transfer_time_s(self.lacking(entry))
 
     def append_cost(self, entry: InstanceEntry) -> float:
         return (entry.prefill_tokens + self.lacking(entry)) * (BUSY_COST if entry.num_sequences else 1)
@@ -95,6 +110,9 @@ class Scan:
 def random_fleet(rng: random.Random, size: int) -> Fleet:
     fleet = Fleet({InstanceId(f"i{number}"): rng.choice(list(Role)) for number in range(size)})
     for entry in fleet.entries:
+        for source in fleet.entries:
+            if rng.random() < 0.7:
+                entry.reads[source.instance] = KvLink(0.0, rng.choice((1e-6, 1e-4, 2e-4)))
         fleet.up(InstanceUp(instance=entry.instance, max_total_tokens=rng.choice((SMALL, LARGE, LARGE))))
     return fleet
 
@@ -122,6 +140,7 @@ def question(rng: random.Random, fleet: Fleet) -> SequenceEntry:
     sequence = arrived("asked", rng.choice((100, 300, 1500)), rng.choice((1, 50, 300, 5000)))
     sequence.is_resumed = rng.random() < 0.2
     names = [entry.instance for entry in fleet.entries]
+    sequence.lease = rng.choice((None, rng.choice(fleet.entries).instance))
     sequence.visited = set(rng.sample(names, rng.randint(0, min(3, len(names)))))
     if rng.random() < 0.6:
         held = {}

@@ -77,6 +77,13 @@ def test_pairs_share_the_port_of_a_node_and_no_link_inside() -> None:
     assert sorted(hand_over_s(far, 2)) == pytest.approx([alone_s, 2 * alone_s])
 
 
+def test_prompts_are_handed_over_within_their_node() -> None:
+    """Two pairs behind one router: between the nodes a prompt's blocks would travel for 128 ms."""
+    slow = Network(LinkModel(1.25e6, kind=LinkKind.TCP))
+    apart = two_pairs(Topology(nodes("a", "b"), slow), on("a", 0), on("b", 0), on("b", 1), on("a", 1))
+    assert hand_over_s(apart, 2) == pytest.approx([160_000 / 300e9 + 10e-6] * 2)
+
+
 def test_two_nodes_may_have_a_better_link_than_the_others() -> None:
     a, b, c = (NodeName(name) for name in "abc")
     fast = LinkModel(25e9, 5e-6, kind=LinkKind.RDMA)

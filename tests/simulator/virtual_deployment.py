@@ -15,7 +15,9 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.message_fields import Message
 from disagg.base.messages import (
     KvOffer,
+    LinkMeasured,
     LoadReport,
+    MeasureLink,
     StepOutput,
     Stop,
     ToEngine,
@@ -47,6 +49,7 @@ from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.instance import FAILED_PULL, LOST_PEER
 from disagg.simulator.instance_spec import InstanceSpec
+from disagg.simulator.link_figure import link_figure
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 
 TOKEN = 1
@@ -130,9 +133,24 @@ class VirtualEngine:
         return messages
 
     def deliver(self, data: bytes) -> None:
-        if self.is_alive:
-            self._inbox.append(decode_for_engine(data))
-            self.wake_thread()
+        if not self.is_alive:
+            return
+        message = decode_for_engine(data)
+        if isinstance(message, MeasureLink):
+            self._measure(message)
+            return
+        self._inbox.append(message)
+        self.wake_thread()
+
+    def _measure(self, asked: MeasureLink) -> None:
+        measured = LinkMeasured(
+            instance=self._spec.name,
+            incarnation=self.ready.incarnation,
+            source=asked.source,
+            source_incarnation=asked.incarnation,
+            figure=link_figure(self._deployment.links, asked.source, self._spec.name),
+        )
+        self.send(measured)
 
     # Steps
 
@@ -249,6 +267,7 @@ class VirtualDeployment(NullWatcher):
             settings=spec.router,
             scheduler=spec.instances[0].scheduler,
             watches_silence=False,
+            measures_links=True,
         )
         self.core = RouterCore(header)
         self.shell = RouterShell(

@@ -33,6 +33,14 @@ class CodedLinks:
         self._cost = cost or CodecCost()
         self._choices: dict[tuple[InstanceId, InstanceId], CodecChoice] = {}
 
+    def kind(self, source: InstanceId, target: InstanceId) -> LinkKind:
+        """Return what carries the bytes."""
+        return self._links.kind(source, target)
+
+    def speed(self, source: InstanceId, target: InstanceId) -> tuple[float, float]:
+        """Return seconds to the first byte and bytes/s of blocks as they are, on a link that is free."""
+        return self._links.speed(source, target)
+
     def start(self, source: InstanceId, target: InstanceId, num_bytes: int, now: float) -> float:
         """Queue a transfer of so many bytes of a pool at ``now`` and return when it ends."""
         if self._links.kind(source, target) is not LinkKind.TCP:

@@ -150,6 +150,10 @@ class Route:
 _MOST_PAIRS: Final = 4096
 """Pairs of instances of which it is remembered when they are free, before those that are free are forgotten."""
 
+_PROBE_BYTES: Final = 1 << 30
+_FREE: Final = 1e15
+"""Bytes/s that are told of a link which moves anything in no time."""
+
 
 class SerialLinks:
     """Transfers between instances. Those of the same pair run one after the other, first come first.
@@ -186,6 +190,12 @@ class SerialLinks:
             self._free_at_s = {one: free_s for one, free_s in self._free_at_s.items() if free_s > now}
         self._free_at_s[pair] = end_s
         return end_s
+
+    def speed(self, source: InstanceId, target: InstanceId) -> tuple[float, float]:
+        """Return seconds to the first byte and bytes/s of a transfer that waits for nobody."""
+        route = self._route(source, target)
+        latency_s = route.transfer_time_s(0)
+        return latency_s, min(_PROBE_BYTES / max(route.transfer_time_s(_PROBE_BYTES) - latency_s, 1e-12), _FREE)
 
     @property
     def num_pairs(self) -> int:

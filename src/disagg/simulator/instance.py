@@ -14,13 +14,14 @@ from typing import Final, assert_never
 from msgspec import structs
 
 from disagg.base.event_log import EventLog
-from disagg.base.ids import BlockHash, Epoch, RequestId
+from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import Medium
 from disagg.base.messages import (
     Audited,
     CostsLearned,
     Failed,
     InstanceLoad,
+    LinkMeasured,
     NotHeld,
     Offered,
     PartOffered,
@@ -53,6 +54,7 @@ from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
+from disagg.simulator.link_figure import link_figure
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
 from disagg.simulator.usage import UsageSeries
@@ -177,6 +179,19 @@ class SimulatedInstance:
         if self.is_alive:
             self._messages.append(message)
             self._request_turn()
+
+    def measure_link(self, source: InstanceId, source_incarnation: str) -> None:
+        """Tell how fast the KV pool of another instance is read: what is known of the link, at no cost."""
+        if not self.is_alive:
+            return
+        measured = LinkMeasured(
+            instance=self.spec.name,
+            incarnation=self.incarnation,
+            source=source,
+            source_incarnation=source_incarnation,
+            figure=link_figure(self._links, source, self.spec.name),
+        )
+        self._tell(InstanceSaid(instance=self.spec.name, message=measured))
 
     def unreported(self) -> list[SimulatedRequest]:
         """Return the requests with tokens, neither first nor last, that the dispatcher was not told of."""

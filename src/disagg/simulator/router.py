@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final, NamedTuple, assert_never
 
 from disagg.base.config import RouterSettings
-from disagg.base.errors import ConfigurationError, InternalError
+from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import Abort, Lend, Migrate, MoreKv, Offered, PartOffered, PeerLost, Release, ReportBlocks
@@ -44,6 +44,7 @@ from disagg.scheduling.router.outputs import (
     AskForPlan,
     AskToMeasure,
     HandOverEnded,
+    LinkFound,
     PlanDecided,
     RestartInstance,
     ScalingDecided,
@@ -120,7 +121,9 @@ class SimulatedRouter:
         roles = {instance.spec.name: instance.spec.role for instance in instances}
         # Simulated instances give no signs of life: their deaths are known at once.
         scheduler = instances[0].spec.scheduler
-        header = RouterHeader(instances=roles, settings=self._settings, scheduler=scheduler, watches_silence=False)
+        header = RouterHeader(
+            instances=roles, settings=self._settings, scheduler=scheduler, watches_silence=False, measures_links=True
+        )
         self._core = RouterCore(header)
         if self._log is not None:
             self._recorder = self._log.router(header)
@@ -244,7 +247,7 @@ class SimulatedRouter:
 
     def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
         match output:
-            case HandOverEnded():
+            case HandOverEnded() | LinkFound():
                 pass  # for who counts
             case Finish(request_id=request_id):
                 self._end(request_id, Outcome.FINISHED, now)
@@ -351,8 +354,8 @@ class SimulatedRouter:
                 return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
             case AskForBlocks():
                 return partial(instance.deliver, ReportBlocks())
-            case AskToMeasure():
-                raise InternalError("the links of a simulated deployment are known")
+            case AskToMeasure(source=source, incarnation=incarnation):
+                return partial(instance.measure_link, source, incarnation)
             case _:
                 assert_never(output)
 

@@ -2,8 +2,9 @@
 
 Prefill is compute-bound, so a prefill instance is judged by the tokens that it would have to prefill until the first
 token: those given to it, and the sequence's own without what is cached. Decode is memory-bound, so a decode instance is
-judged by the KV tokens it would hold. A colocated instance has both loads. Loads are compared between paths as sums of
-tokens. Ties go to the instance configured first, so equal logs give equal choices.
+judged by the KV tokens it would hold, and by the link over which it would read a prompt's blocks, where links were
+measured: a near one is preferred to one that holds somewhat less. A colocated instance has both loads. Loads are
+compared between paths as sums of tokens. Ties go to the instance configured first, so equal logs give equal choices.
 
 A later turn of a conversation goes straight to the decode instance that holds it, where the new tokens cost less there
 than on a prefill instance: see ``prefixes``.
@@ -13,7 +14,7 @@ computes it again, from its known tokens on.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from disagg.base.config import RouterSettings
 from disagg.base.ids import InstanceId
@@ -31,6 +32,13 @@ from disagg.scheduling.dispatch.prefixes import (
     start_cost,
 )
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+
+NEAR_SPEED: Final = 2.0
+"""So many times as quickly one that is near must be reached as the one that holds the least."""
+NEAR_LOAD: Final = 2.0
+"""So many times as many KV tokens one that is near may hold: nearness does not outweigh load."""
+_FAR_S: Final = 0.01
+"""Seconds for which KV blocks travel from where it begins to matter."""
 
 
 def choose_start(
@@ -70,8 +78,32 @@ def choose_adopter(fleet: Fleet, sequence: SequenceEntry) -> InstanceEntry | Non
 
     Where no decode instance can, a colocated one does. One that held the sequence in this attempt cannot.
     """
+    least, near = compared_to_adopt(fleet, sequence)
+    if least is None or near is None:
+        return least
+    num_tokens = sequence.num_tokens
+    return near if near.kv_tokens + num_tokens <= NEAR_LOAD * (least.kv_tokens + num_tokens) else least
+
+
+def compared_to_adopt(
+    fleet: Fleet, sequence: SequenceEntry
+) -> tuple[InstanceEntry, InstanceEntry | None] | tuple[None, None]:
+    """Return who holds the least of those that could adopt a sequence, and of those that are much nearer, if any."""
     but = sequence.visited
-    return choose_decode(fleet, sequence, but) or _least_held(fleet, fleet.ready.to_go_on, sequence, but)
+    least = choose_decode(fleet, sequence, but)
+    if least is None:
+        least = _least_held(fleet, fleet.ready.to_go_on, sequence, but)
+        return (None, None) if least is None else (least, None)
+    travel_s = _travel_s(sequence, least)
+    if travel_s is None or travel_s < _FAR_S:
+        return least, None
+    most_s = travel_s / NEAR_SPEED
+
+    def is_near(entry: InstanceEntry) -> bool:
+        its_s = _travel_s(sequence, entry)
+        return its_s is not None and its_s <= most_s and entry.instance not in but and _fits(entry, sequence)
+
+    return least, fleet.ready.to_decode.first(is_near)
 
 
 def compared_to_start(fleet: Fleet, sequence: SequenceEntry) -> list[InstanceEntry]:
@@ -224,6 +256,13 @@ def open_to(
         for entry in instances
         if entry.role is role and entry.state is InstanceState.READY and entry.can_hold(needed)
     ]
+
+
+def _travel_s(sequence: SequenceEntry, entry: InstanceEntry) -> float | None:
+    """Return how long what an instance lacks of a sequence's KV takes to get there; None where that is not known."""
+    source = sequence.lease or sequence.holder
+    link = None if source is None else entry.reads.get(source)
+    return None if link is None else link.transfer_time_s(num_to_compute(sequence, entry))
 
 
 def _fits(entry: InstanceEntry, sequence: SequenceEntry) -> bool:

@@ -12,7 +12,7 @@ from disagg.base.service_classes import Overload
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.actions import Degrade, Refuse, SendPart
 from disagg.scheduling.dispatch.admission import over_bounds, overload_of, shed, unserved
-from disagg.scheduling.dispatch.choice import can_be_served, choose_adopter, compared_to_start
+from disagg.scheduling.dispatch.choice import can_be_served, compared_to_adopt, compared_to_start
 from disagg.scheduling.dispatch.events import PartMade
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.moves import Move, choose_move
@@ -103,8 +103,9 @@ class Turns:
         sequence.held = held
         if sequence.state is Whereabouts.QUEUED:
             return compared_to_start(self._fleet, sequence)
-        adopter = choose_adopter(self._fleet, sequence) if sequence.reader is None else None
-        return [] if adopter is None else [adopter]
+        if sequence.reader is not None:
+            return []
+        return [entry for entry in compared_to_adopt(self._fleet, sequence) if entry is not None]
 
     def adopter(self, sequence: SequenceEntry, now: float) -> InstanceEntry | None:
         """Return the instance that goes on with an offered sequence; None when none can take it now.

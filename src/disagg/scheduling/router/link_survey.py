@@ -5,6 +5,7 @@ requests, one link after the other, so that no measurement disturbs another.
 """
 
 from collections.abc import Collection, Iterable
+from itertools import islice
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,6 +20,9 @@ from disagg.scheduling.router.outputs import AskToMeasure, LinkFound
 
 SLOW_SHARE: Final = 0.3
 """Of what the hardware gives: a link below is far under it. Half of it is lost to digests and system calls at times."""
+
+MOST_LINKS: Final = 1024
+"""Measured one after the other, more would take hours; nothing is known of the others."""
 
 
 class LinkEnds(NamedTuple):
@@ -141,9 +145,10 @@ def link_known(link: LinkFound, source: Member) -> LinkKnown:
 def _wanted(members: Collection[Member]) -> list[LinkEnds]:
     targets = [member for member in members if member.role is Role.DECODE]
     targets = targets or [member for member in members if member.role is Role.COLOCATED]
-    return [
+    ends = (
         LinkEnds(source.instance, source.incarnation, target.instance, target.incarnation)
         for source in members
         if source.role is Role.PREFILL
         for target in targets
-    ]
+    )
+    return list(islice(ends, MOST_LINKS))
