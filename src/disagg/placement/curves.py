@@ -37,7 +37,9 @@ def attainment_curves(search: Search, workers: Workers) -> tuple[PlannedCurve, .
     for one in shown:
         job = unit_job(search.problem, search.phases.goodput, one.composition, one.placed, seed=0)
         rate = per_device * one.composition.num_devices / one.composition.num_units
-        points += [_Point(job, part * rate) for part in RATE_PARTS]
+        # Beyond the goodput queues grow, which a short run shows late.
+        longest = replace(job, min_requests=job.max_requests)
+        points += [_Point(longest if part > 1 else job, part * rate) for part in RATE_PARTS]
         points += [_Point(replace(job, target=job.target.scaled(scale)), rate) for scale in SLO_SCALES]
     attainments = workers.map(_attainment, points)
     curves = []
