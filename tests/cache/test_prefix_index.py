@@ -39,6 +39,12 @@ def test_blocks_on_disk_are_held_but_not_lent(index: PrefixIndex) -> None:
     assert index.find(NAMES) == {A: HeldPrefix(3 * SIZE, SIZE)}
 
 
+def test_blocks_in_host_memory_alone_are_held_but_not_lent(index: PrefixIndex) -> None:
+    index.join(A, SIZE, max_blocks=8, has_host_tier=True)
+    index.take(A, 0, (stored(*NAMES[:2]), stored(NAMES[2], medium=Medium.GPU)))
+    assert index.find(NAMES) == {A: HeldPrefix(3 * SIZE, 0)}
+
+
 def test_a_lost_message_makes_the_index_ask_once_and_believe_nothing_until_told_all(index: PrefixIndex) -> None:
     index.take(A, 0, (stored(NAMES[0]),))
     assert not index.take(A, 2, (stored(NAMES[1]),))
@@ -76,16 +82,17 @@ def test_an_instance_cannot_hold_more_than_it_has_room_for(index: PrefixIndex) -
         index.take(A, 0, (stored(*many),))
 
 
+MEDIA = (Medium.GPU, Medium.CPU, Medium.DISK)
 EVENTS = st.one_of(
     st.builds(
-        lambda names, on_disk: stored(*names, medium=Medium.DISK if on_disk else Medium.CPU),
+        lambda names, medium: stored(*names, medium=medium),
         st.lists(st.sampled_from(NAMES), max_size=4),
-        st.booleans(),
+        st.sampled_from(MEDIA),
     ),
     st.builds(
-        lambda names, on_disk: BlockRemoved(tuple(names), Medium.DISK if on_disk else Medium.CPU),
+        lambda names, medium: BlockRemoved(tuple(names), medium),
         st.lists(st.sampled_from(NAMES), max_size=4),
-        st.booleans(),
+        st.sampled_from(MEDIA),
     ),
     st.just(AllBlocksCleared()),
 )
@@ -94,25 +101,25 @@ EVENTS = st.one_of(
 @given(st.lists(st.tuples(st.sampled_from((A, B)), EVENTS), max_size=30))
 def test_the_index_is_what_the_events_say(story: list) -> None:
     index = PrefixIndex()
-    held: dict[InstanceId, dict[bool, set[BlockHash]]] = {}
+    held: dict[InstanceId, dict[Medium, set[BlockHash]]] = {}
     numbers = dict.fromkeys((A, B), 0)
     for instance in (A, B):
-        index.join(instance, SIZE, max_blocks=100)
-        held[instance] = {False: set(), True: set()}
+        index.join(instance, SIZE, max_blocks=100, has_host_tier=True)
+        held[instance] = {medium: set() for medium in MEDIA}
     for instance, event in story:
         assert index.take(instance, numbers[instance], (event,))
         numbers[instance] += 1
         if isinstance(event, AllBlocksCleared):
-            held[instance] = {False: set(), True: set()}
+            held[instance] = {medium: set() for medium in MEDIA}
             continue
-        names = held[instance][event.medium is Medium.DISK]
+        names = held[instance][event.medium]
         (names.update if isinstance(event, BlockStored) else names.difference_update)(event.block_hashes)
     expected = {}
     for instance, by_medium in held.items():
-        somewhere = by_medium[False] | by_medium[True]
+        somewhere = set().union(*by_medium.values())
         lengths = [
             next((count for count, name in enumerate(NAMES) if name not in names), len(NAMES)) * SIZE
-            for names in (somewhere, by_medium[False])
+            for names in (somewhere, by_medium[Medium.GPU])
         ]
         if lengths[0]:
             expected[instance] = HeldPrefix(*lengths)

@@ -93,7 +93,7 @@ class PrefixIndex:
         if not names:
             return {}
         in_pool = self._pool.get(names[0], 0)
-        somewhere = in_pool | self._disk.get(names[0], 0)
+        somewhere = in_pool | self._host.get(names[0], 0) | self._disk.get(names[0], 0)
         if not somewhere:
             return {}  # most prompts, however many instances there are
         lengths: dict[int, int] = {}
