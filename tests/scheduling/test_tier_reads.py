@@ -1,5 +1,6 @@
 """Blocks on disk are read or computed, whichever brings the first token sooner."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,13 +11,14 @@ from disagg.base.kv_events import Medium
 from disagg.cache.block_tier import BlockTier
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
-from disagg.scheduling.step.actions import AnyAction, LoadBlocks, RunStep
+from disagg.scheduling.step.actions import AnyAction, LoadBlocks, RunStep, SaveBlock
 from disagg.scheduling.step.events import AnyEvent, Arrived, BlocksRead, StepDone, StepResult, TierRead, TransferDone
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
 
 BLOCK, TOKEN_S = 10, 0.1
 """A block is computed in a second."""
+HOST_BLOCK_S = 0.01
 
 
 class EvenCosts:
@@ -37,7 +39,11 @@ class Reader:
     """One scheduler, ten blocks of thirty stories on its disk, and what it says."""
 
     num_blocks: int = 200
+    num_in_host: int = 0
+    """Leading blocks of each story that are in host memory as well."""
     max_batch_size: int = 8
+    gap_s: float = 1e6
+    """Between two events."""
     now: float = 0.0
     num_steps: int = 0
     said: list[AnyAction] = field(default_factory=list)
@@ -45,17 +51,18 @@ class Reader:
     def __post_init__(self) -> None:
         chosen = SchedulerSettings(max_batch_tokens=1000, max_batch_size=self.max_batch_size)
         saved = tuple(name for story in range(30) for name in names(story, 10))
+        in_host = tuple(name for story in range(30) for name in names(story, self.num_in_host))
         times = StepTimes(EvenCosts())
         self.scheduler = StepScheduler(
             chosen,
             self.num_blocks,
             BLOCK,
             times=times,
-            memory=KvMemory(tiers=(BlockTier(Medium.DISK, 300, saved),)),
+            memory=KvMemory(tiers=(BlockTier(Medium.CPU, 900, in_host), BlockTier(Medium.DISK, 900, saved))),
         )
 
     def feed(self, *events: AnyEvent) -> list[AnyAction]:
-        self.now += 1.0
+        self.now += self.gap_s
         actions = self.scheduler.handle(events, self.now)
         self.scheduler.validate()
         self.said += actions
@@ -82,9 +89,10 @@ class Reader:
         self.end_step()
 
     def end_read(self, load: LoadBlocks, block_s: float) -> list[AnyAction]:
-        count = len(load.blocks)
+        counts = Counter(block.medium for block in load.blocks)
+        block_times = {Medium.DISK: block_s, Medium.CPU: HOST_BLOCK_S}
         return self.feed(
-            BlocksRead(reads=(TierRead(Medium.DISK, count, count * block_s),)),
+            BlocksRead(reads=tuple(TierRead(one, count, count * block_times[one]) for one, count in counts.items())),
             TransferDone(request_id=load.request_id, epoch=load.epoch),
         )
 
@@ -137,6 +145,28 @@ def test_reads_under_way_count() -> None:
     assert loads(reader.ask(1)) == []
 
 
+def test_what_is_in_host_memory_is_read_though_a_slow_disk_has_the_rest() -> None:
+    reader = Reader(num_in_host=6)
+    reader.learn(4.0)
+    (load,) = loads(reader.ask(0))
+    assert [block.medium for block in load.blocks] == [Medium.CPU] * 6
+    reader.end_read(load, 4.0)
+    assert computed(reader.said) == {"story-29": 100, "story-0": 60}
+
+
+def test_computing_also_delays_those_that_come_meanwhile() -> None:
+    """Computing takes 10 s, reading 12 s. Four have come within ten seconds: as many will wait for half of that."""
+    alone = Reader()
+    alone.learn(1.2)
+    assert loads(alone.ask(0)) == []
+    among_others = Reader(gap_s=1.0)
+    among_others.learn(1.2)
+    for number in range(3):
+        among_others.ask(99, 10, name=f"short-{number}")
+        among_others.end_step()
+    assert len(loads(among_others.ask(0))) == 1
+
+
 def test_a_disk_that_was_slow_once_is_tried_again() -> None:
     reader = Reader(num_blocks=400)
     reader.learn(1.2)
@@ -145,6 +175,14 @@ def test_a_disk_that_was_slow_once_is_tried_again() -> None:
         num_computed += 1
         reader.end_step()
     assert 3 < num_computed < 15
+
+
+def test_what_goes_on_elsewhere_is_written_to_all_tiers() -> None:
+    reader = Reader()
+    reader.ask(99, 25)
+    reader.end_step()
+    written = {(save.medium, save.name) for save in reader.said if isinstance(save, SaveBlock)}
+    assert written == {(medium, name) for medium in (Medium.CPU, Medium.DISK) for name in names(99, 2)}
 
 
 class TestReadingAhead:

@@ -19,9 +19,10 @@ from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, RecentWork, SequenceEntry
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.queue_order import queue_order, rank_of
+from disagg.scheduling.recent_work import RecentWork
 
 AHEAD_S: Final = 0.25
 """Seconds of prefill that an instance has at hand, so that it never waits for the router."""

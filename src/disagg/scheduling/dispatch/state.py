@@ -17,6 +17,7 @@ from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.events import SequenceArrived
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.sequence_sample import SequenceSample
+from disagg.scheduling.recent_work import RecentWork
 
 
 class Whereabouts(enum.Enum):
@@ -104,30 +105,8 @@ READ_ALREADY: Final = frozenset({Whereabouts.PREFILLING, Whereabouts.OFFERING})
 """States in which another instance than the holder may read a sequence's blocks."""
 ALIVE: Final = frozenset({InstanceState.READY, InstanceState.DRAINING})
 """States in which an instance takes messages."""
-_MEMORY_S: Final = 20.0
-"""For which work that came is remembered."""
 COMING: Final = frozenset({InstanceState.STARTING, InstanceState.LOST})
 """States from which an instance will be ready."""
-
-
-@dataclass(slots=True)
-class RecentWork:
-    """How much work came in a second, lately."""
-
-    _work_s: float = 0.0
-    _seen_s: float = -math.inf
-
-    def add(self, work_s: float, now: float) -> None:
-        """Take account of work that came now."""
-        self._work_s = self._left(now) + work_s
-        self._seen_s = now
-
-    def share(self, now: float) -> float:
-        """Return the seconds of work in a second."""
-        return self._left(now) / _MEMORY_S
-
-    def _left(self, now: float) -> float:
-        return self._work_s * _MEMORY_S / (_MEMORY_S + max(0.0, now - self._seen_s)) if self._work_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Blocks on their way to the tiers behind an instance's pool, host memory and disk: which are worth writing, and when.
 
-A block is written when its sequence ends here, as the next turn of a conversation begins with it, and when it was found
-a second time, as it will be found again. What passes through to another instance is not: it ends there. Each tier gets
-it from the pool, so that none reads another, and what the smaller one has no room for any more is in the larger one.
+A block is written when its sequence ends here, as the next turn of a conversation begins with it, when another
+instance goes on with it, as that turn may come here, and when it was found a second time, as it will be found again.
+Each tier gets it from the pool, so that none reads another, and what the smaller one has no room for any more is in the
+larger one.
 Writing waits for no eviction, as then it would have to be waited for. Reads are pulls from a source that is no
 instance: see ``HandOvers``.
 """
@@ -31,8 +32,8 @@ class TierMoves:
         self._books = books
         self._writers = {tier.medium: _Writer(books, tier) for tier in books.ledger.tiers}
 
-    def sequence_ended(self, sequence: Sequence) -> None:
-        """Let the blocks of a sequence that comes to its end here be written; call it before they are freed."""
+    def sequence_leaves(self, sequence: Sequence) -> None:
+        """Let the blocks of a sequence that ends or goes on elsewhere be written; call it before they are freed."""
         for writer in self._writers.values():
             writer.want(sequence.block_hashes[: sequence.num_published])
 

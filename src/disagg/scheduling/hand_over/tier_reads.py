@@ -2,17 +2,18 @@
 
 What a block of each tier takes is learned from reads that end, what computing takes from the steps. Tiers are read
 beside the steps and beside each other, so that whatever comes while a sequence would wait for its turn anyway is read
-in no time. Beyond that, each block read costs the same and each block computed more than the one before it: the first
-token comes soonest either with all that is there, or with no more than what comes while the sequence waits.
+in no time. Reading delays its own sequence alone, computing those as well that come meanwhile: both delays count.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from disagg.base.kv_events import Medium
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
+from disagg.scheduling.recent_work import RecentWork
 from disagg.scheduling.step.actions import BlockLoad
 from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.events import TierRead
@@ -20,6 +21,9 @@ from disagg.scheduling.step.sequence import Sequence
 
 MOST_READS_AHEAD: Final = 4
 """Reads under way while sequences wait that are served before: enough to keep a tier busy from turn to turn."""
+_LEAST_IDLE: Final = 0.1
+"""Part of the time that an instance is taken to have nothing to prefill, at least: a burst is no overload for good."""
+_ROUNDING_S: Final = 1e-9
 _KEPT: Final = 0.9
 """Of what earlier reads taught, by each further one."""
 _DOUBT: Final = 0.98
@@ -36,12 +40,18 @@ class TierReads:
         self._in_flight: Counter[Medium] = Counter()
         """Blocks."""
         self._num_in_flight = 0
+        self._arrivals = RecentWork()
+        self._prefill = RecentWork()
+        """Sequences that came in a second lately, and seconds of prefill that they brought."""
 
     def choose(self, sequence: Sequence, others: Iterable[Sequence]) -> None:
         """Choose which of its blocks a sequence that has just arrived is to read; ``others`` wait to read theirs."""
         first, media = self._books.ledger.in_tiers(sequence)
         num_to_read = self._num_worth_reading(sequence, first, media, others) if media else 0
         sequence.to_read, sequence.end_of_read = media[:num_to_read], first + num_to_read
+        if self._books.ledger.tiers and self._times is not None and self._times.knows_prefill:
+            self._arrivals.add(1.0, self._books.now)
+            self._prefill.add(self._compute_s(sequence, first + num_to_read, self._times), self._books.now)
 
     def started(self, loads: Iterable[BlockLoad]) -> None:
         """Blocks are being read."""
@@ -80,18 +90,42 @@ class TierReads:
         before = self._in_flight + Counter(medium for other in others for medium in other.to_read)
         end_s = {medium: before[medium] * block_s for medium, block_s in self._block_s.items()}
         turn_s = self._until_turn_s(sequence, times)
-        num_in_time, latest_s = 0, 0.0
-        for medium in media:
-            end_s[medium] += self._block_s[medium]
-            latest_s = max(latest_s, end_s[medium])
-            num_in_time += latest_s <= turn_s
-        end = first + len(media)
-        spared_s = self._compute_s(sequence, first + num_in_time, times) - self._compute_s(sequence, end, times)
-        if latest_s <= turn_s + spared_s:
-            return len(media)
-        for medium in set(media[num_in_time:]):
+        best, best_s = 0, math.inf
+        for count, read_s in ((0, turn_s), *self._cuts(media, turn_s, end_s)):
+            compute_s = self._compute_s(sequence, first + count, times)
+            cost_s = read_s + compute_s + self._delay_of_others_s(compute_s)
+            if cost_s <= best_s:
+                best, best_s = count, cost_s
+        for medium in set(media[best:]):
             self._block_s[medium] *= _DOUBT
-        return num_in_time
+        return best
+
+    def _cuts(
+        self, media: tuple[Medium, ...], turn_s: float, end_s: dict[Medium, float]
+    ) -> Iterator[tuple[int, float]]:
+        """Yield how many of the blocks in these media it may be best to read, and when they and the turn have come.
+
+        Between two cuts each block read takes the same and each block computed longer than the one before it: there the
+        first token comes soonest at an end. ``end_s``: when each tier has read what it was given before.
+        """
+        latest_s, step_s = turn_s, 0.0
+        for count, medium in enumerate(media):
+            end_s[medium] += self._block_s[medium]
+            later_s = max(latest_s, end_s[medium])
+            if later_s - latest_s > step_s + _ROUNDING_S:
+                yield count, latest_s
+            latest_s, step_s = later_s, later_s - latest_s
+        yield len(media), latest_s
+
+    def _delay_of_others_s(self, compute_s: float) -> float:
+        """Return the seconds that computing delays the sequences that come meanwhile, in sum.
+
+        It lengthens the time until the instance has nothing to prefill by ``compute_s`` and what comes in that time,
+        and whoever comes then waits for half of it on average.
+        """
+        now = self._books.now
+        idle = max(_LEAST_IDLE, 1 - self._prefill.share(now))
+        return self._arrivals.share(now) * compute_s**2 / (2 * idle)
 
     def _until_turn_s(self, sequence: Sequence, times: StepTimes) -> float:
         """Return the seconds of the prompts that are computed before this one.

@@ -319,6 +319,7 @@ class StepScheduler:
             self._end_running(sequence, reason)
         for sequence in handed_over:
             books.running.remove(sequence)
+            self._tiers.sequence_leaves(sequence)
             self._hand_over.offer(sequence)
 
     def _note_computed(self, sequence: Sequence, chunk: Chunk) -> None:
@@ -357,7 +358,7 @@ class StepScheduler:
     def _let_go(self, sequence: Sequence) -> None:
         if not sequence.num_in_flight and sequence.discarded is not None:
             if sequence.discarded is not FinishReason.ERROR:
-                self._tiers.sequence_ended(sequence)
+                self._tiers.sequence_leaves(sequence)
             self._books.ledger.free(sequence)
             self._books.end(sequence, sequence.discarded)
 
