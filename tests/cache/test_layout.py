@@ -1,6 +1,7 @@
 import pytest
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 
 
@@ -38,3 +39,19 @@ def test_a_bad_shape_names_the_field_and_the_value() -> None:
         layout(num_layers=0)
     with pytest.raises(ConfigurationError, match=r"block_size \(15\)"):
         layout(block_size=15)
+
+
+@pytest.mark.parametrize(("num_layers", "num_window_layers", "expected"), [(4, 22, 6), (8, 40, 5), (13, 13, 1)])
+def test_layers_with_a_window_are_in_as_many_more_blocks_as_it_takes(
+    num_layers: int, num_window_layers: int, expected: int
+) -> None:
+    """As in Gemma 3 with 1B and 12B parameters, and Gemma 2 with 2B."""
+    kv = layout(num_layers=num_layers, num_window_layers=num_window_layers, window=512)
+    assert kv.window_blocks == WindowBlocks(512, expected)
+    assert layout().window_blocks is None
+
+
+@pytest.mark.parametrize("fields", [{"num_window_layers": 4}, {"window": 9}, {"num_window_layers": -1, "window": 9}])
+def test_layers_and_window_go_together(fields: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError, match="cannot have a window"):
+        layout(**fields)

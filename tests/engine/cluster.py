@@ -248,7 +248,7 @@ class Instance:
             max_host_blocks=self.max_host_blocks,
             max_disk_blocks=0 if self.disk_folder is None else self.max_disk_blocks,
             saved_blocks=saved,
-            window=self.pool.layout.window,
+            window=self.pool.layout.window_blocks,
             tells_tokens=self.tells_tokens,
         )
         self.core = InstanceCore(header)

@@ -91,7 +91,8 @@ class FakeExecutor:
     """Keeps token ids in the pool where keys and values would be, and reads them back to sample.
 
     A token is a function of every KV entry of its sequence in every layer, so that one wrong, missing or late block
-    changes the answer, as it would with a real model; in layers that slide, of those in the window.
+    changes the answer, as it would with a real model; in layers that slide, of those in the window. Those are in blocks
+    of their own.
     """
 
     def __init__(self, pool: KvPool, vocab_size: int) -> None:
@@ -109,26 +110,39 @@ class FakeExecutor:
 
     def _compute(self, work: Work) -> ChunkResult:
         sequence, chunk = work.sequence, work.chunk
-        size = self._pool.layout.block_size
-        end = chunk.start + chunk.num_tokens
-        table = sequence.block_table(chunk.block_ids)
+        layout = self._pool.layout
+        size, end = layout.block_size, chunk.start + chunk.num_tokens
+        tables = self._tables(work)
         for position in range(chunk.start, end):
-            block, slot = table[position // size], position % size
-            for layer in range(self._pool.layout.num_layers):
-                self._pool.blocks[layer, block, slot] = sequence.tokens[position] + 10_000 * layer
+            for layer, table in enumerate(tables):
+                block, slot = table[position // size], position % size
+                entry = sequence.tokens[position] + 10_000 * layer
+                self._pool.blocks[layer % layout.num_layers, block, slot] = entry
         prompt_logprobs: tuple[PositionLogprobs, ...] = ()
         if sequence.wants_prompt_logprobs:
             last = min(end + 1, sequence.num_prompt_tokens)
             prompt_logprobs = tuple(_logprobs(int(sequence.tokens[p])) for p in range(chunk.start + 1, last))
         if not chunk.samples:
             return ChunkResult(prompt_logprobs=prompt_logprobs)
-        layout = self._pool.layout
-        entries = self._pool.blocks[:, table, :size].reshape(layout.num_layers, -1)[:, :end].copy()
-        if layout.window is not None:
-            entries[layout.full_layers.stop :, : max(0, end - layout.window)] = 0
+        entries = np.zeros((len(tables), end), np.uint64)
+        for layer, table in enumerate(tables):
+            first = 0 if layer < layout.num_layers or layout.window is None else max(0, end - layout.window)
+            for position in range(first, end):
+                block, slot = table[position // size], position % size
+                entries[layer, position] = self._pool.blocks[layer % layout.num_layers, block, slot]
         token = sample(entries, sequence.sampling.seed, self._vocab_size)
         logprobs = _logprobs(token) if sequence.sampling.logprobs is not None else None
         return ChunkResult(token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _tables(self, work: Work) -> list[dict[int, int]]:
+        """Where each layer has each of a sequence's blocks, as far as it does."""
+        layout, chunk = self._pool.layout, work.chunk
+        kept = dict(enumerate(work.sequence.block_table(chunk.block_ids).tolist()))
+        each = 0 if layout.window_blocks is None else layout.window_blocks.num_each
+        blocks = work.sequence.window_table(chunk.window_ids).tolist()
+        beside = [dict(enumerate(blocks[part::each], chunk.first_in_window)) for part in range(each)]
+        num_layers = layout.num_layers + layout.num_window_layers
+        return [(kept, *beside)[layer // layout.num_layers] for layer in range(num_layers)]
 
 
 def sample(entries: np.ndarray, seed: int, vocab_size: int) -> int:

@@ -1,6 +1,7 @@
 """Engine loops with a real (tiny, random) model in float32: two instances answer as one does, token for token."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
 from disagg.base.config import CacheSettings, DType, ModelSettings, SchedulerSettings
+from disagg.base.ids import RequestId
 from disagg.base.messages import Failed, FailureKind, Generate, Pulled, SequenceOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import PositionLogprobs
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.layout import KvFormat
 from disagg.engine.batch_builder import BatchBuilder
-from disagg.engine.facts import plan_capacity
+from disagg.engine.facts import layer_tables, plan_capacity
 from disagg.engine.kernels.native_backend import native_unavailable_reason
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kernels.torch_backend import TorchBackend
@@ -58,7 +61,8 @@ def served(load_decoder: LoadDecoder, make_store: Callable[[KvPool], KvStore] = 
     # The native kernels have no smaller blocks.
     cache = CacheSettings(block_size=16 if decoder.backend.name == "native" else BLOCK_SIZE)
     capacity = plan_capacity(ModelSettings(dtype=DType.FLOAT32), cache, decoder.config, decoder.backend.kv_format)
-    builder = BatchBuilder(max_tokens=16, max_sequences=8, max_blocks=32, device=torch.device("cpu"))
+    tables = layer_tables(decoder.config, capacity.layout)
+    builder = BatchBuilder(16, 8, max_blocks=32, device=torch.device("cpu"), layer_tables=tables)
     return ServedModel(
         layout=capacity.layout,
         make_executor=lambda pool: ModelExecutor(decoder, make_store(pool), builder),
@@ -208,10 +212,60 @@ def test_keys_and_values_behind_a_window_are_not_handed_over(
     assert tokens([router.outputs(name) for name in "abc"]) == [alone, *later]
     layout, num_blocks = decode.pool.layout, -(-70 // size)
     num_outside = (70 - window + 1) // size
-    num_layers = num_outside * len(layout.full_layers) + (num_blocks - num_outside) * layout.num_layers
-    assert (pulled.failure, pulled.num_bytes) == ("", num_layers * layout.layer_block_bytes)
+    num_read = num_blocks + (num_blocks - num_outside) * layout.window_blocks.num_each
+    assert (pulled.failure, pulled.num_bytes) == ("", num_read * layout.block_bytes)
     assert num_outside > 0
     assert starts == [(70 + 24 - 1) // size * size, 0]
+
+
+@pytest.mark.parametrize("backend_name", ["native", "torch"])
+def test_contexts_of_many_windows_in_a_pool_that_could_not_hold_all_their_layers(
+    router: RouterEnd, tiny_model: Callable[..., Path], backend_name: str
+) -> None:
+    """Gemma 3: one layer of six sees all. Alone, over two instances and from transformers come the same tokens."""
+    if backend_name == "native" and (reason := native_unavailable_reason(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
+    window, size = (5, BLOCK_SIZE) if backend_name == "torch" else (20, 16)
+    folder = tiny_model("gemma3_text", vocab_size=VOCAB_SIZE, num_hidden_layers=7, sliding_window=window)
+    files = locate_model(str(folder))
+    config = load_config(files)
+
+    def load() -> Decoder:
+        backend = select_backend(torch.device("cpu"), torch.float32, backend_name)
+        return Decoder(config, load_weights(files, config, backend, dtype=DType.FLOAT32), backend)
+
+    model = served(load)
+    assert model.layout.window_blocks == WindowBlocks(window, 6)
+    num_prompt, num_output = 16 * size, 2 * size
+    num_blocks, in_sight = 18, model.layout.window_blocks.most_in_sight(16, size)
+    num_held = num_blocks + 6 * in_sight
+    assert num_held < 7 * num_blocks // 2
+    sequence = with_names(request("a", num_prompt, max_tokens=num_output, temperature=0.0), size)
+    twice = structs.replace(sequence, request_id=RequestId("b"))  # the first is found, as far as its window is there
+    fields: dict[str, Any] = {"num_blocks": num_held, "prefix_caching": True}
+    expected = greedy_answer(folder, sequence.prompt_token_ids, num_output)
+    assert tokens(by_one_instance(router, load, sequence, twice, **fields)) == [expected, expected]
+    with (
+        Instance(router, "prefill-0", "b1", model=model, **fields) as prefill,
+        Instance(router, "decode-0", "c1", model=served(load), **fields) as decode,
+    ):
+        hand_over(router, prefill, decode, sequence)
+        router.wait_for_end("a")
+    assert tokens([router.outputs("a")]) == [expected]
+    assert all(start >= num_prompt for step in decode.executor.steps for start, _ in step.values())
+
+
+def greedy_answer(folder: Path, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """What transformers says, as far as it goes on."""
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        known = list(prompt)
+        for _ in range(num_tokens):
+            known.append(int(model(torch.tensor([known])).logits[0, -1].argmax()))
+    return known[len(prompt) :]
 
 
 def with_names(sequence: GenerationRequest, size: int) -> GenerationRequest:

@@ -3,12 +3,11 @@
 Whatever happens (cancellations, failed pulls, expired leases, the death of the prefill instance): the books are right
 after every event, no step reads a block that holds something else than what it should, every sequence that is not
 cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well. Some
-models have layers with a sliding window, whose part of a block need not be there behind the window.
+models have layers with a sliding window, in blocks of their own, which need not be there behind the window.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import product
 from unittest import mock
 
 from hypothesis import given, settings
@@ -17,7 +16,9 @@ from hypothesis import strategies as st
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.sampling import FinishReason
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.block_pool import BlockState
+from disagg.scheduling.capacity import most_in_sight
 from disagg.scheduling.hand_over import hand_overs
 from disagg.scheduling.step.actions import (
     AnyAction,
@@ -52,7 +53,7 @@ from disagg.scheduling.step.scheduler import StepScheduler
 PREFILL, DECODE = InstanceId("prefill-0"), InstanceId("decode-0")
 EPOCH = Epoch(1)
 NUM_BLOCKS, BLOCK = 10, 4
-FULL, SLIDING = "full layers", "sliding layers"
+LONGEST = 32
 
 
 @dataclass
@@ -76,25 +77,29 @@ class World:
 
     clients: dict[RequestId, Client]
     mode: SchedulingMode
-    window: int | None = None
+    window: WindowBlocks | None = None
     now: float = 0.0
     on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
     alarms: dict[InstanceId, float] = field(default_factory=dict)
     writing: dict[RequestId, Pull] = field(default_factory=dict)
-    contents: dict[tuple[InstanceId, int, BlockId, str], object] = field(default_factory=dict)
-    """What each block of each life of an instance holds in its layers of each kind."""
+    contents: dict[tuple[InstanceId, int, BlockId], object] = field(default_factory=dict)
+    """What each block of each life of an instance holds."""
     lives: Counter[InstanceId] = field(default_factory=Counter)
     num_parts: int = 0
 
     def __post_init__(self) -> None:
         self.life_read: dict[RequestId, int] = {}
-        self.digests: dict[tuple[RequestId, BlockId, str], object] = {}
+        self.digests: dict[tuple[RequestId, BlockId], object] = {}
         self.num_spared = 0
         self.instances = {name: self.new_instance() for name in (PREFILL, DECODE)}
 
     def new_instance(self) -> StepScheduler:
         chosen = SchedulerSettings(max_batch_tokens=6, max_batch_size=3, lease_s=40.0, scheduling=self.mode)
-        return StepScheduler(chosen, NUM_BLOCKS, BLOCK, memory=KvMemory(window=self.window))
+        num_blocks = NUM_BLOCKS
+        if self.window is not None:  # as many as the longest sequence takes, and two as without a window
+            in_sight = min(LONGEST // BLOCK, most_in_sight(self.window, chosen, BLOCK))
+            num_blocks += in_sight * self.window.num_each
+        return StepScheduler(chosen, num_blocks, BLOCK, memory=KvMemory(window=self.window))
 
     def hashes(self, client: Client) -> tuple[BlockHash, ...]:
         return tuple(BlockHash(bytes([client.prefix, n])) for n in range(client.num_prompt // BLOCK))
@@ -145,14 +150,10 @@ class World:
         """Read the blocks of a pull as late as can be. What is not what was offered is found by its digest."""
         pull, client = self.writing[done.request_id], self.clients[done.request_id]
         is_sound = True
-        for copy, kind in product(pull.copies, (FULL, SLIDING)):
-            if (done.request_id, copy.source, kind) not in self.digests:
-                self.contents.pop((target, self.lives[target], copy.target, kind), None)
-                self.num_spared += 1
-                continue  # it was offered without these layers
-            content = self.contents[PREFILL, self.life_read[done.request_id], copy.source, kind]
-            self.contents[target, self.lives[target], copy.target, kind] = content
-            is_sound = is_sound and content == self.digests[done.request_id, copy.source, kind]
+        for copy in pull.copies:
+            content = self.contents[PREFILL, self.life_read[done.request_id], copy.source]
+            self.contents[target, self.lives[target], copy.target] = content
+            is_sound = is_sound and content == self.digests[done.request_id, copy.source]
         # Only what nobody wants any more, or an offer that has ended, may be overwritten.
         is_wanted = not client.cancelled and not client.is_complete and client.epoch == done.epoch
         assert is_sound or not is_wanted or self.now >= pull.expires_s
@@ -190,12 +191,11 @@ class World:
         client = self.clients[action.request_id]
         is_whole = isinstance(action, OfferKv)
         self.life_read[action.request_id] = self.lives[PREFILL]
-        for place, block in enumerate(action.block_ids):
-            kinds = (FULL, SLIDING) if place >= action.num_outside_window else (FULL,)
-            self.digests.pop((action.request_id, block, SLIDING), None)
-            for kind in kinds:
-                content = self.contents[PREFILL, self.lives[PREFILL], block, kind]
-                self.digests[action.request_id, block, kind] = content
+        for block in action.block_ids:
+            self.digests[action.request_id, block] = self.contents[PREFILL, self.lives[PREFILL], block]
+        if is_whole and self.window is not None:
+            num_all = -(-action.num_tokens // BLOCK) * (1 + self.window.num_each)
+            self.num_spared += num_all - len(action.block_ids)
         event: AnyEvent = KvOffered(
             request_id=action.request_id,
             epoch=client.epoch,
@@ -217,6 +217,7 @@ class World:
                     epoch=client.epoch,
                     first_block=action.first_block,
                     source_blocks=action.block_ids,
+                    num_kv_tokens=action.num_tokens,
                     expires_s=self.now + action.lease_s,
                 )
         self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
@@ -224,13 +225,21 @@ class World:
             self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=client.epoch)))
 
     def compute(self, name: InstanceId, chunk: Chunk) -> None:
-        """A step attends to every block before its chunk, and fills those of the chunk."""
+        """A step attends to every block before its chunk that its layers see, and fills those of the chunk."""
         end = chunk.start + chunk.num_tokens
-        seen = {FULL: 0, SLIDING: 0 if self.window is None else max(0, chunk.start - self.window + 1)}
-        blocks = enumerate(chunk.block_ids[: -(-end // BLOCK)])
-        for (index, block), kind in product(blocks, (FULL, SLIDING)):
-            place, meant = (name, self.lives[name], block, kind), self.meant(chunk.request_id, index)
-            if index * BLOCK < chunk.start and (index + 1) * BLOCK > seen[kind]:
+        num_blocks = -(-end // BLOCK)
+        self.use(name, chunk, dict(enumerate(chunk.block_ids[:num_blocks])), 0)
+        each = 0 if self.window is None else self.window.num_each
+        for part in range(each):
+            of_part = dict(enumerate(chunk.window_ids[part::each], chunk.first_in_window))
+            first_seen = max(0, chunk.start - self.window.tokens + 1) if self.window else 0
+            used = {index: of_part[index] for index in range(first_seen // BLOCK, num_blocks)}
+            self.use(name, chunk, used, 1 + part)
+
+    def use(self, name: InstanceId, chunk: Chunk, blocks: dict[int, BlockId], kind: int) -> None:
+        for index, block in blocks.items():
+            place, meant = (name, self.lives[name], block), (kind, self.meant(chunk.request_id, index))
+            if index * BLOCK < chunk.start:
                 assert self.contents.get(place) == meant, f"{chunk.request_id} reads {kind} of {index} on {name}"
             if (index + 1) * BLOCK > chunk.start:
                 self.contents[place] = meant
@@ -321,7 +330,7 @@ steps = st.lists(
     steps=steps,
     mode=st.sampled_from(SchedulingMode),
     least_part_tokens=st.sampled_from([BLOCK, hand_overs.LEAST_PART_TOKENS]),
-    window=st.sampled_from([None, 1, 5, 8, 11]),
+    window=st.one_of(st.none(), st.builds(WindowBlocks, st.sampled_from([1, 5, 8, 11]), st.integers(1, 3))),
 )
 @settings(max_examples=400, deadline=None)
 def test_nothing_is_lost_and_nothing_is_kept(
@@ -329,7 +338,7 @@ def test_nothing_is_lost_and_nothing_is_kept(
     steps: list[tuple[str, int]],
     mode: SchedulingMode,
     least_part_tokens: int,
-    window: int | None,
+    window: WindowBlocks | None,
 ) -> None:
     world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode, window)
     with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
@@ -377,7 +386,9 @@ def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
 def test_sliding_layers_of_blocks_behind_the_window_are_not_read() -> None:
     """Of five blocks the token after twenty tokens sees positions 16 to 20 with a window of five: the last block."""
     name = RequestId("r0")
-    world = World({name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED, window=5)
+    world = World(
+        {name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED, WindowBlocks(5, 1)
+    )
     world.arrive(name, PREFILL, hand_over=True)
     go_through(world, [])
     assert world.num_spared == 4

@@ -132,6 +132,22 @@ def test_a_colocated_instance(
         assert (times[0], times[-1]) == (request.timeline.first_token_s, request.timeline.last_token_s)
 
 
+@pytest.mark.parametrize("mode", SchedulingMode)
+@pytest.mark.parametrize("num_blocks", [2000, 120])
+def test_layers_with_a_window(
+    mode: SchedulingMode, num_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are given back behind it while answers are written, also where sequences have to make room."""
+    kv_window = KvWindow(tokens=40, bytes_per_token=600, num_each=3)
+    one = instance(Role.COLOCATED, num_blocks=num_blocks, scheduling=mode, latency=LinearLatency())
+    requests = named(poisson(rate=40, count=60, seed=4, prompt=(16, 60), output=(60, 300)))
+    live = run_both(cluster_spec(replace(one, kv_window=kv_window)), requests, tmp_path, monkeypatch)
+    check_stages(live, requests)
+    assert {len(live.token_times[request.request_id]) - request.output_len for request in requests} == {0}
+    (name,) = [path for path in (tmp_path / "live").iterdir() if path.name != "router.jsonl"]
+    assert bool(load_of(name).num_preemptions_total) == (num_blocks == 120)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_two_prefill_instances_into_one_decode_instance(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

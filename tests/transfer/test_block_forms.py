@@ -141,7 +141,11 @@ def test_what_is_no_number_stays_none() -> None:
     assert np.isnan(converted(half, KvDtype.FLOAT16, KvDtype.FLOAT32, native=True)[:8].view(np.float32)).all()
 
 
-@pytest.mark.parametrize("change", [{"block_size": 8}, {"num_kv_heads": 2}, {"num_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"block_size": 8}, {"num_kv_heads": 2}, {"num_layers": 3}, {"num_window_layers": 2, "window": 9}],
+    ids=str,
+)
 def test_what_differs_in_more_than_form_is_refused_in_words(change: dict[str, int]) -> None:
     ours = layout(KvDtype.FLOAT32, KvFormat.TOKEN_MAJOR)
     theirs = KvLayout(**{**{name: getattr(ours, name) for name in ours.__struct_fields__}, **change})

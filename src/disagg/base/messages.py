@@ -33,6 +33,7 @@ from disagg.base.message_fields import (
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.router_messages import ForeignLoad, JoinRouter, LeaveRouter
 from disagg.base.sampling import FinishReason, PositionLogprobs
+from disagg.base.window_blocks import WindowBlocks
 
 T = TypeVar("T")
 
@@ -40,7 +41,8 @@ T = TypeVar("T")
 class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """KV blocks that a prefill instance holds, leased, for whoever continues the sequence.
 
-    ``num_tokens`` tokens are in ``block_ids``, in order. ``pool`` is the source's pool address as the transfer room
+    ``num_tokens`` tokens are in ``block_ids``, in order; behind those are the blocks of layers with a sliding window of
+    all tokens that a later one sees, see ``WindowBlocks``. ``pool`` is the source's pool address as the transfer room
     encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
     duration, since another host's clock means nothing here. ``digests`` (8 bytes for each block, or none) and
     ``access``, the capability to read the blocks, are the transfer room's too.
@@ -58,8 +60,6 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     access: bytes = b""
     first_block: Count = 0
     """Of a part of a sequence's blocks: which of them is the first one here."""
-    num_outside_window: Count = 0
-    """So many of the first blocks no sliding window reaches any more: of them only the other layers are offered."""
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
@@ -195,6 +195,13 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_saved_blocks: Count = 0
     probe: bytes = b""
     """The capability to measure how fast its pool is read; empty where none is asked for."""
+    window: WindowBlocks | None = None
+    """Which blocks hold the layers with a sliding window, where those have blocks of their own."""
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that its KV pool holds at least: as many as it does while every layer sees all of them."""
+        return self.num_blocks * self.block_size // (1 if self.window is None else 1 + self.window.num_each)
 
 
 class Loading(Message, frozen=True, kw_only=True):

@@ -23,6 +23,10 @@ import msgspec
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId
 
+WindowName = tuple[BlockHash, int]
+"""Names the block that holds a part of the layers with a sliding window: of which prefix, and which part."""
+BlockName = BlockHash | WindowName
+
 
 class BlockState(enum.Enum):
     """What a block is used for."""
@@ -56,17 +60,15 @@ class _Block:
     state: BlockState = BlockState.FREE
     num_sequences: int = 0
     num_leases: int = 0
-    hash: BlockHash | None = None
+    hash: BlockName | None = None
     was_found: bool = False
     """Another sequence has found it since it was published, or since eviction passed it over."""
-    has_window: bool = True
-    """It holds the sliding layers too: false where it came from elsewhere when no window reached it any more."""
 
 
 class BlockPool:
     """All blocks of one instance. No method blocks or partly succeeds: it does all or returns None.
 
-    ``on_removed`` is told the name of each block that can be found no more.
+    ``on_removed`` is told the name of each block that can be found no more, unless a window's part was in it.
     """
 
     def __init__(self, num_blocks: int, on_removed: Callable[[BlockHash], None] = lambda name: None) -> None:
@@ -77,7 +79,7 @@ class BlockPool:
         self._free: list[BlockId] = []
         """Of those, the ones that came back: taken first, the last first."""
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
-        self._by_hash: dict[BlockHash, BlockId] = {}
+        self._by_hash: dict[BlockName, BlockId] = {}
         self._counts = dict.fromkeys(BlockState, 0)
         self._counts[BlockState.FREE] = num_blocks
 
@@ -161,37 +163,19 @@ class BlockPool:
         """Drop one lease on each block."""
         self._change_holds(reversed(blocks), leases=-1)
 
-    def publish(self, index: BlockId, block_hash: BlockHash) -> bool:
-        """Make the KV of a full ACTIVE block findable by its prefix; return False when an equal block already is.
-
-        One that lacks its sliding layers makes place for one that has them.
-        """
+    def publish(self, index: BlockId, name: BlockName) -> bool:
+        """Make the KV of a full ACTIVE block findable by its prefix; return False when an equal block already is."""
         self._expect(index, BlockState.ACTIVE)
-        if self._blocks[index].hash is not None:
+        if self._blocks[index].hash is not None or name in self._by_hash:
             return False
-        known = self._by_hash.get(block_hash)
-        if known is not None:
-            if self._blocks[known].has_window or not self._blocks[index].has_window:
-                return False
-            self._replace(known)
-        self._blocks[index].hash = block_hash
-        self._by_hash[block_hash] = index
+        self._blocks[index].hash = name
+        self._by_hash[name] = index
         return True
-
-    def has_window(self, index: BlockId) -> bool:
-        """Return whether a block holds the layers with a sliding window too."""
-        return self._blocks[index].has_window
-
-    def lose_window(self, blocks: Iterable[BlockId]) -> None:
-        """Note that FILLING blocks are filled in the layers without a sliding window alone."""
-        for index in blocks:
-            self._expect(index, BlockState.FILLING)
-            self._blocks[index].has_window = False
 
     @property
     def published(self) -> tuple[BlockHash, ...]:
-        """Names of the blocks that can be found."""
-        return tuple(self._by_hash)
+        """Names of the prefixes whose blocks can be found."""
+        return tuple([name for name in self._by_hash if not isinstance(name, tuple)])
 
     def retract(self, blocks: Iterable[BlockId]) -> None:
         """Make ACTIVE blocks that may have been published findable no more. Who holds them keeps them."""
@@ -209,8 +193,8 @@ class BlockPool:
             found.append(index)
         return tuple(found)
 
-    def find(self, name: BlockHash) -> BlockId | None:
-        """Return the block that holds the prefix of this name, if one does."""
+    def find(self, name: BlockName) -> BlockId | None:
+        """Return the block that holds what has this name, if one does."""
         return self._by_hash.get(name)
 
     def num_cached_among(self, blocks: Iterable[BlockId]) -> int:
@@ -283,7 +267,6 @@ class BlockPool:
             block = self._blocks[index]
             block.num_sequences = num_sequences
             block.state = state
-            block.has_window = True
         self._counts[BlockState.FREE] -= num_free
         self._counts[BlockState.CACHED] -= count - num_free
         self._counts[state] += count
@@ -309,18 +292,11 @@ class BlockPool:
         self._unpublish(block)
         return index
 
-    def _replace(self, index: BlockId) -> None:
-        """Let a block be found no more; when nobody holds it, it is free."""
-        self._unpublish(self._blocks[index])
-        if self._blocks[index].state is BlockState.CACHED:
-            del self._cached[index]
-            self._move(index, BlockState.FREE)
-            self._free.append(index)
-
     def _unpublish(self, block: _Block) -> None:
         if block.hash is not None:
             del self._by_hash[block.hash]
-            self._on_removed(block.hash)
+            if not isinstance(block.hash, tuple):
+                self._on_removed(block.hash)
             block.hash = None
             block.was_found = False
 

@@ -5,6 +5,7 @@ import enum
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.window_blocks import WindowBlocks
 
 
 class KvDtype(enum.Enum):
@@ -37,8 +38,11 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Shape of a KV pool: ``[layer, block, K or V, kv head, block_size * head_dim elements]``, contiguous.
 
     Layer is outermost, so that one layer of a sequence can travel while the next is computed; the head is outside the
-    tokens, so that a range of heads (another tensor parallelism) is one run of bytes per block. Layers with a sliding
-    window come last, so that the others of a block, which are needed for longer, are a run of layers.
+    tokens, so that a range of heads (another tensor parallelism) is one run of bytes per block.
+
+    A block holds ``num_layers`` of the model's layers. In a model with sliding windows these are the layers that see
+    everything; the others are in blocks of their own (``window_blocks``), as many as it takes, of the same size: so any
+    free block will do for either.
     """
 
     num_layers: int
@@ -49,7 +53,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dtype: KvDtype
     format: KvFormat
     num_window_layers: int = 0
-    """The last layers of the pool, of which a token sees only the last ``window`` tokens, itself included."""
+    """Layers beside those, of which a token sees only the last ``window`` tokens, itself included."""
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,15 +64,15 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ConfigurationError(
                 f"KV layout: block_size ({self.block_size}) and head_dim ({self.head_dim}) must be even"
             )
-        if not 0 <= self.num_window_layers <= self.num_layers or bool(self.num_window_layers) != bool(self.window):
+        if self.num_window_layers < 0 or bool(self.num_window_layers) != bool(self.window):
             raise ConfigurationError(
-                f"KV layout: {self.num_window_layers} of {self.num_layers} layers cannot have a window of {self.window}"
+                f"KV layout: {self.num_window_layers} layers cannot have a window of {self.window}"
             )
 
     @property
-    def full_layers(self) -> range:
-        """The layers of which a token sees all before it."""
-        return range(self.num_layers - self.num_window_layers)
+    def window_blocks(self) -> WindowBlocks | None:
+        """The blocks that hold the layers with a window; None where no layer has one."""
+        return None if self.window is None else WindowBlocks(self.window, -(-self.num_window_layers // self.num_layers))
 
     @property
     def head_bytes(self) -> int:
@@ -82,7 +86,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block over its layers."""
         return self.num_layers * self.layer_block_bytes
 
     @property
@@ -98,7 +102,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def describe(self) -> str:
         """Return in words what blocks of one pool share with those of another that can be handed over to it."""
         words = f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens"
-        return words + (f", a window of {self.window} in {self.num_window_layers} layers" if self.window else "")
+        return words + (f", a window of {self.window} in {self.num_window_layers} more" if self.window else "")
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
@@ -107,11 +111,3 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def offset(self, layer: int, block: int) -> int:
         """Return the byte offset of ``block`` of ``layer`` from the start of the pool."""
         return layer * self.layer_bytes + block * self.layer_block_bytes
-
-
-def first_seen_block(num_tokens: int, window: int | None, block_size: int) -> int:
-    """Return the first block of which the token after ``num_tokens`` tokens, or any later one, sees a part.
-
-    So in layers with a sliding window; without one it is the first block of all.
-    """
-    return 0 if window is None else max(0, num_tokens - window + 1) // block_size

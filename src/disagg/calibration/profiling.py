@@ -101,7 +101,7 @@ def to_profile(campaign: Campaign, measured: Measurement, host: HostMeasurement,
             memory += read
     # What is held out is chosen by position: in random order, no kind of step is left out of either part.
     random.Random(campaign.seed).shuffle(samples)
-    kv_bytes_per_token = facts.kv_bytes // (facts.num_blocks * facts.block_size)
+    kv_bytes_per_token = facts.kv_bytes // facts.pool_tokens
     block_bytes = kv_bytes_per_token * facts.block_size
     link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
     return Profile(

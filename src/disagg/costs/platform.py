@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+from disagg.base.window_blocks import WindowBlocks
 from disagg.costs.contention import Interference, ServingCost
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import InstanceLinks, LinkModel
@@ -17,10 +18,19 @@ class HostCosts(NamedTuple):
 
 
 class KvWindow(NamedTuple):
-    """What of a token's keys and values is not handed over once a sliding window of so many ``tokens`` is past it."""
+    """What of a token's keys and values is neither kept nor handed over once a window of ``tokens`` is past it.
+
+    It is in ``num_each`` KV blocks for each that is kept.
+    """
 
     tokens: int
     bytes_per_token: int
+    num_each: int = 1
+
+    @property
+    def blocks(self) -> WindowBlocks:
+        """The blocks that it is in."""
+        return WindowBlocks(self.tokens, self.num_each)
 
     def spared_bytes(self, num_tokens: float) -> float:
         """Return what of a sequence of so many tokens is past the window."""
@@ -43,7 +53,7 @@ class Platform(Protocol):
 
     @property
     def kv_window(self) -> KvWindow | None:
-        """What sliding layers spare a hand-over; None where no layer slides, or the figures do not say."""
+        """What sliding layers spare a pool and a hand-over; None where none slides, or the figures do not say."""
 
     @property
     def link(self) -> LinkModel:

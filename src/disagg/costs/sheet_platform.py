@@ -47,10 +47,11 @@ class SheetPlatform(OwnDevices, ABC):
     @property
     def kv_window(self) -> KvWindow | None:
         """See ``Platform``."""
-        if self.config.longest_window is None:
+        window = self.config.window_blocks
+        if window is None:
             return None
-        share = self.config.num_window_layers / self.config.num_layers
-        return KvWindow(self.config.longest_window, round(share * self.kv_bytes_per_token))
+        share = 1 - self.config.block_layers / self.config.num_layers
+        return KvWindow(window.tokens, round(share * self.kv_bytes_per_token), window.num_each)
 
     def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
         """See ``Platform``: what the weights and a reserve leave of the devices' memory."""

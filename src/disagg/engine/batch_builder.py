@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -42,14 +43,28 @@ class _Buffer:
 class BatchBuilder:
     """Builds a StepBatch of each step. It is valid until the next one is built."""
 
-    def __init__(self, max_tokens: int, max_sequences: int, max_blocks: int, device: torch.device) -> None:
-        """The limits are those of a usual step; ``max_blocks`` is that of one sequence."""
+    def __init__(
+        self,
+        max_tokens: int,
+        max_sequences: int,
+        max_blocks: int,
+        device: torch.device,
+        layer_tables: tuple[int, ...] = (),
+    ) -> None:
+        """The limits are those of a usual step; ``max_blocks`` is that of one sequence.
+
+        For ``layer_tables`` see ``StepBatch``: the last of them that any layer has is how many others there are.
+        """
         self._tokens = _Buffer(max_tokens, torch.int64, device)
         self._positions = _Buffer(max_tokens, torch.int32, device)
         self._query_start = _Buffer(max_sequences + 1, torch.int32, device)
         self._context_lens = _Buffer(max_sequences, torch.int32, device)
         self._tables = _Buffer(max_sequences * max_blocks, torch.int32, device)
         self._logit_rows = _Buffer(max_sequences, torch.int64, device)
+        self._layer_tables = layer_tables
+        self._beside = [
+            _Buffer(max_sequences * max_blocks, torch.int32, device) for _ in range(max(layer_tables, default=0))
+        ]
 
     def build(self, step: Sequence[Work]) -> StepBatch:
         """Return the batch of one step.
@@ -69,7 +84,7 @@ class BatchBuilder:
         width = self._fill_tables(step)
         logit_rows = _logit_rows(step, row_starts)
         self._fill(self._logit_rows, logit_rows)
-        return StepBatch(
+        batch = StepBatch(
             token_ids=self._tokens.tensor(num_tokens),
             positions=self._positions.tensor(num_tokens),
             query_start=self._query_start.tensor(num_sequences + 1),
@@ -79,6 +94,12 @@ class BatchBuilder:
             max_query_len=max(lengths),
             max_context_len=max(context_lens),
         )
+        if not self._beside:
+            return batch
+        self._fill_tables_beside(step, width)
+        tables = [beside.tensor(num_sequences, width) for beside in self._beside]
+        others = tuple([replace(batch, block_tables=table) for table in tables])
+        return replace(batch, layer_tables=self._layer_tables, others=others)
 
     @staticmethod
     def _fill(buffer: _Buffer, values: list[int]) -> None:
@@ -107,6 +128,18 @@ class BatchBuilder:
         for row, table in zip(flat.reshape(len(step), width), tables, strict=True):
             row[: len(table)] = table
         return width
+
+    def _fill_tables_beside(self, step: Sequence[Work], width: int) -> None:
+        """Fill the tables of the layers that have blocks of their own; what no layer sees any more is 0."""
+        size = len(step) * width
+        for beside in self._beside:
+            beside.reserve(size)
+            beside.array[:size] = 0
+        for row, work in enumerate(step):
+            blocks = work.sequence.window_table(work.chunk.window_ids).reshape(-1, len(self._beside))
+            start = row * width + work.chunk.first_in_window
+            for index, beside in enumerate(self._beside):
+                beside.array[start : start + len(blocks)] = blocks[:, index]
 
 
 def num_prompt_rows(work: Work) -> int:

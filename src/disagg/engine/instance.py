@@ -32,7 +32,7 @@ from disagg.engine.control import ControlChannel
 from disagg.engine.decoder_loading import DecoderLoading
 from disagg.engine.disk_files import BlockFiles
 from disagg.engine.executor import Executor
-from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.facts import Capacity, check_memory, layer_tables, plan_capacity
 from disagg.engine.grammar import Grammars
 from disagg.engine.host_blocks import HostBlocks
 from disagg.engine.isolation import IsolatingExecutor
@@ -98,7 +98,10 @@ def build_loop(
     grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
     backend = _backend(settings, device, config.head_dim)
-    capacity = plan_capacity(settings.model, settings.cache, config, backend.kv_format)
+    has_tiers = settings.kv_disk is not None or settings.cache.kv_host_memory_bytes is not None
+    capacity = plan_capacity(
+        settings.model, settings.cache, config, backend.kv_format, settings.scheduler, has_tiers=has_tiers
+    )
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
     loading = DecoderLoading(settings, files, backend, capacity, partial(progress.report, "weights"), clock)
@@ -125,10 +128,11 @@ def build_loop(
         max_disk_blocks=room.max_disk_blocks,
         num_saved_blocks=len(room.saved),
         probe=shared.probe,
+        window=capacity.layout.window_blocks,
     )
     name, role = settings.instance, settings.role
     ready = Ready(version=PROTOCOL_VERSION, instance=name, incarnation=incarnation, role=role, facts=facts)
-    header = core_header(settings, ready, room.saved, capacity.layout.window)
+    header = core_header(settings, ready, room.saved)
     watched = watch(executor)
     steps = _make_steps(settings, watched, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
@@ -143,12 +147,10 @@ def _backend(settings: InstanceSettings, device: torch.device, head_dim: int) ->
     return select_backend(device, dtype, settings.kernel_backend, head_dim=head_dim, block_size=block_size)
 
 
-def core_header(
-    settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = (), window: int | None = None
-) -> InstanceHeader:
+def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
     """Return what the core of an instance is made from, which an event log begins with.
 
-    ``saved_blocks`` are on its disk from a life before; ``window`` is that of its pool's layout.
+    ``saved_blocks`` are on its disk from a life before.
     """
     facts = ready.facts
     return InstanceHeader(
@@ -162,7 +164,7 @@ def core_header(
         pool=facts.pool,
         max_host_blocks=facts.max_host_blocks,
         max_disk_blocks=facts.max_disk_blocks,
-        window=window,
+        window=facts.window,
         saved_blocks=saved_blocks,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
@@ -233,6 +235,7 @@ def _make_executor(
         max_sequences=settings.scheduler.max_batch_size,
         max_blocks=pool.layout.num_blocks_for(decoder.max_model_len),
         device=device,
+        layer_tables=layer_tables(decoder.config, pool.layout),
     )
     return ModelExecutor(decoder, make_kv_store(pool, device), builder)
 

@@ -25,10 +25,10 @@ class ModelExecutor:
     def __init__(self, decoder: StepDecoder, store: KvStore, builder: BatchBuilder) -> None:
         self._decoder = decoder
         self._store = store
-        # A model's layers in their own order: in the pool those that slide come last.
-        in_pool = decoder.config.pool_layers
-        is_same = in_pool == tuple(range(len(in_pool)))
-        self._kv = store.layers if is_same else tuple(store.layers[layer] for layer in in_pool)
+        # A model's layers in their own order: in the pool those that slide come last, in blocks of their own.
+        in_pool, in_block = decoder.config.pool_layers, len(store.layers)
+        is_same = in_pool == tuple(range(in_block))
+        self._kv = store.layers if is_same else tuple(store.layers[layer % in_block] for layer in in_pool)
         self._builder = builder
         self._chooser = chooser_of(decoder.backend)
         # The sampler's view of each sequence; it goes when the loop lets go of the sequence.

@@ -138,8 +138,4 @@ def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
         of_block = dict(zip(offer.block_ids, split_digests(offer.digests, len(offer.block_ids)), strict=True))
         digests = b"".join([of_block[copy.source] for copy in pull.copies])
     blocks = [(copy.source, copy.target) for copy in pull.copies]
-    outside = frozenset(offer.block_ids[: offer.num_outside_window])
-    num_outside = sum(copy.source in outside for copy in pull.copies)
-    return KvRead(
-        blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s, num_outside_window=num_outside
-    )
+    return KvRead(blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s)

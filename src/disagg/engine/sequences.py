@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
 from disagg.engine.grammar import GrammarState
+
+_NO_TABLE: Final[tuple[tuple[BlockId, ...], NDArray[np.int32]]] = ((), np.empty(0, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class LiveSequence:
         self._block_hashes = request.block_hashes if block_size else ()
         self._name_blocks()
         self._prompt_logprobs: list[PositionLogprobs] = []
-        self._block_ids: tuple[BlockId, ...] = ()
-        self._block_table = np.empty(0, dtype=np.int32)
+        self._block_table = _NO_TABLE
+        self._window_table = _NO_TABLE
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             self._stop_token_ids |= frozenset(request.eos_token_ids)
@@ -127,10 +130,15 @@ class LiveSequence:
 
     def block_table(self, block_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
         """Return ``block_ids`` as an array. The scheduler hands out the same tuple until the blocks change."""
-        if block_ids is not self._block_ids:
-            self._block_ids = block_ids
-            self._block_table = np.array(block_ids, dtype=np.int32)
-        return self._block_table
+        if block_ids is not self._block_table[0]:
+            self._block_table = block_ids, np.array(block_ids, dtype=np.int32)
+        return self._block_table[1]
+
+    def window_table(self, window_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
+        """Return a chunk's ``window_ids`` as an array."""
+        if window_ids is not self._window_table[0]:
+            self._window_table = window_ids, np.array(window_ids, dtype=np.int32)
+        return self._window_table[1]
 
     def add_prompt_logprobs(self, first_position: int, logprobs: Sequence[PositionLogprobs]) -> None:
         """Collect those of the prompt tokens from ``first_position`` on; a recomputed chunk brings nothing new."""

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from disagg.base.errors import ConfigurationError
+from disagg.base.window_blocks import WindowBlocks
 
 _SIZES: Final = (
     "vocab_size",
@@ -18,6 +19,8 @@ _SIZES: Final = (
     "head_dim",
     "max_position_embeddings",
 )
+
+_MOST_BLOCKS_EACH: Final = 8
 
 
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,17 +174,28 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return None if longest is None or longest >= self.max_position_embeddings else longest
 
     @property
-    def num_window_layers(self) -> int:
-        """Layers whose keys and values are not needed any more when a sequence has outgrown ``longest_window``."""
-        return 0 if self.longest_window is None else self.num_layers - self.sliding_windows.count(None)
+    def block_layers(self) -> int:
+        """Layers that one KV block holds, see ``KvLayout``: those that see everything, or all where none slides.
+
+        Never fewer than an eighth: a table of blocks for each is what it costs. Where so few slide that padding them to
+        a block would take more than it gives, all.
+        """
+        if self.longest_window is None:
+            return self.num_layers
+        in_block = max(self.sliding_windows.count(None), -(-self.num_layers // _MOST_BLOCKS_EACH))
+        return in_block if 2 * (self.num_layers - in_block) >= in_block else self.num_layers
 
     @property
     def pool_layers(self) -> tuple[int, ...]:
-        """Where each layer is in a KV pool: those that slide come last, see ``KvLayout``."""
-        if self.longest_window is None:
-            return tuple(range(self.num_layers))
+        """The place of each layer in KV blocks: those that slide come last."""
         in_pool = sorted(range(self.num_layers), key=lambda layer: self.sliding_windows[layer] is not None)
         return tuple(in_pool.index(layer) for layer in range(self.num_layers))
+
+    @property
+    def window_blocks(self) -> WindowBlocks | None:
+        """The KV blocks of the layers that slide, where those have blocks of their own."""
+        num_beside = -(-self.num_layers // self.block_layers) - 1
+        return WindowBlocks(self.longest_window, num_beside) if self.longest_window and num_beside else None
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Return the bytes of keys and values of one token over all layers, at ``itemsize`` bytes per element."""

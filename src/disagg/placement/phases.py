@@ -21,6 +21,7 @@ from disagg.placement.queueing import prefill_estimate
 from disagg.placement.shapes import BuiltChoice, build_choice
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_instance
+from disagg.simulator.instance_spec import InstanceSpec
 
 _AT_ONCE: Final = ConstantLatency(1e-9)
 _START: Final = {Role.PREFILL: 1.0, Role.DECODE: 1.0, Role.COLOCATED: 0.6}
@@ -117,12 +118,18 @@ def _phase_workload(workload: OpenLoop, role: Role) -> OpenLoop:
     return replace(workload, limits=LengthLimits(min(limits.max_prompt_len, total - 1), 1, total))
 
 
+def _num_each(instance: InstanceSpec) -> int:
+    """Return how many KV blocks the tokens of one take."""
+    return 1 if instance.window is None else 1 + instance.window.num_each
+
+
 def _phase_spec(problem: PlanProblem, built: BuiltChoice) -> ClusterSpec:
     choice = built.choice
     named = build_instance(
         InstanceId(choice.role.value), choice.group(1), problem.platforms[choice.kind], problem.rules
     )
-    instance = replace(named, latency=built.latency, kv_bytes_per_token=0)
+    window = named.kv_window and named.kv_window._replace(bytes_per_token=0)
+    instance = replace(named, latency=built.latency, kv_bytes_per_token=0, kv_window=window)
     if choice.role is Role.COLOCATED:
         return ClusterSpec(instances=(instance,), router=problem.rules.router)
     other = Role.DECODE if choice.role is Role.PREFILL else Role.PREFILL
@@ -135,7 +142,7 @@ def _phase_spec(problem: PlanProblem, built: BuiltChoice) -> ClusterSpec:
         scheduler=msgspec.structs.replace(
             problem.rules.schedulers[other], max_batch_tokens=1 << 20, max_batch_size=4096, max_pulls_in_flight=4096
         ),
-        num_blocks=round(waiting + 4 * problem.sample.longest) // instance.block_size,
+        num_blocks=_num_each(instance) * round(waiting + 4 * problem.sample.longest) // instance.block_size,
         latency=_AT_ONCE,
         num_devices=1,
         swap=None,

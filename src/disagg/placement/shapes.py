@@ -73,13 +73,17 @@ def latency_of(problem: PlanProblem, choice: InstanceChoice) -> LatencyModel:
 def build_choice(problem: PlanProblem, choice: InstanceChoice) -> BuiltChoice:
     """Return the choice with its step times; raise ConfigurationError where the model does not fit on it."""
     latency = latency_of(problem, choice)
-    capacity = problem.platforms[choice.kind].capacity_tokens(choice.tensor_parallel, choice.pipeline_parallel)
+    platform = problem.platforms[choice.kind]
+    window, token_bytes = platform.kv_window, platform.kv_bytes_per_token
+    capacity = platform.capacity_tokens(choice.tensor_parallel, choice.pipeline_parallel)
     needed = max(problem.sample.prompts) if choice.role is Role.PREFILL else problem.sample.longest
-    if capacity < needed:
+    if capacity < needed - (0.0 if window is None else window.spared_bytes(needed) / token_bytes):
         raise ConfigurationError(
             f"{choice} on {choice.kind} holds {capacity} tokens of KV, and the workload has a request of {needed}: use "
             "more devices per instance, or --max-total-len"
         )
+    if window is not None:  # as if nothing was in sight: no bound may be below what there is
+        capacity = capacity * token_bytes // (token_bytes - window.bytes_per_token)
     return BuiltChoice(choice, latency, capacity, choice.group(1).scheduler(problem.rules.schedulers[choice.role]))
 
 

@@ -1,10 +1,12 @@
 """What fits: how long a sequence an instance holds, and how many tokens of one it must hold."""
 
+import sys
 from collections.abc import Collection
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.messages import StepLimits
 from disagg.base.request import Role
+from disagg.base.window_blocks import WindowBlocks
 
 
 def step_limits(settings: SchedulerSettings) -> StepLimits:
@@ -16,10 +18,35 @@ def step_limits(settings: SchedulerSettings) -> StepLimits:
     )
 
 
-def capacity_tokens(num_blocks: int, block_size: int, max_model_len: int | None = None) -> int:
-    """Return the longest sequence, prompt plus answer in tokens, that an instance of this KV pool and limit holds."""
+def capacity_tokens(
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int | None = None,
+    window: WindowBlocks | None = None,
+    most_in_sight: int = 0,
+) -> int:
+    """Return the longest sequence, prompt plus answer in tokens, that an instance of this KV pool and limit holds.
+
+    At most ``most_in_sight`` of its blocks have those of a ``window`` beside them.
+    """
+    if window is not None:
+        num_beside = window.num_each * most_in_sight
+        outgrows = num_blocks > most_in_sight + num_beside
+        num_blocks = num_blocks - num_beside if outgrows else num_blocks // (1 + window.num_each)
     pool = num_blocks * block_size
     return pool if max_model_len is None else min(pool, max_model_len)
+
+
+def most_in_sight(window: WindowBlocks | None, settings: SchedulerSettings, block_size: int) -> int:
+    """Return of how many blocks in a row a sequence needs the layers with a ``window`` at once; 0 without one.
+
+    Where prompts are computed whole, of all.
+    """
+    if window is None:
+        return 0
+    if settings.scheduling in (SchedulingMode.PREFILL_FIRST, SchedulingMode.DECODE_FIRST):
+        return sys.maxsize
+    return window.most_in_sight(settings.max_batch_tokens * settings.max_steps_in_flight, block_size)
 
 
 def most_tokens(num_tokens: int, max_total_tokens: int, *, hand_over: bool) -> int:

@@ -147,10 +147,8 @@ def build_cluster(
             its_platform = by_kind.get(topology.node(place[0].node).device, platform)
             links = topology.instance_links(place, group.tensor_parallel)
         spec = build_instance(name, group, its_platform, rules, place, links)
-        block_bytes = spec.block_size * spec.kv_bytes_per_token
-        instances.append(
-            replace(spec, max_host_blocks=rules.kv_host_bytes // block_bytes, max_disk_blocks=disk_bytes // block_bytes)
-        )
+        max_host_blocks, max_disk_blocks = rules.kv_host_bytes // spec.block_bytes, disk_bytes // spec.block_bytes
+        instances.append(replace(spec, max_host_blocks=max_host_blocks, max_disk_blocks=max_disk_blocks))
     num_devices = sum(instance.num_devices for instance in instances)
     return ClusterSpec(
         instances=tuple(instances),
@@ -240,19 +238,18 @@ def build_instance(
     tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
     scheduler = group.scheduler(scheduler)
     num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
-    if group.kv_memory_bytes is None:
-        num_tokens = platform.capacity_tokens(tensor, pipeline)
-    else:
-        num_tokens = group.kv_memory_bytes // platform.kv_bytes_per_token
-    return InstanceSpec(
+    kv_bytes = group.kv_memory_bytes
+    if kv_bytes is None:
+        kv_bytes = platform.capacity_tokens(tensor, pipeline) * platform.kv_bytes_per_token
+    spec = InstanceSpec(
         name=name,
         role=group.role,
         scheduler=msgspec.structs.replace(scheduler, max_steps_in_flight=num_in_flight),
-        num_blocks=num_tokens // rules.block_size,
+        num_blocks=0,
         block_size=rules.block_size,
         latency=platform.latency(tensor, pipeline, links),
         kv_bytes_per_token=platform.kv_bytes_per_token,
-        kv_window=platform.kv_window,
+        kv_window=None if rules.kv_host_bytes or rules.kv_disk is not None else platform.kv_window,
         num_devices=tensor * pipeline,
         place=place,
         prefix_caching=rules.prefix_caching,
@@ -260,3 +257,4 @@ def build_instance(
         disk=NVME,
         swap=rules.swap,
     )
+    return replace(spec, num_blocks=kv_bytes // spec.block_bytes)

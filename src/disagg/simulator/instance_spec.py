@@ -8,11 +8,12 @@ from disagg.base.ids import InstanceId
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts, Ready
 from disagg.base.request import Role
+from disagg.base.window_blocks import WindowBlocks
 from disagg.costs.latency import LatencyModel
 from disagg.costs.links import LinkModel
 from disagg.costs.platform import KvWindow
 from disagg.costs.topology import Place
-from disagg.scheduling.capacity import step_limits
+from disagg.scheduling.capacity import capacity_tokens, most_in_sight, step_limits
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.outputs import StartCopy
 
@@ -29,6 +30,7 @@ class InstanceSpec:
     latency: LatencyModel
     kv_bytes_per_token: int = 0
     kv_window: KvWindow | None = None
+    """None as well where there are tiers behind the pool, whose blocks hold all layers."""
     num_devices: int = 1
     place: Place = ()
     """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
@@ -50,18 +52,25 @@ class InstanceSpec:
             )
 
     @property
+    def window(self) -> WindowBlocks | None:
+        """Which blocks hold the layers with a sliding window; None where one block holds all layers."""
+        return None if self.kv_window is None else self.kv_window.blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block."""
+        beside = 0 if self.kv_window is None else self.kv_window.bytes_per_token
+        return self.block_size * (self.kv_bytes_per_token - beside)
+
+    @property
     def capacity(self) -> int:
         """Longest sequence that the KV pool holds, in tokens."""
-        return self.num_blocks * self.block_size
+        in_sight = most_in_sight(self.window, self.scheduler, self.block_size)
+        return capacity_tokens(self.num_blocks, self.block_size, None, self.window, in_sight)
 
     def copied_bytes(self, copy: StartCopy) -> int:
-        """Return what a pull carries: of blocks past every sliding window the other layers alone."""
-        num_bytes = len(copy.copies) * self.block_size * self.kv_bytes_per_token
-        if self.kv_window is None:
-            return num_bytes
-        outside = frozenset(copy.offer.block_ids[: copy.offer.num_outside_window])
-        num_outside = sum(one.source in outside for one in copy.copies)
-        return num_bytes - num_outside * self.block_size * self.kv_window.bytes_per_token
+        """Return what a pull carries."""
+        return len(copy.copies) * self.block_bytes
 
     def header(self, incarnation: str) -> InstanceHeader:
         """Return what the core of one life of the instance is made from."""
@@ -75,7 +84,7 @@ class InstanceSpec:
             max_host_blocks=self.max_host_blocks,
             max_disk_blocks=self.max_disk_blocks,
             num_stages=self.latency.num_stages,
-            window=None if self.kv_window is None else self.kv_window.tokens,
+            window=self.window,
         )
 
     def ready(self, incarnation: str) -> Ready:
@@ -100,5 +109,6 @@ class InstanceSpec:
                 limits=step_limits(self.scheduler),
                 max_host_blocks=self.max_host_blocks,
                 max_disk_blocks=self.max_disk_blocks,
+                window=self.window,
             ),
         )

@@ -25,7 +25,6 @@ class CodedBlocks:
         self._pool = pool
         self._layers = layers
         self._converted = converted
-        self._blocks = pool.blocks[layers.start : layers.stop]
         self._codec = Int8Codec(pool.layout if converted is None else converted.remote)
         self._block_bytes = self._codec.layer_bytes * len(layers)
         self._buffer = bytearray()
@@ -40,7 +39,7 @@ class CodedBlocks:
         self._codec.encode(self._pool.data, self._layers, blocks, coded)
         for index, digest in enumerate(digests):
             seal = xxh3_64_digest(self._block(coded, index))
-            if block_digest(self._blocks, blocks[index]) != digest:
+            if block_digest(self._pool.blocks, blocks[index]) != digest:
                 seal = bytes(byte ^ 0xFF for byte in seal)
             start = len(blocks) * self._block_bytes + index * DIGEST_BYTES
             coded[start : start + DIGEST_BYTES] = seal

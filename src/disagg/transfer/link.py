@@ -3,8 +3,8 @@
 import enum
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from disagg.base.clock import Clock
@@ -24,8 +24,7 @@ BlockPair = tuple[BlockId, BlockId]
 class KvRead:
     """What is to be read: ``layers`` of the first blocks of ``blocks``, into the second ones.
 
-    Of the first ``num_outside_window`` blocks those of these layers are read that have no sliding window. ``digests``
-    are those of the peer's blocks, one after the other, or empty to check nothing; they need all layers.
+    ``digests`` are those of the peer's blocks, one after the other, or empty to check nothing; they need all layers.
     ``access`` is the capability that came with the offer, for links on which it is asked for.
     """
 
@@ -34,22 +33,10 @@ class KvRead:
     digests: bytes = b""
     access: bytes = b""
     timeout_s: float = 120.0
-    num_outside_window: int = 0
-
-    def parts(self, layout: KvLayout) -> Iterator["KvRead"]:
-        """Yield reads of the same layers of all their blocks that together are this one; none is empty."""
-        count = self.num_outside_window
-        without_window = range(self.layers.start, min(self.layers.stop, layout.full_layers.stop))
-        split = count * (len(self.digests) // max(1, len(self.blocks)))
-        outside = replace(self, blocks=self.blocks[:count], layers=without_window, digests=self.digests[:split])
-        inside = replace(self, blocks=self.blocks[count:], digests=self.digests[split:])
-        for part in (outside, inside):
-            if part.blocks and part.layers:
-                yield replace(part, num_outside_window=0)
 
     def num_bytes(self, layout: KvLayout) -> int:
         """Return how many bytes of such a pool are read."""
-        return sum(len(part.blocks) * len(part.layers) for part in self.parts(layout)) * layout.layer_block_bytes
+        return len(self.blocks) * len(self.layers) * layout.layer_block_bytes
 
 
 class TransferState(enum.Enum):
@@ -143,8 +130,8 @@ class Link(Protocol):
         """Let go of the peer. Transfers that were started still end, and say so."""
 
 
-def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> None:
-    """Raise TransferError when a copy would reach outside one of the pools, or digests are not those of the blocks."""
+def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> Sequence[bytes]:
+    """Return each block's digest, or none; raise TransferError when a copy would reach outside one of the pools."""
     layers = read.layers
     if layers.step != 1 or not 0 <= layers.start <= layers.stop <= local.num_layers:
         raise TransferError(f"layers {layers} are not within the {local.num_layers} of the KV pool")
@@ -155,6 +142,4 @@ def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> None:
             raise TransferError(f"there is no KV block {target} here: the pool has {local.num_blocks}")
     if read.digests and len(layers) != local.num_layers:
         raise TransferError(f"a digest is over all {local.num_layers} layers of a block, not over {len(layers)}")
-    if not 0 <= read.num_outside_window <= len(read.blocks):
-        raise TransferError(f"{read.num_outside_window} of {len(read.blocks)} blocks cannot be outside the window")
-    split_digests(read.digests, len(read.blocks))
+    return split_digests(read.digests, len(read.blocks))

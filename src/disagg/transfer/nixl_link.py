@@ -20,7 +20,7 @@ from disagg.cache.layout import KvLayout
 from disagg.costs.links import LinkKind
 from disagg.transfer.address import NixlWay, PoolAddress
 from disagg.transfer.block_forms import BlockForms
-from disagg.transfer.digests import bad_blocks, corrupt, split_digests
+from disagg.transfer.digests import bad_blocks, corrupt
 from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
 from disagg.transfer.nixl_agent import NixlAgent, Posted
 from disagg.transfer.pool import HEADER_BYTES, KvPool, header
@@ -73,11 +73,11 @@ class NixlLink:
 
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
-        check_read(read, self._layout, self._pool.layout)
+        digests = check_read(read, self._layout, self._pool.layout)
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
         with self._lock:
             self._num_running += 1
-        self._threads.submit(self._run, transfer, read)
+        self._threads.submit(self._run, transfer, read, digests)
         return transfer
 
     def probe(self, target: memoryview, access: bytes) -> None:
@@ -101,9 +101,9 @@ class NixlLink:
 
     # On the transfer's thread ---------------------------------------------------------------------------------
 
-    def _run(self, transfer: Transfer, read: KvRead) -> None:
+    def _run(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> None:
         progress = _Progress()
-        transfer.run(partial(self._copy, transfer, read, progress))
+        transfer.run(partial(self._copy, transfer, read, digests, progress))
         if transfer.state is TransferState.HUNG and progress.posted is not None:
             self._agent.watch(progress.posted, partial(self._settle, transfer))
         else:
@@ -120,38 +120,28 @@ class NixlLink:
         if is_last:
             self._agent.remove_peer(self._peer)
 
-    def _copy(self, transfer: Transfer, read: KvRead, progress: _Progress) -> TransferState:
-        until_s = self._clock.now() + read.timeout_s
-        parts = list(read.parts(self._layout))
-        if not parts:
+    def _copy(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes], progress: _Progress) -> TransferState:
+        if not read.blocks or not read.layers:
             return TransferState.DONE
-        for part in parts:
-            if not self._copy_part(part, transfer, until_s, progress):
-                return TransferState.CANCELLED
-        self._check_alive(transfer, until_s, progress)
-        return TransferState.DONE
-
-    def _copy_part(self, read: KvRead, transfer: Transfer, until_s: float, progress: _Progress) -> bool:
-        """Read the same layers of some blocks; return False when that was cancelled."""
-        digests = split_digests(read.digests, len(read.blocks))
+        until_s = self._clock.now() + read.timeout_s
         size = max(1, MAX_POSTED_BYTES // (len(read.layers) * self._layout.layer_block_bytes))
         for first in range(0, len(read.blocks), size):
             pairs, wanted = read.blocks[first : first + size], digests[first : first + size]
             if transfer.is_cancelled:
-                return False
+                return TransferState.CANCELLED
             self._move(pairs, read.layers, transfer, until_s, progress)
-            bad = self._bad(pairs, read.layers, wanted)
+            bad = self._bad(pairs, wanted)
             if bad:
                 transfer.num_repeated += len(bad)
                 again = [pairs[index] for index in bad]
                 self._move(again, read.layers, transfer, until_s, progress)
-                if self._bad(again, read.layers, [wanted[index] for index in bad]):
+                if self._bad(again, [wanted[index] for index in bad]):
                     raise corrupt(again[0][0])
-        return True
+        self._check_alive(transfer, until_s, progress)
+        return TransferState.DONE
 
-    def _bad(self, pairs: Sequence[BlockPair], layers: range, digests: Sequence[bytes]) -> list[int]:
-        read = self._pool.blocks[layers.start : layers.stop]
-        return bad_blocks(read, [target for _, target in pairs], digests)
+    def _bad(self, pairs: Sequence[BlockPair], digests: Sequence[bytes]) -> list[int]:
+        return bad_blocks(self._pool.blocks, [target for _, target in pairs], digests)
 
     def _move(
         self, pairs: Sequence[BlockPair], layers: range, transfer: Transfer, until_s: float, progress: _Progress

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from msgspec import structs
 
 from disagg.base.clock import Clock
-from disagg.base.ids import Epoch, RequestId
+from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.messages import KvOffer
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import AnyWay, encode_address
-from disagg.transfer.digests import DIGEST_BYTES, join_digests
+from disagg.transfer.digests import block_digest
 from disagg.transfer.grants import Grants
 from disagg.transfer.kv_server import KvServer
 from disagg.transfer.nixl_agent import NixlAgent
@@ -32,8 +32,8 @@ class SharedBlocks:
         self._has_digests = settings.kv_digests
         self._grants = Grants(clock)
         self._is_open = False
-        self._of_parts: dict[tuple[RequestId, Epoch], bytes] = {}
-        """Digests of the blocks of sequences that are offered in parts, from the first one on."""
+        self._of_parts: dict[tuple[RequestId, Epoch], dict[BlockId, bytes]] = {}
+        """Digests of the blocks of sequences that are offered in parts."""
         self.nixl: NixlAgent | None = None
         """This instance's end of NIXL, where that carries blocks."""
         ways: list[AnyWay] = []
@@ -68,18 +68,14 @@ class SharedBlocks:
         A whole offer has the digests of the parts before it: those blocks are final since, and are not read again.
         """
         blocks, key = offer.block_ids, (offer.request_id, offer.epoch)
-        known = self._of_parts.get(key, b"")
-        num_known = 0 if is_part else len(known) // DIGEST_BYTES
+        known = self._of_parts.setdefault(key, {}) if is_part else self._of_parts.get(key, {})
         digests = b""
         if self._has_digests:
-            num_outside = max(num_known, offer.num_outside_window)
-            full = self._pool.blocks[: self._pool.layout.full_layers.stop]
-            digests = join_digests(full, blocks[num_known:num_outside])
-            digests += join_digests(self._pool.blocks, blocks[num_outside:])
-        if is_part:
-            self._of_parts[key] = known + digests
-        else:
-            digests = known + digests
+            new = [block for block in blocks if block not in known]
+            found = known | {block: block_digest(self._pool.blocks, block) for block in new}
+            digests = b"".join([found[block] for block in blocks])
+            if is_part:
+                known.update(found)
         return structs.replace(
             offer,
             digests=digests,

@@ -16,7 +16,7 @@ from disagg.base.clock import Clock
 from disagg.costs.links import LinkKind
 from disagg.transfer.address import PoolAddress, ShmWay
 from disagg.transfer.block_forms import BlockForms
-from disagg.transfer.digests import bad_blocks, block_digest, corrupt, split_digests
+from disagg.transfer.digests import bad_blocks, block_digest, corrupt
 from disagg.transfer.link import (
     BlockPair,
     KvRead,
@@ -71,9 +71,9 @@ class ShmLink:
 
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
-        check_read(read, self._peer.layout, self._pool.layout)
+        digests = check_read(read, self._peer.layout, self._pool.layout)
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
-        self._threads.submit(transfer.run, partial(self._copy, transfer, read))
+        self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
         return transfer
 
     def probe(self, target: memoryview, access: bytes) -> None:
@@ -90,24 +90,17 @@ class ShmLink:
         if self._toucher is not None:
             self._toucher.stop()
 
-    def _copy(self, transfer: Transfer, read: KvRead) -> TransferState:
-        copy = self._copy_part if self._forms.is_same else self._convert
-        for part in read.parts(self._pool.layout):
-            if not copy(transfer, part, split_digests(part.digests, len(part.blocks))):
-                return TransferState.CANCELLED
-        self._peer.check_alive()
-        return TransferState.DONE
-
-    def _copy_part(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> bool:
-        """Copy blocks as they are; return False when that was cancelled."""
+    def _copy(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
         source = self._peer.blocks[read.layers.start : read.layers.stop]
         target = self._pool.blocks[read.layers.start : read.layers.stop]
         most_bytes = MAX_CHECKED_BYTES if digests else MAX_RUN_BYTES
         longest = max(1, most_bytes // (max(1, len(read.layers)) * self._pool.layout.layer_block_bytes))
+        if not self._forms.is_same:
+            return self._convert(transfer, read, digests)
         done = 0
         for first_source, first_target, count in runs(read.blocks, longest):
             if transfer.is_cancelled:
-                return False
+                return TransferState.CANCELLED
             np.copyto(target[:, first_target : first_target + count], source[:, first_source : first_source + count])
             for index in bad_blocks(target, range(first_target, first_target + count), digests[done : done + count]):
                 transfer.num_repeated += 1
@@ -116,22 +109,24 @@ class ShmLink:
                 if block_digest(target, block) != digests[done + index]:
                     raise corrupt(first_source + index)
             done += count
-        return True
+        self._peer.check_alive()
+        return TransferState.DONE
 
-    def _convert(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> bool:
+    def _convert(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
         """Take over blocks of another form, a few at a time; what was read is compared with the digests right after."""
-        layout, read_from = self._peer.layout, self._peer.blocks[read.layers.start : read.layers.stop]
+        layout = self._peer.layout
         for group in groups(len(read.blocks), layout.layer_block_bytes, len(read.layers)):
             if transfer.is_cancelled:
-                return False
+                return TransferState.CANCELLED
             sources, targets = zip(*read.blocks[group], strict=True)
             starts = [layout.offset(layer, source) for layer in read.layers for source in sources]
             for attempt in range(2):
                 self._forms.convert(self._peer.data, starts, self._pool.data, read.layers, targets)
-                bad = bad_blocks(read_from, sources, digests[group])
+                bad = bad_blocks(self._peer.blocks, sources, digests[group])
                 if not bad:
                     break
                 transfer.num_repeated += len(bad)
                 if attempt:
                     raise corrupt(sources[bad[0]])
-        return True
+        self._peer.check_alive()
+        return TransferState.DONE

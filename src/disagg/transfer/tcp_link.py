@@ -20,7 +20,7 @@ from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import PoolAddress, TcpWay
 from disagg.transfer.block_forms import BlockForms, ConvertedBlocks
 from disagg.transfer.coded_blocks import CodedBlocks
-from disagg.transfer.digests import bad_blocks, corrupt, split_digests
+from disagg.transfer.digests import bad_blocks, corrupt
 from disagg.transfer.kv_socket import KvSocket
 from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
 from disagg.transfer.pool import KvPool
@@ -97,10 +97,10 @@ class TcpLink:
 
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
-        check_read(read, self._address.layout, self._pool.layout)
+        digests = check_read(read, self._address.layout, self._pool.layout)
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
         transfer.codec = self._codec(transfer.num_bytes)
-        self._threads.submit(transfer.run, partial(self._copy, transfer, read))
+        self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
         return transfer
 
     def probe(self, target: memoryview, access: bytes) -> None:
@@ -136,28 +136,25 @@ class TcpLink:
 
     # On the transfer's thread ---------------------------------------------------------------------------------
 
-    def _copy(self, transfer: Transfer, read: KvRead) -> TransferState:
+    def _copy(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
+        if not read.blocks or not read.layers:
+            return TransferState.DONE
         stopped = threading.Event()
         started_s = self._clock.now()
         check = partial(self._check, transfer, stopped, started_s + read.timeout_s)
+        ask = _Ask(read, transfer.codec, check)
         try:
-            for alike in read.parts(self._pool.layout):
-                self._read_alike(transfer, _Ask(alike, transfer.codec, check), stopped)
+            parts = _share_out(read, digests, transfer.num_bytes, self._num_streams)
+            bad = self._read_parts(ask, parts, stopped)
+            if bad.blocks:
+                transfer.num_repeated = len(bad.blocks)
+                still_bad = self._read_part(ask, bad)
+                if still_bad.blocks:
+                    raise corrupt(still_bad.blocks[0][0])
         except _CancelledError:
             return TransferState.CANCELLED
-        if transfer.num_bytes:
-            self._codecs.observe(transfer.codec, transfer.num_bytes, self._clock.now() - started_s)
+        self._codecs.observe(transfer.codec, transfer.num_bytes, self._clock.now() - started_s)
         return TransferState.DONE
-
-    def _read_alike(self, transfer: Transfer, ask: _Ask, stopped: threading.Event) -> None:
-        """Read the same layers of some blocks, and those again, once, that came with another digest."""
-        num_bytes = ask.read.num_bytes(self._pool.layout)
-        bad = self._read_parts(ask, _share_out(ask.read, num_bytes, self._num_streams), stopped)
-        if bad.blocks:
-            transfer.num_repeated += len(bad.blocks)
-            still_bad = self._read_part(ask, bad)
-            if still_bad.blocks:
-                raise corrupt(still_bad.blocks[0][0])
 
     def _codec(self, num_bytes: int) -> KvCodec:
         if self._dtype is KvTransferDtype.AUTO:
@@ -209,7 +206,7 @@ class TcpLink:
 
         def receive_raw(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
             connection.receive(pieces(self._pool.data, layout, layers, targets))
-            return bad_blocks(self._pool.blocks[layers.start : layers.stop], targets, digests)
+            return bad_blocks(self._pool.blocks, targets, digests)
 
         def receive_coded(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
             assert coded is not None, "the codec was asked for"
@@ -333,9 +330,8 @@ def _exchange(connection: KvSocket, request: bytes) -> Reply:
     return decode_reply(connection.receive_frame(MAX_REPLY_BYTES))
 
 
-def _share_out(read: KvRead, num_bytes: int, num_streams: int) -> list[_Part]:
+def _share_out(read: KvRead, digests: Sequence[bytes], num_bytes: int, num_streams: int) -> list[_Part]:
     """Cut a read into parts of about equal size, one for each connection that is worth it."""
-    digests = split_digests(read.digests, len(read.blocks))
     count = max(1, min(num_streams, num_bytes // MIN_STREAM_BYTES, len(read.blocks)))
     size = -(-len(read.blocks) // count)
     return [

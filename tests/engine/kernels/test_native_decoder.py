@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InternalError, match="40 tokens, angles for 39"):
         decoder_stack(FASTEST, weights, make_settings(None, num_positions=39))(pool, batch)
     fused = decoder_stack(FASTEST, weights, make_settings(None))
-    with pytest.raises(InternalError, match="2 KV layers for 1 layers"):
+    with pytest.raises(InternalError, match="2 KV layers and 2 steps for 1 layers"):
         fused([pool[0], pool[0]], batch)
     with pytest.raises(InternalError, match=r"torch\.bfloat16.*contiguous elements of torch\.float32"):
         fused(pool.bfloat16(), batch)

@@ -150,7 +150,7 @@ def _start(settings: InstanceSettings, folder: str) -> ProfiledInstance:
 
 def _limits(facts: InstanceFacts, settings: InstanceSettings) -> ScriptLimits:
     return ScriptLimits(
-        capacity_tokens=facts.num_blocks * facts.block_size,
+        capacity_tokens=facts.pool_tokens,
         max_model_len=facts.max_model_len,
         max_batch_size=settings.scheduler.max_batch_size,
         block_size=facts.block_size,

@@ -149,6 +149,8 @@ class ScriptPlayer:
         num_tokens = len(request.prompt_token_ids)
         facts = self._instance.facts
         num_blocks = -(-num_tokens // facts.block_size)
+        if facts.window is not None:
+            num_blocks += facts.window.num_each * (num_blocks - facts.window.first_seen(num_tokens, facts.block_size))
         return KvOffer(
             request_id=request.request_id,
             epoch=request.epoch,

@@ -151,7 +151,7 @@ class Decoder:
     def run(
         self,
         *,
-        step: Step,
+        steps: list[Step],
         token_ids: int,
         kv_layers: list[int],
         wanted_rows: int,

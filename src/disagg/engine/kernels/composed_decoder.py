@@ -39,7 +39,7 @@ class ComposedDecoder:
         for index, layer in enumerate(layers):
             if index:
                 x = self._join(x, residual, layers[index - 1].mlp_output_norm, layer.attention_norm)
-            x = self._attention(index, x, kv[index], batch)
+            x = self._attention(index, x, kv[index], batch.of_layer(index))
             if index == len(layers) - 1:
                 # What follows mixes no rows, and only the wanted ones are read.
                 x, residual = x[batch.logit_rows], residual[batch.logit_rows]

@@ -18,6 +18,9 @@ from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 from disagg.models.config import Activation
 
+MOST_TABLES: Final = 8
+"""Of blocks, in one step: see ``ModelShape.block_layers``."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -30,6 +33,9 @@ class StepBatch:
     ``context_lens[s] - (query_start[s + 1] - query_start[s]) + r``.
     ``logit_rows``: int64 [L], the rows of the T whose logits are wanted.
     ``max_query_len`` and ``max_context_len`` are Python ints, so that no backend must read them back.
+
+    Where layers have blocks of their own, ``layer_tables`` says of each layer whose: those of ``block_tables``, 0, or
+    from 1 on of ``others``, the same step over other blocks. Entries behind a layer's window are 0.
     """
 
     token_ids: torch.Tensor
@@ -40,6 +46,18 @@ class StepBatch:
     logit_rows: torch.Tensor
     max_query_len: int
     max_context_len: int
+    layer_tables: tuple[int, ...] = ()
+    others: tuple["StepBatch", ...] = ()
+
+    @property
+    def tables(self) -> tuple["StepBatch", ...]:
+        """The step over the blocks of each kind."""
+        return (self, *self.others)
+
+    def of_layer(self, layer: int) -> "StepBatch":
+        """Return the step over the blocks that a layer is in."""
+        table = self.layer_tables[layer] if self.layer_tables else 0
+        return self.others[table - 1] if table else self
 
 
 class Linear(Protocol):

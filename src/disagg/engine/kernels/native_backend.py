@@ -13,6 +13,7 @@ from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.interface import (
+    MOST_TABLES,
     DecoderSettings,
     DecoderStack,
     DecoderWeights,
@@ -79,7 +80,8 @@ class NativeBackend:
             torch.bfloat16: _native.Kernels(self.instruction_set, _native.ElementType.BFLOAT16),
             torch.float16: _native.Kernels(self.instruction_set, _native.ElementType.FLOAT16),
         }
-        self._step: tuple[StepBatch, torch.Size, int, _native.Step] | None = None
+        self._steps: dict[int, tuple[StepBatch, torch.Size, int, _native.Step]] = {}
+        """The last steps, by the identity of their batches: one of them, or of the tables that it has."""
         share_openmp()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
@@ -327,12 +329,13 @@ class NativeBackend:
 
     def _prepare(self, batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":
         """Return the native form of ``batch``: made by the first layer, found again by the others."""
-        shape = kv_layer.shape
-        known = self._step
-        if known is not None and known[0] is batch and known[1] == shape and known[2] == num_heads:
+        shape, known = kv_layer.shape, self._steps.get(id(batch))
+        if known is not None and known[1] == shape and known[2] == num_heads:
             return known[3]
         step = _make_step(batch, kv_layer, num_heads, head_dim)
-        self._step = (batch, shape, num_heads, step)
+        if len(self._steps) >= MOST_TABLES:
+            self._steps.clear()
+        self._steps[id(batch)] = (batch, shape, num_heads, step)
         return step
 
 

@@ -48,13 +48,13 @@ class NativeDecoder:
         settings, token_ids, wanted = self._settings, batch.token_ids, batch.logit_rows
         rows, num_wanted = len(token_ids), len(wanted)
         first, addresses = self._pools(kv)
-        step = self._prepare_step(batch, first, settings.num_heads, self._head_dim)
+        steps = [self._prepare_step(one, first, settings.num_heads, self._head_dim) for one in batch.tables]
         check_tensor(token_ids, torch.int64, rows)
         check_tensor(wanted, torch.int64, num_wanted)
         logits = torch.empty((num_wanted, self._vocab_size), dtype=self._dtype)
         try:
             self._native.run(
-                step=step,
+                steps=[steps[table] for table in batch.layer_tables] or steps * len(addresses),
                 token_ids=token_ids.data_ptr(),
                 kv_layers=addresses,
                 wanted_rows=wanted.data_ptr(),

@@ -41,14 +41,16 @@ class EarlyPulls:
         """Take a sequence of which a first part is offered."""
         sequence = self._books.enter(event, SequenceState.OFFERED)
         sequence.num_prefill_tokens = event.num_tokens
-        sequence.early = EarlyKv(event.source, deque([KvPart(0, event.source_blocks, event.expires_s)]))
+        end = self._books.ledger.num_blocks_for(event.num_kv_tokens)
+        sequence.early = EarlyKv(event.source, deque([KvPart(0, end, event.source_blocks, event.expires_s)]))
         bisect.insort(self.without_room, sequence, key=order_of)
 
     def on_extended(self, event: KvExtended) -> None:
         """Take the next part of one."""
         sequence = self._find(event.request_id, event.epoch)
         if sequence is not None and sequence.early is not None and sequence.remote is None:
-            sequence.early.parts.append(KvPart(event.first_block, event.source_blocks, event.expires_s))
+            end = self._books.ledger.num_blocks_for(event.num_kv_tokens)
+            sequence.early.parts.append(KvPart(event.first_block, end, event.source_blocks, event.expires_s))
 
     def completes(self, event: KvOffered) -> bool:
         """Take the whole offer of a sequence that is known from its parts; return False for any other."""
@@ -61,9 +63,8 @@ class EarlyPulls:
         sequence.block_hashes = event.block_hashes
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.early.parts.clear()
-        sequence.early.fits = num_known == event.num_kv_tokens and len(
-            event.source_blocks
-        ) == self._books.ledger.num_blocks_for(event.num_kv_tokens)
+        is_whole = self._books.ledger.is_whole(event.num_kv_tokens, event.source_blocks)
+        sequence.early.fits = is_whole and num_known == event.num_kv_tokens
         self._books.wake_at(event.expires_s)
         if sequence.state is SequenceState.OFFERED:
             fits, sequence.early = sequence.early.fits, None
@@ -114,8 +115,7 @@ class EarlyPulls:
         """What was being read is here; return whether that is all, and the sequence can run."""
         early, remote = sequence.early, sequence.remote
         assert early is not None, "it is known from its parts"
-        early.num_here += len(sequence.copies)
-        early.reading, sequence.copies = None, ()
+        early.num_here, early.reading, sequence.copies = early.num_coming, None, ()
         if remote is None or early.num_here < len(sequence.block_ids):
             self.wait(sequence)
             return False
@@ -170,23 +170,30 @@ class EarlyPulls:
             self._compute_here(sequence)
             return
         if remote is not None:
-            self._read(sequence, early, KvPart(0, remote.blocks, remote.expires_s), is_whole=True)
+            whole = KvPart(0, len(sequence.block_ids), remote.blocks, remote.expires_s)
+            self._read(sequence, early, whole, is_whole=True)
             return
         while early.parts and early.parts[0].end_block <= early.num_here:
             early.parts.popleft()
         if not early.parts or early.parts[0].first_block > early.num_here:
             return
         part = early.reading = early.parts.popleft()
-        if self._books.now >= part.expires_s or part.end_block > len(sequence.block_ids):
+        if self._books.now >= part.expires_s or not self._is_of(sequence, part):
             self.give_up(sequence)
         else:
             self._read(sequence, early, part, is_whole=False)
+
+    def _is_of(self, sequence: Sequence, part: KvPart) -> bool:
+        first, end = part.first_block, part.end_block
+        is_whole = self._books.ledger.is_whole(sequence.num_tokens, part.blocks, first, end)
+        return end <= len(sequence.block_ids) and is_whole
 
     def _read(self, sequence: Sequence, early: EarlyKv, part: KvPart, *, is_whole: bool) -> None:
         books = self._books
         self.awaiting.remove(sequence)
         sequence.move(SequenceState.PULLING, books.now)
-        books.ledger.begin_copies(sequence, early.num_here, part.blocks[early.num_here - part.first_block :])
+        early.num_coming = part.end_block
+        books.ledger.begin_copies(sequence, part, early.num_here)
         if not sequence.copies:
             self._done(sequence.request_id, sequence.epoch)
             return

@@ -53,9 +53,8 @@ class HandOvers:
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
                 num_tokens=sequence.num_computed,
-                block_ids=sequence.block_ids,
+                block_ids=sequence.held,
                 lease_s=lease_s,
-                num_outside_window=books.ledger.first_seen_block(sequence.num_computed),
             )
         )
         books.wake_at(expires_s)
@@ -78,9 +77,8 @@ class HandOvers:
                 epoch=sequence.epoch,
                 first_block=first,
                 num_tokens=num_full * size,
-                block_ids=sequence.block_ids[first:num_full],
+                block_ids=books.ledger.part_of(sequence, first, num_full),
                 lease_s=books.settings.lease_s,
-                num_outside_window=books.ledger.num_outside(sequence.num_tokens, first, num_full),
             )
         )
 
@@ -89,17 +87,16 @@ class HandOvers:
         books = self._books
         lease_s = books.settings.lease_s
         expires_s = books.now + lease_s + LEASE_GRACE_S
-        blocks = books.ledger.lend(event.request_id, event.epoch, event.block_hashes, expires_s)
+        num_tokens, blocks = books.ledger.lend(event.request_id, event.epoch, event.block_hashes, expires_s)
         if blocks:
             books.wake_at(expires_s)
         books.actions.append(
             LendKv(
                 request_id=event.request_id,
                 epoch=event.epoch,
-                num_tokens=len(blocks) * books.ledger.block_size,
+                num_tokens=num_tokens,
                 block_ids=blocks,
                 lease_s=lease_s,
-                num_outside_window=books.ledger.first_seen_block(len(blocks) * books.ledger.block_size),
             )
         )
 
@@ -131,7 +128,7 @@ class HandOvers:
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.num_prefill_tokens = event.num_kv_tokens
         bisect.insort(self._offered, sequence, key=order_of)
-        if len(event.source_blocks) == books.ledger.num_blocks_for(event.num_kv_tokens):
+        if books.ledger.is_whole(event.num_kv_tokens, event.source_blocks):
             books.wake_at(event.expires_s)
         else:
             self._compute_here(sequence)
@@ -145,7 +142,10 @@ class HandOvers:
         remote = RemoteKv(prefix.source, prefix.source_blocks, prefix.num_tokens, prefix.expires_s, is_prefix=True)
         sequence.remote = remote
         bisect.insort(self._offered, sequence, key=order_of)
-        is_whole = len(prefix.source_blocks) * self._books.ledger.block_size == prefix.num_tokens
+        ledger = self._books.ledger
+        is_whole = (
+            ledger.is_whole(prefix.num_tokens, prefix.source_blocks) and not prefix.num_tokens % ledger.block_size
+        )
         if sequence.reuse_prefix and is_whole and prefix.num_tokens < sequence.num_tokens:
             self._books.wake_at(prefix.expires_s)
         else:

@@ -318,6 +318,7 @@ class InstanceCore:
                 epoch=offer.epoch,
                 first_block=offer.first_block,
                 source_blocks=offer.block_ids,
+                num_kv_tokens=offer.num_tokens,
                 expires_s=self._now + offer.lease_s,
             )
         )
@@ -449,7 +450,6 @@ class InstanceCore:
             block_ids=action.block_ids,
             lease_s=action.lease_s,
             pool=self._header.pool,
-            num_outside_window=action.num_outside_window,
         )
 
     def _pull(self, action: Pull) -> None:

@@ -5,6 +5,7 @@ import msgspec
 from disagg.base.config import SchedulerSettings
 from disagg.base.ids import BlockHash, InstanceId
 from disagg.base.kv_events import Medium
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.block_tier import BlockTier
 from disagg.costs.measured_steps import FittedLatency
 
@@ -33,8 +34,8 @@ class InstanceHeader(
     max_disk_blocks: int = 0
     """KV blocks that may be on its disk, and the names of those that are there, least recently used first."""
     saved_blocks: tuple[BlockHash, ...] = ()
-    window: int | None = None
-    """Tokens that the model's sliding layers see; None where no layer slides."""
+    window: WindowBlocks | None = None
+    """Which blocks hold the layers with a sliding window; None where no layer has blocks of its own."""
     tells_tokens: bool = False
     """News of cached blocks say whose they are, so that their tokens can go with them."""
     latency: FittedLatency | None = None

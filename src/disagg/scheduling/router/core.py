@@ -313,7 +313,7 @@ class RouterCore:
             InstanceUp(
                 instance=member.instance,
                 max_total_tokens=capacity,
-                pool_tokens=facts.num_blocks * facts.block_size,
+                pool_tokens=facts.pool_tokens,
                 limits=facts.limits,
             )
         )

@@ -137,7 +137,7 @@ def link_known(link: LinkFound, source: Member) -> LinkKnown:
     """Return what a figure means for a sequence's tokens."""
     assert source.facts is not None, "who is read from has said what it is"
     facts, figure = source.facts, link.figure
-    token_bytes = facts.kv_bytes / (facts.num_blocks * facts.block_size)
+    token_bytes = facts.kv_bytes / facts.pool_tokens
     token_s = token_bytes / max(figure.bytes_per_s, 1.0)
     return LinkKnown(source=link.source, target=link.target, latency_s=figure.latency_s, token_s=token_s)
 

@@ -17,7 +17,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of a step: compute tokens ``[start, start + num_tokens)``.
 
     ``block_ids`` are all its blocks in order, covering at least the end of the chunk. ``samples`` when the chunk
-    reaches the last known token, so that the next one is sampled.
+    reaches the last known token, so that the next one is sampled. ``window_ids`` are those of layers with a sliding
+    window, a run of them for each block from ``first_in_window`` on.
     """
 
     request_id: RequestId
@@ -25,6 +26,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     block_ids: tuple[BlockId, ...]
     samples: bool
+    window_ids: tuple[BlockId, ...] = ()
+    first_in_window: int = 0
 
 
 class RunStep(Action, frozen=True, kw_only=True):
@@ -53,8 +56,6 @@ class OfferKv(Action, frozen=True, kw_only=True):
     num_tokens: int
     block_ids: tuple[BlockId, ...]
     lease_s: float
-    num_outside_window: int = 0
-    """See ``KvOffer``."""
 
 
 class OfferPart(Action, frozen=True, kw_only=True):
@@ -67,7 +68,6 @@ class OfferPart(Action, frozen=True, kw_only=True):
     """Up to the end of the last of them."""
     block_ids: tuple[BlockId, ...]
     lease_s: float
-    num_outside_window: int = 0
 
 
 class LendKv(Action, frozen=True, kw_only=True):
@@ -78,11 +78,10 @@ class LendKv(Action, frozen=True, kw_only=True):
     num_tokens: int
     block_ids: tuple[BlockId, ...]
     lease_s: float
-    num_outside_window: int = 0
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
-    """One block to copy: all layers and heads of ``source`` into ``target``."""
+    """One block to copy: all that is in ``source`` into ``target``."""
 
     source: BlockId
     target: BlockId

@@ -23,7 +23,7 @@ def block_faults(ledger: KvLedger, sequences: Iterable[Sequence]) -> tuple[str, 
     leases = Counter[BlockId](ledger.leased)
     for sequence in sequences:
         writers.update(sequence.filling)
-        holders.update(set(sequence.block_ids).difference(sequence.filling))
+        holders.update(set(sequence.held).difference(sequence.filling))
     claimed = (index for index in {*holders, *leases, *writers} if index >= pool.num_touched)
     for index in (*map(BlockId, range(pool.num_touched)), *sorted(claimed)):
         found, expected = pool.holds_of(index), (holders[index], leases[index])

@@ -7,7 +7,7 @@ from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.sampling import FinishReason
-from disagg.scheduling.capacity import capacity_tokens
+from disagg.scheduling.capacity import capacity_tokens, most_in_sight
 from disagg.scheduling.epoch_memory import EpochMemory
 from disagg.scheduling.queue_order import queue_order, rank_of
 from disagg.scheduling.step.actions import AnyAction, Forget, Reject, RejectReason, WakeAt
@@ -39,8 +39,10 @@ class Books:
     ) -> None:
         self.settings = settings
         self._order = queue_order(settings.queue, settings.objectives)
-        self.ledger = KvLedger(num_blocks, block_size, prefix_caching, memory)
-        self.capacity = capacity_tokens(num_blocks, block_size, max_model_len)
+        window = None if memory is None else memory.window
+        in_sight = most_in_sight(window, settings, block_size)
+        self.ledger = KvLedger(num_blocks, block_size, prefix_caching, memory, in_sight)
+        self.capacity = capacity_tokens(num_blocks, block_size, max_model_len, window, in_sight)
         self.sequences: dict[RequestId, Sequence] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []

@@ -71,7 +71,15 @@ class StepBuilder:
         for sequence, num_tokens in self._planned.values():
             start = sequence.num_computed + sequence.num_in_flight
             samples = start + num_tokens == sequence.num_tokens + sequence.num_coming
-            chunk = Chunk(sequence.request_id, start, num_tokens, sequence.block_ids, samples)
+            chunk = Chunk(
+                sequence.request_id,
+                start,
+                num_tokens,
+                sequence.block_ids,
+                samples,
+                sequence.window_ids,
+                sequence.first_in_window,
+            )
             sequence.num_in_flight += num_tokens
             sequence.num_coming += samples
             step.append((sequence, chunk))

@@ -14,7 +14,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
 
 
 class LentKv(msgspec.Struct, frozen=True, array_like=True):
-    """The first ``num_tokens`` tokens of a sequence are in ``source_blocks`` of ``source``, until ``expires_s``."""
+    """The first ``num_tokens`` tokens of a sequence are in ``source_blocks`` of ``source``, until ``expires_s``.
+
+    See ``KvOffer`` for their order.
+    """
 
     source: InstanceId
     source_blocks: tuple[BlockId, ...]
@@ -66,12 +69,16 @@ class KvOffered(Event, frozen=True, kw_only=True):
 
 
 class KvExtended(Event, frozen=True, kw_only=True):
-    """More blocks of a sequence that is being computed elsewhere can be read, from its ``first_block`` on."""
+    """More blocks of a sequence that is being computed elsewhere can be read, from its ``first_block`` on.
+
+    They end with its first ``num_kv_tokens`` tokens.
+    """
 
     request_id: RequestId
     epoch: Epoch
     first_block: int
     source_blocks: tuple[BlockId, ...]
+    num_kv_tokens: int
     expires_s: float
 
 

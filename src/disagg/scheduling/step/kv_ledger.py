@@ -1,32 +1,33 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockStored, Medium
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.block_pool import BlockPool
 from disagg.cache.block_tier import BlockTier
 from disagg.cache.journal import KvJournal
-from disagg.cache.layout import first_seen_block
 from disagg.cache.leases import Lease, LeaseTable
 from disagg.scheduling.step.actions import BlockCopy, BlockLoad
-from disagg.scheduling.step.sequence import EarlyKv, RemoteKv, Sequence
+from disagg.scheduling.step.sequence import EarlyKv, KvPart, RemoteKv, Sequence
+from disagg.scheduling.step.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
 class KvMemory:
-    """Where an instance's KV blocks are, in which tiers behind the pool, quickest first, and what is needed of them.
+    """Where an instance's KV blocks are, in which tiers behind the pool, quickest first, and which slide.
 
-    Layers that slide see so many tokens, ``window``; None where the model has none.
+    ``window`` is None where no layer has blocks of its own, as it has to be where there are tiers.
     """
 
     medium: Medium = Medium.GPU
     tiers: tuple[BlockTier, ...] = ()
-    window: int | None = None
+    window: WindowBlocks | None = None
 
 
 class KvLedger:
@@ -38,8 +39,12 @@ class KvLedger:
         block_size: int,
         prefix_caching: bool,
         memory: KvMemory | None = None,
+        most_in_sight: int = 0,
     ) -> None:
+        """See ``capacity.most_in_sight``."""
         memory = memory or KvMemory()
+        if memory.tiers and memory.window is not None:
+            raise InternalError("a tier holds blocks with all layers alone")
         self.tiers = memory.tiers
         """What is kept behind the pool, the quickest first."""
         self._saving: dict[tuple[Medium, BlockHash], BlockId] = {}
@@ -56,7 +61,7 @@ class KvLedger:
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = memory.medium
-        self._window = memory.window
+        self._windows = Windows(memory.window, block_size, most_in_sight)
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
@@ -66,35 +71,47 @@ class KvLedger:
         """Tokens of a block."""
         return self._block_size
 
+    @property
+    def has_windows(self) -> bool:
+        """True where layers with a sliding window have blocks of their own."""
+        return self._windows.num_each > 0
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self._block_size)
 
-    def fits_at_all(self, num_tokens: int) -> bool:
-        """True when an otherwise empty pool could hold the tokens."""
-        return self.num_blocks_for(num_tokens) <= self.pool.num_blocks
+    def is_whole(self, num_tokens: int, blocks: Collection[BlockId], first: int = 0, end: int | None = None) -> bool:
+        """Return whether so many blocks are what an offer of a sequence of ``num_tokens`` tokens has.
 
-    def first_seen_block(self, num_tokens: int) -> int:
-        """Return the first of a sequence's blocks of which the token after ``num_tokens`` needs the sliding layers."""
-        return first_seen_block(num_tokens, self._window, self._block_size)
+        A part of one is from its block ``first`` to before ``end``.
+        """
+        end = self.num_blocks_for(num_tokens) if end is None else end
+        return len(blocks) == self._windows.num_offered(num_tokens, first, end)
 
-    def num_outside(self, num_tokens: int, first: int, end: int) -> int:
-        """Return how many of the blocks from ``first`` to before ``end`` are outside the window then."""
-        return max(0, min(self.first_seen_block(num_tokens), end) - first)
+    def part_of(self, sequence: Sequence, first: int, end: int) -> tuple[BlockId, ...]:
+        """Return what is read of a sequence, from block ``first`` to before ``end``, by whoever goes on after it."""
+        in_window = self._windows.held(sequence, max(first, self._windows.first_seen(sequence.num_tokens)), end)
+        return sequence.block_ids[first:end] + in_window
 
     def admit(self, sequence: Sequence, keep_headroom: bool) -> bool:
         """Give a waiting sequence blocks for all its known tokens, reusing published prefixes.
 
-        Taking them all at once means that a prompt, once begun, is never stopped half-way for want of blocks.
+        Taking them all at once means that a prompt, once begun, is never stopped half-way for want of blocks. Of layers
+        with a window it takes as many as it will ever hold at once: later ones take the place of those it has passed.
         """
         reusable = self._reusable(sequence, sequence.num_tokens - 1)
-        taken = self._hold(reusable, self.num_blocks_for(sequence.num_tokens), keep_headroom)
+        num_found, num_blocks = len(reusable), self.num_blocks_for(sequence.num_tokens)
+        first = self._windows.first_seen(num_found * self._block_size)
+        in_window = self._found_in_window(sequence.block_hashes[first:num_found])
+        num_beside = (self._windows.end(first, num_blocks) - num_found) * self._windows.num_each
+        taken = self._hold(reusable + in_window, 0, num_blocks - num_found + num_beside, keep_headroom)
         if taken is None:
             return False
-        self._count_query(sequence, len(reusable))
-        sequence.block_ids = reusable + taken
-        sequence.num_computed = len(reusable) * self._block_size
-        sequence.num_published = len(reusable)
+        self._count_query(sequence, num_found)
+        own, beside = _split(taken[1], num_blocks - num_found)
+        sequence.block_ids, sequence.window_ids, sequence.first_in_window = reusable + own, in_window + beside, first
+        sequence.num_computed = num_found * self._block_size
+        sequence.num_published = num_found
         return True
 
     @property
@@ -112,8 +129,10 @@ class KvLedger:
             yield from blocks
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make a running sequence's blocks hold ``num_tokens`` tokens."""
+        """Make a running sequence's blocks hold ``num_tokens`` tokens; let go of those behind the window."""
         num_held = len(sequence.block_ids)
+        if self._windows.num_each:
+            return self._grow_with_window(sequence, num_tokens)
         if num_tokens <= num_held * self._block_size:
             return True
         taken = self.pool.allocate(self.num_blocks_for(num_tokens) - num_held)
@@ -121,6 +140,40 @@ class KvLedger:
             return False
         sequence.block_ids += taken
         return True
+
+    def _grow_with_window(self, sequence: Sequence, num_tokens: int) -> bool:
+        self.slide(sequence)
+        windows, first, needed = self._windows, sequence.first_in_window, self.num_blocks_for(num_tokens)
+        num_missing = max(0, needed - len(sequence.block_ids))
+        held_end = first + len(sequence.window_ids) // windows.num_each
+        wanted = max(needed, windows.end(first, len(sequence.block_ids)))
+        for end in (wanted, needed):
+            num_beside = max(0, end - held_end) * windows.num_each
+            if not num_missing + num_beside:
+                return True
+            taken = self.pool.allocate(num_missing + num_beside)
+            if taken is not None:
+                sequence.block_ids += taken[:num_missing]
+                sequence.window_ids += taken[num_missing:]
+                return True
+        return False
+
+    def slide(self, sequence: Sequence) -> None:
+        """Let go of a sequence's blocks of layers with a window which nothing that it computes from now on sees."""
+        first = self._windows.first_seen(sequence.num_computed)
+        if first > sequence.first_in_window:
+            self.pool.release(self._windows.held(sequence, sequence.first_in_window, first))
+            sequence.window_ids = sequence.window_ids[(first - sequence.first_in_window) * self._windows.num_each :]
+            sequence.first_in_window = first
+
+    def num_tokens_until_change(self, sequence: Sequence) -> int:
+        """Return how many tokens can be added to a sequence before it takes or lets go of a block."""
+        until_full = len(sequence.block_ids) * self._block_size - sequence.num_planned
+        num_computed, first = sequence.num_computed, sequence.first_in_window
+        return next(
+            (count for count in range(until_full) if self._windows.first_seen(num_computed + count + 1) > first),
+            max(0, until_full),
+        )
 
     def publish(self, sequence: Sequence) -> None:
         """Make the blocks, of prompt and answer, that are completely computed findable for other sequences."""
@@ -131,6 +184,11 @@ class KvLedger:
         if num_full <= first:
             return
         new = [self.pool.publish(sequence.block_ids[index], names[index]) for index in range(first, num_full)]
+        if self._windows.num_each:
+            start = max(first, sequence.first_in_window)
+            in_window = self._windows.held(sequence, start, num_full)
+            for block, name in zip(in_window, self._windows.names(names[start:num_full]), strict=True):
+                self.pool.publish(block, name)
         for is_new, run in groupby(range(first, num_full), lambda index: new[index - first]):
             if is_new:
                 indices = list(run)
@@ -148,17 +206,18 @@ class KvLedger:
 
     def retract(self, sequence: Sequence) -> None:
         """Let no other sequence find the blocks of one that failed: what they hold may be why."""
-        self.pool.retract(sequence.block_ids)
+        self.pool.retract(sequence.held)
 
     def free(self, sequence: Sequence) -> None:
         """Take back a running sequence's blocks."""
-        self.pool.release(sequence.block_ids)
+        self.pool.release(sequence.held)
         self._forget(sequence)
 
     def lease(self, sequence: Sequence, expires_s: float) -> None:
         """Keep a running sequence's blocks for another instance to read."""
-        self.pool.lease(sequence.block_ids)
-        self.leases.grant(Lease(sequence.request_id, sequence.epoch, sequence.block_ids, expires_s))
+        self.slide(sequence)
+        self.pool.lease(sequence.held)
+        self.leases.grant(Lease(sequence.request_id, sequence.epoch, sequence.held, expires_s))
 
     def end_lease(self, request_id: RequestId, epoch: Epoch) -> bool:
         """End one lease; False when it had ended before or is another epoch's."""
@@ -179,18 +238,24 @@ class KvLedger:
         return min(table.next_expiry() or math.inf for table in (self.leases, self.loans))
 
     def lend(
-        self, request_id: RequestId, epoch: Epoch, names: Collection[BlockHash], expires_s: float
-    ) -> tuple[BlockId, ...]:
-        """Keep the cached blocks of these names, as far as there are any, for another instance to read."""
+        self, request_id: RequestId, epoch: Epoch, wanted: Collection[BlockHash], expires_s: float
+    ) -> tuple[int, tuple[BlockId, ...]]:
+        """Keep the cached blocks of these names, as far as there are any, for another instance to read.
+
+        Returns how many tokens are in them, and all that are offered.
+        """
         known = self.loans.find(request_id)
         if known is not None:
             self.end_loan(request_id, known.epoch)
-        blocks = self._continuable(self.pool.match_prefix(tuple(names)))
+        names = tuple(wanted)
+        found = self._continuable(names, self.pool.match_prefix(names))
+        num_tokens = len(found) * self._block_size
+        blocks = found + self._found_in_window(names[self._windows.first_seen(num_tokens) : len(found)])
         if blocks:
             self.pool.acquire(blocks)
             self.pool.lease(blocks)
             self.loans.grant(Lease(request_id, epoch, blocks, expires_s))
-        return blocks
+        return num_tokens, blocks
 
     def end_loan(self, request_id: RequestId, epoch: Epoch) -> bool:
         """End one loan; False when there is none of this name and epoch."""
@@ -205,41 +270,58 @@ class KvLedger:
         Where a prefix is lent, the blocks of all known tokens are taken: see ``admit``.
         """
         longest = sequence.num_tokens - 1 if remote.is_prefix else remote.num_tokens
-        num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else len(remote.blocks)
+        num_coming = self.num_blocks_for(remote.num_tokens)
+        num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else num_coming
         reusable = self._reusable(sequence, longest, remote.num_tokens)
-        missing = remote.blocks[len(reusable) :]
-        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(missing))
+        num_found = len(reusable)
+        num_computed = max(remote.num_tokens, num_found * self._block_size)
+        first = self._windows.first_seen(num_computed)
+        in_window = self._found_in_window(sequence.block_hashes[first:num_found])
+        theirs, beside = _split(remote.blocks, num_coming)
+        missing = theirs[num_found:]
+        if missing:  # else what is here reaches as far, and they may not offer what is needed beside it
+            missing += beside[max(0, num_found - first) * self._windows.num_each :]
+        here = max(num_found, num_coming)
+        num_beside = (self._windows.end(first, num_blocks) - here) * self._windows.num_each
+        taken = self._hold(reusable + in_window, len(missing), num_blocks - here + num_beside, keep_headroom)
         if taken is None:
             return False
         if remote.is_prefix:
-            self._count_query(sequence, len(reusable))
-            self.num_prefix_pulled += len(missing) * self._block_size
-        sequence.block_ids = reusable + taken
-        sequence.num_computed = max(remote.num_tokens, len(reusable) * self._block_size)
-        sequence.num_published = len(reusable)
-        targets = taken[: len(missing)]
-        self.pool.lose_window(targets[: self.num_outside(remote.num_tokens, len(reusable), len(remote.blocks))])
-        if len(missing) != len(targets):
-            raise InternalError(f"{len(targets)} blocks were taken for a copy of {len(missing)}")
-        sequence.copies, sequence.filling = tuple(map(BlockCopy, missing, targets)), targets
+            self._count_query(sequence, num_found)
+            self.num_prefix_pulled += (here - num_found) * self._block_size
+        pulled, pulled_beside = _split(taken[0], here - num_found)
+        own, own_beside = _split(taken[1], num_blocks - here)
+        sequence.block_ids = reusable + pulled + own
+        sequence.window_ids = in_window + pulled_beside + own_beside
+        sequence.first_in_window = first
+        sequence.num_computed = num_computed
+        sequence.num_published = num_found
+        sequence.copies, sequence.filling = tuple(map(BlockCopy, missing, taken[0])), taken[0]
         return True
 
     def begin_early(self, sequence: Sequence, early: EarlyKv) -> bool:
         """Reserve blocks for all of a sequence that another instance is still computing."""
         num_blocks = self.num_blocks_for(sequence.num_tokens)
         reusable = self._reusable(sequence, sequence.num_tokens, sequence.num_tokens)
-        taken = self._hold(reusable, num_blocks, keep_headroom=True, num_pulled=num_blocks - len(reusable))
+        num_found, first = len(reusable), self._windows.first_seen(sequence.num_tokens)
+        in_window = self._found_in_window(sequence.block_hashes[first:num_found])
+        num_pulled = self._windows.num_offered(sequence.num_tokens, num_found, num_blocks)
+        taken = self._hold(reusable + in_window, num_pulled, 0, keep_headroom=True)
         if taken is None:
             return False
-        self.pool.lose_window(taken[: self.num_outside(sequence.num_tokens, len(reusable), num_blocks)])
-        sequence.block_ids, sequence.filling = reusable + taken, taken
-        early.num_here = sequence.num_published = len(reusable)
+        pulled, beside = _split(taken[0], num_blocks - num_found)
+        sequence.block_ids, sequence.window_ids, sequence.first_in_window = reusable + pulled, in_window + beside, first
+        sequence.filling = taken[0]
+        early.num_here = sequence.num_published = num_found
         return True
 
-    @staticmethod
-    def begin_copies(sequence: Sequence, first: int, sources: Iterable[BlockId]) -> None:
-        """Let these blocks of another pool be copied into those of a sequence from its ``first`` on."""
-        sequence.copies = tuple(map(BlockCopy, sources, sequence.block_ids[first:]))
+    def begin_copies(self, sequence: Sequence, part: KvPart, num_here: int) -> None:
+        """Let what is in a part of another pool be copied into a sequence's blocks, but for its ``num_here`` first."""
+        theirs, beside = _split(part.blocks, part.end_block - part.first_block)
+        in_window = self._windows.held(sequence, num_here, part.end_block)
+        sources = theirs[num_here - part.first_block :] + beside[len(beside) - len(in_window) :]
+        targets = sequence.block_ids[num_here : part.end_block] + in_window
+        sequence.copies = tuple(map(BlockCopy, sources, targets))
 
     def is_quarantined(self, request_id: RequestId, epoch: Epoch) -> bool:
         """True while a failed pull of this attempt may still write."""
@@ -266,9 +348,10 @@ class KvLedger:
         first = len(reusable)
         names = sequence.block_hashes[first : first + len(media)]
         num_blocks = self.num_blocks_for(sequence.num_tokens)
-        taken = self._hold(reusable, num_blocks, keep_headroom, num_pulled=len(media))
-        if taken is None:
+        held = self._hold(reusable, len(media), num_blocks - first - len(media), keep_headroom)
+        if held is None:
             return False
+        taken = held[0] + held[1]
         self._count_query(sequence, len(reusable))
         for medium in media:
             self.num_prefix_loaded[medium] += self._block_size
@@ -278,7 +361,7 @@ class KvLedger:
         sequence.num_computed = (first + len(media)) * self._block_size
         sequence.num_published = len(reusable)
         sequence.loads = tuple(map(BlockLoad, names, taken, media))
-        sequence.filling = taken[: len(media)]
+        sequence.filling = held[0]
         return True
 
     def take_found_again(self) -> list[BlockHash]:
@@ -289,8 +372,6 @@ class KvLedger:
     def begin_save(self, name: BlockHash, medium: Medium) -> BlockId | None:
         """Keep a block as it is while it is written to a tier; None when it is not cached any more."""
         block = self.pool.find(name)
-        if block is not None and not self.pool.has_window(block):
-            return None  # a file holds all layers
         if block is not None:
             self.pool.pin(block)
             self._saving[medium, name] = block
@@ -314,7 +395,7 @@ class KvLedger:
             self.pool.quarantine(targets)
             self._quarantine[sequence.request_id, sequence.epoch] = targets
         being_written = set(targets)
-        self.pool.release([block for block in sequence.block_ids if block not in being_written])
+        self.pool.release([block for block in sequence.held if block not in being_written])
         self._forget(sequence)
 
     def end_quarantine(self, request_id: RequestId, epoch: Epoch) -> bool:
@@ -331,33 +412,38 @@ class KvLedger:
         """
         names = sequence.block_hashes[:end]
         found = self._published(sequence, sequence.num_tokens - 1)
-        while True:
-            media = tuple(self._media(names, len(found)))
-            usable = self._continuable(found, (len(found) + len(media)) * self._block_size)
-            if len(usable) == len(found):
-                return found, media
-            found = usable
+        return found, tuple(self._media(names, len(found)))
 
     def _reusable(self, sequence: Sequence, num_tokens: int, num_coming: int = 0) -> tuple[BlockId, ...]:
         """Return published blocks of the sequence's first ``num_tokens`` tokens that can be gone on from.
 
         Of its first ``num_coming`` tokens the other blocks come from elsewhere.
         """
-        return self._continuable(self._published(sequence, num_tokens), num_coming)
+        return self._continuable(sequence.block_hashes, self._published(sequence, num_tokens), num_coming)
 
-    def _continuable(self, found: tuple[BlockId, ...], num_coming: int = 0) -> tuple[BlockId, ...]:
+    def _continuable(
+        self, names: tuple[BlockHash, ...], found: tuple[BlockId, ...], num_coming: int = 0
+    ) -> tuple[BlockId, ...]:
         """Return as many of these leading blocks as can be used where ``num_coming`` tokens will be there, or they.
 
-        What the next token sees of them must be there in the sliding layers too.
+        Beside those of them that the next token sees the layers with a window must be there too.
         """
-        if self._window is None:
-            return found
-        while found:
-            seen = self.first_seen_block(max(num_coming, len(found) * self._block_size))
-            lacking = [place for place in range(seen, len(found)) if not self.pool.has_window(found[place])]
+        while found and self._windows.num_each:
+            seen = self._windows.first_seen(max(num_coming, len(found) * self._block_size))
+            lacking = [place for place in range(seen, len(found)) if not self._is_in_window(names[place])]
             if not lacking:
                 break
             found = found[: lacking[-1]]
+        return found
+
+    def _is_in_window(self, name: BlockHash) -> bool:
+        return all(self.pool.find(part) is not None for part in self._windows.names((name,)))
+
+    def _found_in_window(self, names: tuple[BlockHash, ...]) -> tuple[BlockId, ...]:
+        """Return what is published beside the blocks of these names, which all of it is."""
+        found = tuple([block for name in self._windows.names(names) if (block := self.pool.find(name)) is not None])
+        if len(found) != len(names) * self._windows.num_each:
+            raise InternalError(f"{len(found)} blocks are beside {len(names)} that can be gone on from")
         return found
 
     def _published(self, sequence: Sequence, num_tokens: int) -> tuple[BlockId, ...]:
@@ -367,23 +453,22 @@ class KvLedger:
         return self.pool.match_prefix(sequence.block_hashes[: num_tokens // self._block_size])
 
     def _hold(
-        self, reusable: tuple[BlockId, ...], num_blocks: int, keep_headroom: bool, num_pulled: int = 0
-    ) -> tuple[BlockId, ...] | None:
-        """Hold the reusable blocks and take the rest of ``num_blocks``; None, and nothing held, when they lack.
+        self, reusable: tuple[BlockId, ...], num_pulled: int, num_own: int, keep_headroom: bool
+    ) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]] | None:
+        """Hold the reusable blocks; take ``num_pulled`` for a remote writer, and ``num_own``.
 
-        The first ``num_pulled`` of those taken are for a remote writer.
+        None, and nothing held, when there are too few.
         """
-        missing = num_blocks - len(reusable)
         available = self.pool.num_available - (self.pool.num_cached_among(reusable) if reusable else 0)
-        if missing + (self._headroom if keep_headroom else 0) > available:
+        if num_pulled + num_own + (self._headroom if keep_headroom else 0) > available:
             return None
         if reusable:
             self.pool.acquire(reusable)
         pulled = self.pool.reserve(num_pulled) if num_pulled else ()
-        own = self.pool.allocate(missing - num_pulled) if missing > num_pulled else ()
+        own = self.pool.allocate(num_own) if num_own else ()
         if pulled is None or own is None:
-            raise InternalError(f"{missing} blocks were available and then were not")
-        return pulled + own
+            raise InternalError(f"{num_pulled + num_own} blocks were available and then were not")
+        return pulled, own
 
     def _media(self, names: tuple[BlockHash, ...], start: int) -> Iterator[Medium]:
         """Yield the quickest tier of each of ``names`` from ``start`` on, up to the first that is in none."""
@@ -402,7 +487,12 @@ class KvLedger:
 
     @staticmethod
     def _forget(sequence: Sequence) -> None:
-        sequence.block_ids = ()
+        sequence.block_ids, sequence.window_ids, sequence.first_in_window = (), (), 0
         sequence.copies, sequence.loads, sequence.filling = (), (), ()
         sequence.num_computed = 0
         sequence.num_published = 0
+
+
+def _split(blocks: tuple[BlockId, ...], count: int) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]]:
+    """Return the first ``count``, and the others, which are beside them in layers with a window."""
+    return blocks[:count], blocks[count:]

@@ -405,6 +405,8 @@ class StepScheduler:
         for sequence, chunk in step:
             if chunk.num_tokens != 1 or sequence.hand_over or sequence.discarded is not None:
                 return 0
+        if books.ledger.has_windows:
+            return min(books.ledger.num_tokens_until_change(sequence) for sequence, _ in step)
         # Each sequence takes a block for every block_size tokens, and one more at most.
         num_blocks_each = books.ledger.pool.num_available // len(step)
         return max(0, num_blocks_each - 1) * books.ledger.block_size

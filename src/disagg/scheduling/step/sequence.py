@@ -76,16 +76,15 @@ class RemoteKv(msgspec.Struct, frozen=True):
 
 
 class KvPart(msgspec.Struct, frozen=True):
-    """Blocks of a sequence that can be read before it is computed to its end."""
+    """What can be read of a sequence before it is computed to its end, from ``first_block`` to before ``end_block``.
+
+    In ``blocks`` those of layers with a sliding window come last.
+    """
 
     first_block: int
+    end_block: int
     blocks: tuple[BlockId, ...]
     expires_s: float
-
-    @property
-    def end_block(self) -> int:
-        """The block after its last one."""
-        return self.first_block + len(self.blocks)
 
 
 @dataclass(slots=True)
@@ -98,6 +97,8 @@ class EarlyKv:
     num_here: int = 0
     """Leading blocks whose contents are here."""
     reading: KvPart | None = None
+    num_coming: int = 0
+    """Leading blocks whose contents will be here when what is being read is."""
     fits: bool = True
     """The whole offer is of as many blocks as were reserved."""
     is_given_up: bool = False
@@ -131,6 +132,9 @@ class Sequence:
     """Tokens before this position count as prefill in the statistics, later ones as decode."""
     num_computed: int = 0
     block_ids: tuple[BlockId, ...] = ()
+    window_ids: tuple[BlockId, ...] = ()
+    """Blocks of layers with a sliding window, a run of them for each of ``block_ids`` from ``first_in_window`` on."""
+    first_in_window: int = 0
     num_published: int = 0
     """Leading blocks already findable by their prefix."""
     num_offered: int = 0
@@ -161,6 +165,11 @@ class Sequence:
     """Tokens from here after the first."""
     story: list[tuple[float, SequenceState]] = field(default_factory=list)
     """Its last moves."""
+
+    @property
+    def held(self) -> tuple[BlockId, ...]:
+        """All blocks that it holds."""
+        return self.block_ids + self.window_ids
 
     @property
     def num_planned(self) -> int:

@@ -37,12 +37,16 @@ void DecoderStack::check(const Step& step, const int64_t* token_ids, const Wante
       throw std::out_of_range("wanted row " + std::to_string(wanted.rows[i]) + " of " + std::to_string(rows));
 }
 
-void DecoderStack::run(Step& step, const int64_t* token_ids, const std::vector<void*>& kv_layers,
-                     const WantedRows& wanted, int num_threads) {
+void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
+                       const WantedRows& wanted, int num_threads) {
+  const Step& step = *steps[0];
   check(step, token_ids, wanted);
   const int64_t rows = step.num_rows();
   reserve(step.shape(), std::max(rows, wanted.num_rows));
-  for (const LayerWeights& layer : layers_) step.prepare(layer.window);
+  for (size_t index = 0; index < layers_.size(); ++index) {
+    if (steps[index]->num_rows() != rows) throw std::invalid_argument("the steps of the layers differ in their rows");
+    steps[index]->prepare(layers_[index].window);
+  }
   Scratch& scratch = scratch_;
   const int64_t attended_width = int64_t{step.shape().num_kv_heads} * step.shape().group * step.shape().head_dim;
   run_team(num_threads, [&](Team& team) {
@@ -50,7 +54,7 @@ void DecoderStack::run(Step& step, const int64_t* token_ids, const std::vector<v
     const void* x = normalise(team, {scratch.residual.data(), nullptr, nullptr, layers_[0].attention_norm}, rows);
     for (size_t index = 0; index < layers_.size(); ++index) {
       const LayerWeights& layer = layers_[index];
-      run_attention(team, step, layer, x, kv_layers[index]);
+      run_attention(team, *steps[index], layer, x, kv_layers[index]);
       if (index + 1 < layers_.size()) {
         run_mlp(team, layer, scratch.attended.data(), scratch.residual.data(), rows);
         x = join(team, scratch.residual.data(), layer.mlp_output_norm, layers_[index + 1].attention_norm, rows);

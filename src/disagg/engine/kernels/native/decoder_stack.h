@@ -62,9 +62,10 @@ class DecoderStack {
   void add(const LayerWeights& layer) { layers_.push_back(layer); }
   size_t num_layers() const { return layers_.size(); }
 
-  // From the ids of a step's tokens to logits. ``kv_layers`` has one pool per layer.
-  void run(Step& step, const int64_t* token_ids, const std::vector<void*>& kv_layers, const WantedRows& wanted,
-           int num_threads);
+  // From the ids of a step's tokens to logits. ``kv_layers`` has one pool per layer, ``steps`` the step over the blocks
+  // that the layer is in: one and the same but for those.
+  void run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
+           const WantedRows& wanted, int num_threads);
 
  private:
   struct Scratch {

@@ -271,15 +271,15 @@ class BoundDecoder {
                 at<float>(cos_sin), window});
   }
 
-  void run(Step& step, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers, uintptr_t wanted_rows,
-           int64_t num_wanted, uintptr_t logits, int num_threads) {
-    if (kv_layers.size() != stack_.num_layers())
-      throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers for " +
-                                  std::to_string(stack_.num_layers()) + " layers");
+  void run(const std::vector<Step*>& steps, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers,
+           uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, int num_threads) {
+    if (kv_layers.size() != stack_.num_layers() || steps.size() != stack_.num_layers())
+      throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers and " + std::to_string(steps.size()) +
+                                  " steps for " + std::to_string(stack_.num_layers()) + " layers");
     std::vector<void*> pools;
     for (const uintptr_t address : kv_layers) pools.push_back(at<void>(address));
     const py::gil_scoped_release unlocked;
-    stack_.run(step, at<int64_t>(token_ids), pools, {at<int64_t>(wanted_rows), num_wanted, at<void>(logits)},
+    stack_.run(steps, at<int64_t>(token_ids), pools, {at<int64_t>(wanted_rows), num_wanted, at<void>(logits)},
                num_threads);
   }
 
@@ -365,6 +365,6 @@ PYBIND11_MODULE(_native, module) {
       .def("add", &BoundDecoder::add, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("attention_output"), py::arg("attention_output_norm"), py::arg("mlp_norm"),
            py::arg("mlp"), py::arg("mlp_output_norm"), py::arg("cos_sin"), py::arg("window"))
-      .def("run", &BoundDecoder::run, py::kw_only(), py::arg("step"), py::arg("token_ids"), py::arg("kv_layers"),
+      .def("run", &BoundDecoder::run, py::kw_only(), py::arg("steps"), py::arg("token_ids"), py::arg("kv_layers"),
            py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("num_threads"));
 }

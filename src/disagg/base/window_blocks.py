@@ -1,0 +1,24 @@
+"""KV blocks of layers with a sliding window: the one rule of how many there are, for pools, policy and simulator."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class WindowBlocks(msgspec.Struct, frozen=True):
+    """Layers of which a token sees the last ``tokens`` tokens alone, itself included, have KV blocks of their own.
+
+    For each block of the other layers there are ``num_each``, until no later token sees any of its tokens.
+    """
+
+    tokens: Annotated[int, Meta(ge=1)]
+    num_each: Annotated[int, Meta(ge=1)]
+
+    def first_seen(self, num_tokens: int, block_size: int) -> int:
+        """Return the first block of which the token after ``num_tokens`` tokens, or any later one, sees a part."""
+        return max(0, num_tokens - self.tokens + 1) // block_size
+
+    def most_in_sight(self, num_computed_at_once: int, block_size: int) -> int:
+        """Return how many blocks in a row at most hold so many new tokens and what the first of them sees."""
+        return (self.tokens + num_computed_at_once + 2 * block_size - 3) // block_size
