@@ -26,6 +26,7 @@ def two_models(monkeypatch: pytest.MonkeyPatch) -> None:
             architecture="LlamaForCausalLM",
             num_parameters=134_000_000,
             max_position_embeddings=8192,
+            kv_bytes=180 << 20,
         ),
         ModelListing(name="odd/one", kind=ModelKind.HF_FOLDER, problem="MambaForCausalLM is not supported"),
     ]
@@ -36,7 +37,7 @@ def test_a_table_for_people():
     result = CliRunner().invoke(main, ["models"])
     lines = result.output.splitlines()
     assert result.exit_code == 0, "a cache may hold what nobody asked for"
-    assert lines[1].split() == ["tiny", "LlamaForCausalLM", "134", "M", "8192", "3MiB"]
+    assert lines[1].split() == ["tiny", "LlamaForCausalLM", "134", "M", "8192", "180MiB", "3MiB"]
     assert "MambaForCausalLM is not supported" in lines[2]
     assert "disagg serve PATH" in lines[-1]
 

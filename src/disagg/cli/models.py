@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def models(named: tuple[str, ...], as_json: bool) -> None:
     """List what can be loaded without a download: the default model and the hub's cache.
 
-    With MODELs, say of each what it is, or why it cannot be loaded: then the exit status is 2.
+    With MODELs, say of each what it is, or why it cannot be loaded: then the exit status is 2. "Its KV" is the memory
+    of the KV blocks of one sequence of the whole context, in 16 bits an element.
     """
     from disagg.models.listing import describe_model, list_models
 
@@ -37,9 +38,10 @@ def _print_table(listings: Sequence["ModelListing"]) -> None:
     def row(listing: "ModelListing") -> tuple[str, ...]:
         parameters = "" if listing.num_parameters is None else f"{listing.num_parameters / 1e6:,.0f} M"
         context = "" if listing.max_position_embeddings is None else str(listing.max_position_embeddings)
-        return (listing.name, listing.architecture or "", parameters, context, format_bytes(listing.num_bytes))
+        kv = "" if listing.kv_bytes is None else format_bytes(listing.kv_bytes)
+        return (listing.name, listing.architecture or "", parameters, context, kv, format_bytes(listing.num_bytes))
 
-    rows = [("model", "architecture", "parameters", "context", "on disk"), *map(row, listings)]
+    rows = [("model", "architecture", "parameters", "context", "its KV", "on disk"), *map(row, listings)]
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     problems = ["", *(listing.problem or "" for listing in listings)]
     for line, problem in zip(rows, problems, strict=True):

@@ -12,7 +12,7 @@ import msgspec
 from disagg.base.errors import UnsupportedModelError
 from disagg.models.hf_config import config_from_hf
 from disagg.models.json_fields import JsonFields
-from disagg.models.shape import Experts, ModelShape, QkNorm, check_sizes
+from disagg.models.shape import Experts, ModelShape, NormPlacement, QkNorm, check_sizes
 
 _OPT: Final = "OPTForCausalLM"
 _OPT_FIXED: Final = {
@@ -112,6 +112,32 @@ def _llama(
     )
 
 
+def _gemma3(
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    heads: tuple[int, int, int],
+    window: int = 1024,
+    max_positions: int = 131_072,
+) -> ModelShape:
+    """Return a Gemma 3's text part: every sixth layer sees all. ``heads``: of queries, of keys, and their size."""
+    num_heads, num_kv_heads, head_dim = heads
+    return ModelShape(
+        vocab_size=262_144,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        sliding_windows=tuple(None if layer % 6 == 5 else window for layer in range(num_layers)),
+        norm_placement=NormPlacement.AROUND,
+        qk_norm=QkNorm.HEADS,
+    )
+
+
 def _with_experts(dense: ModelShape, experts: Experts, **sizes: int | QkNorm) -> ModelShape:
     """Return ``dense`` with experts in every layer, and other sizes."""
     return msgspec.structs.replace(dense, layer_experts=(experts,) * dense.num_layers, **sizes)
@@ -135,5 +161,9 @@ KNOWN_SHAPES: Final = {
         num_heads=32,
         qk_norm=QkNorm.HEADS,
     ),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, (4, 1, 256), window=512, max_positions=32_768),
+    "gemma-3-4b": _gemma3(2560, 10_240, 34, (8, 4, 256)),
+    "gemma-3-12b": _gemma3(3840, 15_360, 48, (16, 8, 256)),
+    "gemma-3-27b": _gemma3(5376, 21_504, 62, (32, 16, 128)),
 }
 """What ``simulate --model`` takes by name."""

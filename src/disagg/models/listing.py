@@ -22,6 +22,8 @@ class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str | None = None
     num_parameters: int | None = None
     max_position_embeddings: int | None = None
+    kv_bytes: int | None = None
+    """Of the KV blocks of one sequence that is as long as it can be, in 16 bits an element."""
     problem: str | None = None
 
 
@@ -73,5 +75,6 @@ def _describe(files: ModelFiles, num_bytes: int) -> ModelListing:
         # Sizes of the KV cache alone are known of a model that transformers computes.
         num_parameters=config.num_parameters if isinstance(config, ModelConfig) else None,
         max_position_embeddings=config.max_position_embeddings if config else None,
+        kv_bytes=config.kv_bytes(config.max_position_embeddings, 2) if config else None,
         problem=problem,
     )

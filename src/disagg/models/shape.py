@@ -201,6 +201,13 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Return the bytes of keys and values of one token over all layers, at ``itemsize`` bytes per element."""
         return 2 * self.num_layers * self.kv_size * itemsize
 
+    def kv_bytes(self, num_tokens: int, itemsize: int, block_size: int = 64) -> int:
+        """Return the bytes of the KV blocks of a sequence, as far as they are needed after so many tokens."""
+        num_blocks, window = -(-num_tokens // block_size), self.window_blocks
+        if window is not None:
+            num_blocks += window.num_each * (num_blocks - window.first_seen(num_tokens, block_size))
+        return num_blocks * block_size * 2 * self.block_layers * self.kv_size * itemsize
+
     def linear_flops(self, num_tokens: int, num_logit_rows: int) -> int:
         """Return the floating-point operations of the matrix products with weights.
 
