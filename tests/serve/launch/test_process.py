@@ -69,6 +69,11 @@ async def test_a_process_that_does_not_read_its_settings_is_no_problem():
     [
         (Exit(status=1, last_lines=("Traceback", "KeyError: 'x'")), "exit status 1; it last said: KeyError: 'x'"),
         (Exit(status=2, last_lines=("error: a", "bye")), "exit status 2: a"),
+        (Exit(status=1, last_lines=("OSError: y", "INFO disagg: news")), "exit status 1; it last said: OSError: y"),
+        (
+            Exit(status=-9, last_lines=("INFO disagg: news",)),
+            "killed by SIGKILL (by hand, or because memory ran out)",
+        ),
         (Exit(status=-9), "killed by SIGKILL (by hand, or because memory ran out)"),
         (Exit(status=-9, fault="no sign of life for 30 s"), "no sign of life for 30 s"),
         (Exit(status=-64), f"killed by {signal.Signals(64).name}"),

@@ -16,6 +16,8 @@ from disagg.base.ids import InstanceId
 ENGINE_COMMAND: Final = (sys.executable, "-m", "disagg.engine")
 
 _NUM_LINES_KEPT: Final = 20
+_MERE_NEWS: Final = "INFO "
+"""How a line of the log begins that says nothing of an end."""
 _MAX_LINE_BYTES: Final = 8192
 _READ_BYTES: Final = 65536
 _LAST_WORDS_S: Final = 1.0
@@ -53,7 +55,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
             return self.fault
         if error := self.error():
             return f"{self.how()}: {error}"
-        return f"{self.how()}; it last said: {self.last_lines[-1]}" if self.last_lines else self.how()
+        told = [line for line in self.last_lines if not line.startswith(_MERE_NEWS)]
+        return f"{self.how()}; it last said: {told[-1]}" if told else self.how()
 
     def error(self) -> str:
         """Return what it gave as its error, or an empty string."""
