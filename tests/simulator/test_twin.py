@@ -17,13 +17,16 @@ from virtual_deployment import TOKEN, VirtualDeployment, VirtualLoop
 
 from disagg.base.block_hash import hash_blocks
 from disagg.base.config import RouterSettings, SchedulingMode
-from disagg.base.ids import InstanceId
+from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import InstanceLoad
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.links import LinkModel
 from disagg.costs.platform import KvWindow
+from disagg.measure.arrivals import ArrivalKind, Arrivals
+from disagg.measure.open_loop import LengthLimits, OpenLoop
 from disagg.measure.timeline import Stage
+from disagg.measure.trace import Trace
 from disagg.scheduling.dispatch.actions import Deliver, FailReason, SendLend, SendMigrate
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Undrain
 from disagg.scheduling.event_log import AnyRecord, InstanceRecord, parse_log, replay
@@ -321,9 +324,45 @@ def test_simulated_hits_are_the_live_ones_in_pool_and_tiers(
         request.block_hashes = hash_blocks(tokens, 16, bytes([story]))
     live = run_both(spec, requests, tmp_path, monkeypatch)
     check_stages(live, requests)
+    assert min(hits_of_both(tmp_path, spec)) > 0
+
+
+def test_simulated_hits_on_a_trace_are_the_live_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_data: Path
+) -> None:
+    """Mooncake's synthetic trace with a thirty-second of its tokens, and less memory than they fill."""
+    tiers = {
+        "num_blocks": 250,
+        "max_host_blocks": 700,
+        "host_memory": LinkModel(bytes_per_s=1e9, latency_s=1e-5),
+        "max_disk_blocks": 20_000,
+        "disk": LinkModel(bytes_per_s=1e8, latency_s=1e-4),
+    }
+    spec = cluster_spec(
+        *(instance(role, number, **tiers) for role in (Role.PREFILL, Role.DECODE) for number in range(2)),
+        link=LINK,
+        message_s=0.0002,
+    )
+    trace = Trace(reference_data / "traces" / "mooncake_synthetic.jsonl.gz", 140)
+    workload = OpenLoop(trace, Arrivals(ArrivalKind.REPLAY, 12.0, batch_s=3.0), LengthLimits(max_total_len=64_000))
+    requests = []
+    for number, row in enumerate(workload.draw(0)):
+        prompt_len, output_len = -(-row.prompt_len // 32), -(-row.output_len // 32)
+        request = SimulatedRequest(RequestId(f"r{number}"), row.arrival_s, prompt_len, output_len)
+        tokens = [name for name in row.prefix.ids for _ in range(row.prefix.block_tokens // 32)]
+        num_named = min(len(tokens), prompt_len) // 16 * 16  # the live client's prompt is of zeros beyond its names
+        rest = [0] * (prompt_len - num_named) + [TOKEN] * output_len
+        request.block_hashes = hash_blocks(tokens[:num_named] + rest, 16)
+        requests.append(request)
+    run_both(spec, requests, tmp_path, monkeypatch)
+    assert min(hits_of_both(tmp_path, spec)) > 0
+
+
+def hits_of_both(folder: Path, spec: ClusterSpec) -> tuple[int, ...]:
+    """Return the tokens found in pools, in host memory and on disk, which are those of the simulation."""
     hits = []
-    for name in ("colocated-0.jsonl", "colocated-1.jsonl"):
-        load, simulated = (load_of(tmp_path / side / name) for side in ("live", "simulated"))
+    for one in spec.instances:
+        load, simulated = (load_of(folder / side / f"{one.name}.jsonl") for side in ("live", "simulated"))
         assert load == simulated
         hits.append((load.num_prefix_hits_total, load.num_prefix_from_host_total, load.num_prefix_loaded_total))
-    assert all(sum(of_all) > 0 for of_all in zip(*hits, strict=True)), hits
+    return tuple(map(sum, zip(*hits, strict=True)))
