@@ -42,7 +42,10 @@ class LinkMeasuring:
                 figure = LinkFigure(link=link.kind.value, why=why, failure=str(error) or type(error).__name__)
             self._end(asked, figure)
 
-        threading.Thread(target=measure, name="link-measuring", daemon=True).start()
+        try:
+            threading.Thread(target=measure, name="link-measuring", daemon=True).start()
+        except RuntimeError as error:  # threads are short, and a figure is not worth an instance
+            self._end(asked, LinkFigure(failure=str(error)))
 
     def take_ended(self) -> list[LinkMeasured]:
         """Return what was measured since the last call."""
