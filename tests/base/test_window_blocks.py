@@ -22,3 +22,10 @@ def test_no_more_blocks_are_in_sight_than_it_says(window: int, num_at_once: int)
         last = -(-(num_tokens + num_at_once) // BLOCK_SIZE)
         found.append(last - blocks.first_seen(num_tokens, BLOCK_SIZE))
     assert max(found) == blocks.most_in_sight(num_at_once, BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4])
+def test_the_share_that_is_held_goes_from_all_to_what_sees_everything(num_sequences: int) -> None:
+    blocks = WindowBlocks(1024, 5)
+    shares = [blocks.held_share(num_sequences * length, num_sequences) for length in (1, 1024, 2048, 10**7)]
+    assert shares == pytest.approx([1, 1, (1 + 5 / 2) / 6, 1 / 6], abs=1e-3)

@@ -10,6 +10,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepCosts, StepLimits
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.dispatch.actions import PathChosen, PathEnded, SendAdopt, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import (
@@ -142,6 +143,14 @@ class TestForecasts:
         roomy, full = (entry(D, Role.DECODE, kv_tokens=900, pool_tokens=size) for size in (5000, 1000))
         full_s, roomy_s = (forecaster(one).handed_over_token_s(one, sequence(), P) for one in (full, roomy))
         assert full_s > roomy_s
+
+    def test_what_no_window_sees_any_more_takes_no_room(self) -> None:
+        full, sliding = (
+            entry(D, Role.DECODE, kv_tokens=900, pool_tokens=1000, window=window)
+            for window in (None, WindowBlocks(tokens=100, num_each=5))
+        )
+        full_s, sliding_s = (forecaster(one).handed_over_token_s(one, sequence(), P) for one in (full, sliding))
+        assert full_s > sliding_s
 
     def test_an_instance_that_never_prefilled_is_taken_to_be_as_quick_as_one_that_did(self) -> None:
         prefill = entry(P, Role.PREFILL)

@@ -189,9 +189,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_layout: Name = ""
     """In words: instances whose words differ cannot read each other's KV blocks."""
     max_host_blocks: Count = 0
-    """KV blocks that it may keep in host memory behind the pool of its device."""
     max_disk_blocks: Count = 0
-    """KV blocks that it may keep on disk, and how many are there from a life before."""
+    """KV blocks that it may keep in host memory behind a device's pool, on disk, and that are there from before."""
     num_saved_blocks: Count = 0
     probe: bytes = b""
     """The capability to measure how fast its pool is read; empty where none is asked for."""

@@ -19,6 +19,11 @@ class WindowBlocks(msgspec.Struct, frozen=True):
         """Return the first block of which the token after ``num_tokens`` tokens, or any later one, sees a part."""
         return max(0, num_tokens - self.tokens + 1) // block_size
 
+    def held_share(self, num_tokens: float, num_sequences: int = 1) -> float:
+        """Return about what share of all blocks of so many tokens is held, where sequences are alike."""
+        in_sight = min(1.0, self.tokens * num_sequences / max(num_tokens, 1.0))
+        return (1 + self.num_each * in_sight) / (1 + self.num_each)
+
     def most_in_sight(self, num_computed_at_once: int, block_size: int) -> int:
         """Return how many blocks in a row at most hold so many new tokens and what the first of them sees."""
         return (self.tokens + num_computed_at_once + 2 * block_size - 3) // block_size

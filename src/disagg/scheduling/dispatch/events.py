@@ -10,6 +10,7 @@ from disagg.base.messages import CostsLearned, Failed, FailureKind, Pulled, Step
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
+from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.step.events import Tick
 
 
@@ -176,7 +177,8 @@ class InstanceUp(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
     max_total_tokens: int
     pool_tokens: int | None = None
-    """Tokens of its KV pool."""
+    """Tokens of its KV pool, all layers of each; of layers with a ``window`` it does not hold them all."""
+    window: WindowBlocks | None = None
     limits: StepLimits = StepLimits()
 
 

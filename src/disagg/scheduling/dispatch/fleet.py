@@ -81,7 +81,7 @@ class Fleet:
             raise InternalError(f"instance {event.instance} came up twice without going down")
         self._move(entry, InstanceState.DRAINING if entry.is_cordoned else InstanceState.READY)
         entry.capacity = event.max_total_tokens
-        entry.pool_tokens = event.pool_tokens
+        entry.pool_tokens, entry.window = event.pool_tokens, event.window
         entry.limits = event.limits
         self._set_foreign(entry, ForeignLoad())
 

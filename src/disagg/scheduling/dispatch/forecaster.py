@@ -284,7 +284,7 @@ class Forecaster:
             lacking = num_places / entry.limits.max_batch_size - 1
         if entry.pool_tokens is not None:
             num_tokens = entry.kv_tokens + entry.expected_tokens + sequence.max_total_tokens
-            lacking = max(lacking, num_tokens / entry.pool_tokens - 1)
+            lacking = max(lacking, entry.held_tokens(num_tokens, num_places) / entry.pool_tokens - 1)
         answer_s = self._experience.answer_tokens * step_s
         return lacking * answer_s / self.num_answer_tokens(sequence)
 

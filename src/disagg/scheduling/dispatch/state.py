@@ -13,6 +13,7 @@ from disagg.base.messages import CostsLearned, StepLimits
 from disagg.base.objectives import BEST_EFFORT, Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.events import SequenceArrived
 from disagg.scheduling.dispatch.forecast import Forecast
@@ -149,7 +150,9 @@ class InstanceEntry:
     """Sequences that are being prefilled, there or elsewhere, to be decoded there, and their tokens in sum."""
     expected_tokens: int = 0
     pool_tokens: int | None = None
-    """Tokens of its KV pool; unknown until it was up once."""
+    """Tokens of its KV pool, all layers of each; unknown until it was up once."""
+    window: WindowBlocks | None = None
+    """Which KV blocks hold its layers with a sliding window, where those have blocks of their own."""
     limits: StepLimits = field(default_factory=StepLimits)
     lesson: CostsLearned | None = None
     """What it said last of the cost of its steps."""
@@ -185,6 +188,14 @@ class InstanceEntry:
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""
         return self.capacity is None or num_tokens <= self.capacity
+
+    def held_tokens(self, num_tokens: float, num_sequences: int = 1) -> float:
+        """Return how many of ``pool_tokens`` so many tokens take: of layers with a window only what is in sight."""
+        return num_tokens * (1.0 if self.window is None else self.window.held_share(num_tokens, num_sequences))
+
+    def pool_tokens_of(self, context_tokens: float) -> float:
+        """Return how many tokens of sequences of this length its KV pool holds; 0 where that is not known."""
+        return (self.pool_tokens or 0) * context_tokens / max(1e-9, self.held_tokens(context_tokens))
 
     def describe(self) -> str:
         """Return name, state and capacity in words."""

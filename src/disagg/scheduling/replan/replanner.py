@@ -161,14 +161,16 @@ class Replanner:
         entries = [member.entry for member in members]
         prefill, decode = known_prefill_costs(entries), known_decode_costs(entries)
         ready = [member for member in members if member.state is InstanceState.READY]
-        pools = [entry.pool_tokens for entry in entries if entry.pool_tokens]
         sample = self._sample()
-        if sample is None or prefill is None or decode is None or not pools or len(ready) < len(entries):
+        if sample is None or prefill is None or decode is None or len(ready) < len(entries):
             return None
         present = RoleCounts.of(member.role for member in ready)
         settings = self._settings
         placements = reachable(present, settings.ranges, strict_roles=settings.strict_roles)
         mean_tokens = sum(one.num_prompt_tokens for one in sample) / len(sample)
+        pools = [entry.pool_tokens_of(mean_tokens) for entry in entries if entry.pool_tokens]
+        if not pools:
+            return None
         mean_s = self._experience.hand_over_s(round(mean_tokens))
         loads = [member.facts.load_s for member in ready if member.facts is not None]
         self._stage, self._reference = _Stage.PLANNING, self._since
@@ -182,7 +184,7 @@ class Replanner:
                 scheduler=self._scheduler,
                 prefill_costs=prefill,
                 decode_costs=decode,
-                pool_tokens=min(pools),
+                pool_tokens=round(min(pools)),
                 hand_over_s=mean_s / 2,
                 hand_over_token_s=mean_s / 2 / max(1.0, mean_tokens),
                 join_s=max(loads, default=0.0) + 1.0,

@@ -314,6 +314,7 @@ class RouterCore:
                 instance=member.instance,
                 max_total_tokens=capacity,
                 pool_tokens=facts.pool_tokens,
+                window=facts.window,
                 limits=facts.limits,
             )
         )

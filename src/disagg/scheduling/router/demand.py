@@ -129,16 +129,17 @@ def demand_of(role: Role, instances: Sequence[InstanceEntry], window: WorkloadWi
     prompts = [one for one in starts if one.role is role][-_MOST_PROMPTS:]
     decodes = role is not Role.PREFILL
     answer_tokens = sum(answers) / len(answers) if answers else _PRIOR_ANSWER_TOKENS
+    context_tokens = sum(one.num_prompt_tokens for one in starts) / len(starts) + answer_tokens / 2
     return Demand(
         prompt_rate=rate if prompts and role is not Role.DECODE else 0.0,
         prompts_s=tuple(_prompt_s(prefill_costs, one.num_computed_tokens) for one in prompts),
         backlog_s=sum(_backlog_s(prefill_costs, entry) for entry in own),
         answer_rate=rate if decodes else 0.0,
         answer_tokens=max(1.0, answer_tokens - 1),
-        context_tokens=sum(one.num_prompt_tokens for one in starts) / len(starts) + answer_tokens / 2,
+        context_tokens=context_tokens,
         decode_costs=decode_costs if decodes else None,
         limits=own[0].limits if own else StepLimits(),
-        pool_tokens=min((entry.pool_tokens for entry in own if entry.pool_tokens), default=math.inf),
+        pool_tokens=min((entry.pool_tokens_of(context_tokens) for entry in own if entry.pool_tokens), default=math.inf),
     )
 
 
