@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import BLOCK_SIZE, VOCAB_SIZE, Instance, RouterEnd, abort, continuation, request
+from cluster import BLOCK_SIZE, VOCAB_SIZE, Instance, RouterEnd, abort, continuation, fake_model, request
 from fake_executor import continue_prompt
 
 from disagg.base.block_hash import hash_blocks
@@ -101,6 +101,48 @@ class TestLoans:
             router.wait_for_end("second")
             assert router.expect(Pulled, "decode-0").num_bytes == 2 * block_bytes
             assert router.tokens("second") == answer(second)
+
+    def test_of_layers_with_a_window_only_what_is_in_sight_and_missing_travels(self, router: RouterEnd) -> None:
+        """One layer of three sees all, two see 10 tokens, and are in two blocks more for each that they see."""
+        layers = {"num_window_layers": 2, "window": 10}
+        model = fake_model(num_layers=1, **layers)
+
+        def said(sequence: GenerationRequest) -> list[int]:
+            return continue_prompt(
+                sequence.prompt_token_ids, sequence.sampling.max_tokens, 3, VOCAB_SIZE, num_window_layers=2, window=10
+            )
+
+        with (
+            Instance(router, "decode-0", incarnation="d1", prefix_caching=True, model=model) as decode,
+            Instance(router, "prefill-0", incarnation="e1", prefix_caching=True, model=model) as prefill,
+        ):
+            block_bytes = decode.pool.layout.block_bytes
+            first = named("first", request("first", 18).prompt_token_ids, max_tokens=9)
+            prefill.send(Generate(request=first, hand_over=True))
+            offer = router.expect(Offered, "prefill-0").offer
+            decode.send(Adopt(request=continuation(first, router.tokens("first")), offer=offer))
+            router.wait_for_end("first")
+            assert router.tokens("first") == said(first)
+            # The token after 18 sees positions 9 to 18: blocks 2 to 4 of five.
+            assert router.expect(Pulled).num_bytes == (5 + 3 * 2) * block_bytes
+            prefill.send(Release(request_id=first.request_id, epoch=first.epoch))
+
+            second = named("second", (*first.prompt_token_ids, *router.tokens("first"), 1, 2, 3, 4))
+            decode.send(lend(second))
+            loan = router.expect(Offered, "decode-0").offer
+            assert (loan.num_tokens, len(loan.block_ids)) == (24, 6 + 3 * 2)
+            prefill.send(Generate(request=second, hand_over=True, prefix=loan))
+            offer = router.expect(Offered, "prefill-0").offer
+            decode.send(Release(request_id=second.request_id, epoch=second.epoch))
+            # Four blocks are here, with what is beside them.
+            assert router.expect(Pulled, "prefill-0").num_bytes == (2 + 2 * 2) * block_bytes
+            decode.send(Adopt(request=continuation(second, router.tokens("second")), offer=offer))
+            router.wait_for_end("second")
+            assert router.expect(Pulled, "decode-0").num_bytes == (2 + 2 * 2) * block_bytes
+            assert router.tokens("second") == said(second)
+            prefill.send(Release(request_id=second.request_id, epoch=second.epoch))
+            prefill.wait_until_idle()
+            decode.wait_until_idle()
 
     def test_nothing_is_lent_that_is_not_there(self, router: RouterEnd) -> None:
         with Instance(router, "decode-0", prefix_caching=True) as decode:
