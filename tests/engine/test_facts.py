@@ -1,11 +1,12 @@
 """How many blocks fit, how long a sequence may be, and the words when it does not work out."""
 
+import msgspec
 import pytest
 
-from disagg.base.config import CacheSettings, DType, ModelSettings
+from disagg.base.config import CacheSettings, DType, ModelSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvDtype, KvFormat
-from disagg.engine.facts import Capacity, check_memory, plan_capacity
+from disagg.engine.facts import Capacity, check_memory, layer_tables, plan_capacity
 from disagg.models.config import Architecture, ModelConfig
 
 CONFIG = ModelConfig(
@@ -85,3 +86,33 @@ def test_memory_is_told_in_the_units_in_which_it_is_asked_for() -> None:
     layout = plan((1 << 40) + 1).layout
     with pytest.raises(ConfigurationError, match=r"^--kv-memory 1TiB is more than the 21.2GiB that this host has left"):
         check_memory(layout, 22_715_138_048, "this host")
+
+
+@pytest.mark.parametrize(("has_tiers", "num_blocks", "longest"), [(False, 20, 96), (True, 6, 48)])
+def test_a_window_makes_room_for_longer_sequences_unless_there_are_tiers(
+    has_tiers: bool, num_blocks: int, longest: int
+) -> None:
+    """One layer of three sees all. Of 16 tokens and a chunk of 8 four blocks are in sight, with two beside each."""
+    config = msgspec.structs.replace(CONFIG, sliding_windows=(16, None, 16))
+    capacity = plan_capacity(
+        ModelSettings(dtype=DType.FLOAT32),
+        CacheSettings(kv_memory_bytes=20 * BLOCK_BYTES // 3, block_size=8),
+        config,
+        KvFormat.INTERLEAVED,
+        SchedulerSettings(max_batch_tokens=8),
+        has_tiers=has_tiers,
+    )
+    assert (capacity.layout.num_blocks, capacity.max_model_len) == (num_blocks, longest)
+    assert layer_tables(config, capacity.layout) == (() if has_tiers else (1, 0, 2))
+
+
+def test_what_a_long_sequence_needs_beside_its_blocks_is_in_the_words() -> None:
+    config = msgspec.structs.replace(CONFIG, sliding_windows=(16, None, 16))
+    with pytest.raises(ConfigurationError, match=r"a sequence of 96 tokens needs 20 KV blocks"):
+        plan_capacity(
+            ModelSettings(dtype=DType.FLOAT32, max_model_len=96),
+            CacheSettings(kv_memory_bytes=19 * BLOCK_BYTES // 3, block_size=8),
+            config,
+            KvFormat.INTERLEAVED,
+            SchedulerSettings(max_batch_tokens=8),
+        )
