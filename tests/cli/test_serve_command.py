@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 
 from disagg.base.config import DType, SchedulingMode
 from disagg.base.ids import InstanceId
 from disagg.base.messages import InstanceFacts
 from disagg.base.request import Role
+from disagg.base.window_blocks import WindowBlocks
 from disagg.cli.main import main
-from disagg.cli.serve_display import PlainDisplay
+from disagg.cli.serve_display import PlainDisplay, instance_row
 from disagg.cli.serve_output import make_display
 from disagg.cli.serve_progress import ProgressDisplay
 from disagg.scheduling.dispatch.state import InstanceState
@@ -210,3 +212,8 @@ def test_nothing_in_a_log_message_can_look_like_another(capsys):
     assert not [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("12:00:00 ERROR disagg: forged")
     ]
+
+
+def test_blocks_of_some_layers_are_not_called_tokens():
+    facts = structs.replace(FACTS, window=WindowBlocks(1024, 5))
+    assert "100 blocks, 3MiB" in instance_row(structs.replace(STATUS, facts=facts))

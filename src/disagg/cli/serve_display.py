@@ -105,7 +105,8 @@ def instance_row(status: InstanceStatus) -> tuple[str, ...]:
     facts = status.facts
     if facts is None:
         return (status.instance, status.role.value, status.state.value)
-    pool = f"{facts.num_blocks} x {facts.block_size} tokens, {format_bytes(facts.kv_bytes)}"
+    of_what = f"x {facts.block_size} tokens" if facts.window is None else "blocks"  # some hold other layers alone
+    pool = f"{facts.num_blocks} {of_what}, {format_bytes(facts.kv_bytes)}"
     return (
         status.instance,
         status.role.value,
