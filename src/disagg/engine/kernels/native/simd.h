@@ -210,11 +210,32 @@ struct F32 {
   static DISAGG_INLINE float from_float(float x) { return x; }
 };
 
-struct BF16 {
-  using Storage = uint16_t;
-  static constexpr int kPerUnit = 2;
-  static constexpr int kExpDegree = 3;
+// Operands of types that no instruction multiplies as they are: a unit's two elements, each in a vector of floats.
+struct FloatPairs {
+  struct Operand {
+    Floats low, high;
+  };
+  using Factor = Operand;
+  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
+    const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
+    return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
+  }
+  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
+    return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
+            __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
+  }
+  static DISAGG_INLINE void keep(Operand& operand) {
+    keep_in_register(operand.low);
+    keep_in_register(operand.high);
+  }
+  static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
+    return a.low * b.low + (a.high * b.high + sum);
+  }
+};
+
+// How bfloat16 is multiplied, and rounded.
 #if defined(__AVX512BF16__)
+struct Bfloat16Products {
   using Operand = Units;
   using Factor = Units;
   static DISAGG_INLINE Operand operand_of(Units units) { return units; }
@@ -242,42 +263,31 @@ struct BF16 {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     __builtin_memcpy(to, &rounded, sizeof(rounded));
   }
+};
 #else
-  struct Operand {
-    Floats low, high;
-  };
-  using Factor = Operand;
+struct Bfloat16Products : FloatPairs {
   static DISAGG_INLINE Operand operand_of(Units units) {
     return {(Floats)(units << 16), (Floats)(units & 0xffff0000u)};
-  }
-  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
-    const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
-    return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
-  }
-  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
-    return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
-            __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
   }
   // The upper halves of floats that bfloat16 holds exactly.
   static DISAGG_INLINE Units units_of(const Operand& operand) {
     return (Units)operand.low >> 16 | ((Units)operand.high & 0xffff0000u);
   }
-  static DISAGG_INLINE void keep(Operand& operand) {
-    keep_in_register(operand.low);
-    keep_in_register(operand.high);
-  }
   static DISAGG_INLINE Factor factor(uint32_t unit) {
     return {(Floats)broadcast(unit << 16), (Floats)broadcast(unit & 0xffff0000u)};
-  }
-  static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
-    return a.low * b.low + (a.high * b.high + sum);
   }
   static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) {
     const Units bits = (Units)x;
     const Units rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
     store(to, __builtin_convertvector(rounded, Halves));
   }
+};
 #endif
+
+struct BF16 : Bfloat16Products {
+  using Storage = uint16_t;
+  static constexpr int kPerUnit = 2;
+  static constexpr int kExpDegree = 3;
   static DISAGG_INLINE Operand operand(const void* units) { return operand_of(load<Units>(units)); }
   static DISAGG_INLINE Floats load_floats(const uint16_t* from) {
     return (Floats)(__builtin_convertvector(load<Halves>(from), Units) << 16);
@@ -333,38 +343,19 @@ DISAGG_INLINE uint16_t narrow_one(float x) { return narrow(Floats{} + x)[0]; }
 #endif
 
 // Float16 is widened to float32 as it is read: no instruction is asked for that multiplies it as it is.
-struct F16 {
+struct F16 : FloatPairs {
   using Storage = uint16_t;
   static constexpr int kPerUnit = 2;
   static constexpr int kExpDegree = 3;
-  struct Operand {
-    Floats low, high;
-  };
-  using Factor = Operand;
   static DISAGG_INLINE Operand operand_of(Units units) {
     return {widen(__builtin_convertvector(units & 0xffffu, Halves)), widen(__builtin_convertvector(units >> 16, Halves))};
   }
   static DISAGG_INLINE Operand operand(const void* units) { return operand_of(load<Units>(units)); }
-  static DISAGG_INLINE Operand operand_of_int8(const int8_t* from) {
-    const Ints pairs = __builtin_convertvector(load<Words>(from), Ints);
-    return {__builtin_convertvector(pairs << 24 >> 24, Floats), __builtin_convertvector(pairs >> 8, Floats)};
-  }
-  static DISAGG_INLINE Operand operand_of_nibbles(Units packed, int step) {
-    return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
-            __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
-  }
   static DISAGG_INLINE Units units_of(const Operand& operand) {
     return __builtin_convertvector(narrow(operand.low), Units) | __builtin_convertvector(narrow(operand.high), Units) << 16;
   }
-  static DISAGG_INLINE void keep(Operand& operand) {
-    keep_in_register(operand.low);
-    keep_in_register(operand.high);
-  }
   static DISAGG_INLINE Factor factor(uint32_t unit) {
     return {broadcast(widen_one(static_cast<uint16_t>(unit))), broadcast(widen_one(static_cast<uint16_t>(unit >> 16)))};
-  }
-  static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
-    return a.low * b.low + (a.high * b.high + sum);
   }
   static DISAGG_INLINE Floats load_floats(const uint16_t* from) { return widen(load<Halves>(from)); }
   static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) { store(to, narrow(x)); }
