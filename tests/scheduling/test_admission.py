@@ -246,6 +246,15 @@ class TestOverload:
         story.now += 0.3
         assert story.started(story.first_token(running[0]))[0] == "chat"
 
+    @pytest.mark.parametrize(("priority", "is_shed"), [(-10, False), (10, True)])
+    def test_a_more_important_class_is_not_shed_for_what_instances_have_at_hand(
+        self, priority: int, is_shed: bool
+    ) -> None:
+        story = Story(Overload.SHED)
+        story.arrive("long", num_tokens=850)
+        actions = story.arrive("chat", num_tokens=100, priority=priority)
+        assert any(isinstance(one, Refuse) for one in actions) is is_shed
+
     def test_best_effort_is_served_in_the_end(self) -> None:
         story = Story(Overload.BEST_EFFORT)
         for name in "abcd":

@@ -26,7 +26,7 @@ from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.forecast import Path
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand, prefill_share
 from disagg.scheduling.dispatch.paths import forecast_paths
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -77,18 +77,37 @@ class TestForecasts:
         assert forecaster(one, now=10.0).backlog_s(one) == pytest.approx(0.4)
         assert forecaster(one, now=10.1).backlog_s(one) == pytest.approx(0.3)
         assert forecaster(one, now=99.0).backlog_s(one) == pytest.approx(0.2)
-        assert forecaster(one, now=10.0).first_token_s(one, 100) == pytest.approx(0.5 + COSTS.step_s)
+        assert forecaster(one, now=10.0).first_token_s(one, sequence(), 100) == pytest.approx(0.5 + COSTS.step_s)
+
+    def test_a_prompt_does_not_wait_for_those_that_are_served_after_it(self) -> None:
+        urgent, patient, late = (replace(sequence(300), rank=(priority, 0.0, 0)) for priority in (0, 1, 2))
+        one = entry(P, Role.PREFILL, prefill_tokens=600, num_prefills=2, prefilling_since_s=10.0)
+        for number, other in enumerate((patient, late)):
+            other.charges[P] = Charge(prefill_tokens=300, kv_tokens=300)
+            other.started_s = 10.0
+            one.prompts[RequestId(str(number))] = other
+
+        def ahead_s(of: SequenceEntry, now: float = 10.0, **limits: int) -> float:
+            one.limits = StepLimits(**limits)
+            return forecaster(one, now=now).ahead_s(one, of)
+
+        assert ahead_s(replace(late, rank=(3, 0.0, 0))) == pytest.approx(0.6)
+        assert ahead_s(late) == pytest.approx(0.6)  # itself is among those that were given
+        assert ahead_s(replace(late, rank=(1, 1.0, 0))) == pytest.approx(0.3)
+        assert ahead_s(urgent, max_batch_tokens=100) == pytest.approx(0.1)  # the step in flight
+        assert ahead_s(urgent, now=10.25, max_batch_tokens=1000) == pytest.approx(0.35)
+        assert forecaster(one).first_token_s(one, urgent, 100) < forecaster(one).first_token_s(one, late, 100)
 
     def test_decodes_beside_it_lengthen_each_of_a_prompts_steps(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(10), kv_tokens=1000)
-        alone_s = forecaster(entry(D, Role.DECODE)).first_token_s(entry(D, Role.DECODE), 1000)
+        alone_s = forecaster(entry(D, Role.DECODE)).first_token_s(entry(D, Role.DECODE), sequence(), 1000)
         # Two steps, each with ten decodes of a millisecond and their context.
-        assert forecaster(one).first_token_s(one, 1000) == pytest.approx(alone_s + 2 * (0.010 + 0.001))
+        assert forecaster(one).first_token_s(one, sequence(), 1000) == pytest.approx(alone_s + 2 * (0.010 + 0.001))
 
     def test_steps_sized_by_slack_give_a_prompt_what_the_objective_leaves(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))
         # 4 ms of the step and 20 of the decodes leave 26 of 50.
-        assert forecaster(one).first_token_s(one, 260) == pytest.approx(0.260 * 50 / 26)
+        assert forecaster(one).first_token_s(one, sequence(), 260) == pytest.approx(0.260 * 50 / 26)
 
     def test_prompts_get_little_where_not_even_the_smallest_chunk_fits(self) -> None:
         assert prefill_share(structs.replace(COSTS, token_s=0.006), alone_s=0.02, tpot_s=0.05) == pytest.approx(
@@ -99,7 +118,7 @@ class TestForecasts:
     def test_answers_that_end_leave_a_prompt_all_of_the_time(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))
         end_s = 100 * 0.05 * sum(1 / number for number in range(1, 21))
-        assert forecaster(one).first_token_s(one, 20_000) == pytest.approx(20 + end_s * 24 / 50)
+        assert forecaster(one).first_token_s(one, sequence(), 20_000) == pytest.approx(20 + end_s * 24 / 50)
 
     def test_an_answer_is_slowed_by_those_beside_it_and_by_the_hand_over(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(9))
@@ -156,7 +175,7 @@ class TestForecasts:
         prefill = entry(P, Role.PREFILL)
         decode = entry(D, Role.DECODE, lesson=lesson(D, num_prefill_steps=0))
         both = forecaster(prefill, decode)
-        assert both.first_token_s(decode, 500) == both.first_token_s(prefill, 500)
+        assert both.first_token_s(decode, sequence(), 500) == both.first_token_s(prefill, sequence(), 500)
 
     def test_what_is_cached_need_not_be_computed(self) -> None:
         prefill, decode = entry(P, Role.PREFILL), entry(D, Role.DECODE)

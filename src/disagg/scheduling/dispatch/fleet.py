@@ -136,6 +136,10 @@ class Fleet:
                 if was or not entry.num_prefills:
                     entry.prefilling_since_s = now
                 entry.num_prefills += 1 if is_now else -1
+                if is_now:
+                    entry.prompts[sequence.request_id] = sequence
+                else:
+                    del entry.prompts[sequence.request_id]
         entry.kv_tokens += charge.kv_tokens - before.kv_tokens
         if self._ready is not None and (is_now < was or charge.kv_tokens < before.kv_tokens):
             self._ready.fell(entry)

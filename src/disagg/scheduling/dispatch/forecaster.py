@@ -52,6 +52,40 @@ class PromptDemand:
 NO_DEMAND: Final = PromptDemand()
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """Tokens to prefill, their squares, and of how many sequences."""
+
+    tokens: int
+    squares: int
+    number: int
+
+    @classmethod
+    def all_on(cls, entry: InstanceEntry) -> "_Prompts":
+        return cls(entry.prefill_tokens, entry.prefill_squares, entry.num_prefills)
+
+    @classmethod
+    def of(cls, entry: InstanceEntry, sequences: Sequence[SequenceEntry]) -> "_Prompts":
+        tokens = [_tokens_on(entry, one) for one in sequences]
+        return cls(sum(tokens), sum(count**2 for count in tokens), len(tokens))
+
+    def without(self, others: "_Prompts") -> "_Prompts":
+        return _Prompts(self.tokens - others.tokens, self.squares - others.squares, self.number - others.number)
+
+
+def _later(entry: InstanceEntry, sequence: SequenceEntry) -> list[SequenceEntry]:
+    """Return the prompts on an instance that are served after a sequence, were it there."""
+    return [one for one in entry.prompts.values() if one.rank > sequence.rank]
+
+
+def _rank(sequence: SequenceEntry) -> tuple[int, float, int]:
+    return sequence.rank
+
+
+def _tokens_on(entry: InstanceEntry, sequence: SequenceEntry) -> int:
+    return sequence.charges[entry.instance].prefill_tokens
+
+
 class Forecaster:
     """Predicts for the instances as they are at ``now``: make one for each decision.
 
@@ -83,28 +117,48 @@ class Forecaster:
 
     def backlog_s(self, entry: InstanceEntry) -> float:
         """Return the seconds of prefill that an instance was given and has not done yet."""
-        if not entry.num_prefills:
+        return self._left_s(entry, _Prompts.all_on(entry), entry.prefilling_since_s)
+
+    def ahead_s(self, entry: InstanceEntry, sequence: SequenceEntry) -> float:
+        """Return the seconds of prefill that an instance has to do before it computes the sequence's.
+
+        Prompts that are served after it wait from the next step on, those that have begun, too.
+        """
+        later = _later(entry, sequence)
+        if not later:
+            return self.backlog_s(entry)
+        behind = _Prompts.of(entry, later)
+        before = _Prompts.all_on(entry).without(behind)
+        if before.number:
+            first = min((one for one in entry.prompts.values() if one.rank <= sequence.rank), key=_rank, default=None)
+            came_s = -math.inf if first is None else first.started_s
+            return self._left_s(entry, before, max(entry.prefilling_since_s, came_s))
+        step_s = entry.limits.max_batch_tokens * self._prefill_costs(entry).token_s
+        return min(step_s, self._left_s(entry, behind, entry.prefilling_since_s))
+
+    def _left_s(self, entry: InstanceEntry, prompts: "_Prompts", since_s: float) -> float:
+        """Return what is left of so much work. The first of it is under way; how far is not told."""
+        if not prompts.number:
             return 0.0
-        costs = self._prefill_costs(entry)
-        given_s = prefill_work_s(costs, entry.prefill_tokens, entry.prefill_squares, entry.num_prefills)
-        # The first of them is under way; how far is not told.
-        return given_s - min(self.now - entry.prefilling_since_s, given_s / entry.num_prefills)
+        given_s = prefill_work_s(self._prefill_costs(entry), prompts.tokens, prompts.squares, prompts.number)
+        return given_s - min(self.now - since_s, given_s / prompts.number)
 
     def prompt_s(self, num_tokens: int) -> float:
         """Return the seconds of a prompt on the instance that knows best, alone."""
         costs = self._prefill_costs(None)
         return costs.step_s + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
 
-    def first_token_s(self, entry: InstanceEntry, num_tokens: int) -> float:
-        """Return the seconds to the first token of a prompt of which ``num_tokens`` have to be computed."""
+    def first_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, num_tokens: int) -> float:
+        """Return the seconds to the first token of a sequence of which ``num_tokens`` have to be computed."""
         costs = self._prefill_costs(entry)
-        work_s = self.backlog_s(entry) + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
+        work_s = self.ahead_s(entry, sequence) + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
         decodes_s = self._decodes_s(entry)
         tpot_s = self._objectives.tpot_s
         if (entry.num_decodes or entry.expected) and entry.limits.sized_by_slack and tpot_s is not None:
             return self._beside_answers_s(entry, work_s, tpot_s)
         most = max(1, entry.limits.max_batch_tokens - entry.num_decodes)
-        num_steps = -(-(entry.prefill_tokens + num_tokens) // most)
+        before = entry.prefill_tokens - sum(_tokens_on(entry, one) for one in _later(entry, sequence))
+        num_steps = -(-(before + num_tokens) // most)
         return work_s + num_steps * (costs.step_s + decodes_s)
 
     def _beside_answers_s(self, entry: InstanceEntry, work_s: float, tpot_s: float) -> float:

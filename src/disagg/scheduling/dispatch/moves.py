@@ -59,7 +59,8 @@ def choose_move(fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -
     if target is None or not is_decided or known_prefill_costs(fleet.entries) is None:
         return Move.PULL
     pull_s = forecaster.hand_over_s(sequence, sequence.holder, adopter)
-    recompute_s = forecaster.first_token_s(target, sequence.num_tokens - sequence.num_cached(target.instance))
+    num_to_compute = sequence.num_tokens - sequence.num_cached(target.instance)
+    recompute_s = forecaster.first_token_s(target, sequence, num_to_compute)
     return Move.RECOMPUTE if recompute_s < pull_s else Move.PULL
 
 

@@ -105,7 +105,7 @@ class Pathfinder:
         if chosen is None:
             return None
         instance = fleet.entry(chosen.path.prefill)
-        ahead_s = forecaster.backlog_s(instance)
+        ahead_s = forecaster.ahead_s(instance, sequence)
         if ahead_s > AHEAD_S:
             return HeldBack(now + max(ahead_s - AHEAD_S, _SHORTEST_WAIT_S))
         if self._is_in_the_way(sequence, chosen, now):

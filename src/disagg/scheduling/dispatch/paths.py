@@ -54,7 +54,7 @@ def forecast_paths(
     if prefill and decode and not sequence.ends_at_first_token:
         for entry in prefill:
             num_tokens = sequence.num_tokens - cached(entry, sequence)
-            ttft_s = forecaster.first_token_s(entry, num_tokens)
+            ttft_s = forecaster.first_token_s(entry, sequence, num_tokens)
             targets = [(forecaster.handed_over_token_s(one, sequence, entry.instance, ttft_s), one) for one in decode]
             tpot_s, target = min(targets, key=lambda pair: pair[0])
             harm = forecaster.harm(target, 0, sequence.num_tokens)
@@ -82,7 +82,7 @@ def forecast_paths(
                 continue
             num_tokens = sequence.num_tokens - cached(entry, sequence)
             harms = forecaster.harm(entry, num_tokens, sequence.num_tokens)
-            ttft_s = forecaster.first_token_s(entry, num_tokens)
+            ttft_s = forecaster.first_token_s(entry, sequence, num_tokens)
             forecasts.append(
                 Forecast(
                     path=Path(entry.instance, entry.instance),

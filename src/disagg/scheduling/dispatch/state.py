@@ -142,6 +142,8 @@ class InstanceEntry:
     num_prefills: int = 0
     prefilling_since_s: float = 0.0
     """When the first of them could begin."""
+    prompts: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
+    """Those of them that this router has put there."""
     answers: dict[RequestId, "SequenceEntry"] = field(default_factory=dict)
     """Sequences that it decodes, or is about to."""
     prefill_work: RecentWork = field(default_factory=RecentWork)
