@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from disagg.engine.executor import Work
-from disagg.engine.kernels.interface import StepBatch
+from disagg.engine.kernels.interface import UNDECIDED, StepBatch
+from disagg.engine.model.sampler import takes_most_likely
 
 
 class _Buffer:
@@ -93,6 +94,7 @@ class BatchBuilder:
             logit_rows=self._logit_rows.tensor(len(logit_rows)),
             max_query_len=max(lengths),
             max_context_len=max(context_lens),
+            most_likely=np.full(len(logit_rows), UNDECIDED, dtype=np.int64) if _is_any_greedy(step) else None,
         )
         if not self._beside:
             return batch
@@ -147,6 +149,10 @@ def num_prompt_rows(work: Work) -> int:
     if not work.sequence.wants_prompt_logprobs:
         return 0
     return max(0, min(work.chunk.num_tokens, work.sequence.num_prompt_tokens - 1 - work.chunk.start))
+
+
+def _is_any_greedy(step: Sequence[Work]) -> bool:
+    return any(takes_most_likely(work.sequence.sampling) for work in step if work.chunk.samples)
 
 
 def _logit_rows(step: Sequence[Work], row_starts: Sequence[int]) -> list[int]:

@@ -37,12 +37,14 @@ class ModelExecutor:
     @torch.inference_mode()
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
         """See ``Executor.run``."""
-        logits = self._decoder.forward(self._builder.build(step), self._kv)
+        batch = self._builder.build(step)
+        logits = self._decoder.forward(batch, self._kv)
         rows = [self._row(work.sequence) for work in step if work.chunk.samples]
         prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
         # Even a view that changes nothing costs microseconds.
         sampled = logits if logits.shape[0] == len(rows) else logits[: len(rows)]
-        tokens = iter(zip(sample(sampled, rows, self._chooser), rows, sampled, strict=True))
+        known = None if batch.most_likely is None else batch.most_likely[: len(rows)]
+        tokens = iter(zip(sample(sampled, rows, self._chooser, known), rows, sampled, strict=True))
         results = []
         for work, of_prompt in zip(step, prompt_logprobs, strict=True):
             token, row, row_logits = next(tokens) if work.chunk.samples else (None, None, None)

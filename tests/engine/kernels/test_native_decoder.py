@@ -1,8 +1,10 @@
 """A decoder as one native call against the same decoder composed of the backend's single operations."""
 
 import dataclasses
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,8 @@ from native_kernels import BACKENDS, FASTEST, backends, dtypes
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.composed_decoder import ComposedDecoder, decoder_stack
 from disagg.engine.kernels.interface import (
+    NOT_FINITE,
+    UNDECIDED,
     DecoderSettings,
     DecoderWeights,
     DenseMlp,
@@ -24,6 +28,7 @@ from disagg.engine.kernels.interface import (
     SparseMlp,
 )
 from disagg.engine.kernels.torch_backend import TorchBackend
+from disagg.engine.model.sampler import most_likely
 from disagg.models.config import Activation
 from disagg.models.shape import Experts, NormPlacement, QkNorm
 
@@ -139,10 +144,29 @@ def test_one_call_gives_the_bits_of_the_single_operations(
     fused = decoder_stack(backend, weights, decoder_settings)
     assert not isinstance(fused, ComposedDecoder)
     expected = ComposedDecoder(backend, weights, decoder_settings)(pools[0], batch)
+    best = np.full(len(batch.logit_rows), UNDECIDED, dtype=np.int64)
     with num_threads(threads):
-        got = fused(list(pools[1]) if as_list else pools[1], batch)
+        got = fused(list(pools[1]) if as_list else pools[1], dataclasses.replace(batch, most_likely=best))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert best.tolist() == most_likely(expected, None)
     torch.testing.assert_close(*pools, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_of_the_vocabulary_may_lack_a_finite_maximum(name: str, fault: float, threads: int) -> None:
+    batch, num_blocks = make_batch([(20, 1), (9, 1)], BLOCK_SIZE)
+    bias = torch.zeros(VOCAB)
+    bias[VOCAB // 2 :] = fault
+    head = BACKENDS[name].linear(torch.randn(VOCAB, HIDDEN), bias)
+    weights = dataclasses.replace(make_weights(BACKENDS[name], torch.float32, 1), head=head)
+    best = np.full(2, UNDECIDED, dtype=np.int64)
+    with num_threads(threads):
+        stack = decoder_stack(BACKENDS[name], weights, make_settings(None))
+        logits = stack(make_pool(1, num_blocks, torch.float32), dataclasses.replace(batch, most_likely=best))
+    assert best.tolist() == most_likely(logits, None)
+    assert (best == NOT_FINITE).all() == (fault != -math.inf)
 
 
 @st.composite

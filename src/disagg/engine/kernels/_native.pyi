@@ -157,5 +157,6 @@ class Decoder:
         wanted_rows: int,
         num_wanted: int,
         logits: int,
+        largest: int,
         num_threads: int,
     ) -> None: ...

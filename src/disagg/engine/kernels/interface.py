@@ -33,6 +33,8 @@ class StepBatch:
     ``context_lens[s] - (query_start[s + 1] - query_start[s]) + r``.
     ``logit_rows``: int64 [L], the rows of the T whose logits are wanted.
     ``max_query_len`` and ``max_context_len`` are Python ints, so that no backend must read them back.
+    ``most_likely``: int64 [L], where it is wanted: a decoder that finds on its way the first of the largest of each row
+    of logits writes it there, NOT_FINITE where that is not finite. Others leave it as it is.
 
     Where layers have blocks of their own, ``layer_tables`` says of each layer whose: those of ``block_tables``, 0, or
     from 1 on of ``others``, the same step over other blocks. Entries behind a layer's window are 0.
@@ -46,6 +48,7 @@ class StepBatch:
     logit_rows: torch.Tensor
     max_query_len: int
     max_context_len: int
+    most_likely: npt.NDArray[np.int64] | None = None
     layer_tables: tuple[int, ...] = ()
     others: tuple["StepBatch", ...] = ()
 

@@ -2,7 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from disagg.engine.kernels.interface import (
     StepBatch,
 )
 from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder, head_dim_of
-from disagg.engine.kernels.native_linear import PackedLinear, address_of, check_tensor
+from disagg.engine.kernels.native_linear import PackedLinear, address_of, array_address, check_tensor
 from disagg.engine.kernels.native_mlp import native_activation, native_linear
 from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
@@ -253,12 +253,12 @@ class NativeBackend:
         rows, width = logits.shape
         check_tensor(logits, logits.dtype, rows * width)
         native = _native.DrawSettings(
-            temperature=_address(settings.temperature, np.float64, rows),
-            top_p=_address(settings.top_p, np.float64, rows),
-            min_p=_address(settings.min_p, np.float64, rows),
-            top_k=_address(settings.top_k, np.int32, rows),
-            seed=_address(settings.seed, np.uint64, rows),
-            position=_address(settings.position, np.uint64, rows),
+            temperature=array_address(settings.temperature, np.float64, rows),
+            top_p=array_address(settings.top_p, np.float64, rows),
+            min_p=array_address(settings.min_p, np.float64, rows),
+            top_k=array_address(settings.top_k, np.int32, rows),
+            seed=array_address(settings.seed, np.uint64, rows),
+            position=array_address(settings.position, np.uint64, rows),
             floor=head_floor,
         )
         tokens = np.empty(rows, dtype=np.int64)
@@ -274,8 +274,8 @@ class NativeBackend:
         count = len(rows)
         if count and not 0 <= rows.min() <= rows.max() < num_rows:
             raise ValueError(f"rows {rows.tolist()} are not all of {num_rows}")
-        numbers = _address(rows, np.int64, count)
-        bits = _address(allowed.reshape(-1), np.uint32, count * -(-width // 32))
+        numbers = array_address(rows, np.int64, count)
+        bits = array_address(allowed.reshape(-1), np.uint32, count * -(-width // 32))
         self._kernels[logits.dtype].forbid(logits.data_ptr(), bits, numbers, count, width, torch.get_num_threads())
 
     def _pack(
@@ -352,12 +352,6 @@ def share_openmp() -> bool:
     with Path("/proc/self/maps").open() as maps:
         paths = {line.split()[-1] for line in maps if "/" in line}
     return any(_native.use_openmp(path) for path in sorted(paths) if Path(path).name.startswith(_OPENMP_LIBRARIES))
-
-
-def _address(values: npt.NDArray[Any], dtype: npt.DTypeLike, size: int) -> int:
-    if values.dtype != dtype or values.shape != (size,) or not values.flags.c_contiguous:
-        raise InternalError(f"a kernel got {values.dtype} {list(values.shape)}, it needs {size} of {np.dtype(dtype)}")
-    return values.ctypes.data
 
 
 def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from disagg.base.errors import InternalError
 from disagg.engine.kernels.interface import DecoderSettings, DecoderWeights, LayerSettings, LayerWeights, StepBatch
-from disagg.engine.kernels.native_linear import PackedLinear, address_of, check_tensor
+from disagg.engine.kernels.native_linear import PackedLinear, address_of, array_address, check_tensor
 from disagg.engine.kernels.native_mlp import native_linear, native_mlp
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class NativeDecoder:
     def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
         """See ``DecoderStack``."""
         settings, token_ids, wanted = self._settings, batch.token_ids, batch.logit_rows
-        rows, num_wanted = len(token_ids), len(wanted)
+        rows, num_wanted, best = len(token_ids), len(wanted), batch.most_likely
         first, addresses = self._pools(kv)
         steps = [self._prepare_step(one, first, settings.num_heads, self._head_dim) for one in batch.tables]
         check_tensor(token_ids, torch.int64, rows)
@@ -60,6 +61,7 @@ class NativeDecoder:
                 wanted_rows=wanted.data_ptr(),
                 num_wanted=num_wanted,
                 logits=logits.data_ptr(),
+                largest=0 if best is None else array_address(best, np.int64, num_wanted),
                 num_threads=torch.get_num_threads(),
             )
         except (IndexError, ValueError) as error:

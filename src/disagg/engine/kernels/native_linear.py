@@ -1,7 +1,9 @@
 """Weight matrices in the order in which the native kernels read them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from disagg.base.errors import InternalError
@@ -70,3 +72,10 @@ def check_tensor(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) ->
             f"a kernel got {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
             f"it needs {num_elements} contiguous elements of {dtype}"
         )
+
+
+def array_address(values: npt.NDArray[Any], dtype: npt.DTypeLike, size: int) -> int:
+    """Return where an array is; refuse one that the kernels would read wrongly."""
+    if values.dtype != dtype or values.shape != (size,) or not values.flags.c_contiguous:
+        raise InternalError(f"a kernel got {values.dtype} {list(values.shape)}, it needs {size} of {np.dtype(dtype)}")
+    return values.ctypes.data

@@ -45,11 +45,20 @@ def chooser_of(backend: KernelBackend) -> ChoosesTokens | None:
     return backend if isinstance(backend, ChoosesTokens) else None
 
 
+def takes_most_likely(params: SamplingParams) -> bool:
+    """Return whether a row's token is its most likely one, not drawn."""
+    return params.temperature < _LOWEST_TEMPERATURE
+
+
 def sample(
-    logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None = None
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    chooser: ChoosesTokens | None = None,
+    known: npt.NDArray[np.int64] | None = None,
 ) -> list[SampledToken | None]:
     """Choose one token for each row of ``logits`` [B, vocab], which may be overwritten; by ``chooser`` where it can.
 
+    ``known`` are the most likely tokens of all rows, where they are known, UNDECIDED where not.
     The choice depends on the row's logits, parameters, tokens and position alone, not on the other rows.
     None for a row without a finite maximum, from which nothing can be chosen.
     """
@@ -60,12 +69,14 @@ def sample(
     if reported:
         raw = logits.float() if len(reported) == len(rows) else logits[reported].float()
     if any(row.adjusts for row in rows):
+        known = None
         logits = logits.clone() if raw is logits and reported else logits.float()
         adjust_logits(logits, rows)
     if restricted := [index for index, row in enumerate(rows) if row.restricts]:
+        known = None
         logits = logits.clone() if raw is logits and reported else logits
         _forbid(logits, rows, restricted, chooser)
-    token_ids = _choose(logits, rows, chooser)
+    token_ids = _choose(logits, rows, chooser, known)
     if not reported:
         return [SampledToken(token_id) if token_id != NOT_FINITE else None for token_id in token_ids]
     reported_ids = [max(token_ids[index], 0) for index in reported]
@@ -97,11 +108,18 @@ def _forbid(
     logits[of_rows] = logits[of_rows].masked_fill(forbidden, float("-inf"))
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], chooser: ChoosesTokens | None) -> list[int]:
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _LOWEST_TEMPERATURE]
+def _choose(
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    chooser: ChoosesTokens | None,
+    known: npt.NDArray[np.int64] | None,
+) -> list[int]:
+    drawn = [index for index, row in enumerate(rows) if not takes_most_likely(row.params)]
     if len(drawn) == len(rows):
         return _draw(logits, rows, chooser)
-    token_ids = most_likely(logits, chooser)
+    token_ids = [UNDECIDED] if known is None else known.tolist()
+    if UNDECIDED in token_ids:
+        token_ids = most_likely(logits, chooser)
     if drawn:
         of_drawn = _draw(logits[drawn], [rows[index] for index in drawn], chooser)
         for index, token_id in zip(drawn, of_drawn, strict=True):

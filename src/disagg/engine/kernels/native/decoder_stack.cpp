@@ -6,6 +6,13 @@
 
 namespace disagg {
 
+namespace {
+
+// Of the logits of a part of the vocabulary: they stay in the second-level cache beside the weights.
+constexpr int64_t kHeadPartBytes = 128 << 10;
+
+}  // namespace
+
 void check_positions(const Step& step, int64_t num_positions) {
   if (step.longest_context() > num_positions)
     throw std::out_of_range("a context of " + std::to_string(step.longest_context()) + " tokens, angles for " +
@@ -43,6 +50,9 @@ void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids
   check(step, token_ids, wanted);
   const int64_t rows = step.num_rows();
   reserve(step.shape(), std::max(rows, wanted.num_rows));
+  const int64_t head_parts = num_head_parts(wanted.num_rows, num_threads);
+  scratch_.best_logits.at_least(wanted.num_rows * head_parts * item_bytes_);
+  scratch_.best_tokens.at_least(wanted.num_rows * head_parts * int64_t{sizeof(int64_t)});
   for (size_t index = 0; index < layers_.size(); ++index) {
     if (steps[index]->num_rows() != rows) throw std::invalid_argument("the steps of the layers differ in their rows");
     steps[index]->prepare(layers_[index].window);
@@ -65,8 +75,7 @@ void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids
         x = join(team, scratch.wanted_residual.data(), layer.mlp_output_norm, settings_.norm, wanted.num_rows);
       }
     }
-    settings_.head->multiply(team, x, wanted.logits, wanted.num_rows);
-    finish_logits(team, wanted.logits, wanted.num_rows);
+    run_head(team, x, wanted, head_parts);
   });
 }
 
@@ -132,12 +141,55 @@ const void* DecoderStack::normalise(Team& team, const NormArgs& parts, int64_t r
   return args.residual != nullptr ? args.residual : args.x;
 }
 
-void DecoderStack::finish_logits(Team& team, void* logits, int64_t rows) {
-  if (settings_.logit_scale == 1.0f && settings_.logit_softcap == 0.0f) return;
-  team.for_each_range(rows, settings_.vocab_size * item_bytes_, [&](int64_t begin, int64_t end) {
-    kernels_.scale_and_cap(logits, settings_.logit_scale, settings_.logit_softcap, begin * settings_.vocab_size,
-                           end * settings_.vocab_size);
+// A part of the vocabulary at a time, for all rows: what follows the product reads it from a cache.
+void DecoderStack::run_head(Team& team, const void* x, const WantedRows& wanted, int64_t parts) {
+  team.for_each_item(parts, [&](int64_t part, int64_t) {
+    settings_.head->multiply_part(x, wanted.logits, wanted.num_rows, part, parts);
+    finish_logits(wanted.logits, wanted.num_rows, settings_.head->part_begin(part, parts),
+                  settings_.head->part_begin(part + 1, parts));
+    if (wanted.largest != nullptr) find_largest_of_part(wanted, part, parts);
   });
+  if (wanted.largest == nullptr) return;
+  team.for_each_item(1, [&](int64_t, int64_t) { find_largest_of_all(wanted, parts); });
+}
+
+int64_t DecoderStack::num_head_parts(int64_t rows, int num_threads) const {
+  const int64_t parts = rows * settings_.vocab_size * item_bytes_ / kHeadPartBytes;
+  return std::clamp<int64_t>(parts, std::min<int64_t>(2 * num_threads, settings_.head->most_parts()),
+                             settings_.head->most_parts());
+}
+
+void DecoderStack::finish_logits(void* logits, int64_t rows, int64_t begin, int64_t end) const {
+  if (settings_.logit_scale == 1.0f && settings_.logit_softcap == 0.0f) return;
+  for (int64_t row = 0; row < rows; ++row)
+    kernels_.scale_and_cap(logits, settings_.logit_scale, settings_.logit_softcap, row * settings_.vocab_size + begin,
+                           row * settings_.vocab_size + end);
+}
+
+void DecoderStack::find_largest_of_part(const WantedRows& wanted, int64_t part, int64_t parts) {
+  const int64_t begin = settings_.head->part_begin(part, parts);
+  const int64_t width = settings_.head->part_begin(part + 1, parts) - begin;
+  for (int64_t row = 0; row < wanted.num_rows; ++row) {
+    const char* logits = static_cast<const char*>(wanted.logits) + (row * settings_.vocab_size + begin) * item_bytes_;
+    const int64_t best = kernels_.find_largest(logits, width);
+    const int64_t place = row * parts + part;
+    reinterpret_cast<int64_t*>(scratch_.best_tokens.data())[place] = best < 0 ? best : begin + best;
+    std::memcpy(scratch_.best_logits.data() + place * item_bytes_, logits + std::max<int64_t>(best, 0) * item_bytes_,
+                item_bytes_);
+  }
+}
+
+void DecoderStack::find_largest_of_all(const WantedRows& wanted, int64_t parts) {
+  for (int64_t row = 0; row < wanted.num_rows; ++row) {
+    const auto* tokens = reinterpret_cast<const int64_t*>(scratch_.best_tokens.data()) + row * parts;
+    if (*std::min_element(tokens, tokens + parts) < 0) {
+      // Rare: a part without a finite maximum says nothing of the row.
+      const char* logits = static_cast<const char*>(wanted.logits) + row * settings_.vocab_size * item_bytes_;
+      wanted.largest[row] = kernels_.find_largest(logits, settings_.vocab_size);
+    } else {
+      wanted.largest[row] = tokens[kernels_.find_largest(scratch_.best_logits.data() + row * parts * item_bytes_, parts)];
+    }
+  }
 }
 
 // Gather the wanted rows of the residual, and those of the attention where Q was.

@@ -47,11 +47,13 @@ struct StackSettings {
   float logit_softcap;
 };
 
-// Rows whose logits are wanted, and where these go: [num_rows, vocab_size].
+// Rows whose logits are wanted, and where these go: [num_rows, vocab_size]. ``largest`` [num_rows] is null, or takes the
+// first of the largest of each row, as ``find_largest`` says.
 struct WantedRows {
   const int64_t* rows;
   int64_t num_rows;
   void* logits;
+  int64_t* largest;
 };
 
 class DecoderStack {
@@ -70,6 +72,7 @@ class DecoderStack {
  private:
   struct Scratch {
     Buffer residual, wanted_residual, normed, projected, qkv, q, attended;
+    Buffer best_logits, best_tokens;  // of each row in each part of the vocabulary
     MlpScratch mlp;
   };
 
@@ -81,7 +84,11 @@ class DecoderStack {
   // Add what a layer's part has projected to the residual; returns where the next part reads.
   const void* join(Team& team, void* residual, const void* projected_norm, const void* norm, int64_t rows);
   const void* normalise(Team& team, const NormArgs& args, int64_t rows);
-  void finish_logits(Team& team, void* logits, int64_t rows);
+  int64_t num_head_parts(int64_t rows, int num_threads) const;
+  void run_head(Team& team, const void* x, const WantedRows& wanted, int64_t parts);
+  void finish_logits(void* logits, int64_t rows, int64_t begin, int64_t end) const;
+  void find_largest_of_part(const WantedRows& wanted, int64_t part, int64_t parts);
+  void find_largest_of_all(const WantedRows& wanted, int64_t parts);
   void keep_wanted(Team& team, const WantedRows& wanted, int64_t attended_width);
 
   const Kernels& kernels_;

@@ -272,15 +272,15 @@ class BoundDecoder {
   }
 
   void run(const std::vector<Step*>& steps, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers,
-           uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, int num_threads) {
+           uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, uintptr_t largest, int num_threads) {
     if (kv_layers.size() != stack_.num_layers() || steps.size() != stack_.num_layers())
       throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers and " + std::to_string(steps.size()) +
                                   " steps for " + std::to_string(stack_.num_layers()) + " layers");
     std::vector<void*> pools;
     for (const uintptr_t address : kv_layers) pools.push_back(at<void>(address));
     const py::gil_scoped_release unlocked;
-    stack_.run(steps, at<int64_t>(token_ids), pools, {at<int64_t>(wanted_rows), num_wanted, at<void>(logits)},
-               num_threads);
+    stack_.run(steps, at<int64_t>(token_ids), pools,
+               {at<int64_t>(wanted_rows), num_wanted, at<void>(logits), at<int64_t>(largest)}, num_threads);
   }
 
  private:
@@ -366,5 +366,6 @@ PYBIND11_MODULE(_native, module) {
            py::arg("k_norm"), py::arg("attention_output"), py::arg("attention_output_norm"), py::arg("mlp_norm"),
            py::arg("mlp"), py::arg("mlp_output_norm"), py::arg("cos_sin"), py::arg("window"))
       .def("run", &BoundDecoder::run, py::kw_only(), py::arg("steps"), py::arg("token_ids"), py::arg("kv_layers"),
-           py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("num_threads"));
+           py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("largest"),
+           py::arg("num_threads"));
 }

@@ -77,7 +77,7 @@ LinearArgs PackedLinear::args(const void* x, void* out) const {
 void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) const {
   const int64_t worth = 1 + rows * in_features_ * out_features_ / kMultiplicationsPerThread;
   const int64_t pieces = team.size() == 1 ? 1 : std::min(worth, kPiecesPerThread * team.size());
-  const int64_t columns = std::clamp<int64_t>(num_panels_ / kPanelsPerPiece, 1, pieces);
+  const int64_t columns = std::min(most_parts(), pieces);
   const int64_t bands = std::clamp<int64_t>(rows / kRowsPerPiece, 1, (pieces + columns - 1) / columns);
   // Bounds of bands are whole groups of rows of a register tile, whichever of its heights the instruction set has.
   const auto row = [&](int64_t band) { return band == bands ? rows : rows * band / bands / kRowsPerPiece * kRowsPerPiece; };
@@ -92,6 +92,12 @@ void PackedLinear::multiply(Team& team, const void* x, void* out, int64_t rows) 
 void PackedLinear::multiply_part(const void* x, void* out, int64_t rows, int64_t part, int64_t parts) const {
   multiply_panels(args(x, out), 0, rows, num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
 }
+
+int64_t PackedLinear::part_begin(int64_t part, int64_t parts) const {
+  return std::min(out_features_, num_panels_ * part / parts * kernels_.panel_width);
+}
+
+int64_t PackedLinear::most_parts() const { return std::max<int64_t>(num_panels_ / kPanelsPerPiece, 1); }
 
 void PackedLinear::multiply_panels(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                                    int64_t panel_end) const {

@@ -30,6 +30,10 @@ class PackedLinear {
   void multiply(Team& team, const void* x, void* out, int64_t rows) const;
   // One of ``parts`` pieces of the same, a range of output features, by the calling thread.
   void multiply_part(const void* x, void* out, int64_t rows, int64_t part, int64_t parts) const;
+  // Where the output features of a part begin; those of part ``parts`` would begin at the end.
+  int64_t part_begin(int64_t part, int64_t parts) const;
+  // Into how many parts this can be cut, so that each is worth a thread's while.
+  int64_t most_parts() const;
 
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return out_features_; }
