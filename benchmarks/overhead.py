@@ -28,6 +28,7 @@ from disagg.bench.client.run_load import run_load
 from disagg.bench.compare.server_process import RunningServer, running, serve_command
 from disagg.calibration.steps.channel import ScriptedChannel
 from disagg.calibration.steps.script import Command, Report, RunScript, Script, ScriptResult
+from disagg.engine.allocator import keep_freed_memory
 from disagg.engine.instance import build_loop
 from disagg.engine.kernels.interface import StepBatch
 from disagg.engine.model.decoder import Decoder
@@ -107,7 +108,9 @@ def measure_inside(temperature: float) -> dict[int, float]:
         )
         channel = Playing(settings.control_endpoint, scripts)
         stack.callback(channel.close)
-        build_loop(settings, channel, MonotonicClock(), stack, watch=channel.watch).run()
+        loop = build_loop(settings, channel, MonotonicClock(), stack, watch=channel.watch)
+        with torch.inference_mode():
+            loop.run()
     return {
         size: median(step.time_s for step in result.decode_steps) - median(forwards_s[size])
         for size, result in zip(BATCH_SIZES, channel.results, strict=True)
@@ -116,6 +119,7 @@ def measure_inside(temperature: float) -> dict[int, float]:
 
 def main() -> None:
     """Measure and print."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     columns = {
         "server process, us a token": {size: one * 1e6 for size, one in measure_outside().items()},

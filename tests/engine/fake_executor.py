@@ -137,7 +137,7 @@ class FakeExecutor:
     def _tables(self, work: Work) -> list[dict[int, int]]:
         """Where each layer has each of a sequence's blocks, as far as it does."""
         layout, chunk = self._pool.layout, work.chunk
-        kept = dict(enumerate(work.sequence.block_table(chunk.block_ids).tolist()))
+        kept = dict(enumerate(chunk.block_ids))
         each = 0 if layout.window_blocks is None else layout.window_blocks.num_each
         blocks = work.sequence.window_table(chunk.window_ids).tolist()
         beside = [dict(enumerate(blocks[part::each], chunk.first_in_window)) for part in range(each)]

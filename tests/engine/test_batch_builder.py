@@ -50,6 +50,17 @@ def test_a_step_of_decodes(builder: BatchBuilder) -> None:
     assert (batch.max_query_len, batch.max_context_len) == (1, 5)
 
 
+def test_what_is_left_from_the_last_step_is_what_this_one_has(builder: BatchBuilder) -> None:
+    def decode(first: int, length: int) -> Work:
+        return work(list(range(first, first + length)), length - 1, 1)
+
+    one, other, longer = decode(10, 3), decode(20, 4), decode(30, 6)
+    for step in ([one, other], [one, other], [other, one], [one, longer], [other, longer], [one], [work([7, 8], 0, 1)]):
+        kept, fresh = builder.build(step), BatchBuilder(8, 4, 2, torch.device("cpu")).build(step)
+        for name in ("token_ids", "positions", "query_start", "context_lens", "block_tables", "logit_rows"):
+            assert getattr(kept, name).tolist() == getattr(fresh, name).tolist(), name
+
+
 def test_chunks_and_a_decode_together(builder: BatchBuilder) -> None:
     first = work([30, 31, 32, 33, 34, 35], 0, 4)
     last = work([40, 41, 42, 43, 44], 3, 2)

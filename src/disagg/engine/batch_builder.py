@@ -6,11 +6,12 @@ from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from disagg.base.ids import BlockId
 from disagg.engine.executor import Work
 from disagg.engine.kernels.interface import UNDECIDED, StepBatch
-from disagg.engine.model.sampler import takes_most_likely
 
 
 class _Buffer:
@@ -66,6 +67,11 @@ class BatchBuilder:
         self._beside = [
             _Buffer(max_sequences * max_blocks, torch.int32, device) for _ in range(max(layer_tables, default=0))
         ]
+        self._most_likely = np.empty(0, dtype=np.int64)
+        self._num_decodes = 0
+        """How many, where the last step was nothing else."""
+        self._last_block_ids: list[tuple[BlockId, ...]] = []
+        self._last_table = (0, 0)
 
     def build(self, step: Sequence[Work]) -> StepBatch:
         """Return the batch of one step.
@@ -73,28 +79,24 @@ class BatchBuilder:
         ``logit_rows`` are first the last rows of the chunks that sample, then those that predict wanted prompt
         tokens, each in the order of the chunks.
         """
-        num_sequences = len(step)
         starts = [work.chunk.start for work in step]
         lengths = [work.chunk.num_tokens for work in step]
-        row_starts = list(accumulate(lengths, initial=0))
-        context_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
-        num_tokens = row_starts[-1]
-        self._fill(self._query_start, row_starts)
-        self._fill(self._context_lens, context_lens)
-        self._fill_tokens(step, starts, lengths, row_starts)
-        width = self._fill_tables(step)
-        logit_rows = _logit_rows(step, row_starts)
-        self._fill(self._logit_rows, logit_rows)
+        longest = max(lengths)
+        if longest == 1 and all(work.chunk.samples for work in step):
+            num_logits = self._fill_decodes(step, starts)
+        else:
+            num_logits = self._fill_chunks(step, starts, lengths)
+        num_sequences, num_tokens, width = len(step), sum(lengths), self._fill_tables(step)
         batch = StepBatch(
             token_ids=self._tokens.tensor(num_tokens),
             positions=self._positions.tensor(num_tokens),
             query_start=self._query_start.tensor(num_sequences + 1),
             context_lens=self._context_lens.tensor(num_sequences),
             block_tables=self._tables.tensor(num_sequences, width),
-            logit_rows=self._logit_rows.tensor(len(logit_rows)),
-            max_query_len=max(lengths),
-            max_context_len=max(context_lens),
-            most_likely=np.full(len(logit_rows), UNDECIDED, dtype=np.int64) if _is_any_greedy(step) else None,
+            logit_rows=self._logit_rows.tensor(num_logits),
+            max_query_len=longest,
+            max_context_len=max(starts) + 1 if longest == 1 else int(self._context_lens.array[:num_sequences].max()),
+            most_likely=self._undecided(num_logits) if any(work.sequence.sampling.greedy for work in step) else None,
         )
         if not self._beside:
             return batch
@@ -102,6 +104,40 @@ class BatchBuilder:
         tables = [beside.tensor(num_sequences, width) for beside in self._beside]
         others = tuple([replace(batch, block_tables=table) for table in tables])
         return replace(batch, layer_tables=self._layer_tables, others=others)
+
+    def _fill_decodes(self, step: Sequence[Work], starts: list[int]) -> int:
+        """Fill in a step of one token for each; return the number of rows whose logits are wanted.
+
+        What would be the same as in the last step is left.
+        """
+        size = len(step)
+        for buffer in (self._tokens, self._positions, self._context_lens):
+            buffer.reserve(size)
+        self._tokens.array[:size] = [work.sequence.tokens[start] for work, start in zip(step, starts, strict=True)]
+        self._positions.array[:size] = starts
+        np.add(self._positions.array[:size], 1, out=self._context_lens.array[:size])
+        if self._num_decodes != size:
+            self._fill(self._query_start, list(range(size + 1)))
+            self._fill(self._logit_rows, list(range(size)))
+            self._num_decodes = size
+        return size
+
+    def _fill_chunks(self, step: Sequence[Work], starts: list[int], lengths: list[int]) -> int:
+        """Fill in any step; return the number of rows whose logits are wanted."""
+        self._num_decodes = 0
+        row_starts = list(accumulate(lengths, initial=0))
+        self._fill(self._query_start, row_starts)
+        self._fill(self._context_lens, [start + length for start, length in zip(starts, lengths, strict=True)])
+        self._fill_tokens(step, starts, lengths, row_starts)
+        logit_rows = _logit_rows(step, row_starts)
+        self._fill(self._logit_rows, logit_rows)
+        return len(logit_rows)
+
+    def _undecided(self, size: int) -> npt.NDArray[np.int64]:
+        if len(self._most_likely) != size:
+            self._most_likely = np.empty(size, dtype=np.int64)
+        self._most_likely.fill(UNDECIDED)
+        return self._most_likely
 
     @staticmethod
     def _fill(buffer: _Buffer, values: list[int]) -> None:
@@ -113,22 +149,23 @@ class BatchBuilder:
         self._tokens.reserve(num_tokens)
         self._positions.reserve(num_tokens)
         tokens, positions = self._tokens.array, self._positions.array
-        if num_tokens == len(step):
-            tokens[:num_tokens] = [work.sequence.tokens[work.chunk.start] for work in step]
-            positions[:num_tokens] = starts
-            return
         for work, row, start, length in zip(step, row_starts, starts, lengths, strict=False):
             tokens[row : row + length] = work.sequence.tokens[start : start + length]
             positions[row : row + length] = np.arange(start, start + length)
 
     def _fill_tables(self, step: Sequence[Work]) -> int:
-        tables = [work.sequence.block_table(work.chunk.block_ids) for work in step]
-        width = max(map(len, tables))
-        self._tables.reserve(len(step) * width)
-        flat = self._tables.array[: len(step) * width]
-        flat.fill(0)
-        for row, table in zip(flat.reshape(len(step), width), tables, strict=True):
-            row[: len(table)] = table
+        """Fill in the blocks of the sequences, where they are not those of the last step; return the longest."""
+        block_ids = [work.chunk.block_ids for work in step]
+        width, size = max(map(len, block_ids)), len(step)
+        self._tables.reserve(size * width)
+        table = self._tables.array[: size * width].reshape(size, width)
+        known = self._last_block_ids if (size, width) == self._last_table else [()] * size
+        for place, (ids, before) in enumerate(zip(block_ids, known, strict=True)):
+            if ids is not before:
+                row = table[place]
+                row[: len(ids)] = ids
+                row[len(ids) :] = 0
+        self._last_block_ids, self._last_table = block_ids, (size, width)
         return width
 
     def _fill_tables_beside(self, step: Sequence[Work], width: int) -> None:
@@ -151,13 +188,9 @@ def num_prompt_rows(work: Work) -> int:
     return max(0, min(work.chunk.num_tokens, work.sequence.num_prompt_tokens - 1 - work.chunk.start))
 
 
-def _is_any_greedy(step: Sequence[Work]) -> bool:
-    return any(takes_most_likely(work.sequence.sampling) for work in step if work.chunk.samples)
-
-
 def _logit_rows(step: Sequence[Work], row_starts: Sequence[int]) -> list[int]:
     rows = [end - 1 for work, end in zip(step, row_starts[1:], strict=True) if work.chunk.samples]
     for work, first in zip(step, row_starts, strict=False):
-        if work.sequence.sampling.prompt_logprobs is not None:
+        if work.sequence.wants_prompt_logprobs:
             rows.extend(range(first, first + num_prompt_rows(work)))
     return rows

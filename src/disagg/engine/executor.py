@@ -1,8 +1,9 @@
 """What is asked of whoever computes: run one step, and bring KV blocks to and from the shared pool."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from disagg.base.ids import BlockId
 from disagg.base.sampling import PositionLogprobs
@@ -10,16 +11,14 @@ from disagg.engine.sequences import LiveSequence, SequenceFailure
 from disagg.scheduling.step.actions import Chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One chunk of a step, with the sequence it belongs to."""
 
     sequence: LiveSequence
     chunk: Chunk
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(msgspec.Struct, frozen=True, gc=False):
     """What one chunk brought forth.
 
     ``token_id`` is set when the chunk samples. A chunk with a ``failure`` has nothing else: its sequence ends, and the

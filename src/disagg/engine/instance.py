@@ -75,7 +75,8 @@ def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clo
         stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not look at it again
-        loop.run()
+        with torch.inference_mode():
+            loop.run()
 
 
 def build_loop(

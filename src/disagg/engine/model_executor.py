@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import islice
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,29 +30,38 @@ class ModelExecutor:
         self._kv = store.layers if is_same else tuple(store.layers[layer % in_block] for layer in in_pool)
         self._builder = builder
         self._chooser = chooser_of(decoder.backend)
-        # The sampler's view of each sequence; it goes when the loop lets go of the sequence.
-        self._rows: WeakKeyDictionary[LiveSequence, SamplingRow] = WeakKeyDictionary()
 
-    @torch.inference_mode()
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
         """See ``Executor.run``."""
+        if torch.is_inference_mode_enabled():  # once for the whole loop: each time costs tens of microseconds
+            return self._run(step)
+        with torch.inference_mode():
+            return self._run(step)
+
+    def _run(self, step: Sequence[Work]) -> list[ChunkResult]:
         batch = self._builder.build(step)
         logits = self._decoder.forward(batch, self._kv)
-        rows = [self._row(work.sequence) for work in step if work.chunk.samples]
+        if batch.most_likely is not None and all(work.sequence.takes_most_likely for work in step):
+            token_ids = batch.most_likely.tolist()
+            if min(token_ids, default=0) >= 0:
+                found = iter(token_ids)
+                return [ChunkResult(next(found) if work.chunk.samples else None) for work in step]
+        rows = [_row(work.sequence) for work in step if work.chunk.samples]
         prompt_logprobs = _prompt_logprobs(step, logits, len(rows))
         # Even a view that changes nothing costs microseconds.
         sampled = logits if logits.shape[0] == len(rows) else logits[: len(rows)]
         known = None if batch.most_likely is None else batch.most_likely[: len(rows)]
-        tokens = iter(zip(sample(sampled, rows, self._chooser, known), rows, sampled, strict=True))
+        tokens = sample(sampled, rows, self._chooser, known)
+        places = iter(range(len(rows)))
         results = []
         for work, of_prompt in zip(step, prompt_logprobs, strict=True):
-            token, row, row_logits = next(tokens) if work.chunk.samples else (None, None, None)
+            place = next(places) if work.chunk.samples else None
             if isinstance(of_prompt, SequenceFailure):
                 results.append(ChunkResult(failure=of_prompt))
-            elif row is None or row_logits is None:
+            elif place is None:
                 results.append(ChunkResult(prompt_logprobs=of_prompt))
-            elif token is None:
-                results.append(ChunkResult(failure=_why_unsampled(row, row_logits)))
+            elif (token := tokens[place]) is None:
+                results.append(ChunkResult(failure=_why_unsampled(rows[place], sampled[place])))
             else:
                 results.append(ChunkResult(token.token_id, token.logprobs, of_prompt))
         return results
@@ -66,22 +74,21 @@ class ModelExecutor:
         """See ``Executor.receive_blocks``."""
         self._store.receive(blocks)
 
-    def _row(self, sequence: LiveSequence) -> SamplingRow:
-        """Return the sampler's view of a sequence, with all its tokens."""
-        row = self._rows.get(sequence)
-        if row is None:
-            request = sequence.request
-            row = SamplingRow(
-                request.sampling,
-                request.prompt_token_ids,
-                request.output_token_ids,
-                request.eos_token_ids,
-                sequence.grammar,
-            )
-            self._rows[sequence] = row
-        for token_id in sequence.tokens[row.position : sequence.num_tokens].tolist():
-            row.append(token_id)
-        return row
+
+def _row(sequence: LiveSequence) -> SamplingRow:
+    """Return the sampler's view of a sequence, with all its tokens."""
+    row = sequence.row
+    if row is None:
+        request = sequence.request
+        row = sequence.row = SamplingRow(
+            request.sampling,
+            request.prompt_token_ids,
+            request.output_token_ids,
+            request.eos_token_ids,
+            sequence.grammar,
+        )
+    row.extend(sequence.tokens[row.position : sequence.num_tokens])
+    return row
 
 
 def _prompt_logprobs(

@@ -13,6 +13,7 @@ from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, PositionLogprobs, SamplingParams
 from disagg.engine.grammar import GrammarState
+from disagg.engine.model.adjustments import SamplingRow
 
 _NO_TABLE: Final[tuple[tuple[BlockId, ...], NDArray[np.int32]]] = ((), np.empty(0, dtype=np.int32))
 
@@ -34,6 +35,13 @@ class LiveSequence:
 
     def __init__(self, request: GenerationRequest, block_size: int = 0, grammar: GrammarState | None = None) -> None:
         self.request = request
+        self.request_id: RequestId = request.request_id
+        self.epoch: Epoch = request.epoch
+        self.sampling: SamplingParams = request.sampling
+        self.takes_most_likely = request.sampling.takes_most_likely
+        self.wants_prompt_logprobs = self.reports_prompt_logprobs(request)
+        self.row: SamplingRow | None = None
+        """What the sampler knows of it, kept by the executor."""
         self.grammar = grammar
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_tokens = request.num_tokens
@@ -49,43 +57,24 @@ class LiveSequence:
         self._block_hashes = request.block_hashes if block_size else ()
         self._name_blocks()
         self._prompt_logprobs: list[PositionLogprobs] = []
-        self._block_table = _NO_TABLE
         self._window_table = _NO_TABLE
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             self._stop_token_ids |= frozenset(request.eos_token_ids)
-
-    @property
-    def request_id(self) -> RequestId:
-        """Internal id of the sequence."""
-        return self.request.request_id
-
-    @property
-    def epoch(self) -> Epoch:
-        """Attempt number."""
-        return self.request.epoch
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """How its tokens are chosen."""
-        return self.request.sampling
+        self._may_stop_at = self.num_prompt_tokens + request.sampling.min_tokens
+        self._ends_at = self.num_prompt_tokens + request.sampling.max_tokens
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far, those of earlier instances included."""
         return self.num_tokens - self.num_prompt_tokens
 
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """True when this instance is to report the prompt's own log-probabilities.
+    @staticmethod
+    def reports_prompt_logprobs(request: GenerationRequest) -> bool:
+        """Return whether an instance that is given this is to report the prompt's own log-probabilities.
 
         A sequence that comes with output had them reported by the instance that sampled its first token.
         """
-        return self.reports_prompt_logprobs(self.request)
-
-    @staticmethod
-    def reports_prompt_logprobs(request: GenerationRequest) -> bool:
-        """See ``wants_prompt_logprobs``."""
         return request.sampling.prompt_logprobs is not None and not request.output_token_ids
 
     def append(self, token_id: int) -> tuple[BlockHash, ...]:
@@ -93,19 +82,19 @@ class LiveSequence:
 
         Returns the names of the KV blocks, at most one, that it fills.
         """
-        if self.num_tokens == len(self.tokens):
+        position = self.num_tokens
+        if position == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        may_stop = self.num_output_tokens >= self.sampling.min_tokens
-        self.tokens[self.num_tokens] = token_id
-        self.num_tokens += 1
+        self.tokens[position] = token_id
+        self.num_tokens = position + 1
         if self.grammar is not None:
             self.grammar.accept(token_id)
-        if may_stop and token_id in self._stop_token_ids:
+        if token_id in self._stop_token_ids and position >= self._may_stop_at:
             self.finished = FinishReason.STOP
             self.stop_token_id = token_id
         elif self.grammar is not None and self.grammar.is_complete:
             self.finished = FinishReason.STOP
-        elif self.num_output_tokens >= self.sampling.max_tokens:
+        elif self.num_tokens >= self._ends_at:
             self.finished = FinishReason.LENGTH
         return self._name_blocks()
 
@@ -128,14 +117,8 @@ class LiveSequence:
         self._block_hashes = known + names
         return names
 
-    def block_table(self, block_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
-        """Return ``block_ids`` as an array. The scheduler hands out the same tuple until the blocks change."""
-        if block_ids is not self._block_table[0]:
-            self._block_table = block_ids, np.array(block_ids, dtype=np.int32)
-        return self._block_table[1]
-
     def window_table(self, window_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
-        """Return a chunk's ``window_ids`` as an array."""
+        """Return a chunk's ``window_ids`` as an array. The scheduler hands out the same tuple until they change."""
         if window_ids is not self._window_table[0]:
             self._window_table = window_ids, np.array(window_ids, dtype=np.int32)
         return self._window_table[1]

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from disagg.base.clock import Clock
 from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import SequenceOutput, StageStamps
@@ -22,8 +24,7 @@ from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
+class NewToken(msgspec.Struct, frozen=True, gc=False):
     """A token that a step brought for a sequence, and why it is the last, if it is."""
 
     sequence: LiveSequence

@@ -58,7 +58,8 @@ def _run(settings: InstanceSettings) -> None:
         loop = build_loop(settings, channel, clock, stack, watch=channel.watch)
         gc.collect()
         gc.freeze()
-        loop.run()
+        with torch.inference_mode():
+            loop.run()
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ def _make_step(batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_di
             query_start=batch.query_start.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
             block_tables=batch.block_tables.data_ptr(),
-            num_rows=len(batch.token_ids),
+            num_rows=batch.token_ids.shape[0],
             num_sequences=num_sequences,
             table_width=table_width,
         )

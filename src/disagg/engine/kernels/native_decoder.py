@@ -47,7 +47,7 @@ class NativeDecoder:
     def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
         """See ``DecoderStack``."""
         settings, token_ids, wanted = self._settings, batch.token_ids, batch.logit_rows
-        rows, num_wanted, best = len(token_ids), len(wanted), batch.most_likely
+        (rows,), (num_wanted,), best = token_ids.shape, wanted.shape, batch.most_likely
         first, addresses = self._pools(kv)
         steps = [self._prepare_step(one, first, settings.num_heads, self._head_dim) for one in batch.tables]
         check_tensor(token_ids, torch.int64, rows)

@@ -46,6 +46,8 @@ class SamplingRow:
         self.end_token_ids = np.unique(np.asarray([*eos_token_ids, *params.stop_token_ids], dtype=np.int64))
         penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         self.seen = _SeenTokens(prompt_token_ids) if penalized else None
+        self._always_adjusts = self.seen is not None or bool(params.logit_bias)
+        self._may_have_to_go_on = params.min_tokens > 0
         for token_id in output_token_ids:
             self.append(token_id)
 
@@ -57,6 +59,15 @@ class SamplingRow:
             self.seen.count(token_id)
         if self.restriction is not None:
             self.restriction.append(token_id)
+
+    def extend(self, token_ids: npt.NDArray[np.int64]) -> None:
+        """Note the next tokens of the sequence."""
+        if self.seen is None and self.restriction is None:
+            self.position += len(token_ids)
+            self.num_output_tokens += len(token_ids)
+            return
+        for token_id in token_ids.tolist():
+            self.append(token_id)
 
     @property
     def restricts(self) -> bool:
@@ -75,7 +86,7 @@ class SamplingRow:
     @property
     def adjusts(self) -> bool:
         """Whether the row's logits are changed before a token is chosen."""
-        return self.seen is not None or bool(self.params.logit_bias) or self.must_go_on
+        return self._always_adjusts or (self._may_have_to_go_on and self.must_go_on)
 
     @property
     def must_go_on(self) -> bool:

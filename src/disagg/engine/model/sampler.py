@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,8 +33,7 @@ _HEAD_FLOOR: Final = -9.0
 """Log-probability above which a token is likely: at most e^9 = 8103 tokens of any row."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """The chosen token, with log-probabilities where the row's parameters ask for them."""
 
     token_id: int
@@ -43,11 +43,6 @@ class SampledToken:
 def chooser_of(backend: KernelBackend) -> ChoosesTokens | None:
     """Return the backend if it chooses tokens by itself."""
     return backend if isinstance(backend, ChoosesTokens) else None
-
-
-def takes_most_likely(params: SamplingParams) -> bool:
-    """Return whether a row's token is its most likely one, not drawn."""
-    return params.temperature < _LOWEST_TEMPERATURE
 
 
 def sample(
@@ -114,7 +109,7 @@ def _choose(
     chooser: ChoosesTokens | None,
     known: npt.NDArray[np.int64] | None,
 ) -> list[int]:
-    drawn = [index for index, row in enumerate(rows) if not takes_most_likely(row.params)]
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _LOWEST_TEMPERATURE]
     if len(drawn) == len(rows):
         return _draw(logits, rows, chooser)
     token_ids = [UNDECIDED] if known is None else known.tolist()
