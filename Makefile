@@ -20,8 +20,8 @@ help:            ## list the targets
 serve: $(VENV)/.serve   ## install what is missing, then serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/disagg serve $(ARGS)
 
-test: $(VENV)/.test     ## run the test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/.test     ## run the test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.test ## run everything, soaks and fault campaigns too
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
