@@ -66,24 +66,21 @@ class _Prompts:
 
     @classmethod
     def of(cls, entry: InstanceEntry, sequences: Sequence[SequenceEntry]) -> "_Prompts":
-        tokens = [_tokens_on(entry, one) for one in sequences]
+        tokens = [one.charges[entry.instance].prefill_tokens for one in sequences]
         return cls(sum(tokens), sum(count**2 for count in tokens), len(tokens))
 
     def without(self, others: "_Prompts") -> "_Prompts":
         return _Prompts(self.tokens - others.tokens, self.squares - others.squares, self.number - others.number)
 
 
-def _later(entry: InstanceEntry, sequence: SequenceEntry) -> list[SequenceEntry]:
-    """Return the prompts on an instance that are served after a sequence, were it there."""
-    return [one for one in entry.prompts.values() if one.rank > sequence.rank]
+def _before_and_behind(entry: InstanceEntry, sequence: SequenceEntry) -> tuple[_Prompts, _Prompts]:
+    """Return the prompts on an instance that are served before a sequence, were it there, and those after it."""
+    behind = _Prompts.of(entry, [one for one in entry.prompts.values() if one.rank > sequence.rank])
+    return _Prompts.all_on(entry).without(behind), behind
 
 
 def _rank(sequence: SequenceEntry) -> tuple[int, float, int]:
     return sequence.rank
-
-
-def _tokens_on(entry: InstanceEntry, sequence: SequenceEntry) -> int:
-    return sequence.charges[entry.instance].prefill_tokens
 
 
 class Forecaster:
@@ -124,11 +121,11 @@ class Forecaster:
 
         Prompts that are served after it wait from the next step on, those that have begun, too.
         """
-        later = _later(entry, sequence)
-        if not later:
+        return self._ahead_s(entry, sequence, *_before_and_behind(entry, sequence))
+
+    def _ahead_s(self, entry: InstanceEntry, sequence: SequenceEntry, before: _Prompts, behind: _Prompts) -> float:
+        if not behind.number:
             return self.backlog_s(entry)
-        behind = _Prompts.of(entry, later)
-        before = _Prompts.all_on(entry).without(behind)
         if before.number:
             first = min((one for one in entry.prompts.values() if one.rank <= sequence.rank), key=_rank, default=None)
             came_s = -math.inf if first is None else first.started_s
@@ -136,7 +133,7 @@ class Forecaster:
         step_s = entry.limits.max_batch_tokens * self._prefill_costs(entry).token_s
         return min(step_s, self._left_s(entry, behind, entry.prefilling_since_s))
 
-    def _left_s(self, entry: InstanceEntry, prompts: "_Prompts", since_s: float) -> float:
+    def _left_s(self, entry: InstanceEntry, prompts: _Prompts, since_s: float) -> float:
         """Return what is left of so much work. The first of it is under way; how far is not told."""
         if not prompts.number:
             return 0.0
@@ -151,14 +148,14 @@ class Forecaster:
     def first_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, num_tokens: int) -> float:
         """Return the seconds to the first token of a sequence of which ``num_tokens`` have to be computed."""
         costs = self._prefill_costs(entry)
-        work_s = self.ahead_s(entry, sequence) + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
+        before, behind = _before_and_behind(entry, sequence)
+        work_s = self._ahead_s(entry, sequence, before, behind) + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
         decodes_s = self._decodes_s(entry)
         tpot_s = self._objectives.tpot_s
         if (entry.num_decodes or entry.expected) and entry.limits.sized_by_slack and tpot_s is not None:
             return self._beside_answers_s(entry, work_s, tpot_s)
         most = max(1, entry.limits.max_batch_tokens - entry.num_decodes)
-        before = entry.prefill_tokens - sum(_tokens_on(entry, one) for one in _later(entry, sequence))
-        num_steps = -(-(before + num_tokens) // most)
+        num_steps = -(-(before.tokens + num_tokens) // most)
         return work_s + num_steps * (costs.step_s + decodes_s)
 
     def _beside_answers_s(self, entry: InstanceEntry, work_s: float, tpot_s: float) -> float:
