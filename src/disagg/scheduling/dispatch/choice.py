@@ -260,7 +260,7 @@ def open_to(
 
 def _travel_s(sequence: SequenceEntry, entry: InstanceEntry) -> float | None:
     """Return how long what an instance lacks of a sequence's KV takes to get there; None where that is not known."""
-    source = sequence.lease or sequence.holder
+    source = sequence.kv_source
     link = None if source is None else entry.reads.get(source)
     return None if link is None else link.transfer_time_s(num_to_compute(sequence, entry))
 

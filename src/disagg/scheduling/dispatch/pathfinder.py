@@ -136,7 +136,7 @@ class Pathfinder:
         decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
             decode or colocated,
-            key=lambda entry: forecaster.handed_over_token_s(entry, sequence, sequence.lease or sequence.holder),
+            key=lambda entry: forecaster.handed_over_token_s(entry, sequence, sequence.kv_source),
             default=None,
         )
 

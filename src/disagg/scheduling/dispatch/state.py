@@ -298,6 +298,11 @@ class SequenceEntry:
         """True when nothing is left to decode after the prefill."""
         return self.max_total_tokens <= self.num_tokens + 1
 
+    @property
+    def kv_source(self) -> InstanceId | None:
+        """Return whose KV blocks whoever goes on with it reads; None where there are none."""
+        return self.lease or self.holder
+
     def num_cached(self, instance: InstanceId) -> int:
         """Return how many of its tokens an instance need not compute; at least the last one it does."""
         held = self.held.get(instance)
