@@ -63,11 +63,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature == 0.0
 
     @property
+    def penalizes(self) -> bool:
+        """True when tokens that were seen before are less likely."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def takes_most_likely(self) -> bool:
         """True when each token is the most likely one of the model's own logits, and nothing is told of others."""
         return (
             self.greedy
-            and (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
+            and not self.penalizes
             and not (self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens or self.grammar)
             and self.logprobs is None
             and self.prompt_logprobs is None

@@ -44,8 +44,7 @@ class SamplingRow:
         self.position = len(prompt_token_ids)
         self.num_output_tokens = 0
         self.end_token_ids = np.unique(np.asarray([*eos_token_ids, *params.stop_token_ids], dtype=np.int64))
-        penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        self.seen = _SeenTokens(prompt_token_ids) if penalized else None
+        self.seen = _SeenTokens(prompt_token_ids) if params.penalizes else None
         self._always_adjusts = self.seen is not None or bool(params.logit_bias)
         self._may_have_to_go_on = params.min_tokens > 0
         for token_id in output_token_ids:
