@@ -53,6 +53,7 @@ from disagg.models.foreign import ForeignModel
 from disagg.models.generation_config import end_token_ids, load_generation_config
 from disagg.models.grammar import GrammarCompiler
 from disagg.models.locate import ModelFiles, load_served_model_config, locate_model
+from disagg.models.shape import ModelShape
 from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.core import InstanceCore
@@ -99,10 +100,7 @@ def build_loop(
     grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
     backend = _backend(settings, device, config.head_dim)
-    has_tiers = settings.kv_disk is not None or settings.cache.kv_host_memory_bytes is not None
-    capacity = plan_capacity(
-        settings.model, settings.cache, config, backend.kv_format, settings.scheduler, has_tiers=has_tiers
-    )
+    capacity = _plan_capacity(settings, config, backend)
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
     loading = DecoderLoading(settings, files, backend, capacity, partial(progress.report, "weights"), clock)
@@ -146,6 +144,12 @@ def _backend(settings: InstanceSettings, device: torch.device, head_dim: int) ->
     dtype = TORCH_DTYPES[settings.model.dtype]
     block_size = settings.cache.block_size
     return select_backend(device, dtype, settings.kernel_backend, head_dim=head_dim, block_size=block_size)
+
+
+def _plan_capacity(settings: InstanceSettings, config: ModelShape, backend: KernelBackend) -> Capacity:
+    has_tiers = settings.kv_disk is not None or settings.cache.kv_host_memory_bytes is not None
+    scheduler, kv_format = settings.scheduler, backend.kv_format
+    return plan_capacity(settings.model, settings.cache, config, kv_format, scheduler, has_tiers=has_tiers)
 
 
 def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
