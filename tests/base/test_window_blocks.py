@@ -29,3 +29,11 @@ def test_the_share_that_is_held_goes_from_all_to_what_sees_everything(num_sequen
     blocks = WindowBlocks(1024, 5)
     shares = [blocks.held_share(num_sequences * length, num_sequences) for length in (1, 1024, 2048, 10**7)]
     assert shares == pytest.approx([1, 1, (1 + 5 / 2) / 6, 1 / 6], abs=1e-3)
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 9])
+def test_a_block_is_last_seen_just_before_the_window_has_passed_it(window: int) -> None:
+    blocks = WindowBlocks(window, 1)
+    for block in range(5):
+        last = blocks.last_seen(block, BLOCK_SIZE)
+        assert blocks.first_seen(last, BLOCK_SIZE) <= block < blocks.first_seen(last + 1, BLOCK_SIZE)

@@ -19,6 +19,14 @@ class WindowBlocks(msgspec.Struct, frozen=True):
         """Return the first block of which the token after ``num_tokens`` tokens, or any later one, sees a part."""
         return max(0, num_tokens - self.tokens + 1) // block_size
 
+    def last_seen(self, block: int, block_size: int) -> int:
+        """Return after how many tokens at most a later one still sees a part of a block."""
+        return (block + 1) * block_size + self.tokens - 2
+
+    def num_beside(self, num_tokens: int, block_size: int, first: int, end: int) -> int:
+        """Return how many there are beside blocks ``first`` to before ``end`` of what follows ``num_tokens`` tokens."""
+        return self.num_each * max(0, end - max(first, self.first_seen(num_tokens, block_size)))
+
     def held_share(self, num_tokens: float, num_sequences: int = 1) -> float:
         """Return about what share of all blocks of so many tokens is held, where sequences are alike."""
         in_sight = min(1.0, self.tokens * num_sequences / max(num_tokens, 1.0))

@@ -205,7 +205,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Return the bytes of the KV blocks of a sequence, as far as they are needed after so many tokens."""
         num_blocks, window = -(-num_tokens // block_size), self.window_blocks
         if window is not None:
-            num_blocks += window.num_each * (num_blocks - window.first_seen(num_tokens, block_size))
+            num_blocks += window.num_beside(num_tokens, block_size, 0, num_blocks)
         return num_blocks * block_size * 2 * self.block_layers * self.kv_size * itemsize
 
     def linear_flops(self, num_tokens: int, num_logit_rows: int) -> int:

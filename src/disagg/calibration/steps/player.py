@@ -150,7 +150,7 @@ class ScriptPlayer:
         facts = self._instance.facts
         num_blocks = -(-num_tokens // facts.block_size)
         if facts.window is not None:
-            num_blocks += facts.window.num_each * (num_blocks - facts.window.first_seen(num_tokens, facts.block_size))
+            num_blocks += facts.window.num_beside(num_tokens, facts.block_size, 0, num_blocks)
         return KvOffer(
             request_id=request.request_id,
             epoch=request.epoch,

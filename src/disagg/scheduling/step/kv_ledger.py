@@ -169,11 +169,8 @@ class KvLedger:
     def num_tokens_until_change(self, sequence: Sequence) -> int:
         """Return how many tokens can be added to a sequence before it takes or lets go of a block."""
         until_full = len(sequence.block_ids) * self._block_size - sequence.num_planned
-        num_computed, first = sequence.num_computed, sequence.first_in_window
-        return next(
-            (count for count in range(until_full) if self._windows.first_seen(num_computed + count + 1) > first),
-            max(0, until_full),
-        )
+        until_seen = self._windows.last_seen(sequence.first_in_window) - sequence.num_computed
+        return max(0, min(until_full, until_seen))
 
     def publish(self, sequence: Sequence) -> None:
         """Make the blocks, of prompt and answer, that are completely computed findable for other sequences."""

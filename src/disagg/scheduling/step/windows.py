@@ -25,6 +25,11 @@ class Windows:
         """Return the first block that needs those beside it for what follows ``num_tokens`` tokens."""
         return 0 if self._window is None else self._window.first_seen(num_tokens, self._block_size)
 
+    def last_seen(self, block: int) -> int:
+        """Return after how many tokens at most a block still needs those beside it; there has to be a window."""
+        assert self._window is not None, "without one nothing is beside a block"
+        return self._window.last_seen(block, self._block_size)
+
     def end(self, first: int, num_blocks: int) -> int:
         """Return up to which of so many blocks a sequence takes those beside them, from block ``first`` on."""
         return min(num_blocks, first + self._most_in_sight)
@@ -43,4 +48,5 @@ class Windows:
 
         Whoever reads them goes on after ``num_tokens`` tokens.
         """
-        return end - first + self.num_each * max(0, end - max(first, self.first_seen(num_tokens)))
+        window = self._window
+        return end - first + (0 if window is None else window.num_beside(num_tokens, self._block_size, first, end))
