@@ -5,12 +5,15 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
+import zmq
 from server_process import ServerProcess, completion, serving
+from test_join import EXACT, answers, door_of, joined, states
 from test_lifecycle import assert_no_block_is_held, run_serve, wait_for
 
 SMALL = ("--routers", "2", "--max-model-len", "2048", "--kv-memory", "256MiB", "--instance-wait-s", "120")
@@ -72,6 +75,11 @@ def tell_on_both(server: ServerProcess, pool: ThreadPoolExecutor, max_tokens: in
     return stories
 
 
+def is_everywhere(server: ServerProcess, instance: str, state: str) -> bool:
+    """True when every router that answered says so of an instance; "none" where it knows it not."""
+    return {states(server).get(instance, "none") for _ in range(6)} == {state}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     with serving(*SMALL) as server:
@@ -130,20 +138,45 @@ def test_a_hangup_starts_the_routers_anew_and_loses_no_request(server: ServerPro
 
 def test_commands_reach_all_routers(server: ServerProcess) -> None:
     added = httpx.post(f"{server.url}/admin/instances", json={"role": "decode"}, timeout=30).json()["instance"]
-
-    def states() -> set[str]:
-        found = {one["instance"]: one["state"] for one in server.get("/admin/instances").json()["instances"]}
-        return {found.get(added, "none")}
-
-    def everywhere(state: str) -> bool:
-        return set().union(*(states() for _ in range(6))) == {state}
-
-    wait_for(lambda: everywhere("ready"), "the new instance at both routers")
+    wait_for(lambda: is_everywhere(server, added, "ready"), "the new instance at both routers")
     assert httpx.post(f"{server.url}/admin/instances/{added}/remove", timeout=30).status_code == 202
-    wait_for(lambda: everywhere("none"), "its end at both routers")
+    wait_for(lambda: is_everywhere(server, added, "none"), "its end at both routers")
     refused = httpx.post(f"{server.url}/admin/instances/decode-0/remove", timeout=30)
     assert refused.status_code == 409
     assert "no request could be served" in refused.text
+
+
+def test_an_instance_of_another_host_serves_all_routers_and_survives_them(tmp_path: Path) -> None:
+    keys, events = ("--keys", str(tmp_path / "keys")), f"ipc://{tmp_path}/events"
+    listening = ("--listen-instances", "127.0.0.1:0", "--kv-events", events, "--instance-wait-s", "120")
+    with serving(*EXACT, *keys, *listening, "--routers", "2") as server, zmq.Context() as context:
+        expected = answers(server, 6)
+        with (
+            context.socket(zmq.SUB) as subscriber,
+            joined("--join", door_of(server), "--role", "decode", *keys, *EXACT, "--kv-link", "tcp") as joiner,
+        ):
+            subscriber.connect(events)
+            subscriber.subscribe("kv@decode-1@")
+            wait_for(lambda: is_everywhere(server, "decode-1", "ready"), "decode-1 at both routers")
+            assert httpx.post(f"{server.url}/admin/instances/decode-0/drain", timeout=30).status_code == 202
+            assert answers(server, 6) == expected
+            assert subscriber.poll(30_000), "what is cached there is published"
+
+            victim = routers(server)[0]
+            victim.kill()
+            wait_for(lambda: len(routers(server)) == 2 and victim not in routers(server), "a new router")
+            wait_for(lambda: is_everywhere(server, "decode-1", "ready"), "decode-1 at the new router")
+            assert answers(server, 6) == expected
+
+            os.kill(joiner.engine().pid, signal.SIGKILL)
+            assert answers(server, 6) == expected
+            wait_for(lambda: is_everywhere(server, "decode-1", "ready"), "decode-1 is back")
+            url = f"{server.url}/admin/instances/decode-0/drain"
+            assert httpx.post(url, json={"undo": True}, timeout=30).status_code == 202
+            assert joiner.end() == 0
+        wait_for(lambda: is_everywhere(server, "decode-1", "none"), "decode-1 has left")
+        assert answers(server, 6) == expected
+        assert server.get("/debug/audit").json()["faults"] == []
 
 
 def test_the_end_leaves_no_process() -> None:

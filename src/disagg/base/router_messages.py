@@ -1,13 +1,21 @@
 """What an instance is told, and tells, where a server has several routers: see the architecture."""
 
+from typing import Final
+
 import msgspec
 
 from disagg.base.ids import RouterId
 from disagg.base.message_fields import Count, Message, Name
 
+SAME_HOST: Final = "tcp://*:"
+"""How the endpoint of a router begins that is where the first router is, whatever address that was reached at."""
+
 
 class JoinRouter(Message, frozen=True, kw_only=True):
-    """Take sequences of one more router, too, which listens at ``endpoint``: tell it that you are ready."""
+    """Take sequences of one more router, too, which listens at ``endpoint``: tell it that you are ready.
+
+    ``endpoint`` is in ZeroMQ's words, or ``SAME_HOST`` and a port.
+    """
 
     router: RouterId
     endpoint: Name

@@ -27,6 +27,7 @@ from disagg.base.messages import (
     decode_for_engine,
     encode,
 )
+from disagg.base.router_messages import SAME_HOST
 
 FIRST_ROUTER: Final = RouterId("")
 SEND_DEADLINE_S: Final = 10.0
@@ -49,6 +50,7 @@ class ControlChannel:
         self._instance = instance
         self._key = key
         self._curve = curve
+        self._endpoint = endpoint
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._alarm, zmq.POLLIN)
@@ -61,8 +63,10 @@ class ControlChannel:
         return (FIRST_ROUTER, *self._others) if self._others else ()
 
     def join(self, router: RouterId, endpoint: str) -> None:
-        """Connect to one more router."""
+        """Connect to one more router; for ``endpoint`` see ``JoinRouter``."""
         self.leave(router)
+        if endpoint.startswith(SAME_HOST):
+            endpoint = self._endpoint.rpartition(":")[0] + ":" + endpoint.removeprefix(SAME_HOST)
         self._others[router] = self._connect(endpoint)
 
     def leave(self, router: RouterId) -> None:

@@ -1,6 +1,7 @@
 """Who runs the instances of a server that runs none itself: a cluster's own manager, behind one interface."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from disagg.base.errors import DisaggError
@@ -32,3 +33,7 @@ class ClusterManager(Protocol):
 
     async def stop(self) -> None:
         """End all of them. May be called twice."""
+
+
+ManagerFactory = Callable[[], ClusterManager]
+"""Makes, inside the event loop, who runs instances elsewhere."""

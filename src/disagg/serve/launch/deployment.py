@@ -301,15 +301,12 @@ def usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int
 
 def check_routers(deployment: Deployment) -> None:
     """Raise ConfigurationError for what a server of several routers cannot do: see docs/operations.md."""
-    router, remote, host = deployment.router, deployment.remote, deployment.host
+    router = deployment.router
     others = {
         "--autoscale": router.autoscale is not None,
         "--replan": router.replan is not Replan.OFF,
-        "--listen-instances": remote.listen_instances is not None,
-        "--cluster": remote.cluster is not None,
-        "--kv-events": host.kv_events is not None,
     }
     if found := [flag for flag, is_given in others.items() if is_given]:
         raise ConfigurationError(
-            f"{', '.join(found)}: needs one process that all requests and all instances come to; leave out --routers"
+            f"{', '.join(found)}: needs one process that all requests come to; leave out --routers"
         )

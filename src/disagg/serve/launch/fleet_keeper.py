@@ -10,16 +10,16 @@ from disagg.base.errors import ConfigurationError, UnavailableError
 from disagg.base.ids import InstanceId, RouterId
 from disagg.base.message_fields import Message
 from disagg.base.messages import InstanceFacts, encode
-from disagg.base.router_messages import JoinRouter, LeaveRouter
-from disagg.scheduling.dispatch.events import ChangeRole, Drain, Leave, ProcessStarting, Undrain
+from disagg.base.router_messages import SAME_HOST, JoinRouter, LeaveRouter
+from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Leave, ProcessStarting, Undrain
 from disagg.scheduling.dispatch.state import ALIVE, InstanceState
 from disagg.scheduling.router.inputs import AnyCommand, ProcessExited
 from disagg.serve.launch.fleet_messages import FleetChanged, InstanceFaulty, Roster, RosterEntry
-from disagg.serve.launch.launcher import Launcher
 from disagg.serve.launch.router_child import RouterChild
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.watcher import InstanceWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class FleetKeeper:
     """See the module. It is the launcher's ProcessListener, the operator's CommandTaker, and an InstanceWatcher.
 
-    ``router`` is its own, which uses ``socket`` to speak with instances.
+    ``router`` is its own, which uses ``socket`` to speak with instances. ``runner`` is told what becomes of them.
     """
 
     def __init__(self, router: LiveRouter, socket: ControlSocket) -> None:
@@ -39,7 +39,9 @@ class FleetKeeper:
         """Draining instances, with the routers that have nothing on them any more."""
         self._leaving: set[InstanceId] = set()
         """Those of them that are removed once no router has."""
-        self.launcher: Launcher | None = None
+        self._guests: set[InstanceId] = set()
+        """Instances of other hosts."""
+        self.runner: InstanceWatcher | None = None
 
     # Routers --------------------------------------------------------------------------------------------------
 
@@ -53,6 +55,7 @@ class FleetKeeper:
                     role=one.role,
                     is_cordoned=one.instance in self._drained,
                     is_ready=one.state is InstanceState.READY,
+                    is_outside=one.instance in self._guests,
                 )
                 for one in self._router.instances()
             )
@@ -65,9 +68,9 @@ class FleetKeeper:
         for drained in self._drained.values():
             drained.add(child.name)  # it is given nothing there
 
-    def router_listening(self, child: RouterChild) -> None:
-        """Instances can connect to a router."""
-        child.is_up = True
+    def router_listening(self, child: RouterChild, outside_port: int) -> None:
+        """Instances can connect to a router, those of other hosts at ``outside_port``."""
+        child.is_up, child.outside_port = True, outside_port
         for status in self._router.instances():
             if status.state in ALIVE:
                 self._introduce(status.instance, child.name)
@@ -83,10 +86,9 @@ class FleetKeeper:
 
     def router_says_faulty(self, said: InstanceFaulty) -> None:
         """End the process of an instance that a router cannot use, unless it is another life by now."""
-        assert self.launcher is not None, "instances run"
         if self.has_instance(said.instance) and self._router.incarnation_of(said.instance) == said.incarnation:
             logger.error("a router treats %s as dead: %s", said.instance, said.why)
-            self.launcher.instance_faulty(said.instance, said.why)
+            self._runner.instance_faulty(said.instance, said.why)
 
     def router_has_drained(self, child: RouterChild, instance: InstanceId) -> None:
         """A router has nothing on a draining instance any more."""
@@ -95,7 +97,9 @@ class FleetKeeper:
             self._remove_drained()
 
     def _introduce(self, instance: InstanceId, router: RouterId) -> None:
-        _, endpoint = self._routers[router]
+        child, endpoint = self._routers[router]
+        if instance in self._guests:
+            endpoint = f"{SAME_HOST}{child.outside_port}"
         self._tell_instance(instance, JoinRouter(router=router, endpoint=endpoint))
 
     def _tell_instance(self, instance: InstanceId, message: Message) -> None:
@@ -105,8 +109,15 @@ class FleetKeeper:
             logger.debug("%s is not told of routers: %s", instance, error)  # its end is noticed elsewhere
 
     def _tell_routers(self, change: ProcessStarting | ProcessExited | AnyCommand) -> None:
+        told = FleetChanged(change=change, is_outside=change.instance in self._guests)
         for child, _ in list(self._routers.values()):
-            child.tell(FleetChanged(change=change))
+            child.tell(told)
+
+    def guest_joins(self, join: Join) -> None:
+        """Let an instance of another host belong to the fleet; raise ConfigurationError when it cannot."""
+        self._router.command(join)
+        self._guests.add(join.instance)
+        self._tell_routers(join)
 
     # Commands -------------------------------------------------------------------------------------------------
 
@@ -218,8 +229,9 @@ class FleetKeeper:
         self._drained.pop(instance, None)
         self._leaving.discard(instance)
         self._tell_routers(Leave(instance=instance))
+        self._guests.discard(instance)
 
     @property
-    def _runner(self) -> Launcher:
-        assert self.launcher is not None, "instances run"
-        return self.launcher
+    def _runner(self) -> InstanceWatcher:
+        assert self.runner is not None, "instances run"
+        return self.runner

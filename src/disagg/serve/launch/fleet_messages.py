@@ -16,7 +16,7 @@ from disagg.scheduling.router.inputs import AnyCommand, MeasureLinks, ProcessExi
 from disagg.scheduling.router.outputs import AddInstance
 from disagg.serve.launch.deployment import Deployment
 
-FLEET_VERSION = 1
+FLEET_VERSION = 2
 
 
 class RouterTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +25,9 @@ class RouterTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     deployment: Deployment
     name: RouterId
     endpoint: str
-    """Where it is to listen for instances."""
+    """Where it is to listen for instances of this host."""
+    outside_endpoint: str = ""
+    """Where for those of other hosts; empty where none joins."""
     control_key: str
     listener: int
     pipe: int
@@ -44,6 +46,8 @@ class RosterEntry(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     is_cordoned: bool
     is_ready: bool
+    is_outside: bool
+    """It is on another host."""
 
 
 class Roster(Message, frozen=True, kw_only=True):
@@ -56,6 +60,8 @@ class FleetChanged(Message, frozen=True, kw_only=True):
     """What became of an instance, or is to become of it. Whether it can be was decided already."""
 
     change: ProcessStarting | ProcessExited | AnyCommand
+    is_outside: bool = False
+    """The instance is on another host."""
 
 
 class CommandAnswered(Message, frozen=True, kw_only=True):
@@ -107,7 +113,9 @@ class RouterUp(Message, frozen=True, kw_only=True):
 
 
 class RouterListening(Message, frozen=True, kw_only=True):
-    """Instances can connect."""
+    """Instances can connect, those of other hosts at ``outside_port`` where that is not 0."""
+
+    outside_port: Count = 0
 
 
 class RouterServing(Message, frozen=True, kw_only=True):

@@ -9,12 +9,13 @@ from msgspec import structs
 from disagg.base.config import Placement
 from disagg.base.errors import ConfigurationError
 from disagg.serve.launch.api_parts import load_served_model, open_api
+from disagg.serve.launch.cluster_manager import ManagerFactory
 from disagg.serve.launch.deployment import Deployment, check_routers
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.join import key_folder
 from disagg.serve.launch.key_files import instance_keys, make_keys
 from disagg.serve.launch.listening import listen
-from disagg.serve.launch.server import LiveServer, ManagerFactory
+from disagg.serve.launch.server import LiveServer
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.launch.supervisor import SupervisedServer
 
@@ -50,13 +51,16 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
 def _supervise(deployment: Deployment, observer: ServerObserver) -> None:
     """Serve by several routers. What is wrong with the model's files is found before any process is started."""
     check_routers(deployment)
-    with listen(deployment.serve) as bound:
+    with ExitStack() as resources:
+        bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)
         observer.model_read(model.name, can_chat=model.chat_template.available)
         name = model.name
         del model
+        here, make_manager = _open_cluster(deployment, observer, resources)
+        server = SupervisedServer(here, bound, observer, model_name=name, make_manager=make_manager)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(SupervisedServer(deployment, bound, observer, model_name=name).run())
+            runner.run(server.run())
 
 
 def _open_cluster(

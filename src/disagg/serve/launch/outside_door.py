@@ -9,8 +9,7 @@ from disagg.serve.launch.join import identity_of, key_folder
 from disagg.serve.launch.key_files import make_keys, server_guard
 from disagg.serve.launch.server_address import parse_host_port, zmq_endpoint
 from disagg.serve.router.control_socket import ControlSocket, ZmqControlSocket
-from disagg.serve.router.live import LiveRouter
-from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
+from disagg.serve.router.outside import KnownGuests, MemberListener, OutsideDoor, TwoDoors, TwoWatchers
 from disagg.serve.router.watcher import InstanceWatcher
 
 logger = logging.getLogger(__name__)
@@ -54,14 +53,14 @@ def kv_host_of(deployment: Deployment) -> str | None:
     return host
 
 
-def control_socket(inside: ControlSocket, outside: OutsideDoor | None) -> ControlSocket:
-    """Return the control socket of a server."""
+def control_socket(inside: ControlSocket, outside: OutsideDoor | KnownGuests | None) -> ControlSocket:
+    """Return the control socket of a router."""
     return inside if outside is None else TwoDoors(inside, outside)
 
 
-def watcher_of(local: InstanceWatcher, router: LiveRouter, outside: OutsideDoor | None) -> InstanceWatcher:
-    """Return who watches the instances of a server."""
+def watcher_of(local: InstanceWatcher, members: MemberListener, outside: OutsideDoor | None) -> InstanceWatcher:
+    """Return who watches the instances of a server; ``members`` is told who joins and leaves."""
     if outside is None:
         return local
-    outside.listener = router
+    outside.listener = members
     return TwoWatchers(local, outside)

@@ -39,6 +39,8 @@ class RouterChild:
         self.slot = slot
         self.is_up = False
         """It knows the instances, and is told what becomes of them."""
+        self.outside_port = 0
+        """Where instances of other hosts connect to it, if any may."""
         self.is_serving = asyncio.Event()
         self.is_retiring = False
         self.last_seen_s = asyncio.get_running_loop().time()

@@ -22,7 +22,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts
 from disagg.base.parent import end_with_parent
-from disagg.scheduling.dispatch.events import ChangeRole
+from disagg.scheduling.dispatch.events import ChangeRole, Join, Leave
 from disagg.serve.launch.api_parts import ApiParts, open_api
 from disagg.serve.launch.api_server import CLOSE_S, make_api_server
 from disagg.serve.launch.descriptors import share_descriptors
@@ -45,12 +45,16 @@ from disagg.serve.launch.fleet_messages import (
     ToRouterProcess,
     decode_for_router_process,
 )
+from disagg.serve.launch.join import key_folder
+from disagg.serve.launch.key_files import server_guard
 from disagg.serve.launch.launcher import CONFIGURATION_STATUS
 from disagg.serve.launch.message_pipe import MessagePipe
+from disagg.serve.launch.outside_door import control_socket
 from disagg.serve.launch.remote_operator import RemoteOperator
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.live import Among, LiveRouter
+from disagg.serve.router.outside import KnownGuests
 from disagg.serve.router.watcher import NullWatcher
 
 FAILURE_STATUS: Final = 1
@@ -105,12 +109,13 @@ class RouterProcess:
         roster = await asyncio.wait_for(self._next(), ROSTER_S)
         if not isinstance(roster, Roster):
             return  # the server ends before it has begun
+        self._guests = self._make_door(roster)
         self._router = self._make_router(roster)
         resources.callback(self._router.close)
         self._operator = RemoteOperator(self._pipe)
         watcher = FollowingWatcher(self._router, self._pipe)
         self._router.start(watcher)
-        self._pipe.send(RouterListening())
+        self._pipe.send(RouterListening(outside_port=0 if self._guests is None else self._guests.port))
         deployment = self._task.deployment
         app = self._parts.make_app(self._router, self._operator, self._operator.all_metrics)
         self._api = make_api_server(app, deployment.serve, share_descriptors(len(roster.instances)))
@@ -123,13 +128,21 @@ class RouterProcess:
             self._api.force_exit = self._api.should_exit = True
             await asyncio.wait({serving}, timeout=CLOSE_S)
 
+    def _make_door(self, roster: Roster) -> KnownGuests | None:
+        task = self._task
+        if not task.outside_endpoint:
+            return None
+        socket = ZmqControlSocket(task.outside_endpoint, server_guard(key_folder(task.deployment.remote)))
+        return KnownGuests(socket, [entry.instance for entry in roster.instances if entry.is_outside])
+
     def _make_router(self, roster: Roster) -> LiveRouter:
         task, deployment = self._task, self._task.deployment
+        inside = ZmqControlSocket(task.endpoint, SharedKey(task.control_key))
         folder = deployment.host.event_log
         router = LiveRouter(
             {entry.instance: entry.started_as for entry in roster.instances},
             deployment.router,
-            ZmqControlSocket(task.endpoint, SharedKey(task.control_key)),
+            control_socket(inside, self._guests),
             sink=self._parts.metrics,
             scheduler=deployment.scheduler,
             event_log=None if folder is None else Path(folder) / f"router-{task.name}.jsonl",
@@ -155,8 +168,8 @@ class RouterProcess:
     async def _obey(self, serving: "asyncio.Task[None]") -> None:
         while (message := await self._next()) is not None:
             match message:
-                case FleetChanged(change=change):
-                    self._router.follow(change)
+                case FleetChanged():
+                    self._follow(message)
                 case CommandAnswered() | AllMetrics():
                     self._operator.hear(message)
                 case GiveMetrics(number=number):
@@ -169,6 +182,14 @@ class RouterProcess:
                     return
                 case Roster():
                     raise ProtocolError("the list of instances came twice")
+
+    def _follow(self, changed: FleetChanged) -> None:
+        change, guests = changed.change, self._guests
+        if guests is not None and changed.is_outside and isinstance(change, Join):
+            guests.add(change.instance)
+        self._router.follow(change)
+        if guests is not None and isinstance(change, Leave):
+            guests.discard(change.instance)
 
     async def _retire(self, order: Retire, serving: "asyncio.Task[None]") -> None:
         """Finish what is under way while instances still come and go."""

@@ -35,8 +35,10 @@ from disagg.serve.launch.launcher import CONFIGURATION_STATUS
 from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.process import Exit
 from disagg.serve.launch.router_child import RouterChild
+from disagg.serve.launch.server_address import parse_host_port, zmq_endpoint
 from disagg.serve.launch.server_observer import ServerObserver
 
+_MAX_PORT: Final = 65536
 END_S: Final = 3.0
 """What a router gets on top of its time to drain before it is killed."""
 
@@ -131,8 +133,20 @@ class RouterProcesses:
     def _endpoint(self, child: RouterChild) -> str:
         return f"{self._endpoint_base}-{child.name}"
 
+    def _outside_endpoint(self, child: RouterChild) -> str:
+        """Return where a router listens for other hosts: at the first port behind the server's that no other has."""
+        listen = self._deployment.remote.listen_instances
+        if listen is None:
+            return ""
+        host, port = parse_host_port(listen, "--listen-instances")
+        if port:
+            taken = {life.outside_port for life in self._lives}
+            port = child.outside_port = next(one for one in range(port + 1, _MAX_PORT) if one not in taken)
+        return zmq_endpoint(host, port)
+
     async def _live(self, child: RouterChild) -> None:
-        task = structs.replace(self._task, name=child.name, endpoint=self._endpoint(child))
+        outside = self._outside_endpoint(child)
+        task = structs.replace(self._task, name=child.name, endpoint=self._endpoint(child), outside_endpoint=outside)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         try:
@@ -206,8 +220,8 @@ class RouterProcesses:
         match message:
             case RouterUp():
                 self._keeper.router_up(child, self._endpoint(child))
-            case RouterListening():
-                self._keeper.router_listening(child)
+            case RouterListening(outside_port=port):
+                self._keeper.router_listening(child, port)
             case InstanceFaulty():
                 self._keeper.router_says_faulty(message)
             case InstanceDrained(instance=instance):

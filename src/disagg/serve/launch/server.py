@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from disagg.base.errors import DisaggError, InternalError
 from disagg.serve.launch.api_server import CLOSE_S, ApiServer, make_api_server
-from disagg.serve.launch.cluster_manager import ClusterManager
+from disagg.serve.launch.cluster_manager import ManagerFactory
 from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.descriptors import share_descriptors
 from disagg.serve.launch.launcher import Launcher
@@ -31,15 +31,13 @@ from disagg.serve.launch.signals import SignalQueue
 from disagg.serve.launch.weights_file import shared_weights
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
-from disagg.serve.router.kv_publisher import KvEventPublisher
+from disagg.serve.router.kv_publisher import open_publisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.planner_process import PlannerProcess
 from disagg.serve.router.sink import RouterSink
 
 logger = logging.getLogger(__name__)
 
-ManagerFactory = Callable[[], ClusterManager]
-"""Makes, inside the event loop, who runs instances elsewhere."""
 AppFactory = Callable[[LiveRouter, LocalOperator], ASGIApp]
 """Makes the HTTP application of a router and of whoever changes its deployment."""
 
@@ -95,7 +93,7 @@ class LiveServer:
                 sink=self._sink,
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
-                kv_events=self._publisher(resources),
+                kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
             )
             resources.callback(self._router.close)
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
@@ -108,14 +106,6 @@ class LiveServer:
                 ask_planner=self._planner.ask,
             )
             await self._serve()
-
-    def _publisher(self, resources: ExitStack) -> KvEventPublisher | None:
-        endpoint = self._deployment.host.kv_events
-        if endpoint is None:
-            return None
-        publisher = KvEventPublisher(endpoint, self._model_name)
-        resources.callback(publisher.close)
-        return publisher
 
     async def _serve(self) -> None:
         """Run instances and API together, and end both."""

@@ -80,8 +80,6 @@ class ZmqControlSocket:
         except zmq.ZMQError as error:
             self.close()
             raise ConfigurationError(f"cannot listen for instances on {self._endpoint}: {error}") from error
-        if self._endpoint.startswith("tcp:"):
-            logger.info("instances on other hosts join at tcp://%s", self.address)
         descriptor = self._socket.getsockopt(zmq.FD)
         assert isinstance(descriptor, int), "the option is a file descriptor"
         self._descriptor = descriptor

@@ -7,6 +7,7 @@ The block hashes are this server's own, with the tokens that they stand for.
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import msgspec
@@ -66,3 +67,12 @@ class KvEventPublisher:
         """Stop to listen."""
         self._socket.close()
         self._context.term()
+
+
+def open_publisher(endpoint: str | None, model_name: str, resources: ExitStack) -> KvEventPublisher | None:
+    """Return who publishes at ``endpoint``, if anybody is to; ``resources`` takes what is to be closed."""
+    if endpoint is None:
+        return None
+    publisher = KvEventPublisher(endpoint, model_name)
+    resources.callback(publisher.close)
+    return publisher

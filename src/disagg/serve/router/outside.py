@@ -6,6 +6,7 @@ for a local instance, nor for one of another host without its key.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -95,6 +96,7 @@ class OutsideDoor:
         """Listen; ``receive`` gets what admitted instances say. Raises ConfigurationError when that is impossible."""
         self._receive = receive
         self._socket.open(self._take)
+        logger.info("instances on other hosts join at tcp://%s", self.address)
 
     def send(self, instance: InstanceId, data: bytes) -> None:
         """See ControlSocket."""
@@ -249,10 +251,53 @@ class OutsideDoor:
             logger.debug("no answer could be sent to %s: %s", sender, error)
 
 
-class TwoDoors:
-    """The control socket of a server that has instances here and on other hosts."""
+class KnownGuests:
+    """The door of a router that admits nobody itself: it is told which instances are on other hosts."""
 
-    def __init__(self, inside: ControlSocket, outside: OutsideDoor) -> None:
+    def __init__(self, socket: ListeningSocket, guests: Iterable[InstanceId]) -> None:
+        self._socket = socket
+        self._guests = set(guests)
+
+    def __contains__(self, instance: InstanceId) -> bool:
+        return instance in self._guests
+
+    def add(self, instance: InstanceId) -> None:
+        """Hear an instance from now on."""
+        self._guests.add(instance)
+
+    def discard(self, instance: InstanceId) -> None:
+        """Hear an instance no more."""
+        self._guests.discard(instance)
+
+    def open(self, receive: Receiver) -> None:
+        """See ControlSocket."""
+        self._receive = receive
+        self._socket.open(self._take)
+
+    def send(self, instance: InstanceId, data: bytes) -> None:
+        """See ControlSocket."""
+        self._socket.send(instance, data)
+
+    def close(self) -> None:
+        """See ControlSocket."""
+        self._socket.close()
+
+    @property
+    def port(self) -> int:
+        """Where it listens, once it is open."""
+        return int(self._socket.address.rpartition(":")[2])
+
+    def _take(self, sender: InstanceId, data: bytes) -> None:
+        if sender in self._guests:
+            self._receive(sender, data)
+        else:
+            logger.debug("a message from %r outside, which is no instance of this server, was dropped", sender)
+
+
+class TwoDoors:
+    """The control socket of a router that has instances here and on other hosts."""
+
+    def __init__(self, inside: ControlSocket, outside: OutsideDoor | KnownGuests) -> None:
         self._inside = inside
         self._outside = outside
 
