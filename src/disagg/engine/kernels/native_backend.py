@@ -13,7 +13,6 @@ from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight
 from disagg.engine.kernels.interface import (
-    MOST_TABLES,
     DecoderSettings,
     DecoderStack,
     DecoderWeights,
@@ -25,6 +24,7 @@ from disagg.engine.kernels.interface import (
 from disagg.engine.kernels.native_decoder import NO_WINDOW, NativeDecoder, head_dim_of
 from disagg.engine.kernels.native_linear import PackedLinear, address_of, array_address, check_tensor
 from disagg.engine.kernels.native_mlp import native_activation, native_linear
+from disagg.engine.kernels.prepared_steps import PreparedSteps
 from disagg.engine.kernels.torch_backend import plain_int8_linear, plain_linear
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 from disagg.models.config import Activation
@@ -80,8 +80,7 @@ class NativeBackend:
             torch.bfloat16: _native.Kernels(self.instruction_set, _native.ElementType.BFLOAT16),
             torch.float16: _native.Kernels(self.instruction_set, _native.ElementType.FLOAT16),
         }
-        self._steps: dict[int, tuple[StepBatch, torch.Size, int, _native.Step]] = {}
-        """The last steps, by the identity of their batches: one of them, or of the tables that it has."""
+        self._steps = PreparedSteps[_native.Step]()
         share_openmp()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
@@ -329,14 +328,8 @@ class NativeBackend:
 
     def _prepare(self, batch: StepBatch, kv_layer: torch.Tensor, num_heads: int, head_dim: int) -> "_native.Step":
         """Return the native form of ``batch``: made by the first layer, found again by the others."""
-        shape, known = kv_layer.shape, self._steps.get(id(batch))
-        if known is not None and known[1] == shape and known[2] == num_heads:
-            return known[3]
-        step = _make_step(batch, kv_layer, num_heads, head_dim)
-        if len(self._steps) >= MOST_TABLES:
-            self._steps.clear()
-        self._steps[id(batch)] = (batch, shape, num_heads, step)
-        return step
+        shape = (kv_layer.shape, num_heads)
+        return self._steps.get(batch, shape, lambda: _make_step(batch, kv_layer, num_heads, head_dim))
 
 
 def instruction_sets() -> list[str]:

@@ -10,8 +10,9 @@ from disagg.base.errors import InternalError
 from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.blocks import BlockWeight
 from disagg.engine.kernels.int8 import Int8Weight, int8_product
-from disagg.engine.kernels.interface import MOST_TABLES, Linear, LogitBounds, StepBatch
+from disagg.engine.kernels.interface import Linear, LogitBounds, StepBatch
 from disagg.engine.kernels.kv_format import gather_kv, write_kv
+from disagg.engine.kernels.prepared_steps import PreparedSteps
 from disagg.engine.kernels.weight_memory import PRIVATE, WeightMemory
 from disagg.models.config import Activation
 
@@ -32,8 +33,7 @@ class TorchBackend:
 
     def __init__(self, kv_format: KvFormat) -> None:
         self.kv_format = kv_format
-        self._steps: dict[int, tuple[StepBatch, int, _Step]] = {}
-        """The last steps, by the identity of their batches: one of them, or of the tables that it has."""
+        self._steps = PreparedSteps[_Step]()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory = PRIVATE) -> Linear:
         """Keep ``weight`` as it is."""
@@ -160,13 +160,7 @@ class TorchBackend:
 
     def _prepare(self, batch: StepBatch, kv_layer: torch.Tensor, head_dim: int) -> "_Step":
         block_size = kv_layer.shape[3] // head_dim
-        known = self._steps.get(id(batch))
-        if known is None or known[1] != block_size:
-            known = (batch, block_size, _prepare_step(batch, block_size, len(kv_layer)))
-            if len(self._steps) >= MOST_TABLES:
-                self._steps.clear()
-            self._steps[id(batch)] = known
-        return known[2]
+        return self._steps.get(batch, block_size, lambda: _prepare_step(batch, block_size, len(kv_layer)))
 
 
 def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None, memory: WeightMemory) -> Linear:
