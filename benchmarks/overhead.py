@@ -1,15 +1,20 @@
 """What serving costs beside the forward pass: ``python benchmarks/overhead.py``.
 
 Outside the instances: CPU time of the server process (HTTP, tokenising, router), for each streamed token, while a load
-client reads 1 to 32 answers of one instance that has a core of its own. Inside: the time of a turn of the instance's
-loop less that of the decoder's forward pass in it: messages, scheduler, batch building, sampling, outputs.
+client reads 1 to 32 answers of one instance that has a core of its own. Inside: CPU time of the loop's thread in a turn
+less that in the decoder's forward pass: messages, scheduler, batch building, sampling, outputs. What plays the router
+works between the turns, and is not counted. The sequences begin new KV blocks one after the other, as in service.
 """
 
+import argparse
+import enum
+import gc
+import json
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import repeat
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from unittest.mock import patch
@@ -38,7 +43,27 @@ BATCH_SIZES = (1, 4, 16, 32)
 PROMPT_LEN, OUTPUT_LEN = 24, 256
 NUM_STEPS = 200
 NUM_REPEATS = 2
+SAMPLINGS = {"greedy": 0.0, "sampled": 1.0}
 SETTLE_S = 3.0
+
+
+class Side(enum.StrEnum):
+    """Whose work is measured: the server's or the instance's."""
+
+    OUTSIDE = "outside"
+    INSIDE = "inside"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure, and how to print it."""
+
+    only: Side | None
+    sampling: Sequence[str]
+    batch_sizes: Sequence[int]
+    steps: int
+    repeats: int
+    json: bool
 
 
 def serving_s(num_streams: int, output_len: int, server: RunningServer) -> float:
@@ -58,12 +83,12 @@ def outside(num_streams: int, server: RunningServer) -> float:
     return (long_s - short_s) / (OUTPUT_LEN * num_streams)
 
 
-def measure_outside() -> dict[int, float]:
+def measure_outside(options: Options) -> dict[int, float]:
     """Start a server with one instance and return the mean for each number of streams."""
     with tempfile.TemporaryDirectory() as folder:
         with running(serve_command("server", ("--colocated", "1")), Path(folder) / "log") as server:
             time.sleep(SETTLE_S)
-            return {size: fmean(outside(size, server) for _ in range(NUM_REPEATS)) for size in BATCH_SIZES}
+            return {size: fmean(outside(size, server) for _ in range(options.repeats)) for size in options.batch_sizes}
 
 
 class Playing(ScriptedChannel):
@@ -82,20 +107,24 @@ class Playing(ScriptedChannel):
             self.results.append(report)
 
 
-def measure_inside(temperature: float) -> dict[int, float]:
-    """Return the median seconds of a turn beside its forward pass, by batch size."""
-    forwards_s: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
+def measure_inside(options: Options, temperature: float) -> dict[int, float]:
+    """Return the median CPU seconds of a turn beside its forward pass, by batch size."""
+    forwards_s: dict[int, list[float]] = {size: [] for size in options.batch_sizes}
     forward = Decoder.forward
 
     def timed(decoder: Decoder, batch: StepBatch, kv_layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         logits = forward(decoder, batch, kv_layers)
-        forwards_s.setdefault(len(batch.token_ids), []).append(time.perf_counter() - started_s)
+        forwards_s.setdefault(len(batch.token_ids), []).append(time.thread_time() - started_s)
         return logits
 
     scripts = [
-        Script(decode_contexts=tuple(repeat(PROMPT_LEN, size)), num_decode_steps=NUM_STEPS, temperature=temperature)
-        for size in BATCH_SIZES
+        Script(
+            decode_contexts=tuple(range(PROMPT_LEN, PROMPT_LEN + size)),
+            num_decode_steps=options.steps,
+            temperature=temperature,
+        )
+        for size in options.batch_sizes
     ]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack, patch.object(Decoder, "forward", timed):
         settings = InstanceSettings(
@@ -109,28 +138,47 @@ def measure_inside(temperature: float) -> dict[int, float]:
         channel = Playing(settings.control_endpoint, scripts)
         stack.callback(channel.close)
         loop = build_loop(settings, channel, MonotonicClock(), stack, watch=channel.watch)
+        gc.collect()
+        gc.freeze()  # as in service
         with torch.inference_mode():
             loop.run()
     return {
-        size: median(step.time_s for step in result.decode_steps) - median(forwards_s[size])
-        for size, result in zip(BATCH_SIZES, channel.results, strict=True)
+        size: median(step.time_s * step.on_core for step in result.decode_steps) - median(forwards_s[size])
+        for size, result in zip(options.batch_sizes, channel.results, strict=True)
     }
+
+
+def parse() -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=Side, choices=list(Side), help="one side; both take ten minutes")
+    parser.add_argument("--sampling", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS), help="of steps inside")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES), metavar="N")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="of each batch size inside (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=NUM_REPEATS, help="of each load outside (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON: microseconds by column and size")
+    return Options(**vars(parser.parse_args()))
 
 
 def main() -> None:
     """Measure and print."""
+    options = parse()
     keep_freed_memory()
     torch.set_num_threads(1)
-    columns = {
-        "server process, us a token": {size: one * 1e6 for size, one in measure_outside().items()},
-        "instance, us a step, greedy": {size: one * 1e6 for size, one in measure_inside(0.0).items()},
-        "instance, us a step, sampled": {size: one * 1e6 for size, one in measure_inside(1.0).items()},
-    }
+    columns: dict[str, dict[int, float]] = {}
+    if options.only is not Side.INSIDE:
+        columns["server process, us a token"] = measure_outside(options)
+    for name in options.sampling if options.only is not Side.OUTSIDE else ():
+        columns[f"instance, us a step, {name}"] = measure_inside(options, SAMPLINGS[name])
+    if options.json:
+        shown = {name: {size: round(one_s * 1e6) for size, one_s in column.items()} for name, column in columns.items()}
+        print(json.dumps(shown))
+        return
     drawn = Table(title="beside the forward pass")
     for heading in ("sequences", *columns):
         drawn.add_column(heading, justify="right")
-    for size in BATCH_SIZES:
-        drawn.add_row(str(size), *(f"{column[size]:.0f}" for column in columns.values()))
+    for size in options.batch_sizes:
+        drawn.add_row(str(size), *(f"{column[size] * 1e6:.0f}" for column in columns.values()))
     Console(width=120).print(drawn)
 
 

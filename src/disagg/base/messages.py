@@ -348,7 +348,7 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
-    """Sent when the load changed, at most every 50 ms, and at least once a second as a sign of life."""
+    """Sent when sequences came or went, at most every 50 ms, and at least once a second as a sign of life."""
 
     instance: InstanceId
     incarnation: Name

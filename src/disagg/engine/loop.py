@@ -116,7 +116,7 @@ class EngineLoop:
             return
         if inputs:
             self._advance(inputs)
-        self._reporter.update(self._core.load, self._core.load_of_others, self._clock.now())
+        self._reporter.update(self._core, self._clock.now())
 
     # In -----------------------------------------------------------------------------------------------------
 

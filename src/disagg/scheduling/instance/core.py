@@ -94,6 +94,7 @@ from disagg.scheduling.step.events import (
 )
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.scheduler import StepScheduler
+from disagg.scheduling.step.statistics import Occupancy
 
 
 class InstanceCore:
@@ -173,6 +174,11 @@ class InstanceCore:
     def num_held_blocks(self) -> int:
         """KV blocks that are neither free nor merely cached."""
         return self._scheduler.num_held_blocks
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How many sequences are here."""
+        return self._scheduler.occupancy
 
     def load(self) -> InstanceLoad:
         """Return how busy the instance is, and its counters."""

@@ -51,6 +51,7 @@ from disagg.scheduling.step.events import (
 from disagg.scheduling.step.foreign_load import foreign_load
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.sequence import Sequence, SequenceState
+from disagg.scheduling.step.statistics import Occupancy
 
 
 @dataclass(slots=True)
@@ -152,9 +153,14 @@ class StepScheduler:
 
     def load(self) -> InstanceLoad:
         """Return how busy the instance is."""
-        books = self._books
+        return self._books.statistics.load(self._books.ledger, self._times, self.occupancy)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How many sequences are here."""
+        books, ledger = self._books, self._books.ledger
         num_waiting = len(books.waiting) + self._hand_over.num_waiting
-        return books.statistics.load(books.ledger, self._times, len(books.running), num_waiting)
+        return Occupancy(len(books.running), num_waiting, len(ledger.leases) + len(ledger.loans))
 
     def load_of_others(self, router: RouterId) -> ForeignLoad:
         """Return what of the load is not this router's."""

@@ -1,6 +1,7 @@
 """Counters of one step scheduler, and the load report made of them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from disagg.base.kv_events import Medium
 from disagg.base.messages import InstanceLoad
@@ -8,6 +9,14 @@ from disagg.costs.step_times import StepTimes
 from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.kv_ledger import KvLedger
 from disagg.scheduling.step.sequence import Sequence
+
+
+class Occupancy(NamedTuple):
+    """How many sequences an instance computes, lets wait, and keeps for others."""
+
+    num_running: int
+    num_waiting: int
+    num_leases: int
 
 
 @dataclass(slots=True)
@@ -30,13 +39,13 @@ class SchedulerStatistics:
         self.num_prefill_tokens += num_prefill
         self.num_decode_tokens += chunk.num_tokens - num_prefill
 
-    def load(self, ledger: KvLedger, times: StepTimes | None, num_running: int, num_waiting: int) -> InstanceLoad:
+    def load(self, ledger: KvLedger, times: StepTimes | None, occupancy: Occupancy) -> InstanceLoad:
         """Return the report that the router and the metrics read."""
         audit = ledger.pool.audit()
         return InstanceLoad(
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_leases=len(ledger.leases) + len(ledger.loans),
+            num_running=occupancy.num_running,
+            num_waiting=occupancy.num_waiting,
+            num_leases=occupancy.num_leases,
             blocks_total=audit.total,
             blocks_free=audit.free,
             blocks_active=audit.active,
