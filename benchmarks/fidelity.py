@@ -44,7 +44,8 @@ from disagg.bench.client.prompt_source import load_prompt_source
 from disagg.bench.client.run_load import run_load
 from disagg.bench.compare.server_process import running, serve_command, terminable
 from disagg.costs.latency import LatencyModel, StepShape
-from disagg.costs.profile import Profile, ProfiledPlatform, load_profile
+from disagg.costs.profile import Profile, load_profile
+from disagg.costs.profiled_platform import ProfiledPlatform
 from disagg.engine.benchmark.memory_reader import MemoryReader
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import Slo, parse_slo

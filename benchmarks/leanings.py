@@ -27,7 +27,8 @@ from disagg.base.config import (
 )
 from disagg.base.request import Role
 from disagg.costs.latency import StepShape
-from disagg.costs.profile import ProfiledPlatform, load_profile
+from disagg.costs.profile import load_profile
+from disagg.costs.profiled_platform import ProfiledPlatform
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import Slo
 from disagg.measure.standard import SloKind, slo_from_unloaded, standard_workload

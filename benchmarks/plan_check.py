@@ -41,13 +41,13 @@ from disagg.bench.compare.server_process import running, serve_command, terminab
 from disagg.cli.placement_file import write_placement
 from disagg.costs.latency import StepShape
 from disagg.costs.platform import Platform
-from disagg.costs.profile import ProfiledPlatform, load_profile
-from disagg.costs.thread_scaling import ThreadScaledPlatform
+from disagg.costs.profile import load_profile
+from disagg.costs.profiled_platform import ProfiledPlatform
 from disagg.measure.slo import Slo, SloTarget
 from disagg.measure.standard import STANDARD_WORKLOADS, SloKind, slo_from_unloaded, standard_workload
 from disagg.measure.windows import with_requests
 from disagg.placement.bounds import decode_shape
-from disagg.placement.host_planner import HostProblem, JudgedHostPlacement, search_host
+from disagg.placement.host_planner import HostProblem, JudgedHostPlacement, platforms_on, search_host
 from disagg.placement.problem import LengthSample
 from disagg.placement.workers import open_workers
 
@@ -139,40 +139,26 @@ class CheckedCase(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Machine:
-    """Profiles of this machine by the threads of an instance."""
+    """The profile of this machine, and what it says by the threads of an instance."""
 
-    files: dict[int, Path]
+    profile: Path
     platforms: dict[int, Platform]
     num_cores: int
     most_tokens: int
 
 
-def read_machine(files: Sequence[Path]) -> Machine:
-    """Read the profiles."""
-    platforms: dict[int, ProfiledPlatform] = {}
-    by_threads: dict[int, Path] = {}
-    for file in files:
-        platform = ProfiledPlatform(load_profile(file), CacheSettings().kv_memory_bytes)
-        num_threads = platform.profile.num_threads or 1
-        platforms[num_threads], by_threads[num_threads] = platform, file
-    first = platforms[min(platforms)]
+def read_machine(profile: Path) -> Machine:
+    """Read the profile."""
+    platform = ProfiledPlatform(load_profile(profile), CacheSettings().kv_memory_bytes)
     num_cores = len(os.sched_getaffinity(0))
-    known: dict[int, Platform] = dict(platforms)
-    for wide in (2**power for power in range(num_cores.bit_length())):
-        if wide > min(platforms):
-            known.setdefault(wide, ThreadScaledPlatform(first, wide))
-    return Machine(by_threads, known, num_cores, first.most_tokens)
+    return Machine(profile, platforms_on(platform, num_cores), num_cores, platform.most_tokens)
 
 
-def make_profiles(folder: Path, *, quick: bool) -> list[Path]:
-    """Measure this machine with each number of threads up to all cores, four minutes each; ``quick``: one, in one."""
-    files = []
-    num_cores = 1 if quick else len(os.sched_getaffinity(0))
-    for num_threads in (2**power for power in range(num_cores.bit_length())):
-        files.append(folder / f"profile-{num_threads}.json")
-        command = ["profile", "--threads", str(num_threads), "-o", str(files[-1]), *(["--quick"] if quick else [])]
-        subprocess.run([sys.executable, "-m", "disagg.cli.main", *command], check=True)
-    return files
+def make_profile(file: Path, *, quick: bool) -> Path:
+    """Measure this machine with each number of threads that a plan may use: in minutes, or ``quick`` in one or two."""
+    command = ["profile", "-o", str(file), *(["--quick"] if quick else [])]
+    subprocess.run([sys.executable, "-m", "disagg.cli.main", *command], check=True)
+    return file
 
 
 def objectives(machine: Machine, workload: str, kind: SloKind) -> Slo:
@@ -220,8 +206,7 @@ def measure(
         folder = Path(name)
         write_placement(one.candidate.placement, folder / "placement.yaml")
         arguments = ["--placement", str(folder / "placement.yaml"), "--slo", str(target.slo)]
-        if one.candidate.num_threads in machine.files:
-            arguments += ["--latency", str(machine.files[one.candidate.num_threads])]
+        arguments += ["--latency", str(machine.profile)]
         for seed in range(options.seeds):
             with running(serve_command(str(one.candidate), arguments), folder / "log") as server:
                 time.sleep(SETTLE_S)
@@ -330,9 +315,7 @@ def table(checked: Sequence[CheckedCase]) -> Table:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--profile", type=Path, nargs="+", help="of this machine, one for each --threads; measured when missing"
-    )
+    parser.add_argument("--profile", type=Path, help="of this machine; measured when missing")
     parser.add_argument("--workloads", nargs="+", choices=STANDARD_WORKLOADS)
     kinds = [kind.value for kind in SloKind]
     parser.add_argument("--slo", nargs="+", choices=kinds)
@@ -357,7 +340,7 @@ def main() -> int:
     options = parse()
     console = Console(stderr=True)
     with terminable(), tempfile.TemporaryDirectory() as folder:
-        machine = read_machine(options.profile or make_profiles(Path(folder), quick=options.quick))
+        machine = read_machine(options.profile or make_profile(Path(folder) / "profile.json", quick=options.quick))
         checked = list(cases(options, machine, console))
     if options.json:
         for case in checked:

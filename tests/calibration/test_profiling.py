@@ -1,19 +1,23 @@
 """From what a campaign measured to a profile."""
 
+import os
+
 import msgspec
 import pytest
 
-from disagg.base.config import InstanceSettings
+from disagg.base.config import Device, InstanceGroup, InstanceSettings, Placement
 from disagg.base.errors import ProtocolError
 from disagg.base.messages import InstanceFacts
+from disagg.base.request import Role
 from disagg.calibration.host_costs import HostMeasurement, LoneRequest, host_costs
-from disagg.calibration.profiling import busy_warnings, to_profile
+from disagg.calibration.profiling import busy_warnings, deployments_of, to_profile
 from disagg.calibration.served_requests import ServedPull
 from disagg.calibration.steps.campaign import Campaign, Measurement, MemoryReading, PartBeside
 from disagg.calibration.steps.script import MeasuredStep
 from disagg.costs.contention import Activity
 from disagg.costs.memory import MemorySample
 from disagg.costs.platform import HostCosts
+from disagg.serve.launch.deployment import Deployment
 
 SETTINGS = {"instance": "a", "role": "colocated", "control_endpoint": "", "model": {}, "cache": {}, "scheduler": {}}
 
@@ -44,7 +48,7 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     pulls = tuple(ServedPull(size - 3, 0.001 + size * 100 / 1e9) for size in (16, 1600, 16_000))
     measured = Measurement(facts=facts, alone=alone, beside={"decode": near})
     host = HostMeasurement(HostCosts(0.001, 0.002, 0.003), pulls=pulls)
-    profile = to_profile(campaign, measured, host, "tiny")
+    profile = to_profile([(campaign, measured)], host, "tiny")
     assert profile.kv_bytes_per_token == 100
     assert (profile.accept_s, profile.message_s, profile.deliver_s) == (0.001, 0.002, 0.003)
     assert profile.link_latency_s == pytest.approx(0.001)
@@ -57,7 +61,22 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
     assert sorted((sample.chunks, sample.time_s) for sample in beside) == [(((7, 1),), 0.02), (((7, 1),), 0.03)]
     # As much time for a byte as in the mean of the two readings.
     assert [sample.memory_bytes_per_s for sample in beside] == pytest.approx([4e10, 4e10])
-    assert profile.memory == (MemorySample(alone=4e10, together=3e10), MemorySample(alone=3e10, together=6e10)) * 2
+    assert (
+        profile.steps[0].memory
+        == (MemorySample(alone=4e10, together=3e10), MemorySample(alone=3e10, together=6e10)) * 2
+    )
+
+
+def test_each_number_of_threads_is_measured_on_a_pair_of_its_own() -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    pair = Deployment(
+        placement=Placement(groups=tuple(InstanceGroup(role=role, count=1) for role in (Role.PREFILL, Role.DECODE)))
+    )
+    usual = [one.host.threads for one in deployments_of(pair, ())]
+    assert usual == sorted({1, max(1, num_cores // 2), num_cores})
+    assert [one.host.threads for one in deployments_of(pair, (2, 1))] == [1, 2]
+    on_gpu = msgspec.structs.replace(pair, host=msgspec.structs.replace(pair.host, device=Device.CUDA))
+    assert deployments_of(on_gpu, (1, 2)) == [on_gpu]
 
 
 def test_host_costs_are_what_is_neither_step_nor_pull() -> None:
@@ -70,7 +89,7 @@ def test_host_costs_are_what_is_neither_step_nor_pull() -> None:
 
 def test_a_busy_machine_is_said() -> None:
     calm = tuple(MeasuredStep(chunks=((0, 9),), time_s=0.01, on_core=0.99) for _ in range(10))
-    assert busy_warnings(calm) == ()
+    assert busy_warnings([calm]) == ()
     busy = (*calm[:4], *(MeasuredStep(chunks=((0, 9),), time_s=0.01, on_core=0.6) for _ in range(6)))
-    (warning,) = busy_warnings(busy)
+    (warning,) = busy_warnings([calm, busy])
     assert "40% of the time" in warning

@@ -20,22 +20,25 @@ def test_profile_then_simulate(
     monkeypatch.setattr(profiling, "_QUICK_ALONE_S", 0.0)
     monkeypatch.setattr(profiling, "_QUICK_BESIDE_S", 0.0)
     path = tmp_path / "tiny.json"
-    flags = ["--quick", "--dtype", "float32", "--kv-memory", "8MiB", "--max-batch-size", "8", "--threads", "1"]
+    flags = ["--quick", "--dtype", "float32", "--kv-memory", "8MiB", "--max-batch-size", "8", "--threads", "1,2"]
     ran = CliRunner().invoke(main, ["profile", str(tiny_model("llama")), *flags, "--json", "-o", str(path)])
     assert ran.exit_code == 0, ran.output
     summary = json.loads(ran.stdout)
     assert summary["file"] == str(path)
-    assert summary["held_out"]["num_samples"] > 2
-    assert 0 <= summary["held_out"]["median"] <= summary["held_out"]["p90"] <= summary["held_out"]["maximum"]
-    assert len(summary["worst"]) > 2
+    one, two = summary["by_threads"]
+    assert (one["num_threads"], two["num_threads"]) == (1, 2)
+    for held_out in (one["held_out"], two["held_out"]):
+        assert held_out["num_samples"] > 2
+        assert 0 <= held_out["median"] <= held_out["p90"] <= held_out["maximum"]
+    assert len(one["worst"]) > 2
     assert summary["link_bytes_per_s"] > 0
     assert summary["message_s"] > 0
     if len(os.sched_getaffinity(0)) > 1:  # else there is no neighbour
-        least, mean, most = summary["memory"]["together"]
+        least, mean, most = one["memory"]["together"]
         assert 0 < least <= mean <= most
 
     profile = load_profile(path)
-    assert (profile.dtype, profile.num_threads) == ("float32", 1)
+    assert (profile.dtype, profile.threads) == ("float32", (1, 2))
     lengths = [request.prompt_len for request in profile.served_requests]
     assert (len(lengths), 15 < lengths[0] < 30 < lengths[1]) == (2, True)
     assert profile.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
@@ -52,7 +55,11 @@ def test_the_server_gets_the_flags_of_the_profile() -> None:
 
 @pytest.mark.parametrize(
     ("file", "flags", "words"),
-    [("absent/p.json", [], "cannot write the profile"), ("p.json", ["--cpus", "999"], "names core 999")],
+    [
+        ("absent/p.json", [], "cannot write the profile"),
+        ("p.json", ["--cpus", "999"], "names core 999"),
+        ("p.json", ["--threads", "0,1"], "on one thread at least"),
+    ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(
     file: str, flags: list[str], words: str, tmp_path: Path

@@ -1,7 +1,7 @@
 """A platform whose arithmetic fits in the head, and problems on it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
@@ -53,11 +53,15 @@ class EvenPlatform:
     kv_window: None = None
     interference: None = None
     host: HostCosts = NO_HOST
+    num_threads: None = None
 
     def latency(self, tensor: int, pipeline: int, links: InstanceLinks | None = None) -> EvenLatency:
         if tensor not in (1, 2):
             raise ConfigurationError(f"heads do not divide by {tensor}")
         return EvenLatency(self.token_s, self.step_s, tensor * pipeline, pipeline)
+
+    def at_threads(self, num_threads: int | None) -> Self:
+        return self
 
     def capacity_tokens(self, tensor: int, pipeline: int) -> int:
         left = tensor * pipeline - self.weights

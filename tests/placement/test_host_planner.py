@@ -6,18 +6,11 @@ from planning import EvenPlatform, workload
 from disagg.base.config import CacheSettings, SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.costs.latency import StepShape
-from disagg.costs.measured_steps import StepSample
-from disagg.costs.memory import MemorySample
-from disagg.costs.profile import ParallelSamples, Profile, ProfiledPlatform
-from disagg.costs.thread_scaling import ThreadScaledPlatform
 from disagg.measure.slo import parse_target
 from disagg.placement.describe_host import describe_host
-from disagg.placement.host_planner import HostProblem, host_placements, search_host
+from disagg.placement.host_planner import HostProblem, host_placements, platforms_on, search_host
 from disagg.placement.progress import PlanProgress
 from disagg.placement.workers import Workers
-
-DECODES = StepShape(num_decodes=4, decode_context=400, num_samples=4)
 
 
 def host(**changes: object) -> HostProblem:
@@ -70,24 +63,12 @@ def test_a_profile_of_more_threads_than_cores_is_told() -> None:
         host(platforms={2: EvenPlatform()}, num_cores=1)
 
 
-@pytest.mark.parametrize(("together", "factor"), [(20e9, 0.5), (10e9, 1.0), (12.5e9, 0.8)])
-def test_more_threads_share_arithmetic_but_not_memory(together: float, factor: float) -> None:
-    """A core alone reads 10 GB/s: what two read together decides what two threads gain."""
-    samples = tuple(
-        StepSample(chunks=((100 * number, 1 + number % 7),), time_s=0.01 * (1 + number % 7)) for number in range(1, 40)
-    )
-    profile = Profile(
-        model="m",
-        device="d",
-        dtype="bfloat16",
-        num_threads=1,
-        kv_bytes_per_token=1000,
-        steps=(ParallelSamples(tensor_parallel=1, samples=samples),),
-        link_bytes_per_s=1e9,
-        memory=(MemorySample(alone=10e9, together=together),),
-    )
-    measured = ProfiledPlatform(profile, 1 << 30)
-    scaled = ThreadScaledPlatform(measured, 2)
-    assert scaled.factor == pytest.approx(factor / 0.95)
-    (before,), (after,) = (one.latency(1, 1).stage_times_s(DECODES) for one in (measured, scaled))
-    assert after == pytest.approx(before * scaled.factor)
+def test_a_plan_tries_each_power_of_two_of_threads_and_all_cores() -> None:
+    assert list(platforms_on(EvenPlatform(), 6)) == [1, 2, 4, 6]
+    assert list(platforms_on(EvenPlatform(), 1)) == [1]
+
+
+def test_what_is_an_estimate_is_told_in_the_plan() -> None:
+    problem = host(notes=("step times on 2 thread(s) are an estimate",))
+    judged, is_complete = search_host(problem, Workers(1), lambda progress: None)
+    assert describe_host(problem, judged, is_complete).notes == problem.notes

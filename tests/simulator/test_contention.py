@@ -144,7 +144,9 @@ def test_serving_costs_nothing_on_a_core_of_its_own() -> None:
     requests = stamps(serve(pair(), poisson(40, 60, 1)))
     spare = replace(SERVING, num_cores=3)
     assert stamps(serve(pair(serving=spare), poisson(40, 60, 1))) == requests
-    assert stamps(serve(pair(serving=replace(spare, cores_per_instance=2)), poisson(40, 60, 1))) != requests
+    wide = pair(serving=spare)
+    wide = replace(wide, instances=tuple(replace(one, num_threads=2) for one in wide.instances))
+    assert stamps(serve(wide, poisson(40, 60, 1))) != requests
     assert stamps(serve(pair(serving=SERVING), poisson(40, 60, 1))) != requests
 
 

@@ -1,5 +1,6 @@
 """How well the fit of a profile predicts what it was not fitted to, and where it does not."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Final
@@ -18,10 +19,12 @@ from disagg.costs.measured_steps import (
     interference_errors,
 )
 from disagg.costs.memory import Scarcity
-from disagg.costs.profile import Profile, ProfiledPlatform
+from disagg.costs.profile import ParallelSamples, Profile
+from disagg.costs.profiled_platform import ProfiledPlatform
 
 NUM_WORST: Final = 5
 LONE_DECODE: Final = StepShape(num_decodes=1, decode_context=512, num_samples=1)
+PROMPT: Final = StepShape(num_prefills=1, num_prefill_tokens=512, prefill_squares=512**2, num_samples=1)
 
 
 class StepError(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,65 +68,49 @@ class MemorySummary(msgspec.Struct, frozen=True, kw_only=True):
     added_s: tuple[float, float]
 
 
-class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a profile holds and how far it can be believed."""
+class ThreadsSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profile holds of instances of one number of threads, and how far it can be believed.
 
-    file: str
-    model: str
-    device: str
-    dtype: str
+    ``lone_decode_s`` is a step of one sequence (context 512), ``prompt_s`` one of a prompt of 512 tokens, by the fit.
+    """
+
     num_threads: int | None
     num_samples: int
+    lone_decode_s: float
+    prompt_s: float
     held_out: FitError
     worst: tuple[StepError, ...]
     neighbours: tuple[NeighbourCost, ...]
     memory: MemorySummary | None
     """What cores read from memory in the profile; None where that was not measured."""
+
+
+class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profile holds and how far it can be believed; ``by_threads`` has the fewest threads first."""
+
+    file: str
+    model: str
+    device: str
+    dtype: str
+    by_threads: tuple[ThreadsSummary, ...]
     link_bytes_per_s: float
     link_latency_s: float
     accept_s: float
     message_s: float
     deliver_s: float
     serving: ServingCost | None
-    """CPU time that steps with tokens take from the instances; None where a core was left for it."""
+    """CPU time that serving takes from instances which use all cores; None where it was not measured."""
 
 
 def summarise(profile: Profile, path: Path) -> ProfileSummary:
     """Fit the profile and compare."""
-    samples = profile.steps[0].samples
-    latency, error = fit_latency(samples)
     platform = ProfiledPlatform(profile, kv_memory_bytes=1)
-    worst = sorted(hold_out(samples), key=lambda one: -abs(one.relative_error))[:NUM_WORST]
-    scarcity = Scarcity.of(profile.memory)
-    errors = interference_errors(samples, latency, scarcity)
-    in_the_mean = interference_errors(samples, latency)
-    neighbours = []
-    for activity, added in platform.interference.coefficients.items() if platform.interference else ():
-        beside = [sample for sample in samples if sample.neighbour is activity]
-        ratios = [sample.time_s / latency.stage_times_s(sample.shape())[0] for sample in beside]
-        neighbours.append(
-            NeighbourCost(
-                activity=activity,
-                num_samples=len(beside),
-                step_s=added[0],
-                token_s=added[1],
-                context_token_s=added[2],
-                lengthening=sum(ratios) / len(ratios) - 1,
-                error=errors[activity],
-                error_in_the_mean=in_the_mean[activity],
-            )
-        )
     return ProfileSummary(
         file=str(path),
         model=profile.model,
         device=profile.device,
         dtype=profile.dtype,
-        num_threads=profile.num_threads,
-        num_samples=len(samples),
-        held_out=error,
-        worst=tuple(_step_error(one) for one in worst),
-        neighbours=tuple(neighbours),
-        memory=_memory_summary(profile, latency),
+        by_threads=tuple(_of_threads(steps) for steps in profile.steps),
         link_bytes_per_s=profile.link_bytes_per_s,
         link_latency_s=profile.link_latency_s,
         accept_s=profile.accept_s,
@@ -133,14 +120,48 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
     )
 
 
-def _memory_summary(profile: Profile, latency: FittedLatency) -> MemorySummary | None:
-    scarcity = Scarcity.of(profile.memory)
+def _of_threads(steps: ParallelSamples) -> ThreadsSummary:
+    latency, error = fit_latency(steps.samples)
+    worst = sorted(hold_out(steps.samples), key=lambda one: -abs(one.relative_error))[:NUM_WORST]
+    return ThreadsSummary(
+        num_threads=steps.num_threads,
+        num_samples=len(steps.samples),
+        lone_decode_s=latency.stage_times_s(LONE_DECODE)[0],
+        prompt_s=latency.stage_times_s(PROMPT)[0],
+        held_out=error,
+        worst=tuple(_step_error(one) for one in worst),
+        neighbours=tuple(_neighbours(steps, latency)),
+        memory=_memory_summary(steps, latency),
+    )
+
+
+def _neighbours(steps: ParallelSamples, latency: FittedLatency) -> Iterator[NeighbourCost]:
+    samples, scarcity = steps.samples, Scarcity.of(steps.memory)
+    errors = interference_errors(samples, latency, scarcity)
+    in_the_mean = interference_errors(samples, latency)
+    for activity, added in fit_interference(samples, latency, scarcity).coefficients.items():
+        beside = [sample for sample in samples if sample.neighbour is activity]
+        ratios = [sample.time_s / latency.stage_times_s(sample.shape())[0] for sample in beside]
+        yield NeighbourCost(
+            activity=activity,
+            num_samples=len(beside),
+            step_s=added[0],
+            token_s=added[1],
+            context_token_s=added[2],
+            lengthening=sum(ratios) / len(ratios) - 1,
+            error=errors[activity],
+            error_in_the_mean=in_the_mean[activity],
+        )
+
+
+def _memory_summary(steps: ParallelSamples, latency: FittedLatency) -> MemorySummary | None:
+    scarcity = Scarcity.of(steps.memory)
     if scarcity is None:
         return None
-    together = [reading.together for reading in profile.memory]
+    together = [reading.together for reading in steps.memory]
 
     def added_s(at: float) -> float:
-        interference = fit_interference(profile.steps[0].samples, latency, Scarcity.of(profile.memory, (at,)))
+        interference = fit_interference(steps.samples, latency, Scarcity.of(steps.memory, (at,)))
         return interference.added_s(Activity.DECODE, LONE_DECODE)
 
     return MemorySummary(

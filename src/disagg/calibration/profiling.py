@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from disagg.base.config import Device
 from disagg.calibration.host_costs import HostMeasurement, measure_host_costs
 from disagg.calibration.served_streams import StreamLimits
@@ -19,7 +21,7 @@ from disagg.costs.memory import MemorySample
 from disagg.costs.profile import ParallelSamples, Profile
 from disagg.measure.machine import this_machine
 from disagg.models.locate import locate_model
-from disagg.serve.launch.deployment import Deployment, plan_instances
+from disagg.serve.launch.deployment import Deployment, plan_instances, usable_cores
 
 _QUICK_ALONE_S: Final = 9.0
 _QUICK_BESIDE_S: Final = 3.0
@@ -43,18 +45,25 @@ def make_profile(
     serve_arguments: Sequence[str],
     on_progress: OnProgress,
     *,
+    threads: Sequence[int] = (),
     seed: int = 0,
     quick: bool = False,
     temperature: float = 0.0,
 ) -> MadeProfile:
-    """Measure steps of the deployment's first instance, then a whole server; takes minutes.
+    """Measure steps of instances of each number of ``threads``, then a whole server of the fewest; takes minutes.
 
-    ``deployment`` is a pair; ``serve_arguments`` are the flags of ``disagg serve`` that say the same, but for the
-    model. Raises ConfigurationError when the model or a setting cannot be used, UnavailableError when no server starts.
+    ``deployment`` is a pair; ``serve_arguments`` are the flags of ``disagg serve`` that say the same, but for model and
+    threads. No ``threads`` are those that a placement on these cores may have: one, half of them, all. Raises
+    ConfigurationError when the model or a setting cannot be used, UnavailableError when no server starts.
     """
-    campaign = plan_campaign(deployment, seed, quick, temperature)
-    measured = measure(campaign, on_progress)
+    campaigns = [plan_campaign(one, seed, quick, temperature) for one in deployments_of(deployment, threads)]
+    results = [
+        measure(campaign, _named(on_progress, campaign, is_one_of_many=len(campaigns) > 1)) for campaign in campaigns
+    ]
     on_progress("server", 0.0)
+    measured = results[0]
+    if threads or len(campaigns) > 1:
+        serve_arguments = [*serve_arguments, "--threads", str(campaigns[0].instance.num_threads)]
     host = measure_host_costs(
         deployment.model.model,
         serve_arguments,
@@ -67,9 +76,28 @@ def make_profile(
         ),
     )
     on_progress("server", 1.0)
-    profile = to_profile(campaign, measured, host, locate_model(deployment.model.model).name)
+    profile = to_profile(list(zip(campaigns, results, strict=True)), host, locate_model(deployment.model.model).name)
     is_on_cores = deployment.host.device is Device.CPU
-    return MadeProfile(profile, busy_warnings(measured.alone) if is_on_cores else ())
+    return MadeProfile(profile, busy_warnings([one.alone for one in results]) if is_on_cores else ())
+
+
+def deployments_of(deployment: Deployment, threads: Sequence[int]) -> list[Deployment]:
+    """Return the pair at each number of threads, the fewest first; on a device, as it is."""
+    host = deployment.host
+    if host.device is not Device.CPU:
+        return [deployment]
+    num_cores = len(usable_cores(host.cpus, sorted(os.sched_getaffinity(0))))
+    wanted = sorted({*threads} or {1, max(1, num_cores // 2), num_cores})
+    return [
+        msgspec.structs.replace(deployment, host=msgspec.structs.replace(host, threads=number)) for number in wanted
+    ]
+
+
+def _named(on_progress: OnProgress, campaign: Campaign, *, is_one_of_many: bool) -> OnProgress:
+    """Return what tells of a campaign by its threads, where there are others."""
+    if not is_one_of_many:
+        return on_progress
+    return lambda what, part: on_progress(f"{what}, {campaign.instance.num_threads} thread(s)", part)
 
 
 def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: float) -> Campaign:
@@ -88,9 +116,32 @@ def plan_campaign(deployment: Deployment, seed: int, quick: bool, temperature: f
     )
 
 
-def to_profile(campaign: Campaign, measured: Measurement, host: HostMeasurement, name: str) -> Profile:
-    """Return the profile that a campaign's measurements make."""
-    facts, settings, machine = measured.facts, campaign.instance, this_machine()
+def to_profile(campaigns: Sequence[tuple[Campaign, Measurement]], host: HostMeasurement, name: str) -> Profile:
+    """Return the profile that the measurements of campaigns make, one for each number of threads."""
+    campaign, measured = campaigns[0]
+    facts, machine = measured.facts, this_machine()
+    kv_bytes_per_token = facts.kv_bytes // facts.pool_tokens
+    block_bytes = kv_bytes_per_token * facts.block_size
+    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
+    return Profile(
+        model=name,
+        device=machine.processor if facts.device == "cpu" else facts.device,
+        dtype=campaign.instance.model.dtype.value,
+        kv_bytes_per_token=kv_bytes_per_token,
+        steps=tuple(_parallel_samples(*one) for one in campaigns),
+        link_bytes_per_s=link.bytes_per_s,
+        link_latency_s=link.latency_s,
+        accept_s=host.lone.accept_s,
+        message_s=host.lone.message_s,
+        deliver_s=host.lone.deliver_s,
+        temperature=campaign.temperature,
+        num_cores=machine.num_cores,
+        served=host.served,
+        served_requests=host.requests,
+    )
+
+
+def _parallel_samples(campaign: Campaign, measured: Measurement) -> ParallelSamples:
     samples = [_sample(step, None) for step in measured.alone]
     memory: list[MemorySample] = []
     for activity, parts in measured.beside.items():
@@ -101,32 +152,18 @@ def to_profile(campaign: Campaign, measured: Measurement, host: HostMeasurement,
             memory += read
     # What is held out is chosen by position: in random order, no kind of step is left out of either part.
     random.Random(campaign.seed).shuffle(samples)
-    kv_bytes_per_token = facts.kv_bytes // facts.pool_tokens
-    block_bytes = kv_bytes_per_token * facts.block_size
-    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
-    return Profile(
-        model=name,
-        device=machine.processor if facts.device == "cpu" else facts.device,
-        dtype=settings.model.dtype.value,
-        num_threads=settings.num_threads,
-        kv_bytes_per_token=kv_bytes_per_token,
-        steps=(ParallelSamples(tensor_parallel=1, samples=tuple(samples)),),
-        link_bytes_per_s=link.bytes_per_s,
-        link_latency_s=link.latency_s,
-        accept_s=host.lone.accept_s,
-        message_s=host.lone.message_s,
-        deliver_s=host.lone.deliver_s,
-        temperature=campaign.temperature,
-        num_cores=machine.num_cores,
-        served=host.served,
-        served_requests=host.requests,
+    settings = campaign.instance
+    return ParallelSamples(
+        tensor_parallel=1,
+        num_threads=settings.num_threads if settings.device is Device.CPU else None,
+        samples=tuple(samples),
         memory=tuple(memory),
     )
 
 
-def busy_warnings(steps: Sequence[MeasuredStep]) -> tuple[str, ...]:
-    """Return a sentence when other processes took much of the measured instance's core, else nothing."""
-    lost = 1 - statistics.median(step.on_core for step in steps)
+def busy_warnings(campaigns: Sequence[Sequence[MeasuredStep]]) -> tuple[str, ...]:
+    """Return a sentence when other processes took much of a measured instance's core, else nothing."""
+    lost = max(1 - statistics.median(step.on_core for step in steps) for steps in campaigns)
     if lost <= _MOST_LOST:
         return ()
     return (f"the instance's core was taken from it for {lost:.0%} of the time; measure on an idle machine",)

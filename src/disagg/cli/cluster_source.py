@@ -40,8 +40,8 @@ def read_cluster(source: str, latency: str | None) -> ClusterFile:
 
     with ray_connection.connected(source):
         nodes = ray_connection.nodes()
-    cores = load_profile(Path(latency)).num_threads if latency is not None and latency.endswith(".json") else 1
-    found = cluster_of(nodes, cores or 1)
+    threads = load_profile(Path(latency)).threads if latency is not None and latency.endswith(".json") else ()
+    found = cluster_of(nodes, threads[0] if threads else 1)
     words = ", ".join(f"{one.name} ({one.devices} x {one.device})" for one in found.nodes)
     click.echo(
         f"Ray's cluster: {words}; joined, as is assumed, by {ASSUMED_NETWORK.bandwidth} and {ASSUMED_NETWORK.latency}: "

@@ -59,11 +59,9 @@ _FILE: Final = click.Path(path_type=Path)
 @click.option("--model", metavar="NAME|config.json", help="Model, unless the latency file names it.")
 @click.option(
     "--latency",
-    multiple=True,
     metavar="FILE|NAME",
     help=f"Step times, as for disagg simulate: a device ({', '.join(DEVICES)}), operator tables, or 'published'; a "
-    "profile plans for the cores of its machine, several are of several --threads.  [default: the roofline of each "
-    "device of the cluster]",
+    "profile plans for the cores of its machine.  [default: the roofline of each device of the cluster]",
 )
 @click.option("--engine", type=Name(["disagg", *IMITATED]), default="disagg", show_default=True, help="Whose rules.")
 @workload_options

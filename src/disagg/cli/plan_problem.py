@@ -13,13 +13,13 @@ from disagg.cli.flags import flag_name
 from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform
 from disagg.cli.workload_flags import choose_workload
 from disagg.costs.links import KvCodec
-from disagg.costs.platform import Platform
-from disagg.costs.profile import ProfiledPlatform, load_profile
-from disagg.costs.thread_scaling import ThreadScaledPlatform
+from disagg.costs.profile import load_profile
+from disagg.costs.profiled_platform import ProfiledPlatform
+from disagg.costs.thread_scaling import estimate_words
 from disagg.costs.topology import Topology
 from disagg.measure.slo import SloTarget
 from disagg.measure.windows import keep_rows
-from disagg.placement.host_planner import HostProblem
+from disagg.placement.host_planner import HostProblem, platforms_on
 from disagg.placement.instance_choice import BatchLimits
 from disagg.placement.problem import CostUnit, PlanProblem
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
@@ -72,7 +72,7 @@ def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSet
 
 def is_for_a_host(values: Mapping[str, Any]) -> bool:
     """Return whether step times are those of a profile, and so the plan one for the cores of its machine."""
-    return values["cluster"] is None and any(name.endswith(".json") for name in values["latency"])
+    return values["cluster"] is None and (values["latency"] or "").endswith(".json")
 
 
 def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSettings) -> HostProblem:
@@ -86,24 +86,17 @@ def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: Cac
         raise ConfigurationError("a profile's plan simulates every placement of its cores: leave out --beside")
     if values["launch_as"] not in (None, OVERLAY):
         raise ConfigurationError(f"a profile's plan is of disagg's own instances: take --as {OVERLAY}")
-    measured = {}
-    for file in values["latency"]:
-        platform = ProfiledPlatform(load_profile(Path(file)), cache.kv_memory_bytes)
-        num_threads = platform.profile.num_threads or 1
-        if num_threads in measured:
-            raise ConfigurationError(f"{file} is a second profile of {num_threads} thread(s): give one of each number")
-        measured[num_threads] = platform
-    first = measured[min(measured)]
-    num_cores = values["num_devices"] or first.profile.num_cores or len(os.sched_getaffinity(0))
-    platforms: dict[int, Platform] = dict(measured)
-    for num_threads in (2**power for power in range(num_cores.bit_length())):
-        if num_threads not in measured and num_threads > min(measured):
-            platforms[num_threads] = ThreadScaledPlatform(first, num_threads)
+    profile = load_profile(Path(values["latency"]))
+    platform = ProfiledPlatform(profile, cache.kv_memory_bytes)
+    num_cores = values["num_devices"] or profile.num_cores or len(os.sched_getaffinity(0))
+    platforms = platforms_on(platform, num_cores)
+    estimates = (estimate_words(profile, num_threads) for num_threads in platforms)
     return HostProblem(
         platforms=platforms,
         num_cores=num_cores,
-        most_tokens=max(first.most_tokens, 1),
+        most_tokens=platform.most_tokens,
         cache=cache,
+        notes=tuple(words for words in estimates if words is not None),
         workload=keep_rows(_workload(values)),
         target=target,
         num_requests=values["num_requests"] or HostProblem.num_requests,
@@ -123,12 +116,7 @@ def _codecs(values: Mapping[str, Any]) -> tuple[KvCodec, ...]:
 
 
 def _platform(values: Mapping[str, Any], cache: CacheSettings) -> ChosenPlatform:
-    if len(values["latency"]) > 1:
-        raise ConfigurationError(
-            "several --latency are profiles of one machine at several --threads: leave out --cluster"
-        )
-    latency = next(iter(values["latency"]), None)
-    source = latency, values["model"], values["engine"], cache.kv_memory_bytes
+    source = values["latency"], values["model"], values["engine"], cache.kv_memory_bytes
     if values["cluster"] is None:
         return choose_platform(*source)
     if values["num_devices"] is not None:

@@ -43,6 +43,8 @@ def print_plan(plan: Plan, as_json: bool, took_s: float) -> None:
     for other in plan.losing:
         console.print(f"  {other.words}\n    {other.reason}")
     _print_shifts(plan, console)
+    for note in plan.notes:
+        console.print(f"\nnote: {note}")
     console.print(f"\n{effort_words(plan)} in {took_s:.1f} s")
 
 

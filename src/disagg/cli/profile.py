@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from disagg.base.config import CacheSettings, InstanceGroup, ModelSettings, Placement, SchedulerSettings
+from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.cli.flags import build, flag_name, flags_of
+from disagg.cli.flags import IntegerList, build, flag_name, flags_of
 from disagg.cli.profile_report import print_summary
 from disagg.cli.values import Number, OutputPath
 from disagg.costs.profile import save_profile
@@ -32,6 +33,13 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
     metavar="FILE.json",
     help="Where the profile goes.",
 )
+@click.option(
+    "--threads",
+    type=IntegerList(),
+    default=(),
+    metavar="LIST",
+    help="Compute threads of an instance, such as 1,2: each number is measured.  [default: one, half the cores, all]",
+)
 @click.option("--quick", is_flag=True, help="Fewer steps, each measured less often: a look, in about a minute.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the steps and their order.")
 @click.option(
@@ -44,19 +52,22 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @flags_of(ModelSettings, without={"model"})
 @flags_of(CacheSettings, SchedulerSettings, without={"objectives"})
-@flags_of(HostSettings, without={"event_log", "latency"})
-def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> None:
+@flags_of(HostSettings, without={"event_log", "latency", "threads"})
+def profile(model: str | None, output: Path, threads: tuple[int, ...], as_json: bool, **values: Any) -> None:
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 
     Times the steps of a live instance on the cores that disagg serve would give it, alone and while a second instance
-    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 3 to 4 minutes.
+    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 3 minutes, and 1 or 2
+    more for each further number of threads.
     """
+    if 0 in threads:
+        raise ConfigurationError("--threads 0: an instance computes on one thread at least")
     deployment = Deployment(
         placement=_PAIR,
         model=build(ModelSettings, values | {"model": model}),
         cache=build(CacheSettings, values),
         scheduler=build(SchedulerSettings, values),
-        host=build(HostSettings, values | {"event_log": None, "latency": None}),
+        host=build(HostSettings, values | {"event_log": None, "latency": None, "threads": None}),
     )
     with _shown_progress() as on_progress:
         from disagg.calibration.profiling import make_profile
@@ -65,6 +76,7 @@ def profile(model: str | None, output: Path, as_json: bool, **values: Any) -> No
             deployment,
             serve_arguments(values),
             on_progress,
+            threads=threads,
             seed=values["seed"],
             quick=values["quick"],
             temperature=values["temperature"],

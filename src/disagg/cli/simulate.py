@@ -7,18 +7,19 @@ from typing import Any, Final
 
 import click
 
-from disagg.base.config import MAX_INSTANCES, CacheSettings, RouterSettings, SchedulerSettings
+from disagg.base.config import MAX_INSTANCES, CacheSettings, Placement, RouterSettings, SchedulerSettings
 from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement, choose_transfer, classes_of
-from disagg.cli.simulate_platform import choose_cluster, choose_platform, choose_rules
+from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform, choose_rules, with_threads
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, choose_load, choose_target, workload_options
 from disagg.costs.devices import DEVICES
+from disagg.costs.thread_scaling import estimate_words
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.sessions import SessionWorkload
 from disagg.measure.slo import Slo, SloTarget
@@ -52,6 +53,12 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="FILE|NAME",
     help=f"Step times: a profile, a device ({', '.join(DEVICES)}) for the roofline, a path FOLDER/a100_sxm of "
     "operator tables, or 'published' (OPT on A100).  [default: published where --engine is imitated]",
+)
+@click.option(
+    "--threads",
+    type=Count(min=1),
+    metavar="N",
+    help="Compute threads of each instance, with a profile.  [default: those of --placement, or its cores shared out]",
 )
 @click.option(
     "--engine",
@@ -105,6 +112,7 @@ def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: An
     )
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)
+    chosen = _with_threads(chosen, on, values["threads"])
     spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
     spec = replace(spec, kv_transfer_dtype=choose_transfer(values, chosen).kv_transfer_dtype)
     if values["replan"] is not Replan.OFF:
@@ -138,6 +146,17 @@ def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: An
         runs=evaluation.runs,
     )
     print_report(report, as_json)
+
+
+def _with_threads(placement: Placement, on: ChosenPlatform, threads: int | None) -> Placement:
+    """Return the placement with the threads of each instance; say so where step times on so many are an estimate."""
+    told = with_threads(placement, on, threads)
+    if on.profile is not None:
+        for number in sorted({group.num_threads for group in told.groups if group.num_threads is not None}):
+            words = estimate_words(on.profile, number)
+            if words is not None:
+                click.echo(f"note: {words}", err=True)
+    return told
 
 
 def _evaluate(

@@ -2,18 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from disagg.base.config import CacheSettings, RouterSettings, SchedulerSettings
+from msgspec import structs
+
+from disagg.base.config import CacheSettings, InstanceGroup, Placement, RouterSettings, SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.known_names import known_names
+from disagg.base.request import Role
 from disagg.cli.cluster_source import read_cluster
 from disagg.costs.cluster_file import PROFILED
 from disagg.costs.devices import DEVICES, find_device
 from disagg.costs.platform import Platform
+from disagg.costs.profile import Profile
 from disagg.costs.topology import Topology
 from disagg.models.shape import ModelShape
+from disagg.serve.launch.cores import assign_cores
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
 PUBLISHED: Final = "published"
@@ -32,6 +38,8 @@ class ChosenPlatform:
     device: str
     topology: Topology | None = None
     by_kind: Mapping[str, Platform] = field(default_factory=dict)
+    profile: Profile | None = None
+    """Where step times come from, if from one."""
 
     @property
     def name(self) -> str:
@@ -95,6 +103,33 @@ def choose_cluster(
     return replace(chosen, topology=cluster.topology(chosen.platform.link))
 
 
+def with_threads(placement: Placement, on: ChosenPlatform, threads: int | None) -> Placement:
+    """Return a placement that says of each instance on how many threads it computes, as ``disagg serve`` starts it.
+
+    ``threads`` are those of all instances, if given. Else they share the profile's cores, but for those that say their
+    own. On a cluster, and where no instance computes on cores, the placement stays as it is.
+    """
+    if threads is not None:
+        return structs.replace(placement, groups=tuple(_on(group, threads) for group in placement.groups))
+    profile = on.profile
+    if profile is None or profile.num_cores is None or not profile.threads or on.topology is not None:
+        return placement
+    roles = list(Role)
+    ones = [
+        structs.replace(group, count=1)
+        for group in sorted(placement.groups, key=lambda group: roles.index(group.role))
+        for _ in range(group.count)
+    ]
+    cores = assign_cores(range(profile.num_cores), [one.num_threads for one in ones])
+    told = [_on(one, one.num_threads or len(own)) for one, own in zip(ones, cores, strict=True)]
+    alike = [tuple(same) for _, same in groupby(told)]
+    return structs.replace(placement, groups=tuple(structs.replace(same[0], count=len(same)) for same in alike))
+
+
+def _on(group: InstanceGroup, num_threads: int) -> InstanceGroup:
+    return structs.replace(group, num_threads=num_threads)
+
+
 def _published(model: str | None, engine: str) -> ChosenPlatform:
     from disagg.costs.published import PUBLISHED_MODELS, PublishedPlatform
 
@@ -125,11 +160,14 @@ def _tables(path: Path, model: str | None) -> ChosenPlatform:
 
 
 def _profiled(path: Path, kv_memory_bytes: int) -> ChosenPlatform:
-    from disagg.costs.profile import ProfiledPlatform, load_profile
+    from disagg.costs.measured_steps import fit_latency
+    from disagg.costs.profile import load_profile
+    from disagg.costs.profiled_platform import ProfiledPlatform
 
-    platform = ProfiledPlatform(load_profile(path), kv_memory_bytes)
-    errors = {f"tensor parallelism {tensor}, held out": str(error) for tensor, error in platform.errors.items()}
-    return ChosenPlatform(platform, errors, PROFILED)
+    profile = load_profile(path)
+    platform = ProfiledPlatform(profile, kv_memory_bytes)
+    errors = {f"{steps.words}, held out": str(fit_latency(steps.samples)[1]) for steps in profile.steps}
+    return ChosenPlatform(platform, errors, PROFILED, profile=profile)
 
 
 def _model_shape(model: str | None) -> tuple[ModelShape, str]:

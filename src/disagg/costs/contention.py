@@ -47,21 +47,20 @@ class ServingCost:
     """CPU time of serving, made by each step that brings out tokens: ``step_s``, and ``token_s`` for each of them.
 
     A request that arrives makes ``request_s``, and ``prompt_token_s`` for each token of its prompt. ``num_cores`` are
-    those that the server may use, ``cores_per_instance`` those on which an instance computes. ``spread_s`` passes from
-    an instance's begin to compute until the operating system has moved what served on its core.
+    those that the server may use. ``spread_s`` passes from an instance's begin to compute until the operating system
+    has moved what served on its core.
     """
 
     step_s: float
     token_s: float
     num_cores: int
-    cores_per_instance: int = 1
     request_s: float = 0.0
     prompt_token_s: float = 0.0
     spread_s: float = 0.0
 
-    def is_felt(self, num_computing: int) -> bool:
-        """Return whether so many computing instances leave no core for what serves."""
-        return self.num_cores < num_computing * self.cores_per_instance + 1
+    def is_felt(self, num_threads: int) -> bool:
+        """Return whether so many computing threads, of all instances, leave no core for what serves."""
+        return self.num_cores <= num_threads
 
     def work_s(self, num_tokens: int) -> float:
         """Return what a step that brings out so many tokens costs."""
@@ -139,13 +138,13 @@ class HostContention:
     def __init__(self, interference: Interference | None = None, serving: ServingCost | None = None) -> None:
         self._interference = interference
         self._serving = serving
-        self._instances: list[InstanceId] = []
+        self._num_threads: dict[InstanceId, int] = {}
         self._computing: dict[InstanceId, _Computing] = {}
         self._owed_s: dict[InstanceId, float] = {}
 
-    def join(self, instance: InstanceId) -> None:
-        """Add an instance."""
-        self._instances.append(instance)
+    def join(self, instance: InstanceId, num_threads: int = 1) -> None:
+        """Add an instance, which computes on so many cores."""
+        self._num_threads[instance] = num_threads
 
     def spread_at_s(self, instance: InstanceId) -> float | None:
         """Return when all that ``instances`` pay changes because this one has computed for long; None: it does not."""
@@ -178,12 +177,12 @@ class HostContention:
             if before is not None and (before.activity, before.num_tokens) == (activity, num_tokens):
                 return ()
             self._computing[instance] = self._begin(before, activity, num_tokens, step_s, now)
-        return [name for name in self._instances if name != instance]
+        return [name for name in self._num_threads if name != instance]
 
     def arrive(self, prompt_len: int, now: float) -> Sequence[InstanceId]:
         """Note that a request arrives; return who pays for what that makes, and takes longer over a step."""
         serving = self._serving
-        if serving is None or not serving.is_felt(len(self._computing)):
+        if serving is None or not serving.is_felt(self._computing_threads()):
             return ()
         payers = self._payers(now)
         part_s = serving.request_work_s(prompt_len) / len(payers)
@@ -194,7 +193,7 @@ class HostContention:
     def latency(self, instance: InstanceId, alone: LatencyModel, now: float) -> LatencyModel:
         """Return the latency model of an instance for steps that begin now; the first of them pays what is owed."""
         others = [computing for name, computing in self._computing.items() if name != instance]
-        serving = self._serving_share(instance, others, now)
+        serving = self._serving_share(instance, now)
         if serving is None and not others:
             return alone
         return LatencyBeside(alone, self._interference, tuple(other.activity for other in others), serving)
@@ -208,13 +207,19 @@ class HostContention:
         spread_at_s = now + serving.spread_s if before is None else before.spread_at_s
         return _Computing(activity, num_tokens, serving.work_s(num_tokens) / step_s, spread_at_s)
 
-    def _serving_share(self, instance: InstanceId, others: Sequence[_Computing], now: float) -> ServingShare | None:
+    def _serving_share(self, instance: InstanceId, now: float) -> ServingShare | None:
         cost, owed_s = self._serving, self._owed_s.pop(instance, 0.0)
-        if cost is None or not cost.is_felt(len(others) + 1):
+        if cost is None or not cost.is_felt(self._computing_threads(instance)):
             return None  # what was owed, a free core has done
         payers = self._payers(now, instance)
         part = 1 / len(payers) if instance in payers else 0.0
-        return ServingShare(cost, part, sum(other.served for other in others), owed_s)
+        served = sum(other.served for name, other in self._computing.items() if name != instance)
+        return ServingShare(cost, part, served, owed_s)
+
+    def _computing_threads(self, beginning: InstanceId | None = None) -> int:
+        """Return the threads of all instances that compute, and of the one that begins to."""
+        computing = self._computing.keys() if beginning is None else {*self._computing, beginning}
+        return sum(self._num_threads.get(name, 1) for name in computing)
 
     def _payers(self, now: float, beginning: InstanceId | None = None) -> list[InstanceId]:
         """Return the instances on whose cores serving is done: all that compute, or those that began lately.

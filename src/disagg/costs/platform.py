@@ -1,6 +1,6 @@
 """What the simulator must know of a model on a kind of device: step times, KV size and room, the link between."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from disagg.base.window_blocks import WindowBlocks
 from disagg.costs.contention import Interference, ServingCost
@@ -67,6 +67,13 @@ class Platform(Protocol):
     def host(self) -> HostCosts:
         """What is neither step nor transfer."""
 
+    @property
+    def num_threads(self) -> int | None:
+        """Threads of an instance; None where it does not compute on cores of a host."""
+
+    def at_threads(self, num_threads: int | None) -> "Platform":
+        """Return the same for instances of so many threads; None, or where none compute: this one."""
+
     def latency(self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None) -> LatencyModel:
         """Return the latency model of an instance, whose devices ``links`` join; None: those of the figures.
 
@@ -79,6 +86,15 @@ class Platform(Protocol):
 
 class OwnDevices:
     """Base of platforms whose instances have devices of their own, and whose figures hold nothing of the host."""
+
+    @property
+    def num_threads(self) -> None:
+        """See ``Platform``."""
+        return None
+
+    def at_threads(self, num_threads: int | None) -> Self:
+        """See ``Platform``."""
+        return self
 
     @property
     def kv_window(self) -> KvWindow | None:

@@ -35,24 +35,22 @@ class ServedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def fit_serving(
-    samples: Sequence[ServedSample], requests: Sequence[ServedRequest], num_cores: int, cores_per_instance: int
+    samples: Sequence[ServedSample], requests: Sequence[ServedRequest], num_cores: int
 ) -> ServingCost | None:
     """Return what serving costs: so much a step, a token, a request, and a token of its prompt.
 
-    None where two computing instances leave a core free, as serving then costs them nothing, or where no stream was
-    measured.
+    None where no stream was measured.
     """
-    felt = ServingCost(0.0, 0.0, num_cores, cores_per_instance)
-    if not samples or not felt.is_felt(2):
+    if not samples:
         return None
     step_s, token_s = _fit([sample.num_streams for sample in samples], [sample.cpu_s for sample in samples])
-    steps = ServingCost(step_s, token_s, num_cores, cores_per_instance)
+    steps = ServingCost(step_s, token_s, num_cores)
     if not requests:
         return steps
     # Of what a request took, its tokens are accounted for already.
     spent_s = [max(0.0, request.cpu_s - request.num_tokens * steps.work_s(1)) for request in requests]
     request_s, prompt_token_s = _fit([request.prompt_len for request in requests], spent_s)
-    return ServingCost(step_s, token_s, num_cores, cores_per_instance, request_s, prompt_token_s)
+    return ServingCost(step_s, token_s, num_cores, request_s, prompt_token_s)
 
 
 def _fit(counts: Sequence[int], spent_s: Sequence[float]) -> tuple[float, float]:

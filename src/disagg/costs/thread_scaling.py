@@ -1,99 +1,107 @@
-"""A profile's step times on other numbers of threads than it was made with: an estimate, where nobody measured.
+"""Step times of a profile's model on any number of threads: those that were measured, else an estimate from them.
 
-A step is arithmetic, which cores share evenly, or waits for memory, which they read together as fast as the profile
-saw two instances read it. The slower of the two is taken for the whole step.
+Between two measured numbers of threads the time of a step falls by the same factor with each doubling. Beyond them, a
+step is arithmetic, which cores share evenly, or waits for memory, which they read together as fast as the profile saw
+two instances read it: the slower of the two is taken for the whole step.
 """
 
-from dataclasses import dataclass, replace
+import math
+from bisect import bisect_left
+from dataclasses import replace
 from statistics import median
 from typing import Final
 
-from disagg.costs.contention import ServingCost
-from disagg.costs.latency import LatencyModel, StepShape
-from disagg.costs.links import InstanceLinks, LinkModel
-from disagg.costs.platform import HostCosts, KvWindow
-from disagg.costs.profile import ProfiledPlatform
+from msgspec import structs
+
+from disagg.base.errors import ConfigurationError
+from disagg.costs.measured_steps import FittedLatency, fit_latency
+from disagg.costs.profile import ParallelSamples, Profile
 
 _EFFICIENCY: Final = 0.95
 """Of threads that share a step: what waits for the slowest is lost. 0.95 on two cores (docs/engine.md)."""
 
 
-@dataclass(frozen=True)
-class ScaledLatency:
-    """Step times of ``measured``, each ``factor`` as long."""
+def latency_at(
+    profile: Profile, num_threads: int | None = None, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> FittedLatency:
+    """Return the step times of an instance of so many threads; None: of the fewest that were measured.
 
-    measured: LatencyModel
-    factor: float
-
-    @property
-    def num_stages(self) -> int:
-        """See ``LatencyModel``."""
-        return self.measured.num_stages
-
-    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
-        """See ``LatencyModel``."""
-        return tuple(time_s * self.factor for time_s in self.measured.stage_times_s(shape))
-
-
-@dataclass(frozen=True)
-class ThreadScaledPlatform:
-    """The model and machine of a profile with ``num_threads`` for each instance. See ``Platform``.
-
-    What neighbours cost one another is not known for it.
+    A profile of a device takes no notice of threads. Raises ConfigurationError where it has no such parallelism.
     """
+    measured = _by_threads(profile, tensor_parallel)
+    known = sorted(measured)
+    if num_threads is None or measured[known[0]].num_threads is None:
+        num_threads = known[0]
+    place = bisect_left(known, num_threads)
+    if num_threads in measured:
+        latency = _fit(measured[num_threads])
+    elif 0 < place < len(known):
+        fewer, more = known[place - 1], known[place]
+        latency = _between(measured[fewer], measured[more], math.log(num_threads / fewer) / math.log(more / fewer))
+    else:
+        nearest = known[max(place - 1, 0)]
+        factor = _factor(measured, nearest, num_threads)
+        latency = _fit(measured[nearest])
+        latency = replace(latency, coefficients=tuple(factor * one for one in latency.coefficients))
+    return replace(latency, num_stages=pipeline_parallel)
 
-    profiled: ProfiledPlatform
-    num_threads: int
 
-    @property
-    def factor(self) -> float:
-        """Step time over that of the profile."""
-        wider = self.num_threads / (self.profiled.profile.num_threads or 1)
-        memory = self.profiled.profile.memory
-        # Two instances read ``together``; more cores than theirs are taken to read no more.
-        read = median(one.alone / one.together for one in memory) if memory else 0.0
-        return max(1 / wider, min(read, 1.0) if wider > 1 else 1 / wider) / _EFFICIENCY
+def samples_near(profile: Profile, num_threads: int | None) -> ParallelSamples | None:
+    """Return what was measured of instances of one device: of so many threads, or else of the next fewer.
 
-    @property
-    def link(self) -> LinkModel:
-        """See ``Platform``."""
-        return self.profiled.link
-
-    @property
-    def interference(self) -> None:
-        """See ``Platform``."""
+    The fewest where there are none fewer; None where only other parallelisms were measured.
+    """
+    single = {steps.num_threads or 1: steps for steps in profile.steps if steps.tensor_parallel == 1}
+    if not single:
         return None
+    fewer = [number for number in single if number <= (num_threads or 1)]
+    return single[max(fewer) if fewer else min(single)]
 
-    @property
-    def host(self) -> HostCosts:
-        """See ``Platform``: serving costs what it did, beside instances of more cores."""
-        host, serving = self.profiled.host, self.profiled.serving
-        if serving is None:
-            return host
-        wider: ServingCost = replace(serving, cores_per_instance=self.num_threads)
-        return host._replace(serving=wider)
 
-    @property
-    def name(self) -> str:
-        """See ``Platform``."""
-        return f"{self.profiled.name}, scaled to {self.num_threads} threads"
+def estimate_words(profile: Profile, num_threads: int) -> str | None:
+    """Return from what step times on so many threads are estimated, for people; None where they were measured."""
+    known = profile.threads
+    if not known or num_threads in known:
+        return None
+    listed = ", ".join(map(str, known))
+    return f"step times on {num_threads} thread(s) are an estimate: the profile has those on {listed} (--threads)"
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """See ``Platform``."""
-        return self.profiled.kv_bytes_per_token
 
-    @property
-    def kv_window(self) -> KvWindow | None:
-        """See ``Platform``."""
-        return self.profiled.kv_window
+def _fit(steps: ParallelSamples) -> FittedLatency:
+    latency, _ = fit_latency(steps.samples)
+    return latency
 
-    def latency(
-        self, tensor_parallel: int, pipeline_parallel: int, links: InstanceLinks | None = None
-    ) -> ScaledLatency:
-        """See ``Platform``."""
-        return ScaledLatency(self.profiled.latency(tensor_parallel, pipeline_parallel, links), self.factor)
 
-    def capacity_tokens(self, tensor_parallel: int, pipeline_parallel: int) -> int:
-        """See ``Platform``."""
-        return self.profiled.capacity_tokens(tensor_parallel, pipeline_parallel)
+def _between(fewer: ParallelSamples, more: ParallelSamples, way: float) -> FittedLatency:
+    """Fit to the steps of fewer threads, each ``way`` (0 to 1) of the way to its time on more, in logarithms."""
+    on_more = _fit(more)
+    estimated = [
+        structs.replace(step, time_s=step.time_s ** (1 - way) * on_more.stage_times_s(step.shape())[0] ** way)
+        for step in fewer.samples
+        if step.neighbour is None
+    ]
+    latency, _ = fit_latency(estimated)
+    return latency
+
+
+def _by_threads(profile: Profile, tensor_parallel: int) -> dict[int, ParallelSamples]:
+    """Return what was measured at a tensor parallelism, by threads; a device's counts as one."""
+    found = {one.num_threads or 1: one for one in profile.steps if one.tensor_parallel == tensor_parallel}
+    if not found:
+        measured = ", ".join(str(number) for number in sorted({one.tensor_parallel for one in profile.steps}))
+        raise ConfigurationError(
+            f"the profile of {profile.model} has no steps at tensor parallelism {tensor_parallel}, only at "
+            f"{measured}: profile it, or change the placement"
+        )
+    return found
+
+
+def _factor(measured: dict[int, ParallelSamples], nearest: int, wanted: int) -> float:
+    """Return step time on the threads wanted over that on the nearest that were measured."""
+    wider = wanted / nearest
+    if wider < 1:
+        return _EFFICIENCY / wider
+    # Two instances read ``together``; more cores than theirs are taken to read no more.
+    readings = next((measured[number].memory for number in sorted(measured) if measured[number].memory), ())
+    read = median(one.alone / one.together for one in readings) if readings else 0.0
+    return max(1 / wider, min(read, 1.0)) / _EFFICIENCY

@@ -1,6 +1,7 @@
 """Building one live instance from its settings, reporting progress, and running its loop."""
 
 import gc
+import logging
 import os
 import signal
 import uuid
@@ -25,8 +26,9 @@ from disagg.base.kv_events import Medium
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts, Loading, Ready
 from disagg.base.units import format_bytes
-from disagg.costs.measured_steps import StepSample, fit_latency
+from disagg.costs.measured_steps import FittedLatency
 from disagg.costs.profile import load_profile
+from disagg.costs.thread_scaling import estimate_words, latency_at
 from disagg.engine.batch_builder import BatchBuilder
 from disagg.engine.control import ControlChannel
 from disagg.engine.decoder_loading import DecoderLoading
@@ -62,6 +64,8 @@ from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
+
+_logger = logging.getLogger(__name__)
 
 
 def run_instance(settings: InstanceSettings, channel: ControlChannel, clock: Clock) -> None:
@@ -173,16 +177,17 @@ def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[Bl
         saved_blocks=saved_blocks,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
-        latency=None if settings.latency is None else fit_latency(_own_steps(Path(settings.latency)))[0],
+        latency=None if settings.latency is None else _step_times(Path(settings.latency), settings),
     )
 
 
-def _own_steps(path: Path) -> tuple[StepSample, ...]:
-    """Return the measured steps of one device alone. Raises ConfigurationError when the profile has none."""
-    for steps in load_profile(path).steps:
-        if steps.tensor_parallel == 1:
-            return steps.samples
-    raise ConfigurationError(f"--latency {path}: the profile has no steps at tensor parallelism 1; make another")
+def _step_times(path: Path, settings: InstanceSettings) -> FittedLatency:
+    """Return what a profile says of this instance's threads. Raises ConfigurationError when it has no such steps."""
+    profile = load_profile(path)
+    estimate = estimate_words(profile, settings.num_threads) if settings.device is Device.CPU else None
+    if estimate is not None:
+        _logger.warning("--latency %s: %s", path, estimate)
+    return latency_at(profile, settings.num_threads)
 
 
 def _make_steps(

@@ -30,6 +30,7 @@ def describe_host(problem: HostProblem, judged: Sequence[JudgedHostPlacement], i
             num_runs=sum(result.num_runs for one in judged for result in one.results),
             is_complete=is_complete,
         ),
+        notes=problem.notes,
     )
 
 

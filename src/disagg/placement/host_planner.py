@@ -57,6 +57,8 @@ class HostProblem:
     num_requests: int = 300
     """Of a run, in the last round."""
     num_seeds: int = 3
+    notes: tuple[str, ...] = ()
+    """What the platforms do not know, for people."""
 
     def __post_init__(self) -> None:
         if min(self.platforms) > self.num_cores:
@@ -89,6 +91,16 @@ class JudgedHostPlacement:
     candidate: HostPlacement
     goodput: Estimate
     results: tuple[JobResult, ...]
+
+
+def platforms_on(platform: Platform, num_cores: int) -> dict[int, Platform]:
+    """Return the platforms of a plan for so many cores: of each power of two of threads, and of all cores.
+
+    Fewer threads than those of ``platform``, the fewest that were measured, are left out.
+    """
+    fewest = platform.num_threads or 1
+    wanted = {fewest, num_cores, *(2**power for power in range(num_cores.bit_length()))}
+    return {number: platform.at_threads(number) for number in sorted(wanted) if number >= fewest}
 
 
 def host_placements(problem: HostProblem) -> list[HostPlacement]:

@@ -138,6 +138,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     curves: tuple[PlannedCurve, ...] = ()
     rate_shifts: tuple[RateShift, ...] = ()
     prompt_shifts: tuple[PromptShift, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Of what it is made of, what is an estimate."""
 
     @property
     def best(self) -> PlannedPlacement:

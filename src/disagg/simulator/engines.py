@@ -133,7 +133,7 @@ def build_cluster(
     Instances have the devices that the placement names, or else are placed on the nodes of ``topology`` in the order of
     the placement: see ``first_fit``. None puts all on one node whose devices the platform's link joins. ``by_kind``
     names platforms of other kinds of devices, the same model on each; ``platform`` is that of the kinds that are not in
-    it.
+    it. Instances of a host disturb each other as those of the first group do.
     Raises ConfigurationError when the engine has no such role, the platform no figures for a parallelism, or the
     cluster no room.
     """
@@ -150,6 +150,7 @@ def build_cluster(
         max_host_blocks, max_disk_blocks = rules.kv_host_bytes // spec.block_bytes, disk_bytes // spec.block_bytes
         instances.append(replace(spec, max_host_blocks=max_host_blocks, max_disk_blocks=max_disk_blocks))
     num_devices = sum(instance.num_devices for instance in instances)
+    first = platform.at_threads(groups[0].num_threads)
     return ClusterSpec(
         instances=tuple(instances),
         router=rules.router,
@@ -158,7 +159,7 @@ def build_cluster(
         accept_s=platform.host.accept_s,
         message_s=platform.host.message_s,
         deliver_s=platform.host.deliver_s,
-        interference=platform.interference,
+        interference=first.interference,
         serving=platform.host.serving,
     )
 
@@ -236,6 +237,7 @@ def build_instance(
             f"engine {rules.name} has no {group.role.value} instances, only {can_be}: change the placement or --engine"
         )
     tensor, pipeline = group.tensor_parallel, group.pipeline_parallel
+    platform = platform.at_threads(group.num_threads)
     scheduler = group.scheduler(scheduler)
     num_in_flight = max(scheduler.max_steps_in_flight, pipeline)
     kv_bytes = group.kv_memory_bytes
@@ -251,6 +253,7 @@ def build_instance(
         kv_bytes_per_token=platform.kv_bytes_per_token,
         kv_window=None if rules.kv_host_bytes or rules.kv_disk is not None else platform.kv_window,
         num_devices=tensor * pipeline,
+        num_threads=platform.num_threads or 1,
         place=place,
         prefix_caching=rules.prefix_caching,
         host_memory=LinkModel(HOST_BYTES_PER_S * tensor * pipeline, latency_s=2e-5),

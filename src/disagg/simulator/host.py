@@ -21,9 +21,12 @@ class SimulatedHost:
         self._contention = HostContention(interference, serving)
         self._on_change: dict[InstanceId, Callable[[], None]] = {}
 
-    def join(self, instance: InstanceId, on_change: Callable[[], None]) -> None:
-        """Add an instance; ``on_change`` is called when its steps from now on take longer or less time than before."""
-        self._contention.join(instance)
+    def join(self, instance: InstanceId, on_change: Callable[[], None], num_threads: int = 1) -> None:
+        """Add an instance, which computes on so many cores.
+
+        ``on_change`` is called when its steps from now on take longer or less time than before.
+        """
+        self._contention.join(instance, num_threads)
         self._on_change[instance] = on_change
 
     def set_activity(

@@ -96,7 +96,7 @@ class SimulatedInstance:
         self._loads_before: list[InstanceLoad] = []
         self.kv_use = UsageSeries()
         """Blocks that sequences, leases and pulls hold, looked at whenever the core is asked or books a run."""
-        host.join(spec.name, self._end_equal_steps)
+        host.join(spec.name, self._end_equal_steps, spec.num_threads)
         self._begin_life()
 
     # Lives --------------------------------------------------------------------------------------------------

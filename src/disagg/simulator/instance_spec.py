@@ -32,6 +32,8 @@ class InstanceSpec:
     kv_window: KvWindow | None = None
     """None as well where there are tiers behind the pool, whose blocks hold all layers."""
     num_devices: int = 1
+    num_threads: int = 1
+    """Cores of its host on which it computes, where hosts matter."""
     place: Place = ()
     """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
     of its first stage, where hosts matter."""
