@@ -5,14 +5,16 @@ placement that the plan puts near its first (``--near``), and of the best of eac
 The objectives are factors on what a lone request of median length takes by the profile. Prints the chosen beside the
 measured best, and fails when more than one case in eight is off by more than 5%, noise aside. Noise: over which rates
 the goodput of a search may lie, by the 95% intervals of the attainments, and how searches with other requests differ.
+Beside each measured rate stands the one that is predicted for the very requests which the live server got.
 
 A search of one placement takes about six runs of ``--requests`` requests, so 6 x requests / goodput seconds and each
 seed again: at 0.4 requests/s and 40 requests ten minutes. Eight cases of about five placements with one seed take six
 to seven hours there, ``--workloads chat --slo tight --near 0.8`` a part of one. Nothing else should run meanwhile.
 
-``--quick`` is a look in ten minutes: a quick profile of one thread, chat within tight objectives alone (at loose ones
-25 s are over before a queue is felt), runs of 25 s at the predicted rate, the plan's first and then, while
-``--minutes`` last, the best of each other kind. Its noise is large, and told.
+``--quick`` is a look in ten minutes: a quick profile, tight objectives alone (at loose ones 25 s are over before a
+queue is felt), one workload after the other while ``--minutes`` last. Of each, runs of 25 s about the predicted rate:
+of the plan's first, of the best with other instances, then, while its part of the time lasts, of the others. Its noise
+is large, and told.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 import msgspec
@@ -47,7 +49,14 @@ from disagg.measure.slo import Slo, SloTarget
 from disagg.measure.standard import STANDARD_WORKLOADS, SloKind, slo_from_unloaded, standard_workload
 from disagg.measure.windows import with_requests
 from disagg.placement.bounds import decode_shape
-from disagg.placement.host_planner import HostProblem, JudgedHostPlacement, platforms_on, search_host
+from disagg.placement.goodput_job import GoodputJob, run_goodput_job
+from disagg.placement.host_planner import (
+    HostProblem,
+    JudgedHostPlacement,
+    cluster_of_host,
+    platforms_on,
+    search_host,
+)
 from disagg.placement.problem import LengthSample
 from disagg.placement.workers import open_workers
 
@@ -56,19 +65,29 @@ TOLERANCE: Final = 0.05
 GROWTH: Final = 1.2
 SETTLE_S: Final = 3.0
 DRAIN_S: Final = 120.0
-QUICK_MINUTES: Final = 9.0
+QUICK_MINUTES: Final = 10.0
 QUICK_RUN_S: Final = 25.0
-QUICK_TOLERANCE: Final = 0.15
+QUICK_TOLERANCE: Final = 0.2
 QUICK_PLAN: Final = 120
+QUICK_WORKLOADS: Final = ("chat", "reason", "summarise", "code")
+"""The most telling first."""
+QUICK_PLACEMENTS: Final = 2
+"""Of a workload, before the next one."""
+QUICK_SEARCH_S: Final = 100.0
+"""Which a search is thought to take before one has been made."""
 FEWEST_REQUESTS: Final = 12
 UNSEEN: Final = 1000
 """First seed of the live requests: the plan draws others."""
 
 
 class Searched(msgspec.Struct, frozen=True):
-    """What one live search found: the highest rate that met, and the range in which the goodput may lie."""
+    """What one live search found: the highest rate that met, and the range in which the goodput may lie.
+
+    ``middle`` is half way from that rate to the lowest that missed.
+    """
 
     rate: float
+    middle: float
     low: float
     high: float
 
@@ -82,15 +101,25 @@ class Searched(msgspec.Struct, frozen=True):
             if not trial.is_cut and trial.attainment.low <= attainment <= trial.attainment.high
         ]
         missed = [found.bracket.missed] if math.isfinite(found.bracket.missed) else []
-        return cls(rate, min([rate, *may_be]), max([rate, *may_be, *missed]))
+        return cls(rate, fmean([rate, *missed]), min([rate, *may_be]), max([rate, *may_be, *missed]))
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """One placement in one case: goodput by the plan, and by live searches with other requests each."""
+    """One placement in one case: goodput by the plan, and by live searches with other requests each.
+
+    ``predicted`` is the mean of what is simulated for those requests.
+    """
 
     words: str
+    planned: float
     predicted: float
     measured: tuple[Searched, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The predicted goodput over the measured one, which lies between what was met and what was missed."""
+        middle = fmean(one.middle for one in self.measured)
+        return self.predicted / middle if middle else math.inf
 
     @property
     def goodput(self) -> float:
@@ -171,9 +200,9 @@ def objectives(machine: Machine, workload: str, kind: SloKind) -> Slo:
     return slo_from_unloaded(kind, ttft_s, tpot_s)
 
 
-def plan_case(machine: Machine, workload: str, target: SloTarget, num_requests: int) -> list[JudgedHostPlacement]:
-    """Return the plan's placements, best first."""
-    problem = HostProblem(
+def host_problem(machine: Machine, workload: str, target: SloTarget, num_requests: int) -> HostProblem:
+    """Return what is planned: a workload within objectives, in runs of so many requests."""
+    return HostProblem(
         platforms=machine.platforms,
         num_cores=machine.num_cores,
         most_tokens=machine.most_tokens,
@@ -182,16 +211,22 @@ def plan_case(machine: Machine, workload: str, target: SloTarget, num_requests: 
         target=target,
         num_requests=num_requests,
     )
+
+
+def plan_case(machine: Machine, workload: str, target: SloTarget, num_requests: int) -> list[JudgedHostPlacement]:
+    """Return the plan's placements, best first."""
     with open_workers() as workers:
-        judged, _ = search_host(problem, workers, lambda progress: None)
+        judged, _ = search_host(host_problem(machine, workload, target, num_requests), workers, lambda progress: None)
     return judged
 
 
-def contenders(judged: Sequence[JudgedHostPlacement], near: float) -> list[JudgedHostPlacement]:
-    """Return the first, and of each kind the best that the plan puts near it."""
+def contenders(judged: Sequence[JudgedHostPlacement], near: float, *, quick: bool) -> list[JudgedHostPlacement]:
+    """Return the first, and of each kind the best that the plan puts near it; ``quick``: whatever the scheduling."""
     found: dict[object, JudgedHostPlacement] = {}
     for one in judged:
-        groups = tuple((group.role, group.count, group.scheduling) for group in one.candidate.placement.groups)
+        groups = tuple(
+            (group.role, group.count, None if quick else group.scheduling) for group in one.candidate.placement.groups
+        )
         if one.goodput.mean >= near * judged[0].goodput.mean:
             found.setdefault((one.candidate.num_threads, groups), one)
     return list(found.values())
@@ -201,27 +236,52 @@ def measure(
     machine: Machine, one: JudgedHostPlacement, workload: str, target: SloTarget, options: argparse.Namespace
 ) -> Measured:
     """Search the goodput of a live server in this placement, once for each seed."""
-    searches = []
+    searches, predicted = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_placement(one.candidate.placement, folder / "placement.yaml")
         arguments = ["--placement", str(folder / "placement.yaml"), "--slo", str(target.slo)]
         arguments += ["--latency", str(machine.profile)]
         for seed in range(options.seeds):
+            num_requests = options.requests
+            if options.quick:
+                num_requests = max(FEWEST_REQUESTS, round(one.goodput.mean * QUICK_RUN_S))
+            predicted.append(predict(machine, one, workload, target, num_requests, UNSEEN + seed))
             with running(serve_command(str(one.candidate), arguments), folder / "log") as server:
                 time.sleep(SETTLE_S)
-                found = search_live(server.command.url, one.goodput.mean, workload, target, options, seed)
+                rate = predicted[-1] or one.goodput.mean
+                found = search_live(server.command.url, rate, num_requests, workload, target, options, seed)
             searches.append(Searched.of(found, target.attainment))
-    return Measured(str(one.candidate), one.goodput.mean, tuple(searches))
+    return Measured(str(one.candidate), one.goodput.mean, fmean(predicted), tuple(searches))
+
+
+def predict(
+    machine: Machine, one: JudgedHostPlacement, workload: str, target: SloTarget, num_requests: int, seed: int
+) -> float:
+    """Return the goodput that is predicted for the requests of a seed."""
+    job = GoodputJob(
+        spec=cluster_of_host(host_problem(machine, workload, target, num_requests), one.candidate),
+        workload=standard_workload(workload, 1.0, num_requests),
+        target=target,
+        start_rate=one.goodput.mean,
+        seed=seed,
+        min_requests=num_requests,
+        max_requests=num_requests,
+        requests_per_rate=0.0,
+    )
+    return run_goodput_job(job).rate
 
 
 def search_live(
-    url: str, start_rate: float, workload: str, target: SloTarget, options: argparse.Namespace, seed: int
+    url: str,
+    start_rate: float,
+    num_requests: int,
+    workload: str,
+    target: SloTarget,
+    options: argparse.Namespace,
+    seed: int,
 ) -> GoodputFound:
     """Search the goodput of a running server with requests that the plan has not seen."""
-    num_requests = options.requests
-    if options.quick:
-        num_requests = min(num_requests, max(FEWEST_REQUESTS, round(start_rate * QUICK_RUN_S)))
 
     def load_at(rate: float, drawn: int) -> OpenLoad:
         return OpenLoad(tuple(standard_workload(workload, rate, num_requests).draw(drawn)))
@@ -250,31 +310,41 @@ def search_live(
 def cases(options: argparse.Namespace, machine: Machine, console: Console) -> Iterator[CheckedCase]:
     """Yield each workload under each pair of objectives, measured. Each case has an equal part of the minutes left."""
     ends_s = options.begin_s + 60 * options.minutes
-    asked = [(workload, SloKind(kind)) for workload in options.workloads for kind in options.slo]
+    asked = [(workload, kind) for kind in map(SloKind, options.slo) for workload in options.workloads]
+    took_s: list[float] = []
     for number, (workload, kind) in enumerate(asked):
         begin_s = time.monotonic()
+        if begin_s + max(took_s, default=QUICK_SEARCH_S) > ends_s:
+            console.print(f"no time for {len(asked) - number} more case(s): give more --minutes")
+            return
         until_s = begin_s + (ends_s - begin_s) / (len(asked) - number)
         target = SloTarget(slo=objectives(machine, workload, kind))
         judged = plan_case(machine, workload, target, options.plan_requests)
-        chosen = contenders(judged, options.near)
+        chosen = contenders(judged, options.near, quick=options.quick)
         console.print(
             f"case {number + 1} of {len(asked)}: {workload}, {kind.value} ({target}), {len(chosen)} placements near "
-            f"{judged[0].candidate}; {_minutes(begin_s - options.begin_s)} passed"
+            f"{judged[0].candidate}; {_minutes(time.monotonic() - options.begin_s)} passed"
         )
         measured: list[Measured] = []
-        longest_s = 0.0
         for one in chosen:
             now_s = time.monotonic()
-            if measured and now_s + longest_s > until_s:
+            may_end_s = ends_s if len(measured) < QUICK_PLACEMENTS else until_s
+            if measured and now_s + max(took_s) > may_end_s:
                 console.print(f"  no time for {len(chosen) - len(measured)} more")
                 break
             measured.append(measure(machine, one, workload, target, options))
-            longest_s = max(longest_s, time.monotonic() - now_s)
-            told = ", ".join(
-                f"{found.rate:.3g} ({found.low:.3g} to {found.high:.3g})" for found in measured[-1].measured
-            )
-            console.print(f"  {one.candidate}: predicted {one.goodput.mean:.3g}, measured {told} requests/s")
+            took_s.append(time.monotonic() - now_s)
+            print_measured(measured[-1], console)
         yield CheckedCase(workload, kind.value, str(target.slo), tuple(measured))
+
+
+def print_measured(one: Measured, console: Console) -> None:
+    """Print one placement as soon as it is known."""
+    told = ", ".join(f"{found.rate:.3g} ({found.low:.3g} to {found.high:.3g})" for found in one.measured)
+    console.print(
+        f"  {one.words}: planned {one.planned:.3g}, predicted for these requests {one.predicted:.3g}, measured {told} "
+        f"requests/s; predicted / measured {one.ratio:.2f}"
+    )
 
 
 def _minutes(seconds: float) -> str:
@@ -288,8 +358,10 @@ def table(checked: Sequence[CheckedCase]) -> Table:
         "workload",
         "objectives",
         "chosen",
+        "planned",
         "predicted",
         "measured",
+        "ratio",
         "measured best",
         "its",
         "short",
@@ -302,8 +374,10 @@ def table(checked: Sequence[CheckedCase]) -> Table:
             case.workload,
             f"{case.kind}: {case.slo}",
             first.words,
+            f"{first.planned:.3g}",
             f"{first.predicted:.3g}",
             f"{first.goodput:.3g}",
+            f"{first.ratio:.2f}",
             best.words,
             f"{best.goodput:.3g}",
             f"{case.shortfall:.0%} (noise {case.noise:.0%})",
@@ -329,7 +403,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.begin_s = time.monotonic()
     options.slo = options.slo or ([SloKind.TIGHT.value] if options.quick else [kind.value for kind in SloKind])
-    options.workloads = options.workloads or (["chat"] if options.quick else list(STANDARD_WORKLOADS))
+    options.workloads = options.workloads or list(QUICK_WORKLOADS if options.quick else STANDARD_WORKLOADS)
     options.plan_requests = options.plan_requests or (QUICK_PLAN if options.quick else HostProblem.num_requests)
     options.minutes = options.minutes or (QUICK_MINUTES if options.quick else math.inf)
     return options
