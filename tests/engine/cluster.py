@@ -50,6 +50,7 @@ from disagg.engine.kv_tiers import BlockStore, KvTiers
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import Pulls
 from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
+from disagg.scheduling.instance.copy_queue import MAX_BEHIND_STEPS
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
@@ -186,6 +187,7 @@ class Instance:
     max_disk_blocks: int = 16
     max_host_blocks: int = 0
     tells_tokens: bool = False
+    shows_progress: bool = False
     log_path: Path | None = None
     audit: BlockAudit | None = None
     error: BaseException | None = None
@@ -194,7 +196,7 @@ class Instance:
     def __enter__(self) -> Self:
         self.pool = KvPool(structs.replace(self.model.layout, num_blocks=self.num_blocks), self.incarnation)
         self.executor = HeldExecutor(self.model.make_executor(self.pool))
-        self.pull_thread = ThreadPoolExecutor(max_workers=1)
+        self.pull_thread = ThreadPoolExecutor(max_workers=1 + MAX_BEHIND_STEPS * self.shows_progress)
         self._stack = ExitStack()
         self._thread = threading.Thread(target=self._run, name=self.name)
         self._thread.start()
@@ -250,6 +252,7 @@ class Instance:
             saved_blocks=saved,
             window=self.pool.layout.window_blocks,
             tells_tokens=self.tells_tokens,
+            shows_progress=self.shows_progress,
         )
         self.core = InstanceCore(header)
         log = None if self.log_path is None else stack.enter_context(EventLog(self.log_path, header))
@@ -276,8 +279,8 @@ class Instance:
 
     def _steps(self, channel: ControlChannel, clock: Clock, stack: ExitStack) -> Steps:
         if self.settings.max_steps_in_flight == 1:
-            return InlineSteps(self.executor, clock)
-        steps = ThreadedSteps(self.executor, clock, channel.wake, lambda: None)
+            return InlineSteps(self.executor, clock, self.pool.progress)
+        steps = ThreadedSteps(self.executor, clock, channel.wake, lambda: None, self.pool.progress)
         stack.callback(steps.close)
         return steps
 

@@ -2,8 +2,9 @@
 
 Whatever happens (cancellations, failed pulls, expired leases, the death of the prefill instance): the books are right
 after every event, no step reads a block that holds something else than what it should, every sequence that is not
-cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well. Some
-models have layers with a sliding window, in blocks of their own, which need not be there behind the window.
+cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well, the
+last of them behind the step that writes it; what comes of that one may be spoiled. Some models have layers with a
+sliding window, in blocks of their own, which need not be there behind the window.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
@@ -30,6 +32,7 @@ from disagg.scheduling.step.actions import (
     Pull,
     ReleaseLease,
     RunStep,
+    StopPull,
     WakeAt,
 )
 from disagg.scheduling.step.events import (
@@ -78,6 +81,7 @@ class World:
     clients: dict[RequestId, Client]
     mode: SchedulingMode
     window: WindowBlocks | None = None
+    shows_progress: bool = False
     now: float = 0.0
     on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
     alarms: dict[InstanceId, float] = field(default_factory=dict)
@@ -86,8 +90,17 @@ class World:
     """What each block of each life of an instance holds."""
     lives: Counter[InstanceId] = field(default_factory=Counter)
     num_parts: int = 0
+    num_whole_pulls: int = 0
+    """Those of what the parts had not brought."""
 
     def __post_init__(self) -> None:
+        self.behind: set[tuple[RequestId, Epoch, int | None]] = set()
+        """The parts, by their first blocks, that are read behind a step."""
+        self.spoiled: set[tuple[RequestId, Epoch]] = set()
+        """What was read so, and came otherwise than it was offered afterwards."""
+        self.spoils_next = False
+        self.completed: set[tuple[RequestId, Epoch]] = set()
+        """Those of which the whole offer has come."""
         self.life_read: dict[RequestId, int] = {}
         self.digests: dict[tuple[RequestId, BlockId], object] = {}
         self.num_spared = 0
@@ -99,7 +112,11 @@ class World:
         if self.window is not None:  # as many as the longest sequence takes, and two as without a window
             in_sight = min(LONGEST // BLOCK, most_in_sight(self.window, chosen, BLOCK))
             num_blocks += in_sight * self.window.num_each
-        return StepScheduler(chosen, num_blocks, BLOCK, memory=KvMemory(window=self.window))
+        return StepScheduler(chosen, num_blocks, BLOCK, memory=self.memory)
+
+    @property
+    def memory(self) -> KvMemory:
+        return KvMemory(window=self.window, shows_progress=self.shows_progress)
 
     def hashes(self, client: Client) -> tuple[BlockHash, ...]:
         return tuple(BlockHash(bytes([client.prefix, n])) for n in range(client.num_prompt // BLOCK))
@@ -136,6 +153,9 @@ class World:
         self.now += 1.0
         if isinstance(event, TransferDone) and event.request_id in self.writing:
             event = self.copy(target, event)
+        elif isinstance(event, KvOffered) and event.is_whole:
+            self.completed.add((event.request_id, event.epoch))
+            event = structs.replace(event, is_sound=(event.request_id, event.epoch) not in self.spoiled)
         if isinstance(event, TransferDone | TransferEnded) or (isinstance(event, TransferFailed) and event.ended):
             self.writing.pop(event.request_id, None)
         if self.alarms.get(target, 1e18) <= self.now:
@@ -149,6 +169,8 @@ class World:
     def copy(self, target: InstanceId, done: TransferDone) -> AnyEvent:
         """Read the blocks of a pull as late as can be. What is not what was offered is found by its digest."""
         pull, client = self.writing[done.request_id], self.clients[done.request_id]
+        if (pull.request_id, pull.epoch, pull.part) in self.behind:
+            return self.copy_behind(target, pull, done)
         is_sound = True
         for copy in pull.copies:
             content = self.contents[PREFILL, self.life_read[done.request_id], copy.source]
@@ -158,6 +180,18 @@ class World:
         is_wanted = not client.cancelled and not client.is_complete and client.epoch == done.epoch
         assert is_sound or not is_wanted or self.now >= pull.expires_s
         return done if is_sound else TransferFailed(request_id=done.request_id, epoch=done.epoch)
+
+    def copy_behind(self, target: InstanceId, pull: Pull, done: TransferDone) -> AnyEvent:
+        """Read what a step was writing; whether it is right shows when the whole offer is there."""
+        is_spoiled, self.spoils_next = self.spoils_next, False
+        for copy in pull.copies:
+            content = self.contents[PREFILL, self.life_read[pull.request_id], copy.source]
+            self.contents[target, self.lives[target], copy.target] = "spoiled" if is_spoiled else content
+        if not is_spoiled:
+            return done
+        self.spoiled.add((pull.request_id, pull.epoch))
+        is_known = (pull.request_id, pull.epoch) in self.completed
+        return TransferFailed(request_id=pull.request_id, epoch=pull.epoch) if is_known else done
 
     def carry_out(self, name: InstanceId, action: AnyAction) -> None:
         match action:
@@ -171,7 +205,10 @@ class World:
                     self.clients[request_id].num_got += 1
             case OfferKv() | OfferPart():
                 self.offer(action)
+            case StopPull():
+                self.fail_a_pull(ended=True, name=action.request_id)
             case Pull():
+                self.num_whole_pulls += action.part is None
                 self.writing[action.request_id] = action
                 self.on_the_way.append((name, TransferDone(request_id=action.request_id, epoch=action.epoch)))
             case ReleaseLease():
@@ -211,6 +248,9 @@ class World:
         )
         if isinstance(action, OfferPart):
             self.num_parts += 1
+            event = structs.replace(event, behind_step=action.behind_step)
+            if action.behind_step:
+                self.behind.add((action.request_id, client.epoch, action.first_block))
             if action.first_block:
                 event = KvExtended(
                     request_id=action.request_id,
@@ -219,6 +259,7 @@ class World:
                     source_blocks=action.block_ids,
                     num_kv_tokens=action.num_tokens,
                     expires_s=self.now + action.lease_s,
+                    behind_step=action.behind_step,
                 )
         self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
         if client.cancelled:
@@ -259,9 +300,9 @@ class World:
         for target in self.instances:
             self.on_the_way.append((target, Cancelled(request_id=name, epoch=self.clients[name].epoch)))
 
-    def fail_a_pull(self, ended: bool) -> None:
+    def fail_a_pull(self, ended: bool, name: RequestId | None = None) -> None:
         for index, (target, event) in enumerate(self.on_the_way):
-            if isinstance(event, TransferDone):
+            if isinstance(event, TransferDone) and name in (None, event.request_id):
                 failed = TransferFailed(request_id=event.request_id, epoch=event.epoch, ended=ended)
                 self.on_the_way[index] = (target, failed)
                 if not ended:
@@ -320,7 +361,9 @@ clients = st.lists(
     max_size=7,
 )
 steps = st.lists(
-    st.tuples(st.sampled_from(["deliver"] * 12 + ["cancel", "fail", "fail_late", "wait", "kill"]), st.integers(0, 99)),
+    st.tuples(
+        st.sampled_from(["deliver"] * 12 + ["cancel", "fail", "fail_late", "spoil", "wait", "kill"]), st.integers(0, 99)
+    ),
     max_size=120,
 )
 
@@ -331,6 +374,7 @@ steps = st.lists(
     mode=st.sampled_from(SchedulingMode),
     least_part_tokens=st.sampled_from([BLOCK, hand_overs.LEAST_PART_TOKENS]),
     window=st.one_of(st.none(), st.builds(WindowBlocks, st.sampled_from([1, 5, 8, 11]), st.integers(1, 3))),
+    shows_progress=st.booleans(),
 )
 @settings(max_examples=400, deadline=None)
 def test_nothing_is_lost_and_nothing_is_kept(
@@ -339,8 +383,9 @@ def test_nothing_is_lost_and_nothing_is_kept(
     mode: SchedulingMode,
     least_part_tokens: int,
     window: WindowBlocks | None,
+    shows_progress: bool,
 ) -> None:
-    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode, window)
+    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode, window, shows_progress)
     with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
         go_through(world, steps)
     for name, client in world.clients.items():
@@ -364,6 +409,8 @@ def go_through(world: World, steps: list[tuple[str, int]]) -> None:
             world.cancel(RequestId(f"r{number % len(world.clients)}"))
         elif what in ("fail", "fail_late"):
             world.fail_a_pull(ended=what == "fail")
+        elif what == "spoil":
+            world.spoils_next = True
         elif what == "wait":
             world.now += 25.0
         elif what == "kill" and not killed:
@@ -381,6 +428,30 @@ def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
         go_through(world, [])
     assert world.num_parts == 3
     assert world.clients[name].is_complete
+
+
+def read_behind_a_step(*, is_spoiled: bool) -> World:
+    """A prompt of twenty tokens in steps of six, the last of which is read while it is written."""
+    name = RequestId("r0")
+    world = World(
+        {name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)},
+        SchedulingMode.CHUNKED,
+        shows_progress=True,
+    )
+    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", BLOCK):
+        world.arrive(name, PREFILL, hand_over=True)
+        go_through(world, [("spoil", 0)] * is_spoiled)
+    assert world.num_parts == 4
+    assert world.clients[name].is_complete
+    return world
+
+
+def test_nothing_is_left_to_pull_when_the_last_part_was_read_behind_its_step() -> None:
+    assert read_behind_a_step(is_spoiled=False).num_whole_pulls == 0
+
+
+def test_what_came_otherwise_behind_a_step_is_pulled_again() -> None:
+    assert read_behind_a_step(is_spoiled=True).num_whole_pulls == 1
 
 
 def test_sliding_layers_of_blocks_behind_the_window_are_not_read() -> None:

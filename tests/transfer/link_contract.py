@@ -83,6 +83,8 @@ class Ends:
     peer_layout: KvLayout
     close_peer: Callable[[], None]
     access: bytes = b""
+    peer_pool: KvPool | None = None
+    """Where the peer is in this process."""
 
     def __post_init__(self) -> None:
         self.peer = pattern(self.peer_layout).reshape(self.peer_layout.num_layers, self.peer_layout.num_blocks, -1)

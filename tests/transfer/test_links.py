@@ -34,7 +34,9 @@ def in_one_process(stack: ExitStack, kv_link: KvLinkChoice) -> Ends:
     owner = stack.enter_context(ExitStack())
     owner.callback(peer.close)
     shared = SharedBlocks(peer, TransferSettings(kv_link=kv_link), None, MonotonicClock(), owner)
-    return connect(stack, shared.address, owner.close, grant_all(shared, PEER_LAYOUT, DEADLINE_S))
+    ends = connect(stack, shared.address, owner.close, grant_all(shared, PEER_LAYOUT, DEADLINE_S))
+    ends.peer_pool = peer
+    return ends
 
 
 def shm_in_one_process(stack: ExitStack) -> Ends:

@@ -182,9 +182,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_batch_size: Annotated[int, Meta(ge=1, description="most sequences in one step")] = 64
     max_steps_in_flight: Annotated[int, Meta(ge=1, description="steps given to the executor before the first ends")] = 1
     max_pulls_in_flight: Annotated[int, Meta(ge=1, description="hand-overs that an instance copies at once")] = 1
-    kv_overlap: Annotated[
-        bool, Meta(description="hand KV blocks over while the rest of a long prompt is still being computed")
-    ] = True
+    kv_overlap: Annotated[bool, Meta(description="hand KV blocks over while their prompt is still being computed")] = (
+        True
+    )
     pull_before_step: Annotated[
         bool, Meta(description="pull offered KV blocks before the next step starts, as DistServe does, not beside it")
     ] = False

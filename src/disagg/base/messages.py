@@ -5,9 +5,8 @@ refused when longer than ``MAX_MESSAGE_BYTES``, of another version, or with a va
 travel here: an ``Offer`` says where they are, and the decode instance pulls them over a link of the transfer room.
 
 What an instance says of itself is range-checked here. A request is checked by the instance that gets it, which can
-answer what is wrong (``Failed``); a message that cannot be decoded gets no answer.
-
-Every message about a sequence carries ``(request_id, epoch)``; a receiver ignores an epoch that is not current.
+answer what is wrong (``Failed``); a message that cannot be decoded gets no answer. Every message about a sequence
+carries ``(request_id, epoch)``; a receiver ignores an epoch that is not current.
 """
 
 import enum
@@ -45,7 +44,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     all tokens that a later one sees, see ``WindowBlocks``. ``pool`` is the source's pool address as the transfer room
     encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
     duration, since another host's clock means nothing here. ``digests`` (8 bytes for each block, or none) and
-    ``access``, the capability to read the blocks, are the transfer room's too.
+    ``access``, the capability to read the blocks, are the transfer room's too. A part of a sequence begins with its
+    ``first_block``; with ``behind_step`` that step of the source is still writing the blocks, layer after layer.
     """
 
     request_id: RequestId
@@ -59,7 +59,7 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     digests: bytes = b""
     access: bytes = b""
     first_block: Count = 0
-    """Of a part of a sequence's blocks: which of them is the first one here."""
+    behind_step: Count = 0
 
 
 # Router to engine ---------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Offered(Message, frozen=True, kw_only=True):
 
 
 class PartOffered(Message, frozen=True, kw_only=True):
-    """Some KV blocks of a sequence are full and final while others are still to be computed."""
+    """Some KV blocks of a sequence can be read while it is still being computed."""
 
     offer: KvOffer
 

@@ -23,11 +23,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedDecoder:
-    """A decoder, what its weights take, and what computes it, as users are told."""
+    """A decoder, what its weights take, and what computes it, as users are told; see ``Decoder.counts_layers``."""
 
     decoder: StepDecoder
     weight_bytes: int
     kernels: str
+    counts_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class DecoderLoading:
         config = config.for_length(model.max_model_len)
         weights = self._load_weights(config, device)
         decoder = Decoder(config, weights, self.backend, self.capacity.max_model_len)
-        return LoadedDecoder(decoder, weights.num_bytes, self.backend.name)
+        return LoadedDecoder(decoder, weights.num_bytes, self.backend.name, decoder.counts_layers)
 
     def _load_foreign(self, config: ForeignModel, device: torch.device) -> LoadedDecoder:
         # An extra: what is imported here is not installed everywhere.

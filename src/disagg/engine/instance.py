@@ -25,6 +25,7 @@ from disagg.base.ids import BlockHash
 from disagg.base.kv_events import Medium
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts, Loading, Ready
+from disagg.base.transfer_settings import KvLinkChoice, KvTransferDtype
 from disagg.base.units import format_bytes
 from disagg.costs.measured_steps import FittedLatency
 from disagg.costs.profile import load_profile
@@ -58,6 +59,7 @@ from disagg.models.locate import ModelFiles, load_served_model_config, locate_mo
 from disagg.models.shape import ModelShape
 from disagg.models.tokenizer import load_tokenizer
 from disagg.scheduling.capacity import step_limits
+from disagg.scheduling.instance.copy_queue import MAX_BEHIND_STEPS
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.transfer.links import Links
@@ -135,9 +137,9 @@ def build_loop(
     )
     name, role = settings.instance, settings.role
     ready = Ready(version=PROTOCOL_VERSION, instance=name, incarnation=incarnation, role=role, facts=facts)
-    header = core_header(settings, ready, room.saved)
+    header = core_header(settings, ready, room.saved, counts_layers=loaded.counts_layers)
     watched = watch(executor)
-    steps = _make_steps(settings, watched, channel, clock, stack)
+    steps = _make_steps(settings, watched, pool, channel, clock, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     measuring = LinkMeasuring(name, incarnation, links, clock, channel.wake)
     accessories = Accessories(log, tiers, grammars, measuring)
@@ -156,12 +158,20 @@ def _plan_capacity(settings: InstanceSettings, config: ModelShape, backend: Kern
     return plan_capacity(settings.model, settings.cache, config, kv_format, scheduler, has_tiers=has_tiers)
 
 
-def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[BlockHash, ...] = ()) -> InstanceHeader:
+def core_header(
+    settings: InstanceSettings,
+    ready: Ready,
+    saved_blocks: tuple[BlockHash, ...] = (),
+    *,
+    counts_layers: bool = False,
+) -> InstanceHeader:
     """Return what the core of an instance is made from, which an event log begins with.
 
-    ``saved_blocks`` are on its disk from a life before.
+    ``saved_blocks`` are on its disk from a life before. Blocks can be read behind a step that ``counts_layers`` where
+    they travel as they are, over a link that sees the count.
     """
-    facts = ready.facts
+    facts, transfer = ready.facts, settings.transfer
+    is_seen = transfer.kv_link is not KvLinkChoice.NIXL and transfer.kv_transfer_dtype is KvTransferDtype.RAW
     return InstanceHeader(
         instance=ready.instance,
         incarnation=ready.incarnation,
@@ -175,6 +185,7 @@ def core_header(settings: InstanceSettings, ready: Ready, saved_blocks: tuple[Bl
         max_disk_blocks=facts.max_disk_blocks,
         window=facts.window,
         saved_blocks=saved_blocks,
+        shows_progress=counts_layers and is_seen,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
         latency=None if settings.latency is None else _step_times(Path(settings.latency), settings),
@@ -191,12 +202,18 @@ def _step_times(path: Path, settings: InstanceSettings) -> FittedLatency:
 
 
 def _make_steps(
-    settings: InstanceSettings, executor: Executor, channel: ControlChannel, clock: Clock, stack: ExitStack
+    settings: InstanceSettings,
+    executor: Executor,
+    pool: KvPool,
+    channel: ControlChannel,
+    clock: Clock,
+    stack: ExitStack,
 ) -> Steps:
     if settings.scheduler.max_steps_in_flight == 1:
-        return InlineSteps(executor, clock)
+        return InlineSteps(executor, clock, pool.progress)
     # OpenMP counts threads for each thread that starts some.
-    steps = ThreadedSteps(executor, clock, channel.wake, partial(torch.set_num_threads, settings.num_threads))
+    prepare = partial(torch.set_num_threads, settings.num_threads)
+    steps = ThreadedSteps(executor, clock, channel.wake, prepare, pool.progress)
     stack.callback(steps.close)
     return steps
 
@@ -247,7 +264,7 @@ def _make_executor(
         device=device,
         layer_tables=layer_tables(decoder.config, pool.layout),
     )
-    return ModelExecutor(decoder, make_kv_store(pool, device), builder)
+    return ModelExecutor(decoder, make_kv_store(pool, device), builder, pool.progress)
 
 
 def _make_grammars(files: ModelFiles, config: ModelConfig | ForeignModel, stack: ExitStack) -> Grammars:
@@ -271,7 +288,7 @@ def _make_pulls(
     stack: ExitStack,
 ) -> tuple[Links, Pulls]:
     # Closed in reverse: cancel what runs, then wait for the threads, which still wake the channel.
-    num_threads = settings.scheduler.max_pulls_in_flight
+    num_threads = settings.scheduler.max_pulls_in_flight + MAX_BEHIND_STEPS
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
     links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU, nixl=shared.nixl)

@@ -202,10 +202,8 @@ class EngineLoop:
                 self._emit(output)
             case RunStep(step_id=step_id, chunks=chunks):
                 self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
-            case Offered(offer=offer) | PartOffered(offer=offer):
-                self._blocks.publish_blocks(offer.block_ids)
-                sealed = self._pulls.seal(offer, is_part=isinstance(output, PartOffered))
-                self._channel.send(structs.replace(output, offer=sealed))
+            case Offered() | PartOffered():
+                self._offer(output)
             case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
                 self._tell(output)
             case CacheChanged(message=message, owners=owners):
@@ -225,6 +223,13 @@ class EngineLoop:
                 self._wake_s = time_s
             case _:
                 assert_never(output)
+
+    def _offer(self, message: Offered | PartOffered) -> None:
+        offer = message.offer
+        if not offer.behind_step:  # else it is computed where it is read
+            self._blocks.publish_blocks(offer.block_ids)
+        sealed = self._pulls.seal(offer, is_part=isinstance(message, PartOffered))
+        self._channel.send(structs.replace(message, offer=sealed))
 
     def _tell(self, message: NotHeld | Pulled | Failed | CostsLearned | Audited) -> None:
         if isinstance(message, CostsLearned):

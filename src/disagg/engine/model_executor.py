@@ -1,6 +1,7 @@
 """The executor with a real model: decoder, sampler and KV store."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -16,13 +17,17 @@ from disagg.engine.model.decoder import StepDecoder
 from disagg.engine.model.logprobs import position_logprobs
 from disagg.engine.model.sampler import chooser_of, sample
 from disagg.engine.sequences import LiveSequence, SequenceFailure
+from disagg.transfer.step_progress import StepProgress
 
 
 class ModelExecutor:
-    """Runs steps of one decoder. See ``Executor``."""
+    """Runs steps of one decoder, which may count the layers of prompts in ``progress``. See ``Executor``."""
 
-    def __init__(self, decoder: StepDecoder, store: KvStore, builder: BatchBuilder) -> None:
+    def __init__(
+        self, decoder: StepDecoder, store: KvStore, builder: BatchBuilder, progress: StepProgress | None = None
+    ) -> None:
         self._decoder = decoder
+        self._progress = progress
         self._store = store
         # A model's layers in their own order: in the pool those that slide come last, in blocks of their own.
         in_pool, in_block = decoder.config.pool_layers, len(store.layers)
@@ -40,6 +45,8 @@ class ModelExecutor:
 
     def _run(self, step: Sequence[Work]) -> list[ChunkResult]:
         batch = self._builder.build(step)
+        if self._progress is not None and batch.max_query_len > 1:
+            batch = replace(batch, progress=self._progress.take())
         logits = self._decoder.forward(batch, self._kv)
         if batch.most_likely is not None and all(work.sequence.takes_most_likely for work in step):
             token_ids = batch.most_likely.tolist()

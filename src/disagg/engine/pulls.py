@@ -54,7 +54,7 @@ class Pulls:
         """Start copying. A pull that cannot start has ended, failed."""
         try:
             link = self._links.open(pull.offer.pool, pull.source)
-            read = _wanted(pull, self._layers, pull.expires_s - now)
+            read = _wanted(pull, self._layers, pull.expires_s - now, wants_digests=self._shared.has_digests)
             transfer = link.read(read, partial(self._on_end, pull, link.kind))
         except (TransferError, ProtocolError) as error:
             self._end(
@@ -121,6 +121,7 @@ class Pulls:
             link=link,
             num_repeated=transfer.num_repeated,
             may_still_write=transfer.state is TransferState.HUNG,
+            digests=transfer.digests if pull.offer.behind_step else None,
         )
         self._end(pull, result)
 
@@ -130,7 +131,7 @@ class Pulls:
         self._wake()
 
 
-def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
+def _wanted(pull: StartCopy, layers: range, timeout_s: float, *, wants_digests: bool) -> KvRead:
     """Return what a pull reads; raise TransferError when the digests are not those of the offered blocks."""
     offer = pull.offer
     digests = b""
@@ -138,4 +139,12 @@ def _wanted(pull: StartCopy, layers: range, timeout_s: float) -> KvRead:
         of_block = dict(zip(offer.block_ids, split_digests(offer.digests, len(offer.block_ids)), strict=True))
         digests = b"".join([of_block[copy.source] for copy in pull.copies])
     blocks = [(copy.source, copy.target) for copy in pull.copies]
-    return KvRead(blocks, layers, digests=digests, access=offer.access, timeout_s=timeout_s)
+    return KvRead(
+        blocks,
+        layers,
+        digests=digests,
+        access=offer.access,
+        timeout_s=timeout_s,
+        behind_step=offer.behind_step,
+        wants_digests=wants_digests and offer.behind_step > 0,
+    )

@@ -22,6 +22,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 from disagg.engine.executor import ChunkResult, Executor, Work
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
+from disagg.transfer.step_progress import StepProgress
 
 
 class NewToken(msgspec.Struct, frozen=True, gc=False):
@@ -72,10 +73,11 @@ class Steps(Protocol):
 
 
 class InlineSteps:
-    """Computes in the loop's thread. See ``Steps``."""
+    """Computes in the loop's thread. See ``Steps``; ``progress`` takes what others see of a step that runs."""
 
-    def __init__(self, executor: Executor, clock: Clock) -> None:
+    def __init__(self, executor: Executor, clock: Clock, progress: StepProgress | None = None) -> None:
         self._executor = executor
+        self._progress = progress
         self._clock = clock
         self._launched: deque[tuple[int, Sequence[Work]]] = deque()
 
@@ -85,7 +87,9 @@ class InlineSteps:
 
     def poll(self) -> CompletedStep | None:
         """Compute the next step launched."""
-        return run_step(self._executor, self._clock, *self._launched.popleft()) if self._launched else None
+        if not self._launched:
+            return None
+        return run_step(self._executor, self._clock, *self._launched.popleft(), self._progress)
 
     def close(self) -> None:
         """See ``Steps``."""
@@ -93,10 +97,18 @@ class InlineSteps:
 
 
 class ThreadedSteps:
-    """Computes in a thread of its own, which calls ``wake`` when a step has ended. See ``Steps``."""
+    """Computes in a thread of its own, which calls ``wake`` when a step has ended. See ``InlineSteps``."""
 
-    def __init__(self, executor: Executor, clock: Clock, wake: Callable[[], None], prepare: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        clock: Clock,
+        wake: Callable[[], None],
+        prepare: Callable[[], None],
+        progress: StepProgress | None = None,
+    ) -> None:
         """Start the thread; it calls ``prepare`` first."""
+        self._progress = progress
         self._executor = executor
         self._clock = clock
         self._wake = wake
@@ -129,17 +141,23 @@ class ThreadedSteps:
         prepare()
         while (launched := self._launched.get()) is not None and not self._is_closing:
             try:
-                self._ended.append(run_step(self._executor, self._clock, *launched))
+                self._ended.append(run_step(self._executor, self._clock, *launched, self._progress))
             except Exception as error:
                 self._ended.append(error)
             self._wake()
 
 
-def run_step(executor: Executor, clock: Clock, step_id: int, step: Sequence[Work]) -> CompletedStep:
+def run_step(
+    executor: Executor, clock: Clock, step_id: int, step: Sequence[Work], progress: StepProgress | None = None
+) -> CompletedStep:
     """Compute a step and append its tokens. Sequences that ended in an earlier step are left out."""
     started_s = clock.now()
+    if progress is not None:
+        progress.begin(step_id)
     wanted = [work for work in step if work.sequence.finished is None and work.sequence.failure is None]
     results = iter(executor.run(wanted) if wanted else ())
+    if progress is not None:
+        progress.end()
     tokens: dict[RequestId, NewToken] = {}
     sampled: list[StepResult] = []
     failed: list[StepFailure] = []

@@ -27,6 +27,22 @@ def join_digests(blocks: Blocks, wanted: Iterable[BlockId]) -> bytes:
     return b"".join([block_digest(blocks, block) for block in wanted])
 
 
+class LayerDigests:
+    """Digests of blocks whose layers come one after the other."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._of_layers: list[list[bytes]] = [[] for _ in range(num_blocks)]
+
+    def add(self, layers: Blocks, wanted: Sequence[int]) -> None:
+        """Take account of the next layers of the blocks, which are at these places of ``[layer, place, words]``."""
+        for found, place in zip(self._of_layers, wanted, strict=True):
+            found += [xxh3_64_digest(layer[place]) for layer in layers]
+
+    def join(self) -> bytes:
+        """Return the blocks' digests, one after the other."""
+        return b"".join([xxh3_64_digest(b"".join(found)) for found in self._of_layers])
+
+
 def split_digests(digests: bytes, num_blocks: int) -> Sequence[bytes]:
     """Return each block's digest, or none when there are none; raise TransferError for another number of them."""
     if len(digests) not in (0, num_blocks * DIGEST_BYTES):

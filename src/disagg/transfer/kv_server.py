@@ -162,6 +162,8 @@ class KvServer:
                 f"a layer of a block has {layout.layer_block_bytes} bytes here, the reader expects "
                 f"{request.block_bytes}: start both with the same model, dtype, block size and kernels"
             )
+        if request.behind_step and (request.codec is not KvCodec.RAW or request.digests):
+            raise ProtocolError("blocks that a step is still writing are read as they are, and have no digests yet")
         if len(request.digests) not in (0, DIGEST_BYTES * len(request.blocks)):
             raise ProtocolError(f"{len(request.digests)} bytes are not the digests of {len(request.blocks)} blocks")
         return grant
@@ -182,6 +184,9 @@ class KvServer:
             return
         layout = self._pool.layout
         layers = range(request.first_layer, request.first_layer + request.num_layers)
+        if request.behind_step:
+            self._send_behind(connection, request, layers)
+            return
         coded = CodedBlocks(self._pool, layers) if request.codec is KvCodec.INT8 else None
         digests = split_digests(request.digests, len(request.blocks))
         num_bytes = len(request.blocks) * len(layers) * layout.layer_block_bytes
@@ -194,6 +199,14 @@ class KvServer:
                 connection.send(pieces(self._pool.data, layout, layers, blocks))
             else:
                 connection.send([coded.encode(blocks, digests[group])])
+
+    def _send_behind(self, connection: KvSocket, request: ReadRequest, layers: range) -> None:
+        """Send the layers that a step is writing, each as soon as it is there."""
+        layout = self._pool.layout
+        num_bytes = len(request.blocks) * len(layers) * layout.layer_block_bytes
+        connection.send_frame(encode_frame(Reply(num_bytes=num_bytes)))
+        for written in self._pool.progress.follow(request.behind_step, layers, connection.check):
+            connection.send(pieces(self._pool.data, layout, written, request.blocks))
 
     def _end_after(self, until_s: float, what: str) -> None:
         if self._is_closing:

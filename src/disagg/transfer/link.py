@@ -20,12 +20,18 @@ BlockPair = tuple[BlockId, BlockId]
 """A block of the peer's pool and the block of the own pool that receives its bytes."""
 
 
+class CancelledTransferError(Exception):
+    """Nobody wants a transfer any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvRead:
     """What is to be read: ``layers`` of the first blocks of ``blocks``, into the second ones.
 
     ``digests`` are those of the peer's blocks, one after the other, or empty to check nothing; they need all layers.
-    ``access`` is the capability that came with the offer, for links on which it is asked for.
+    ``access`` is the capability that came with the offer, for links on which it is asked for. With ``behind_step`` the
+    peer's step of that number is still writing the blocks: each layer is read as soon as it is there. Their digests are
+    not known then; those of what came are the transfer's, where ``wants_digests``.
     """
 
     blocks: Sequence[BlockPair]
@@ -33,6 +39,8 @@ class KvRead:
     digests: bytes = b""
     access: bytes = b""
     timeout_s: float = 120.0
+    behind_step: int = 0
+    wants_digests: bool = False
 
     def num_bytes(self, layout: KvLayout) -> int:
         """Return how many bytes of such a pool are read."""
@@ -63,6 +71,8 @@ class Transfer:
         """Of the blocks in the pool."""
         self.num_repeated = 0
         """Blocks that were read again because they came with another digest."""
+        self.digests = b""
+        """Of the blocks as they came, where they were read behind a step."""
         self.codec = KvCodec.RAW
         self.failure = ""
         self.state = TransferState.RUNNING
@@ -82,15 +92,27 @@ class Transfer:
         """True when the link should stop as soon as it can."""
         return self._cancelled.is_set()
 
+    def check(self, until_s: float) -> None:
+        """For the link: raise CancelledTransferError or TransferError when it should stop."""
+        if self.is_cancelled:
+            raise CancelledTransferError("the transfer was cancelled")
+        if self._clock.now() >= until_s:
+            raise TransferError("the transfer took longer than the lease of its blocks")
+
     def cancel(self) -> None:
         """Ask the link to stop. A transfer that is nearly over may still end as DONE."""
         self._cancelled.set()
 
     def run(self, copy: Callable[[], TransferState]) -> None:
-        """For the link, on its thread: copy, then report how that ended. ``copy`` may raise TransferError."""
+        """For the link, on its thread: copy, then report how that ended.
+
+        ``copy`` may raise TransferError and CancelledTransferError.
+        """
         state, failure = TransferState.FAILED, ""
         try:
             state = copy()
+        except CancelledTransferError:
+            state = TransferState.CANCELLED
         except HungError as error:
             state, failure, self.has_hung = TransferState.HUNG, str(error), True
         except TransferError as error:
@@ -117,7 +139,8 @@ class Link(Protocol):
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """Start copying blocks of the peer into the own pool. A block that comes with another digest is read again.
 
-        Raises TransferError at once, and copies nothing, when a block or layer does not exist.
+        Raises TransferError at once, and copies nothing, when a block or layer does not exist, or when the link cannot
+        read behind a step.
         """
 
     def probe(self, target: memoryview, access: bytes) -> None:
@@ -140,6 +163,8 @@ def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> Sequence[byte
             raise TransferError(f"the peer has no KV block {source}: its pool has {remote.num_blocks}")
         if not 0 <= target < local.num_blocks:
             raise TransferError(f"there is no KV block {target} here: the pool has {local.num_blocks}")
+    if read.digests and read.behind_step:
+        raise TransferError(f"the blocks of step {read.behind_step}, which is running, cannot have digests yet")
     if read.digests and len(layers) != local.num_layers:
         raise TransferError(f"a digest is over all {local.num_layers} layers of a block, not over {len(layers)}")
     return split_digests(read.digests, len(read.blocks))

@@ -74,6 +74,8 @@ class NixlLink:
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
         digests = check_read(read, self._layout, self._pool.layout)
+        if read.behind_step:
+            raise TransferError("NIXL does not read behind a step: it cannot see how far the peer's step is")
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
         with self._lock:
             self._num_running += 1

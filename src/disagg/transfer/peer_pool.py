@@ -9,6 +9,7 @@ from typing import Final
 from disagg.base.errors import TransferError
 from disagg.transfer.address import PoolAddress, ShmWay
 from disagg.transfer.pool import FILE_NAME, HEADER_BYTES, SEALS, file_bytes, header, populate, view_blocks
+from disagg.transfer.step_progress import StepProgress
 
 _MADV_POPULATE_READ: Final = 22
 
@@ -27,6 +28,7 @@ class PeerPool:
         """Read-only."""
         self.data = memoryview(self._file)[HEADER_BYTES:]
         """The bytes after the header."""
+        self.progress = StepProgress(memoryview(self._file)[:HEADER_BYTES])
 
     def check_alive(self) -> None:
         """Raise TransferError unless the mapped file still is the pool of this incarnation."""

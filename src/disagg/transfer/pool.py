@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from disagg.base.errors import ConfigurationError
 from disagg.cache.layout import KvLayout
 from disagg.transfer.address import ADDRESS_VERSION, AnyWay, PoolAddress, ShmWay
+from disagg.transfer.step_progress import StepProgress
 
 HEADER_BYTES: Final = mmap.PAGESIZE
 FILE_NAME: Final = "disagg-kv"
@@ -90,6 +91,7 @@ class KvPool:
         self._file[: _HEADER.size] = header(layout, incarnation)
         self.blocks = view_blocks(self._file, layout)
         """Writable."""
+        self.progress = StepProgress(memoryview(self._file)[:HEADER_BYTES], self.start)
 
     @property
     def data(self) -> memoryview:

@@ -29,7 +29,8 @@ class SharedBlocks:
         self, pool: KvPool, settings: TransferSettings, host: str | None, clock: Clock, stack: ExitStack
     ) -> None:
         self._pool = pool
-        self._has_digests = settings.kv_digests
+        self.has_digests = settings.kv_digests
+        """Whether blocks are checked."""
         self._grants = Grants(clock)
         self._is_open = False
         self._of_parts: dict[tuple[RequestId, Epoch], dict[BlockId, bytes]] = {}
@@ -65,12 +66,13 @@ class SharedBlocks:
     def seal(self, offer: KvOffer, *, is_part: bool = False) -> KvOffer:
         """Return an offer with the digests of its blocks, and the capability to read them while it lasts.
 
-        A whole offer has the digests of the parts before it: those blocks are final since, and are not read again.
+        A whole offer has the digests of the parts before it: those blocks are final since, and are not read again. What
+        a step is still writing has none.
         """
         blocks, key = offer.block_ids, (offer.request_id, offer.epoch)
         known = self._of_parts.setdefault(key, {}) if is_part else self._of_parts.get(key, {})
         digests = b""
-        if self._has_digests:
+        if self.has_digests and not offer.behind_step:
             new = [block for block in blocks if block not in known]
             found = known | {block: block_digest(self._pool.blocks, block) for block in new}
             digests = b"".join([found[block] for block in blocks])

@@ -13,10 +13,11 @@ from typing import Final
 import numpy as np
 
 from disagg.base.clock import Clock
+from disagg.base.errors import TransferError
 from disagg.costs.links import LinkKind
 from disagg.transfer.address import PoolAddress, ShmWay
 from disagg.transfer.block_forms import BlockForms
-from disagg.transfer.digests import bad_blocks, block_digest, corrupt
+from disagg.transfer.digests import LayerDigests, bad_blocks, block_digest, corrupt
 from disagg.transfer.link import (
     BlockPair,
     KvRead,
@@ -65,6 +66,7 @@ class ShmLink:
         self._pool = pool
         self._threads = threads
         self._clock = clock
+        self._is_closed = False
         self._toucher = PageToucher(self._peer) if maps_ahead else None
         if self._toucher is not None:
             self._toucher.start()
@@ -73,7 +75,10 @@ class ShmLink:
         """See ``Link.read``."""
         digests = check_read(read, self._peer.layout, self._pool.layout)
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
-        self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
+        copy = partial(self._copy, transfer, read, digests)
+        if read.behind_step:
+            copy = partial(self._follow, transfer, read)
+        self._threads.submit(transfer.run, copy)
         return transfer
 
     def probe(self, target: memoryview, access: bytes) -> None:
@@ -86,7 +91,8 @@ class ShmLink:
         self._peer.check_alive()
 
     def close(self) -> None:
-        """See ``Link.close``: the mapping goes with the last transfer that uses it."""
+        """See ``Link.close``: the mapping goes with the last transfer that uses it; one behind a step fails now."""
+        self._is_closed = True
         if self._toucher is not None:
             self._toucher.stop()
 
@@ -111,6 +117,37 @@ class ShmLink:
             done += count
         self._peer.check_alive()
         return TransferState.DONE
+
+    def _follow(self, transfer: Transfer, read: KvRead) -> TransferState:
+        """Copy the layers that a step of the peer writes, as many at a time as are there."""
+        sources, targets = zip(*read.blocks, strict=True) if read.blocks else ((), ())
+        digests = LayerDigests(len(sources))
+        check = partial(self._check, transfer, transfer.started_s + read.timeout_s)
+        for layers in self._peer.progress.follow(read.behind_step, read.layers, check):
+            check()
+            if self._forms.is_same:
+                source, target = (
+                    blocks[layers.start : layers.stop] for blocks in (self._peer.blocks, self._pool.blocks)
+                )
+                for theirs, ours, count in runs(read.blocks, len(read.blocks)):
+                    np.copyto(target[:, ours : ours + count], source[:, theirs : theirs + count])
+                came, places = target, targets
+            else:
+                starts = [self._peer.layout.offset(layer, block) for layer in layers for block in sources]
+                self._forms.convert(self._peer.data, starts, self._pool.data, layers, targets)
+                came, places = self._peer.blocks[layers.start : layers.stop], sources
+            if read.wants_digests:
+                digests.add(came, places)
+        self._peer.check_alive()
+        transfer.digests = digests.join() if read.wants_digests else b""
+        return TransferState.DONE
+
+    def _check(self, transfer: Transfer, until_s: float) -> None:
+        """Raise when a wait for the peer's step should end."""
+        transfer.check(until_s)
+        if self._is_closed:
+            raise TransferError("the link was closed: the peer has ended")
+        self._peer.check_alive()
 
     def _convert(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
         """Take over blocks of another form, a few at a time; what was read is compared with the digests right after."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import numpy as np
+
 from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
 from disagg.base.ids import BlockId
@@ -20,10 +22,10 @@ from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import PoolAddress, TcpWay
 from disagg.transfer.block_forms import BlockForms, ConvertedBlocks
 from disagg.transfer.coded_blocks import CodedBlocks
-from disagg.transfer.digests import bad_blocks, corrupt
+from disagg.transfer.digests import LayerDigests, bad_blocks, corrupt
 from disagg.transfer.kv_socket import KvSocket
 from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
-from disagg.transfer.pool import KvPool
+from disagg.transfer.pool import Blocks, KvPool
 from disagg.transfer.wire import (
     MAX_REPLY_BYTES,
     ReadRequest,
@@ -38,10 +40,6 @@ from disagg.transfer.wire import (
 MIN_STREAM_BYTES: Final = 4 << 20
 """Fewer bytes than this are not worth another connection."""
 PROBE_TIMEOUT_S: Final = 30.0
-
-
-class _CancelledError(Exception):
-    """Nobody wants the transfer any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +97,9 @@ class TcpLink:
         """See ``Link.read``."""
         digests = check_read(read, self._address.layout, self._pool.layout)
         transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
+        if read.behind_step:
+            self._threads.submit(transfer.run, partial(self._follow, transfer, read))
+            return transfer
         transfer.codec = self._codec(transfer.num_bytes)
         self._threads.submit(transfer.run, partial(self._copy, transfer, read, digests))
         return transfer
@@ -143,18 +144,51 @@ class TcpLink:
         started_s = self._clock.now()
         check = partial(self._check, transfer, stopped, started_s + read.timeout_s)
         ask = _Ask(read, transfer.codec, check)
-        try:
-            parts = _share_out(read, digests, transfer.num_bytes, self._num_streams)
-            bad = self._read_parts(ask, parts, stopped)
-            if bad.blocks:
-                transfer.num_repeated = len(bad.blocks)
-                still_bad = self._read_part(ask, bad)
-                if still_bad.blocks:
-                    raise corrupt(still_bad.blocks[0][0])
-        except _CancelledError:
-            return TransferState.CANCELLED
+        parts = _share_out(read, digests, transfer.num_bytes, self._num_streams)
+        bad = self._read_parts(ask, parts, stopped)
+        if bad.blocks:
+            transfer.num_repeated = len(bad.blocks)
+            still_bad = self._read_part(ask, bad)
+            if still_bad.blocks:
+                raise corrupt(still_bad.blocks[0][0])
         self._codecs.observe(transfer.codec, transfer.num_bytes, self._clock.now() - started_s)
         return TransferState.DONE
+
+    def _follow(self, transfer: Transfer, read: KvRead) -> TransferState:
+        """Read what a step of the peer writes, over one connection, layer by layer; it travels as it is."""
+        if not read.blocks or not read.layers:
+            return TransferState.DONE
+        check = partial(self._check, transfer, threading.Event(), transfer.started_s + read.timeout_s)
+        ask = _Ask(read, KvCodec.RAW, check)
+        connection, num_bytes = self._send_request(self._request(ask, _Part(read.blocks, ())), check)
+        digests = LayerDigests(len(read.blocks))
+        try:
+            if num_bytes != len(read.blocks) * len(read.layers) * self._address.layout.layer_block_bytes:
+                raise TransferError(f"the peer sends {num_bytes} bytes of KV behind its step, others were asked for")
+            for layer in read.layers:
+                came, places = self._receive_layer(connection, range(layer, layer + 1), read.blocks)
+                if read.wants_digests:
+                    digests.add(came, places)
+        except BaseException:
+            self._drop(connection)
+            raise
+        self._keep(connection)
+        transfer.digests = digests.join() if read.wants_digests else b""
+        return TransferState.DONE
+
+    def _receive_layer(
+        self, connection: KvSocket, layer: range, blocks: Sequence[BlockPair]
+    ) -> tuple[Blocks, Sequence[int]]:
+        """Take over one layer of these blocks; return where its bytes are as they came, and which of them are whose."""
+        pool, targets = self._pool, [target for _, target in blocks]
+        if self._forms.is_same:
+            connection.receive(pieces(pool.data, pool.layout, layer, targets))
+            return pool.blocks[layer.start : layer.stop], targets
+        converted = ConvertedBlocks(self._forms, self._address.layout, pool, layer)
+        room = converted.room_for(len(targets))
+        connection.receive([room])
+        converted.take(room, targets, ())
+        return np.frombuffer(room, np.uint8).reshape(1, len(targets), -1), range(len(targets))
 
     def _codec(self, num_bytes: int) -> KvCodec:
         if self._dtype is KvTransferDtype.AUTO:
@@ -252,6 +286,7 @@ class TcpLink:
             block_bytes=self._address.layout.layer_block_bytes,
             codec=ask.codec,
             digests=b"" if ask.codec is KvCodec.RAW else b"".join(part.digests),
+            behind_step=ask.read.behind_step,
         )
 
     def _send_request(self, asked: ReadRequest, check: Callable[[], None]) -> tuple[KvSocket, int]:
@@ -317,12 +352,9 @@ class TcpLink:
     def _check(self, transfer: Transfer, stopped: threading.Event, until_s: float) -> None:
         if self._is_closed:
             raise TransferError("the link was closed: the peer has ended")
-        if transfer.is_cancelled:
-            raise _CancelledError("the transfer was cancelled")
-        if stopped.is_set():
+        if stopped.is_set() and not transfer.is_cancelled:
             raise TransferError("another part of the transfer failed")
-        if self._clock.now() >= until_s:
-            raise TransferError("the transfer took longer than the lease of its blocks")
+        transfer.check(until_s)
 
 
 def _exchange(connection: KvSocket, request: bytes) -> Reply:

@@ -2,7 +2,8 @@
 
 The reader greets (``HELLO``: magic, version, the incarnation that it looks for) and gets a ``Reply``. Then, any number
 of times: a ``ReadRequest``, a ``Reply``, and the bytes of the blocks, group by group and inside a group layer by layer,
-each block in the order in which it was asked for. Frames are MessagePack after their length; a peer's bytes are never
+each block in the order in which it was asked for. Behind a step that is running all blocks are one group, whose layers
+follow as they are there. Frames are MessagePack after their length; a peer's bytes are never
 evaluated, and no length in them is believed before it was compared with the layout.
 """
 
@@ -19,7 +20,7 @@ from disagg.base.messages import UNREADABLE
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_REPLY_BYTES: Final = 1 << 16
 MAX_PROBE_BYTES: Final = 1 << 28
@@ -35,7 +36,8 @@ _encoder = msgspec.msgpack.Encoder()
 class ReadRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Send these layers of these blocks. ``digests``, where the codec changes the bytes, are those of the originals.
 
-    ``probe_bytes`` asks for so many bytes without meaning instead: see ``link_probe``.
+    With ``behind_step`` that step is still writing them. ``probe_bytes`` asks for so many bytes without meaning
+    instead: see ``link_probe``.
     """
 
     access: Annotated[bytes, Meta(max_length=MAX_REQUEST_BYTES)]
@@ -47,6 +49,7 @@ class ReadRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     codec: KvCodec = KvCodec.RAW
     digests: bytes = b""
     probe_bytes: Annotated[int, Meta(ge=0, le=MAX_PROBE_BYTES)] = 0
+    behind_step: Annotated[int, Meta(ge=0, lt=2**47)] = 0
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -223,6 +223,19 @@ def test_pools_may_change_from_step_to_step() -> None:
     torch.testing.assert_close(stack(one, batch), first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_are_counted_where_somebody_reads_the_count(threads: int) -> None:
+    batch, num_blocks = make_batch([(40, 20), (9, 1)], BLOCK_SIZE)
+    stack = decoder_stack(FASTEST, make_weights(FASTEST, torch.float32, 3), make_settings(None, None, None))
+    assert stack.counts_layers
+    word = np.array([7 << 16], dtype=np.uint64)
+    with num_threads(threads):
+        counted = stack(make_pool(3, num_blocks, torch.float32), dataclasses.replace(batch, progress=word.ctypes.data))
+        uncounted = stack(make_pool(3, num_blocks, torch.float32), batch)
+    assert word.tolist() == [(7 << 16) + 3]
+    torch.testing.assert_close(counted, uncounted, rtol=0, atol=0)
+
+
 def test_a_backend_that_does_not_fuse_a_decoder_composes_it() -> None:
     backend = TorchBackend(FASTEST.kv_format)
     weights = make_weights(backend, torch.float32, 1)

@@ -158,5 +158,6 @@ class Decoder:
         num_wanted: int,
         logits: int,
         largest: int,
+        progress: int,
         num_threads: int,
     ) -> None: ...

@@ -24,6 +24,8 @@ def decoder_stack(backend: KernelBackend, weights: DecoderWeights, settings: Dec
 class ComposedDecoder:
     """See ``DecoderStack``: one call of the backend after the other."""
 
+    counts_layers = False
+
     def __init__(self, backend: KernelBackend, weights: DecoderWeights, settings: DecoderSettings) -> None:
         self._backend = backend
         self._weights = weights

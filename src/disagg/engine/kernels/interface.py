@@ -36,6 +36,9 @@ class StepBatch:
     ``most_likely``: int64 [L], where it is wanted: a decoder that finds on its way the first of the largest of each row
     of logits writes it there, NOT_FINITE where that is not finite. Others leave it as it is.
 
+    ``progress`` is the address of a word to which a decoder may add one for each layer when its keys and values are
+    written; 0 where nobody reads it.
+
     Where layers have blocks of their own, ``layer_tables`` says of each layer whose: those of ``block_tables``, 0, or
     from 1 on of ``others``, the same step over other blocks. Entries behind a layer's window are 0.
     """
@@ -49,6 +52,7 @@ class StepBatch:
     max_query_len: int
     max_context_len: int
     most_likely: npt.NDArray[np.int64] | None = None
+    progress: int = 0
     layer_tables: tuple[int, ...] = ()
     others: tuple["StepBatch", ...] = ()
 
@@ -182,6 +186,9 @@ class DecoderSettings:
 
 class DecoderStack(Protocol):
     """A decoder over a paged KV pool, from token ids to logits."""
+
+    counts_layers: bool
+    """Whether it counts in ``StepBatch.progress``."""
 
     def __call__(self, kv: torch.Tensor | Sequence[torch.Tensor], batch: StepBatch) -> torch.Tensor:
         """Pass a step's tokens through the decoder; write their K and V into ``kv[layer]``.

@@ -22,6 +22,8 @@ NO_WINDOW: Final = 2**31 - 1
 class NativeDecoder:
     """See ``DecoderStack``. ``native`` has no layers yet; ``prepare_step`` gives a batch in its native form."""
 
+    counts_layers = True
+
     def __init__(
         self,
         native: "_native.Decoder",
@@ -62,6 +64,7 @@ class NativeDecoder:
                 num_wanted=num_wanted,
                 logits=logits.data_ptr(),
                 largest=0 if best is None else array_address(best, np.int64, num_wanted),
+                progress=batch.progress,
                 num_threads=torch.get_num_threads(),
             )
         except (IndexError, ValueError) as error:

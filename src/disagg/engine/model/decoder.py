@@ -86,6 +86,11 @@ class Decoder:
         """Where the weights are, and where a step's tensors must be."""
         return self._weights.embeddings.device
 
+    @property
+    def counts_layers(self) -> bool:
+        """Whether it counts in ``StepBatch.progress`` the layers whose keys and values are written."""
+        return self._stack.counts_layers
+
     def forward(self, batch: StepBatch, kv: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Compute one step: write the new tokens' keys and values into ``kv``, return logits of the wanted rows.
 

@@ -3,6 +3,9 @@
 All of the sequence's blocks are reserved at once, when nobody else wants them, and are let go again as soon as somebody
 does who can use them now: a running sequence that grows, or one whose blocks are all there. Whatever goes wrong with a
 part, nothing is lost: the whole offer comes at the end of the prompt, and then all of it is pulled.
+
+The last part is read behind the step that writes it, and waits for it most of the time: so it holds up nothing else.
+What came is only known to be right when the whole offer says so; if it does not, that part is read again.
 """
 
 import bisect
@@ -10,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.scheduling.step.actions import Pull
+from disagg.scheduling.step.actions import Pull, StopPull
 from disagg.scheduling.step.books import Books, order_of
 from disagg.scheduling.step.events import KvExtended, KvOffered
 from disagg.scheduling.step.sequence import EarlyKv, KvPart, RemoteKv, Sequence, SequenceState
@@ -36,13 +39,24 @@ class EarlyPulls:
         """Those that no block is reserved for, in order."""
         self.awaiting: list[Sequence] = []
         """Those that have their blocks, and of which no part is being read."""
+        self._behind: list[Sequence] = []
+        """Those of which a part is being read behind the step that writes it."""
+
+    @property
+    def num_patient(self) -> int:
+        """How many sequences wait for another instance's step, with their blocks reserved."""
+        return len(self.awaiting) + len(self._behind)
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        """Return whether a part of the sequence is being read behind the step that writes it."""
+        return sequence in self._behind
 
     def enter(self, event: KvOffered) -> None:
         """Take a sequence of which a first part is offered."""
         sequence = self._books.enter(event, SequenceState.OFFERED)
         sequence.num_prefill_tokens = event.num_tokens
         end = self._books.ledger.num_blocks_for(event.num_kv_tokens)
-        sequence.early = EarlyKv(event.source, deque([KvPart(0, end, event.source_blocks, event.expires_s)]))
+        sequence.early = EarlyKv(event.source, deque([_part_of(event, 0, end)]))
         bisect.insort(self.without_room, sequence, key=order_of)
 
     def on_extended(self, event: KvExtended) -> None:
@@ -50,7 +64,7 @@ class EarlyPulls:
         sequence = self._find(event.request_id, event.epoch)
         if sequence is not None and sequence.early is not None and sequence.remote is None:
             end = self._books.ledger.num_blocks_for(event.num_kv_tokens)
-            sequence.early.parts.append(KvPart(event.first_block, end, event.source_blocks, event.expires_s))
+            sequence.early.parts.append(_part_of(event, event.first_block, end))
 
     def completes(self, event: KvOffered) -> bool:
         """Take the whole offer of a sequence that is known from its parts; return False for any other."""
@@ -63,6 +77,8 @@ class EarlyPulls:
         sequence.block_hashes = event.block_hashes
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.early.parts.clear()
+        if not event.is_sound:
+            sequence.early.num_here = sequence.early.num_final
         is_whole = self._books.ledger.is_whole(event.num_kv_tokens, event.source_blocks)
         sequence.early.fits = is_whole and num_known == event.num_kv_tokens
         self._books.wake_at(event.expires_s)
@@ -93,7 +109,7 @@ class EarlyPulls:
 
     @property
     def _is_reading(self) -> bool:
-        return self._books.num_pulling > len(self.awaiting)
+        return self._books.num_pulling > self.num_patient
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Reserve room for a sequence while nobody who could use it now is without; return False where somebody is."""
@@ -115,12 +131,23 @@ class EarlyPulls:
         """What was being read is here; return whether that is all, and the sequence can run."""
         early, remote = sequence.early, sequence.remote
         assert early is not None, "it is known from its parts"
-        early.num_here, early.reading, sequence.copies = early.num_coming, None, ()
+        early.num_here, sequence.copies = early.num_coming, ()
+        if not self._stop_following(sequence):
+            early.num_final = early.num_here
+        early.reading = None
         if remote is None or early.num_here < len(sequence.block_ids):
             self.wait(sequence)
             return False
         sequence.early, sequence.num_computed = None, remote.num_tokens
         return True
+
+    def missed(self, sequence: Sequence) -> None:
+        """What was being read behind a step did not come: it is in the whole offer, like the rest."""
+        early = sequence.early
+        assert early is not None, "it is known from its parts"
+        self._stop_following(sequence)
+        early.reading, sequence.copies = None, ()
+        self.wait(sequence)
 
     def wait(self, sequence: Sequence) -> None:
         """Let a sequence that has its blocks wait for what comes next of it."""
@@ -128,11 +155,19 @@ class EarlyPulls:
         bisect.insort(self.awaiting, sequence, key=order_of)
 
     def make_room(self) -> bool:
-        """Let go of the blocks of the last sequence that is only waited for; return False when there is none."""
+        """Let go of the blocks of the last sequence that is only waited for; return False when there is none.
+
+        Those that are read behind a step are free a little later.
+        """
         for sequence in reversed(self.awaiting):
             if sequence.remote is None:
                 self.give_up(sequence)
                 return True
+        for sequence in reversed(self._behind):
+            if sequence.remote is None:
+                self.give_up(sequence, ended=False)
+                self._books.actions.append(StopPull(request_id=sequence.request_id, epoch=sequence.epoch))
+                return False
         return False
 
     def give_up(self, sequence: Sequence, *, ended: bool = True) -> None:
@@ -140,7 +175,7 @@ class EarlyPulls:
         early = sequence.early
         assert early is not None, "it is known from its parts"
         self.let_go(sequence, ended=ended)
-        early.is_given_up, early.num_here, early.reading = True, 0, None
+        early.is_given_up, early.num_here, early.num_final, early.reading = True, 0, 0, None
         early.parts.clear()
         sequence.move(SequenceState.OFFERED, self._books.now)
         bisect.insort(self.without_room, sequence, key=order_of)
@@ -149,6 +184,7 @@ class EarlyPulls:
         """Take back what is reserved for a sequence; its record stays open."""
         if sequence.state is SequenceState.AWAITING:
             self.awaiting.remove(sequence)
+        self._stop_following(sequence)
         self._books.num_pulling -= 1
         self._books.ledger.abandon_pull(sequence, ended)
 
@@ -193,6 +229,8 @@ class EarlyPulls:
         self.awaiting.remove(sequence)
         sequence.move(SequenceState.PULLING, books.now)
         early.num_coming = part.end_block
+        if part.behind_step:
+            self._behind.append(sequence)
         books.ledger.begin_copies(sequence, part, early.num_here)
         if not sequence.copies:
             self._done(sequence.request_id, sequence.epoch)
@@ -208,6 +246,17 @@ class EarlyPulls:
             )
         )
 
+    def _stop_following(self, sequence: Sequence) -> bool:
+        """Note that nothing of the sequence is read behind a step any more; return whether something was."""
+        was_behind = sequence in self._behind
+        if was_behind:
+            self._behind.remove(sequence)
+        return was_behind
+
     def _find(self, request_id: RequestId, epoch: Epoch) -> Sequence | None:
         sequence = self._books.sequences.get(request_id)
         return sequence if sequence is not None and sequence.epoch == epoch else None
+
+
+def _part_of(event: KvOffered | KvExtended, first_block: int, end_block: int) -> KvPart:
+    return KvPart(first_block, end_block, event.source_blocks, event.expires_s, event.behind_step)

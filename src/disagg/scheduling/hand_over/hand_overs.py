@@ -6,6 +6,7 @@ buffer and this instance is never flooded. What cannot be pulled is computed her
 
 import bisect
 import math
+from collections.abc import Iterable
 from typing import Final
 
 from disagg.base.errors import InternalError
@@ -14,7 +15,7 @@ from disagg.costs.step_times import StepTimes
 from disagg.scheduling.capacity import most_tokens
 from disagg.scheduling.hand_over.early_pulls import EarlyPulls
 from disagg.scheduling.hand_over.tier_reads import TierReads
-from disagg.scheduling.step.actions import LendKv, LoadBlocks, OfferKv, OfferPart, Pull, ReleaseLease
+from disagg.scheduling.step.actions import Chunk, LendKv, LoadBlocks, OfferKv, OfferPart, Pull, ReleaseLease
 from disagg.scheduling.step.books import Books, order_of
 from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
@@ -70,15 +71,33 @@ class HandOvers:
         is_last = sequence.num_computed >= sequence.num_tokens
         if is_last or not books.settings.kv_overlap or (num_full - first) * size < LEAST_PART_TOKENS:
             return
-        sequence.num_offered = num_full
+        self._offer_up_to(sequence, num_full, num_full * size)
+
+    def offer_behind(self, step_id: int, parts: Iterable[tuple[Sequence, Chunk]]) -> None:
+        """Let another instance read the last blocks of prompts behind the step that has just begun to write them."""
+        ledger = self._books.ledger
+        if not self._books.settings.kv_overlap:
+            return
+        for sequence, chunk in parts:
+            is_prompt = sequence.num_tokens == sequence.num_prefill_tokens
+            if not (sequence.hand_over and chunk.samples and is_prompt):
+                continue
+            num_all = ledger.num_blocks_for(sequence.num_tokens)
+            if (num_all - sequence.num_offered) * ledger.block_size >= LEAST_PART_TOKENS:
+                self._offer_up_to(sequence, num_all, sequence.num_tokens, step_id)
+
+    def _offer_up_to(self, sequence: Sequence, end: int, num_tokens: int, behind_step: int = 0) -> None:
+        books, first = self._books, sequence.num_offered
+        sequence.num_offered = end
         books.actions.append(
             OfferPart(
                 request_id=sequence.request_id,
                 epoch=sequence.epoch,
                 first_block=first,
-                num_tokens=num_full * size,
-                block_ids=books.ledger.part_of(sequence, first, num_full),
+                num_tokens=num_tokens,
+                block_ids=books.ledger.part_of(sequence, first, end),
                 lease_s=books.settings.lease_s,
+                behind_step=behind_step,
             )
         )
 
@@ -224,7 +243,9 @@ class HandOvers:
         """The blocks will not all arrive; unless ``ended``, some still may."""
         books = self._books
         sequence = books.find(request_id, epoch, SequenceState.PULLING)
-        if sequence is not None and sequence.early is not None and sequence.remote is None:
+        if sequence is not None and ended and self.early.is_behind(sequence):
+            self.early.missed(sequence)
+        elif sequence is not None and sequence.early is not None and sequence.remote is None:
             self.early.give_up(sequence, ended=ended)
         elif sequence is not None:
             self.early.let_go(sequence, ended=ended)

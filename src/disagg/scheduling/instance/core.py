@@ -60,7 +60,15 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import Tracked, event_of, kv_offered, mismatch, pulled_message, unread
+from disagg.scheduling.instance.tracked import (
+    Tracked,
+    event_of,
+    kv_extended,
+    kv_offered,
+    mismatch,
+    pulled_message,
+    unread,
+)
 from disagg.scheduling.step.actions import (
     AnyMove,
     DropSaved,
@@ -75,6 +83,7 @@ from disagg.scheduling.step.actions import (
     ReleaseLease,
     RunStep,
     SaveBlock,
+    StopPull,
     WakeAt,
 )
 from disagg.scheduling.step.events import (
@@ -83,7 +92,6 @@ from disagg.scheduling.step.events import (
     BlockSaved,
     BlocksRead,
     Cancelled,
-    KvExtended,
     LentKv,
     SourceLost,
     StepDone,
@@ -110,7 +118,7 @@ class InstanceCore:
             max_model_len=header.max_model_len,
             num_stages=header.num_stages,
             times=given_times(header),
-            memory=KvMemory(header.medium, header.tiers(), header.window),
+            memory=KvMemory(header.medium, header.tiers(), header.window, header.shows_progress),
         )
         self._lessons = Lessons(header)
         self._sequences: dict[RequestId, Tracked] = {}
@@ -301,9 +309,9 @@ class InstanceCore:
             expected.take_whole(offer, self._now)
         elif not self._admit(facts, offer, events):
             return
-        expires_s = self._now + offer.lease_s
-        self._sequences[facts.request_id].expires_s = expires_s
-        events.append(kv_offered(facts, offer, expires_s, is_whole=True))
+        tracked = self._sequences[facts.request_id]
+        tracked.expires_s = self._now + offer.lease_s
+        events.append(kv_offered(facts, offer, tracked.expires_s, is_whole=True, is_sound=tracked.is_sound()))
 
     def _on_expect(self, message: Expect, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.offer
@@ -318,16 +326,7 @@ class InstanceCore:
         if tracked is None or not tracked.is_expected:
             return
         tracked.parts[offer.first_block] = offer
-        events.append(
-            KvExtended(
-                request_id=offer.request_id,
-                epoch=offer.epoch,
-                first_block=offer.first_block,
-                source_blocks=offer.block_ids,
-                num_kv_tokens=offer.num_tokens,
-                expires_s=self._now + offer.lease_s,
-            )
-        )
+        events.append(kv_extended(offer, self._now + offer.lease_s))
 
     def _admit(self, facts: SequenceFacts, offer: KvOffer | None, events: list[AnyEvent]) -> bool:
         """Open a record unless this is old news or cannot be computed; a newer attempt replaces an older one."""
@@ -370,7 +369,8 @@ class InstanceCore:
         sequence = self._find(request_id, epoch)
         if sequence is not None:
             sequence.note_copy(result)
-        if result.failure:
+        is_sound = sequence is None or result.digests is None or sequence.is_sound()
+        if result.failure or not is_sound:
             events.append(TransferFailed(request_id=request_id, epoch=epoch, ended=not result.may_still_write))
         else:
             events.append(TransferDone(request_id=request_id, epoch=epoch))
@@ -400,14 +400,16 @@ class InstanceCore:
                 self._outputs.append(Offered(offer=self._kv_offer(action)))
                 self._drop(action.request_id, action.epoch)
                 self._forget(action.request_id, action.epoch)
-            case OfferPart(first_block=first_block):
-                offer = structs.replace(self._kv_offer(action), first_block=first_block)
+            case OfferPart(first_block=first, behind_step=step_id):
+                offer = structs.replace(self._kv_offer(action), first_block=first, behind_step=step_id)
                 self._outputs.append(PartOffered(offer=offer))
             case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
                 offered = Offered(offer=self._kv_offer(action)) if num_tokens else None
                 self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
             case Pull():
                 self._pull(action)
+            case StopPull(request_id=request_id, epoch=epoch):
+                self._outputs.append(CancelCopy(request_id=request_id, epoch=epoch))
             case ReleaseLease(request_id=request_id, epoch=epoch):
                 self._outputs.append(pulled_message(action, self._find(request_id, epoch), self._now))
             case Reject(request_id=request_id, epoch=epoch, detail=detail):

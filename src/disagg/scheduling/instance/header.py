@@ -36,6 +36,8 @@ class InstanceHeader(
     saved_blocks: tuple[BlockHash, ...] = ()
     window: WindowBlocks | None = None
     """Which blocks hold the layers with a sliding window; None where no layer has blocks of its own."""
+    shows_progress: bool = False
+    """Others can read the KV blocks of its steps while these write them, layer by layer."""
     tells_tokens: bool = False
     """News of cached blocks say whose they are, so that their tokens can go with them."""
     latency: FittedLatency | None = None

@@ -76,6 +76,8 @@ class CopyEnded(InstanceInput, frozen=True, kw_only=True):
     num_repeated: int = 0
     """Blocks that came with another digest and were copied again."""
     may_still_write: bool = False
+    digests: bytes | None = None
+    """Of the blocks as they came, where they were read behind a step, before they were offered for good."""
 
 
 class CopySettled(InstanceInput, frozen=True, kw_only=True):

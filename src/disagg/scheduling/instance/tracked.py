@@ -10,6 +10,7 @@ from disagg.scheduling.step.actions import ReleaseLease
 from disagg.scheduling.step.events import (
     AnyEvent,
     BlockSaved,
+    KvExtended,
     KvOffered,
     KvWanted,
     LeaseReleased,
@@ -41,6 +42,8 @@ class Tracked:
     copied_s: float = 0.0
     overlapped_s: float = 0.0
     num_repeated: int = 0
+    digests_behind: bytes | None = None
+    """Of the blocks that were read behind the step that wrote them, as they came; None where none were."""
     abandoned: str = ""
     """Why its offered KV blocks will not be pulled, if that is known."""
     scheduled_s: float = 0.0
@@ -67,12 +70,28 @@ class Tracked:
         self.copy = result
         self.num_bytes += result.num_bytes
         self.num_repeated += result.num_repeated
+        if result.digests is not None and not result.failure:
+            self.digests_behind = result.digests
         taken_s = result.ended_s - result.started_s
         self.copied_s += taken_s
         if self.is_expected:
             self.overlapped_s += taken_s
         elif self.parts:  # what was being read when the whole was offered
             self.overlapped_s += min(taken_s, max(0.0, self.received_s - result.started_s))
+
+    def is_sound(self) -> bool:
+        """Return whether what was read behind a step is what is offered; blocks that are not count as repeated."""
+        offer, came = self.offer, self.digests_behind
+        if offer is None or not offer.digests or came is None:
+            return True
+        size = len(offer.digests) // len(offer.block_ids)
+        meant = offer.digests[len(offer.digests) - len(came) :]
+        if came and came == meant:
+            return True
+        self.num_repeated += sum(
+            came[start : start + size] != meant[start : start + size] for start in range(0, len(came), size)
+        )
+        return False
 
     def start_step(self, start: int, now: float) -> None:
         """Note its first step here; what lies before its first chunk was not computed."""
@@ -127,7 +146,9 @@ def _why_unread(sequence: Tracked | None, now: float) -> str:
 def mismatch(offer: KvOffer, facts: SequenceFacts) -> str:
     """Return why an offer cannot be this sequence's; an empty string where it can."""
     same = (offer.request_id, offer.epoch) == (facts.request_id, facts.epoch)
-    if same and 0 < offer.num_tokens < facts.num_tokens:
+    # Behind the step that writes the last of them, the token that follows them is not known yet.
+    most_tokens = facts.num_tokens if offer.behind_step else facts.num_tokens - 1
+    if same and 0 < offer.num_tokens <= most_tokens:
         return ""
     return (
         f"the offer of {offer.num_tokens} tokens of {offer.request_id} (epoch {offer.epoch}) does not belong "
@@ -147,7 +168,9 @@ def unread(offer: KvOffer, why: str) -> Pulled:
     )
 
 
-def kv_offered(facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_whole: bool) -> KvOffered:
+def kv_offered(
+    facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_whole: bool, is_sound: bool = True
+) -> KvOffered:
     """Return what an offer, which ends at ``expires_s``, means to the scheduler."""
     return KvOffered(
         request_id=facts.request_id,
@@ -163,6 +186,21 @@ def kv_offered(facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_who
         block_hashes=facts.block_hashes,
         objectives=facts.objectives,
         is_whole=is_whole,
+        behind_step=offer.behind_step,
+        is_sound=is_sound,
+    )
+
+
+def kv_extended(offer: KvOffer, expires_s: float) -> KvExtended:
+    """Return what a further part, whose offer ends at ``expires_s``, means to the scheduler."""
+    return KvExtended(
+        request_id=offer.request_id,
+        epoch=offer.epoch,
+        first_block=offer.first_block,
+        source_blocks=offer.block_ids,
+        num_kv_tokens=offer.num_tokens,
+        expires_s=expires_s,
+        behind_step=offer.behind_step,
     )
 
 

@@ -59,7 +59,10 @@ class OfferKv(Action, frozen=True, kw_only=True):
 
 
 class OfferPart(Action, frozen=True, kw_only=True):
-    """Tell the world that these blocks of a sequence, from its ``first_block`` on, are final; others are to come."""
+    """Tell the world that these blocks of a sequence, from its ``first_block`` on, can be read; others are to come.
+
+    They are final, or the step ``behind_step`` has just begun to write the last of them, layer after layer.
+    """
 
     request_id: RequestId
     epoch: Epoch
@@ -68,6 +71,7 @@ class OfferPart(Action, frozen=True, kw_only=True):
     """Up to the end of the last of them."""
     block_ids: tuple[BlockId, ...]
     lease_s: float
+    behind_step: int = 0
 
 
 class LendKv(Action, frozen=True, kw_only=True):
@@ -97,6 +101,13 @@ class Pull(Action, frozen=True, kw_only=True):
     expires_s: float
     part: int | None = None
     """The first block of the part that they were offered in; None: they were offered whole."""
+
+
+class StopPull(Action, frozen=True, kw_only=True):
+    """End a running pull soon: others need the room. TransferFailed comes as ever."""
+
+    request_id: RequestId
+    epoch: Epoch
 
 
 class BlockLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -169,7 +180,18 @@ class WakeAt(Action, frozen=True, kw_only=True):
 
 
 AnyMove = (
-    OfferKv | OfferPart | LendKv | Pull | LoadBlocks | SaveBlock | DropSaved | ReleaseLease | Reject | Forget | WakeAt
+    OfferKv
+    | OfferPart
+    | LendKv
+    | Pull
+    | StopPull
+    | LoadBlocks
+    | SaveBlock
+    | DropSaved
+    | ReleaseLease
+    | Reject
+    | Forget
+    | WakeAt
 )
 """What is done once for a sequence or a block, beside its steps."""
 AnyAction = RunStep | Emit | AnyMove

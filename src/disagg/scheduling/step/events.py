@@ -50,6 +50,8 @@ class KvOffered(Event, frozen=True, kw_only=True):
     """A sequence to continue here, whose first ``num_kv_tokens`` tokens are in ``source_blocks`` of ``source``.
 
     Unless it ``is_whole``, that instance is still computing: more comes as ``KvExtended``, and then all of it whole.
+    With ``behind_step`` that step of it is still writing them. ``is_sound`` says of a whole offer that what was read
+    behind such a step, if anything was, is what is offered now.
     """
 
     request_id: RequestId
@@ -66,12 +68,14 @@ class KvOffered(Event, frozen=True, kw_only=True):
     objectives: Objectives = Objectives()
     """What is missing here is as the settings say."""
     is_whole: bool = True
+    behind_step: int = 0
+    is_sound: bool = True
 
 
 class KvExtended(Event, frozen=True, kw_only=True):
     """More blocks of a sequence that is being computed elsewhere can be read, from its ``first_block`` on.
 
-    They end with its first ``num_kv_tokens`` tokens.
+    They end with its first ``num_kv_tokens`` tokens. With ``behind_step`` that step is still writing them.
     """
 
     request_id: RequestId
@@ -80,6 +84,7 @@ class KvExtended(Event, frozen=True, kw_only=True):
     source_blocks: tuple[BlockId, ...]
     num_kv_tokens: int
     expires_s: float
+    behind_step: int = 0
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

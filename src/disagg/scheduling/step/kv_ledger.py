@@ -22,12 +22,14 @@ from disagg.scheduling.step.windows import Windows
 class KvMemory:
     """Where an instance's KV blocks are, in which tiers behind the pool, quickest first, and which slide.
 
-    ``window`` is None where no layer has blocks of its own, as it has to be where there are tiers.
+    ``window`` is None where no layer has blocks of its own, as it has to be where there are tiers. ``shows_progress``
+    where others can read a step's blocks while it writes them, layer by layer.
     """
 
     medium: Medium = Medium.GPU
     tiers: tuple[BlockTier, ...] = ()
     window: WindowBlocks | None = None
+    shows_progress: bool = False
 
 
 class KvLedger:
@@ -61,6 +63,7 @@ class KvLedger:
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._medium = memory.medium
+        self.shows_progress = memory.shows_progress and memory.window is None
         self._windows = Windows(memory.window, block_size, most_in_sight)
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
@@ -309,7 +312,7 @@ class KvLedger:
         pulled, beside = _split(taken[0], num_blocks - num_found)
         sequence.block_ids, sequence.window_ids, sequence.first_in_window = reusable + pulled, in_window + beside, first
         sequence.filling = taken[0]
-        early.num_here = sequence.num_published = num_found
+        early.num_here = early.num_final = sequence.num_published = num_found
         return True
 
     def begin_copies(self, sequence: Sequence, part: KvPart, num_here: int) -> None:

@@ -117,7 +117,7 @@ class StepScheduler:
         if now >= books.alarm:
             self._hand_over.expire()
         self._hand_over.start_pulls()
-        if not (books.settings.pull_before_step and books.num_pulling > len(self._hand_over.early.awaiting)):
+        if not (books.settings.pull_before_step and books.num_pulling > self._hand_over.early.num_patient):
             self._start_steps()
         if books.ledger.tiers:
             self._tiers.start_saves()
@@ -390,6 +390,8 @@ class StepScheduler:
                 planned.forecast = StepForecast(shape, predicted_s, start_s + predicted_s)
             self._steps[step_id] = planned
             books.actions.append(RunStep(step_id=step_id, chunks=chunks))
+            if books.ledger.shows_progress:
+                self._hand_over.offer_behind(step_id, parts)
 
     # Equal steps in one go ------------------------------------------------------------------------------------
 

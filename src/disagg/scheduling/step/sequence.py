@@ -78,13 +78,15 @@ class RemoteKv(msgspec.Struct, frozen=True):
 class KvPart(msgspec.Struct, frozen=True):
     """What can be read of a sequence before it is computed to its end, from ``first_block`` to before ``end_block``.
 
-    In ``blocks`` those of layers with a sliding window come last.
+    In ``blocks`` those of layers with a sliding window come last. With ``behind_step`` that step of the other instance
+    is still writing them.
     """
 
     first_block: int
     end_block: int
     blocks: tuple[BlockId, ...]
     expires_s: float
+    behind_step: int = 0
 
 
 @dataclass(slots=True)
@@ -95,7 +97,8 @@ class EarlyKv:
     parts: deque[KvPart]
     """Those that are not here yet, in order."""
     num_here: int = 0
-    """Leading blocks whose contents are here."""
+    """Leading blocks whose contents are here, and those of them that were final when they were read."""
+    num_final: int = 0
     reading: KvPart | None = None
     num_coming: int = 0
     """Leading blocks whose contents will be here when what is being read is."""

@@ -45,7 +45,7 @@ void DecoderStack::check(const Step& step, const int64_t* token_ids, const Wante
 }
 
 void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
-                       const WantedRows& wanted, int num_threads) {
+                       const WantedRows& wanted, const Progress& progress, int num_threads) {
   const Step& step = *steps[0];
   check(step, token_ids, wanted);
   const int64_t rows = step.num_rows();
@@ -65,6 +65,7 @@ void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids
     for (size_t index = 0; index < layers_.size(); ++index) {
       const LayerWeights& layer = layers_[index];
       run_attention(team, *steps[index], layer, x, kv_layers[index]);
+      progress.add_layer(team);
       if (index + 1 < layers_.size()) {
         run_mlp(team, layer, scratch.attended.data(), scratch.residual.data(), rows);
         x = join(team, scratch.residual.data(), layer.mlp_output_norm, layers_[index + 1].attention_norm, rows);

@@ -56,6 +56,21 @@ struct WantedRows {
   int64_t* largest;
 };
 
+// Where a step says how many layers of its keys and values are in the pool, for who reads them meanwhile: it adds one for
+// each. ``word`` may be null.
+class Progress {
+ public:
+  explicit Progress(uint64_t* word) : word_(word) {}
+  // For every thread of the team to call; the layer has been written by all of them.
+  void add_layer(Team& team) const {
+    if (word_ == nullptr) return;
+    team.for_each_item(1, [&](int64_t, int64_t) { __atomic_fetch_add(word_, 1, __ATOMIC_RELEASE); });
+  }
+
+ private:
+  uint64_t* word_;
+};
+
 class DecoderStack {
  public:
   DecoderStack(const Kernels& kernels, int64_t item_bytes, const StackSettings& settings)
@@ -67,7 +82,7 @@ class DecoderStack {
   // From the ids of a step's tokens to logits. ``kv_layers`` has one pool per layer, ``steps`` the step over the blocks
   // that the layer is in: one and the same but for those.
   void run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
-           const WantedRows& wanted, int num_threads);
+           const WantedRows& wanted, const Progress& progress, int num_threads);
 
  private:
   struct Scratch {

@@ -272,7 +272,8 @@ class BoundDecoder {
   }
 
   void run(const std::vector<Step*>& steps, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers,
-           uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, uintptr_t largest, int num_threads) {
+           uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, uintptr_t largest, uintptr_t progress,
+           int num_threads) {
     if (kv_layers.size() != stack_.num_layers() || steps.size() != stack_.num_layers())
       throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers and " + std::to_string(steps.size()) +
                                   " steps for " + std::to_string(stack_.num_layers()) + " layers");
@@ -280,7 +281,8 @@ class BoundDecoder {
     for (const uintptr_t address : kv_layers) pools.push_back(at<void>(address));
     const py::gil_scoped_release unlocked;
     stack_.run(steps, at<int64_t>(token_ids), pools,
-               {at<int64_t>(wanted_rows), num_wanted, at<void>(logits), at<int64_t>(largest)}, num_threads);
+               {at<int64_t>(wanted_rows), num_wanted, at<void>(logits), at<int64_t>(largest)},
+               Progress(at<uint64_t>(progress)), num_threads);
   }
 
  private:
@@ -367,5 +369,5 @@ PYBIND11_MODULE(_native, module) {
            py::arg("mlp"), py::arg("mlp_output_norm"), py::arg("cos_sin"), py::arg("window"))
       .def("run", &BoundDecoder::run, py::kw_only(), py::arg("steps"), py::arg("token_ids"), py::arg("kv_layers"),
            py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("largest"),
-           py::arg("num_threads"));
+           py::arg("progress"), py::arg("num_threads"));
 }
