@@ -106,10 +106,15 @@ def compared_to_adopt(
     return least, fleet.ready.to_decode.first(is_near)
 
 
+def matters_who_decodes(fleet: Fleet, *, has_prefix: bool) -> bool:
+    """Return False where a sequence starts on the same instance whoever will go on with it."""
+    return has_prefix or len(fleet.ready.to_do_both) > 0
+
+
 def compared_to_start(fleet: Fleet, sequence: SequenceEntry) -> list[InstanceEntry]:
     """Return whose KV tokens decide where a sequence starts: were those of others higher, nothing would change."""
-    if not sequence.held and not len(fleet.ready.to_do_both):
-        return []  # any decode instance will do
+    if not matters_who_decodes(fleet, has_prefix=bool(sequence.held)):
+        return []
     compared = (choose_decode(fleet, sequence), _best_colocated(fleet, sequence, lenders(fleet, sequence), ()))
     return [entry for entry in compared if entry is not None]
 

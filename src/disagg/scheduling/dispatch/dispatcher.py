@@ -36,7 +36,7 @@ from disagg.scheduling.dispatch.actions import (
     SendPeerLost,
     SendRelease,
 )
-from disagg.scheduling.dispatch.choice import why_over, why_unplaceable
+from disagg.scheduling.dispatch.choice import matters_who_decodes, why_over, why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
     AnyMemberEvent,
@@ -119,8 +119,15 @@ class Dispatcher:
         """All configured instances with their loads, in the order of configuration. Not to be changed."""
         return self._fleet.entries
 
+    @property
+    def fleet_version(self) -> int:
+        """See ``Fleet.version``."""
+        return self._fleet.version
+
     def compared(self, one: SequenceArrived | RequestId) -> list[InstanceEntry]:
         """See ``Turns.compared``, of a sequence that arrives or one that is offered."""
+        if isinstance(one, SequenceArrived) and not matters_who_decodes(self._fleet, has_prefix=bool(one.block_hashes)):
+            return []
         found = SequenceEntry.arrived(one, 0, 0, 0) if isinstance(one, SequenceArrived) else self._sequences.get(one)
         return [] if found is None else self._turns.compared(found, self._held(found))
 
@@ -227,14 +234,14 @@ class Dispatcher:
         sequence.visited.add(instance.instance)
         lender = choose_lender(lenders(self._fleet, sequence), sequence, instance)
         num_new = num_to_compute(sequence, instance, lender)
-        self._charge(sequence, instance.instance, Charge(prefill_tokens=num_new))
+        self._fleet.charge(sequence, instance.instance, Charge(prefill_tokens=num_new), self._now)
         if start.chosen is not None:
             self._actions.append(path_chosen(sequence, self._now))
         state = Whereabouts.PREFILLING if start.hands_over else Whereabouts.RUNNING
         if lender is None:
             self._actions.append(borrowing.start(sequence, state, self._now))
         else:
-            self._charge(sequence, lender.instance, Charge())
+            self._fleet.charge(sequence, lender.instance, Charge(), self._now)
             self._actions.append(borrowing.borrow(sequence, lender.instance, state, self._now))
         return True
 
@@ -264,25 +271,24 @@ class Dispatcher:
             return False
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
         sequence.hold(instance.instance)
-        self._charge(sequence, instance.instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=True))
-        self._actions.append(
-            SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
-        )
+        charge = Charge(kv_tokens=sequence.num_tokens, is_decoding=True)
+        self._fleet.charge(sequence, instance.instance, charge, self._now)
+        adopt = SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
+        self._actions.append(adopt)
         return True
 
     def _emit(self, event: TokensEmitted) -> None:
         current: list[tuple[SequenceEntry, Progress]] = []
         for progress in event.progress:
             sequence = self._held_by(event.instance, progress.request_id, progress.epoch)
-            if sequence is None:
-                continue
-            if sequence.state is Whereabouts.OFFERING:
-                sequence.refuse_event(f"more tokens from {event.instance}")
-            current.append((sequence, progress))
+            if sequence is not None:
+                if sequence.state is Whereabouts.OFFERING:
+                    sequence.refuse_event(f"more tokens from {event.instance}")
+                current.append((sequence, progress))
         for sequence, progress in current:  # all or none: tokens that are counted here are delivered
             self._advance(sequence, event.instance, progress)
         if current:
-            self._actions.append(Deliver(request_ids=tuple(progress.request_id for _, progress in current)))
+            self._actions.append(Deliver(request_ids=tuple([progress.request_id for _, progress in current])))
         for sequence, progress in current:
             if progress.finished:
                 if (ended := path_ended(sequence)) is not None:
@@ -298,8 +304,7 @@ class Dispatcher:
         if sequence.state is Whereabouts.PREFILLING and not progress.finished:
             sequence.move(Whereabouts.OFFERING, self._now, f"first token from {instance}")
         self._turns.note_tokens(sequence, progress.num_tokens, self._now)
-        is_decoding = sequence.state not in (Whereabouts.PREFILLING, Whereabouts.OFFERING)
-        self._charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding))
+        self._fleet.came_on(sequence, instance, self._now)
 
     def _offer(self, event: OfferMade) -> None:
         borrower = self._sequences.get(event.request_id)
@@ -483,9 +488,6 @@ class Dispatcher:
     def _release(self, request_id: RequestId, epoch: Epoch, instance: InstanceId) -> None:
         if self._fleet.entry(instance).is_alive:
             self._actions.append(SendRelease(request_id=request_id, epoch=epoch, instance=instance))
-
-    def _charge(self, sequence: SequenceEntry, instance: InstanceId, charge: Charge) -> None:
-        self._fleet.charge(sequence, instance, charge, self._now)
 
     def _discharge(self, sequence: SequenceEntry, instance: InstanceId) -> None:
         if self._fleet.discharge(sequence, instance, self._now):

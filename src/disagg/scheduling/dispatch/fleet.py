@@ -17,7 +17,7 @@ from disagg.scheduling.dispatch.events import (
     ProcessStarting,
 )
 from disagg.scheduling.dispatch.load_index import ReadyInstances
-from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
+from disagg.scheduling.dispatch.state import READ_ALREADY, Charge, InstanceEntry, InstanceState, KvLink, SequenceEntry
 
 _NO_CHARGE: Final = Charge()
 
@@ -33,6 +33,8 @@ class Fleet:
         self.draining: set[InstanceId] = set()
         """Those that give away what they hold. Not to be changed."""
         self._ready: ReadyInstances | None = None
+        self.version = 0
+        """Another one whenever an instance has come, gone, or changed its state or its role."""
         for name, role in instances.items():
             self._join(name, role)
 
@@ -63,12 +65,16 @@ class Fleet:
 
     def _list(self) -> None:
         self.entries = tuple(self._by_name.values())
+        self._sort_anew()
+
+    def _sort_anew(self) -> None:
         self._ready = None
+        self.version += 1
 
     def _move(self, entry: InstanceEntry, state: InstanceState) -> None:
         """Change a state: who is ready is sorted anew before the next choice."""
         entry.state = state
-        self._ready = None
+        self._sort_anew()
         if state is InstanceState.DRAINING:
             self.draining.add(entry.instance)
         else:
@@ -112,7 +118,7 @@ class Fleet:
         """Let an instance get sequences of another role from now on, and return it."""
         entry = self.entry(instance)
         entry.role = role
-        self._ready = None
+        self._sort_anew()
         return entry
 
     def remove(self, instance: InstanceId) -> None:
@@ -148,6 +154,16 @@ class Fleet:
         elif before.is_decoding:
             del entry.answers[sequence.request_id]
         sequence.charges[instance] = charge
+
+    def came_on(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> None:
+        """Let a sequence's part of the load of an instance be all its tokens, of which more have come from there."""
+        known = sequence.charges[instance]
+        if known.is_decoding:
+            self._by_name[instance].kv_tokens += sequence.num_tokens - known.kv_tokens
+            known.kv_tokens = sequence.num_tokens
+        else:
+            is_decoding = sequence.state not in READ_ALREADY
+            self.charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding), now)
 
     def discharge(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> bool:
         """Take the sequence's part off an instance's load; return True when the last one has left a draining one."""

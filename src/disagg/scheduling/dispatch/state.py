@@ -10,7 +10,7 @@ from disagg.base.config import MAX_OVERTAKE_S
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepLimits
-from disagg.base.objectives import BEST_EFFORT, Objectives
+from disagg.base.objectives import BEST_EFFORT, NO_OBJECTIVES, Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
 from disagg.base.window_blocks import WindowBlocks
@@ -230,7 +230,7 @@ class SequenceEntry:
     deadline_s: float
     tenant: str = ""
     service_class: str = ""
-    objectives: Objectives = field(default_factory=Objectives)
+    objectives: Objectives = NO_OBJECTIVES
     rank: tuple[int, float, int] = (0, 0.0, 0)
     """Its place among those of its tenant that wait."""
     is_best_effort: bool = False

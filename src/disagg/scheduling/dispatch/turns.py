@@ -145,7 +145,8 @@ class Turns:
         sequence.note_tokens(count, now)
         if sequence.expected is not None and sequence.holder == sequence.expected[0]:
             self._fleet.expect_no_more(sequence)
-        self.workload.brought(sequence)
+        if sequence.sample is not None:
+            self.workload.brought(sequence)
         self._room.served(sequence, num_output=count)
 
     def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:

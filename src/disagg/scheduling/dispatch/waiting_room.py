@@ -40,11 +40,11 @@ class WaitingRoom:
         self._num_under_way: dict[str, int] = {}
         self._last_served = 0.0
         """Of the tenant that left last."""
-        self.num_tokens = 0
-        """Of all who wait, in sum."""
+        self.num_waiting = self.num_tokens = 0
+        """How many wait, and their tokens in sum."""
 
     def __len__(self) -> int:
-        return sum(len(tenant.waiting) for tenant in self._tenants.values())
+        return self.num_waiting
 
     def num_under_way(self, tenant: str) -> int:
         """Return how many sequences of a tenant wait or are served."""
@@ -66,12 +66,14 @@ class WaitingRoom:
             present = [other.served for other in self._tenants.values() if other.waiting]
             tenant.served = max(tenant.served, min(present, default=self._last_served))
         bisect.insort(tenant.waiting, sequence, key=_rank)
+        self.num_waiting += 1
         self.num_tokens += sequence.num_tokens
 
     def stop_waiting(self, sequence: SequenceEntry) -> None:
         """Take out a sequence whose turn has come, or that nobody wants any more."""
         tenant = self._tenants[sequence.tenant]
         tenant.waiting.remove(sequence)
+        self.num_waiting -= 1
         self.num_tokens -= sequence.num_tokens
         if not tenant.waiting:
             self._last_served = tenant.served
@@ -93,11 +95,10 @@ class WaitingRoom:
 
     def head(self, but: Collection[RequestId] = ()) -> SequenceEntry | None:
         """Return the sequence whose turn is next, those named left out; None when there is none."""
-        present = [tenant for tenant in self._tenants.values() if tenant.waiting]
-        if not present:
+        if not self.num_waiting:
             return None
         firsts = []
-        for tenant in present:
+        for tenant in self._tenants.values():
             first = next((one for one in tenant.waiting if one.request_id not in but), None)
             if first is not None:
                 priority, rank_s, order = first.rank

@@ -108,15 +108,15 @@ class RouterCore:
     """Not thread-safe; deterministic: equal inputs at equal times give equal outputs."""
 
     def __init__(self, header: RouterHeader) -> None:
-        self._watches_silence = header.watches_silence
+        settings, self._watches_silence = header.settings, header.watches_silence
         self._prefixes = PrefixIndex()
-        self._dispatcher = Dispatcher(header.instances, header.settings, header.scheduler, self._prefixes)
-        self._members = Membership(header.settings, header.restarts)
+        self._dispatcher = Dispatcher(header.instances, settings, header.scheduler, self._prefixes)
+        self._members = Membership(settings, header.restarts)
         for entry in self._dispatcher.instances:
             entry.is_cordoned = entry.instance in header.cordoned
             self._members.add(entry, header.started_s)
-        self._elasticity = Elasticity(header.settings, header.scheduler, self._dispatcher)
-        self._links = LinkSurvey(header.settings.min_kv_bandwidth_bytes, is_wanted=header.measures_links)
+        self._elasticity = Elasticity(settings, header.scheduler, self._dispatcher)
+        self._links = LinkSurvey(settings.min_kv_bandwidth_bytes, self._dispatcher, is_wanted=header.measures_links)
         self._offers = OfferShelf()
         self._part: KvOffer | None = None
         self._dispatch_wake_s = math.inf

@@ -14,6 +14,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.messages import LinkFigure, LinkMeasured
 from disagg.base.request import Role
 from disagg.base.units import format_bytes
+from disagg.scheduling.dispatch.dispatcher import Dispatcher
 from disagg.scheduling.dispatch.events import LinkKnown
 from disagg.scheduling.router.membership import Member
 from disagg.scheduling.router.outputs import AskToMeasure, LinkFound
@@ -46,12 +47,17 @@ class MeasuredLink(msgspec.Struct, frozen=True, kw_only=True):
 class LinkSurvey:
     """The links of a deployment. ``min_bytes_per_s`` is what is asked of each; 0 asks nothing.
 
-    Unless it ``is_wanted``, nothing is asked for: others ask, and what they find is told here, too.
+    The instances of ``fleet`` have them. Unless it ``is_wanted``, nothing is asked for: others ask, and what they find
+    is told here, too.
     """
 
-    def __init__(self, min_bytes_per_s: int, *, is_wanted: bool = True) -> None:
+    def __init__(self, min_bytes_per_s: int, fleet: Dispatcher, *, is_wanted: bool = True) -> None:
+        self._fleet = fleet
+        self._version = -1
+        """Of the fleet whose links these are."""
         self._is_wanted = is_wanted
         self._min_bytes_per_s = min_bytes_per_s
+        self._alive: dict[tuple[InstanceId, str], Member] = {}
         self._figures: dict[LinkEnds, LinkFigure | None] = {}
         self._under_way: LinkEnds | None = None
 
@@ -71,16 +77,17 @@ class LinkSurvey:
 
     def next(self, members: Iterable[Member]) -> tuple[AskToMeasure, ...]:
         """Return what lets the next link be measured; nothing while one is being measured, or when none is left."""
-        alive = {(member.instance, member.incarnation): member for member in members if member.is_readable}
-        wanted = _wanted(alive.values())
-        self._figures = {ends: self._figures.get(ends) for ends in wanted}
+        if self._version != self._fleet.fleet_version:
+            self._version = self._fleet.fleet_version
+            self._alive = {(member.instance, member.incarnation): member for member in members if member.is_readable}
+            self._figures = {ends: self._figures.get(ends) for ends in _wanted(self._alive.values())}
         if not self._is_wanted or self._under_way in self._figures:
             return ()
         self._under_way = next((ends for ends, figure in self._figures.items() if figure is None), None)
         if self._under_way is None:
             return ()
         source, incarnation, target, _ = self._under_way
-        facts = alive[source, incarnation].facts
+        facts = self._alive[source, incarnation].facts
         assert facts is not None, "who takes requests has said what it is"
         return (
             AskToMeasure(instance=target, source=source, incarnation=incarnation, pool=facts.pool, access=facts.probe),
