@@ -106,6 +106,16 @@ def test_tensor_parallelism_helps_less_than_in_proportion(shape: StepShape) -> N
     assert two / 2 < four < two
 
 
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_run_of_decode_steps_takes_what_each_of_them_does_to_the_last_bit(degree: int) -> None:
+    latency, shape = platform().latency(degree, 1), replace(DECODE)
+    run_s = latency.decode_run_s(shape, 50)
+    for time_s in run_s:
+        assert latency.stage_times_s(shape) == (time_s,)
+        shape.decode_context += shape.num_decodes
+    assert len(run_s) == 50
+
+
 def test_a_pipeline_adds_sending_and_splits_layers_as_evenly_as_it_can() -> None:
     (whole,) = platform(num_layers=41).latency(1, 1).stage_times_s(PREFILL)
     first, second = platform(num_layers=41).latency(1, 2).stage_times_s(PREFILL)

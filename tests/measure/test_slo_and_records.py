@@ -190,6 +190,14 @@ def test_gaps_between_times_count_like_single_values() -> None:
     assert at_once.percentiles().mean == pytest.approx(0.7578125 / 3)
 
 
+def test_values_that_follow_equal_ones_count_like_single_values() -> None:
+    one_by_one, at_once = LogHistogram(), LogHistogram()
+    for value in (0.5, 0.5, 0.25, 0.5, 0.125, 0.125):
+        one_by_one.add(value)
+    at_once.add_all([0.5, 0.5, math.nan, 0.25, 0.0, 0.5, 0.125, 0.125, math.nan])
+    assert at_once.percentiles() == one_by_one.percentiles()
+
+
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))
 def test_a_histogram_gives_percentiles_to_a_percent(values: list[float]) -> None:
     histogram = LogHistogram()

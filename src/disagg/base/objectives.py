@@ -27,5 +27,6 @@ class Objectives(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         )
 
 
+NO_OBJECTIVES = Objectives()
 BEST_EFFORT = Objectives(ttft_s=_LONGEST_S, tpot_s=_LONGEST_S)
 """Of a request that is served when others leave time for it."""

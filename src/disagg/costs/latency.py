@@ -48,16 +48,17 @@ class StepShape:
     def of(cls, chunks: Iterable[ComputedChunk]) -> "StepShape":
         """Sum up the chunks of one step."""
         shape = cls()
-        num_decodes = decode_context = 0
+        num_decodes = decode_context = num_samples = 0
         for chunk in chunks:
             if chunk.num_tokens == 1:
                 num_decodes += 1
                 decode_context += chunk.start
-                shape.num_samples += chunk.samples
+                num_samples += chunk.samples
             else:
                 shape.add_prefill(chunk.start, chunk.num_tokens, chunk.samples)
         shape.num_decodes = num_decodes
         shape.decode_context = decode_context + num_decodes
+        shape.num_samples += num_samples
         return shape
 
     def add_prefill(self, start: int, num_tokens: int, samples: bool = True) -> None:
@@ -77,6 +78,17 @@ class LatencyModel(Protocol):
 
     def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
         """Return the seconds that a step keeps each stage busy, the sending to the next stage included."""
+
+
+class PredictsRuns:
+    """Base of latency models that predict a run of decode steps in one go, to the last bit as one by one."""
+
+    def decode_run_s(self, shape: StepShape, count: int) -> list[float]:
+        """Return the seconds of ``count`` steps, of a single stage and decodes alone, which start with this one.
+
+        Each of them attends to one token more of every sequence than the one before.
+        """
+        raise NotImplementedError
 
 
 class Pipeline:

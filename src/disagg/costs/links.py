@@ -109,6 +109,9 @@ class Ports:
     link: LinkModel
     count: int = 1
 
+    def __hash__(self) -> int:
+        return hash((self.node, self.direction))  # those of a node have one network, and every transfer looks two up
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -172,14 +175,12 @@ class SerialLinks:
         pair = (source, target)
         route = self._route(source, target)
         begin_s = max(now, self._free_at_s.get(pair, 0.0))
-        ports_free_at_s = [
-            None if passage.ports is None else self._free_ports(passage.ports) for passage in route.passages
-        ]
-        for passage, free_at_s in zip(route.passages, ports_free_at_s, strict=True):
+        passed = [(one, None if one.ports is None else self._free_ports(one.ports)) for one in route.passages]
+        for passage, free_at_s in passed:
             if free_at_s is not None:
                 begin_s = max(begin_s, free_at_s[passage.num_lanes - 1])
         longest_s = 0.0
-        for passage, free_at_s in zip(route.passages, ports_free_at_s, strict=True):
+        for passage, free_at_s in passed:
             time_s = route.passage_time_s(passage, num_bytes)
             longest_s = max(longest_s, time_s)
             if free_at_s is not None:
@@ -208,4 +209,7 @@ class SerialLinks:
 
     def _free_ports(self, ports: Ports) -> list[float]:
         """Return when each of these ports is free, the first one first."""
-        return self._ports_free_at_s.setdefault(ports, [0.0] * ports.count)
+        free_at_s = self._ports_free_at_s.get(ports)
+        if free_at_s is None:
+            free_at_s = self._ports_free_at_s[ports] = [0.0] * ports.count
+        return free_at_s

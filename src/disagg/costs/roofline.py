@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Final
 
 from disagg.costs.devices import DeviceSheet
-from disagg.costs.latency import StepShape
+from disagg.costs.latency import PredictsRuns, StepShape
 from disagg.costs.links import InstanceLinks
 from disagg.costs.sheet_platform import SheetPlatform, split_layers
 from disagg.models.shape import ModelShape
@@ -22,7 +22,7 @@ KERNELS_PER_LAYER: Final = 10
 
 
 @dataclass(frozen=True)
-class RooflineLatency:
+class RooflineLatency(PredictsRuns):
     """One instance of ``tensor_parallel`` x ``num_stages`` devices."""
 
     config: ModelShape
@@ -40,6 +40,18 @@ class RooflineLatency:
             times[stage] += link.transfer_time_s(shape.num_tokens * self.config.hidden_size * self.itemsize)
         times[-1] += self._logits(shape.num_samples)
         return tuple(times)
+
+    def decode_run_s(self, shape: StepShape, count: int) -> list[float]:
+        """See ``PredictsRuns``: the sums of ``stage_times_s``, in their order; what does not change is got once."""
+        first, num_decodes, degree = shape.decode_context, shape.num_decodes, self.tensor_parallel
+        num_layers, logits_s = self._layers_of_stages[0], self._logits(shape.num_samples)
+        products_s, kernels_s = self._layer_products_s(num_decodes), KERNELS_PER_LAYER * self.device.kernel_s
+        reduce_s = 2 * self._all_reduce_s(num_decodes) if degree > 1 else 0.0
+        kv_bytes, kv_bytes_per_s = self._kv_bytes, self._kv_bytes_per_s
+        return [
+            (products_s + kv_bytes * context / degree / kv_bytes_per_s + reduce_s + kernels_s) * num_layers + logits_s
+            for context in range(first, first + count * num_decodes, num_decodes)
+        ]
 
     def _logits(self, num_samples: int) -> float:
         seconds = self._logits_s.get(num_samples)
@@ -87,10 +99,7 @@ class RooflineLatency:
 
     def _layer_s(self, shape: StepShape) -> float:
         num_tokens = shape.num_tokens
-        seconds = self._products_s.get(num_tokens)
-        if seconds is None:
-            seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
-            self._products_s[num_tokens] = seconds
+        seconds = self._layer_products_s(num_tokens)
         if shape.num_prefill_tokens:
             num_pairs = (shape.prefill_squares + shape.num_prefill_tokens) / 2
             flops_per_s = self.device.flops_per_s * self.device.attention_share
@@ -99,6 +108,13 @@ class RooflineLatency:
         if self.tensor_parallel > 1:
             seconds += 2 * self._all_reduce_s(num_tokens)
         return seconds + KERNELS_PER_LAYER * self.device.kernel_s
+
+    def _layer_products_s(self, num_tokens: int) -> float:
+        seconds = self._products_s.get(num_tokens)
+        if seconds is None:
+            seconds = self._matmul_s(num_tokens, self._active_per_layer, self._read_per_layer(num_tokens))
+            self._products_s[num_tokens] = seconds
+        return seconds
 
     def _matmul_s(self, num_rows: int, num_weights: float, num_read: float) -> float:
         """Return the time of ``num_rows`` through ``num_weights`` each, for which ``num_read`` weights are read."""

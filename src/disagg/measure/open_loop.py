@@ -8,7 +8,7 @@ from typing import Protocol
 
 from disagg.base.errors import ConfigurationError
 from disagg.measure.arrivals import ArrivalKind, Arrivals
-from disagg.measure.workload import RequestSpec
+from disagg.measure.workload import PrefixBlocks, RequestSpec
 
 
 class RequestSource(Protocol):
@@ -100,8 +100,11 @@ class OpenLoop:
             row,
             prompt_len=self._scale(row.prompt_len),
             output_len=self._scale(row.output_len),
-            prefix=replace(row.prefix, block_tokens=self._scale(row.prefix.block_tokens)),
+            prefix=self._shorten_prefix(row.prefix) if row.prefix.ids else row.prefix,
         )
+
+    def _shorten_prefix(self, prefix: PrefixBlocks) -> PrefixBlocks:
+        return replace(prefix, block_tokens=self._scale(prefix.block_tokens))
 
     def _scale(self, num_tokens: int) -> int:
         return max(1, round(num_tokens * self.length_factor))

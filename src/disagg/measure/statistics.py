@@ -65,6 +65,19 @@ class LogHistogram:
         self._sum += round(value * 1e12) * count
         self._total += count
 
+    def add_all(self, values: Iterable[float]) -> None:
+        """Count each of these that is above 0; NaN is not. Equal ones that follow each other cost as much as one."""
+        last, count = 0.0, 0
+        for value in values:
+            if value == last:
+                count += 1
+                continue
+            if last > 0:
+                self.add(last, count)
+            last, count = value, 1
+        if last > 0:
+            self.add(last, count)
+
     def add_between(self, times_s: Sequence[float], count: int) -> None:
         """Count each difference between neighbours of ``times_s``, which ascend, ``count`` times."""
         counts, width, log, before_s = self._counts, self._LOG_WIDTH, math.log, times_s[0]

@@ -37,6 +37,8 @@ class Stage(enum.Enum):
     PAUSE = "pause"
     """Without an instance: from the loss of one to the next token. It is no part of the stages that it interrupts."""
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and every request looks up all of them
+
 
 class RequestTimeline(msgspec.Struct, kw_only=True):
     """Stamps in seconds of one clock; NaN where the request did not (yet) pass.
@@ -125,10 +127,12 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
         for index, stamp in enumerate(stamps):
             if math.isnan(stamp):
                 stamps[index] = stamps[index - 1]
-        stages = dict.fromkeys(Stage, 0.0)
-        for stage, (before, after) in zip(_PASSED_IN_ORDER, pairwise(stamps), strict=True):
+        passed = list(zip(_PASSED_IN_ORDER, pairwise(stamps), strict=True))
+        stages: dict[Stage, float] = {stage: after - before for stage, (before, after) in passed}
+        stages[Stage.PAUSE] = 0.0
+        for stage, (before, after) in passed if self.pauses_s else ():
             paused_s = sum(max(0.0, min(end, after) - max(begin, before)) for begin, end in self.pauses_s)
-            stages[stage] = after - before - paused_s
+            stages[stage] -= paused_s
             stages[Stage.PAUSE] += paused_s
         return stages
 

@@ -1,10 +1,13 @@
 """A run of equal decode steps, timed ahead: nothing happens between them that the scheduler would have to decide."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
-from disagg.costs.latency import LatencyModel, StepShape
+from disagg.costs.latency import LatencyModel, PredictsRuns, StepShape
 from disagg.scheduling.step.actions import RunStep
+from disagg.simulator.request import SimulatedRequest
 
 FIRST_STEPS: Final = 8
 """Timed at once; twice as many each time the run gets that far. What an interruption throws away was timed in vain."""
@@ -18,8 +21,18 @@ class DecodeRun:
     The times are those that single steps would have had, to the last bit: the same additions in the same order.
     """
 
-    def __init__(self, step: RunStep, shape: StepShape, latency: LatencyModel, now: float, num_repeats: int) -> None:
+    def __init__(
+        self,
+        step: RunStep,
+        requests: Sequence[SimulatedRequest],
+        shape: StepShape,
+        latency: LatencyModel,
+        now: float,
+        num_repeats: int,
+    ) -> None:
         self.step = step
+        self.requests = requests
+        """Whose tokens these are, in the order of the step."""
         self.started_s = now
         """When the step in flight did."""
         self.ends_s: list[float] = []
@@ -42,6 +55,16 @@ class DecodeRun:
         count = min(self._num_next, self._num_left)
         self._num_left -= count
         self._num_next = min(2 * self._num_next, MOST_STEPS)
+        shape, latency = self._shape, self._latency
+        if latency.num_stages == 1 and isinstance(latency, PredictsRuns):
+            ends_s = list(accumulate(latency.decode_run_s(shape, count), initial=self._time_s))
+            self.ends_s += ends_s[1:]
+            shape.decode_context += count * shape.num_decodes
+        else:
+            self._step_through(count)
+        self._time_s = self.ends_s[-1]
+
+    def _step_through(self, count: int) -> None:
         shape, time_s, num_decodes = self._shape, self._time_s, self._shape.num_decodes
         stage_times_s, add = self._latency.stage_times_s, self.ends_s.append
         is_pipeline = self._latency.num_stages > 1
@@ -53,7 +76,6 @@ class DecodeRun:
                 time_s += stage_times_s(shape)[0]
             add(time_s)
             shape.decode_context += num_decodes
-        self._time_s = time_s
 
     def is_last(self, count: int) -> bool:
         """True when no step is left after the next ``count``: the last one may end a sequence."""

@@ -303,17 +303,17 @@ class SimulatedInstance:
 
         So is the first of a resumed sequence: it may be all that comes from here before its offer.
         """
-        stamps = _stamps_of(output.firsts) if output.firsts else None
-        news = []
+        stamps = _stamps_of(output.firsts) if output.firsts else {}
+        news, gaps_s, tells_all = [], [], self._tells_all
         for request_id in output.request_ids:
             request = self._requests[request_id]
-            gap_s = request.add_tokens(1, now, now, stamps.get(request_id) if stamps else None)
-            # A first token has no gap before it, and a sampled one none after itself.
-            if self._gaps is not None and gap_s > 0:
-                self._gaps.add(gap_s)
-            resumed_here = stamps is not None and request.epoch != FIRST_EPOCH and request_id in stamps
-            if request.is_complete or request.num_output_tokens == 1 or resumed_here or self._tells_all:
+            gaps_s.append(request.add_tokens(1, now, now, stamps.get(request_id) if stamps else None))
+            count = request.num_output_tokens
+            resumed_here = bool(stamps) and request.epoch != FIRST_EPOCH and request_id in stamps
+            if tells_all or count == 1 or count >= request.output_len or resumed_here:
                 news.append(request)
+        if self._gaps is not None:
+            self._gaps.add_all(gaps_s)
         if news:
             self._tell(tokens_emitted(self.spec.name, news))
 
@@ -326,9 +326,10 @@ class SimulatedInstance:
         if self._host.is_shared:
             self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
             latency = self._host.latency_now(self.spec.name, latency)
-        num_repeats = self._num_repeats(step, shape, latency)
+        requests = self._requests_of(step) if self._may_repeat and not shape.num_prefills else []
+        num_repeats = self._num_repeats(requests, latency) if requests else 0
         if num_repeats:
-            self._run = DecodeRun(step, shape, latency, now, num_repeats)
+            self._run = DecodeRun(step, requests, shape, latency, now, num_repeats)
             self._step_s = self._run.ends_s[0] - now
             self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
         else:
@@ -416,18 +417,18 @@ class SimulatedInstance:
 
     # Runs of equal decode steps -----------------------------------------------------------------------------
 
-    def _num_repeats(self, step: RunStep, shape: StepShape, latency: LatencyModel) -> int:
-        """Return how often a decode step that is about to start can be repeated before the scheduler is asked."""
-        if not self._may_repeat or shape.num_prefills:
-            return 0
+    def _num_repeats(self, requests: Sequence[SimulatedRequest], latency: LatencyModel) -> int:
+        """Return how often a step that decodes these can be repeated before the scheduler is asked."""
         if isinstance(latency, LatencyBeside) and latency.is_for_one_step:
             return 0
         num_repeats = self._core.num_repeats()
-        for request in self._requests_of(step):
+        for request in requests:
             # A first and a last token are news, and only the end of a single step tells them.
-            if not num_repeats or not request.num_output_tokens:
+            num_left = request.output_len - request.num_output_tokens - 1
+            if num_left < num_repeats:
+                num_repeats = num_left
+            if num_repeats <= 0 or not request.num_output_tokens:
                 return 0
-            num_repeats = min(num_repeats, request.output_len - request.num_output_tokens - 1)
         return num_repeats
 
     def _requests_of(self, step: RunStep) -> list[SimulatedRequest]:
@@ -437,7 +438,7 @@ class SimulatedInstance:
         """Book the next ``count`` ends of steps of a run; when it ``is_over``, no step is in flight after them."""
         if not count:
             return
-        requests = self._requests_of(run.step)
+        requests = run.requests
         names: dict[RequestId, tuple[BlockHash, ...]] = {}
         for request in requests:
             request.num_output_tokens += count
@@ -446,14 +447,15 @@ class SimulatedInstance:
         run.step, firsts = self._core.repeat(count, run.ends_s[0], names, is_over=is_over)
         self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
         ends_s = run.take(count)
-        stamps = _stamps_of(firsts) if firsts else None
-        first_s, last_s = ends_s[0], ends_s[-1]
-        for request in requests:
-            gap_s = request.add_tokens(count, first_s, last_s, stamps.get(request.request_id) if stamps else None)
-            if self._gaps is not None and gap_s > 0:
-                self._gaps.add(gap_s)
-        if self._gaps is not None and count > 1:
-            self._gaps.add_between(ends_s, len(requests))
+        stamps = _stamps_of(firsts) if firsts else {}
+        gaps_s = [
+            request.add_tokens(count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None)
+            for request in requests
+        ]
+        if self._gaps is not None:
+            self._gaps.add_all(gaps_s)
+            if count > 1:
+                self._gaps.add_between(ends_s, len(requests))
 
     def _end_equal_steps(self) -> None:
         """Something came, here or beside: the step in flight is its run's last, and its end asks the scheduler."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import StageStamps
-from disagg.base.objectives import Objectives
+from disagg.base.objectives import NO_OBJECTIVES, Objectives
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import FailReason, PathEnded
 from disagg.scheduling.dispatch.events import Progress, TokensEmitted
@@ -42,7 +42,7 @@ class SimulatedRequest:
     priority: int = 0
     tenant: str = ""
     service_class: str = ""
-    objectives: Objectives = field(default_factory=Objectives)
+    objectives: Objectives = NO_OBJECTIVES
     num_output_tokens: int = 0
     num_reported_tokens: int = 0
     """Output tokens that the dispatcher was told of."""

@@ -96,6 +96,8 @@ class EarlyPulls:
         An instance copies one hand-over after the other, and starts the next one between two steps: parts that queued
         for that would keep back those whose turn it is.
         """
+        if not (self.awaiting or self.without_room):
+            return
         for sequence in list(self.awaiting):
             if sequence.remote is not None:
                 self._read_next(sequence)

@@ -81,7 +81,8 @@ class Batching:
         for sequence in self._books.running:
             if sequence.num_in_flight and not self._may_run_on(sequence):
                 continue
-            num_remaining = sequence.num_remaining
+            # ``num_remaining``, which is looked at for every sequence in every step
+            num_remaining = sequence.num_tokens + sequence.num_coming - sequence.num_computed - sequence.num_in_flight
             if num_remaining == 1:
                 decoding.append(sequence)
             elif num_remaining > 1:
@@ -104,6 +105,9 @@ class Batching:
             decoding = self._next_fixed_batch(decoding)
         elif self._num_stages > 1:
             decoding = decoding[: -(-len(self._books.running) // settings.max_steps_in_flight)]
+        if builder.has_places(len(decoding)) and self._books.ledger.hold_one_more(decoding):
+            builder.add_decodes(decoding)
+            return
         for sequence in decoding:
             if not builder.has_place:
                 return

@@ -43,6 +43,11 @@ class StepBuilder:
         """True while one more sequence with at least one token fits."""
         return len(self._planned) < self._max_sequences and self._num_tokens < self._max_tokens
 
+    def has_places(self, count: int) -> bool:
+        """Return whether so many more sequences with one token each fit."""
+        num_free = min(self._max_sequences - len(self._planned), self._max_tokens - self._num_tokens)
+        return count <= num_free
+
     def chunk_size(self, sequence: Sequence) -> int:
         """Return how many of a sequence's remaining tokens fit, cutting a prompt into chunks."""
         num_free = self._max_tokens - self._num_tokens
@@ -59,6 +64,12 @@ class StepBuilder:
         """Plan ``num_tokens`` tokens of a sequence, which holds the blocks for them."""
         self._planned[sequence.request_id] = (sequence, num_tokens)
         self._num_tokens += num_tokens
+
+    def add_decodes(self, sequences: Iterable[Sequence]) -> None:
+        """Plan one token of each of these sequences, which hold the blocks for them and are not planned yet."""
+        for sequence in sequences:
+            self._planned[sequence.request_id] = (sequence, 1)
+            self._num_tokens += 1
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence that lost its blocks out of the plan, if it was in it."""

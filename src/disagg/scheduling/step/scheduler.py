@@ -430,13 +430,14 @@ class StepScheduler:
         """
         books = self._books
         ((step_id, step),) = self._steps.items()
-        grow = books.ledger.grow
+        size = 0 if books.ledger.has_windows else books.ledger.block_size
         for sequence, _ in step.parts:
             sequence.num_tokens += count
             sequence.num_computed += count
             if is_over:
                 sequence.num_in_flight = sequence.num_coming = 0
-            if not grow(sequence, sequence.num_planned):
+            num_planned = sequence.num_computed + sequence.num_in_flight
+            if num_planned > len(sequence.block_ids) * size and not books.ledger.grow(sequence, num_planned):
                 raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
             if sequence.block_hashes:
                 sequence.block_hashes += names.get(sequence.request_id, ())

@@ -11,7 +11,7 @@ import msgspec
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import Medium
-from disagg.base.objectives import Objectives
+from disagg.base.objectives import NO_OBJECTIVES, Objectives
 from disagg.base.sampling import FinishReason
 from disagg.scheduling.step.actions import BlockCopy, BlockLoad
 
@@ -129,7 +129,7 @@ class Sequence:
     """Another instance goes on with it after the next token that is sampled here."""
     block_hashes: tuple[BlockHash, ...] = ()
     reuse_prefix: bool = True
-    objectives: Objectives = field(default_factory=Objectives)
+    objectives: Objectives = NO_OBJECTIVES
     remote: RemoteKv | None = None
     num_prefill_tokens: int = 0
     """Tokens before this position count as prefill in the statistics, later ones as decode."""
@@ -200,10 +200,10 @@ class Sequence:
             self.block_hashes += names
         self.num_tokens += 1
         self.last_token_s = now
-        if math.isnan(self.first_token_s):
-            self.first_token_s = now
-        else:
+        if self.num_later_tokens or not math.isnan(self.first_token_s):
             self.num_later_tokens += 1
+        else:
+            self.first_token_s = now
 
     def move(self, state: SequenceState, now: float) -> None:
         """Change state; raise InternalError with the sequence's story when the move is not legal."""
