@@ -14,7 +14,7 @@ def test_what_routers_count_is_told_apart_and_what_instances_say_comes_once() ->
     given = {}
     for number, name in enumerate((RouterId("0.1"), RouterId("1.3")), start=1):
         metrics = ServerMetrics("tiny")
-        metrics.generation_tokens.inc(number)
+        metrics.tokens.add(number)
         given[name] = MetricsGiven(number=0, text=metrics.of_router(), of_instances=OF_INSTANCES)
     families = {family.name: family for family in text_string_to_metric_families(merge(given).decode())}
     counted = {

@@ -26,6 +26,11 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int = 0
 
     @property
+    def is_plain(self) -> bool:
+        """True when it is a text and nothing else, but for token ids."""
+        return bool(self.text) and not (self.finish_reason or self.logprobs or self.prompt_logprobs)
+
+    @property
     def is_visible(self) -> bool:
         """False when a client that did not ask for token ids would learn nothing: the text is held back."""
         return bool(self.text or self.logprobs or self.prompt_logprobs) or self.finish_reason is not None
@@ -54,6 +59,10 @@ class Answer:
 
     def accept(self, output: SequenceOutput) -> Delta:
         """Take the next output. Tokens after the one that completes a stop string are not the client's."""
+        if self.num_tokens and not self._text.may_stop and _is_plain(output):
+            self.num_tokens += 1
+            start = self._text.num_decoded
+            return Delta(self._choice, self._text.push(output.token_ids[0]), output.token_ids, offsets=(start,))
         text, offsets = self._push(output)
         num_used = len(offsets)
         is_first = self.num_tokens == 0
@@ -93,3 +102,9 @@ class Answer:
             if self._text.stopped_by is not None:
                 break
         return shown, offsets
+
+
+def _is_plain(output: SequenceOutput) -> bool:
+    """Return whether it is one token of which nothing more is told, as nearly all are."""
+    has_more = output.finish_reason or output.logprobs or output.prompt_logprobs
+    return not has_more and len(output.token_ids) == 1

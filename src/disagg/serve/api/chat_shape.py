@@ -8,6 +8,7 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 from disagg.models.tokenizer import Tokenizer
 from disagg.models.tool_calls.parsing import Piece, PieceKind, joined
 from disagg.serve.api.answer import Delta
+from disagg.serve.api.event_template import EventTemplate
 from disagg.serve.api.logprobs import chat_logprobs, prompt_logprobs_shown
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.reading import AnswerReading
@@ -47,6 +48,8 @@ class ChatShape(ChunkedShape):
         self._prompt = prompt
         self._reading = reading
         self._parsers = [reading.parser() for _ in range(request.n or 1)]
+        self._plain: dict[int, EventTemplate] = {}
+        """By choice, where the text alone differs from event to event."""
 
     def openings(self, usage: ShownUsage) -> bytes:
         """Return one event for each choice, saying whose words follow; with the prompt's tokens where asked for."""
@@ -62,6 +65,11 @@ class ChatShape(ChunkedShape):
 
     def chunk(self, delta: Delta, usage: ShownUsage) -> bytes:
         """See Shape."""
+        if delta.is_plain and self._writes_plainly(delta.choice, usage):
+            template = self._plain.get(delta.choice)
+            if template is None:
+                template = self._plain[delta.choice] = self._template(delta.choice, usage)
+            return template.event(delta.text)
         is_shown = shows(delta, self._request)
         parser = self._parsers[delta.choice]
         if parser is None:
@@ -83,6 +91,16 @@ class ChatShape(ChunkedShape):
             token_ids=delta.token_ids if self._request.return_token_ids else UNSET,
         )
         return event(Completion(*self._chunk_heading, [choice], usage))
+
+    def _writes_plainly(self, choice: int, usage: ShownUsage) -> bool:
+        is_read = self._parsers[choice] is not None
+        return not (is_read or self._request.return_token_ids or isinstance(usage, Usage))
+
+    def _template(self, choice: int, usage: ShownUsage) -> EventTemplate:
+        heading = self._chunk_heading
+        return EventTemplate(
+            lambda text: Completion(*heading, [ChatChunkChoice(index=choice, delta=MessageDelta(text))], usage)
+        )
 
     def whole(self, deltas: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
         """See Shape."""

@@ -6,6 +6,7 @@ from msgspec import UNSET
 
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
 from disagg.serve.api.answer import Delta
+from disagg.serve.api.event_template import EventTemplate
 from disagg.serve.api.logprobs import join_legacy, legacy_logprobs, prompt_logprobs_shown
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, event
@@ -27,6 +28,8 @@ class CompletionShape(ChunkedShape):
         self._echoes = [prompt.text or "" for prompt in prompts]
         self._is_open = [False] * len(prompts)
         self._shows_answer = request.most_tokens != 0
+        self._plain: dict[int, EventTemplate] = {}
+        """By choice, where the text alone differs from event to event."""
 
     def openings(self, usage: ShownUsage) -> bytes:
         """Return nothing: completions open with their first text."""
@@ -34,6 +37,11 @@ class CompletionShape(ChunkedShape):
 
     def chunk(self, delta: Delta, usage: ShownUsage) -> bytes:
         """See Shape."""
+        if delta.is_plain and self._writes_plainly(delta.choice, usage):
+            template = self._plain.get(delta.choice)
+            if template is None:
+                template = self._plain[delta.choice] = self._template(delta.choice, usage)
+            return template.event(delta.text)
         if not shows(delta, self._request):
             return b""
         is_first = not self._is_open[delta.choice]
@@ -49,6 +57,18 @@ class CompletionShape(ChunkedShape):
             prompt_token_ids=self._prompts[delta.choice].token_ids if wants_ids and is_first else UNSET,
         )
         return event(Completion(*self._heading, [choice], usage))
+
+    def _writes_plainly(self, choice: int, usage: ShownUsage) -> bool:
+        """Return whether the text is all that an event adds: it is not the first, which may echo the prompt."""
+        is_open = self._is_open[choice] and self._shows_answer
+        return is_open and not (self._request.return_token_ids or isinstance(usage, Usage))
+
+    def _template(self, choice: int, usage: ShownUsage) -> EventTemplate:
+        def make(text: str) -> Completion:
+            written = CompletionChoice(index=choice, text=text, logprobs=None, finish_reason=None, stop_reason=None)
+            return Completion(*self._heading, [written], usage)
+
+        return EventTemplate(make)
 
     def whole(self, deltas: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
         """See Shape."""

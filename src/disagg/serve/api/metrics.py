@@ -18,6 +18,7 @@ from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFoun
 from disagg.serve.api.elastic_metrics import ElasticMetrics, ScalingCollector
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
+from disagg.serve.api.token_metrics import TokenMetrics
 from disagg.serve.api.views import HandOverTotals
 from disagg.serve.router.interface import Router
 
@@ -185,9 +186,9 @@ class ServerMetrics:
     def _add_request_metrics(self) -> None:
         histogram, counter = self._histogram, self._counter
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a first token")
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated for clients")
+        self.tokens = TokenMetrics(self._model_name, TOKEN_BUCKETS)
+        self.registry.register(self.tokens)
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS)
-        self.inter_token = histogram("vllm:inter_token_latency_seconds", "Gap between outputs", TOKEN_BUCKETS)
         self.time_per_output_token = histogram(
             "vllm:request_time_per_output_token_seconds", "(last - first token) / (tokens - 1)", TOKEN_BUCKETS
         )

@@ -58,6 +58,7 @@ class RequestObserver:
         self, accounts: Accounts, job: Job, request_id: str, arrival_s: float, trace: "RequestTrace | None" = None
     ) -> None:
         self._metrics = accounts.metrics
+        self._tokens = accounts.metrics.tokens
         self._recent = accounts.recent
         self._clock = accounts.clock
         self._job = job
@@ -96,9 +97,9 @@ class RequestObserver:
         if progress is None:
             self._see_first(delta, now)
         else:
-            self._metrics.inter_token.observe(now - progress.last_s)
+            self._tokens.add_gap(now - progress.last_s)
             progress.last_s = now
-        self._metrics.generation_tokens.inc(len(delta.token_ids))
+        self._tokens.add(len(delta.token_ids))
 
     def finished(self, choice: int, reason: FinishReason, answer: Answer) -> None:
         """Account for a choice that is complete."""

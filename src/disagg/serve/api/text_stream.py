@@ -58,6 +58,11 @@ class TextStream:
         self.num_decoded = 0
         """Characters of all tokens so far, shown or not."""
 
+    @property
+    def may_stop(self) -> bool:
+        """True when there are stop strings."""
+        return bool(self._stop_strings)
+
     def push(self, token_id: int) -> str:
         """Return the text that may be shown now. Once ``stopped_by`` is set, the answer is complete."""
         text = self._decoder.push(token_id)
