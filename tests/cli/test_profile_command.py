@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def test_profile_then_simulate(
     simulated = CliRunner().invoke(main, [*simulation, "--requests", "20", "--json"], catch_exceptions=False)
     (run,) = json.loads(simulated.stdout)["runs"]
     assert run["num_finished"] == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_profile_as_ctrl_c_does(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the server which it measures ends with it."""
+    monkeypatch.setattr(profiling, "make_profile", lambda *_, **__: signal.raise_signal(number))
+    ran = CliRunner().invoke(main, ["profile", "-o", str(tmp_path / "p.json")])
+    assert ran.exit_code != 0
+    assert not (tmp_path / "p.json").exists()
 
 
 def test_the_server_gets_the_flags_of_the_profile() -> None:

@@ -69,9 +69,10 @@ def profile(model: str | None, output: Path, threads: tuple[int, ...], as_json: 
         scheduler=build(SchedulerSettings, values),
         host=build(HostSettings, values | {"event_log": None, "latency": None, "threads": None}),
     )
-    with _shown_progress() as on_progress:
-        from disagg.calibration.profiling import make_profile
+    from disagg.bench.compare.server_process import terminable
+    from disagg.calibration.profiling import make_profile
 
+    with terminable(), _shown_progress() as on_progress:
         made = make_profile(
             deployment,
             serve_arguments(values),
