@@ -62,7 +62,17 @@ kernels = Pybind11Extension(
     "disagg.engine.kernels._native",
     sources=[
         str(NATIVE / f"{name}.cpp")
-        for name in ("module", "decoder_stack", "mlp", "packed_linear", "parallel", "sampling", "step")
+        for name in (
+            "module",
+            "core_board",
+            "decoder_stack",
+            "helpers",
+            "mlp",
+            "packed_linear",
+            "parallel",
+            "sampling",
+            "step",
+        )
     ],
     depends=[str(header) for header in sorted(NATIVE.glob("*.h"))],
     define_macros=[("DISAGG_X86", "1")] if IS_X86 else [],

@@ -154,7 +154,7 @@ class VirtualEngine:
 
     # Steps
 
-    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+    def launch(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
         start_s = max(self._queue.now(), self._free_at_s)
         stage_times_s = self._spec.latency.stage_times_s(StepShape.of(work.chunk for work in step))
         for duration_s in stage_times_s:

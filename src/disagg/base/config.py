@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
+from disagg.base.core_settings import LentCores
 from disagg.base.disk_settings import DiskSettings
 from disagg.base.elastic_settings import InstanceRange, Replan, parse_autoscale
 from disagg.base.errors import ConfigurationError
@@ -227,6 +228,8 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     cpus: tuple[int, ...] = ()
     """Cores this instance is pinned to; empty pins nothing."""
     num_threads: int = 1
+    lent_cores: LentCores | None = None
+    """None lends and borrows none."""
     kernel_backend: str | None = None
     """``native`` or ``torch``; None takes the best that is there."""
     kv_disk: DiskSettings | None = None

@@ -314,7 +314,7 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How busy an instance is. Counters (``_total``) grow from the instance's start."""
+    """How busy an instance is. Counters (``_total``) grow from the instance's start. Borrowed cores are others'."""
 
     num_running: Count = 0
     num_waiting: Count = 0
@@ -339,6 +339,7 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     blocks_on_host: Count = 0
     blocks_on_disk: Count = 0
     num_leases_expired_total: Count = 0
+    borrowed_core_seconds_total: Seconds = 0.0
     num_steps_timed_total: Count = 0
     """Steps that were predicted and measured; their seconds, and the predicted ones."""
     step_seconds_total: Seconds = 0.0

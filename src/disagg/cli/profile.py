@@ -52,7 +52,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @flags_of(ModelSettings, without={"model"})
 @flags_of(CacheSettings, SchedulerSettings, without={"objectives"})
-@flags_of(HostSettings, without={"event_log", "latency", "threads"})
+@flags_of(HostSettings, without={"event_log", "latency", "lend_cores", "threads"})
 def profile(model: str | None, output: Path, threads: tuple[int, ...], as_json: bool, **values: Any) -> None:
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 

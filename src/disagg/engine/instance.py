@@ -43,6 +43,7 @@ from disagg.engine.kernels.interface import KernelBackend
 from disagg.engine.kernels.select import select_backend
 from disagg.engine.kv_store import make_kv_store
 from disagg.engine.kv_tiers import BlockStore, KvTiers
+from disagg.engine.lent_cores import OWN_CORES, SharedCores, open_cores
 from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.model.decoder import StepDecoder
@@ -62,6 +63,7 @@ from disagg.scheduling.capacity import step_limits
 from disagg.scheduling.instance.copy_queue import MAX_BEHIND_STEPS
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
+from disagg.scheduling.step.threads import StepThreads
 from disagg.transfer.links import Links
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
@@ -105,7 +107,8 @@ def build_loop(
     config = load_served_model_config(files, settings.model.model_code)
     grammars = _make_grammars(files, config, stack)
     device = _device(settings.device)
-    backend = _backend(settings, device, config.head_dim)
+    cores = _open_cores(settings, stack)
+    backend = _backend(settings, device, config.head_dim, cores)
     capacity = _plan_capacity(settings, config, backend)
     incarnation = uuid.uuid4().hex
     pool = _make_pool(capacity, incarnation, device, stack)
@@ -139,17 +142,31 @@ def build_loop(
     ready = Ready(version=PROTOCOL_VERSION, instance=name, incarnation=incarnation, role=role, facts=facts)
     header = core_header(settings, ready, room.saved, counts_layers=loaded.counts_layers)
     watched = watch(executor)
-    steps = _make_steps(settings, watched, pool, channel, clock, stack)
+    steps = _make_steps(settings, watched, pool, channel, clock, cores, stack)
     log = None if settings.event_log is None else stack.enter_context(EventLog(Path(settings.event_log), header))
     measuring = LinkMeasuring(name, incarnation, links, clock, channel.wake)
     accessories = Accessories(log, tiers, grammars, measuring)
     return EngineLoop(ready, InstanceCore(header), steps, watched, pulls, channel, clock, accessories)
 
 
-def _backend(settings: InstanceSettings, device: torch.device, head_dim: int) -> KernelBackend:
-    dtype = TORCH_DTYPES[settings.model.dtype]
-    block_size = settings.cache.block_size
-    return select_backend(device, dtype, settings.kernel_backend, head_dim=head_dim, block_size=block_size)
+def _open_cores(settings: InstanceSettings, stack: ExitStack) -> SharedCores | None:
+    cores = open_cores(settings.cpus, settings.lent_cores)
+    if cores is not None:
+        stack.callback(cores.close)
+    return cores
+
+
+def _backend(
+    settings: InstanceSettings, device: torch.device, head_dim: int, cores: SharedCores | None
+) -> KernelBackend:
+    return select_backend(
+        device,
+        TORCH_DTYPES[settings.model.dtype],
+        settings.kernel_backend,
+        head_dim=head_dim,
+        block_size=settings.cache.block_size,
+        helpers=None if cores is None else cores.helpers,
+    )
 
 
 def _plan_capacity(settings: InstanceSettings, config: ModelShape, backend: KernelBackend) -> Capacity:
@@ -188,6 +205,7 @@ def core_header(
         shows_progress=counts_layers and is_seen,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
+        threads=StepThreads(settings.num_threads, len(settings.lent_cores.cores) if settings.lent_cores else 0),
         latency=None if settings.latency is None else _step_times(Path(settings.latency), settings),
     )
 
@@ -207,10 +225,11 @@ def _make_steps(
     pool: KvPool,
     channel: ControlChannel,
     clock: Clock,
+    cores: SharedCores | None,
     stack: ExitStack,
 ) -> Steps:
     if settings.scheduler.max_steps_in_flight == 1:
-        return InlineSteps(executor, clock, pool.progress)
+        return InlineSteps(executor, clock, pool.progress, cores or OWN_CORES)
     # OpenMP counts threads for each thread that starts some.
     prepare = partial(torch.set_num_threads, settings.num_threads)
     steps = ThreadedSteps(executor, clock, channel.wake, prepare, pool.progress)

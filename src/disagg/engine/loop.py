@@ -200,8 +200,9 @@ class EngineLoop:
         match output:
             case Emitted():
                 self._emit(output)
-            case RunStep(step_id=step_id, chunks=chunks):
-                self._steps.launch(step_id, [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks])
+            case RunStep(step_id=step_id, chunks=chunks, num_borrowed=num_borrowed):
+                work = [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks]
+                self._steps.launch(step_id, work, num_borrowed)
             case Offered() | PartOffered():
                 self._offer(output)
             case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():

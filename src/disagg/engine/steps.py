@@ -20,6 +20,7 @@ from disagg.base.ids import BlockHash, RequestId
 from disagg.base.messages import SequenceOutput, StageStamps
 from disagg.base.sampling import FinishReason, PositionLogprobs
 from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.engine.lent_cores import OWN_CORES, Cores
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
 from disagg.transfer.step_progress import StepProgress
@@ -62,8 +63,8 @@ class CompletedStep:
 class Steps(Protocol):
     """Runs steps, in the order in which they were launched. Its methods belong to the loop's thread."""
 
-    def launch(self, step_id: int, step: Sequence[Work]) -> None:
-        """Queue a step."""
+    def launch(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
+        """Queue a step, which may use so many cores of others."""
 
     def poll(self) -> CompletedStep | None:
         """Return the next step that has ended; None when none has. Raises what the executor raised."""
@@ -75,21 +76,28 @@ class Steps(Protocol):
 class InlineSteps:
     """Computes in the loop's thread. See ``Steps``; ``progress`` takes what others see of a step that runs."""
 
-    def __init__(self, executor: Executor, clock: Clock, progress: StepProgress | None = None) -> None:
+    def __init__(
+        self, executor: Executor, clock: Clock, progress: StepProgress | None = None, cores: Cores = OWN_CORES
+    ) -> None:
         self._executor = executor
         self._progress = progress
         self._clock = clock
-        self._launched: deque[tuple[int, Sequence[Work]]] = deque()
+        self._cores = cores
+        self._launched: deque[tuple[int, Sequence[Work], int]] = deque()
 
-    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+    def launch(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
         """See ``Steps``."""
-        self._launched.append((step_id, step))
+        self._cores.need()
+        self._launched.append((step_id, step, num_borrowed))
 
     def poll(self) -> CompletedStep | None:
-        """Compute the next step launched."""
+        """Compute the next step launched; without one, lend the cores."""
         if not self._launched:
+            self._cores.lend()
             return None
-        return run_step(self._executor, self._clock, *self._launched.popleft(), self._progress)
+        step_id, step, num_borrowed = self._launched.popleft()
+        self._cores.borrow(num_borrowed)
+        return run_step(self._executor, self._clock, step_id, step, self._progress, self._cores)
 
     def close(self) -> None:
         """See ``Steps``."""
@@ -118,7 +126,7 @@ class ThreadedSteps:
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="steps", daemon=True)
         self._thread.start()
 
-    def launch(self, step_id: int, step: Sequence[Work]) -> None:
+    def launch(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
         """See ``Steps``."""
         self._launched.put((step_id, step))
 
@@ -148,7 +156,12 @@ class ThreadedSteps:
 
 
 def run_step(
-    executor: Executor, clock: Clock, step_id: int, step: Sequence[Work], progress: StepProgress | None = None
+    executor: Executor,
+    clock: Clock,
+    step_id: int,
+    step: Sequence[Work],
+    progress: StepProgress | None = None,
+    cores: Cores = OWN_CORES,
 ) -> CompletedStep:
     """Compute a step and append its tokens. Sequences that ended in an earlier step are left out."""
     started_s = clock.now()
@@ -172,7 +185,13 @@ def run_step(
             sampled.append(StepResult(work.chunk.request_id, sequence.finished, names))
         if token is not None:
             tokens[work.chunk.request_id] = token
-    done = StepDone(step_id=step_id, results=tuple(sampled), failed=tuple(failed), duration_s=clock.now() - started_s)
+    done = StepDone(
+        step_id=step_id,
+        results=tuple(sampled),
+        failed=tuple(failed),
+        duration_s=clock.now() - started_s,
+        borrowed_s=cores.take_borrowed_s(),
+    )
     return CompletedStep(done, tokens)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.serve.launch.cores import assign_cores
+from disagg.serve.launch.cores import assign_cores, cores_to_borrow
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,17 @@ def test_everybody_gets_cores_and_nobody_shares_without_need(cores, wanted):
         given_out = [core for own in assigned for core in own]
         assert len(given_out) == len(set(given_out))
         assert all(number is None or len(own) == number for own, number in zip(assigned, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [
+        ([(0,), (1,)], [(1,), (0,)]),
+        ([(0, 1), (2,)], [(2,), (0,)]),  # no more than its own
+        ([(0,), (1, 2), (3,)], [(1,), (3, 0), (0,)]),
+        ([(0, 1)], [()]),
+        ([(0,), (1,), (0,)], [(), (), ()]),  # a core of two instances is nobody's to lend
+    ],
+)
+def test_cores_of_others_that_an_instance_may_borrow(cores, expected):
+    assert cores_to_borrow(cores) == expected

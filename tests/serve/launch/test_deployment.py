@@ -5,12 +5,14 @@ import pytest
 from disagg.base.config import (
     CacheSettings,
     CurveKeys,
+    Device,
     InstanceGroup,
     Placement,
     RouterSettings,
     SchedulerSettings,
     SchedulingMode,
 )
+from disagg.base.core_settings import LentCores
 from disagg.base.disk_settings import DiskSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -32,9 +34,13 @@ def group(role: Role, count: int = 1, **fields) -> InstanceGroup:
     return InstanceGroup(role=role, count=count, **fields)
 
 
-def plan(*groups: InstanceGroup, cores=(0, 1, 2, 3), **host):
-    deployment = Deployment(placement=Placement(groups=groups), host=HostSettings(**host))
-    settings = plan_instances(deployment, control_endpoint="ipc://here", available_cores=cores, parent_pid=7)
+def plan(*groups: InstanceGroup, cores=(0, 1, 2, 3), scheduler=None, **host):
+    deployment = Deployment(
+        placement=Placement(groups=groups), host=HostSettings(**host), scheduler=scheduler or SchedulerSettings()
+    )
+    settings = plan_instances(
+        deployment, control_endpoint="ipc://here", available_cores=cores, parent_pid=7, core_board="board"
+    )
     assert [one.instance for one in settings] == list(deployment.roles())
     return settings
 
@@ -54,6 +60,44 @@ def test_threads_can_be_given_for_a_group_or_for_all():
     assert [(one.cpus, one.num_threads) for one in by_group] == [((0, 1, 2), 3), ((3,), 1)]
     for_all = plan(group(Role.PREFILL, num_threads=3), group(Role.DECODE), threads=2)
     assert [(one.cpus, one.num_threads) for one in for_all] == [((0, 1), 2), ((2, 3), 2)]
+
+
+def test_instances_borrow_the_cores_of_their_neighbours():
+    prefill, decode = plan(group(Role.PREFILL), group(Role.DECODE), cores=(4, 5))
+    assert prefill.lent_cores == LentCores(board="board", cores=(5,))
+    assert decode.lent_cores == LentCores(board="board", cores=(4,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_lent"),
+    [
+        ({}, True),
+        ({"threads": 1}, False),
+        ({"threads": 1, "lend_cores": True}, True),
+        ({"lend_cores": False}, False),
+        ({"device": Device.CUDA}, False),
+        ({"scheduler": SchedulerSettings(max_steps_in_flight=2)}, False),
+        ({"cores": (0,)}, False),
+    ],
+)
+def test_cores_are_lent_unless_threads_are_given(fields, is_lent):
+    settings = plan(group(Role.PREFILL), group(Role.DECODE), **fields)
+    assert [one.lent_cores is not None for one in settings] == [is_lent, is_lent]
+
+
+def test_a_lone_instance_borrows_nothing():
+    (alone,) = plan(group(Role.COLOCATED))
+    assert alone.lent_cores is None
+
+
+def test_an_added_instance_lends_cores_unless_it_shares_them():
+    deployment = Deployment(placement=Placement(groups=(group(Role.PREFILL), group(Role.DECODE))))
+    planned = plan(group(Role.PREFILL, num_threads=1), group(Role.DECODE, num_threads=1), lend_cores=True)
+    name = InstanceId("decode-1")
+    lends = plan_addition(deployment, planned, planned, name, Role.DECODE, (0, 1, 2))
+    assert (lends.cpus, lends.lent_cores) == ((2,), LentCores(board="board", cores=(0,)))
+    shares = plan_addition(deployment, planned, planned, name, Role.DECODE, (0, 1))
+    assert (shares.cpus, shares.lent_cores) == ((0,), None)
 
 
 def test_the_cores_can_be_chosen():

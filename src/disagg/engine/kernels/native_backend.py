@@ -41,6 +41,11 @@ BLOCK_SIZES: Final = (16, 32, 64, 128)
 _OPENMP_LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 
 
+def are_built() -> bool:
+    """Return whether there are native kernels at all."""
+    return _import_error is None
+
+
 def native_unavailable_reason(
     device: torch.device, dtype: torch.dtype, head_dim: int | None = None, block_size: int | None = None
 ) -> str | None:
@@ -62,8 +67,9 @@ class NativeBackend:
     """Every operation of a decoder layer in C++, for float32, bfloat16 and float16 on the CPU.
 
     ``instruction_set`` is one of ``instruction_sets()``, by default the fastest this processor has. Work is spread
-    over ``torch.get_num_threads()`` threads of PyTorch's own pool. A StepBatch and its tensors must not change while
-    it is in use: it is checked and planned once per step, and the indices in it are trusted from then on.
+    over ``torch.get_num_threads()`` threads of PyTorch's own pool, that of a fused decoder over ``helpers`` as well. A
+    StepBatch and its tensors must not change while it is in use: it is checked and planned once per step, and the
+    indices in it are trusted from then on.
 
     Activations and weights must share one element type and be contiguous; a mistake raises InternalError, as does a
     block id outside the pool.
@@ -73,8 +79,9 @@ class NativeBackend:
     kv_format = KvFormat.INTERLEAVED
     keeps_weights = False
 
-    def __init__(self, instruction_set: str | None = None) -> None:
+    def __init__(self, instruction_set: str | None = None, helpers: "_native.Helpers | None" = None) -> None:
         self.instruction_set = instruction_set or instruction_sets()[0]
+        self._helpers = helpers
         self._kernels = {
             torch.float32: _native.Kernels(self.instruction_set, _native.ElementType.FLOAT32),
             torch.bfloat16: _native.Kernels(self.instruction_set, _native.ElementType.BFLOAT16),
@@ -128,7 +135,7 @@ class NativeBackend:
             logit_scale=settings.logits.multiplier,
             logit_softcap=settings.logits.softcap or 0.0,
         )
-        return NativeDecoder(native, weights, settings, self._prepare)
+        return NativeDecoder(native, weights, settings, self._prepare, self._helpers)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight; the whole is computed in float32 and rounded once."""

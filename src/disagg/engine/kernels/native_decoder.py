@@ -30,12 +30,14 @@ class NativeDecoder:
         weights: DecoderWeights,
         settings: DecoderSettings,
         prepare_step: "PrepareStep",
+        helpers: "_native.Helpers | None" = None,
     ) -> None:
         self._native = native
         self._weights = weights  # the native side knows addresses only
         self._mlps: list[_native.Mlp] = []
         self._settings = settings
         self._prepare_step = prepare_step
+        self._helpers = helpers
         self._last_kv: torch.Tensor | Sequence[torch.Tensor] | None = None
         self._last_pools: tuple[torch.Tensor, list[int]]
         self._head_dim = head_dim_of(weights.layers[0], settings)
@@ -66,6 +68,7 @@ class NativeDecoder:
                 largest=0 if best is None else array_address(best, np.int64, num_wanted),
                 progress=batch.progress,
                 num_threads=torch.get_num_threads(),
+                helpers=self._helpers,
             )
         except (IndexError, ValueError) as error:
             raise InternalError(f"step refused: {error}") from error

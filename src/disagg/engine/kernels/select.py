@@ -1,7 +1,7 @@
 """Choosing the kernel backend of an instance."""
 
 import logging
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -11,6 +11,9 @@ from disagg.cache.layout import KvFormat
 from disagg.engine.kernels.interface import KernelBackend
 from disagg.engine.kernels.native_backend import NativeBackend, native_unavailable_reason
 from disagg.engine.kernels.torch_backend import TorchBackend
+
+if TYPE_CHECKING:
+    from disagg.engine.kernels import _native
 
 BACKENDS: Final = ("native", "torch")
 
@@ -24,12 +27,13 @@ def select_backend(
     *,
     head_dim: int | None = None,
     block_size: int | None = None,
+    helpers: "_native.Helpers | None" = None,
 ) -> KernelBackend:
     """Return the fastest backend for ``device`` and ``dtype``, or the one called ``name``.
 
-    Give the model's head dimension and the pool's block size where they are known: not every backend takes all. Says
-    in the log which one it is, and why when it is not the fast one. Raises ConfigurationError when ``name`` is unknown
-    or cannot run here.
+    Give the model's head dimension and the pool's block size where they are known: not every backend takes all. The
+    native one lets ``helpers`` compute too. Says in the log which one it is, and why when it is not the fast one.
+    Raises ConfigurationError when ``name`` is unknown or cannot run here.
     """
     if name not in (None, *BACKENDS):
         raise ConfigurationError(f"no kernel backend is called {name!r}; {known_names(name, BACKENDS)}")
@@ -37,7 +41,7 @@ def select_backend(
     if name == "native" and obstacle is not None:
         raise ConfigurationError(f"the native kernels cannot be used: {obstacle}")
     if name != "torch" and obstacle is None:
-        backend = NativeBackend()
+        backend = NativeBackend(helpers=helpers)
         _logger.info("kernels: native (%s)", backend.instruction_set)
         return backend
     if name is None and device.type == "cpu":

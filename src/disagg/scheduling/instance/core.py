@@ -119,6 +119,7 @@ class InstanceCore:
             num_stages=header.num_stages,
             times=given_times(header),
             memory=KvMemory(header.medium, header.tiers(), header.window, header.shows_progress),
+            threads=header.threads,
         )
         self._lessons = Lessons(header)
         self._sequences: dict[RequestId, Tracked] = {}

@@ -8,6 +8,7 @@ from disagg.base.kv_events import Medium
 from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.block_tier import BlockTier
 from disagg.costs.measured_steps import FittedLatency
+from disagg.scheduling.step.threads import StepThreads
 
 
 class InstanceHeader(
@@ -40,6 +41,7 @@ class InstanceHeader(
     """Others can read the KV blocks of its steps while these write them, layer by layer."""
     tells_tokens: bool = False
     """News of cached blocks say whose they are, so that their tokens can go with them."""
+    threads: StepThreads = StepThreads()
     latency: FittedLatency | None = None
     """Predicts its steps; None learns from those that run."""
 

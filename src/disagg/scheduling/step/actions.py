@@ -35,6 +35,8 @@ class RunStep(Action, frozen=True, kw_only=True):
 
     step_id: int
     chunks: tuple[Chunk, ...]
+    num_borrowed: int = 0
+    """Cores of other instances that the step may use while those have none."""
 
     @property
     def num_tokens(self) -> int:

@@ -110,13 +110,15 @@ class StepDone(Event, frozen=True, kw_only=True):
     """A step ended; ``results`` has one entry for each chunk of it that samples.
 
     Sequences in ``failed`` could not be computed: they have no result and end here, and their KV is not to be trusted.
-    ``duration_s`` is what the step took to compute; 0 where nobody measured it.
+    ``duration_s`` is what the step took to compute; 0 where nobody measured it. ``borrowed_s`` is the time of other
+    instances' cores that went into it.
     """
 
     step_id: int
     results: tuple[StepResult, ...]
     failed: tuple[StepFailure, ...] = ()
     duration_s: float = 0.0
+    borrowed_s: float = 0.0
 
 
 class TransferDone(Event, frozen=True, kw_only=True):

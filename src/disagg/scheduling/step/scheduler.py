@@ -11,6 +11,7 @@ by release or by expiry. No sequence waits for one that is served after it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
@@ -52,6 +53,9 @@ from disagg.scheduling.step.foreign_load import foreign_load
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 from disagg.scheduling.step.statistics import Occupancy
+from disagg.scheduling.step.threads import StepThreads
+
+_ONE_THREAD: Final = StepThreads()
 
 
 @dataclass(slots=True)
@@ -76,7 +80,7 @@ class StepScheduler:
     """Decides what one instance computes, pulls, offers and frees. Not thread-safe; deterministic.
 
     ``max_model_len`` bounds sequences beside what the pool holds. ``num_stages`` are those of the executor's pipeline;
-    ``times`` predicts steps; ``memory`` says where KV blocks are.
+    ``times`` predicts steps; ``memory`` says where KV blocks are, and ``threads`` which cores there are.
     """
 
     def __init__(
@@ -90,11 +94,13 @@ class StepScheduler:
         num_stages: int = 1,
         times: StepTimes | None = None,
         memory: KvMemory | None = None,
+        threads: StepThreads = _ONE_THREAD,
     ) -> None:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, memory)
         # Predicting costs more than most decisions: it is done where somebody asked for it. With tiers it is prefill
         # that is weighed against reading, and only steps with prefill are learned from.
         self._times_all = times is not None or settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._threads = threads
         self._times = times or (StepTimes() if self._times_all or self._books.ledger.tiers else None)
         self._hand_over = HandOvers(self._books, self._times)
         self._batching = Batching(self._books, num_stages, self._times, self._hand_over.early.make_room)
@@ -283,8 +289,11 @@ class StepScheduler:
         planned = self._steps.pop(event.step_id, None)
         if planned is None:
             raise InternalError(f"step {event.step_id} ended but was not running")
+        self._books.statistics.borrowed_s += event.borrowed_s
         if self._times is not None and planned.forecast is not None:
-            self._times.note(planned.forecast.shape, planned.forecast.predicted_s, event.duration_s)
+            forecast = planned.forecast
+            alone_s = self._threads.alone_s(forecast.shape, event.duration_s, event.borrowed_s)
+            self._times.note(forecast.shape, forecast.predicted_s, alone_s)
         return planned
 
     def _on_step_done(self, event: StepDone) -> None:
@@ -389,7 +398,8 @@ class StepScheduler:
                 predicted_s = self._times.predict_s(shape)
                 planned.forecast = StepForecast(shape, predicted_s, start_s + predicted_s)
             self._steps[step_id] = planned
-            books.actions.append(RunStep(step_id=step_id, chunks=chunks))
+            num_borrowed = self._threads.num_borrowed(chunks) if self._threads.num_borrowable else 0
+            books.actions.append(RunStep(step_id=step_id, chunks=chunks, num_borrowed=num_borrowed))
             if books.ledger.shows_progress:
                 self._hand_over.offer_behind(step_id, parts)
 

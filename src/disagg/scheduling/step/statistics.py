@@ -29,6 +29,7 @@ class SchedulerStatistics:
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     num_leases_expired: int = 0
+    borrowed_s: float = 0.0
 
     def count_tokens(self, sequence: Sequence, chunk: Chunk) -> None:
         """Book a chunk's tokens as prefill up to the prompt's end and as decode after it."""
@@ -65,6 +66,7 @@ class SchedulerStatistics:
             blocks_on_host=ledger.num_in_tier(Medium.CPU),
             blocks_on_disk=ledger.num_in_tier(Medium.DISK),
             num_leases_expired_total=self.num_leases_expired,
+            borrowed_core_seconds_total=self.borrowed_s,
             num_steps_timed_total=times.num_steps if times else 0,
             step_seconds_total=times.measured_s if times else 0.0,
             step_predicted_seconds_total=times.predicted_s if times else 0.0,

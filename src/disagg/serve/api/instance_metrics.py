@@ -60,6 +60,11 @@ _COUNTERS: Final[tuple[tuple[str, str, _OfLoad], ...]] = (
     ),
     ("disagg:steps", "Model steps", lambda load: load.num_steps_total),
     (
+        "disagg:borrowed_core_seconds",
+        "Time of other instances' cores that went into steps",
+        lambda load: load.borrowed_core_seconds_total,
+    ),
+    (
         "disagg:steps_timed",
         "Model steps whose time was predicted and measured",
         lambda load: load.num_steps_timed_total,

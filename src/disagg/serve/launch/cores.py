@@ -36,6 +36,22 @@ def _share(cores: Sequence[int], wanted: Sequence[int | None]) -> list[tuple[int
     return assigned
 
 
+def cores_to_borrow(cores: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return, for each instance by its cores, those of others that it may borrow while they have no step.
+
+    As many as it has itself at most: of the instances after it, in turn. None where two instances share a core, as then
+    nobody can say whose it is.
+    """
+    everyone = [core for own in cores for core in own]
+    if len(set(everyone)) < len(everyone):
+        return [()] * len(cores)
+    found = []
+    for index, own in enumerate(cores):
+        others = [core for other in (*cores[index + 1 :], *cores[:index]) for core in other]
+        found.append(tuple(others[: len(own)]))
+    return found
+
+
 def least_taken_cores(cores: Sequence[int], taken: Sequence[int], number: int) -> tuple[int, ...]:
     """Return so many cores for one more instance: those that fewest others have, earlier ones first.
 

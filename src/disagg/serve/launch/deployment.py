@@ -18,6 +18,7 @@ from disagg.base.config import (
     SchedulerSettings,
     ServeSettings,
 )
+from disagg.base.core_settings import LentCores
 from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -25,7 +26,7 @@ from disagg.base.joining import ServerTerms
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import format_ranges
-from disagg.serve.launch.cores import assign_cores, least_taken_cores
+from disagg.serve.launch.cores import assign_cores, cores_to_borrow, least_taken_cores
 
 
 class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +41,16 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = ()
     threads: (
         Annotated[int, Meta(ge=1, description="compute threads of each instance [default: one for each of its cores]")]
+        | None
+    ) = None
+    lend_cores: (
+        Annotated[
+            bool,
+            Meta(
+                description="lend the cores of an instance without a step to its neighbours' steps [default: where "
+                "threads are not given]"
+            ),
+        ]
         | None
     ) = None
     kernels: Annotated[
@@ -149,6 +160,7 @@ def plan_instances(
     parent_pid: int,
     control_key: str | None = None,
     weights: str | None = None,
+    core_board: str | None = None,
     kv_host: str | None = None,
 ) -> tuple[InstanceSettings, ...]:
     """Return what each instance is told at its start, in the order of ``Deployment.roles``.
@@ -159,6 +171,7 @@ def plan_instances(
     wanted = [deployment.host.threads or group.num_threads for group in groups]
     host = deployment.host
     cores = assign_cores(usable_cores(host.cpus, available_cores), wanted)
+    board = core_board if _lends_cores(deployment, wanted) else None
     return tuple(
         InstanceSettings(
             instance=name,
@@ -175,14 +188,15 @@ def plan_instances(
             device=host.device,
             cpus=own_cores,
             num_threads=num_threads or len(own_cores),
+            lent_cores=_lent_cores(board, borrowed),
             kernel_backend=group.kernels or host.kernels,
             latency=host.latency,
             event_log=_event_log(host, name),
             weights=weights,
             parent_pid=parent_pid,
         )
-        for (name, role), group, own_cores, num_threads in zip(
-            deployment.roles().items(), groups, cores, wanted, strict=True
+        for (name, role), group, own_cores, num_threads, borrowed in zip(
+            deployment.roles().items(), groups, cores, wanted, cores_to_borrow(cores), strict=True
         )
     )
 
@@ -213,6 +227,8 @@ def plan_addition(
     num_threads = host.threads or group.num_threads or like.num_threads
     taken = [core for settings in present for core in settings.cpus]
     cores = least_taken_cores(usable_cores(host.cpus, available_cores), taken, num_threads)
+    board = None if like.lent_cores is None else like.lent_cores.board
+    *_, borrowed = cores_to_borrow([*(settings.cpus for settings in present), cores])
     return msgspec.structs.replace(
         like,
         instance=name,
@@ -223,6 +239,7 @@ def plan_addition(
         kernel_backend=group.kernels or host.kernels,
         cpus=cores,
         num_threads=num_threads,
+        lent_cores=_lent_cores(board, borrowed),
         event_log=_event_log(host, name),
     )
 
@@ -261,6 +278,18 @@ def under_terms(scheduler: SchedulerSettings, terms: ServerTerms) -> SchedulerSe
 
 def _scheduler(deployment: Deployment, group: InstanceGroup) -> SchedulerSettings:
     return group.scheduler(under_terms(deployment.scheduler, terms_of(deployment)))
+
+
+def _lends_cores(deployment: Deployment, wanted: Sequence[int | None]) -> bool:
+    """Return whether instances lend each other their cores; ``wanted`` are the threads given for each."""
+    is_lent = deployment.host.lend_cores
+    if deployment.host.device is not Device.CPU or deployment.scheduler.max_steps_in_flight > 1:
+        return False
+    return not any(wanted) if is_lent is None else is_lent
+
+
+def _lent_cores(board: str | None, cores: tuple[int, ...]) -> LentCores | None:
+    return LentCores(board=board, cores=cores) if board is not None and cores else None
 
 
 def _event_log(host: HostSettings, name: InstanceId) -> str | None:

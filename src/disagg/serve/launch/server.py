@@ -27,8 +27,8 @@ from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.server_observer import ServerObserver
+from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
-from disagg.serve.launch.weights_file import shared_weights
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.kv_publisher import open_publisher
@@ -83,6 +83,7 @@ class LiveServer:
                 parent_pid=os.getpid(),
                 control_key=control_key,
                 weights=resources.enter_context(shared_weights()),
+                core_board=resources.enter_context(core_board()),
                 kv_host=kv_host_of(self._deployment),
             )
             folder = self._deployment.host.event_log

@@ -45,7 +45,7 @@ void DecoderStack::check(const Step& step, const int64_t* token_ids, const Wante
 }
 
 void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
-                       const WantedRows& wanted, const Progress& progress, int num_threads) {
+                       const WantedRows& wanted, const Progress& progress, int num_threads, Helpers* helpers) {
   const Step& step = *steps[0];
   check(step, token_ids, wanted);
   const int64_t rows = step.num_rows();
@@ -59,7 +59,7 @@ void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids
   }
   Scratch& scratch = scratch_;
   const int64_t attended_width = int64_t{step.shape().num_kv_heads} * step.shape().group * step.shape().head_dim;
-  run_team(num_threads, [&](Team& team) {
+  const auto compute = [&](Team& team) {
     embed(team, token_ids, rows);
     const void* x = normalise(team, {scratch.residual.data(), nullptr, nullptr, layers_[0].attention_norm}, rows);
     for (size_t index = 0; index < layers_.size(); ++index) {
@@ -77,7 +77,8 @@ void DecoderStack::run(const std::vector<Step*>& steps, const int64_t* token_ids
       }
     }
     run_head(team, x, wanted, head_parts);
-  });
+  };
+  run_team(num_threads, compute, helpers);
 }
 
 void DecoderStack::reserve(const StepShape& shape, int64_t rows) {

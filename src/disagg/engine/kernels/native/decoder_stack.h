@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "helpers.h"
 #include "kernel_table.h"
 #include "mlp.h"
 #include "packed_linear.h"
@@ -80,9 +81,9 @@ class DecoderStack {
   size_t num_layers() const { return layers_.size(); }
 
   // From the ids of a step's tokens to logits. ``kv_layers`` has one pool per layer, ``steps`` the step over the blocks
-  // that the layer is in: one and the same but for those.
+  // that the layer is in: one and the same but for those. ``helpers`` may be null.
   void run(const std::vector<Step*>& steps, const int64_t* token_ids, const std::vector<void*>& kv_layers,
-           const WantedRows& wanted, const Progress& progress, int num_threads);
+           const WantedRows& wanted, const Progress& progress, int num_threads, Helpers* helpers);
 
  private:
   struct Scratch {

@@ -82,14 +82,15 @@ void SparseMlp::group(MlpScratch& scratch, int64_t rows, int team_size) const {
   for (int64_t i = 0; i < chosen; ++i) ++next[scratch.chosen[i] + 1];
   for (size_t expert = 0; expert < experts_.size(); ++expert) next[expert + 1] += next[expert];
   scratch.experts.clear();
-  scratch.num_pieces = 0;
+  int64_t num_pieces = 0;  // a thread that lags behind must not see a 0 in between: it would skip a phase
   for (size_t expert = 0; expert < experts_.size(); ++expert) {
     const int64_t num_rows = next[expert + 1] - next[expert];
     if (num_rows == 0) continue;
     const int64_t own_pieces = (num_rows * pieces + chosen - 1) / chosen;
-    scratch.experts.push_back({static_cast<int32_t>(expert), next[expert], num_rows, scratch.num_pieces, own_pieces});
-    scratch.num_pieces += own_pieces;
+    scratch.experts.push_back({static_cast<int32_t>(expert), next[expert], num_rows, num_pieces, own_pieces});
+    num_pieces += own_pieces;
   }
+  scratch.num_pieces = num_pieces;
   for (int64_t i = 0; i < chosen; ++i) scratch.places[i] = static_cast<int32_t>(next[scratch.chosen[i]]++);
 }
 

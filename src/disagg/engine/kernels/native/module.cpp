@@ -5,13 +5,16 @@
 
 #include <climits>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernel_table.h"
+#include "core_board.h"
 #include "decoder_stack.h"
+#include "helpers.h"
+#include "kernel_table.h"
 #include "mlp.h"
 #include "packed_linear.h"
 #include "parallel.h"
@@ -273,7 +276,7 @@ class BoundDecoder {
 
   void run(const std::vector<Step*>& steps, uintptr_t token_ids, const std::vector<uintptr_t>& kv_layers,
            uintptr_t wanted_rows, int64_t num_wanted, uintptr_t logits, uintptr_t largest, uintptr_t progress,
-           int num_threads) {
+           int num_threads, Helpers* helpers) {
     if (kv_layers.size() != stack_.num_layers() || steps.size() != stack_.num_layers())
       throw std::invalid_argument(std::to_string(kv_layers.size()) + " KV layers and " + std::to_string(steps.size()) +
                                   " steps for " + std::to_string(stack_.num_layers()) + " layers");
@@ -282,7 +285,7 @@ class BoundDecoder {
     const py::gil_scoped_release unlocked;
     stack_.run(steps, at<int64_t>(token_ids), pools,
                {at<int64_t>(wanted_rows), num_wanted, at<void>(logits), at<int64_t>(largest)},
-               Progress(at<uint64_t>(progress)), num_threads);
+               Progress(at<uint64_t>(progress)), num_threads, helpers);
   }
 
  private:
@@ -369,5 +372,17 @@ PYBIND11_MODULE(_native, module) {
            py::arg("mlp"), py::arg("mlp_output_norm"), py::arg("cos_sin"), py::arg("window"))
       .def("run", &BoundDecoder::run, py::kw_only(), py::arg("steps"), py::arg("token_ids"), py::arg("kv_layers"),
            py::arg("wanted_rows"), py::arg("num_wanted"), py::arg("logits"), py::arg("largest"),
-           py::arg("progress"), py::arg("num_threads"));
+           py::arg("progress"), py::arg("num_threads"), py::arg("helpers").none(true));
+  py::class_<CoreBoard>(module, "CoreBoard")
+      .def(py::init([](uintptr_t cells, const std::vector<int>& own) {
+             return std::make_unique<CoreBoard>(at<CoreCell>(cells), own);
+           }),
+           py::arg("cells"), py::arg("own"))
+      .def("take_back", &CoreBoard::take_back)
+      .def("lend", &CoreBoard::lend);
+  module.attr("CORE_CELL_BYTES") = sizeof(CoreCell);
+  py::class_<Helpers>(module, "Helpers")
+      .def(py::init<CoreBoard&, const std::vector<int>&>(), py::arg("board"), py::arg("cores"), py::keep_alive<1, 2>())
+      .def("allow", &Helpers::allow, py::arg("number"))
+      .def("take_seconds", &Helpers::take_seconds);
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "loan.h"
+
 namespace disagg {
 
 // Take what is needed from an OpenMP runtime that this process has loaded already (libgomp, LLVM's or Intel's).
@@ -17,6 +19,12 @@ struct TeamState {
   alignas(64) std::atomic<int64_t> num_done{0};
 };
 
+// Thrown in a thread that computes on another's core, between two items, when it has to go.
+struct LoanOver {};
+
+// Wait a moment; who has waited for long lets others have the core.
+void relax(int spins);
+
 // One thread's membership of a team. All threads execute the same code, and share the work where that code says so: a
 // whole step needs the OpenMP runtime once, not once for each of its matrix products.
 //
@@ -24,7 +32,8 @@ struct TeamState {
 // holds nobody up beyond the item it has in hand, and skips what was done without it.
 class Team {
  public:
-  Team(TeamState& state, int size) : state_(state), size_(size) {}
+  // ``size`` is the number of threads that the work is cut for. A thread on a borrowed core gives its loan.
+  Team(TeamState& state, int size, Loan* loan = nullptr) : state_(state), size_(size), loan_(loan) {}
 
   int size() const { return size_; }
 
@@ -60,6 +69,7 @@ class Team {
 
   // An item of this phase that nobody else has, or ``num_items`` when there is none left.
   int64_t take(int64_t num_items) {
+    leave_when_due();
     uint64_t now = state_.phase_and_item.load(std::memory_order_acquire);
     for (;;) {
       const auto item = static_cast<int64_t>(now & ((uint64_t{1} << kItemBits) - 1));
@@ -74,25 +84,32 @@ class Team {
   }
 
   void wait_for_end() const {
-    for (int spins = 0; state_.phase_and_item.load(std::memory_order_acquire) >> kItemBits == phase_; ++spins)
+    for (int spins = 0; state_.phase_and_item.load(std::memory_order_acquire) >> kItemBits == phase_; ++spins) {
+      leave_when_due();
       relax(spins);
+    }
   }
 
-  static void relax(int spins);
+  void leave_when_due() const {
+    if (loan_ != nullptr && loan_->is_over()) throw LoanOver{};
+  }
 
   TeamState& state_;
   const int size_;
+  Loan* const loan_;
   uint64_t phase_ = 0;
 };
 
+class Helpers;
+
 // Call ``body(team)`` on at most ``num_threads`` threads, the calling one among them, and wait for all. Exceptions must
-// not leave ``body``.
-void run_team(int num_threads, void (*body)(void* context, Team& team), void* context);
+// not leave ``body``, but for LoanOver. ``helpers``, if any, may come and go, and begin ``body`` several times.
+void run_team(int num_threads, Helpers* helpers, void (*body)(void* context, Team& team), void* context);
 
 template <class Body>
-void run_team(int num_threads, Body body) {
+void run_team(int num_threads, Body body, Helpers* helpers = nullptr) {
   run_team(
-      num_threads, [](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
+      num_threads, helpers, [](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
 }
 
 }  // namespace disagg
