@@ -56,7 +56,7 @@ from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.link_figure import link_figure
 from disagg.simulator.recording import Recording
-from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, tokens_emitted
+from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, add_tokens, tokens_emitted
 from disagg.simulator.usage import UsageSeries
 
 FAILED_PULL: Final = "the pull was made to fail"
@@ -304,12 +304,12 @@ class SimulatedInstance:
         So is the first of a resumed sequence: it may be all that comes from here before its offer.
         """
         stamps = _stamps_of(output.firsts) if output.firsts else {}
-        news, gaps_s, tells_all = [], [], self._tells_all
-        for request_id in output.request_ids:
-            request = self._requests[request_id]
-            gaps_s.append(request.add_tokens(1, now, now, stamps.get(request_id) if stamps else None))
+        requests = [self._requests[request_id] for request_id in output.request_ids]
+        gaps_s = add_tokens(requests, 1, now, now, stamps)
+        news, tells_all = [], self._tells_all
+        for request in requests:
             count = request.num_output_tokens
-            resumed_here = bool(stamps) and request.epoch != FIRST_EPOCH and request_id in stamps
+            resumed_here = bool(stamps) and request.epoch != FIRST_EPOCH and request.request_id in stamps
             if tells_all or count == 1 or count >= request.output_len or resumed_here:
                 news.append(request)
         if self._gaps is not None:
@@ -448,10 +448,7 @@ class SimulatedInstance:
         self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
         ends_s = run.take(count)
         stamps = _stamps_of(firsts) if firsts else {}
-        gaps_s = [
-            request.add_tokens(count, ends_s[0], ends_s[-1], stamps.get(request.request_id) if stamps else None)
-            for request in requests
-        ]
+        gaps_s = add_tokens(requests, count, ends_s[0], ends_s[-1], stamps)
         if self._gaps is not None:
             self._gaps.add_all(gaps_s)
             if count > 1:

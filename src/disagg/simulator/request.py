@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
@@ -118,18 +118,29 @@ class SimulatedRequest:
         self.timeline.forget_after(self.num_delivered_tokens)
         self.timeline.pause(now)
 
-    def add_tokens(self, count: int, first_s: float, last_s: float, stamps: StageStamps | None = None) -> float:
-        """Stamp ``count`` sampled tokens, one a step, in steps that ended from ``first_s`` to ``last_s``.
 
-        Return the gap before the first of them; NaN where none came before.
-        """
-        timeline = self.timeline
-        gap_s = first_s - timeline.last_token_s
-        if stamps is None and self.num_output_tokens - count > 1:
-            timeline.last_token_s = last_s  # as ``add_tokens`` does, but for what the first two tokens need
+def add_tokens(
+    requests: Iterable[SimulatedRequest],
+    count: int,
+    first_s: float,
+    last_s: float,
+    stamps: Mapping[RequestId, StageStamps],
+) -> list[float]:
+    """Stamp ``count`` sampled tokens of each request, one a step, in steps that ended from ``first_s`` to ``last_s``.
+
+    ``stamps`` come with the first token that an instance brings. Return the gaps before the first of these tokens; NaN
+    where none came before.
+    """
+    gaps_s = []
+    for request in requests:
+        if request.num_output_tokens - count > 1 and not (stamps and request.request_id in stamps):
+            timeline = request.timeline
+            gaps_s.append(first_s - timeline.last_token_s)
+            timeline.last_token_s = last_s  # as below, but for what the first two tokens need
         else:
-            timeline.add_tokens(count, first_s, last_s, stamps)
-        return gap_s
+            gaps_s.append(first_s - request.timeline.last_token_s)
+            request.timeline.add_tokens(count, first_s, last_s, stamps.get(request.request_id))
+    return gaps_s
 
 
 def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -> TokensEmitted:
@@ -138,5 +149,6 @@ def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -
     for request in requests:
         num_new = request.num_output_tokens - request.num_reported_tokens
         request.num_reported_tokens = request.num_output_tokens
-        progress.append(Progress(request.request_id, request.epoch, num_new, request.is_complete))
+        is_complete = request.num_output_tokens >= request.output_len
+        progress.append(Progress(request.request_id, request.epoch, num_new, is_complete))
     return TokensEmitted(instance=instance, progress=tuple(progress))

@@ -235,14 +235,17 @@ class SimulatedRouter:
         for output in outputs:
             if isinstance(output, Deliver):
                 self._note_delivered(current, output)
+            elif isinstance(output, AnySend):
+                self._send(output)
             else:
                 self._carry_out(output, now)
 
     def _note_delivered(self, emitted: AnyRouterInput, delivered: Deliver) -> None:
         """Count what a sequence that loses its instance goes on from."""
         assert isinstance(emitted, TokensEmitted), "only a step's outputs are delivered"
+        has_all = len(delivered.request_ids) == len(emitted.progress)
         for progress in emitted.progress:
-            if progress.request_id in delivered.request_ids:
+            if has_all or progress.request_id in delivered.request_ids:
                 self._requests[progress.request_id].num_delivered_tokens += progress.num_tokens
 
     def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
@@ -264,8 +267,6 @@ class SimulatedRouter:
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._queue.push(time_s, self._wake)
-            case _ if isinstance(output, AnySend):
-                self._send(output)
             case _:
                 self._change_instances(output, now)
 
