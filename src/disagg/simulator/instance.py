@@ -152,10 +152,7 @@ class SimulatedInstance:
 
     def _later(self, time_s: float, call: Callable[[], None]) -> None:
         """Make a call at ``time_s``, unless this life has ended by then."""
-        self._queue.push(time_s, self._in_this_life(call))
-
-    def _in_this_life(self, call: Callable[[], None]) -> Callable[[], None]:
-        return partial(self._call_in_life, self._life, call) if self._may_die else call
+        self._queue.push(time_s, partial(self._call_in_life, self._life, call) if self._may_die else call)
 
     def _call_in_life(self, life: int, call: Callable[[], None]) -> None:
         if self.is_alive and self._life == life:
@@ -239,7 +236,8 @@ class SimulatedInstance:
 
     def _plan_turn(self) -> None:
         self._is_turn_due = True
-        self._queue.push_turn(self._in_this_life(self._turn))
+        turn = self._turn
+        self._queue.push_turn(partial(self._call_in_life, self._life, turn) if self._may_die else turn)
 
     def _turn(self) -> None:
         """Let the core decide once and do what it says."""

@@ -105,13 +105,19 @@ class Batching:
             decoding = self._next_fixed_batch(decoding)
         elif self._num_stages > 1:
             decoding = decoding[: -(-len(self._books.running) // settings.max_steps_in_flight)]
-        if builder.has_places(len(decoding)) and self._books.ledger.hold_one_more(decoding):
+        if builder.has_places(len(decoding)) and self._hold_one_more(decoding):
             builder.add_decodes(decoding)
             return
         for sequence in decoding:
             if not builder.has_place:
                 return
             self._plan(builder, sequence, 1)
+
+    def _hold_one_more(self, sequences: list[Sequence]) -> bool:
+        """Return whether sequences neither take nor let go of a block for one token more of each."""
+        ledger = self._books.ledger
+        size = 0 if ledger.has_windows else ledger.block_size
+        return not [one for one in sequences if one.num_computed + one.num_in_flight >= len(one.block_ids) * size]
 
     def _next_fixed_batch(self, decoding: list[Sequence]) -> list[Sequence]:
         """Return the next batch in turn that has sequences to decode; those that are in none yet join it.

@@ -1,7 +1,7 @@
 """Which blocks each sequence holds: allocation, prefix reuse, leases, pulls and quarantine, over one block pool."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -143,11 +143,6 @@ class KvLedger:
             return False
         sequence.block_ids += taken
         return True
-
-    def hold_one_more(self, sequences: Iterable[Sequence]) -> bool:
-        """Return whether sequences need no other blocks than those that they hold for one token more of each."""
-        size = 0 if self._windows.num_each else self._block_size
-        return not any(one.num_computed + one.num_in_flight >= len(one.block_ids) * size for one in sequences)
 
     def _grow_with_window(self, sequence: Sequence, num_tokens: int) -> bool:
         self.slide(sequence)
