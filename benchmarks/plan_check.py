@@ -312,14 +312,16 @@ def cases(options: argparse.Namespace, machine: Machine, console: Console) -> It
     ends_s = options.begin_s + 60 * options.minutes
     asked = [(workload, kind) for kind in map(SloKind, options.slo) for workload in options.workloads]
     took_s: list[float] = []
+    plan_s = 0.0
     for number, (workload, kind) in enumerate(asked):
         begin_s = time.monotonic()
-        if begin_s + max(took_s, default=QUICK_SEARCH_S) > ends_s:
+        if begin_s + plan_s + max(took_s, default=QUICK_SEARCH_S) > ends_s:
             console.print(f"no time for {len(asked) - number} more case(s): give more --minutes")
             return
         until_s = begin_s + (ends_s - begin_s) / (len(asked) - number)
         target = SloTarget(slo=objectives(machine, workload, kind))
         judged = plan_case(machine, workload, target, options.plan_requests)
+        plan_s = max(plan_s, time.monotonic() - begin_s)
         chosen = contenders(judged, options.near, quick=options.quick)
         console.print(
             f"case {number + 1} of {len(asked)}: {workload}, {kind.value} ({target}), {len(chosen)} placements near "
