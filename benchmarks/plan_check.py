@@ -243,16 +243,22 @@ def measure(
         arguments = ["--placement", str(folder / "placement.yaml"), "--slo", str(target.slo)]
         arguments += ["--latency", str(machine.profile)]
         for seed in range(options.seeds):
-            num_requests = options.requests
-            if options.quick:
-                num_requests = max(FEWEST_REQUESTS, round(one.goodput.mean * QUICK_RUN_S))
+            num_requests = quick_requests(one.goodput.mean) if options.quick else options.requests
             predicted.append(predict(machine, one, workload, target, num_requests, UNSEEN + seed))
+            if options.quick and quick_requests(predicted[-1]) < num_requests:  # at that rate the run would be long
+                num_requests = quick_requests(predicted[-1])
+                predicted[-1] = predict(machine, one, workload, target, num_requests, UNSEEN + seed)
             with running(serve_command(str(one.candidate), arguments), folder / "log") as server:
                 time.sleep(SETTLE_S)
                 rate = predicted[-1] or one.goodput.mean
                 found = search_live(server.command.url, rate, num_requests, workload, target, options, seed)
             searches.append(Searched.of(found, target.attainment))
     return Measured(str(one.candidate), one.goodput.mean, fmean(predicted), tuple(searches))
+
+
+def quick_requests(rate: float) -> int:
+    """Return how many requests of a rate make a quick run."""
+    return max(FEWEST_REQUESTS, round(rate * QUICK_RUN_S))
 
 
 def predict(
