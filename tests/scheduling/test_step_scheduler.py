@@ -509,9 +509,18 @@ def test_time_never_goes_back() -> None:
         driver.scheduler.handle([Tick()], 0.5)
 
 
-def test_a_step_must_report_every_sampled_sequence() -> None:
+def test_of_plain_tokens_a_step_says_nothing() -> None:
+    driver = Driver()
+    driver.feed(arrived("a", 3), arrived("b", 3))
+    assert driver.step is not None
+    actions = driver.feed(StepDone(step_id=driver.step.step_id, results=()))
+    assert of_type(actions, Emit) == [Emit(request_ids=(RequestId("a"), RequestId("b")))]
+    assert driver.plan == {"a": 1, "b": 1}
+
+
+def test_a_step_reports_no_sequence_that_took_no_part() -> None:
     driver = Driver()
     driver.feed(arrived("a", 3))
     assert driver.step is not None
-    with pytest.raises(InternalError, match="no result for sequence a"):
-        driver.scheduler.handle([StepDone(step_id=driver.step.step_id, results=())], driver.now)
+    with pytest.raises(InternalError, match="results for b, which took no part"):
+        driver.scheduler.handle([StepDone(step_id=driver.step.step_id, results=(StepResult(RequestId("b")),))], 9.0)

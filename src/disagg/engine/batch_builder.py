@@ -113,7 +113,7 @@ class BatchBuilder:
         size = len(step)
         for buffer in (self._tokens, self._positions, self._context_lens):
             buffer.reserve(size)
-        self._tokens.array[:size] = [work.sequence.tokens[start] for work, start in zip(step, starts, strict=True)]
+        self._tokens.array[:size] = [work.sequence.last_token_id for work in step]
         self._positions.array[:size] = starts
         np.add(self._positions.array[:size], 1, out=self._context_lens.array[:size])
         if self._num_decodes != size:
@@ -158,13 +158,14 @@ class BatchBuilder:
         block_ids = [work.chunk.block_ids for work in step]
         width, size = max(map(len, block_ids)), len(step)
         self._tables.reserve(size * width)
-        table = self._tables.array[: size * width].reshape(size, width)
         known = self._last_block_ids if (size, width) == self._last_table else [()] * size
-        for place, (ids, before) in enumerate(zip(block_ids, known, strict=True)):
-            if ids is not before:
-                row = table[place]
-                row[: len(ids)] = ids
-                row[len(ids) :] = 0
+        changed = [place for place, (ids, before) in enumerate(zip(block_ids, known, strict=True)) if ids is not before]
+        if changed:
+            table = self._tables.array[: size * width].reshape(size, width)
+            for place in changed:
+                ids = block_ids[place]
+                table[place, : len(ids)] = ids
+                table[place, len(ids) :] = 0
         self._last_block_ids, self._last_table = block_ids, (size, width)
         return width
 

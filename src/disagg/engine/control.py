@@ -35,6 +35,8 @@ SEND_DEADLINE_S: Final = 10.0
 MAX_QUEUED_MESSAGES: Final = 100_000
 MAX_MESSAGES_AT_ONCE: Final = 1024
 LINGER_MS: Final = 500
+_READABLE: Final = int(zmq.POLLIN)
+"""As a plain number: an enum's operators are Python code, and this is asked before every step."""
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +164,7 @@ class ControlChannel:
         """Add what has come from one router."""
         # Between steps mostly nothing is there, and asking costs less than trying.
         for _ in range(MAX_MESSAGES_AT_ONCE):
-            if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if not int(socket.get(zmq.EVENTS)) & _READABLE:
                 return
             try:
                 messages.append(decode_for_engine(socket.recv(zmq.NOBLOCK)))

@@ -33,7 +33,7 @@ from disagg.base.messages import (
 )
 from disagg.base.router_messages import JoinRouter, LeaveRouter
 from disagg.engine.control import ControlChannel
-from disagg.engine.executor import BlockMover, Work
+from disagg.engine.executor import BlockMover
 from disagg.engine.grammar import Grammars
 from disagg.engine.kv_tiers import KvTiers
 from disagg.engine.link_measuring import LinkMeasuring
@@ -201,8 +201,7 @@ class EngineLoop:
             case Emitted():
                 self._emit(output)
             case RunStep(step_id=step_id, chunks=chunks, num_borrowed=num_borrowed):
-                work = [Work(self._sequences[chunk.request_id], chunk) for chunk in chunks]
-                self._steps.launch(step_id, work, num_borrowed)
+                self._steps.launch(step_id, self._sequences.works(chunks), num_borrowed)
             case Offered() | PartOffered():
                 self._offer(output)
             case NotHeld() | Pulled() | Failed() | CostsLearned() | Audited():
@@ -250,14 +249,14 @@ class EngineLoop:
 
     def _emit(self, output: Emitted) -> None:
         assert self._completed is not None, "tokens come from the step that was collected in this turn"
-        tokens = self._completed.tokens
-        firsts = {first.request_id: first for first in output.firsts}
-        outputs = []
-        for request_id in output.request_ids:
-            first = firsts.get(request_id) if firsts else None
-            token = tokens[request_id]
-            if first is None:
-                outputs.append(token.output())
-            else:
-                outputs.append(token.output(first.stamps, first.num_cached_tokens))
-        self._channel.send(StepOutput(outputs=tuple(outputs)))
+        outputs = self._completed.outputs
+        if len(output.request_ids) < len(outputs):
+            outputs = {request_id: outputs[request_id] for request_id in output.request_ids}
+        for first in output.firsts:
+            outputs[first.request_id] = structs.replace(
+                outputs[first.request_id],
+                prompt_logprobs=self._completed.take_prompt_logprobs(first.request_id),
+                num_cached_tokens=first.num_cached_tokens,
+                stamps=first.stamps,
+            )
+        self._channel.send(StepOutput(outputs=tuple(outputs.values())))

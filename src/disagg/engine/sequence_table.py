@@ -10,9 +10,11 @@ from disagg.base.ids import Epoch, RequestId
 from disagg.base.kv_events import BlockStored
 from disagg.base.messages import KvEvents
 from disagg.base.request import GenerationRequest
+from disagg.engine.executor import Work
 from disagg.engine.grammar import Grammars
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.instance.inputs import SequenceFacts
+from disagg.scheduling.step.actions import Chunk
 
 
 class SequenceTable:
@@ -27,11 +29,13 @@ class SequenceTable:
         self._grammars = grammars
         self._sequences: dict[RequestId, LiveSequence] = {}
 
-    def __getitem__(self, request_id: RequestId) -> LiveSequence:
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            raise InternalError(f"the core knows sequence {request_id}, the engine does not")
-        return sequence
+    def works(self, chunks: Sequence[Chunk]) -> list[Work]:
+        """Return a step's chunks with their sequences."""
+        sequences = self._sequences
+        try:
+            return [Work(sequences[chunk.request_id], chunk) for chunk in chunks]
+        except KeyError as error:
+            raise InternalError(f"the core knows sequence {error.args[0]}, the engine does not") from None
 
     def add(self, request: GenerationRequest) -> SequenceFacts:
         """Keep a sequence's tokens until ``drop``, and return what the core is told of it."""

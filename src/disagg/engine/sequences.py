@@ -63,6 +63,8 @@ class LiveSequence:
             self._stop_token_ids |= frozenset(request.eos_token_ids)
         self._may_stop_at = self.num_prompt_tokens + request.sampling.min_tokens
         self._ends_at = self.num_prompt_tokens + request.sampling.max_tokens
+        self.last_token_id = int(self.tokens[self.num_tokens - 1]) if self.num_tokens else 0
+        self._plain_until = self._next_due()
 
     @property
     def num_output_tokens(self) -> int:
@@ -83,9 +85,26 @@ class LiveSequence:
         Returns the names of the KV blocks, at most one, that it fills.
         """
         position = self.num_tokens
+        if position < self._plain_until and token_id not in self._stop_token_ids:
+            self.tokens[position] = self.last_token_id = token_id
+            self.num_tokens = position + 1
+            return ()
+        names = self._append_with_care(token_id, position)
+        self._plain_until = self._next_due()
+        return names
+
+    def _next_due(self) -> int:
+        """Return up to how many known tokens another one changes nothing, unless it is a stop token."""
+        if self.grammar is not None:
+            return 0
+        due = min(len(self.tokens), self._ends_at - 1)
+        size = self._block_size
+        return min(due, (len(self._block_hashes) + 1) * size - 1) if size else due
+
+    def _append_with_care(self, token_id: int, position: int) -> tuple[BlockHash, ...]:
         if position == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        self.tokens[position] = token_id
+        self.tokens[position] = self.last_token_id = token_id
         self.num_tokens = position + 1
         if self.grammar is not None:
             self.grammar.accept(token_id)

@@ -13,51 +13,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from disagg.base.clock import Clock
-from disagg.base.ids import BlockHash, RequestId
-from disagg.base.messages import SequenceOutput, StageStamps
-from disagg.base.sampling import FinishReason, PositionLogprobs
-from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.base.ids import RequestId
+from disagg.base.messages import SequenceOutput
+from disagg.base.sampling import PositionLogprobs
+from disagg.engine.executor import Executor, Work
 from disagg.engine.lent_cores import OWN_CORES, Cores
 from disagg.engine.sequences import LiveSequence
 from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
 from disagg.transfer.step_progress import StepProgress
 
 
-class NewToken(msgspec.Struct, frozen=True, gc=False):
-    """A token that a step brought for a sequence, and why it is the last, if it is."""
-
-    sequence: LiveSequence
-    token_id: int
-    logprobs: PositionLogprobs | None
-    finished: FinishReason | None
-    block_hashes: tuple[BlockHash, ...] = ()
-    """Names of the KV blocks that it fills."""
-
-    def output(self, stamps: StageStamps | None = None, num_cached_tokens: int = 0) -> SequenceOutput:
-        """Return what the router is told; ``stamps`` come with the first token of this instance."""
-        sequence, finished = self.sequence, self.finished
-        return SequenceOutput(
-            request_id=sequence.request_id,
-            epoch=sequence.epoch,
-            token_ids=(self.token_id,),
-            finish_reason=finished,
-            stop_token_id=sequence.stop_token_id,
-            logprobs=(self.logprobs,) if self.logprobs is not None else (),
-            prompt_logprobs=sequence.take_prompt_logprobs() if stamps is not None else (),
-            num_cached_tokens=num_cached_tokens,
-            stamps=stamps,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class CompletedStep:
-    """What a step brought: the core's event, and the values that it is about."""
+    """What a step brought: the core's event, and the values that it is about.
+
+    ``outputs`` are what the router is told of those that have a new token, in the order of the step.
+    """
 
     done: StepDone
-    tokens: dict[RequestId, NewToken]
+    step: Sequence[Work]
+    outputs: dict[RequestId, SequenceOutput]
+
+    def take_prompt_logprobs(self, request_id: RequestId) -> tuple[PositionLogprobs, ...]:
+        """Return those of a sequence of the step, which go with its first output of this instance."""
+        sequence = next(work.sequence for work in self.step if work.sequence.request_id == request_id)
+        return sequence.take_prompt_logprobs()
 
 
 class Steps(Protocol):
@@ -168,41 +149,46 @@ def run_step(
     if progress is not None:
         progress.begin(step_id)
     wanted = [work for work in step if work.sequence.finished is None and work.sequence.failure is None]
-    results = iter(executor.run(wanted) if wanted else ())
+    results = executor.run(wanted) if wanted else ()
     if progress is not None:
         progress.end()
-    tokens: dict[RequestId, NewToken] = {}
-    sampled: list[StepResult] = []
+    outputs: dict[RequestId, SequenceOutput] = {}
+    news: list[StepResult] = []
     failed: list[StepFailure] = []
-    for work in step:
-        sequence = work.sequence
-        is_wanted = sequence.finished is None and sequence.failure is None
-        token = _accept(work, next(results)) if is_wanted else None
-        if sequence.failure is not None:
-            failed.append(StepFailure(work.chunk.request_id, sequence.failure.kind, sequence.failure.message))
-        elif work.chunk.samples:
-            names = () if token is None else token.block_hashes
-            sampled.append(StepResult(work.chunk.request_id, sequence.finished, names))
-        if token is not None:
-            tokens[work.chunk.request_id] = token
+    for work, result in zip(wanted, results, strict=True):
+        sequence, token_id, failure = work.sequence, result.token_id, result.failure
+        request_id = sequence.request_id
+        if failure is not None:
+            sequence.failure = failure
+            failed.append(StepFailure(request_id, failure.kind, failure.message))
+            continue
+        if result.prompt_logprobs:
+            sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
+        if token_id is None:
+            continue
+        names = sequence.append(token_id)
+        if sequence.finished is None and result.logprobs is None:
+            outputs[request_id] = SequenceOutput(request_id, sequence.epoch, (token_id,))
+        else:
+            outputs[request_id] = _output(sequence, token_id, result.logprobs)
+        if names or sequence.finished is not None:
+            news.append(StepResult(request_id, sequence.finished, names))
     done = StepDone(
         step_id=step_id,
-        results=tuple(sampled),
+        results=tuple(news),
         failed=tuple(failed),
         duration_s=clock.now() - started_s,
         borrowed_s=cores.take_borrowed_s(),
     )
-    return CompletedStep(done, tokens)
+    return CompletedStep(done, step, outputs)
 
 
-def _accept(work: Work, result: ChunkResult) -> NewToken | None:
-    sequence = work.sequence
-    if result.failure is not None:
-        sequence.failure = result.failure
-        return None
-    if result.prompt_logprobs:
-        sequence.add_prompt_logprobs(work.chunk.start + 1, result.prompt_logprobs)
-    if result.token_id is None:
-        return None
-    names = sequence.append(result.token_id)
-    return NewToken(sequence, result.token_id, result.logprobs, sequence.finished, names)
+def _output(sequence: LiveSequence, token_id: int, logprobs: PositionLogprobs | None) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=sequence.request_id,
+        epoch=sequence.epoch,
+        token_ids=(token_id,),
+        finish_reason=sequence.finished,
+        stop_token_id=sequence.stop_token_id,
+        logprobs=() if logprobs is None else (logprobs,),
+    )

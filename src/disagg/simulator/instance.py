@@ -360,7 +360,8 @@ class SimulatedInstance:
                 request.num_output_tokens += 1
                 finished = FinishReason.LENGTH if request.num_output_tokens >= request.output_len else None
                 names = request.names_of_new(1, self.spec.block_size) if request.block_hashes else ()
-                results.append(StepResult(chunk.request_id, finished, names))
+                if names or finished is not None:
+                    results.append(StepResult(chunk.request_id, finished, names))
         self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
         if not self._is_turn_due:
             self._plan_turn()

@@ -107,8 +107,9 @@ class StepFailure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepDone(Event, frozen=True, kw_only=True):
-    """A step ended; ``results`` has one entry for each chunk of it that samples.
+    """A step ended, with a token for each chunk of it that samples.
 
+    ``results`` has those tokens of which there is more to say: that they are the last, or fill a KV block.
     Sequences in ``failed`` could not be computed: they have no result and end here, and their KV is not to be trusted.
     ``duration_s`` is what the step took to compute; 0 where nobody measured it. ``borrowed_s`` is the time of other
     instances' cores that went into it.

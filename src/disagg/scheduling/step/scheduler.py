@@ -106,6 +106,7 @@ class StepScheduler:
         self._batching = Batching(self._books, num_stages, self._times, self._hand_over.early.make_room)
         self._tiers = TierMoves(self._books)
         self._pool = self._books.ledger.pool
+        self._block_size = block_size
         self._steps: dict[int, PlannedStep] = {}
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
@@ -300,34 +301,33 @@ class StepScheduler:
         books = self._books
         planned = self._take_step(event)
         failed = {failure.request_id for failure in event.failed} if event.failed else ()
-        results = iter(event.results)
+        results = {result.request_id: result for result in event.results}
         emitted: list[RequestId] = []
         ended: list[tuple[Sequence, FinishReason]] = []
         handed_over: list[Sequence] = []
         for sequence, chunk in planned.parts:
             request_id = sequence.request_id
-            has_failed = request_id in failed
+            result = results.pop(request_id, None) if results else None
             sequence.num_in_flight -= chunk.num_tokens
             sequence.num_coming -= chunk.samples
-            samples = chunk.samples and not has_failed
-            result = next(results, None) if samples else None
-            if samples and (result is None or result.request_id != request_id):
-                raise InternalError(f"step {event.step_id} has no result for sequence {request_id}")
             if sequence.discarded is not None:
                 self._let_go(sequence)
                 continue
-            if has_failed:
+            if failed and request_id in failed:
                 books.ledger.retract(sequence)
                 ended.append((sequence, FinishReason.ERROR))
                 continue
             self._note_computed(sequence, chunk)
-            if result is not None:
-                sequence.add_token(books.now, result.block_hashes)
-                emitted.append(request_id)
-                if result.finished is not None:
-                    ended.append((sequence, result.finished))
-                elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
-                    handed_over.append(sequence)
+            if not chunk.samples:
+                continue
+            sequence.add_token(books.now, () if result is None else result.block_hashes)
+            emitted.append(request_id)
+            if result is not None and result.finished is not None:
+                ended.append((sequence, result.finished))
+            elif sequence.hand_over and not sequence.num_in_flight:  # it may have been told while a step more was
+                handed_over.append(sequence)
+        if results:
+            raise InternalError(f"step {event.step_id} has results for {', '.join(results)}, which took no part")
         if emitted:
             books.actions.append(Emit(request_ids=tuple(emitted)))
         for sequence, reason in ended:
@@ -341,7 +341,7 @@ class StepScheduler:
         """Take account of tokens whose KV is there now."""
         self._books.statistics.count_tokens(sequence, chunk)
         sequence.num_computed += chunk.num_tokens
-        if sequence.block_hashes:
+        if sequence.block_hashes and sequence.num_computed // self._block_size > sequence.num_published:
             self._books.ledger.publish(sequence)
         if sequence.hand_over and not chunk.samples:
             self._hand_over.offer_part(sequence)
