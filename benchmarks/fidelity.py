@@ -262,7 +262,8 @@ def compare(options: argparse.Namespace, profile: Path, console: Console) -> lis
         for seed in range(options.runs):
             for name in options.placements:
                 counts = [part for role, count in PLACEMENTS[name].items() for part in (f"--{role.value}", str(count))]
-                with running(serve_command(name, counts), Path(folder) / "log") as server:
+                command = serve_command(name, (*counts, "--no-lend-cores"))  # as it is simulated
+                with running(command, Path(folder) / "log") as server:
                     time.sleep(SETTLE_S)
                     for case in planned[name]:
                         case.runs.append(measure(server.command.url, case.workloads[seed], case.slo, seed))

@@ -56,7 +56,8 @@ def measure_host_costs(
     """
     named = () if model is None else (model,)
     with tempfile.TemporaryDirectory(prefix="disagg-profile-") as folder:
-        with running(serve_command("disagg serve", (*named, *arguments)), Path(folder) / "log") as server:
+        command = serve_command("disagg serve", (*named, *arguments, "--no-lend-cores"))  # as its steps were measured
+        with running(command, Path(folder) / "log") as server:
             asked = Server(server.command.url)
 
             def cpu_s() -> float:
