@@ -13,10 +13,12 @@ LINK = LinkModel(bytes_per_s=2e8, latency_s=0.0005)
 NUM_TOKENS = 4096
 
 
-def hand_over_s(*, kv_overlap: bool) -> float:
+def hand_over_s(*, kv_overlap: bool, shows_progress: bool = False) -> float:
     request = SimulatedRequest(RequestId("a"), 0.0, NUM_TOKENS, 8)
     spec = cluster_spec(
-        instance(Role.PREFILL, kv_overlap=kv_overlap), instance(Role.DECODE, kv_overlap=kv_overlap), link=LINK
+        instance(Role.PREFILL, kv_overlap=kv_overlap, shows_progress=shows_progress),
+        instance(Role.DECODE, kv_overlap=kv_overlap),
+        link=LINK,
     )
     serve(spec, [request])
     assert request.num_output_tokens == 8
@@ -27,3 +29,8 @@ def test_only_the_last_chunk_is_left_to_be_handed_over() -> None:
     whole_s, rest_s = hand_over_s(kv_overlap=False), hand_over_s(kv_overlap=True)
     assert whole_s >= LINK.transfer_time_s(NUM_TOKENS * 1000)
     assert rest_s <= 1.1 * LINK.transfer_time_s(256 * 1000)
+
+
+def test_a_layer_of_the_last_chunk_is_left_behind_a_step() -> None:
+    rest_s = hand_over_s(kv_overlap=True, shows_progress=True)
+    assert 0 < rest_s <= LINK.transfer_time_s(256 * 1000) / 16

@@ -26,6 +26,7 @@ from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 from disagg.simulator.router import SimulatedRouter, SlowPlanner
+from disagg.simulator.step_ends import StepEnds
 
 _MOST_NEW_OBJECTS: Final = 100_000
 """Objects that come to be, less those that go, between two searches for cycles while a simulation runs."""
@@ -118,6 +119,7 @@ class SimulatedCluster:
         hosts = {node.name: SimulatedHost(self.queue, spec.interference) for node in spec.topology.nodes}
         first = spec.topology.nodes[0].name
         self._router_host = hosts[first] = SimulatedHost(self.queue, spec.interference, spec.serving)
+        step_ends = StepEnds()
         self.instances = tuple(
             SimulatedInstance(
                 instance,
@@ -125,6 +127,7 @@ class SimulatedCluster:
                 links,
                 self._router.hear,
                 host=hosts[places[instance.name][0].node],
+                step_ends=step_ends,
                 faults=spec.faults,
                 recording=recording,
             )

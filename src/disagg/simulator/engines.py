@@ -53,6 +53,8 @@ class EngineRules:
     """Of all instances together."""
     swap: LinkModel | None = None
     """How preempted KV comes back; None computes it again."""
+    shows_progress: bool = False
+    """On cores of a host its steps can be read behind."""
     notes: tuple[str, ...] = field(default=())
     """What the imitation leaves out or approximates."""
 
@@ -71,6 +73,7 @@ def own_rules(
         prefix_caching=cache.prefix_caching,
         kv_host_bytes=cache.kv_host_memory_bytes or 0,
         kv_disk=cache.disk(1),
+        shows_progress=True,
         router=router,
     )
 
@@ -259,5 +262,6 @@ def build_instance(
         host_memory=LinkModel(HOST_BYTES_PER_S * tensor * pipeline, latency_s=2e-5),
         disk=NVME,
         swap=rules.swap,
+        shows_progress=rules.shows_progress and platform.num_threads is not None and pipeline == 1,
     )
     return replace(spec, num_blocks=kv_bytes // spec.block_bytes)

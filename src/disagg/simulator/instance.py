@@ -57,6 +57,7 @@ from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.link_figure import link_figure
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, add_tokens, tokens_emitted
+from disagg.simulator.step_ends import StepEnds
 from disagg.simulator.usage import UsageSeries
 
 FAILED_PULL: Final = "the pull was made to fail"
@@ -74,6 +75,7 @@ class SimulatedInstance:
         tell: Callable[[AnyRouterInput], None],
         *,
         host: SimulatedHost,
+        step_ends: StepEnds,
         faults: Faults | None = None,
         recording: Recording,
     ) -> None:
@@ -82,6 +84,7 @@ class SimulatedInstance:
         self._links = links
         self._tell = tell
         self._host = host
+        self._step_ends = step_ends
         faults = faults or Faults()
         self._failing_pulls = set(faults.failing_pulls)
         self._may_die = bool(faults.commands) or any(death.instance == spec.name for death in faults.deaths)
@@ -334,6 +337,8 @@ class SimulatedInstance:
             stage_times_s = latency.stage_times_s(shape)
             end_s = self._pipeline.enter(now + swap_s, stage_times_s)
             self._step_s = end_s - now
+            if self.spec.shows_progress:
+                self._step_ends.note(self.spec.name, self.incarnation, step.step_id, end_s)
             self._later(end_s, partial(self._end_step, step, swap_s + sum(stage_times_s)))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)
@@ -369,6 +374,8 @@ class SimulatedInstance:
     def _copy(self, copy: StartCopy, now: float) -> None:
         num_bytes = self.spec.copied_bytes(copy)
         end_s = self._links.start(copy.source, self.spec.name, num_bytes, now)
+        if copy.offer.behind_step:
+            end_s = self._step_ends.end_of(copy, now, end_s)
         if self._timeline is not None:
             self._timeline.pull(copy.request_id, copy.source, self.spec.name, now, end_s)
         failure = FAILED_PULL if copy.request_id in self._failing_pulls else ""

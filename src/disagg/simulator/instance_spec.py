@@ -46,6 +46,8 @@ class InstanceSpec:
     max_disk_blocks: int = 0
     swap: LinkModel | None = None
     """Where the KV of preempted sequences waits; None computes it again."""
+    shows_progress: bool = False
+    """Others read the KV blocks of its steps while these write them."""
 
     def __post_init__(self) -> None:
         if self.place and len(self.place) != self.num_devices:
@@ -87,6 +89,7 @@ class InstanceSpec:
             max_disk_blocks=self.max_disk_blocks,
             num_stages=self.latency.num_stages,
             window=self.window,
+            shows_progress=self.shows_progress,
         )
 
     def ready(self, incarnation: str) -> Ready:
