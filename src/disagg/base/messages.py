@@ -3,7 +3,6 @@
 Messages are msgspec tagged structs in MessagePack, one message a ZeroMQ frame. They are decoded by schema and
 refused when longer than ``MAX_MESSAGE_BYTES``, of another version, or with a value that cannot be. KV bytes never
 travel here: an ``Offer`` says where they are, and the decode instance pulls them over a link of the transfer room.
-
 What an instance says of itself is range-checked here. A request is checked by the instance that gets it, which can
 answer what is wrong (``Failed``); a message that cannot be decoded gets no answer. Every message about a sequence
 carries ``(request_id, epoch)``; a receiver ignores an epoch that is not current.

@@ -2,8 +2,7 @@
 
 It owns everything between a message and its consequences: which attempt of a sequence is current, what is refused and
 why, what is computed, pulled and offered when, which pulls run at once, what the router is told, and the stamps of
-each stage. A shell owns what a core may not touch: clock, sockets, devices, token values. (dask's ``BaseWorker`` is the
-model: one state machine, handed instructions to by several kinds of worker.)
+each stage. A shell owns what a core may not touch: clock, sockets, devices, token values. As in dask's ``BaseWorker``.
 """
 
 import math
@@ -60,15 +59,7 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import (
-    Tracked,
-    event_of,
-    kv_extended,
-    kv_offered,
-    mismatch,
-    pulled_message,
-    unread,
-)
+from disagg.scheduling.instance.tracked import Tracked, event_of, kv_extended, kv_offered, mismatch, pulled, unread
 from disagg.scheduling.step.actions import (
     AnyMove,
     DropSaved,
@@ -412,7 +403,7 @@ class InstanceCore:
             case StopPull(request_id=request_id, epoch=epoch):
                 self._outputs.append(CancelCopy(request_id=request_id, epoch=epoch))
             case ReleaseLease(request_id=request_id, epoch=epoch):
-                self._outputs.append(pulled_message(action, self._find(request_id, epoch), self._now))
+                self._outputs.append(pulled(action, self._find(request_id, epoch), self._now))
             case Reject(request_id=request_id, epoch=epoch, detail=detail):
                 self._fail(request_id, epoch, FailureKind.TOO_LONG, detail)
             case Forget(request_id=request_id, epoch=epoch, reason=reason):

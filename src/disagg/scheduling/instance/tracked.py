@@ -111,7 +111,7 @@ class Tracked:
         return FirstOutput(self.request_id, stamps, self.num_cached_tokens)
 
 
-def pulled_message(action: ReleaseLease, sequence: Tracked | None, now: float) -> Pulled:
+def pulled(action: ReleaseLease, sequence: Tracked | None, now: float) -> Pulled:
     """Return what lets the source of an offer free its blocks: how the pull went, or why there will be none.
 
     ``sequence`` is None when a newer attempt has taken the place of the one that was offered.
