@@ -70,7 +70,8 @@ def test_poison_fails_alone(broken_model: str, placement: tuple[str, ...]) -> No
             {"min_p": 1e-300},
             {"top_p": 5e-324},
         ):
-            assert completion(server, "abc", max_tokens=4, **fields).usage.completion_tokens > 0
+            answer = completion(server, "abc", max_tokens=4, seed=1, **fields)  # by another seed it may say Z itself
+            assert answer.usage.completion_tokens > 0
         assert [good(server, *case) for case in GOOD] == expected
         assert all(instance["num_restarts"] == 0 for instance in server.get("/status").json()["instances"])
         assert "Traceback" not in server.text

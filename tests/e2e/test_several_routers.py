@@ -30,8 +30,15 @@ class Story:
 
 def routers(server: ServerProcess) -> list[psutil.Process]:
     """The routers' processes."""
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "disagg.serve.launch.router_process" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process(server.process.pid).children() if "router_process" in command_of(child)]
+
+
+def command_of(process: psutil.Process) -> str:
+    """What a process was started with; "" of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def num_clients(router: psutil.Process) -> int:
@@ -168,11 +175,11 @@ def test_an_instance_of_another_host_serves_all_routers_and_survives_them(tmp_pa
             wait_for(lambda: is_everywhere(server, "decode-1", "ready"), "decode-1 at the new router")
             assert answers(server, 6) == expected
 
+            url = f"{server.url}/admin/instances/decode-0/drain"
+            assert httpx.post(url, json={"undo": True}, timeout=30).status_code == 202
             os.kill(joiner.engine().pid, signal.SIGKILL)
             assert answers(server, 6) == expected
             wait_for(lambda: is_everywhere(server, "decode-1", "ready"), "decode-1 is back")
-            url = f"{server.url}/admin/instances/decode-0/drain"
-            assert httpx.post(url, json={"undo": True}, timeout=30).status_code == 202
             assert joiner.end() == 0
         wait_for(lambda: is_everywhere(server, "decode-1", "none"), "decode-1 has left")
         assert answers(server, 6) == expected
