@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import zmq
-from fake_executor import FakeExecutor, HeldExecutor
+from fake_executor import FakeExecutor, HeldExecutor, continue_prompt
 from msgspec import structs
 
 from disagg.base.clock import Clock, MonotonicClock
@@ -333,6 +333,12 @@ class Instance:
             entry for entry in self.router.received if not (entry[0] == self.name and isinstance(entry[1], LoadReport))
         ]
         self.router.wait(is_idle)
+
+
+def answer(sequence: GenerationRequest) -> list[int]:
+    """The tokens that the fake executor gives to a request."""
+    count = sequence.sampling.max_tokens
+    return continue_prompt(sequence.prompt_token_ids, count, 3, VOCAB_SIZE, sequence.sampling.seed)
 
 
 def continuation(original: GenerationRequest, tokens: Sequence[int]) -> GenerationRequest:

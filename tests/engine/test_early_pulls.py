@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from cluster import VOCAB_SIZE, Instance, RouterEnd, abort, continuation, fake_model, release, request
+from cluster import VOCAB_SIZE, Instance, RouterEnd, abort, answer, continuation, fake_model, release, request
 from fake_executor import continue_prompt
 
 from disagg.base.messages import Adopt, Generate, MoreKv, Offered, PartOffered, PeerLost, Pulled, Reserve
@@ -34,11 +34,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RouterEnd, Instance, 
     for instance in (prefill, decode):
         assert instance.audit is not None
         assert instance.audit.free == instance.audit.total
-
-
-def answer(sequence: GenerationRequest) -> list[int]:
-    count = sequence.sampling.max_tokens
-    return continue_prompt(sequence.prompt_token_ids, count, 3, VOCAB_SIZE, sequence.sampling.seed)
 
 
 def pass_parts_on(router: RouterEnd, decode: Instance, sequence: GenerationRequest, count: int) -> None:

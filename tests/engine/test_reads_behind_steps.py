@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from cluster import VOCAB_SIZE, Instance, RouterEnd, abort, continuation, release, request
-from fake_executor import continue_prompt
+from cluster import Instance, RouterEnd, abort, answer, continuation, release, request
 from msgspec import structs
 
 from disagg.base.messages import Adopt, Generate, KvOffer, Offered, PartOffered, PeerLost, Pulled, Reserve
@@ -38,11 +37,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RouterEnd, Instance, 
     for instance in (prefill, decode):
         assert instance.audit is not None
         assert instance.audit.free == instance.audit.total
-
-
-def answer(sequence: GenerationRequest) -> list[int]:
-    count = sequence.sampling.max_tokens
-    return continue_prompt(sequence.prompt_token_ids, count, 3, VOCAB_SIZE, sequence.sampling.seed)
 
 
 def begin(router: RouterEnd, prefill: Instance, decode: Instance, sequence: GenerationRequest) -> KvOffer:
