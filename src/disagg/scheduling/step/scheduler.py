@@ -398,7 +398,7 @@ class StepScheduler:
                 predicted_s = self._times.predict_s(shape)
                 planned.forecast = StepForecast(shape, predicted_s, start_s + predicted_s)
             self._steps[step_id] = planned
-            num_borrowed = self._threads.num_borrowed(chunks) if self._threads.num_borrowable else 0
+            num_borrowed = self._threads.num_borrowed(chunks)
             books.actions.append(RunStep(step_id=step_id, chunks=chunks, num_borrowed=num_borrowed))
             if books.ledger.shows_progress:
                 self._hand_over.offer_behind(step_id, parts)

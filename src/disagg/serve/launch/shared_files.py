@@ -15,20 +15,23 @@ _BOARD_BYTES: Final = 1 << 22
 @contextmanager
 def shared_weights() -> Iterator[str]:
     """Give the path of an empty file for the packed weights, which the first instance fills."""
-    descriptor = os.memfd_create("disagg-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+    with _anonymous_file("disagg-weights", os.MFD_ALLOW_SEALING) as descriptor:
         yield _path_of(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
 def core_board() -> Iterator[str]:
     """Give the path of a file of zeros, in which instances say which of their cores have a step to compute."""
-    descriptor = os.memfd_create("disagg-cores", os.MFD_CLOEXEC)
-    try:
+    with _anonymous_file("disagg-cores") as descriptor:
         os.ftruncate(descriptor, _BOARD_BYTES)
         yield _path_of(descriptor)
+
+
+@contextmanager
+def _anonymous_file(name: str, flags: int = 0) -> Iterator[int]:
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
