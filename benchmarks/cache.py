@@ -21,8 +21,8 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from disagg.base.cache_routing import CacheRouting
 from disagg.base.config import (
-    CacheRouting,
     CacheSettings,
     InstanceGroup,
     Placement,

@@ -125,7 +125,7 @@ def write_cluster(folder: Path, nodes: str, network: str = "network: {kind: tcp,
 
 def test_a_cluster_file_says_over_which_links_instances_hand_over(trace: Path, model: Path, tmp_path: Path) -> None:
     """Of two prefill and two decode instances on nodes of two devices, every hand-over crosses the network."""
-    flags = ["--workload", trace, "--model", model, "--prefill", 2, "--decode", 2]
+    flags = ["--workload", trace, "--model", model, "--prefill", 2, "--decode", 2, "--strict-roles"]
     near_file = write_cluster(tmp_path, "{name: big, device: a100-sxm, devices: 4}")
     near = report(*flags, "--cluster", near_file)
     far = report(*flags, "--cluster", write_cluster(tmp_path, "{name: n, count: 2, device: a100-sxm, devices: 2}"))
@@ -146,9 +146,10 @@ def test_a_cluster_file_says_over_which_links_instances_hand_over(trace: Path, m
 
 def test_each_kind_of_device_of_a_cluster_has_its_own_step_times(trace: Path, model: Path, tmp_path: Path) -> None:
     both = "{name: p, device: h200-sxm, devices: 1}, {name: d, device: l40s, devices: 1}"
-    found = report("--workload", trace, "--model", model, "--cluster", write_cluster(tmp_path, both))
+    flags = ["--workload", trace, "--model", model, "--strict-roles"]
+    found = report(*flags, "--cluster", write_cluster(tmp_path, both))
     assert found["platform"] == "seven on h200-sxm, roofline; seven on l40s, roofline"
-    h200, l40s = (report("--workload", trace, "--model", model, "--latency", name) for name in ("h200-sxm", "l40s"))
+    h200, l40s = (report(*flags, "--latency", name) for name in ("h200-sxm", "l40s"))
     assert found["runs"][0]["ttft"]["p50"] == pytest.approx(h200["runs"][0]["ttft"]["p50"], rel=0.01)
     assert found["runs"][0]["itl"]["p50"] == pytest.approx(l40s["runs"][0]["itl"]["p50"], rel=0.05)
 

@@ -5,7 +5,8 @@ from instance_facts import FACTS
 from msgspec import structs
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import CacheRouting, RouterSettings
+from disagg.base.cache_routing import CacheRouting
+from disagg.base.config import RouterSettings
 from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.kv_events import BlockStored, Medium
 from disagg.base.message_fields import PROTOCOL_VERSION

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from disagg.base.answer_parsers import ReasoningParser, ToolCallParser
+from disagg.base.cache_routing import CacheRouting
 from disagg.base.core_settings import LentCores
 from disagg.base.disk_settings import DiskSettings
 from disagg.base.elastic_settings import InstanceRange, Replan, parse_autoscale
@@ -84,18 +85,6 @@ class QueueOrder(enum.Enum):
 MAX_OVERTAKE_S: Final = 30.0
 
 
-class CacheRouting(enum.Enum):
-    """What dispatch makes of the prefixes that instances have cached.
-
-    ``BLIND``: nothing. ``AFFINITY``: a request goes where its prefix is, unless the queue there is longer than what it
-    saves. ``PULL``: as well, and an instance without the prefix pulls it from one that has it rather than compute it.
-    """
-
-    BLIND = "blind"
-    AFFINITY = "affinity"
-    PULL = "pull"
-
-
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model, and in which precision."""
 
@@ -165,9 +154,10 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The step scheduler of each instance."""
 
-    scheduling: Annotated[
-        SchedulingMode, Meta(description="which work a step takes first when prefills and decodes both wait")
-    ] = SchedulingMode.CHUNKED
+    scheduling: (
+        Annotated[SchedulingMode, Meta(description="what a step takes first [default: slack with a TPOT objective]")]
+        | None
+    ) = None
     queue: (
         Annotated[
             QueueOrder,
@@ -249,13 +239,16 @@ class InstanceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Dispatch and its bounds."""
 
-    strict_roles: Annotated[
-        bool,
-        Meta(
-            description="prefill on prefill instances and decode on decode instances alone; without, predicted latency "
-            "decides for each request, and the role is a leaning"
-        ),
-    ] = True
+    strict_roles: (
+        Annotated[
+            bool,
+            Meta(
+                description="prefill on prefill instances and decode on decode instances alone; without, predicted "
+                "latency decides for each request, and the role is a leaning [default: without where --slo is given]"
+            ),
+        ]
+        | None
+    ) = None
     overload: Annotated[
         Overload, Meta(description="what becomes of a request that is predicted to miss its objectives")
     ] = Overload.QUEUE
@@ -317,10 +310,15 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         check_classes(self.tenants, self.classes)
 
     @property
+    def has_walls(self) -> bool:
+        """True when an instance does what its role says alone: where nobody decided, too."""
+        return self.strict_roles is not False
+
+    @property
     def predicts(self) -> bool:
         """True when dispatch goes by predicted latency."""
         overloads = {self.overload, *(one.overload or self.overload for one in self.classes.values())}
-        return not self.strict_roles or overloads != {Overload.QUEUE} or bool(self.tenants)
+        return not self.has_walls or overloads != {Overload.QUEUE} or bool(self.tenants)
 
     @property
     def needs_costs(self) -> bool:

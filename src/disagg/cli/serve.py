@@ -23,6 +23,7 @@ from disagg.cli.tenants_file import read_tenants
 from disagg.cli.values import Count, Name
 from disagg.cli.workload_flags import SloType
 from disagg.measure.slo import Slo
+from disagg.scheduling.by_objectives import with_roles
 from disagg.serve.launch.deployment import Deployment, FrontSettings, HostSettings, RemoteSettings
 
 _COUNT = Count(min=0, max=MAX_INSTANCES)
@@ -96,13 +97,15 @@ def serve(
         raise ConfigurationError("--join is for an instance, --cluster for a server: leave one out")
     others_join = remote.listen_instances is not None
     chosen = choose_placement(placement, counts, others_join=others_join)
+    scheduler = build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()})
+    router = build(RouterSettings, values | {"tenants": tenants.settings(), "classes": classes_of(chosen)})
     deployment = Deployment(
         placement=chosen,
         model=build(ModelSettings, values),
         cache=build(CacheSettings, values),
         transfer=choose_transfer(values, chosen),
-        scheduler=build(SchedulerSettings, values | {"objectives": (slo or Slo()).objectives()}),
-        router=build(RouterSettings, values | {"tenants": tenants.settings(), "classes": classes_of(chosen)}),
+        scheduler=scheduler,
+        router=with_roles(router, scheduler.objectives),
         serve=build(ServeSettings, values | {"tenant_keys": tenants.keys()}),
         host=build(HostSettings, values),
         remote=remote,

@@ -12,6 +12,7 @@ from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.measure.slo import SloTarget
 from disagg.placement.problem import LengthSample
 from disagg.placement.shapes import BuiltChoice
+from disagg.scheduling.by_objectives import scheduling_mode
 
 _MANY_SEQUENCES: Final = 4096
 _TOLERANCE: Final = 1.02
@@ -49,7 +50,7 @@ def phase_bound(built: BuiltChoice, sample: LengthSample, target: SloTarget) -> 
 def lone_prefill_s(built: BuiltChoice, prompt_len: int) -> float:
     """Return how long a prompt takes on an idle instance, in chunks of the token budget where it is cut."""
     scheduler = built.scheduler
-    whole = scheduler.scheduling is SchedulingMode.PREFILL_FIRST or scheduler.max_batch_tokens >= prompt_len
+    whole = scheduling_mode(scheduler) is SchedulingMode.PREFILL_FIRST or scheduler.max_batch_tokens >= prompt_len
     chunk = prompt_len if whole else scheduler.max_batch_tokens
     pipeline = Pipeline(built.latency.num_stages)
     start, end_s, begin_s = 0, 0.0, 0.0

@@ -7,6 +7,7 @@ from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.messages import StepLimits
 from disagg.base.request import Role
 from disagg.base.window_blocks import WindowBlocks
+from disagg.scheduling.by_objectives import scheduling_mode
 
 
 def step_limits(settings: SchedulerSettings) -> StepLimits:
@@ -14,7 +15,7 @@ def step_limits(settings: SchedulerSettings) -> StepLimits:
     return StepLimits(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,
-        sized_by_slack=settings.scheduling is SchedulingMode.SLACK,
+        sized_by_slack=scheduling_mode(settings) is SchedulingMode.SLACK,
     )
 
 
@@ -44,7 +45,7 @@ def most_in_sight(window: WindowBlocks | None, settings: SchedulerSettings, bloc
     """
     if window is None:
         return 0
-    if settings.scheduling in (SchedulingMode.PREFILL_FIRST, SchedulingMode.DECODE_FIRST):
+    if scheduling_mode(settings) in (SchedulingMode.PREFILL_FIRST, SchedulingMode.DECODE_FIRST):
         return sys.maxsize
     return window.most_in_sight(settings.max_batch_tokens * settings.max_steps_in_flight, block_size)
 

@@ -1,17 +1,9 @@
 """The order of whatever waits, on an instance and in the router: one definition for both. Pure."""
 
 from disagg.base.config import MAX_OVERTAKE_S, QueueOrder
-from disagg.base.objectives import Objectives
 
 _JOB_S_PER_TOKEN = 0.01
 """Seconds by which an earlier prompt is put back for each of its tokens, where the shortest comes first."""
-
-
-def queue_order(asked: QueueOrder | None, objectives: Objectives) -> QueueOrder:
-    """Return the order that was asked for; else by deadlines where the server has a TTFT objective."""
-    if asked is not None:
-        return asked
-    return QueueOrder.PRIORITY if objectives.ttft_s is None else QueueOrder.EDF
 
 
 def rank_of(

@@ -22,6 +22,7 @@ from disagg.base.transfer_settings import KvTransferDtype
 from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
 from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read_devices
+from disagg.scheduling.by_objectives import with_roles
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.instance_spec import InstanceSpec
 
@@ -64,8 +65,9 @@ def own_rules(
 ) -> EngineRules:
     """Return the rules of this package's engine, with the settings that ``disagg serve`` would be given."""
     cache = cache or CacheSettings()
-    router = router or RouterSettings()
-    scheduler = msgspec.structs.replace(scheduler or SchedulerSettings(), tells_costs=router.needs_costs)
+    scheduler = scheduler or SchedulerSettings()
+    router = with_roles(router or RouterSettings(), scheduler.objectives)
+    scheduler = msgspec.structs.replace(scheduler, tells_costs=router.needs_costs)
     return EngineRules(
         name="disagg",
         schedulers=dict.fromkeys(Role, scheduler),

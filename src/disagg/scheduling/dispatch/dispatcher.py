@@ -213,7 +213,7 @@ class Dispatcher:
             self._resume(sequence, "only instances that held it can go on with it")
         if sequence.holder or (not sequence.lease and self._start(sequence)):
             return
-        why = why_unplaceable(self._fleet, sequence, strict_roles=self._settings.strict_roles)
+        why = why_unplaceable(self._fleet, sequence, strict_roles=self._settings.has_walls)
         if why is not None:
             self._fail(sequence, *why)
         else:

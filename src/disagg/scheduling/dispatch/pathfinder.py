@@ -11,6 +11,7 @@ from typing import Final
 from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.scheduling.by_objectives import queue_order
 from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open_to
 from disagg.scheduling.dispatch.experience import Experience
@@ -21,7 +22,7 @@ from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
-from disagg.scheduling.queue_order import queue_order, rank_of
+from disagg.scheduling.queue_order import rank_of
 from disagg.scheduling.recent_work import RecentWork
 
 AHEAD_S: Final = 0.25
@@ -52,7 +53,7 @@ class Pathfinder:
     def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings, room: WaitingRoom) -> None:
         self.predicts = settings.predicts
         self.experience = Experience()
-        self._strict_roles = settings.strict_roles
+        self._strict_roles = settings.has_walls
         self._append_turns = settings.append_turns
         self._objectives = scheduler.objectives
         self._order = queue_order(scheduler.queue, scheduler.objectives)

@@ -11,7 +11,7 @@ from heapq import nsmallest
 from types import MappingProxyType
 from typing import Final
 
-from disagg.base.config import CacheRouting
+from disagg.base.cache_routing import CacheRouting
 from disagg.base.ids import BlockHash, InstanceId
 from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch.fleet import Fleet

@@ -59,7 +59,7 @@ class Turns:
         refusal = over_bounds(sequence, settings, num_all, self._room.num_under_way(sequence.tenant))
         if refusal is not None:
             return refusal
-        if not can_be_served(self._fleet, sequence, strict_roles=settings.strict_roles):
+        if not can_be_served(self._fleet, sequence, strict_roles=settings.has_walls):
             return unserved(sequence, self._fleet.describe())
         if not self.is_judged(sequence):
             return None

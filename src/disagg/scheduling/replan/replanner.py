@@ -166,7 +166,7 @@ class Replanner:
             return None
         present = RoleCounts.of(member.role for member in ready)
         settings = self._settings
-        placements = reachable(present, settings.ranges, strict_roles=settings.strict_roles)
+        placements = reachable(present, settings.ranges, strict_roles=settings.has_walls)
         mean_tokens = sum(one.num_prompt_tokens for one in sample) / len(sample)
         pools = [entry.pool_tokens_of(mean_tokens) for entry in entries if entry.pool_tokens]
         if not pools:

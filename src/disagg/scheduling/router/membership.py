@@ -161,7 +161,7 @@ class Membership:
 
     def serves(self, roles: set[Role]) -> bool:
         """True when instances of these roles can serve a request from prompt to last token."""
-        return serves_requests(roles, strict_roles=self._settings.strict_roles)
+        return serves_requests(roles, strict_roles=self._settings.has_walls)
 
     def check_serves(self, how: str, changed: Member, role: Role | None, *, force: bool) -> None:
         """Raise ConfigurationError unless requests can be served with ``changed`` in this role, or none: now, where it

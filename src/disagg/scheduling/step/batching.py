@@ -11,6 +11,7 @@ from functools import partial
 
 from disagg.base.config import SchedulingMode
 from disagg.costs.step_times import StepTimes
+from disagg.scheduling.by_objectives import scheduling_mode
 from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.books import Books
 from disagg.scheduling.step.builder import StepBuilder
@@ -39,7 +40,7 @@ class Batching:
         }
         if times is not None:
             fills[SchedulingMode.SLACK] = partial(self._fill_slack, Slack(times, books.settings.max_batch_tokens))
-        self._fill = fills[books.settings.scheduling]
+        self._fill = fills[scheduling_mode(books.settings)]
 
     def plan(self, start_s: float) -> tuple[tuple[Sequence, Chunk], ...]:
         """Return the next step, empty when there is nothing to compute; its tokens are in flight from now on.

@@ -7,9 +7,10 @@ from disagg.base.config import SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.sampling import FinishReason
+from disagg.scheduling.by_objectives import queue_order
 from disagg.scheduling.capacity import capacity_tokens, most_in_sight
 from disagg.scheduling.epoch_memory import EpochMemory
-from disagg.scheduling.queue_order import queue_order, rank_of
+from disagg.scheduling.queue_order import rank_of
 from disagg.scheduling.step.actions import AnyAction, Forget, Reject, RejectReason, WakeAt
 from disagg.scheduling.step.events import Arrived, KvOffered
 from disagg.scheduling.step.kv_ledger import KvLedger, KvMemory

@@ -24,6 +24,7 @@ from disagg.cache.block_pool import BlockAudit
 from disagg.cache.journal import KvJournal
 from disagg.costs.latency import StepShape
 from disagg.costs.step_times import StepTimes
+from disagg.scheduling.by_objectives import scheduling_mode
 from disagg.scheduling.capacity import most_tokens
 from disagg.scheduling.hand_over.hand_overs import HandOvers
 from disagg.scheduling.hand_over.tier_moves import TierMoves
@@ -99,7 +100,7 @@ class StepScheduler:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, memory)
         # Predicting costs more than most decisions: it is done where somebody asked for it. With tiers it is prefill
         # that is weighed against reading, and only steps with prefill are learned from.
-        self._times_all = times is not None or settings.scheduling is SchedulingMode.SLACK or settings.tells_costs
+        self._times_all = times is not None or scheduling_mode(settings) is SchedulingMode.SLACK or settings.tells_costs
         self._threads = threads
         self._times = times or (StepTimes() if self._times_all or self._books.ledger.tiers else None)
         self._hand_over = HandOvers(self._books, self._times)
