@@ -23,6 +23,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
 )
 from disagg.scheduling.dispatch.experience import Experience
+from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.forecast import Path
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand, prefill_share
 from disagg.scheduling.dispatch.paths import forecast_paths
@@ -68,7 +69,7 @@ def answers(count: int) -> dict[RequestId, SequenceEntry]:
 
 
 def forecaster(*entries: InstanceEntry, objectives: Objectives = OBJECTIVES, now: float = 0.0) -> Forecaster:
-    return Forecaster(entries, Experience(), objectives, now)
+    return Forecaster(FleetFacts.of(entries, now), Experience(), objectives, now)
 
 
 class TestForecasts:
@@ -137,7 +138,9 @@ class TestForecasts:
         one.prefill_work.add(1.0, 0.0)
 
         def later_s(demand: PromptDemand) -> float:
-            return Forecaster([one], Experience(), OBJECTIVES, 0.0, demand).later_token_s(one, sequence(), ahead_s=0.0)
+            return Forecaster(FleetFacts.of([one], 0.0), Experience(), OBJECTIVES, 0.0, demand).later_token_s(
+                one, sequence(), ahead_s=0.0
+            )
 
         alone_s = later_s(PromptDemand())
         assert later_s(PromptDemand(waiting_tokens=990)) == pytest.approx(alone_s + 0.01)

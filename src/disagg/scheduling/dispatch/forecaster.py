@@ -5,7 +5,7 @@ prefill, a prefill instance decodes) it is taken to be as quick as the instance 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
@@ -13,8 +13,9 @@ from typing import Final
 from disagg.base.ids import InstanceId
 from disagg.base.messages import StepCosts
 from disagg.base.objectives import Objectives
-from disagg.costs.step_costs import PRIOR_COSTS, decode_work_s, prefill_work_s
+from disagg.costs.step_costs import decode_work_s, prefill_work_s
 from disagg.scheduling.dispatch.experience import Experience
+from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 from disagg.scheduling.step.slack import MIN_CHUNK, MOST_GAP, PATIENCE
 
@@ -86,18 +87,18 @@ def _rank(sequence: SequenceEntry) -> tuple[int, float, int]:
 class Forecaster:
     """Predicts for the instances as they are at ``now``: make one for each decision.
 
-    ``objectives`` are those of sequences that bring none.
+    ``facts`` are those of all instances, ``objectives`` are those of sequences that bring none.
     """
 
     def __init__(
         self,
-        instances: Sequence[InstanceEntry],
+        facts: FleetFacts,
         experience: Experience,
         objectives: Objectives,
         now: float,
         demand: PromptDemand = NO_DEMAND,
     ) -> None:
-        self._instances = instances
+        self._facts = facts
         self._experience = experience
         self._objectives = objectives
         self._demand = demand
@@ -242,8 +243,8 @@ class Forecaster:
 
     def _part_of_prompts(self, entry: InstanceEntry) -> float:
         """Return which part of all prompts an instance is given, as lately."""
-        total = sum(one.prefill_work.share(self.now) for one in self._instances)
-        return entry.prefill_work.share(self.now) / total if total else 0.0
+        total = self._facts.prefill_share
+        return min(1.0, entry.prefill_work.share(self.now) / total) if total else 0.0
 
     def harm(self, entry: InstanceEntry, prefill_tokens: int, answer_tokens: int) -> Harm:
         """Return what it does to the answers of an instance to compute so many tokens of a prompt there.
@@ -349,13 +350,13 @@ class Forecaster:
         lesson = None if entry is None else entry.lesson
         if lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS:
             return lesson.costs
-        return known_prefill_costs(self._instances) or PRIOR_COSTS
+        return self._facts.prefill_costs
 
     def _decode_costs(self, entry: InstanceEntry) -> StepCosts:
         lesson = entry.lesson
         if lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS:
             return lesson.costs
-        return known_decode_costs(self._instances) or PRIOR_COSTS
+        return self._facts.decode_costs
 
 
 def prefill_share(costs: StepCosts, alone_s: float, tpot_s: float) -> float:
@@ -371,15 +372,3 @@ def prefill_share(costs: StepCosts, alone_s: float, tpot_s: float) -> float:
     if least_s <= longest_s:
         return (tpot_s - alone_s) / tpot_s
     return least_s / (PATIENCE * tpot_s)
-
-
-def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
-    """Return what prefill costs on the instance that knows best; None where none does."""
-    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_prefill_steps]
-    return max(known, key=lambda one: one.num_prefill_steps).costs if known else None
-
-
-def known_decode_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
-    """Return what steps of decodes cost on the instance that knows best; None where none does."""
-    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_decode_steps]
-    return max(known, key=lambda one: one.num_decode_steps).costs if known else None

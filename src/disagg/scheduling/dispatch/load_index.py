@@ -74,12 +74,18 @@ class LoadIndex:
 
     def first(self, is_wanted: Callable[[InstanceEntry], bool]) -> InstanceEntry | None:
         """Return the one with the least load of those that are wanted; None where none is."""
-        passed = []
-        found = None
+        found = self.least(1, is_wanted)
+        return found[0] if found else None
+
+    def least(self, number: int, is_wanted: Callable[[InstanceEntry], bool]) -> list[InstanceEntry]:
+        """Return so many with the least load of those that are wanted, least first; all where there are fewer."""
+        passed: list[tuple[int, int, int, InstanceEntry]] = []
+        found: list[InstanceEntry] = []
         while (item := self._top()) is not None:
             if is_wanted(item[3]):
-                found = item[3]
-                break
+                found.append(item[3])
+                if len(found) == number:
+                    break
             passed.append(heapq.heappop(self._heap))
         for item in passed:
             heapq.heappush(self._heap, item)

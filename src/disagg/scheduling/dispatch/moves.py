@@ -13,7 +13,8 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import AnyDispatchAction, Drained, SendAbort, SendMigrate
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start
 from disagg.scheduling.dispatch.fleet import Fleet
-from disagg.scheduling.dispatch.forecaster import Forecaster, known_prefill_costs
+from disagg.scheduling.dispatch.fleet_facts import known_prefill_costs
+from disagg.scheduling.dispatch.forecaster import Forecaster
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry, Whereabouts
 
 _MOVABLE = (Whereabouts.DECODING, Whereabouts.RUNNING)

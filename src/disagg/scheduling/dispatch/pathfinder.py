@@ -4,7 +4,6 @@ By predictions, an instance is given prompts ahead of its work up to ``AHEAD_S``
 are given to whoever is predicted best when their turn comes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,9 +12,11 @@ from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.by_objectives import queue_order
 from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
+from disagg.scheduling.dispatch.candidates import FEW, candidates
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open_to
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.fleet import Fleet
+from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
@@ -28,6 +29,7 @@ from disagg.scheduling.recent_work import RecentWork
 AHEAD_S: Final = 0.25
 """Seconds of prefill that an instance has at hand, so that it never waits for the router."""
 _SHORTEST_WAIT_S: Final = 1e-3
+_FACTS_FOR_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Pathfinder:
         self._objectives = scheduler.objectives
         self._order = queue_order(scheduler.queue, scheduler.objectives)
         self._drain = DrainRate()
+        self._facts: tuple[int, float, FleetFacts] | None = None
+        """Of which version of the fleet, until when, and what."""
         self._room = room
         self._arrivals = RecentWork()
         """Tokens of prompts that came."""
@@ -83,7 +87,7 @@ class Pathfinder:
 
     def miss(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> Miss | None:
         """Return why a sequence that arrives is predicted to miss its objectives; None when nothing says so."""
-        forecaster = self.forecaster(fleet.entries, now)
+        forecaster = self.forecaster(fleet, now)
         forecasts, wanted = self._forecasts(fleet, sequence, forecaster)
         best = best_path(forecasts, wanted)
         if best is None:
@@ -100,7 +104,7 @@ class Pathfinder:
         if not self.predicts:
             instance = choose_start(fleet, sequence, append_turns=self._append_turns)
             return None if instance is None else Placed(instance, instance.role is Role.PREFILL)
-        forecaster = self.forecaster(fleet.entries, now)
+        forecaster = self.forecaster(fleet, now)
         forecasts, wanted = self._forecasts(fleet, sequence, forecaster)
         chosen = best_path(forecasts, wanted)
         if chosen is None:
@@ -114,13 +118,11 @@ class Pathfinder:
         other = best_path((one for one in forecasts if one is not chosen), wanted)
         return Placed(instance, chosen.path.hands_over, chosen, other)
 
-    def note_start(
-        self, instances: Sequence[InstanceEntry], start: Placed, sequence: SequenceEntry, now: float
-    ) -> None:
+    def note_start(self, fleet: Fleet, start: Placed, sequence: SequenceEntry, now: float) -> None:
         """Take account of a sequence that was given to an instance, and of who waits on."""
         if not self.predicts:
             return
-        work_s = self.forecaster(instances, now).prompt_s(sequence.num_tokens)
+        work_s = self.forecaster(fleet, now).prompt_s(sequence.num_tokens)
         start.instance.prefill_work.add(work_s, now)
         self._drain.note(now, somebody_waits=len(self._room) > 0, started_s=work_s)
 
@@ -132,8 +134,8 @@ class Pathfinder:
         """Return the decode instance that goes on with an offered sequence; None when none can take it now."""
         if not self.predicts:
             return choose_adopter(fleet, sequence)
-        forecaster = self.forecaster(fleet.entries, now)
-        others = [entry for entry in fleet.entries if entry.instance not in sequence.visited]
+        forecaster = self.forecaster(fleet, now)
+        others = candidates(fleet, sequence, but=sequence.visited)
         decode, colocated = (open_to(others, sequence, role, hand_over=False) for role in (Role.DECODE, Role.COLOCATED))
         return min(
             decode or colocated,
@@ -154,7 +156,7 @@ class Pathfinder:
             return sequence.num_tokens - num_to_compute(sequence, entry, choose_lender(holders, sequence, entry))
 
         forecasts = forecast_paths(
-            fleet.entries,
+            candidates(fleet, sequence),
             sequence,
             forecaster,
             strict_roles=strict_roles,
@@ -176,7 +178,16 @@ class Pathfinder:
         tpot_s = self._objectives.tpot_s
         return tpot_s is not None and chosen.others_tpot_s > tpot_s
 
-    def forecaster(self, instances: Sequence[InstanceEntry], now: float) -> Forecaster:
+    def forecaster(self, fleet: Fleet, now: float) -> Forecaster:
         """Return what predicts for the instances as they are now."""
         demand = PromptDemand(self._room.num_tokens, self._arrivals.share(now))
-        return Forecaster(instances, self.experience, self._objectives, now, demand)
+        return Forecaster(self._facts_of(fleet, now), self.experience, self._objectives, now, demand)
+
+    def _facts_of(self, fleet: Fleet, now: float) -> FleetFacts:
+        """Return what is known of all instances: of many as it was a moment ago, as it changes slowly."""
+        known = self._facts
+        if known is not None and len(fleet.entries) > FEW and known[:1] == (fleet.version,) and now < known[1]:
+            return known[2]
+        facts = FleetFacts.of(fleet.entries, now)
+        self._facts = (fleet.version, now + _FACTS_FOR_S, facts)
+        return facts

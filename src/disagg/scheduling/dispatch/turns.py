@@ -82,7 +82,7 @@ class Turns:
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
             self.workload.started(sequence, start.instance, now)
-            self._paths.note_start(self._fleet.entries, start, sequence, now)
+            self._paths.note_start(self._fleet, start, sequence, now)
             sequence.assign(start.instance.instance, start.chosen, start.other, now)
             if start.chosen is not None and not sequence.ends_at_first_token:
                 self._fleet.expect(sequence, start.chosen.path.decode)
@@ -138,7 +138,7 @@ class Turns:
 
     def choose_move(self, sequence: SequenceEntry, now: float) -> Move | None:
         """Return how a running sequence moves to another instance; None while none can go on with it."""
-        return choose_move(self._fleet, sequence, self._paths.forecaster(self._fleet.entries, now))
+        return choose_move(self._fleet, sequence, self._paths.forecaster(self._fleet, now))
 
     def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
         """Take account of tokens that a sequence brought."""

@@ -21,7 +21,7 @@ from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.scheduling.dispatch.experience import Experience
-from disagg.scheduling.dispatch.forecaster import known_decode_costs, known_prefill_costs
+from disagg.scheduling.dispatch.fleet_facts import known_decode_costs, known_prefill_costs
 from disagg.scheduling.dispatch.sequence_sample import SequenceSample
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.dispatch.workload import WorkloadWindow

@@ -14,7 +14,7 @@ from disagg.base.messages import StepCosts, StepLimits
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.step_costs import decode_work_s, prefill_work_s
-from disagg.scheduling.dispatch.forecaster import known_decode_costs, known_prefill_costs
+from disagg.scheduling.dispatch.fleet_facts import known_decode_costs, known_prefill_costs
 from disagg.scheduling.dispatch.state import InstanceEntry
 from disagg.scheduling.dispatch.workload import Arrival, WorkloadWindow
 

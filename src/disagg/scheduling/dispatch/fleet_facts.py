@@ -1,0 +1,39 @@
+"""What forecasts know of all instances together: who knows best what steps cost, how prompts are shared out. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from disagg.base.messages import StepCosts
+from disagg.costs.step_costs import PRIOR_COSTS
+from disagg.scheduling.dispatch.state import InstanceEntry
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFacts:
+    """Costs of steps on the instance that knows best, and the seconds of prefill in a second that all were given."""
+
+    prefill_costs: StepCosts
+    decode_costs: StepCosts
+    prefill_share: float
+
+    @classmethod
+    def of(cls, instances: Iterable[InstanceEntry], now: float) -> "FleetFacts":
+        """Look at all instances."""
+        instances = tuple(instances)
+        return cls(
+            known_prefill_costs(instances) or PRIOR_COSTS,
+            known_decode_costs(instances) or PRIOR_COSTS,
+            sum(one.prefill_work.share(now) for one in instances),
+        )
+
+
+def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
+    """Return what prefill costs on the instance that knows best; None where none does."""
+    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_prefill_steps]
+    return max(known, key=lambda one: one.num_prefill_steps).costs if known else None
+
+
+def known_decode_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
+    """Return what steps of decodes cost on the instance that knows best; None where none does."""
+    known = [one.lesson for one in instances if one.lesson is not None and one.lesson.num_decode_steps]
+    return max(known, key=lambda one: one.num_decode_steps).costs if known else None
