@@ -77,6 +77,13 @@ def test_classes_of_service_are_read_and_written(tmp_path):
     assert read_placement(written) == placement
 
 
+def test_whether_cores_are_lent_is_read_and_written(tmp_path):
+    placement = choose_placement(write(tmp_path, f"{GROUP}, lend_cores: true}}"), counts())
+    assert placement.lend_cores is True
+    write_placement(placement, tmp_path / "written.yaml")
+    assert read_placement(tmp_path / "written.yaml") == placement
+
+
 def test_a_tenant_has_a_class_that_there_is():
     tenants = {"nightly": TenantSettings(service_class="bath")}
     with pytest.raises(ConfigurationError, match=r"tenant nightly .*'bath'.*there is batch; did you mean batch\?"):

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
 from disagg.base.config import InstanceGroup, Placement
+from disagg.base.errors import ConfigurationError
 from disagg.base.request import Role
-from disagg.cli.simulate_platform import ChosenPlatform, with_threads
+from disagg.cli.simulate_platform import ChosenPlatform, lent_cores, with_threads
 from disagg.costs.measured_steps import StepSample
 from disagg.costs.profile import ParallelSamples, Profile
 from disagg.costs.profiled_platform import ProfiledPlatform
@@ -53,3 +56,19 @@ def test_where_nobody_knows_the_cores_nothing_is_said() -> None:
     assert with_threads(pair, chosen(None), None) == pair
     on_nodes = replace(chosen(2), topology=Topology.one_node())
     assert with_threads(pair, on_nodes, None) == pair
+
+
+def test_cores_are_lent_where_serve_would_lend_them() -> None:
+    pair = placement((Role.PREFILL, 1, None), (Role.DECODE, 1, None))
+    assert lent_cores(pair, chosen(2), None, None) == 2
+    assert lent_cores(pair, chosen(2), False, None) is None
+    assert lent_cores(pair, chosen(2), None, 1) is None
+    assert lent_cores(pair, chosen(2), True, 1) == 2
+    assert lent_cores(pair, chosen(None), None, None) is None
+
+
+@pytest.mark.parametrize("on", [chosen(None), replace(chosen(2), topology=Topology.one_node())])
+def test_lending_is_for_the_cores_of_a_profiled_host(on: ChosenPlatform) -> None:
+    pair = placement((Role.PREFILL, 1, None), (Role.DECODE, 1, None))
+    with pytest.raises(ConfigurationError, match="only instances on the cores of one host lend them"):
+        lent_cores(pair, on, True, None)

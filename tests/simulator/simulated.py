@@ -3,17 +3,19 @@
 import csv
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
-from disagg.costs.latency import StepShape
+from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.links import LinkModel
 from disagg.costs.topology import Topology
+from disagg.scheduling.host_cores import cores_to_borrow
 from disagg.simulator.cluster import ClusterSpec, SimulatedCluster
-from disagg.simulator.instance_spec import InstanceSpec
+from disagg.simulator.instance_spec import InstanceSpec, LendingCores
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import SimulatedRequest
 
@@ -53,6 +55,41 @@ def cluster_spec(*instances: InstanceSpec, link: LinkModel | None = None, **chan
 
 def pair(**changes: Any) -> ClusterSpec:
     return cluster_spec(instance(Role.PREFILL), instance(Role.DECODE), **changes)
+
+
+def lending(spec: ClusterSpec, wider: float = 0.5, step_s: float = 0.0) -> ClusterSpec:
+    """Let the instances, on one core for each of their threads, lend each other theirs.
+
+    On so many cores as twice its own a step takes the part ``wider`` of its time, and ``step_s`` more.
+    """
+    cores, first = [], 0
+    for one in spec.instances:
+        cores.append(tuple(range(first, first + one.num_threads)))
+        first += one.num_threads
+    instances = [
+        replace(one, cores=LendingCores(own=own, others=others, latencies=latencies(one, others, wider, step_s)))
+        for one, own, others in zip(spec.instances, cores, cores_to_borrow(cores), strict=True)
+    ]
+    return replace(spec, instances=tuple(instances))
+
+
+def latencies(spec: InstanceSpec, others: Sequence[int], wider: float, step_s: float) -> dict[int, LatencyModel]:
+    parts = {number: 1 - (1 - wider) * number / spec.num_threads for number in range(1, len(others) + 1)}
+    return {number: PartOf(spec.latency, part, step_s) for number, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """A part of what another model says, and some seconds more."""
+
+    latency: LatencyModel
+    part: float
+    more_s: float = 0.0
+    num_stages: int = 1
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        (time_s,) = self.latency.stage_times_s(shape)
+        return (time_s * self.part + self.more_s,)
 
 
 def poisson(

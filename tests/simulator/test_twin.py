@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from simulated import LinearLatency, cluster_spec, instance, poisson, serve
+from simulated import LinearLatency, cluster_spec, instance, lending, poisson, serve
 from virtual_deployment import TOKEN, VirtualDeployment, VirtualLoop
 
 from disagg.base.block_hash import hash_blocks
@@ -179,6 +179,23 @@ def test_long_prompts_are_read_while_they_are_computed(
     run_both(replace(TWO_AND_ONE, instances=instances, faults=faults), requests, tmp_path, monkeypatch)
     told = [output for _, outputs in decisions(tmp_path / "live" / "router.jsonl") for output in outputs]
     assert len({output.request_id for output in told if isinstance(output, SendPartOffer)}) > 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cores_are_lent(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three instances of one host, which die and come back; one has two cores."""
+    first, *others = TWO_AND_ONE.instances
+    faults = Faults(
+        deaths=(
+            InstanceDeath(0.51, InstanceId("prefill-1"), start_s=0.2),
+            InstanceDeath(0.93, InstanceId("decode-0"), start_s=0.1),
+        )
+    )
+    spec = lending(replace(TWO_AND_ONE, instances=(replace(first, num_threads=2), *others), faults=faults), wider=0.6)
+    requests = named(poisson(rate=60, count=80, seed=seed, prompt=(16, 900)))
+    run_both(spec, requests, tmp_path, monkeypatch)
+    assert {request.outcome for request in requests} == {Outcome.FINISHED}
+    assert load_of(tmp_path / "live" / "prefill-0.jsonl").borrowed_core_seconds_total > 0
 
 
 @pytest.mark.parametrize("mode", [SchedulingMode.CHUNKED, SchedulingMode.SLACK])

@@ -1,6 +1,7 @@
 """A live deployment in virtual time: the real router's shell and the real engine loops, with everything that takes time
 (clock, sockets, model, copying threads, processes) replaced by what knows the time."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,10 +45,12 @@ from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink
 from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import NullWatcher
+from disagg.simulator.borrowing_step import BorrowingStep
 from disagg.simulator.cluster import ClusterSpec
+from disagg.simulator.copies import FAILED_PULL, LOST_PEER
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath, TimedCommand
-from disagg.simulator.instance import FAILED_PULL, LOST_PEER
+from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.link_figure import link_figure
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
@@ -78,7 +81,12 @@ class VirtualEngine:
         self._model = OneTokenModel()
         self._inbox: list[ToEngine] = []
         self._launched: list[tuple[float, float, int, Sequence[Work]]] = []
+        self._pace: BorrowingStep | None = None
+        if spec.cores is not None:
+            deployment.host.join(spec.name, lambda: None)
+            deployment.host.lend_among(spec.name, spec.cores, self._change_pace)
         self._free_at_s = 0.0
+        self._borrowed_s = 0.0
         self._copies: list[tuple[StartCopy, EndedPull]] = []
         self._lost_peers: set[str] = set()
         self._is_turn_due = False
@@ -101,6 +109,10 @@ class VirtualEngine:
 
     def kill(self) -> None:
         self.is_alive = False
+        if self._spec.cores is not None:
+            self._pace = None
+            self._deployment.host.end_step(self._spec.name)
+            self._deployment.host.lend(self._spec.name)
         self._log.close()
 
     def wake_thread(self) -> None:
@@ -117,6 +129,8 @@ class VirtualEngine:
             return
         self._is_turn_due = False
         self._loop._turn()
+        if self._spec.cores is not None and not self._launched:
+            self._deployment.host.lend(self._spec.name)  # as the next look for a step does
         if self._loop._wake_s < float("inf"):
             self._queue.push(max(self._loop._wake_s, self._queue.now()), self.wake_thread)
 
@@ -155,6 +169,9 @@ class VirtualEngine:
     # Steps
 
     def launch(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
+        if self._spec.cores is not None:
+            self._launch_paced(step_id, step, num_borrowed)
+            return
         start_s = max(self._queue.now(), self._free_at_s)
         stage_times_s = self._spec.latency.stage_times_s(StepShape.of(work.chunk for work in step))
         for duration_s in stage_times_s:
@@ -162,6 +179,30 @@ class VirtualEngine:
         self._free_at_s = start_s
         self._launched.append((start_s, sum(stage_times_s), step_id, step))
         self._queue.push(start_s, self._end_step)
+
+    def _launch_paced(self, step_id: int, step: Sequence[Work], num_borrowed: int) -> None:
+        host, name = self._deployment.host, self._spec.name
+        shape = StepShape.of(work.chunk for work in step)
+        paces = host.begin_step(name, num_borrowed, self._spec.paces)
+        times_s = {number: latency.stage_times_s(shape)[0] for number, latency in paces.items()}
+        self._pace = BorrowingStep(times_s, self._queue.now(), host.num_borrowed(name))
+        self._launched.append((math.inf, 0.0, step_id, step))
+        self._queue.push(self._pace.end_s, partial(self._end_paced, self._pace, self._pace.end_s))
+
+    def _change_pace(self) -> None:
+        if self._pace is not None:
+            self._pace.change(self._queue.now(), self._deployment.host.num_borrowed(self._spec.name))
+            self._queue.push(self._pace.end_s, partial(self._end_paced, self._pace, self._pace.end_s))
+
+    def _end_paced(self, pace: BorrowingStep, due_s: float) -> None:
+        if pace is self._pace and due_s == pace.end_s:
+            self._pace = None
+            pace.finish()
+            self._borrowed_s = pace.borrowed_s
+            _, _, step_id, step = self._launched.pop()
+            self._launched.append((due_s, due_s - pace.started_s, step_id, step))
+            self._deployment.host.end_step(self._spec.name)
+            self._end_step()
 
     def _end_step(self) -> None:
         if self.is_alive and not self._is_turn_due:
@@ -172,7 +213,8 @@ class VirtualEngine:
             return None
         _, duration_s, step_id, step = self._launched.pop(0)
         completed = run_step(self._model, self._queue, step_id, step)
-        return replace(completed, done=structs.replace(completed.done, duration_s=duration_s))
+        done = structs.replace(completed.done, duration_s=duration_s, borrowed_s=self._borrowed_s)
+        return replace(completed, done=done)
 
     # Pulls
 
@@ -251,6 +293,8 @@ class VirtualDeployment(NullWatcher):
 
     def __init__(self, spec: ClusterSpec, folder: Path) -> None:
         self.queue = EventQueue()
+        self.host = SimulatedHost(self.queue)
+        """What lends cores to whom; nothing else of it is used."""
         places = spec.places()
         self.links = SerialLinks(lambda source, target: spec.topology.route(places[source], places[target]))
         everybody = (*spec.instances, *spec.spares)

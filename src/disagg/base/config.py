@@ -445,11 +445,7 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def scheduler(self, common: SchedulerSettings) -> SchedulerSettings:
         """Return the scheduler's settings of this group, given those of all."""
-        own = {
-            "scheduling": self.scheduling,
-            "max_batch_tokens": self.max_batch_tokens,
-            "max_batch_size": self.max_batch_size,
-        }
+        own = {name: getattr(self, name) for name in ("scheduling", "max_batch_tokens", "max_batch_size")}
         return msgspec.structs.replace(common, **{name: value for name, value in own.items() if value is not None})
 
     def model(self, common: ModelSettings) -> ModelSettings:
@@ -477,6 +473,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Instances on other hosts complete it, so that it need not serve anything alone."""
     kv_transfer_dtype: KvTransferDtype | None = None
     """Form of KV blocks over TCP, where ``--kv-transfer-dtype`` says none."""
+    lend_cores: bool | None = None
+    """Whether instances of one host lend each other their cores, where ``--lend-cores`` says nothing."""
     classes: Annotated[dict[ClassName, ServiceClassEntry], Meta(max_length=MAX_CLASSES)] = {}
     """Classes of service."""
 
@@ -491,7 +489,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
 
     def __hash__(self) -> int:
-        return hash((self.groups, self.others_join, self.kv_transfer_dtype))  # classes are no key, and rarely differ
+        # Classes are no key, and rarely differ.
+        return hash((self.groups, self.others_join, self.kv_transfer_dtype, self.lend_cores))
 
     def count(self, role: Role) -> int:
         """Return the number of instances of one role."""

@@ -85,6 +85,8 @@ def write_placement(placement: Placement, file: Path) -> None:
     whole: dict[str, object] = {"groups": groups}
     if placement.kv_transfer_dtype is not None:
         whole["kv_transfer_dtype"] = placement.kv_transfer_dtype.value
+    if placement.lend_cores is not None:
+        whole["lend_cores"] = placement.lend_cores
     if placement.classes:
         whole["classes"] = msgspec.to_builtins(placement.classes)
     try:

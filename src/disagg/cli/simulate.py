@@ -14,7 +14,14 @@ from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.cli.flags import build, flags_of
 from disagg.cli.placement_file import choose_placement, choose_transfer, classes_of
-from disagg.cli.simulate_platform import ChosenPlatform, choose_cluster, choose_platform, choose_rules, with_threads
+from disagg.cli.simulate_platform import (
+    ChosenPlatform,
+    choose_cluster,
+    choose_platform,
+    choose_rules,
+    lent_cores,
+    with_threads,
+)
 from disagg.cli.simulate_report import SimulationReport, print_report
 from disagg.cli.values import Count, Name, Number, OutputPath
 from disagg.cli.workload_flags import WORKLOAD_HELP, SloTargetType, choose_load, choose_target, workload_options
@@ -59,6 +66,12 @@ _FILE: Final = click.Path(path_type=Path)
     type=Count(min=1),
     metavar="N",
     help="Compute threads of each instance, with a profile.  [default: those of --placement, or its cores shared out]",
+)
+@click.option(
+    "--lend-cores/--no-lend-cores",
+    default=None,
+    help="An instance without a step lends its cores to its neighbours' steps, with a profile.  [default: as the "
+    "placement says, or where threads are not given]",
 )
 @click.option(
     "--engine",
@@ -112,8 +125,9 @@ def simulate(placement: Path | None, slo: SloTarget, as_json: bool, **values: An
     )
     source = values["latency"], values["model"], values["engine"], values["kv_memory_bytes"]
     on = choose_platform(*source) if values["cluster"] is None else choose_cluster(str(values["cluster"]), *source)
+    lent = lent_cores(chosen, on, values["lend_cores"], values["threads"])
     chosen = _with_threads(chosen, on, values["threads"])
-    spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind)
+    spec = build_cluster(chosen, on.platform, rules, on.topology, on.by_kind, lent)
     spec = replace(spec, kv_transfer_dtype=choose_transfer(values, chosen).kv_transfer_dtype)
     if values["replan"] is not Replan.OFF:
         from disagg.placement.replanning import answer_question

@@ -19,7 +19,7 @@ from disagg.costs.platform import Platform
 from disagg.costs.profile import Profile
 from disagg.costs.topology import Topology
 from disagg.models.shape import ModelShape
-from disagg.serve.launch.cores import assign_cores
+from disagg.scheduling.host_cores import are_lent, assign_cores
 from disagg.simulator.engines import IMITATED, EngineRules, own_rules
 
 PUBLISHED: Final = "published"
@@ -124,6 +124,22 @@ def with_threads(placement: Placement, on: ChosenPlatform, threads: int | None) 
     told = [_on(one, one.num_threads or len(own)) for one, own in zip(ones, cores, strict=True)]
     alike = [tuple(same) for _, same in groupby(told)]
     return structs.replace(placement, groups=tuple(structs.replace(same[0], count=len(same)) for same in alike))
+
+
+def lent_cores(placement: Placement, on: ChosenPlatform, asked: bool | None, threads: int | None) -> int | None:
+    """Return how many cores the host has whose instances lend each other theirs; None where they do not.
+
+    By the same rule as ``disagg serve``: ``asked`` and ``threads`` are flags, and the placement is the one that was
+    given. Raises ConfigurationError where lending is asked for and there is no such host.
+    """
+    num_cores = None if on.profile is None or on.topology is not None else on.profile.num_cores
+    if num_cores is None and asked:
+        raise ConfigurationError(
+            "--lend-cores: only instances on the cores of one host lend them; give their profile as --latency, and no "
+            "--cluster"
+        )
+    wanted = [threads or group.num_threads for group in placement.groups]
+    return num_cores if are_lent(asked, placement.lend_cores, wanted) else None
 
 
 def _on(group: InstanceGroup, num_threads: int) -> InstanceGroup:

@@ -11,7 +11,7 @@ idle core stays there for a while when an instance begins to compute on it, and 
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -116,6 +116,31 @@ class LatencyBeside:
 
 
 @dataclass(frozen=True)
+class LatencyOnMore:
+    """A latency model of steps that may take cores of others in, and are never slower for that. See ``LatencyModel``.
+
+    Both have a single stage.
+    """
+
+    own: LatencyModel
+    wider: LatencyModel
+
+    @property
+    def num_stages(self) -> int:
+        """See ``LatencyModel``."""
+        return 1
+
+    @property
+    def is_for_one_step(self) -> bool:
+        """See ``LatencyBeside``."""
+        return any(isinstance(one, LatencyBeside) and one.is_for_one_step for one in (self.own, self.wider))
+
+    def stage_times_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See ``LatencyModel``."""
+        return min(self.own.stage_times_s(shape), self.wider.stage_times_s(shape))
+
+
+@dataclass(frozen=True)
 class _Computing:
     """What an instance computes, the tokens that each step brings out, and the part of a core that serves them.
 
@@ -139,12 +164,17 @@ class HostContention:
         self._interference = interference
         self._serving = serving
         self._num_threads: dict[InstanceId, int] = {}
+        self._num_borrowed: dict[InstanceId, int] = {}
         self._computing: dict[InstanceId, _Computing] = {}
         self._owed_s: dict[InstanceId, float] = {}
 
     def join(self, instance: InstanceId, num_threads: int = 1) -> None:
         """Add an instance, which computes on so many cores."""
         self._num_threads[instance] = num_threads
+
+    def set_borrowed(self, instance: InstanceId, number: int) -> None:
+        """Note on how many cores of others an instance computes, while it does: they are busy as well as its own."""
+        self._num_borrowed[instance] = number
 
     def spread_at_s(self, instance: InstanceId) -> float | None:
         """Return when all that ``instances`` pay changes because this one has computed for long; None: it does not."""
@@ -192,8 +222,27 @@ class HostContention:
 
     def latency(self, instance: InstanceId, alone: LatencyModel, now: float) -> LatencyModel:
         """Return the latency model of an instance for steps that begin now; the first of them pays what is owed."""
+        owed_s = self._owed_s.pop(instance, 0.0)
+        return self._beside(instance, alone, self._computing_threads(instance), owed_s, now)
+
+    def latencies(self, instance: InstanceId, alone: Mapping[int, LatencyModel], now: float) -> dict[int, LatencyModel]:
+        """Return what ``latency`` does for each number of cores that an instance may borrow, 0 among them.
+
+        Whatever it borrows, the first step pays what is owed once.
+        """
+        owed_s = self._owed_s.pop(instance, 0.0)
+        others = self._computing_threads(instance) - self._num_borrowed.get(instance, 0)
+        beside = {
+            number: self._beside(instance, latency, others + number, owed_s, now) for number, latency in alone.items()
+        }
+        return {number: LatencyOnMore(beside[0], latency) if number else latency for number, latency in beside.items()}
+
+    def _beside(
+        self, instance: InstanceId, alone: LatencyModel, num_threads: int, owed_s: float, now: float
+    ) -> LatencyModel:
+        """Return a latency model for steps that begin now, while so many threads compute."""
         others = [computing for name, computing in self._computing.items() if name != instance]
-        serving = self._serving_share(instance, now)
+        serving = self._serving_share(instance, num_threads, owed_s, now)
         if serving is None and not others:
             return alone
         return LatencyBeside(alone, self._interference, tuple(other.activity for other in others), serving)
@@ -207,9 +256,9 @@ class HostContention:
         spread_at_s = now + serving.spread_s if before is None else before.spread_at_s
         return _Computing(activity, num_tokens, serving.work_s(num_tokens) / step_s, spread_at_s)
 
-    def _serving_share(self, instance: InstanceId, now: float) -> ServingShare | None:
-        cost, owed_s = self._serving, self._owed_s.pop(instance, 0.0)
-        if cost is None or not cost.is_felt(self._computing_threads(instance)):
+    def _serving_share(self, instance: InstanceId, num_threads: int, owed_s: float, now: float) -> ServingShare | None:
+        cost = self._serving
+        if cost is None or not cost.is_felt(num_threads):
             return None  # what was owed, a free core has done
         payers = self._payers(now, instance)
         part = 1 / len(payers) if instance in payers else 0.0
@@ -217,9 +266,9 @@ class HostContention:
         return ServingShare(cost, part, served, owed_s)
 
     def _computing_threads(self, beginning: InstanceId | None = None) -> int:
-        """Return the threads of all instances that compute, and of the one that begins to."""
+        """Return the threads of all instances that compute, and of the one that begins to, borrowed cores' included."""
         computing = self._computing.keys() if beginning is None else {*self._computing, beginning}
-        return sum(self._num_threads.get(name, 1) for name in computing)
+        return sum(self._num_threads.get(name, 1) + self._num_borrowed.get(name, 0) for name in computing)
 
     def _payers(self, now: float, beginning: InstanceId | None = None) -> list[InstanceId]:
         """Return the instances on whose cores serving is done: all that compute, or those that began lately.

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Final
 
@@ -84,6 +85,12 @@ class DecodeRun:
     def num_ended(self, now: float) -> int:
         """Return how many steps ended before ``now``; one that ends at this very moment still counts as in flight."""
         return bisect_left(self.ends_s, now)
+
+    def shape_in_flight(self) -> StepShape:
+        """Return the shape of the step in flight."""
+        return replace(
+            self._shape, decode_context=self._shape.decode_context - len(self.ends_s) * self._shape.num_decodes
+        )
 
     def take(self, count: int) -> list[float]:
         """Remove the next ``count`` steps, which have ended; return their ends."""

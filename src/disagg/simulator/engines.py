@@ -1,5 +1,6 @@
 """Engines that can be imitated: each is a choice of settings for the same policies, not a policy of its own."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -23,8 +24,9 @@ from disagg.costs.links import InstanceLinks, LinkModel
 from disagg.costs.platform import Platform
 from disagg.costs.topology import InstanceSize, Place, Topology, first_fit, read_devices
 from disagg.scheduling.by_objectives import with_roles
+from disagg.scheduling.host_cores import assign_cores, cores_to_borrow
 from disagg.simulator.cluster import ClusterSpec
-from disagg.simulator.instance_spec import InstanceSpec
+from disagg.simulator.instance_spec import InstanceSpec, LendingCores
 
 HOST_BYTES_PER_S: Final = 50e9
 """Between the memory of one device and that of its host, over PCIe 5 with 16 lanes."""
@@ -132,13 +134,15 @@ def build_cluster(
     rules: EngineRules,
     topology: Topology | None = None,
     by_kind: Mapping[str, Platform] = {},
+    lent_cores: int | None = None,
 ) -> ClusterSpec:
     """Return the cluster in which ``rules`` serve ``placement`` on ``platform``.
 
     Instances have the devices that the placement names, or else are placed on the nodes of ``topology`` in the order of
     the placement: see ``first_fit``. None puts all on one node whose devices the platform's link joins. ``by_kind``
     names platforms of other kinds of devices, the same model on each; ``platform`` is that of the kinds that are not in
-    it. Instances of a host disturb each other as those of the first group do.
+    it. Instances of a host disturb each other as those of the first group do, and where it has so many ``lent_cores``,
+    lend each other theirs (``lending``); None: they do not.
     Raises ConfigurationError when the engine has no such role, the platform no figures for a parallelism, or the
     cluster no room.
     """
@@ -154,6 +158,8 @@ def build_cluster(
         spec = build_instance(name, group, its_platform, rules, place, links)
         max_host_blocks, max_disk_blocks = rules.kv_host_bytes // spec.block_bytes, disk_bytes // spec.block_bytes
         instances.append(replace(spec, max_host_blocks=max_host_blocks, max_disk_blocks=max_disk_blocks))
+    if lent_cores is not None and topology is None:
+        instances = lending(instances, platform, lent_cores)
     num_devices = sum(instance.num_devices for instance in instances)
     first = platform.at_threads(groups[0].num_threads)
     return ClusterSpec(
@@ -167,6 +173,25 @@ def build_cluster(
         interference=first.interference,
         serving=platform.host.serving,
     )
+
+
+def lending(instances: Sequence[InstanceSpec], platform: Platform, num_cores: int) -> list[InstanceSpec]:
+    """Return the instances of a host of so many cores as they lend each other theirs: as ``disagg serve`` lets them.
+
+    They stay as they are where they share cores, compute on devices, or have several steps in flight.
+    """
+    cores = assign_cores(range(num_cores), [spec.num_threads for spec in instances])
+    if platform.num_threads is None or any(spec.scheduler.max_steps_in_flight > 1 for spec in instances):
+        return list(instances)
+    owners = {core: index for index, own in enumerate(cores) for core in own}
+    lent = []
+    for spec, own, others in zip(instances, cores, cores_to_borrow(cores), strict=True):
+        sums = {0}
+        for number in Counter(owners[core] for core in others).values():
+            sums |= {one + number for one in sums}
+        latencies = {number: platform.at_threads(len(own) + number).latency(1, 1) for number in sorted(sums - {0})}
+        lent.append(replace(spec, cores=LendingCores(own=own, others=others, latencies=latencies)) if others else spec)
+    return lent
 
 
 def build_spares(placement: Placement, platform: Platform, rules: EngineRules) -> tuple[InstanceSpec, ...]:

@@ -6,16 +6,14 @@ flight; what comes in between waits for the next turn.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, assert_never
+from typing import assert_never
 
 from msgspec import structs
 
 from disagg.base.event_log import EventLog
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.kv_events import Medium
 from disagg.base.messages import (
     Audited,
     CostsLearned,
@@ -31,12 +29,12 @@ from disagg.base.messages import (
 from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.coded_links import CodedLinks
-from disagg.costs.contention import Activity, LatencyBeside
+from disagg.costs.contention import Activity, LatencyBeside, LatencyOnMore
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import SerialLinks
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, Expect, LoadEnded, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, Expect, Start
 from disagg.scheduling.instance.outputs import (
     AnyInstanceOutput,
     CacheChanged,
@@ -48,20 +46,20 @@ from disagg.scheduling.instance.outputs import (
 )
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
 from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
-from disagg.scheduling.step.events import BlockSaved, StepDone, StepResult, Tick, TierRead
+from disagg.scheduling.step.events import StepDone, StepResult, Tick
+from disagg.simulator.copies import Copies
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.link_figure import link_figure
+from disagg.simulator.paced_steps import PacedSteps
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, add_tokens, tokens_emitted
 from disagg.simulator.step_ends import StepEnds
+from disagg.simulator.tier_clock import TierClock
 from disagg.simulator.usage import UsageSeries
-
-FAILED_PULL: Final = "the pull was made to fail"
-LOST_PEER: Final = "the instance that was read from died"
 
 
 class SimulatedInstance:
@@ -100,6 +98,8 @@ class SimulatedInstance:
         self.kv_use = UsageSeries()
         """Blocks that sequences, leases and pulls hold, looked at whenever the core is asked or books a run."""
         host.join(spec.name, self._end_equal_steps, spec.num_threads)
+        if spec.cores is not None:
+            host.lend_among(spec.name, spec.cores, self._change_pace)
         self._begin_life()
 
     # Lives --------------------------------------------------------------------------------------------------
@@ -125,12 +125,21 @@ class SimulatedInstance:
         self._num_in_flight = 0
         self._is_turn_due = False
         self._wake_s = math.inf
-        self._lost_peers: set[str] = set()
-        self._reading_until_s = dict.fromkeys(Medium, 0.0)
-        """Until when each tier reads what it was given, and writes it."""
-        self._writing_until_s = dict.fromkeys(Medium, 0.0)
+        self._copies = self._new_copies()
+        self._tiers = TierClock(spec)
         self._run: DecodeRun | None = None
+        self._paced = None if spec.cores is None else self._new_paced_steps()
+        """Its steps, where they borrow cores."""
         self.is_alive = True
+
+    def _new_copies(self) -> Copies:
+        name, failing = self.spec.name, self._failing_pulls
+        return Copies(name, self._links, self._step_ends, failing, self._later, self._end_copy, self._timeline)
+
+    def _new_paced_steps(self) -> PacedSteps:
+        return PacedSteps(
+            self.spec, self.incarnation, self._host, self._step_ends, self._later, self._end_step, self._timeline
+        )
 
     @property
     def incarnation(self) -> str:
@@ -151,6 +160,9 @@ class SimulatedInstance:
         self.is_alive = False
         self._requests = {}
         self.kv_use.record(self._queue.now(), 0)
+        self._copies.drop()
+        if self._paced is not None:
+            self._paced.drop()
         self._host.set_activity(self.spec.name, None)
 
     def _later(self, time_s: float, call: Callable[[], None]) -> None:
@@ -260,6 +272,8 @@ class SimulatedInstance:
             self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
         for output in outputs:
             self._carry_out(output, now)
+        if self._paced is not None and not self._num_in_flight:
+            self._host.lend(self.spec.name)
         if self._host.is_shared:
             activity = self._activity if self._num_in_flight else None
             self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
@@ -275,17 +289,19 @@ class SimulatedInstance:
             case CacheChanged(message=message):
                 self._tell(InstanceSaid(instance=self.spec.name, message=message))
             case StartCopy():
-                self._copy(output, now)
+                self._copies.start(output, self.spec.copied_bytes(output), now)
             case LoadBlocks():
-                self._load(output, now)
+                end_s, ended = self._tiers.read(output, now)
+                self._later(end_s, partial(self._end_tier, ended))
             case SaveBlock():
-                self._save(output, now)
+                end_s, saved = self._tiers.write(output, now)
+                self._later(end_s, partial(self._end_tier, saved))
             case Forget():
                 self._forget(output)
             case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
-                self._lost_peers.add(incarnation)
+                self._copies.lose(incarnation)
             case WakeAt(time_s=time_s):
                 self._wake_s = time_s
                 self._later(time_s, self._wake)
@@ -326,6 +342,9 @@ class SimulatedInstance:
         latency = self.spec.latency
         if self._host.is_shared:
             self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
+        if self._paced is not None:
+            latency = self._paced.begin(step)
+        elif self._host.is_shared:
             latency = self._host.latency_now(self.spec.name, latency)
         requests = self._requests_of(step) if self._may_repeat and not shape.num_prefills else []
         num_repeats = self._num_repeats(requests, latency) if requests else 0
@@ -333,6 +352,8 @@ class SimulatedInstance:
             self._run = DecodeRun(step, requests, shape, latency, now, num_repeats)
             self._step_s = self._run.ends_s[0] - now
             self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
+        elif self._paced is not None:
+            self._step_s = self._paced.run(step, shape, now) - now
         else:
             stage_times_s = latency.stage_times_s(shape)
             end_s = self._pipeline.enter(now + swap_s, stage_times_s)
@@ -356,8 +377,10 @@ class SimulatedInstance:
             known.append(chunk)
         return StepShape.of(known), swapped_s
 
-    def _end_step(self, step: RunStep, duration_s: float) -> None:
+    def _end_step(self, step: RunStep, duration_s: float, borrowed_s: float = 0.0) -> None:
         self._num_in_flight -= 1
+        if self._paced is not None:
+            self._host.end_step(self.spec.name)
         results, requests = [], self._requests
         for chunk in step.chunks:
             if chunk.samples:
@@ -367,57 +390,16 @@ class SimulatedInstance:
                 names = request.names_of_new(1, self.spec.block_size) if request.block_hashes else ()
                 if names or finished is not None:
                     results.append(StepResult(chunk.request_id, finished, names))
-        self._steps_done.append(StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s))
+        done = StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s, borrowed_s=borrowed_s)
+        self._steps_done.append(done)
         if not self._is_turn_due:
             self._plan_turn()
 
-    def _copy(self, copy: StartCopy, now: float) -> None:
-        num_bytes = self.spec.copied_bytes(copy)
-        end_s = self._links.start(copy.source, self.spec.name, num_bytes, now)
-        if copy.offer.behind_step:
-            end_s = self._step_ends.end_of(copy, now, end_s)
-        if self._timeline is not None:
-            self._timeline.pull(copy.request_id, copy.source, self.spec.name, now, end_s)
-        failure = FAILED_PULL if copy.request_id in self._failing_pulls else ""
-        self._failing_pulls.discard(copy.request_id)
-        ended = CopyEnded(
-            request_id=copy.request_id,
-            epoch=copy.epoch,
-            num_bytes=0 if failure else num_bytes,
-            started_s=now,
-            ended_s=end_s,
-            failure=failure,
-        )
-        self._later(end_s, partial(self._end_copy, copy, ended))
-
-    def _load(self, load: LoadBlocks, now: float) -> None:
-        """Read blocks, of each tier after what is being read before them, the tiers side by side."""
-        reads, end_s = [], now
-        for medium, num_blocks in Counter(block.medium for block in load.blocks).items():
-            duration_s = self._tier_time_s(medium, num_blocks)
-            self._reading_until_s[medium] = max(now, self._reading_until_s[medium]) + duration_s
-            end_s = max(end_s, self._reading_until_s[medium])
-            reads.append(TierRead(medium, num_blocks, duration_s))
-        ended = LoadEnded(request_id=load.request_id, epoch=load.epoch, reads=tuple(reads))
-        self._later(end_s, partial(self._end_tier, ended))
-
-    def _save(self, save: SaveBlock, now: float) -> None:
-        end_s = max(now, self._writing_until_s[save.medium]) + self._tier_time_s(save.medium, 1)
-        self._writing_until_s[save.medium] = end_s
-        self._later(end_s, partial(self._end_tier, BlockSaved(name=save.name, medium=save.medium)))
-
-    def _tier_time_s(self, medium: Medium, num_blocks: int) -> float:
-        spec = self.spec
-        link = spec.disk if medium is Medium.DISK else spec.host_memory
-        return link.transfer_time_s(num_blocks * spec.block_size * spec.kv_bytes_per_token)
-
-    def _end_tier(self, ended: LoadEnded | BlockSaved) -> None:
+    def _end_tier(self, ended: AnyInstanceInput) -> None:
         self._tiers_done.append(ended)
         self._request_turn()
 
-    def _end_copy(self, copy: StartCopy, ended: CopyEnded) -> None:
-        if copy.offer.incarnation in self._lost_peers:
-            ended = structs.replace(ended, num_bytes=0, failure=ended.failure or LOST_PEER)
+    def _end_copy(self, ended: CopyEnded) -> None:
         self._pulls_done.append(ended)
         self._request_turn()
 
@@ -425,7 +407,9 @@ class SimulatedInstance:
 
     def _num_repeats(self, requests: Sequence[SimulatedRequest], latency: LatencyModel) -> int:
         """Return how often a step that decodes these can be repeated before the scheduler is asked."""
-        if isinstance(latency, LatencyBeside) and latency.is_for_one_step:
+        if isinstance(latency, LatencyBeside | LatencyOnMore) and latency.is_for_one_step:
+            return 0
+        if self._paced is not None and self._host.is_waited_for(self.spec.name):
             return 0
         num_repeats = self._core.num_repeats()
         for request in requests:
@@ -460,6 +444,17 @@ class SimulatedInstance:
             if count > 1:
                 self._gaps.add_between(ends_s, len(requests))
 
+    def _change_pace(self) -> None:
+        """The step in flight goes on with more or fewer cores: a run ends with it."""
+        now, run = self._queue.now(), self._run
+        if self._paced is None:
+            return
+        if run is not None:
+            self._book(run, run.num_ended(now))
+            self._run = None
+            self._paced.run(run.step, run.shape_in_flight(), run.started_s)
+        self._paced.change(now)
+
     def _end_equal_steps(self) -> None:
         """Something came, here or beside: the step in flight is its run's last, and its end asks the scheduler."""
         run = self._run
@@ -478,6 +473,8 @@ class SimulatedInstance:
                 self._end_step(run.step, run.ends_s[0] - run.started_s)
             else:
                 self._num_in_flight -= 1
+                if self._paced is not None:
+                    self._host.end_step(self.spec.name)
                 self._plan_turn()
 
     def _end_run(self, run: DecodeRun) -> None:

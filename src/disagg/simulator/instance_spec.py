@@ -1,5 +1,6 @@
 """What one simulated instance is made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from disagg.base.config import SchedulerSettings
@@ -16,6 +17,20 @@ from disagg.costs.topology import Place
 from disagg.scheduling.capacity import capacity_tokens, most_in_sight, step_limits
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.outputs import StartCopy
+from disagg.scheduling.step.threads import StepThreads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LendingCores:
+    """The cores of an instance that lends them to its host's others, and theirs that it may borrow, the nearest first.
+
+    ``latencies`` are its step times on so many borrowed cores besides its own. The next fewer stand for a number that
+    is missing.
+    """
+
+    own: tuple[int, ...]
+    others: tuple[int, ...] = ()
+    latencies: Mapping[int, LatencyModel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +49,8 @@ class InstanceSpec:
     num_devices: int = 1
     num_threads: int = 1
     """Cores of its host on which it computes, where hosts matter."""
+    cores: LendingCores | None = None
+    """None lends and borrows none."""
     place: Place = ()
     """Its devices; none named: devices of its own on the first node. A pipeline over several nodes counts as on that
     of its first stage, where hosts matter."""
@@ -54,6 +71,13 @@ class InstanceSpec:
             raise ConfigurationError(
                 f"{self.name} has {self.num_devices} device(s) and a place of {len(self.place)}: name as many"
             )
+        if self.cores is not None and (self.scheduler.max_steps_in_flight > 1 or self.latency.num_stages > 1):
+            raise ConfigurationError(f"{self.name} has several steps in flight: only who has one lends cores")
+
+    @property
+    def paces(self) -> dict[int, LatencyModel]:
+        """Step times by the number of borrowed cores, 0 included."""
+        return {0: self.latency} | dict(self.cores.latencies if self.cores is not None else {})
 
     @property
     def window(self) -> WindowBlocks | None:
@@ -90,6 +114,7 @@ class InstanceSpec:
             num_stages=self.latency.num_stages,
             window=self.window,
             shows_progress=self.shows_progress,
+            threads=StepThreads() if self.cores is None else StepThreads(len(self.cores.own), len(self.cores.others)),
         )
 
     def ready(self, incarnation: str) -> Ready:

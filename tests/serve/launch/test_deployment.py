@@ -85,6 +85,15 @@ def test_cores_are_lent_unless_threads_are_given(fields, is_lent):
     assert [one.lent_cores is not None for one in settings] == [is_lent, is_lent]
 
 
+def test_a_placement_may_say_that_cores_are_lent():
+    groups = (group(Role.PREFILL, num_threads=1), group(Role.DECODE, num_threads=1))
+    deployment = Deployment(placement=Placement(groups=groups, lend_cores=True))
+    settings = plan_instances(
+        deployment, control_endpoint="ipc:///x", available_cores=(0, 1), parent_pid=0, core_board="board"
+    )
+    assert [one.lent_cores for one in settings] == [LentCores(board="board", cores=(core,)) for core in (1, 0)]
+
+
 def test_a_lone_instance_borrows_nothing():
     (alone,) = plan(group(Role.COLOCATED))
     assert alone.lent_cores is None

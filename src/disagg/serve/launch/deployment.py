@@ -26,7 +26,7 @@ from disagg.base.joining import ServerTerms
 from disagg.base.request import Role
 from disagg.base.transfer_settings import TransferSettings
 from disagg.base.units import format_ranges
-from disagg.serve.launch.cores import assign_cores, cores_to_borrow, least_taken_cores
+from disagg.scheduling.host_cores import are_lent, assign_cores, cores_to_borrow, least_taken_cores
 
 
 class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,10 +282,9 @@ def _scheduler(deployment: Deployment, group: InstanceGroup) -> SchedulerSetting
 
 def _lends_cores(deployment: Deployment, wanted: Sequence[int | None]) -> bool:
     """Return whether instances lend each other their cores; ``wanted`` are the threads given for each."""
-    is_lent = deployment.host.lend_cores
     if deployment.host.device is not Device.CPU or deployment.scheduler.max_steps_in_flight > 1:
         return False
-    return not any(wanted) if is_lent is None else is_lent
+    return are_lent(deployment.host.lend_cores, deployment.placement.lend_cores, wanted)
 
 
 def _lent_cores(board: str | None, cores: tuple[int, ...]) -> LentCores | None:

@@ -36,6 +36,15 @@ def _share(cores: Sequence[int], wanted: Sequence[int | None]) -> list[tuple[int
     return assigned
 
 
+def are_lent(asked: bool | None, placed: bool | None, wanted: Sequence[int | None]) -> bool:
+    """Return whether instances of one host lend each other their cores.
+
+    As ``asked`` by a flag, or else as the placement says; where neither does, unless threads are ``wanted`` for some.
+    """
+    said = placed if asked is None else asked
+    return not any(wanted) if said is None else said
+
+
 def cores_to_borrow(cores: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Return, for each instance by its cores, those of others that it may borrow while they have no step.
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.serve.launch.cores import assign_cores, cores_to_borrow
+from disagg.scheduling.host_cores import are_lent, assign_cores, cores_to_borrow
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,20 @@ def test_everybody_gets_cores_and_nobody_shares_without_need(cores, wanted):
 )
 def test_cores_of_others_that_an_instance_may_borrow(cores, expected):
     assert cores_to_borrow(cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "placed", "wanted", "expected"),
+    [
+        (None, None, [None, None], True),
+        (None, None, [None, 2], False),  # who gives threads has a reason
+        (None, True, [1, 1], True),
+        (None, False, [None, None], False),
+        (True, False, [1, 1], True),
+        (False, True, [None, None], False),
+    ],
+)
+def test_a_flag_decides_whether_cores_are_lent_then_the_placement_then_whether_threads_are_given(
+    asked, placed, wanted, expected
+):
+    assert are_lent(asked, placed, wanted) is expected
