@@ -35,6 +35,7 @@ OFFER = messages.KvOffer(
     source=InstanceId("prefill-0"),
     incarnation="a",
     num_tokens=5,
+    block_size=4,
     block_ids=(BlockId(3), BlockId(4)),
     lease_s=10.0,
     pool=b"pool",

@@ -10,6 +10,7 @@ import click
 import kubernetes_validate
 import pytest
 import yaml
+from msgspec import structs
 
 from disagg.base.config import CacheSettings, InstanceGroup, Placement
 from disagg.base.errors import ConfigurationError
@@ -230,9 +231,17 @@ def test_a_block_size_of_its_own_is_the_routers_too(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "base", tmp_path / "base")
     overlay.mkdir(parents=True)
     (overlay / "kustomization.yaml").write_text(k8s_overlay(PLACEMENT, CacheSettings(block_size=32)))
+    assert block_sizes(overlay) == dict.fromkeys(("router", "prefill", "decode", "colocated"), 32)
+    prefill, decode = PLACEMENT.groups
+    sized = Placement(groups=(prefill, structs.replace(decode, block_size=128)))
+    (overlay / "kustomization.yaml").write_text(k8s_overlay(sized, CacheSettings(block_size=32)))
+    assert block_sizes(overlay) == {"router": 32, "prefill": 32, "decode": 128, "colocated": 32}
+
+
+def block_sizes(overlay: Path) -> dict[str, int]:
+    """Those that router and instances are told."""
     found = [one for one in built(overlay) if one["kind"] in ("Deployment", "StatefulSet")]
-    assert len(found) == 4
-    assert {flags_of(one)["block_size"] for one in found} == {32}
+    return {one["metadata"]["name"].removeprefix("disagg-"): flags_of(one)["block_size"] for one in found}
 
 
 def test_pods_of_a_stateful_set_are_equal() -> None:

@@ -1,7 +1,11 @@
-"""Prefill and decode that differ in kernels, element type and weights are one deployment: KV blocks are converted."""
+"""Prefill and decode that differ in kernels, element type, block size and weights are one deployment: KV blocks are
+converted.
+"""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from server_process import ServerProcess, completion, serving
 
 COMMON = ("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--threads", "1")
@@ -38,6 +42,33 @@ def test_other_kernels_give_the_same_answer(tmp_path: Path) -> None:
     with serving("--placement", file, *COMMON) as server:
         assert answer(server) == alone
         check_converted(server)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "kv_link"), [(16, 32, "shm"), pytest.param(32, 16, "tcp", marks=pytest.mark.slow)]
+)
+def test_blocks_of_another_size_give_the_same_answers_and_keep_their_prefixes(
+    prefill: int, decode: int, kv_link: str, tmp_path: Path
+) -> None:
+    """Of a prompt of a thousand tokens, read part by part, and of the next turn, whose beginning decode has kept."""
+    long, turn = PROMPT * 75, {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
+    options = ("--max-model-len", "2048", "--kv-memory", "256MiB")
+
+    def turns(server: ServerProcess) -> tuple[Any, Any]:
+        first = completion(server, long, **turn)
+        (choice,) = first.choices
+        return first, completion(server, [*choice.prompt_token_ids, *choice.token_ids], **turn)
+
+    with serving("--colocated", "1", *COMMON, *options) as server:
+        alone = turns(server)
+    file = placement(tmp_path, f"block_size: {prefill}", f"block_size: {decode}")
+    with serving("--placement", file, *COMMON, *options, "--kv-link", kv_link) as server:
+        found = turns(server)
+        assert [one.choices[0].text for one in found] == [one.choices[0].text for one in alone]
+        check_converted(server)
+        assert f"blocks of {prefill} tokens to blocks of {decode}" in server.text
+        num_known = found[0].usage.total_tokens - 1
+        assert found[1].usage.prompt_tokens_details.cached_tokens >= (num_known // 16 - 4) * 16
 
 
 def test_other_types_and_weights_begin_the_same_answer(tmp_path: Path) -> None:

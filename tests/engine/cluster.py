@@ -69,6 +69,7 @@ def request(name: str, num_tokens: int, max_tokens: int = 6, epoch: int = 1, **c
     sampling = {name: changes.pop(name) for name in SamplingParams.__struct_fields__ if name in changes}
     start = sum(name.encode()) % 97
     prompt = changes.pop("prompt_token_ids", tuple((start + 7 * n) % VOCAB_SIZE for n in range(num_tokens)))
+    changes.setdefault("hash_block_size", BLOCK_SIZE)
     return GenerationRequest(
         request_id=RequestId(name),
         epoch=Epoch(epoch),
@@ -228,7 +229,7 @@ class Instance:
         stack.enter_context(self.pull_thread)
         self.shared = SharedBlocks(self.pool, self.transfer, None, clock, stack)
         links = Links(self.pool, self.pull_thread, clock, self.transfer, nixl=self.shared.nixl)
-        pulls = Pulls(links, self.shared, self.pool.layout.num_layers, channel.wake)
+        pulls = Pulls(links, self.shared, self.pool.layout, channel.wake)
         stack.callback(pulls.close)
         ready = Ready(
             version=PROTOCOL_VERSION,

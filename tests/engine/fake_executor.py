@@ -98,6 +98,8 @@ class FakeExecutor:
     def __init__(self, pool: KvPool, vocab_size: int) -> None:
         self._pool = pool
         self._vocab_size = vocab_size
+        self._words = pool.layout.head_dim * pool.layout.dtype.itemsize // pool.blocks.itemsize
+        """Of a token's key: there it is found in blocks of any size."""
 
     def run(self, step: Sequence[Work]) -> list[ChunkResult]:
         return [self._compute(work) for work in step]
@@ -117,7 +119,7 @@ class FakeExecutor:
             for layer, table in enumerate(tables):
                 block, slot = table[position // size], position % size
                 entry = sequence.tokens[position] + 10_000 * layer
-                self._pool.blocks[layer % layout.num_layers, block, slot] = entry
+                self._pool.blocks[layer % layout.num_layers, block, slot * self._words] = entry
         prompt_logprobs: tuple[PositionLogprobs, ...] = ()
         if sequence.wants_prompt_logprobs:
             last = min(end + 1, sequence.num_prompt_tokens)
@@ -129,7 +131,7 @@ class FakeExecutor:
             first = 0 if layer < layout.num_layers or layout.window is None else max(0, end - layout.window)
             for position in range(first, end):
                 block, slot = table[position // size], position % size
-                entries[layer, position] = self._pool.blocks[layer % layout.num_layers, block, slot]
+                entries[layer, position] = self._pool.blocks[layer % layout.num_layers, block, slot * self._words]
         token = sample(entries, sequence.sampling.seed, self._vocab_size)
         logprobs = _logprobs(token) if sequence.sampling.logprobs is not None else None
         return ChunkResult(token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)

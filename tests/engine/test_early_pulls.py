@@ -87,6 +87,41 @@ def test_parts_behind_a_window_are_read_without_the_layers_that_slide(kv_link: K
     assert router.tokens("a") == expected
 
 
+@pytest.mark.parametrize("kv_link", [KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (2, 16)], ids=lambda sizes: f"{sizes[0]}-to-{sizes[1]}")
+def test_parts_and_the_rest_fill_blocks_of_another_size(kv_link: KvLinkChoice, sizes: tuple[int, int]) -> None:
+    theirs, ours = sizes
+    settings, sequence = TransferSettings(kv_link=kv_link), request("a", PROMPT)
+    with ExitStack() as stack:
+        router = RouterEnd()
+        stack.callback(router.close)
+        prefill, decode = (
+            stack.enter_context(
+                Instance(router, name, life, transfer=settings, model=fake_model(block_size=size), prefix_caching=True)
+            )
+            for name, life, size in (("prefill-0", "b1", theirs), ("decode-0", "c1", ours))
+        )
+        prefill.send(Generate(request=sequence, hand_over=True))
+        for number in range(3):
+            part = router.expect(PartOffered).offer
+            assert (part.first_block * theirs, part.num_tokens) == (16 * number, 16 * (number + 1))
+            decode.send(Reserve(request=sequence, offer=part) if number == 0 else MoreKv(offer=part))
+        offer = router.expect(Offered, "prefill-0").offer
+        assert len(offer.digests) == 8 * len(offer.block_ids) == 8 * -(-PROMPT // theirs)
+        decode.send(Adopt(request=continuation(sequence, router.tokens("a")), offer=offer))
+        pulled = router.expect(Pulled)
+        num_pieces = -(-PROMPT // min(sizes))
+        num_bytes = num_pieces * min(sizes) * decode.pool.layout.block_bytes // ours
+        assert (pulled.failure, pulled.num_repeated, pulled.num_bytes) == ("", 0, num_bytes)
+        prefill.send(release(offer))
+        router.wait(lambda: router.tokens("a") == answer(sequence))
+        another = request("b", PROMPT)
+        decode.send(Generate(request=another))
+        router.wait(lambda: router.tokens("b") == answer(another))
+        prefill.wait_until_idle()
+        decode.wait_until_idle()
+
+
 def test_nobody_goes_on_with_what_was_read(pair: tuple[RouterEnd, Instance, Instance]) -> None:
     router, prefill, decode = pair
     sequence = request("a", PROMPT, max_tokens=1)

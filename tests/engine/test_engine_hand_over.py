@@ -134,7 +134,9 @@ class TestHandOver:
         with Instance(router, "decode-1", incarnation="c2", prefix_caching=True, transfer=settings) as decode:
             for name in ("same", "again"):
                 hashes = hash_blocks(prompt, BLOCK_SIZE)
-                sequence = structs.replace(request(name, 1), prompt_token_ids=prompt, block_hashes=hashes)
+                sequence = structs.replace(
+                    request(name, 1), prompt_token_ids=prompt, block_hashes=hashes, hash_block_size=BLOCK_SIZE
+                )
                 hand_over(router, prefill, decode, sequence)
                 router.wait_for_end(name)
             first, second = router.expect(Pulled), router.expect(Pulled)

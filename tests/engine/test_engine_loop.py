@@ -134,6 +134,23 @@ class TestGenerate:
             assert engine.executor.steps[-11] == {"second": (20, 4)}
             assert router.tokens("second") == answer(second)
 
+    @pytest.mark.parametrize(("hash_size", "num_cached"), [(2, 20), (1, 20), (8, 0), (3, 0)])
+    def test_names_of_blocks_of_another_size(self, router: RouterEnd, hash_size: int, num_cached: int) -> None:
+        """Those of parts of a block name it; those of larger blocks, or of no parts of one, name none."""
+        named = {"hash_block_size": hash_size}
+        prompt = request("first", 10).prompt_token_ids
+        first = request("first", 10, max_tokens=11, block_hashes=hash_blocks(prompt, hash_size), **named)
+        with Instance(router, "caching", prefix_caching=True) as engine:
+            engine.send(Generate(request=first))
+            router.wait_for_end("first")
+            conversation = (*first.prompt_token_ids, *router.tokens("first"), 5, 6, 7)
+            names = hash_blocks(conversation, hash_size)
+            second = request("second", 24, prompt_token_ids=conversation, block_hashes=names, **named)
+            engine.send(Generate(request=second))
+            router.wait_for_end("second")
+            assert router.outputs("second")[0].num_cached_tokens == num_cached
+            assert router.tokens("second") == answer(second)
+
     @pytest.mark.parametrize(("salt", "num_cached"), [("tenant", 4), ("other", 0)])
     def test_a_short_prompt_and_its_answer_are_found_by_the_same_salt_alone(
         self, router: RouterEnd, salt: str, num_cached: int

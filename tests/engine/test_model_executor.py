@@ -270,7 +270,7 @@ def greedy_answer(folder: Path, prompt: tuple[int, ...], num_tokens: int) -> lis
 
 def with_names(sequence: GenerationRequest, size: int) -> GenerationRequest:
     """The sequence with the names of its blocks, as the API gives them."""
-    return structs.replace(sequence, block_hashes=hash_blocks(sequence.prompt_token_ids, size))
+    return structs.replace(sequence, block_hashes=hash_blocks(sequence.prompt_token_ids, size), hash_block_size=size)
 
 
 def test_chunks_and_batches_do_not_change_the_answer(router: RouterEnd, load_decoder: LoadDecoder) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from cluster import Instance, RouterEnd, abort, answer, continuation, release, request
+from cluster import Instance, RouterEnd, abort, answer, continuation, fake_model, release, request
 from msgspec import structs
 
 from disagg.base.messages import Adopt, Generate, KvOffer, Offered, PartOffered, PeerLost, Pulled, Reserve
@@ -70,6 +70,24 @@ def test_all_blocks_come_behind_the_step(pair: tuple[RouterEnd, Instance, Instan
     pulled = finish(router, prefill, decode, sequence, offer)
     assert (pulled.failure, pulled.num_repeated) == ("", 0)
     assert pulled.num_bytes == 4 * decode.pool.layout.block_bytes
+
+
+@pytest.mark.parametrize("kv_link", [KvLinkChoice.SHM, KvLinkChoice.TCP], ids=lambda link: link.value)
+@pytest.mark.parametrize("size", [2, 8])
+def test_blocks_of_another_size_come_behind_the_step_too(kv_link: KvLinkChoice, size: int) -> None:
+    sequence, settings = request("a", PROMPT), TransferSettings(kv_link=kv_link)
+    with ExitStack() as stack:
+        router = RouterEnd()
+        stack.callback(router.close)
+        prefill = stack.enter_context(Instance(router, "prefill-0", "b1", transfer=settings, shows_progress=True))
+        model = fake_model(block_size=size)
+        decode = stack.enter_context(Instance(router, "decode-0", "c1", transfer=settings, model=model))
+        prefill.executor.gate.close()
+        begin(router, prefill, decode, sequence)
+        prefill.executor.gate.open()
+        pulled = finish(router, prefill, decode, sequence, router.expect(Offered).offer)
+        num_bytes = 16 * decode.pool.layout.block_bytes // size
+        assert (pulled.failure, pulled.num_repeated, pulled.num_bytes) == ("", 0, num_bytes)
 
 
 def test_what_came_otherwise_is_read_again(pair: tuple[RouterEnd, Instance, Instance]) -> None:

@@ -64,6 +64,7 @@ def test_blocks_of_a_copy_that_hangs_are_nobodys_until_it_has_settled() -> None:
         source=InstanceId("prefill-0"),
         incarnation="aa",
         num_tokens=10,
+        block_size=4,
         block_ids=(BlockId(5), BlockId(6), BlockId(7)),
         lease_s=9.0,
         pool=b"",

@@ -4,26 +4,35 @@ Whatever happens (cancellations, failed pulls, expired leases, the death of the 
 after every event, no step reads a block that holds something else than what it should, every sequence that is not
 cancelled gets all of its tokens, and in the end no block is held. Prompts are offered whole, or in parts as well, the
 last of them behind the step that writes it; what comes of that one may be spoiled. Some models have layers with a
-sliding window, in blocks of their own, which need not be there behind the window.
+sliding window, in blocks of their own, which need not be there behind the window. Blocks of the two may be of unequal
+size; what each holds is counted in pieces of the smaller.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.ids import BlockHash, BlockId, Epoch, InstanceId, RequestId
+from disagg.base.messages import KvOffer
 from disagg.base.sampling import FinishReason
 from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.block_pool import BlockState
 from disagg.scheduling.capacity import most_in_sight
 from disagg.scheduling.hand_over import hand_overs
+from disagg.scheduling.instance.foreign_blocks import in_own_blocks, pieces
+from disagg.scheduling.instance.header import InstanceHeader
+from disagg.scheduling.instance.inputs import SequenceFacts
+from disagg.scheduling.instance.tracked import kv_extended, kv_offer, kv_offered
 from disagg.scheduling.step.actions import (
     AnyAction,
+    BlockCopy,
     Chunk,
     Emit,
     Forget,
@@ -56,6 +65,7 @@ from disagg.scheduling.step.scheduler import StepScheduler
 PREFILL, DECODE = InstanceId("prefill-0"), InstanceId("decode-0")
 EPOCH = Epoch(1)
 NUM_BLOCKS, BLOCK = 10, 4
+"""Of each pool where its blocks are of this size, which is the smallest."""
 LONGEST = 32
 
 
@@ -82,12 +92,14 @@ class World:
     mode: SchedulingMode
     window: WindowBlocks | None = None
     shows_progress: bool = False
+    prefill_size: int = BLOCK
+    decode_size: int = BLOCK
     now: float = 0.0
     on_the_way: list[tuple[InstanceId, AnyEvent]] = field(default_factory=list)
     alarms: dict[InstanceId, float] = field(default_factory=dict)
     writing: dict[RequestId, Pull] = field(default_factory=dict)
-    contents: dict[tuple[InstanceId, int, BlockId], object] = field(default_factory=dict)
-    """What each block of each life of an instance holds."""
+    contents: dict[tuple[InstanceId, int, BlockId], dict[int, object]] = field(default_factory=dict)
+    """What each block of each life of an instance holds, piece by piece."""
     lives: Counter[InstanceId] = field(default_factory=Counter)
     num_parts: int = 0
     num_whole_pulls: int = 0
@@ -103,23 +115,27 @@ class World:
         """Those of which the whole offer has come."""
         self.life_read: dict[RequestId, int] = {}
         self.digests: dict[tuple[RequestId, BlockId], object] = {}
+        self.offers: dict[tuple[RequestId, Epoch, int | None], KvOffer] = {}
+        """What was offered, whole, and by first block of the decode instance in parts."""
         self.num_spared = 0
-        self.instances = {name: self.new_instance() for name in (PREFILL, DECODE)}
+        self.sizes = {PREFILL: self.prefill_size, DECODE: self.decode_size}
+        self.instances = {name: self.new_instance(name) for name in (PREFILL, DECODE)}
 
-    def new_instance(self) -> StepScheduler:
+    def new_instance(self, name: InstanceId) -> StepScheduler:
         chosen = SchedulerSettings(max_batch_tokens=6, max_batch_size=3, lease_s=40.0, scheduling=self.mode)
-        num_blocks = NUM_BLOCKS
+        num_blocks = NUM_BLOCKS * BLOCK // self.sizes[name]
         if self.window is not None:  # as many as the longest sequence takes, and two as without a window
             in_sight = min(LONGEST // BLOCK, most_in_sight(self.window, chosen, BLOCK))
             num_blocks += in_sight * self.window.num_each
-        return StepScheduler(chosen, num_blocks, BLOCK, memory=self.memory)
+        return StepScheduler(chosen, num_blocks, self.sizes[name], memory=self.memory)
 
     @property
     def memory(self) -> KvMemory:
         return KvMemory(window=self.window, shows_progress=self.shows_progress)
 
-    def hashes(self, client: Client) -> tuple[BlockHash, ...]:
-        return tuple(BlockHash(bytes([client.prefix, n])) for n in range(client.num_prompt // BLOCK))
+    def hashes(self, client: Client, target: InstanceId) -> tuple[BlockHash, ...]:
+        size = self.sizes[target]
+        return tuple(BlockHash(bytes([client.prefix, size, n])) for n in range(client.num_prompt // size))
 
     def arrive(self, name: RequestId, target: InstanceId, hand_over: bool) -> None:
         client = self.clients[name]
@@ -130,7 +146,7 @@ class World:
             max_total_tokens=client.num_prompt + client.num_output,
             priority=client.priority,
             hand_over=hand_over,
-            block_hashes=self.hashes(client),
+            block_hashes=self.hashes(client, target),
         )
         self.on_the_way.append((target, event))
 
@@ -174,7 +190,7 @@ class World:
         is_sound = True
         for copy in pull.copies:
             content = self.contents[PREFILL, self.life_read[done.request_id], copy.source]
-            self.contents[target, self.lives[target], copy.target] = content
+            self.move(content, target, copy)
             is_sound = is_sound and content == self.digests[done.request_id, copy.source]
         # Only what nobody wants any more, or an offer that has ended, may be overwritten.
         is_wanted = not client.cancelled and not client.is_complete and client.epoch == done.epoch
@@ -186,12 +202,19 @@ class World:
         is_spoiled, self.spoils_next = self.spoils_next, False
         for copy in pull.copies:
             content = self.contents[PREFILL, self.life_read[pull.request_id], copy.source]
-            self.contents[target, self.lives[target], copy.target] = "spoiled" if is_spoiled else content
+            self.move(dict.fromkeys(content, "spoiled") if is_spoiled else content, target, copy)
         if not is_spoiled:
             return done
         self.spoiled.add((pull.request_id, pull.epoch))
         is_known = (pull.request_id, pull.epoch) in self.completed
         return TransferFailed(request_id=pull.request_id, epoch=pull.epoch) if is_known else done
+
+    def move(self, content: dict[int, object], target: InstanceId, copy: BlockCopy) -> None:
+        """Bring what a block holds, or a part of it, into another block, or a part of that."""
+        count = min(self.sizes.values()) // BLOCK
+        first, to = (copy.part * count if size // BLOCK > count else 0 for size in self.sizes.values())
+        held = self.contents.setdefault((target, self.lives[target], copy.target), {})
+        held.update({to + piece: content.get(first + piece) for piece in range(count)})
 
     def carry_out(self, name: InstanceId, action: AnyAction) -> None:
         match action:
@@ -209,7 +232,9 @@ class World:
                 self.fail_a_pull(ended=True, name=action.request_id)
             case Pull():
                 self.num_whole_pulls += action.part is None
-                self.writing[action.request_id] = action
+                offer = self.offers[action.request_id, action.epoch, action.part]
+                copies = pieces(offer, action.copies, self.sizes[name])
+                self.writing[action.request_id] = structs.replace(action, copies=copies)
                 self.on_the_way.append((name, TransferDone(request_id=action.request_id, epoch=action.epoch)))
             case ReleaseLease():
                 self.on_the_way.append((PREFILL, LeaseReleased(request_id=action.request_id, epoch=action.epoch)))
@@ -229,38 +254,35 @@ class World:
         is_whole = isinstance(action, OfferKv)
         self.life_read[action.request_id] = self.lives[PREFILL]
         for block in action.block_ids:
-            self.digests[action.request_id, block] = self.contents[PREFILL, self.lives[PREFILL], block]
+            self.digests[action.request_id, block] = dict(self.contents[PREFILL, self.lives[PREFILL], block])
         if is_whole and self.window is not None:
             num_all = -(-action.num_tokens // BLOCK) * (1 + self.window.num_each)
             self.num_spared += num_all - len(action.block_ids)
-        event: AnyEvent = KvOffered(
+        header = InstanceHeader(
+            instance=PREFILL, settings=SchedulerSettings(), num_blocks=NUM_BLOCKS, block_size=self.sizes[PREFILL]
+        )
+        offer = structs.replace(kv_offer(action, header), epoch=client.epoch)
+        expires_s = self.now + action.lease_s
+        facts = SequenceFacts(
             request_id=action.request_id,
             epoch=client.epoch,
             num_tokens=client.num_prompt + is_whole,
             max_total_tokens=client.num_prompt + client.num_output,
-            source=PREFILL,
-            source_blocks=action.block_ids,
-            num_kv_tokens=action.num_tokens,
-            expires_s=self.now + action.lease_s,
             priority=client.priority,
-            block_hashes=self.hashes(client),
-            is_whole=is_whole,
+            block_hashes=self.hashes(client, DECODE),
         )
         if isinstance(action, OfferPart):
             self.num_parts += 1
-            event = structs.replace(event, behind_step=action.behind_step)
+            offer = structs.replace(offer, first_block=action.first_block, behind_step=action.behind_step)
+            own = in_own_blocks(offer, self.sizes[DECODE], ends_open=not action.behind_step)
             if action.behind_step:
-                self.behind.add((action.request_id, client.epoch, action.first_block))
-            if action.first_block:
-                event = KvExtended(
-                    request_id=action.request_id,
-                    epoch=client.epoch,
-                    first_block=action.first_block,
-                    source_blocks=action.block_ids,
-                    num_kv_tokens=action.num_tokens,
-                    expires_s=self.now + action.lease_s,
-                    behind_step=action.behind_step,
-                )
+                self.behind.add((action.request_id, client.epoch, own.first_block))
+            self.offers[action.request_id, client.epoch, own.first_block] = offer
+            is_first = not action.first_block
+            event = kv_offered(facts, own, expires_s, is_whole=False) if is_first else kv_extended(own, expires_s)
+        else:
+            self.offers[action.request_id, client.epoch, None] = offer
+            event = kv_offered(facts, in_own_blocks(offer, self.sizes[DECODE]), expires_s, is_whole=True)
         self.on_the_way += [(DECODE, event), (DECODE, event)]  # repeated by a nervous network
         if client.cancelled:
             self.on_the_way.append((DECODE, Cancelled(request_id=action.request_id, epoch=client.epoch)))
@@ -268,7 +290,7 @@ class World:
     def compute(self, name: InstanceId, chunk: Chunk) -> None:
         """A step attends to every block before its chunk that its layers see, and fills those of the chunk."""
         end = chunk.start + chunk.num_tokens
-        num_blocks = -(-end // BLOCK)
+        num_blocks = -(-end // self.sizes[name])
         self.use(name, chunk, dict(enumerate(chunk.block_ids[:num_blocks])), 0)
         each = 0 if self.window is None else self.window.num_each
         for part in range(each):
@@ -278,15 +300,19 @@ class World:
             self.use(name, chunk, used, 1 + part)
 
     def use(self, name: InstanceId, chunk: Chunk, blocks: dict[int, BlockId], kind: int) -> None:
+        num_each, end = self.sizes[name] // BLOCK, chunk.start + chunk.num_tokens
         for index, block in blocks.items():
-            place, meant = (name, self.lives[name], block), (kind, self.meant(chunk.request_id, index))
-            if index * BLOCK < chunk.start:
-                assert self.contents.get(place) == meant, f"{chunk.request_id} reads {kind} of {index} on {name}"
-            if (index + 1) * BLOCK > chunk.start:
-                self.contents[place] = meant
+            held = self.contents.setdefault((name, self.lives[name], block), {})
+            for inside in range(num_each):
+                piece = index * num_each + inside
+                meant = (kind, self.meant(chunk.request_id, piece))
+                if piece * BLOCK < chunk.start:
+                    assert held.get(inside) == meant, f"{chunk.request_id} reads {kind} of {piece} on {name}"
+                if chunk.start < (piece + 1) * BLOCK and piece * BLOCK < end:
+                    held[inside] = meant
 
     def meant(self, name: RequestId, index: int) -> object:
-        """What a block of a sequence holds: full ones of equal prompts are equal."""
+        """What a piece of a sequence holds: full ones of equal prompts are equal."""
         client = self.clients[name]
         return (client.prefix, index) if index < client.num_prompt // BLOCK else (name, index)
 
@@ -312,7 +338,7 @@ class World:
 
     def kill_prefill(self) -> None:
         """The process is gone with its blocks; what it had not handed over is sent to the decode instance."""
-        self.instances[PREFILL] = self.new_instance()
+        self.instances[PREFILL] = self.new_instance(PREFILL)
         self.lives[PREFILL] += 1
         self.alarms.pop(PREFILL, None)
         lost = [event for target, event in self.on_the_way if target == PREFILL]
@@ -375,6 +401,7 @@ steps = st.lists(
     least_part_tokens=st.sampled_from([BLOCK, hand_overs.LEAST_PART_TOKENS]),
     window=st.one_of(st.none(), st.builds(WindowBlocks, st.sampled_from([1, 5, 8, 11]), st.integers(1, 3))),
     shows_progress=st.booleans(),
+    sizes=st.sampled_from([(BLOCK, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, BLOCK)]),
 )
 @settings(max_examples=400, deadline=None)
 def test_nothing_is_lost_and_nothing_is_kept(
@@ -384,8 +411,12 @@ def test_nothing_is_lost_and_nothing_is_kept(
     least_part_tokens: int,
     window: WindowBlocks | None,
     shows_progress: bool,
+    sizes: tuple[int, int],
 ) -> None:
-    world = World({RequestId(f"r{n}"): client for n, client in enumerate(clients)}, mode, window, shows_progress)
+    if window is not None:
+        sizes = (BLOCK, BLOCK)
+    names = {RequestId(f"r{n}"): client for n, client in enumerate(clients)}
+    world = World(names, mode, window, shows_progress, *sizes)
     with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
         go_through(world, steps)
     for name, client in world.clients.items():
@@ -419,48 +450,43 @@ def go_through(world: World, steps: list[tuple[str, int]]) -> None:
     world.settle()
 
 
-def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
-    """Three parts of a prompt of twenty tokens in steps of six; the rest is pulled after the first token."""
+def alone(
+    num_prompt: int, least_part_tokens: int = BLOCK, steps: list[tuple[str, int]] | None = None, *changes: Any
+) -> World:
+    """What became of a prompt that nobody disturbs, in steps of six tokens."""
     name = RequestId("r0")
-    world = World({name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED)
-    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", BLOCK):
+    client = Client(num_prompt=num_prompt, num_output=3, priority=0, prefix=0)
+    world = World({name: client}, SchedulingMode.CHUNKED, *changes)
+    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", least_part_tokens):
         world.arrive(name, PREFILL, hand_over=True)
-        go_through(world, [])
-    assert world.num_parts == 3
-    assert world.clients[name].is_complete
-
-
-def read_behind_a_step(*, is_spoiled: bool) -> World:
-    """A prompt of twenty tokens in steps of six, the last of which is read while it is written."""
-    name = RequestId("r0")
-    world = World(
-        {name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)},
-        SchedulingMode.CHUNKED,
-        shows_progress=True,
-    )
-    with mock.patch.object(hand_overs, "LEAST_PART_TOKENS", BLOCK):
-        world.arrive(name, PREFILL, hand_over=True)
-        go_through(world, [("spoil", 0)] * is_spoiled)
-    assert world.num_parts == 4
-    assert world.clients[name].is_complete
+        go_through(world, steps or [])
+    assert client.is_complete
     return world
 
 
-def test_nothing_is_left_to_pull_when_the_last_part_was_read_behind_its_step() -> None:
-    assert read_behind_a_step(is_spoiled=False).num_whole_pulls == 0
+def test_a_prompt_is_read_part_by_part_while_it_is_computed() -> None:
+    """Three parts of a prompt of twenty tokens; the rest is pulled after the first token."""
+    assert alone(20).num_parts == 3
 
 
-def test_what_came_otherwise_behind_a_step_is_pulled_again() -> None:
-    assert read_behind_a_step(is_spoiled=True).num_whole_pulls == 1
+@pytest.mark.parametrize("is_spoiled", [False, True], ids=["sound", "spoiled"])
+def test_what_was_read_behind_the_last_step_is_pulled_again_only_if_it_came_otherwise(is_spoiled: bool) -> None:
+    world = alone(20, BLOCK, [("spoil", 0)] * is_spoiled, None, True)
+    assert (world.num_parts, world.num_whole_pulls) == (4, is_spoiled)
+
+
+@pytest.mark.parametrize("sizes", [(BLOCK, 2 * BLOCK), (2 * BLOCK, BLOCK)], ids=str)
+def test_blocks_of_another_size_are_read_part_by_part_and_behind_the_last_step(sizes: tuple[int, int]) -> None:
+    world = alone(24, 2 * BLOCK, [], None, True, *sizes)
+    assert (world.num_parts, world.num_whole_pulls) == (3, 0)
+
+
+def test_a_part_that_ends_within_a_larger_block_waits_for_the_whole() -> None:
+    """Parts of four tokens, read into blocks of eight: the second one begins where no block does."""
+    world = alone(20, BLOCK, [], None, True, BLOCK, 2 * BLOCK)
+    assert (world.num_parts, world.num_whole_pulls) == (4, 1)
 
 
 def test_sliding_layers_of_blocks_behind_the_window_are_not_read() -> None:
     """Of five blocks the token after twenty tokens sees positions 16 to 20 with a window of five: the last block."""
-    name = RequestId("r0")
-    world = World(
-        {name: Client(num_prompt=20, num_output=3, priority=0, prefix=0)}, SchedulingMode.CHUNKED, WindowBlocks(5, 1)
-    )
-    world.arrive(name, PREFILL, hand_over=True)
-    go_through(world, [])
-    assert world.num_spared == 4
-    assert world.clients[name].is_complete
+    assert alone(20, BLOCK, [], WindowBlocks(5, 1)).num_spared == 4

@@ -79,6 +79,7 @@ class Story:
                 num_tokens=num_tokens,
                 max_total_tokens=num_tokens + 100,
                 block_hashes=NAMES[: num_tokens // SIZE],
+                hash_block_size=SIZE,
             )
         )
 
@@ -108,7 +109,14 @@ def generate(instance: InstanceId, hand_over: bool) -> SendGenerate:
 def offer(source: InstanceId, num_tokens: int) -> KvOffer:
     blocks = tuple(map(BlockId, range(num_tokens // SIZE)))
     return KvOffer(
-        **IDS, source=source, incarnation="1", num_tokens=num_tokens, block_ids=blocks, lease_s=60.0, pool=b""
+        **IDS,
+        source=source,
+        incarnation="1",
+        num_tokens=num_tokens,
+        block_size=SIZE,
+        block_ids=blocks,
+        lease_s=60.0,
+        pool=b"",
     )
 
 
@@ -256,6 +264,7 @@ def _offer_of(request_id: RequestId, source: InstanceId, num_tokens: int) -> KvO
         source=source,
         incarnation="1",
         num_tokens=num_tokens,
+        block_size=SIZE,
         block_ids=(BlockId(0),),
         lease_s=60.0,
         pool=b"",

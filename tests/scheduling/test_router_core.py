@@ -83,8 +83,16 @@ class Story:
     def say(self, instance: InstanceId, message: Loading | Ready | Offered | Pulled | LoadReport):
         return self.tell(InstanceSaid(instance=instance, message=message))
 
-    def ready(self, instance: InstanceId, role: Role, incarnation: str = "1", kv_layout: str = "", **changes: object):
-        facts = structs.replace(FACTS, kv_layout=kv_layout)
+    def ready(
+        self,
+        instance: InstanceId,
+        role: Role,
+        incarnation: str = "1",
+        kv_layout: str = "",
+        block_size: int = 16,
+        **changes: object,
+    ):
+        facts = structs.replace(FACTS, kv_layout=kv_layout, block_size=block_size)
         fields = {"version": PROTOCOL_VERSION, "instance": instance, "role": role, **changes}
         return self.say(instance, Ready(incarnation=incarnation, facts=facts, **fields))  # type: ignore[arg-type]
 
@@ -109,7 +117,14 @@ def pair() -> Story:
 
 def offer(lease_s: float = 60.0, incarnation: str = "1") -> KvOffer:
     return KvOffer(
-        **IDS, source=P0, incarnation=incarnation, num_tokens=5, block_ids=(BlockId(0),), lease_s=lease_s, pool=b"p"
+        **IDS,
+        source=P0,
+        incarnation=incarnation,
+        num_tokens=5,
+        block_size=4,
+        block_ids=(BlockId(0),),
+        lease_s=lease_s,
+        pool=b"p",
     )
 
 
@@ -320,6 +335,19 @@ class TestMembership:
         (ended,) = story.ready(D0, Role.DECODE, kv_layout="32 tokens, bfloat16")
         assert isinstance(ended, EndInstance)
         assert "(32 tokens, bfloat16) are not those of prefill-0 (64 tokens, bfloat16)" in ended.why
+
+    def test_an_instance_whose_blocks_are_no_multiple_of_the_others_is_refused_in_words(self) -> None:
+        story = Story(PAIR)
+        story.ready(P0, Role.PREFILL, kv_layout="same", block_size=16)
+        (ended,) = story.ready(D0, Role.DECODE, kv_layout="same", block_size=24)
+        assert isinstance(ended, EndInstance)
+        assert "cannot be made of those of prefill-0, blocks of 16 and of 24 tokens: the larger must be" in ended.why
+
+    def test_an_instance_with_larger_blocks_joins(self) -> None:
+        story = Story(PAIR)
+        story.ready(P0, Role.PREFILL, kv_layout="same", block_size=16)
+        story.ready(D0, Role.DECODE, kv_layout="same", block_size=32)
+        assert story.state(D0) is InstanceState.READY
 
     def test_a_role_changes_for_what_comes_and_what_is_held_goes_on_as_it_began(self) -> None:
         story = Story({C0: Role.COLOCATED, C1: Role.COLOCATED})

@@ -78,6 +78,7 @@ class Instance:
             source=P0,
             incarnation="1",
             num_tokens=num_tokens - 1,
+            block_size=BLOCK,
             block_ids=tuple(range(-(-(num_tokens - 1) // BLOCK))),
             lease_s=60.0,
             pool=b"",

@@ -176,6 +176,7 @@ class FakeInstance:
                 source=self.instance,
                 incarnation=self.incarnation,
                 num_tokens=request.num_tokens,
+                block_size=16,
                 block_ids=(),
                 lease_s=60.0,
                 pool=b"",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from disagg.base.block_hash import hash_blocks
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.request import Role
@@ -101,6 +102,11 @@ def poisson(
         time_s += rng.expovariate(rate)
         requests.append(SimulatedRequest(RequestId(f"r{number}"), time_s, rng.randint(*prompt), rng.randint(*output)))
     return requests
+
+
+def name_blocks(request: SimulatedRequest, tokens: Sequence[int], after: bytes = b"", size: int = 16) -> None:
+    """Name the blocks of a request, of prompt and answer, by what its tokens are."""
+    request.block_hashes, request.hash_block_size = hash_blocks(tokens, size, after), size
 
 
 def serve(spec: ClusterSpec, requests: Iterable[SimulatedRequest], **options: Any) -> list[SimulatedRequest]:

@@ -105,7 +105,9 @@ def test_shared_prefixes_are_computed_once() -> None:
             for number in range(20)
         }
         return [
-            SimulatedRequest(RequestId(f"r{number}"), float(number), 200, 2, block_hashes=hashes[number])
+            SimulatedRequest(
+                RequestId(f"r{number}"), float(number), 200, 2, block_hashes=hashes[number], hash_block_size=16
+            )
             for number in range(20)
         ]
 

@@ -1,9 +1,8 @@
 """What the simulated router is told before it compares instances: as good as the loads of all of them at every time."""
 
 import pytest
-from simulated import cluster_spec, instance, poisson, serve, stamps
+from simulated import cluster_spec, instance, name_blocks, poisson, serve, stamps
 
-from disagg.base.block_hash import hash_blocks
 from disagg.base.request import Role
 from disagg.scheduling.router.core import RouterCore
 from disagg.simulator.request import SimulatedRequest
@@ -14,7 +13,7 @@ def requests(named: bool) -> list[SimulatedRequest]:
     for number, request in enumerate(found if named else ()):
         # Five conversations, of which some requests repeat a part.
         tokens = [number % 5] * request.prompt_len + [number % 5] * request.output_len
-        request.block_hashes = hash_blocks(tokens, 16)
+        name_blocks(request, tokens)
     return found
 
 

@@ -342,12 +342,12 @@ class VirtualDeployment(NullWatcher):
         self.shell.close()
 
     def _submit(self, request: SimulatedRequest) -> None:
-        num_named = request.prompt_len // self._spec.instances[0].block_size
         generation = GenerationRequest(
             request_id=request.request_id,
             epoch=FIRST_EPOCH,
             prompt_token_ids=(0,) * request.prompt_len,
-            block_hashes=request.block_hashes[:num_named],
+            block_hashes=request.prompt_names,
+            hash_block_size=request.hash_block_size,
             sampling=SamplingParams(max_tokens=request.output_len, seed=0),
             arrival_s=request.arrival_s,
         )

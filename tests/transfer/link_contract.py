@@ -13,10 +13,11 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
 from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.transfer.digests import join_digests
-from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
+from disagg.transfer.link import KvRead, Link, Transfer, TransferState
 from disagg.transfer.link_probe import measure_link
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
+from disagg.transfer.source_blocks import BlockPair
 
 DEADLINE_S = 30.0
 
@@ -51,6 +52,7 @@ def grant_all(shared: SharedBlocks, layout: KvLayout, lease_s: float) -> bytes:
         source=InstanceId("peer"),
         incarnation="aa",
         num_tokens=1,
+        block_size=layout.block_size,
         block_ids=tuple(BlockId(block) for block in range(layout.num_blocks)),
         lease_s=lease_s,
         pool=shared.address,

@@ -143,7 +143,7 @@ def test_what_is_no_number_stays_none() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"block_size": 8}, {"num_kv_heads": 2}, {"num_layers": 3}, {"num_window_layers": 2, "window": 9}],
+    [{"block_size": 6}, {"num_kv_heads": 2}, {"num_layers": 3}, {"num_window_layers": 2, "window": 9}],
     ids=str,
 )
 def test_what_differs_in_more_than_form_is_refused_in_words(change: dict[str, int]) -> None:
@@ -155,8 +155,11 @@ def test_what_differs_in_more_than_form_is_refused_in_words(change: dict[str, in
 
 def test_blocks_of_another_size_are_refused_with_the_reason() -> None:
     ours = layout(KvDtype.FLOAT32, KvFormat.TOKEN_MAJOR)
-    with pytest.raises(TransferError, match="peer has 8, this instance 4; start both with the same block size: bl"):
-        BlockForms(structs.replace(ours, block_size=8), ours)
+    with pytest.raises(TransferError, match="of 6 and of 4 tokens: the larger must be a multiple of the smaller"):
+        BlockForms(structs.replace(ours, block_size=6), ours)
+    sliding = structs.replace(ours, num_window_layers=2, window=9)
+    with pytest.raises(TransferError, match="of 8 and of 4 tokens of a model with sliding windows"):
+        BlockForms(structs.replace(sliding, block_size=8), sliding)
 
 
 LINKS = [

@@ -170,7 +170,7 @@ class TestLinks:
         [
             ("num_layers", 4),
             ("num_kv_heads", 1),
-            ("block_size", 8),
+            ("block_size", 6),
             ("head_dim", 8),
         ],
     )

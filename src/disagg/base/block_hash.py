@@ -3,7 +3,8 @@
 Those of a prompt are computed once at the edge and carried with the request, those of its answer where the answer is
 sampled, so that policy code never sees token values. The digest of a
 block covers all tokens before it; equal digests mean equal prefixes. It is keyed by nothing but its input: the same
-in every process and on every host (unlike Python's ``hash``).
+in every process and on every host (unlike Python's ``hash``). So the name of a block is one for the larger block that
+ends where it does, and a deployment with blocks of several sizes names those of the smallest.
 """
 
 import hashlib
@@ -32,6 +33,19 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, after: bytes = b"") -
         previous = digest.digest()
         digests.append(BlockHash(previous))
     return tuple(digests)
+
+
+def names_for(names: Sequence[BlockHash], hash_block_size: int, block_size: int) -> tuple[BlockHash, ...]:
+    """Return the names of a sequence's blocks of ``block_size``, given those of its blocks of ``hash_block_size``.
+
+    None where the one is no multiple of the other: such blocks are not found again.
+    """
+    if hash_block_size == block_size:
+        return tuple(names)
+    if not hash_block_size or block_size % hash_block_size:
+        return ()
+    each = block_size // hash_block_size
+    return tuple(names[each - 1 :: each])
 
 
 def first_link(cache_salt: str) -> bytes:

@@ -136,12 +136,9 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ) = None
 
     def __post_init__(self) -> None:
-        if self.kv_disk is not None and not self.prefix_caching:
-            raise ConfigurationError("--kv-disk keeps what --no-prefix-caching does not want to find: leave one out")
-        if self.kv_host_memory_bytes is not None and not self.prefix_caching:
-            raise ConfigurationError(
-                "--kv-host-memory keeps what --no-prefix-caching does not want to find: leave one out"
-            )
+        for flag, value in (("--kv-disk", self.kv_disk), ("--kv-host-memory", self.kv_host_memory_bytes)):
+            if value is not None and not self.prefix_caching:
+                raise ConfigurationError(f"{flag} keeps what --no-prefix-caching does not want to find: leave one out")
 
     def disk(self, num_instances: int) -> DiskSettings | None:
         """Return what each of so many instances may use; None without a disk. Raises ConfigurationError."""
@@ -435,6 +432,7 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_batch_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_batch_size: Annotated[int, Meta(ge=1)] | None = None
     kv_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    block_size: Annotated[int, Meta(ge=2, le=1024)] | None = None
     dtype: DType | None = None
     quantization: Quantization | None = None
     kernels: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
@@ -456,9 +454,8 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def cache(self, common: CacheSettings) -> CacheSettings:
         """Return the KV pool's settings of this group, given those of all."""
-        if self.kv_memory_bytes is None:
-            return common
-        return msgspec.structs.replace(common, kv_memory_bytes=self.kv_memory_bytes)
+        own = {"kv_memory_bytes": self.kv_memory_bytes, "block_size": self.block_size}
+        return msgspec.structs.replace(common, **{name: value for name, value in own.items() if value is not None})
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from disagg.base.block_sizes import why_not_made
 from disagg.base.config import DType, Quantization
 from disagg.base.ids import InstanceId
 from disagg.base.message_fields import Message, Name, Words
@@ -39,12 +40,12 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
             ("fingerprint", "model or other weights"),
             ("dtype", "--dtype"),
             ("quantization", "--quantization"),
-            ("block_size", "--block-size"),
         ):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 return f"another {what}: the server has {_words(ours)}, this host {_words(theirs)}"
-        return ""
+        why = why_not_made(self.block_size, other.block_size)
+        return f"another --block-size: the server has {why}" if why else ""
 
 
 class ServerTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 HEARTBEAT_MS: Final = 2000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000

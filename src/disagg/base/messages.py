@@ -39,12 +39,11 @@ T = TypeVar("T")
 class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """KV blocks that a prefill instance holds, leased, for whoever continues the sequence.
 
-    ``num_tokens`` tokens are in ``block_ids``, in order; behind those are the blocks of layers with a sliding window of
-    all tokens that a later one sees, see ``WindowBlocks``. ``pool`` is the source's pool address as the transfer room
-    encoded it: the router passes it on unread. The blocks are kept for ``lease_s`` from when the offer is received: a
-    duration, since another host's clock means nothing here. ``digests`` (8 bytes for each block, or none) and
-    ``access``, the capability to read the blocks, are the transfer room's too. A part of a sequence begins with its
-    ``first_block``; with ``behind_step`` that step of the source is still writing the blocks, layer after layer.
+    ``num_tokens`` tokens are in ``block_ids``, ``block_size`` in each; behind those are the blocks of layers with a
+    sliding window of all tokens that a later one sees, see ``WindowBlocks``. ``pool`` is the source's pool address as
+    the transfer room encoded it. The blocks are kept for ``lease_s`` from when the offer is received. ``digests`` (8
+    bytes for each block, or none), and ``access``, which opens them, are the transfer room's too. A part of a sequence
+    begins with ``first_block``; with ``behind_step`` that step of the source is still writing it, layer after layer.
     """
 
     request_id: RequestId
@@ -52,6 +51,7 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     source: InstanceId
     incarnation: Name
     num_tokens: Positive
+    block_size: Positive
     block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
     lease_s: Seconds
     pool: bytes
@@ -186,7 +186,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):
     pool: bytes
     limits: StepLimits = StepLimits()
     kv_layout: Name = ""
-    """In words: instances whose words differ cannot read each other's KV blocks."""
+    """In words: instances whose words differ cannot read each other's KV blocks. Their sizes are compared apart."""
     max_host_blocks: Count = 0
     max_disk_blocks: Count = 0
     """KV blocks that it may keep in host memory behind a device's pool, on disk, and that are there from before."""

@@ -34,6 +34,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     output_token_ids: tuple[int, ...] = ()
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of the prompt's full KV blocks: see ``block_hash``. Without them, nothing of the sequence is reused."""
+    hash_block_size: int = 0
+    """Tokens of each of those blocks. Instances whose blocks hold a multiple of it take theirs from among them."""
     cache_salt: str = ""
     """Only sequences of the same salt share KV blocks."""
     priority: int = 0

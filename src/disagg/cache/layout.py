@@ -100,8 +100,8 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.num_layers * self.layer_bytes
 
     def describe(self) -> str:
-        """Return in words what blocks of one pool share with those of another that can be handed over to it."""
-        words = f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}, {self.block_size} tokens"
+        """Return in words what blocks of one pool share with those of another of which they can be made."""
+        words = f"{self.num_layers} layers of {self.num_kv_heads} heads of {self.head_dim}"
         return words + (f", a window of {self.window} in {self.num_window_layers} more" if self.window else "")
 
     def num_blocks_for(self, num_tokens: int) -> int:

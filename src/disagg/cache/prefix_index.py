@@ -8,6 +8,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from disagg.base.block_hash import names_for
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, InstanceId
 from disagg.base.kv_events import AllBlocksCleared, AnyKvEvent, BlockRemoved, BlockStored, Medium
@@ -45,6 +46,8 @@ class PrefixIndex:
         self._holders: dict[InstanceId, _Holder] = {}
         self._unused_bits: list[int] = []
         """A heap of those that holders before had; all others below the highest are in use."""
+        self._bits_of_size: dict[int, int] = {}
+        """The bits of the holders whose blocks hold so many tokens."""
         self._pool: dict[BlockHash, int] = {}
         """A bit for each holder that has the block in its pool; and for each that has it in a tier behind that."""
         self._host: dict[BlockHash, int] = {}
@@ -61,6 +64,7 @@ class PrefixIndex:
         self.leave(instance)
         bit = heapq.heappop(self._unused_bits) if self._unused_bits else 1 << len(self._holders)
         self._holders[instance] = _Holder(instance, bit, block_size, max_blocks, has_host_tier)
+        self._bits_of_size[block_size] = self._bits_of_size.get(block_size, 0) | bit
 
     def leave(self, instance: InstanceId) -> None:
         """Forget an instance and its blocks, if it is known."""
@@ -68,6 +72,9 @@ class PrefixIndex:
         if holder is not None:
             self._clear(holder)
             heapq.heappush(self._unused_bits, holder.bit)
+            self._bits_of_size[holder.block_size] &= ~holder.bit
+            if not self._bits_of_size[holder.block_size]:
+                del self._bits_of_size[holder.block_size]
 
     def take(self, instance: InstanceId, number: int, events: Iterable[AnyKvEvent]) -> bool:
         """Take events of a known instance. Return False when some before them were lost: it has to say what it holds.
@@ -88,12 +95,21 @@ class PrefixIndex:
                 self._change(holder, event)
         return holder.is_current or not was_lost
 
-    def find(self, names: Sequence[BlockHash]) -> dict[InstanceId, HeldPrefix]:
-        """Return who holds how much of the beginning of a sequence; those that hold nothing are left out."""
-        if not names:
-            return {}
-        in_pool = self._pool.get(names[0], 0)
-        somewhere = in_pool | self._host.get(names[0], 0) | self._disk.get(names[0], 0)
+    def find(self, names: Sequence[BlockHash], hash_block_size: int) -> dict[InstanceId, HeldPrefix]:
+        """Return who holds how much of the beginning of a sequence; those that hold nothing are left out.
+
+        ``names`` are of blocks of ``hash_block_size`` tokens. The same name is another block's where blocks are larger.
+        """
+        found: dict[InstanceId, HeldPrefix] = {}
+        for size, bits in self._bits_of_size.items():
+            own = names if size == hash_block_size else names_for(names, hash_block_size, size)
+            if own:
+                found |= self._find(own, size, bits)
+        return found
+
+    def _find(self, names: Sequence[BlockHash], size: int, bits: int) -> dict[InstanceId, HeldPrefix]:
+        in_pool = self._pool.get(names[0], 0) & bits
+        somewhere = in_pool | ((self._host.get(names[0], 0) | self._disk.get(names[0], 0)) & bits)
         if not somewhere:
             return {}  # most prompts, however many instances there are
         lengths: dict[int, int] = {}
@@ -112,9 +128,7 @@ class PrefixIndex:
         _note(in_pools, in_pool, len(names))
         _note(lengths, somewhere, len(names))
         return {
-            holder.instance: HeldPrefix(
-                lengths[holder.bit] * holder.block_size, in_pools.get(holder.bit, 0) * holder.block_size
-            )
+            holder.instance: HeldPrefix(lengths[holder.bit] * size, in_pools.get(holder.bit, 0) * size)
             for holder in self._holders.values()
             if lengths.get(holder.bit, 0)
         }

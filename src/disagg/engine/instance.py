@@ -311,7 +311,7 @@ def _make_pulls(
     threads = stack.enter_context(ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="kv-pull"))
     # Where KV only passes through the pools, on its way between devices, mapping all of them would take the memory.
     links = Links(pool, threads, clock, settings.transfer, maps_ahead=settings.device is Device.CPU, nixl=shared.nixl)
-    pulls = Pulls(links, shared, pool.layout.num_layers, channel.wake)
+    pulls = Pulls(links, shared, pool.layout, channel.wake)
     stack.callback(pulls.close)
     return links, pulls
 

@@ -9,6 +9,7 @@ from functools import partial
 from disagg.base.errors import ProtocolError, TransferError
 from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.messages import KvOffer
+from disagg.cache.layout import KvLayout
 from disagg.costs.links import LinkKind
 from disagg.scheduling.instance.inputs import CopyEnded, CopySettled
 from disagg.scheduling.instance.outputs import StartCopy
@@ -16,6 +17,7 @@ from disagg.transfer.digests import split_digests
 from disagg.transfer.link import KvRead, Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.shared_blocks import SharedBlocks
+from disagg.transfer.source_blocks import by_source
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +33,13 @@ class EndedPull:
 class Pulls:
     """The pulls of one instance. ``wake`` is called from the copying thread when one has ended.
 
-    ``shared`` is what others may pull from it.
+    ``shared`` is what others may pull from it, ``layout`` that of its pool.
     """
 
-    def __init__(self, links: Links, shared: SharedBlocks, num_layers: int, wake: Callable[[], None]) -> None:
+    def __init__(self, links: Links, shared: SharedBlocks, layout: KvLayout, wake: Callable[[], None]) -> None:
         self._links = links
         self._shared = shared
-        self._layers = range(num_layers)
+        self._layout = layout
         self._wake = wake
         self._running: dict[tuple[RequestId, Epoch], Transfer] = {}
         self._ended: deque[EndedPull] = deque()
@@ -54,7 +56,7 @@ class Pulls:
         """Start copying. A pull that cannot start has ended, failed."""
         try:
             link = self._links.open(pull.offer.pool, pull.source)
-            read = _wanted(pull, self._layers, pull.expires_s - now, wants_digests=self._shared.has_digests)
+            read = _wanted(pull, self._layout, pull.expires_s - now, wants_digests=self._shared.has_digests)
             transfer = link.read(read, partial(self._on_end, pull, link.kind))
         except (TransferError, ProtocolError) as error:
             self._end(
@@ -127,21 +129,24 @@ class Pulls:
 
     def _end(self, pull: StartCopy, result: CopyEnded | CopySettled) -> None:
         has_come = isinstance(result, CopyEnded) and not result.failure
-        self._ended.append(EndedPull(result, tuple(copy.target for copy in pull.copies) if has_come else ()))
+        targets = dict.fromkeys(copy.target for copy in pull.copies)
+        self._ended.append(EndedPull(result, tuple(targets) if has_come else ()))
         self._wake()
 
 
-def _wanted(pull: StartCopy, layers: range, timeout_s: float, *, wants_digests: bool) -> KvRead:
+def _wanted(pull: StartCopy, layout: KvLayout, timeout_s: float, *, wants_digests: bool) -> KvRead:
     """Return what a pull reads; raise TransferError when the digests are not those of the offered blocks."""
     offer = pull.offer
+    blocks = [(copy.source, copy.target) for copy in pull.copies]
+    parts = [copy.part for copy in pull.copies] if offer.block_size != layout.block_size else []
     digests = b""
     if offer.digests:
         of_block = dict(zip(offer.block_ids, split_digests(offer.digests, len(offer.block_ids)), strict=True))
-        digests = b"".join([of_block[copy.source] for copy in pull.copies])
-    blocks = [(copy.source, copy.target) for copy in pull.copies]
+        digests = b"".join([of_block[block.block] for block in by_source(blocks, parts)])
     return KvRead(
         blocks,
-        layers,
+        range(layout.num_layers),
+        parts=parts,
         digests=digests,
         access=offer.access,
         timeout_s=timeout_s,

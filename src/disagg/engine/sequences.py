@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.base.block_hash import first_link, hash_blocks
+from disagg.base.block_hash import first_link, hash_blocks, names_for
 from disagg.base.ids import BlockHash, BlockId, Epoch, RequestId
 from disagg.base.messages import FailureKind
 from disagg.base.request import GenerationRequest
@@ -29,8 +29,8 @@ class SequenceFailure:
 class LiveSequence:
     """One sequence on this instance.
 
-    ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known. ``block_size`` is that of the
-    KV blocks which are named for reuse; 0 where none is.
+    ``tokens`` int64 [capacity]: prompt, then output; the first ``num_tokens`` are known. ``block_size`` is that of this
+    instance's KV blocks which are named for reuse; 0 where none is.
     """
 
     def __init__(self, request: GenerationRequest, block_size: int = 0, grammar: GrammarState | None = None) -> None:
@@ -53,8 +53,9 @@ class LiveSequence:
         self.stop_token_id: int | None = None
         """The token that ended it, where one did."""
         self.failure: SequenceFailure | None = None
-        self._block_size = block_size if self._is_named(block_size) else 0
-        self._block_hashes = request.block_hashes if block_size else ()
+        self._block_size = block_size
+        self._hash_size = request.hash_block_size if self._is_named(block_size) else 0
+        self._names: tuple[BlockHash, ...] = request.block_hashes if self._hash_size else ()
         self._name_blocks()
         self._prompt_logprobs: list[PositionLogprobs] = []
         self._window_table = _NO_TABLE
@@ -98,8 +99,8 @@ class LiveSequence:
         if self.grammar is not None:
             return 0
         due = min(len(self.tokens), self._ends_at - 1)
-        size = self._block_size
-        return min(due, (len(self._block_hashes) + 1) * size - 1) if size else due
+        size = self._hash_size
+        return min(due, (len(self._names) + 1) * size - 1) if size else due
 
     def _append_with_care(self, token_id: int, position: int) -> tuple[BlockHash, ...]:
         if position == len(self.tokens):
@@ -120,21 +121,27 @@ class LiveSequence:
     @property
     def block_hashes(self) -> tuple[BlockHash, ...]:
         """Names of the KV blocks that the known tokens fill."""
-        return self._block_hashes
+        return names_for(self._names, self._hash_size, self._block_size)
 
     def _is_named(self, block_size: int) -> bool:
-        """Return whether all full blocks of the prompt have names, to which those of the answer can be chained."""
-        return bool(block_size) and len(self.request.block_hashes) == self.num_prompt_tokens // block_size
+        """Return whether all full blocks of the prompt have names, to which those of the answer can be chained.
+
+        They are of the request's ``hash_block_size``, of which blocks here must be a multiple.
+        """
+        size = self.request.hash_block_size
+        if not size or not block_size or block_size % size:
+            return False
+        return len(self.request.block_hashes) == self.num_prompt_tokens // size
 
     def _name_blocks(self) -> tuple[BlockHash, ...]:
         """Name the blocks that the known tokens fill and that have no names; return the new names."""
-        size, known = self._block_size, self._block_hashes
+        size, known = self._hash_size, self._names
         if not size or self.num_tokens // size == len(known):
             return ()
         last = known[-1] if known else first_link(self.request.cache_salt)
-        names = hash_blocks(self.tokens[len(known) * size : self.num_tokens].tolist(), size, last)
-        self._block_hashes = known + names
-        return names
+        self._names += hash_blocks(self.tokens[len(known) * size : self.num_tokens].tolist(), size, last)
+        num_known = len(known) * size // self._block_size
+        return self.block_hashes[num_known:]
 
     def window_table(self, window_ids: tuple[BlockId, ...]) -> NDArray[np.int32]:
         """Return a chunk's ``window_ids`` as an array. The scheduler hands out the same tuple until they change."""

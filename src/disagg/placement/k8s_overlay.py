@@ -38,11 +38,12 @@ def k8s_overlay(placement: Placement, cache: CacheSettings) -> str:
         for role, group in by_role.items()
         if group is not None
     ]
-    if cache.block_size != CacheSettings().block_size:  # which the router has to know too
-        told = _argument("block-size", cache.block_size)
-        patches.append(
-            {"target": {"kind": "(Deployment|StatefulSet)"}, "patch": yaml.safe_dump([told], sort_keys=False)}
-        )
+    least = min(group.cache(cache).block_size for group in placement.groups)
+    if least != CacheSettings().block_size:  # by which the router names prefixes
+        told = yaml.safe_dump([_argument("block-size", least)], sort_keys=False)
+        unused = [f"disagg-{role.value}" for role, group in by_role.items() if group is None]
+        targets = [{"kind": "Deployment"}, *({"kind": "StatefulSet", "name": name} for name in unused)]
+        patches += [{"target": target, "patch": told} for target in targets]
     overlay = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -67,6 +68,7 @@ def _patch(group: InstanceGroup, cache: CacheSettings) -> list[dict[str, Any]]:
     flags = {
         "threads": group.num_threads,
         "kv-memory": format_bytes(own.kv_memory_bytes),
+        "block-size": None if own.block_size == CacheSettings().block_size else own.block_size,
         "scheduling": None if group.scheduling is None else group.scheduling.value,
         "max-batch-tokens": group.max_batch_tokens,
         "max-batch-size": group.max_batch_size,

@@ -278,7 +278,7 @@ def build_instance(
         role=group.role,
         scheduler=msgspec.structs.replace(scheduler, max_steps_in_flight=num_in_flight),
         num_blocks=0,
-        block_size=rules.block_size,
+        block_size=group.block_size or rules.block_size,
         latency=platform.latency(tensor, pipeline, links),
         kv_bytes_per_token=platform.kv_bytes_per_token,
         kv_window=None if rules.kv_host_bytes or rules.kv_disk is not None else platform.kv_window,

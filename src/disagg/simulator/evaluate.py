@@ -74,7 +74,7 @@ def run_workload(
     most_misses: float = math.inf,
 ) -> RunReport:
     """Serve the requests, or the sessions, that a seed draws. Raises TargetLostError as ``simulate`` does."""
-    block_size = spec.instances[0].block_size
+    block_size = min(instance.block_size for instance in spec.instances)
     if isinstance(workload, OpenLoop):
         requests = simulated_requests(workload.draw(seed), workload.name, block_size, spec.router.classes)
         return simulate(spec, requests, slo, log=log, timeline=timeline, most_misses=most_misses)

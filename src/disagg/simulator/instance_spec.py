@@ -97,8 +97,8 @@ class InstanceSpec:
         return capacity_tokens(self.num_blocks, self.block_size, None, self.window, in_sight)
 
     def copied_bytes(self, copy: StartCopy) -> int:
-        """Return what a pull carries."""
-        return len(copy.copies) * self.block_bytes
+        """Return what a pull carries: in each copy, a block of the smaller size of the two instances'."""
+        return len(copy.copies) * self.block_bytes * min(copy.offer.block_size, self.block_size) // self.block_size
 
     def header(self, incarnation: str) -> InstanceHeader:
         """Return what the core of one life of the instance is made from."""

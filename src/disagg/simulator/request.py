@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from disagg.base.block_hash import names_for
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
 from disagg.base.messages import StageStamps
 from disagg.base.objectives import NO_OBJECTIVES, Objectives
@@ -39,6 +40,8 @@ class SimulatedRequest:
     output_len: int
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of its full KV blocks, as far as somebody else's can be equal: of the prompt, and on into the answer."""
+    hash_block_size: int = 0
+    """Tokens of each of those blocks."""
     priority: int = 0
     tenant: str = ""
     service_class: str = ""
@@ -90,13 +93,18 @@ class SimulatedRequest:
         """Known tokens: prompt, and answer so far."""
         return self.prompt_len + self.num_output_tokens
 
-    def prompt_names(self, block_size: int) -> tuple[BlockHash, ...]:
-        """Return the names of the prompt's full KV blocks."""
-        return self.block_hashes[: self.prompt_len // block_size]
+    @property
+    def prompt_names(self) -> tuple[BlockHash, ...]:
+        """The names of the prompt's full KV blocks, of ``hash_block_size`` tokens each."""
+        return self.block_hashes[: self.prompt_len // self.hash_block_size] if self.block_hashes else ()
 
     def names_of_new(self, count: int, block_size: int) -> tuple[BlockHash, ...]:
-        """Return the names of the KV blocks that the last ``count`` tokens have filled."""
-        return self.block_hashes[(self.num_tokens - count) // block_size : self.num_tokens // block_size]
+        """Return the names of an instance's KV blocks that the last ``count`` tokens have filled."""
+        if block_size % self.hash_block_size:
+            return ()
+        each = block_size // self.hash_block_size
+        first, end = (self.num_tokens - count) // block_size, self.num_tokens // block_size
+        return self.block_hashes[(first + 1) * each - 1 : end * each : each]
 
     def facts(self, block_size: int) -> SequenceFacts:
         """Return what policy knows of it now, where KV blocks hold ``block_size`` tokens."""
@@ -108,7 +116,9 @@ class SimulatedRequest:
             priority=self.priority,
             objectives=self.objectives,
             arrival_s=self.arrival_s,
-            block_hashes=self.block_hashes[: self.num_tokens // block_size] if self.block_hashes else (),
+            block_hashes=names_for(self.block_hashes, self.hash_block_size, block_size)[
+                : self.num_tokens // block_size
+            ],
         )
 
     def resume(self, epoch: Epoch, now: float) -> None:

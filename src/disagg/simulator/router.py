@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple, assert_never
 
+from disagg.base.block_hash import names_for
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
@@ -114,7 +115,6 @@ class SimulatedRouter:
         self._instances = {instance.spec.name: instance for instance in (*instances, *spares)}
         self._unused = {spare.spec.name: spare for spare in spares}
         predicts = self._settings.needs_costs
-        self._block_size = instances[0].spec.block_size
         self._compared = [
             instance for instance in self._instances.values() if predicts or instance.spec.role is not Role.PREFILL
         ]
@@ -146,7 +146,8 @@ class SimulatedRouter:
             tenant=request.tenant,
             service_class=request.service_class,
             objectives=request.objectives,
-            block_hashes=request.prompt_names(self._block_size),
+            block_hashes=request.prompt_names,
+            hash_block_size=request.hash_block_size,
         )
         self._report_loads(arrived)
         self._requests[request.request_id] = request
@@ -336,8 +337,8 @@ class SimulatedRouter:
                 facts = request.facts(instance.spec.block_size)
                 return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
             case SendLend(request_id=request_id, epoch=epoch):
-                prompt, size = self._requests[request_id], self._block_size
-                names = lendable(prompt.prompt_names(size), prompt.prompt_len, size)
+                prompt, size = self._requests[request_id], instance.spec.block_size
+                names = lendable(names_for(prompt.prompt_names, prompt.hash_block_size, size), prompt.prompt_len, size)
                 return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
             case SendPartOffer(offer=offer, is_first=False):
                 return partial(instance.deliver, MoreKv(offer=offer))

@@ -57,6 +57,7 @@ class SimulatedSessions:
             prompt_len=call.prompt_len,
             output_len=call.output_len,
             block_hashes=names,
+            hash_block_size=self._block_size,
         )
         self._turns[request.request_id] = _Turn(session, index, following)
         return request

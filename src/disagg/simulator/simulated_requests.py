@@ -32,6 +32,7 @@ def simulated_requests(
             prompt_len=spec.prompt_len,
             output_len=spec.output_len,
             block_hashes=block_hashes(spec.prefix, spec.prompt_len, block_size),
+            hash_block_size=block_size,
             priority=own.priority,
             service_class=spec.service_class if classes else "",
             objectives=own.objectives,

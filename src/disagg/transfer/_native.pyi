@@ -9,6 +9,13 @@ class Int8Blocks:
 
 class FormConverter:
     def __init__(
-        self, source: tuple[str, bool], target: tuple[str, bool], heads: int, tokens: int, channels: int
+        self, source: tuple[str, bool], target: tuple[str, bool], heads: int, tokens: tuple[int, int], channels: int
     ) -> None: ...
-    def convert(self, source: Buffer, starts: NDArray[np.int64], target: Buffer, ends: NDArray[np.int64]) -> None: ...
+    def convert(
+        self,
+        source: Buffer,
+        starts: NDArray[np.int64],
+        target: Buffer,
+        ends: NDArray[np.int64],
+        parts: NDArray[np.int64],
+    ) -> None: ...

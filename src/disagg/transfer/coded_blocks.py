@@ -13,6 +13,7 @@ from disagg.transfer.block_forms import ConvertedBlocks
 from disagg.transfer.digests import DIGEST_BYTES, block_digest
 from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.pool import KvPool
+from disagg.transfer.source_blocks import SourceBlock
 
 
 class CodedBlocks:
@@ -52,10 +53,10 @@ class CodedBlocks:
             self._buffer = bytearray(wanted)
         return memoryview(self._buffer)[:wanted]
 
-    def decode(self, coded: memoryview, blocks: Sequence[BlockId], *, has_digests: bool) -> list[int]:
+    def decode(self, coded: memoryview, blocks: Sequence[SourceBlock], *, has_digests: bool) -> list[int]:
         """Take a group over into the pool; return the places in ``blocks`` of those that came with a wrong digest."""
         if self._converted is None:
-            self._codec.decode(coded, self._layers, blocks, self._pool.data)
+            self._codec.decode(coded, self._layers, [block.target for block in blocks], self._pool.data)
         else:
             self._decode_converted(self._converted, coded, blocks)
         if not has_digests:
@@ -67,7 +68,7 @@ class CodedBlocks:
             if xxh3_64_digest(self._block(coded, index)) != coded[start + index * DIGEST_BYTES :][:DIGEST_BYTES]
         ]
 
-    def _decode_converted(self, converted: ConvertedBlocks, coded: memoryview, blocks: Sequence[BlockId]) -> None:
+    def _decode_converted(self, converted: ConvertedBlocks, coded: memoryview, blocks: Sequence[SourceBlock]) -> None:
         room, size = converted.room_for(len(blocks)), converted.remote.layer_block_bytes
         # There layers lie one after the other, in coded bytes blocks.
         starts = [

@@ -9,15 +9,12 @@ from typing import Protocol
 
 from disagg.base.clock import Clock
 from disagg.base.errors import HungError, TransferError
-from disagg.base.ids import BlockId
 from disagg.cache.layout import KvLayout
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.digests import split_digests
+from disagg.transfer.source_blocks import BlockPair, SourceBlock, by_source
 
 logger = logging.getLogger(__name__)
-
-BlockPair = tuple[BlockId, BlockId]
-"""A block of the peer's pool and the block of the own pool that receives its bytes."""
 
 
 class CancelledTransferError(Exception):
@@ -28,7 +25,9 @@ class CancelledTransferError(Exception):
 class KvRead:
     """What is to be read: ``layers`` of the first blocks of ``blocks``, into the second ones.
 
-    ``digests`` are those of the peer's blocks, one after the other, or empty to check nothing; they need all layers.
+    Where blocks of the two pools are of unequal size, ``parts`` says of each pair which part of the larger block the
+    smaller one is. ``digests`` are those of the peer's blocks (``sources``), one after the other, or empty to check
+    nothing; they need all layers.
     ``access`` is the capability that came with the offer, for links on which it is asked for. With ``behind_step`` the
     peer's step of that number is still writing the blocks: each layer is read as soon as it is there. Their digests are
     not known then; those of what came are the transfer's, where ``wants_digests``.
@@ -41,10 +40,17 @@ class KvRead:
     timeout_s: float = 120.0
     behind_step: int = 0
     wants_digests: bool = False
+    parts: Sequence[int] = ()
 
-    def num_bytes(self, layout: KvLayout) -> int:
-        """Return how many bytes of such a pool are read."""
-        return len(self.blocks) * len(self.layers) * layout.layer_block_bytes
+    @property
+    def sources(self) -> list[SourceBlock]:
+        """The peer's blocks that are read, each once, and where they go."""
+        return by_source(self.blocks, self.parts)
+
+    def num_bytes(self, remote: KvLayout, local: KvLayout) -> int:
+        """Return how many bytes of the local pool are written."""
+        count = min(remote.block_size, local.block_size)
+        return len(self.blocks) * len(self.layers) * local.layer_block_bytes * count // local.block_size
 
 
 class TransferState(enum.Enum):
@@ -163,8 +169,13 @@ def check_read(read: KvRead, remote: KvLayout, local: KvLayout) -> Sequence[byte
             raise TransferError(f"the peer has no KV block {source}: its pool has {remote.num_blocks}")
         if not 0 <= target < local.num_blocks:
             raise TransferError(f"there is no KV block {target} here: the pool has {local.num_blocks}")
+    num_parts = max(remote.block_size, local.block_size) // min(remote.block_size, local.block_size)
+    if len(read.parts) != (len(read.blocks) if num_parts > 1 else 0) or any(
+        not 0 <= part < num_parts for part in read.parts
+    ):
+        raise TransferError(f"{len(read.blocks)} pieces of {num_parts} in a block cannot be the parts {read.parts}")
     if read.digests and read.behind_step:
         raise TransferError(f"the blocks of step {read.behind_step}, which is running, cannot have digests yet")
     if read.digests and len(layers) != local.num_layers:
         raise TransferError(f"a digest is over all {local.num_layers} layers of a block, not over {len(layers)}")
-    return split_digests(read.digests, len(read.blocks))
+    return split_digests(read.digests, len(read.sources))

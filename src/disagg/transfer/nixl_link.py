@@ -21,9 +21,10 @@ from disagg.costs.links import LinkKind
 from disagg.transfer.address import NixlWay, PoolAddress
 from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import bad_blocks, corrupt
-from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
+from disagg.transfer.link import KvRead, Transfer, TransferState, check_read
 from disagg.transfer.nixl_agent import NixlAgent, Posted
 from disagg.transfer.pool import HEADER_BYTES, KvPool, header
+from disagg.transfer.source_blocks import BlockPair
 
 MAX_POSTED_BYTES: Final = 16 << 20
 """Most bytes of one list: over shared memory NIXL copies them before it returns, deaf to a cancellation."""
@@ -76,7 +77,7 @@ class NixlLink:
         digests = check_read(read, self._layout, self._pool.layout)
         if read.behind_step:
             raise TransferError("NIXL does not read behind a step: it cannot see how far the peer's step is")
-        transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
+        transfer = Transfer(read.num_bytes(self._layout, self._pool.layout), self._clock, on_end)
         with self._lock:
             self._num_running += 1
         self._threads.submit(self._run, transfer, read, digests)

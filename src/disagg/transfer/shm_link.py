@@ -18,16 +18,11 @@ from disagg.costs.links import LinkKind
 from disagg.transfer.address import PoolAddress, ShmWay
 from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import LayerDigests, bad_blocks, block_digest, corrupt
-from disagg.transfer.link import (
-    BlockPair,
-    KvRead,
-    Transfer,
-    TransferState,
-    check_read,
-)
+from disagg.transfer.link import KvRead, Transfer, TransferState, check_read
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
+from disagg.transfer.source_blocks import BlockPair, SourceBlock, targets_of
 from disagg.transfer.wire import groups
 
 MAX_RUN_BYTES: Final = 64 << 20
@@ -74,7 +69,7 @@ class ShmLink:
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
         digests = check_read(read, self._peer.layout, self._pool.layout)
-        transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
+        transfer = Transfer(read.num_bytes(self._peer.layout, self._pool.layout), self._clock, on_end)
         copy = partial(self._copy, transfer, read, digests)
         if read.behind_step:
             copy = partial(self._follow, transfer, read)
@@ -120,22 +115,19 @@ class ShmLink:
 
     def _follow(self, transfer: Transfer, read: KvRead) -> TransferState:
         """Copy the layers that a step of the peer writes, as many at a time as are there."""
-        sources, targets = zip(*read.blocks, strict=True) if read.blocks else ((), ())
-        digests = LayerDigests(len(sources))
+        blocks = read.sources
+        digests = LayerDigests(len(blocks))
         check = partial(self._check, transfer, transfer.started_s + read.timeout_s)
         for layers in self._peer.progress.follow(read.behind_step, read.layers, check):
             check()
             if self._forms.is_same:
-                source, target = (
-                    blocks[layers.start : layers.stop] for blocks in (self._peer.blocks, self._pool.blocks)
-                )
+                source, target = (pool[layers.start : layers.stop] for pool in (self._peer.blocks, self._pool.blocks))
                 for theirs, ours, count in runs(read.blocks, len(read.blocks)):
                     np.copyto(target[:, ours : ours + count], source[:, theirs : theirs + count])
-                came, places = target, targets
+                came, places = target, [block.target for block in blocks]
             else:
-                starts = [self._peer.layout.offset(layer, block) for layer in layers for block in sources]
-                self._forms.convert(self._peer.data, starts, self._pool.data, layers, targets)
-                came, places = self._peer.blocks[layers.start : layers.stop], sources
+                self._convert_layers(blocks, layers)
+                came, places = self._peer.blocks[layers.start : layers.stop], [block.block for block in blocks]
             if read.wants_digests:
                 digests.add(came, places)
         self._peer.check_alive()
@@ -152,13 +144,13 @@ class ShmLink:
     def _convert(self, transfer: Transfer, read: KvRead, digests: Sequence[bytes]) -> TransferState:
         """Take over blocks of another form, a few at a time; what was read is compared with the digests right after."""
         layout = self._peer.layout
-        for group in groups(len(read.blocks), layout.layer_block_bytes, len(read.layers)):
+        blocks = read.sources
+        for group in groups(len(blocks), layout.layer_block_bytes, len(read.layers)):
             if transfer.is_cancelled:
                 return TransferState.CANCELLED
-            sources, targets = zip(*read.blocks[group], strict=True)
-            starts = [layout.offset(layer, source) for layer in read.layers for source in sources]
+            sources = [block.block for block in blocks[group]]
             for attempt in range(2):
-                self._forms.convert(self._peer.data, starts, self._pool.data, read.layers, targets)
+                self._convert_layers(blocks[group], read.layers)
                 bad = bad_blocks(self._peer.blocks, sources, digests[group])
                 if not bad:
                     break
@@ -167,3 +159,10 @@ class ShmLink:
                     raise corrupt(sources[bad[0]])
         self._peer.check_alive()
         return TransferState.DONE
+
+    def _convert_layers(self, blocks: Sequence[SourceBlock], layers: range) -> None:
+        """Make own blocks, or parts of them, of these layers of the peer's."""
+        sources = [block.block for block in blocks for _ in block.pieces]
+        starts = [self._peer.layout.offset(layer, source) for layer in layers for source in sources]
+        targets, parts = targets_of(blocks)
+        self._forms.convert(self._peer.data, starts, self._pool.data, layers, targets, parts)

@@ -15,7 +15,6 @@ import numpy as np
 
 from disagg.base.clock import Clock
 from disagg.base.errors import TransferError
-from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvTransferDtype, TransferSettings
 from disagg.costs.codec_choice import CodecChoice
 from disagg.costs.links import KvCodec, LinkKind
@@ -24,8 +23,9 @@ from disagg.transfer.block_forms import BlockForms, ConvertedBlocks
 from disagg.transfer.coded_blocks import CodedBlocks
 from disagg.transfer.digests import LayerDigests, bad_blocks, corrupt
 from disagg.transfer.kv_socket import KvSocket
-from disagg.transfer.link import BlockPair, KvRead, Transfer, TransferState, check_read
+from disagg.transfer.link import KvRead, Transfer, TransferState, check_read
 from disagg.transfer.pool import Blocks, KvPool
+from disagg.transfer.source_blocks import SourceBlock
 from disagg.transfer.wire import (
     MAX_REPLY_BYTES,
     ReadRequest,
@@ -46,7 +46,7 @@ PROBE_TIMEOUT_S: Final = 30.0
 class _Part:
     """What one connection reads of a transfer."""
 
-    blocks: Sequence[BlockPair]
+    blocks: Sequence[SourceBlock]
     digests: Sequence[bytes]
 
 
@@ -59,7 +59,7 @@ class _Ask:
     check: Callable[[], None]
 
 
-_Receive = Callable[[KvSocket, Sequence[BlockId], Sequence[bytes]], list[int]]
+_Receive = Callable[[KvSocket, Sequence[SourceBlock], Sequence[bytes]], list[int]]
 """Takes over one group, and returns the places in it of blocks that came with another digest."""
 
 
@@ -96,7 +96,7 @@ class TcpLink:
     def read(self, read: KvRead, on_end: Callable[[Transfer], None]) -> Transfer:
         """See ``Link.read``."""
         digests = check_read(read, self._address.layout, self._pool.layout)
-        transfer = Transfer(read.num_bytes(self._pool.layout), self._clock, on_end)
+        transfer = Transfer(read.num_bytes(self._address.layout, self._pool.layout), self._clock, on_end)
         if read.behind_step:
             self._threads.submit(transfer.run, partial(self._follow, transfer, read))
             return transfer
@@ -150,7 +150,7 @@ class TcpLink:
             transfer.num_repeated = len(bad.blocks)
             still_bad = self._read_part(ask, bad)
             if still_bad.blocks:
-                raise corrupt(still_bad.blocks[0][0])
+                raise corrupt(still_bad.blocks[0].block)
         self._codecs.observe(transfer.codec, transfer.num_bytes, self._clock.now() - started_s)
         return TransferState.DONE
 
@@ -160,13 +160,14 @@ class TcpLink:
             return TransferState.DONE
         check = partial(self._check, transfer, threading.Event(), transfer.started_s + read.timeout_s)
         ask = _Ask(read, KvCodec.RAW, check)
-        connection, num_bytes = self._send_request(self._request(ask, _Part(read.blocks, ())), check)
-        digests = LayerDigests(len(read.blocks))
+        blocks = read.sources
+        connection, num_bytes = self._send_request(self._request(ask, _Part(blocks, ())), check)
+        digests = LayerDigests(len(blocks))
         try:
-            if num_bytes != len(read.blocks) * len(read.layers) * self._address.layout.layer_block_bytes:
+            if num_bytes != len(blocks) * len(read.layers) * self._address.layout.layer_block_bytes:
                 raise TransferError(f"the peer sends {num_bytes} bytes of KV behind its step, others were asked for")
             for layer in read.layers:
-                came, places = self._receive_layer(connection, range(layer, layer + 1), read.blocks)
+                came, places = self._receive_layer(connection, range(layer, layer + 1), blocks)
                 if read.wants_digests:
                     digests.add(came, places)
         except BaseException:
@@ -177,18 +178,19 @@ class TcpLink:
         return TransferState.DONE
 
     def _receive_layer(
-        self, connection: KvSocket, layer: range, blocks: Sequence[BlockPair]
+        self, connection: KvSocket, layer: range, blocks: Sequence[SourceBlock]
     ) -> tuple[Blocks, Sequence[int]]:
         """Take over one layer of these blocks; return where its bytes are as they came, and which of them are whose."""
-        pool, targets = self._pool, [target for _, target in blocks]
+        pool = self._pool
         if self._forms.is_same:
+            targets = [block.target for block in blocks]
             connection.receive(pieces(pool.data, pool.layout, layer, targets))
             return pool.blocks[layer.start : layer.stop], targets
         converted = ConvertedBlocks(self._forms, self._address.layout, pool, layer)
-        room = converted.room_for(len(targets))
+        room = converted.room_for(len(blocks))
         connection.receive([room])
-        converted.take(room, targets, ())
-        return np.frombuffer(room, np.uint8).reshape(1, len(targets), -1), range(len(targets))
+        converted.take(room, blocks, ())
+        return np.frombuffer(room, np.uint8).reshape(1, len(blocks), -1), range(len(blocks))
 
     def _codec(self, num_bytes: int) -> KvCodec:
         if self._dtype is KvTransferDtype.AUTO:
@@ -217,8 +219,8 @@ class TcpLink:
             receive = self._receiver(ask, part, num_bytes)
             bad: list[int] = []
             for group in groups(len(part.blocks), self._address.layout.layer_block_bytes, len(read.layers)):
-                targets = [target for _, target in part.blocks[group]]
-                bad += [group.start + index for index in receive(connection, targets, part.digests[group])]
+                came_bad = receive(connection, part.blocks[group], part.digests[group])
+                bad += [group.start + index for index in came_bad]
         except BaseException:
             self._drop(connection)
             raise
@@ -238,20 +240,23 @@ class TcpLink:
         if num_bytes != expected:
             raise TransferError(f"the peer sends {num_bytes} bytes of KV, {expected} were asked for")
 
-        def receive_raw(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
+        def receive_raw(connection: KvSocket, blocks: Sequence[SourceBlock], digests: Sequence[bytes]) -> list[int]:
+            targets = [block.target for block in blocks]
             connection.receive(pieces(self._pool.data, layout, layers, targets))
             return bad_blocks(self._pool.blocks, targets, digests)
 
-        def receive_coded(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
+        def receive_coded(connection: KvSocket, blocks: Sequence[SourceBlock], digests: Sequence[bytes]) -> list[int]:
             assert coded is not None, "the codec was asked for"
-            room = coded.room_for(len(targets), has_digests=bool(digests))
+            room = coded.room_for(len(blocks), has_digests=bool(digests))
             connection.receive([room])
-            return coded.decode(room, targets, has_digests=bool(digests))
+            return coded.decode(room, blocks, has_digests=bool(digests))
 
-        def receive_converted(connection: KvSocket, targets: Sequence[BlockId], digests: Sequence[bytes]) -> list[int]:
-            room = converted.room_for(len(targets))
+        def receive_converted(
+            connection: KvSocket, blocks: Sequence[SourceBlock], digests: Sequence[bytes]
+        ) -> list[int]:
+            room = converted.room_for(len(blocks))
             connection.receive([room])
-            return converted.take(room, targets, digests)
+            return converted.take(room, blocks, digests)
 
         if coded is not None:
             return receive_coded
@@ -280,7 +285,7 @@ class TcpLink:
     def _request(self, ask: _Ask, part: _Part) -> ReadRequest:
         return ReadRequest(
             access=ask.read.access,
-            blocks=tuple(source for source, _ in part.blocks),
+            blocks=tuple(block.block for block in part.blocks),
             first_layer=ask.read.layers.start,
             num_layers=len(ask.read.layers),
             block_bytes=self._address.layout.layer_block_bytes,
@@ -364,9 +369,7 @@ def _exchange(connection: KvSocket, request: bytes) -> Reply:
 
 def _share_out(read: KvRead, digests: Sequence[bytes], num_bytes: int, num_streams: int) -> list[_Part]:
     """Cut a read into parts of about equal size, one for each connection that is worth it."""
-    count = max(1, min(num_streams, num_bytes // MIN_STREAM_BYTES, len(read.blocks)))
-    size = -(-len(read.blocks) // count)
-    return [
-        _Part(read.blocks[start : start + size], digests[start : start + size])
-        for start in range(0, len(read.blocks), size)
-    ]
+    blocks = read.sources
+    count = max(1, min(num_streams, num_bytes // MIN_STREAM_BYTES, len(blocks)))
+    size = -(-len(blocks) // count)
+    return [_Part(blocks[start : start + size], digests[start : start + size]) for start in range(0, len(blocks), size)]

@@ -62,7 +62,7 @@ def served_model(tokenizer: Tokenizer) -> ServedModel:
         chat_template=ChatTemplate(TEMPLATE, tokenizer.special_tokens),
         eos_token_ids=(EOS,),
         vocab_size=tokenizer.vocab_size,
-        block_size=32,
+        hash_block_size=32,
         syntax=syntax_of(TEMPLATE),
     )
 

@@ -22,6 +22,7 @@ from disagg.base.request import Role
 from disagg.serve.launch.deployment import (
     Deployment,
     HostSettings,
+    hash_block_size,
     plan_addition,
     plan_guest,
     plan_instances,
@@ -53,6 +54,20 @@ def test_instances_are_named_and_get_cores_and_threads_of_their_own():
         ("decode-1", Role.DECODE, (3,), 1),
     ]
     assert {(one.control_endpoint, one.parent_pid) for one in settings} == {("ipc://here", 7)}
+
+
+def test_prefixes_are_named_by_the_smallest_blocks_of_any_group():
+    unequal = Placement(groups=(group(Role.PREFILL, block_size=128), group(Role.DECODE, block_size=32)))
+    assert hash_block_size(Deployment(placement=unequal)) == 32
+    assert [one.cache.block_size for one in plan(*unequal.groups)] == [128, 32]
+    equal = Placement(groups=(group(Role.COLOCATED),))
+    assert hash_block_size(Deployment(placement=equal, cache=CacheSettings(block_size=48))) == 48
+
+
+def test_block_sizes_that_do_not_divide_are_refused():
+    unfit = Placement(groups=(group(Role.PREFILL, block_size=48), group(Role.DECODE, block_size=32)))
+    with pytest.raises(ConfigurationError, match="blocks of 32 and of 48 tokens: the larger must be a multiple"):
+        hash_block_size(Deployment(placement=unfit))
 
 
 def test_threads_can_be_given_for_a_group_or_for_all():

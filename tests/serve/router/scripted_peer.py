@@ -101,6 +101,7 @@ class ScriptedPeer:
             source=self.instance,
             incarnation=incarnation or self.incarnation,
             num_tokens=len(request.prompt_token_ids),
+            block_size=16,
             block_ids=(),
             lease_s=60.0,
             pool=b"where the blocks are",

@@ -138,7 +138,10 @@ def test_a_host_may_say_how_its_instance_would_be_called(server: Deployment) -> 
         (structs.replace(ASK, model=structs.replace(OURS, fingerprint="cd")), "another model or other weights"),
         (structs.replace(ASK, model=structs.replace(OURS, dtype=DType.FLOAT32)), "--dtype: the server has bfloat16"),
         (structs.replace(ASK, model=structs.replace(OURS, quantization=Quantization.INT8)), "this host int8"),
-        (structs.replace(ASK, model=structs.replace(OURS, block_size=32)), "the server has 64, this host 32"),
+        (
+            structs.replace(ASK, model=structs.replace(OURS, block_size=48)),
+            "the server has blocks of 64 and of 48 tokens",
+        ),
     ],
 )
 def test_what_would_not_fit_is_refused_in_words(server: Deployment, asked: AskToJoin, words: str) -> None:

@@ -157,6 +157,7 @@ class ScriptPlayer:
             source=_SOURCE,
             incarnation=self._instance.incarnation,
             num_tokens=num_tokens,
+            block_size=facts.block_size,
             block_ids=tuple(BlockId(index) for index in range(num_blocks)),
             lease_s=_NEVER_S,
             pool=facts.pool,

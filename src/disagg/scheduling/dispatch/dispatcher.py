@@ -246,7 +246,7 @@ class Dispatcher:
         return True
 
     def _held(self, sequence: SequenceEntry) -> Mapping[InstanceId, HeldPrefix]:
-        return held_prefixes(self._prefixes, sequence.block_hashes, self._settings.cache_routing)
+        return held_prefixes(self._prefixes, sequence, self._settings.cache_routing)
 
     def _lent(self, sequence: SequenceEntry, *, has_lent: bool) -> None:
         """Let a sequence that borrows start, with what was lent or without."""

@@ -35,6 +35,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     """What is missing here is as the server says."""
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of the full KV blocks of its known tokens."""
+    hash_block_size: int = 0
+    """Tokens of each of those blocks."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

@@ -5,14 +5,14 @@ other: an instance that holds a prefix is taken only while the tokens it saves a
 another instance holds is pulled where that beats computing it.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from heapq import nsmallest
 from types import MappingProxyType
 from typing import Final
 
 from disagg.base.cache_routing import CacheRouting
-from disagg.base.ids import BlockHash, InstanceId
+from disagg.base.ids import InstanceId
 from disagg.cache.prefix_index import HeldPrefix, PrefixIndex
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
@@ -28,12 +28,12 @@ BUSY_COST: Final = 2.0
 
 
 def held_prefixes(
-    index: PrefixIndex, names: Sequence[BlockHash], routing: CacheRouting
+    index: PrefixIndex, sequence: SequenceEntry, routing: CacheRouting
 ) -> Mapping[InstanceId, HeldPrefix]:
     """Return who holds how much of a sequence's beginning, as far as dispatch is to know."""
-    if not names or routing is CacheRouting.BLIND:
+    if not sequence.block_hashes or routing is CacheRouting.BLIND:
         return _NONE_HELD
-    held = index.find(names)
+    held = index.find(sequence.block_hashes, sequence.hash_block_size)
     if routing is CacheRouting.AFFINITY:
         return {instance: replace(prefix, num_in_pool=0) for instance, prefix in held.items()}
     return held

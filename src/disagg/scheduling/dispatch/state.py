@@ -263,6 +263,8 @@ class SequenceEntry:
     """What happened to it and when; its path is as long as the instances that it may lose allow."""
     block_hashes: tuple[BlockHash, ...] = ()
     """Names of its leading KV blocks."""
+    hash_block_size: int = 0
+    """Tokens of each of those."""
     held: Mapping[InstanceId, HeldPrefix] = field(default_factory=dict)
     """Who holds its first blocks, as known when it was last placed."""
     losses: list[str] = field(default_factory=list)
@@ -287,6 +289,7 @@ class SequenceEntry:
             service_class=event.service_class,
             objectives=event.objectives,
             block_hashes=event.block_hashes,
+            hash_block_size=event.hash_block_size,
             order=order,
             arrived_s=now,
             deadline_s=now + timeout_s,

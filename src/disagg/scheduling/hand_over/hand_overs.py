@@ -21,7 +21,8 @@ from disagg.scheduling.step.events import KvOffered, KvWanted, LentKv
 from disagg.scheduling.step.sequence import RemoteKv, Sequence, SequenceState
 
 LEAST_PART_TOKENS: Final = 128
-"""A part costs three messages, and a pull has a latency: fewer tokens wait for more."""
+"""A part costs three messages, and a pull has a latency: fewer tokens wait for more. Parts end at multiples of it, so
+that they are of whole blocks too where whoever reads them has larger ones."""
 LEASE_GRACE_S: Final = 1.0
 """Blocks are kept for longer than was promised: the promise is a duration, and its message takes time to arrive."""
 
@@ -67,7 +68,7 @@ class HandOvers:
         """
         books, first = self._books, sequence.num_offered
         size = books.ledger.block_size
-        num_full = sequence.num_computed // size
+        num_full = sequence.num_computed // LEAST_PART_TOKENS * LEAST_PART_TOKENS // size
         is_last = sequence.num_computed >= sequence.num_tokens
         if is_last or not books.settings.kv_overlap or (num_full - first) * size < LEAST_PART_TOKENS:
             return

@@ -38,6 +38,7 @@ from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.cache.journal import Owner
 from disagg.scheduling.instance.copy_queue import CopyQueue
+from disagg.scheduling.instance.foreign_blocks import in_own_blocks, pieces
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import (
     AnyInstanceInput,
@@ -59,7 +60,16 @@ from disagg.scheduling.instance.outputs import (
     ForgetPeer,
     StartCopy,
 )
-from disagg.scheduling.instance.tracked import Tracked, event_of, kv_extended, kv_offered, mismatch, pulled, unread
+from disagg.scheduling.instance.tracked import (
+    Tracked,
+    event_of,
+    kv_extended,
+    kv_offer,
+    kv_offered,
+    mismatch,
+    pulled,
+    unread,
+)
 from disagg.scheduling.step.actions import (
     AnyMove,
     DropSaved,
@@ -277,7 +287,8 @@ class InstanceCore:
         if offer is not None:
             tracked = self._sequences[facts.request_id]
             tracked.expires_s, tracked.is_offer_prefix = self._now + offer.lease_s, True
-            prefix = LentKv(offer.source, offer.block_ids, offer.num_tokens, tracked.expires_s)
+            lent = in_own_blocks(offer, self._header.block_size, ends_open=True)
+            prefix = LentKv(lent.source, lent.block_ids, lent.num_tokens, tracked.expires_s)
         events.append(
             Arrived(
                 request_id=facts.request_id,
@@ -303,22 +314,28 @@ class InstanceCore:
             return
         tracked = self._sequences[facts.request_id]
         tracked.expires_s = self._now + offer.lease_s
-        events.append(kv_offered(facts, offer, tracked.expires_s, is_whole=True, is_sound=tracked.is_sound()))
+        whole = in_own_blocks(offer, self._header.block_size)
+        events.append(kv_offered(facts, whole, tracked.expires_s, is_whole=True, is_sound=tracked.is_sound()))
 
     def _on_expect(self, message: Expect, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.offer
         if not self._admit(facts, offer, events):
             return
         tracked = self._sequences[facts.request_id]
-        tracked.offer, tracked.parts = None, {offer.first_block: offer}
-        events.append(kv_offered(facts, offer, self._now + offer.lease_s, is_whole=False))
+        tracked.offer = None
+        events.append(kv_offered(facts, self._part(tracked, offer), self._now + offer.lease_s, is_whole=False))
 
     def _on_more(self, offer: KvOffer, events: list[AnyEvent]) -> None:
         tracked = self._find(offer.request_id, offer.epoch)
         if tracked is None or not tracked.is_expected:
             return
-        tracked.parts[offer.first_block] = offer
-        events.append(kv_extended(offer, self._now + offer.lease_s))
+        events.append(kv_extended(self._part(tracked, offer), self._now + offer.lease_s))
+
+    def _part(self, tracked: Tracked, offer: KvOffer) -> KvOffer:
+        """Take note of a part that is offered, and return it as one of own blocks."""
+        own = in_own_blocks(offer, self._header.block_size, ends_open=not offer.behind_step)
+        tracked.parts[own.first_block] = offer
+        return own
 
     def _admit(self, facts: SequenceFacts, offer: KvOffer | None, events: list[AnyEvent]) -> bool:
         """Open a record unless this is old news or cannot be computed; a newer attempt replaces an older one."""
@@ -389,14 +406,14 @@ class InstanceCore:
         match action:
             case OfferKv():
                 # From here on the sequence is another instance's.
-                self._outputs.append(Offered(offer=self._kv_offer(action)))
+                self._outputs.append(Offered(offer=kv_offer(action, self._header)))
                 self._drop(action.request_id, action.epoch)
                 self._forget(action.request_id, action.epoch)
             case OfferPart(first_block=first, behind_step=step_id):
-                offer = structs.replace(self._kv_offer(action), first_block=first, behind_step=step_id)
+                offer = structs.replace(kv_offer(action, self._header), first_block=first, behind_step=step_id)
                 self._outputs.append(PartOffered(offer=offer))
             case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
-                offered = Offered(offer=self._kv_offer(action)) if num_tokens else None
+                offered = Offered(offer=kv_offer(action, self._header)) if num_tokens else None
                 self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
             case Pull():
                 self._pull(action)
@@ -439,19 +456,6 @@ class InstanceCore:
         message = KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
         self._outputs.insert(place, CacheChanged(message=message, owners=owners if header.tells_tokens else ()))
 
-    def _kv_offer(self, action: OfferKv | OfferPart | LendKv) -> KvOffer:
-        """Return what says where the blocks are."""
-        return KvOffer(
-            request_id=action.request_id,
-            epoch=action.epoch,
-            source=self._header.instance,
-            incarnation=self._header.incarnation,
-            num_tokens=action.num_tokens,
-            block_ids=action.block_ids,
-            lease_s=action.lease_s,
-            pool=self._header.pool,
-        )
-
     def _pull(self, action: Pull) -> None:
         tracked = self._sequences[action.request_id]
         offer = tracked.offer if action.part is None else tracked.parts.get(action.part)
@@ -463,7 +467,7 @@ class InstanceCore:
                 epoch=action.epoch,
                 source=action.source,
                 offer=offer,
-                copies=action.copies,
+                copies=pieces(offer, action.copies, self._header.block_size),
                 expires_s=action.expires_s,
             )
         )

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from disagg.base.ids import Epoch, RequestId
 from disagg.base.messages import KvOffer, Lend, Migrate, Pulled, Release, StageStamps
+from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.inputs import CopyEnded, CopySettled, SequenceFacts
 from disagg.scheduling.instance.outputs import FirstOutput
-from disagg.scheduling.step.actions import ReleaseLease
+from disagg.scheduling.step.actions import LendKv, OfferKv, OfferPart, ReleaseLease
 from disagg.scheduling.step.events import (
     AnyEvent,
     BlockSaved,
@@ -165,6 +166,21 @@ def unread(offer: KvOffer, why: str) -> Pulled:
         num_bytes=0,
         duration_s=0.0,
         failure=why,
+    )
+
+
+def kv_offer(action: OfferKv | OfferPart | LendKv, header: InstanceHeader) -> KvOffer:
+    """Return what says where the blocks are that the scheduler offers."""
+    return KvOffer(
+        request_id=action.request_id,
+        epoch=action.epoch,
+        source=header.instance,
+        incarnation=header.incarnation,
+        num_tokens=action.num_tokens,
+        block_size=header.block_size,
+        block_ids=action.block_ids,
+        lease_s=action.lease_s,
+        pool=header.pool,
     )
 
 

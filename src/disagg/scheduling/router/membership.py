@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from disagg.base.block_sizes import why_not_made
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -144,14 +145,12 @@ class Membership:
 
     def why_unfit(self, member: Member, message: Ready) -> str:
         """Return why this Ready of a member cannot be accepted, or an empty string."""
-        ours = message.facts.kv_layout
-        # Whoever was accepted has the layout of those before: one of them speaks for all.
-        other = next((one for one in self if one is not member and one.tells_layout), None) if ours else None
-        if other is not None and other.facts is not None and ours != other.facts.kv_layout:
-            return (
-                f"its KV blocks ({ours}) are not those of {other.instance} ({other.facts.kv_layout}): start it with "
-                "the same model and --block-size (blocks of another size are not converted)"
-            )
+        if message.facts.kv_layout:
+            for other in self:
+                if other is member or not other.tells_layout or other.facts is None:
+                    continue
+                if why := _why_unreadable(message.facts, other.instance, other.facts):
+                    return why
         return member.why_unfit(message)
 
     def roles(self, states: Iterable[InstanceState]) -> set[Role]:
@@ -202,3 +201,13 @@ class Membership:
         if state in ALIVE:
             return self._settings.instance_timeout_s
         return self._settings.start_timeout_s if state is InstanceState.STARTING else math.inf
+
+
+def _why_unreadable(ours: InstanceFacts, other: InstanceId, theirs: InstanceFacts) -> str:
+    """Return why blocks of one instance cannot be made of those of another; an empty string where they can."""
+    if ours.kv_layout != theirs.kv_layout:
+        return (
+            f"its KV blocks ({ours.kv_layout}) are not those of {other} ({theirs.kv_layout}): start it with its model"
+        )
+    why = why_not_made(theirs.block_size, ours.block_size, has_windows=ours.window is not None)
+    return f"its KV blocks cannot be made of those of {other}, {why}: start it with its --block-size" if why else ""

@@ -87,10 +87,14 @@ class LendKv(Action, frozen=True, kw_only=True):
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
-    """One block to copy: all that is in ``source`` into ``target``."""
+    """One block to copy: all that is in ``source`` into ``target``.
+
+    Where the blocks of the two pools are of unequal size, all of the smaller one, which is this ``part`` of the larger.
+    """
 
     source: BlockId
     target: BlockId
+    part: int = 0
 
 
 class Pull(Action, frozen=True, kw_only=True):

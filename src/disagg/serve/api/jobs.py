@@ -146,6 +146,7 @@ class JobFactory:
                     sampling=sampling,
                     eos_token_ids=self._model.eos_token_ids,
                     block_hashes=prompt.block_hashes,
+                    hash_block_size=self._model.hash_block_size,
                     cache_salt=request.cache_salt or "",
                     priority=own.priority,
                     tenant=own.tenant,

@@ -208,7 +208,7 @@ def _prompt(
     token_ids: list[int], text: str | None, request: GenerationFields, model: ServedModel, max_model_len: int
 ) -> Prompt:
     check_fits(len(token_ids), max_model_len)
-    names = hash_blocks(token_ids, model.block_size, first_link(request.cache_salt or ""))
+    names = hash_blocks(token_ids, model.hash_block_size, first_link(request.cache_salt or ""))
     return Prompt(tuple(_checked(token_ids, model)), text, names)
 
 

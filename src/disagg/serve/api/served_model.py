@@ -13,7 +13,7 @@ from disagg.models.tool_calls.syntax import AnswerSyntax
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model under one name. ``block_size`` is that of the instances' KV blocks, whose prefixes the API names.
+    """One model under one name. The API names KV blocks of ``hash_block_size`` tokens: see ``block_hash``.
 
     ``trusts_request_templates`` lets a request bring its own chat template, a program in a sandbox.
     """
@@ -23,7 +23,7 @@ class ServedModel:
     chat_template: ChatTemplate
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    block_size: int
+    hash_block_size: int
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What sampling fields are where a client does not send them."""
     trusts_request_templates: bool = False
@@ -41,7 +41,7 @@ class ServedModel:
                 chat_template=self.chat_template.source,
                 eos_token_ids=self.eos_token_ids,
                 vocab_size=self.vocab_size,
-                block_size=self.block_size,
+                hash_block_size=self.hash_block_size,
                 trusts_request_templates=self.trusts_request_templates,
                 syntax=self.syntax,
                 created=self.created,
@@ -58,7 +58,7 @@ class ServedModel:
             chat_template=ChatTemplate(written.chat_template, written.special_tokens),
             eos_token_ids=written.eos_token_ids,
             vocab_size=written.vocab_size,
-            block_size=written.block_size,
+            hash_block_size=written.hash_block_size,
             trusts_request_templates=written.trusts_request_templates,
             syntax=written.syntax,
             created=written.created,
@@ -74,7 +74,7 @@ class _Written(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    block_size: int
+    hash_block_size: int
     trusts_request_templates: bool
     syntax: AnswerSyntax
     created: int

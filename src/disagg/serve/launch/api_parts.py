@@ -23,7 +23,7 @@ from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.terms import ServiceTerms
 from disagg.serve.api.watching import AllMetrics
 from disagg.serve.launch.api_keys import read_api_keys
-from disagg.serve.launch.deployment import Deployment
+from disagg.serve.launch.deployment import Deployment, hash_block_size
 from disagg.serve.router.interface import Router
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_served_model(deployment: Deployment) -> ServedModel:
         chat_template=template,
         eos_token_ids=end_token_ids(config, tokenizer, generation),
         vocab_size=config.vocab_size,
-        block_size=deployment.cache.block_size,
+        hash_block_size=hash_block_size(deployment),
         defaults=generation.defaults,
         trusts_request_templates=deployment.serve.trust_request_chat_template,
         syntax=_syntax(template, deployment.serve),

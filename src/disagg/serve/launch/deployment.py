@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from disagg.base.block_sizes import why_not_made
 from disagg.base.config import (
     CacheSettings,
     CurveKeys,
@@ -260,6 +261,19 @@ def plan_guest(
         parent_pid=parent_pid,
     )
     return msgspec.structs.replace(settings, control_curve=keys, cpus=deployment.host.cpus)
+
+
+def hash_block_size(deployment: Deployment) -> int:
+    """Return of how many tokens the KV blocks are that prompts' prefixes are named by: the smallest of any instance.
+
+    Raises ConfigurationError where others are no multiple of it: such blocks cannot be made of each other.
+    """
+    sizes = {group.cache(deployment.cache).block_size for group in deployment.placement.groups}
+    least = min(sizes, default=deployment.cache.block_size)
+    for size in sorted(sizes):
+        if why := why_not_made(least, size):
+            raise ConfigurationError(f"the placement has {why}")
+    return least
 
 
 def terms_of(deployment: Deployment) -> ServerTerms:

@@ -12,7 +12,7 @@ from disagg.base.joining import ModelIdentity
 from disagg.base.request import Role
 from disagg.models.fingerprint import fingerprint
 from disagg.models.locate import locate_model
-from disagg.serve.launch.deployment import Deployment, RemoteSettings, plan_guest
+from disagg.serve.launch.deployment import Deployment, RemoteSettings, hash_block_size, plan_guest
 from disagg.serve.launch.joined_host import Introduction, JoinedHost
 from disagg.serve.launch.key_files import default_folder, instance_keys
 from disagg.serve.launch.process import LineListener
@@ -61,7 +61,7 @@ def identity_of(deployment: Deployment) -> ModelIdentity:
         fingerprint=fingerprint(files, model.model_code, model.max_model_len).hex(),
         dtype=deployment.model.dtype,
         quantization=deployment.model.quantization,
-        block_size=deployment.cache.block_size,
+        block_size=hash_block_size(deployment),
     )
 
 

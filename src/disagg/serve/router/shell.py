@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final, assert_never
 
+from disagg.base.block_hash import names_for
 from disagg.base.clock import Clock
 from disagg.base.errors import (
     ContextLengthError,
@@ -147,6 +148,7 @@ class RouterShell:
                 service_class=request.service_class,
                 objectives=request.objectives,
                 block_hashes=request.block_hashes,
+                hash_block_size=request.hash_block_size,
             )
         )
         if stream.refusal is not None:
@@ -336,7 +338,8 @@ class RouterShell:
     def _lendable(self, output: SendLend) -> tuple[BlockHash, ...]:
         facts, request = self._core.members[output.instance].facts, self._records[output.request_id].request
         assert facts is not None, "an instance that holds something has said what it is"
-        return lendable(request.block_hashes, request.num_tokens, facts.block_size)
+        names = names_for(request.block_hashes, request.hash_block_size, facts.block_size)
+        return lendable(names, request.num_tokens, facts.block_size)
 
     def _with_offer(self, output: SendWithPrefix | SendOffer | SendPartOffer) -> Message:
         """Return a message that says where KV blocks of the sequence are."""

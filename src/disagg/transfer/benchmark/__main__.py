@@ -40,6 +40,7 @@ def main() -> None:
             source=InstanceId("peer"),
             incarnation=task.incarnation,
             num_tokens=1,
+            block_size=task.layout.block_size,
             block_ids=tuple(BlockId(block) for block in range(task.layout.num_blocks)),
             lease_s=_LEASE_S,
             pool=shared.address,

@@ -27,12 +27,13 @@ from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
 from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import join_digests, split_digests
 from disagg.transfer.int8_codec import Int8Codec
-from disagg.transfer.link import BlockPair, KvRead, Link, Transfer, TransferState
+from disagg.transfer.link import KvRead, Link, Transfer, TransferState
 from disagg.transfer.links import Links
 from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.peer_pool import PeerPool
 from disagg.transfer.pool import KvPool
+from disagg.transfer.source_blocks import BlockPair
 
 HOST: Final = "127.0.0.1"
 _DEADLINE_S: Final = 60.0

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -251,11 +252,12 @@ struct Form {
 };
 
 template <class From, int FromLanes, class To, int ToLanes>
-CLONES void convert_one(const uint8_t* source, uint8_t* target, int heads, int tokens, int channels) {
-    conversion::convert_layer<From, To, FromLanes, ToLanes>(source, target, heads, tokens, channels);
+CLONES void convert_one(const uint8_t* source, uint8_t* target, int heads, conversion::Part theirs,
+                        conversion::Part ours, int channels) {
+    conversion::convert_layer<From, To, FromLanes, ToLanes>(source, target, heads, theirs, ours, channels);
 }
 
-using Convert = void (*)(const uint8_t*, uint8_t*, int, int, int);
+using Convert = void (*)(const uint8_t*, uint8_t*, int, conversion::Part, conversion::Part, int);
 
 template <class From, int FromLanes>
 Convert pick_target(Form to) {
@@ -282,33 +284,51 @@ class FormConverter {
 public:
     using Named = std::pair<std::string, bool>;
 
-    FormConverter(const Named& from, const Named& to, int heads, int tokens, int channels)
+    FormConverter(const Named& from, const Named& to, int heads, std::pair<int, int> tokens, int channels)
         : from_{element_named(from.first), from.second},
           to_{element_named(to.first), to.second},
           heads_(heads),
-          tokens_(tokens),
+          from_tokens_(tokens.first),
+          to_tokens_(tokens.second),
           channels_(channels) {
-        if (heads < 1 || tokens < 2 || channels < 2 || tokens % 2 || channels % 2)
+        const int least = std::min(tokens.first, tokens.second), most = std::max(tokens.first, tokens.second);
+        if (heads < 1 || least < 2 || channels < 2 || least % 2 || channels % 2)
             throw std::invalid_argument("heads, and an even number of tokens and channels are needed");
+        if (most % least) throw std::invalid_argument("blocks of one size are no multiple of the other's");
     }
 
-    void convert(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to) const {
+    // `parts` says of each pair which part of the larger block is the smaller one.
+    void convert(py::buffer source, py::array_t<int64_t> from, py::buffer target, py::array_t<int64_t> to,
+                 py::array_t<int64_t> parts) const {
         const Convert one = pick(from_, to_);
-        const int64_t elements = 2 * static_cast<int64_t>(heads_) * tokens_ * channels_;
-        for_each(source, from, elements * bytes_of(from_.element), target, to, elements * bytes_of(to_.element),
-                 [&](const uint8_t* in, uint8_t* out) { one(in, out, heads_, tokens_, channels_); });
+        const int least = std::min(from_tokens_, to_tokens_);
+        const int64_t num_parts = std::max(from_tokens_, to_tokens_) / least;
+        if (parts.size() != from.size()) throw std::invalid_argument("as many parts as sources are needed");
+        const int64_t* part = parts.data();
+        for (py::ssize_t index = 0; index < parts.size(); ++index)
+            if (part[index] < 0 || part[index] >= num_parts) throw std::out_of_range("a block has no such part");
+        for_each(source, from, layer_bytes(from_, from_tokens_), target, to, layer_bytes(to_, to_tokens_),
+                 [&](const uint8_t* in, uint8_t* out) {
+                     const int first = static_cast<int>(*part++) * least;
+                     one(in, out, heads_, {from_tokens_, from_tokens_ > least ? first : 0},
+                         {to_tokens_, to_tokens_ > least ? first : 0}, channels_);
+                 });
     }
 
 private:
+    int64_t layer_bytes(const Form& form, int tokens) const {
+        return 2 * static_cast<int64_t>(heads_) * tokens * channels_ * bytes_of(form.element);
+    }
+
     Form from_, to_;
-    int heads_, tokens_, channels_;
+    int heads_, from_tokens_, to_tokens_, channels_;
 };
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     py::class_<FormConverter>(module, "FormConverter")
-        .def(py::init<FormConverter::Named, FormConverter::Named, int, int, int>())
+        .def(py::init<FormConverter::Named, FormConverter::Named, int, std::pair<int, int>, int>())
         .def("convert", &FormConverter::convert);
     py::class_<Int8Blocks>(module, "Int8Blocks")
         .def(py::init<std::string, int, std::array<int, 3>, std::array<int, 3>>())
