@@ -54,6 +54,7 @@ from disagg.measure.summary import summarize
 from disagg.simulator.cluster import ClusterSpec
 from disagg.simulator.engines import build_cluster, own_rules
 from disagg.simulator.evaluate import highest_rate, run_workload
+from disagg.simulator.instance_spec import InstanceSpec
 
 PLACEMENTS = {"1 prefill + 1 decode": {Role.PREFILL: 1, Role.DECODE: 1}, "2 colocated": {Role.COLOCATED: 2}}
 SLOS = {"chat": parse_slo("ttft=2s,tpot=50ms"), "code": parse_slo("ttft=10s,tpot=400ms")}
@@ -129,6 +130,7 @@ class Case:
     load: str
     slo: Slo
     profile: Profile
+    lends_cores: bool = True
     runs: list[Run] = field(default_factory=list)
 
 
@@ -149,18 +151,28 @@ class ScaledLatency:
         return tuple(time_s * self.factor for time_s in self.latency.stage_times_s(shape))
 
 
-def cluster_of(placement: str, profile: Profile, memory_gb_s: Sequence[float] = ()) -> ClusterSpec:
+def cluster_of(
+    placement: str, profile: Profile, memory_gb_s: Sequence[float] = (), *, lends_cores: bool = True
+) -> ClusterSpec:
     """Return what to simulate, with the memory bandwidth that the profile met or another."""
     groups = tuple(InstanceGroup(role=role, count=count) for role, count in PLACEMENTS[placement].items())
     readings = tuple(one * 1e9 for one in memory_gb_s)
     platform = ProfiledPlatform(profile, CacheSettings().kv_memory_bytes, readings)
-    return build_cluster(Placement(groups=groups), platform, own_rules())
+    lent_cores = profile.num_cores if lends_cores else None
+    return build_cluster(Placement(groups=groups), platform, own_rules(), lent_cores=lent_cores)
 
 
 def scaled(cluster: ClusterSpec, factor: float) -> ClusterSpec:
     """Return the same cluster with steps that take ``factor`` times as long."""
-    instances = (replace(spec, latency=ScaledLatency(spec.latency, factor)) for spec in cluster.instances)
-    return replace(cluster, instances=tuple(instances))
+    return replace(cluster, instances=tuple(_scaled(spec, factor) for spec in cluster.instances))
+
+
+def _scaled(spec: InstanceSpec, factor: float) -> InstanceSpec:
+    cores = spec.cores
+    if cores is not None:
+        wider = {number: ScaledLatency(latency, factor) for number, latency in cores.latencies.items()}
+        cores = replace(cores, latencies=wider)
+    return replace(spec, latency=ScaledLatency(spec.latency, factor), cores=cores)
 
 
 def error(predicted: float, measured: float) -> float:
@@ -239,7 +251,8 @@ def measure_once(url: str, workload: OpenLoop, slo: Slo, seed: int, num_repeated
 def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Case]:
     """Yield the cases of one placement, each workload from under to over its capacity."""
     loaded = load_profile(profile)
-    clusters = [cluster_of(name, loaded)] * options.runs
+    lends_cores = not options.no_lend_cores
+    clusters = [cluster_of(name, loaded, lends_cores=lends_cores)] * options.runs
     for workload_name in options.workloads:
         slo = options.slo or SLOS[workload_name]
         slices = [
@@ -252,7 +265,7 @@ def cases(options: argparse.Namespace, profile: Path, name: str) -> Iterator[Cas
 
         capacity = highest_rate(meets, 1.0, f"{slo}@90%")
         for load in options.loads:
-            yield Case(name, [one.at_rate(capacity * LOADS[load]) for one in slices], load, slo, loaded)
+            yield Case(name, [one.at_rate(capacity * LOADS[load]) for one in slices], load, slo, loaded, lends_cores)
 
 
 def compare(options: argparse.Namespace, profile: Path, console: Console) -> list[Pair]:
@@ -262,7 +275,8 @@ def compare(options: argparse.Namespace, profile: Path, console: Console) -> lis
         for seed in range(options.runs):
             for name in options.placements:
                 counts = [part for role, count in PLACEMENTS[name].items() for part in (f"--{role.value}", str(count))]
-                command = serve_command(name, (*counts, "--no-lend-cores"))  # as it is simulated
+                counts += ["--no-lend-cores"] if options.no_lend_cores else []
+                command = serve_command(name, counts)
                 with running(command, Path(folder) / "log") as server:
                     time.sleep(SETTLE_S)
                     for case in planned[name]:
@@ -277,7 +291,10 @@ def compare(options: argparse.Namespace, profile: Path, console: Console) -> lis
 def pair_of(case: Case) -> Pair:
     """Return what was measured beside what is predicted."""
 
-    then = [cluster_of(case.placement, case.profile, run.memory_gb_s) for run in case.runs]
+    def cluster(memory_gb_s: Sequence[float] = ()) -> ClusterSpec:
+        return cluster_of(case.placement, case.profile, memory_gb_s, lends_cores=case.lends_cores)
+
+    then = [cluster(run.memory_gb_s) for run in case.runs]
 
     def predicted(clusters: Sequence[ClusterSpec]) -> Outcome:
         return predict(clusters, case.workloads, case.slo)
@@ -288,7 +305,7 @@ def pair_of(case: Case) -> Pair:
         slo=case.slo,
         load=case.load,
         rate=case.workloads[0].rate,
-        before=predicted([cluster_of(case.placement, case.profile)] * len(then)),
+        before=predicted([cluster()] * len(then)),
         predicted=predicted(then),
         measured=mean([run.outcome for run in case.runs]),
         runs=tuple(case.runs),
@@ -348,6 +365,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     parser.add_argument("--workloads", nargs="+", choices=SLOS, default=list(SLOS))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--no-lend-cores", action="store_true", help="instances keep their cores to themselves")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each run")
     return parser.parse_args()
 

@@ -174,13 +174,15 @@ class Machine:
     platforms: dict[int, Platform]
     num_cores: int
     most_tokens: int
+    lends_cores: bool
+    """Instances lend each other their cores, planned and live: the placement file says so."""
 
 
-def read_machine(profile: Path) -> Machine:
+def read_machine(profile: Path, *, lends_cores: bool) -> Machine:
     """Read the profile."""
     platform = ProfiledPlatform(load_profile(profile), CacheSettings().kv_memory_bytes)
     num_cores = len(os.sched_getaffinity(0))
-    return Machine(profile, platforms_on(platform, num_cores), num_cores, platform.most_tokens)
+    return Machine(profile, platforms_on(platform, num_cores), num_cores, platform.most_tokens, lends_cores)
 
 
 def make_profile(file: Path, *, quick: bool) -> Path:
@@ -210,6 +212,7 @@ def host_problem(machine: Machine, workload: str, target: SloTarget, num_request
         workload=standard_workload(workload, 1.0, 400),
         target=target,
         num_requests=num_requests,
+        lends_cores=machine.lends_cores,
     )
 
 
@@ -407,6 +410,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no further search that would end later")
     parser.add_argument("--seeds", type=int, default=1, help="searches of each placement, with other requests each")
     parser.add_argument("--near", type=float, default=0.7, help="measure what the plan puts at this part of its first")
+    parser.add_argument("--no-lend-cores", action="store_true", help="instances keep their cores to themselves")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each case")
     options = parser.parse_args()
     options.begin_s = time.monotonic()
@@ -422,7 +426,8 @@ def main() -> int:
     options = parse()
     console = Console(stderr=True)
     with terminable(), tempfile.TemporaryDirectory() as folder:
-        machine = read_machine(options.profile or make_profile(Path(folder) / "profile.json", quick=options.quick))
+        profile = options.profile or make_profile(Path(folder) / "profile.json", quick=options.quick)
+        machine = read_machine(profile, lends_cores=not options.no_lend_cores)
         checked = list(cases(options, machine, console))
     if options.json:
         for case in checked:

@@ -75,6 +75,7 @@ def test_a_plan_for_people(model: Path) -> None:
         (["--latency", "a100-sxm", "--devices", 2, "--per", "dollar"], "costs in dollars is not known"),
         (["--latency", "a100-sxm", "--devices", 2, "--slo", "ttft=1s@0%"], "above 0%"),
         (["--latency", "a100-sxm", "--devices", 2, "--as", "k8s"], "take --as k8s-vllm"),
+        (["--latency", "a100-sxm", "--devices", 2, "--no-lend-cores"], "are for the cores of one host"),
     ],
 )
 def test_bad_input_is_told(model: Path, flags: list[object], words: str) -> None:

@@ -1,5 +1,8 @@
 """Plans for the cores of one host: every role, number of threads and scheduling mode, simulated whole."""
 
+from dataclasses import dataclass, replace
+from typing import Self
+
 import pytest
 from planning import EvenPlatform, workload
 
@@ -51,6 +54,38 @@ def test_the_best_are_judged_and_told() -> None:
     assert plan.best.num_devices == 2
     assert any("prefill" in one.words for one in plan.losing)
     assert 0 < seen[-1].done <= seen[-1].total
+
+
+@dataclass(frozen=True)
+class CorePlatform(EvenPlatform):
+    """Twice the threads take half the time."""
+
+    num_threads: int = 1  # type: ignore[assignment]
+
+    def at_threads(self, num_threads: int | None) -> Self:
+        part = self.num_threads / (num_threads or self.num_threads)
+        return replace(
+            self, token_s=self.token_s * part, step_s=self.step_s * part, num_threads=num_threads or self.num_threads
+        )
+
+
+def goodput_of_a_pair(*, lends_cores: bool) -> float:
+    platforms = platforms_on(CorePlatform(tokens=100_000), 2)
+    problem = host(platforms=platforms, lends_cores=lends_cores, target=parse_target("ttft=60ms,tpot=30ms"))
+    judged, _ = search_host(problem, Workers(1), lambda progress: None)
+    pairs = [one for one in judged if one.candidate.placement.count(Role.PREFILL)]
+    assert {one.candidate.placement.lend_cores for one in pairs} == {lends_cores}
+    return pairs[0].goodput.mean
+
+
+def test_a_pair_that_lends_its_cores_serves_more() -> None:
+    """A prompt takes 40 ms on one core, 20 on both."""
+    assert goodput_of_a_pair(lends_cores=True) > 1.1 * goodput_of_a_pair(lends_cores=False)
+
+
+def test_one_instance_has_nobody_to_lend_to() -> None:
+    lone = [one for one in host_placements(host()) if one.placement.count(Role.COLOCATED) == 1]
+    assert {one.placement.lend_cores for one in lone} == {None}
 
 
 def test_objectives_that_no_placement_keeps_are_told() -> None:

@@ -90,6 +90,11 @@ _FILE: Final = click.Path(path_type=Path)
     show_default=True,
     help="Form of KV blocks over TCP: raw, int8 (lossy), or auto, int8 where more requests are served in time by it.",
 )
+@click.option(
+    "--lend-cores/--no-lend-cores",
+    default=None,
+    help="With a profile: instances without a step lend their cores to their neighbours' steps.  [default: they do]",
+)
 @click.option("--max-nodes", type=Count(min=1), default=4, show_default=True, help="Nodes that an instance may span.")
 @click.option(
     "--beside",

@@ -50,6 +50,10 @@ def choose_problem(values: Mapping[str, Any], target: SloTarget, cache: CacheSet
             f"--as {OVERLAY} starts instances of disagg on CPU cores, so plan with a profile (disagg profile); for the "
             "devices of a cluster take --as k8s-vllm"
         )
+    if values["lend_cores"] is not None:
+        raise ConfigurationError(
+            "--lend-cores and --no-lend-cores are for the cores of one host: plan with its profile, or leave them out"
+        )
     on = _platform(values, cache)
     topology = on.topology or Topology.one_node(on.platform.link, _num_devices(values))
     kinds = dict.fromkeys(node.device for node in topology.nodes)
@@ -101,7 +105,18 @@ def choose_host_problem(values: Mapping[str, Any], target: SloTarget, cache: Cac
         target=target,
         num_requests=values["num_requests"] or HostProblem.num_requests,
         num_seeds=values["seeds"],
+        lends_cores=_lends_cores(values),
     )
+
+
+def _lends_cores(values: Mapping[str, Any]) -> bool:
+    """Return whether instances lend each other their cores: those in pods cannot, and others do unless told."""
+    is_for_pods = values["launch_as"] == OVERLAY
+    if is_for_pods and values["lend_cores"]:
+        raise ConfigurationError(
+            f"instances in pods of their own lend no cores: leave out --lend-cores or --as {OVERLAY}"
+        )
+    return not is_for_pods if values["lend_cores"] is None else bool(values["lend_cores"])
 
 
 def _codecs(values: Mapping[str, Any]) -> tuple[KvCodec, ...]:

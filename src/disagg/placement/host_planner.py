@@ -57,6 +57,8 @@ class HostProblem:
     num_requests: int = 300
     """Of a run, in the last round."""
     num_seeds: int = 3
+    lends_cores: bool = True
+    """Instances without a step lend theirs to their neighbours' steps, in every placement that is tried."""
     notes: tuple[str, ...] = ()
     """What the platforms do not know, for people."""
 
@@ -111,7 +113,8 @@ def host_placements(problem: HostProblem) -> list[HostPlacement]:
         most = problem.num_cores // num_threads
         for count in range(1, most + 1):
             groups = [*_colocated(count, num_threads, budgets), *_disaggregated(count, num_threads, budgets)]
-            found += [HostPlacement(Placement(groups=tuple(one)), num_threads) for one in groups]
+            lends = problem.lends_cores if count > 1 else None
+            found += [HostPlacement(Placement(groups=tuple(one), lend_cores=lends), num_threads) for one in groups]
     return found
 
 
@@ -178,7 +181,9 @@ def cluster_of_host(problem: HostProblem, candidate: HostPlacement) -> ClusterSp
     """Return the simulated deployment."""
     scheduler = SchedulerSettings(objectives=problem.target.slo.objectives())
     rules = own_rules(scheduler, problem.cache, RouterSettings())
-    return build_cluster(candidate.placement, problem.platforms[candidate.num_threads], rules)
+    platform = problem.platforms[candidate.num_threads]
+    lent_cores = problem.num_cores if candidate.placement.lend_cores else None
+    return build_cluster(candidate.placement, platform, rules, lent_cores=lent_cores)
 
 
 def _num_searches(problem: HostProblem, num_candidates: int) -> int:

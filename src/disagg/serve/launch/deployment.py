@@ -48,8 +48,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[
             bool,
             Meta(
-                description="lend the cores of an instance without a step to its neighbours' steps [default: where "
-                "threads are not given]"
+                description="lend the cores of an instance without a step to its neighbours' steps [default: as the "
+                "placement says, or where threads are not given]"
             ),
         ]
         | None
