@@ -2,8 +2,9 @@
 
 Simulates one prefill and one decode instance, with strict roles and without, beside two colocated instances, on the
 machine of a profile: chat, code and summarise of the standard workloads, tight and loose objectives, ``--seeds`` runs
-each. Rates are parts (``--loads``) of what one prefill instance that does nothing else can do. Prints attainment (with
-the 95% interval of its mean), latencies, and what came of the predictions.
+each. Cores are lent as ``disagg serve`` lends them, unless ``--no-lend-cores`` says otherwise. Rates are parts
+(``--loads``) of what one prefill instance that does nothing else can do. Prints attainment (with the 95% interval of
+its mean), latencies, and what came of the predictions.
 """
 
 import argparse
@@ -92,7 +93,8 @@ def cases(platform: ProfiledPlatform, args: argparse.Namespace) -> Iterator[Case
                     CacheSettings(),
                     RouterSettings(strict_roles=strict_roles),
                 )
-                spec = build_cluster(placement, platform, rules)
+                lent_cores = None if args.no_lend_cores else platform.profile.num_cores
+                spec = build_cluster(placement, platform, rules, lent_cores=lent_cores)
                 evaluation = evaluate(spec, workload.at_rate(load * rate), slo, num_seeds=args.seeds)
                 yield Case(name, load, kind, slo, system, evaluation)
 
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--loads", nargs="+", type=float, default=[0.5, 0.9])
     parser.add_argument("--objectives", nargs="+", choices=[kind.value for kind in SloKind], default=["tight", "loose"])
+    parser.add_argument("--no-lend-cores", action="store_true", help="instances keep their cores to themselves")
     parser.add_argument("--traces", type=Path, help="folder whose traces are replayed; without it lengths are drawn")
     args = parser.parse_args()
     platform = ProfiledPlatform(load_profile(args.profile), CacheSettings().kv_memory_bytes)

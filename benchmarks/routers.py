@@ -41,7 +41,6 @@ from disagg.base.messages import (
     Ready,
     SequenceOutput,
     StageStamps,
-    StepLimits,
     StepOutput,
     Stop,
 )
@@ -49,6 +48,7 @@ from disagg.base.parent import end_with_parent
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.router_messages import JoinRouter, LeaveRouter
 from disagg.base.sampling import FinishReason
+from disagg.base.step_limits import StepLimits
 from disagg.cli.serve_output import make_display
 from disagg.engine.control import ControlChannel
 from disagg.models.locate import locate_model

@@ -7,9 +7,10 @@ from msgspec import structs
 
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.ids import Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, StepCosts, StepLimits
+from disagg.base.messages import CostsLearned, StepCosts
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.dispatch.actions import PathChosen, PathEnded, SendAdopt, SendGenerate
 from disagg.scheduling.dispatch.dispatcher import Dispatcher

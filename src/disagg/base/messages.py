@@ -31,6 +31,7 @@ from disagg.base.message_fields import (
 from disagg.base.request import GenerationRequest, Role
 from disagg.base.router_messages import ForeignLoad, JoinRouter, LeaveRouter
 from disagg.base.sampling import FinishReason, PositionLogprobs
+from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 
 T = TypeVar("T")
@@ -160,14 +161,6 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 # Engine to router ---------------------------------------------------------------------------------------------
-
-
-class StepLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What bounds the steps of an instance. ``sized_by_slack``: prefill is sized by when answers' tokens are due."""
-
-    max_batch_tokens: Positive = 512
-    max_batch_size: Positive = 64
-    sized_by_slack: bool = False
 
 
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from msgspec.structs import astuple
+
 from disagg.base.messages import StepCosts
 from disagg.costs.latency import StepShape
 
@@ -17,6 +19,11 @@ def prefill_work_s(costs: StepCosts, num_tokens: int, squares: int, num_prompts:
 def decode_work_s(costs: StepCosts, num_decodes: float, context: float) -> float:
     """Return the seconds that decodes with so many tokens of context in sum add to a step."""
     return (costs.token_s + costs.decode_s) * num_decodes + costs.context_s * context
+
+
+def at_speed(costs: StepCosts, speed: float) -> StepCosts:
+    """Return what steps cost that are so many times as fast in all their parts."""
+    return StepCosts(*(part / speed for part in astuple(costs)))
 
 
 def step_time_s(costs: StepCosts, shape: StepShape) -> float:

@@ -130,7 +130,7 @@ def build_loop(
         kv_bytes=capacity.layout.total_bytes,
         load_s=clock.now() - started_s,
         pool=shared.address,
-        limits=step_limits(settings.scheduler),
+        limits=step_limits(settings.scheduler, _threads(settings)),
         kv_layout=capacity.layout.describe(),
         max_host_blocks=room.max_host_blocks,
         max_disk_blocks=room.max_disk_blocks,
@@ -205,9 +205,13 @@ def core_header(
         shows_progress=counts_layers and is_seen,
         tells_tokens=settings.tells_tokens,
         medium=Medium.CPU if settings.device is Device.CPU else Medium.GPU,
-        threads=StepThreads(settings.num_threads, len(settings.lent_cores.cores) if settings.lent_cores else 0),
+        threads=_threads(settings),
         latency=None if settings.latency is None else _step_times(Path(settings.latency), settings),
     )
+
+
+def _threads(settings: InstanceSettings) -> StepThreads:
+    return StepThreads(settings.num_threads, len(settings.lent_cores.cores) if settings.lent_cores else 0)
 
 
 def _step_times(path: Path, settings: InstanceSettings) -> FittedLatency:

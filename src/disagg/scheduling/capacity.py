@@ -4,18 +4,21 @@ import sys
 from collections.abc import Collection
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
-from disagg.base.messages import StepLimits
 from disagg.base.request import Role
+from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.by_objectives import scheduling_mode
+from disagg.scheduling.step.threads import ONE_THREAD, StepThreads
 
 
-def step_limits(settings: SchedulerSettings) -> StepLimits:
+def step_limits(settings: SchedulerSettings, threads: StepThreads = ONE_THREAD) -> StepLimits:
     """Return what bounds the steps of an instance with these settings, as it tells the router."""
     return StepLimits(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_size=settings.max_batch_size,
         sized_by_slack=scheduling_mode(settings) is SchedulingMode.SLACK,
+        num_threads=threads.num_own,
+        num_borrowable=threads.num_borrowable,
     )
 
 

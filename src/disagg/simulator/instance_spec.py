@@ -75,6 +75,11 @@ class InstanceSpec:
             raise ConfigurationError(f"{self.name} has several steps in flight: only who has one lends cores")
 
     @property
+    def threads(self) -> StepThreads:
+        """What its steps are computed on."""
+        return StepThreads() if self.cores is None else StepThreads(len(self.cores.own), len(self.cores.others))
+
+    @property
     def paces(self) -> dict[int, LatencyModel]:
         """Step times by the number of borrowed cores, 0 included."""
         return {0: self.latency} | dict(self.cores.latencies if self.cores is not None else {})
@@ -114,7 +119,7 @@ class InstanceSpec:
             num_stages=self.latency.num_stages,
             window=self.window,
             shows_progress=self.shows_progress,
-            threads=StepThreads() if self.cores is None else StepThreads(len(self.cores.own), len(self.cores.others)),
+            threads=self.threads,
         )
 
     def ready(self, incarnation: str) -> Ready:
@@ -136,7 +141,7 @@ class InstanceSpec:
                 kv_bytes=int(self.num_blocks * self.block_size * self.kv_bytes_per_token),
                 load_s=0.0,
                 pool=b"simulated",
-                limits=step_limits(self.scheduler),
+                limits=step_limits(self.scheduler, self.threads),
                 max_host_blocks=self.max_host_blocks,
                 max_disk_blocks=self.max_disk_blocks,
                 window=self.window,

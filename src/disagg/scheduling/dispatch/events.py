@@ -6,10 +6,11 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, FailureKind, Pulled, StepLimits
+from disagg.base.messages import CostsLearned, Failed, FailureKind, Pulled
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
+from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.step.events import Tick
 

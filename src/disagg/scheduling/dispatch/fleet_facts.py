@@ -15,6 +15,10 @@ class FleetFacts:
     prefill_costs: StepCosts
     decode_costs: StepCosts
     prefill_share: float
+    num_idle_cores: int = 0
+    """Of instances that lend theirs, those of them that have no work."""
+    num_borrowers: int = 0
+    """Of the same, those that have."""
 
     @classmethod
     def of(cls, instances: Iterable[InstanceEntry], now: float) -> "FleetFacts":
@@ -24,7 +28,21 @@ class FleetFacts:
             known_prefill_costs(instances) or PRIOR_COSTS,
             known_decode_costs(instances) or PRIOR_COSTS,
             sum(one.prefill_work.share(now) for one in instances),
+            sum(one.limits.num_threads for one in instances if one.lends_cores and not one.has_work),
+            sum(one.lends_cores and one.has_work for one in instances),
         )
+
+    def num_borrowed(self, entry: InstanceEntry) -> float:
+        """Return on how many cores of neighbours without work a step of an instance is computed, if now.
+
+        Those of one host lend them; of others there are none that do. Who has work shares them equally.
+        """
+        if not entry.lends_cores:
+            return 0.0
+        if entry.has_work:
+            return min(entry.limits.num_borrowable, self.num_idle_cores / max(1, self.num_borrowers))
+        others = max(0, self.num_idle_cores - entry.limits.num_threads)
+        return min(entry.limits.num_borrowable, others / (self.num_borrowers + 1))
 
 
 def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:

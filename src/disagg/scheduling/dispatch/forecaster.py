@@ -1,7 +1,8 @@
 """What prefill and decode of a sequence are predicted to take on an instance, given what it has to do already. Pure.
 
 The costs of an instance's steps are those that it learned and told. Of what it has not done yet (a decode instance
-prefill, a prefill instance decodes) it is taken to be as quick as the instance that knows best.
+prefill, a prefill instance decodes) it is taken to be as quick as the instance that knows best. They are those on its
+own cores; where neighbours that have no work now lend theirs, it is quicker.
 """
 
 import math
@@ -13,11 +14,12 @@ from typing import Final
 from disagg.base.ids import InstanceId
 from disagg.base.messages import StepCosts
 from disagg.base.objectives import Objectives
-from disagg.costs.step_costs import decode_work_s, prefill_work_s
+from disagg.costs.step_costs import at_speed, decode_work_s, prefill_work_s
 from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 from disagg.scheduling.step.slack import MIN_CHUNK, MOST_GAP, PATIENCE
+from disagg.scheduling.step.threads import StepThreads
 
 _LEFT: Final = 0.5
 """Part of a mean answer that is still to come, of one that is longer already."""
@@ -103,6 +105,7 @@ class Forecaster:
         self._objectives = objectives
         self._demand = demand
         self.now = now
+        self._sped_up: dict[tuple[InstanceId, bool], StepCosts] = {}
 
     def objectives_of(self, sequence: SequenceEntry) -> Objectives:
         """Return what a sequence's latencies ought to be."""
@@ -348,15 +351,24 @@ class Forecaster:
 
     def _prefill_costs(self, entry: InstanceEntry | None) -> StepCosts:
         lesson = None if entry is None else entry.lesson
-        if lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS:
-            return lesson.costs
-        return self._facts.prefill_costs
+        known = lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS
+        costs = lesson.costs if known and lesson is not None else self._facts.prefill_costs
+        return costs if entry is None or not entry.lends_cores else self._on_more(entry, costs, has_prefill=True)
 
     def _decode_costs(self, entry: InstanceEntry) -> StepCosts:
         lesson = entry.lesson
-        if lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS:
-            return lesson.costs
-        return self._facts.decode_costs
+        known = lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS
+        costs = lesson.costs if known and lesson is not None else self._facts.decode_costs
+        return costs if not entry.lends_cores else self._on_more(entry, costs, has_prefill=False)
+
+    def _on_more(self, entry: InstanceEntry, costs: StepCosts, *, has_prefill: bool) -> StepCosts:
+        """Return the costs of steps on the cores that neighbours without work lend, too."""
+        key = (entry.instance, has_prefill)
+        if key not in self._sped_up:
+            threads = StepThreads(entry.limits.num_threads, entry.limits.num_borrowable)
+            speed = threads.speed(self._facts.num_borrowed(entry), has_prefill=has_prefill)
+            self._sped_up[key] = at_speed(costs, speed)
+        return self._sped_up[key]
 
 
 def prefill_share(costs: StepCosts, alone_s: float, tpot_s: float) -> float:

@@ -9,10 +9,11 @@ from typing import Final, NoReturn
 from disagg.base.config import MAX_OVERTAKE_S
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, StepLimits
+from disagg.base.messages import CostsLearned
 from disagg.base.objectives import BEST_EFFORT, NO_OBJECTIVES, Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
+from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 from disagg.cache.prefix_index import HeldPrefix
 from disagg.scheduling.dispatch.events import SequenceArrived
@@ -186,6 +187,16 @@ class InstanceEntry:
     def num_decodes(self) -> int:
         """How many sequences it decodes, or is about to."""
         return len(self.answers) + self.foreign.num_decodes
+
+    @property
+    def has_work(self) -> bool:
+        """True while it has something to compute."""
+        return self.prefill_tokens > 0 or self.num_decodes > 0
+
+    @property
+    def lends_cores(self) -> bool:
+        """True where it and others of its host lend each other their cores."""
+        return self.limits.num_borrowable > 0 and self.is_alive
 
     def can_hold(self, num_tokens: int) -> bool:
         """True unless it is known to be too small for a sequence of ``num_tokens``."""

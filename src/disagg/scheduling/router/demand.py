@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from disagg.base.messages import StepCosts, StepLimits
+from disagg.base.messages import StepCosts
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.step_limits import StepLimits
 from disagg.costs.step_costs import decode_work_s, prefill_work_s
 from disagg.scheduling.dispatch.fleet_facts import known_decode_costs, known_prefill_costs
 from disagg.scheduling.dispatch.state import InstanceEntry

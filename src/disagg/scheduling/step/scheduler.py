@@ -11,7 +11,6 @@ by release or by expiry. No sequence waits for one that is served after it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
@@ -54,9 +53,7 @@ from disagg.scheduling.step.foreign_load import foreign_load
 from disagg.scheduling.step.kv_ledger import KvMemory
 from disagg.scheduling.step.sequence import Sequence, SequenceState
 from disagg.scheduling.step.statistics import Occupancy
-from disagg.scheduling.step.threads import StepThreads
-
-_ONE_THREAD: Final = StepThreads()
+from disagg.scheduling.step.threads import ONE_THREAD, StepThreads
 
 
 @dataclass(slots=True)
@@ -95,7 +92,7 @@ class StepScheduler:
         num_stages: int = 1,
         times: StepTimes | None = None,
         memory: KvMemory | None = None,
-        threads: StepThreads = _ONE_THREAD,
+        threads: StepThreads = ONE_THREAD,
     ) -> None:
         self._books = Books(settings, num_blocks, block_size, prefix_caching, max_model_len, memory)
         # Predicting costs more than most decisions: it is done where somebody asked for it. With tiers it is prefill

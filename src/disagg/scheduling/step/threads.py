@@ -30,5 +30,15 @@ class StepThreads:
 
     def alone_s(self, shape: StepShape, duration_s: float, borrowed_s: float) -> float:
         """Return what a step would have taken on the instance's own cores; it took so long, so much of others' time."""
-        efficiency = _PREFILL_EFFICIENCY if shape.num_prefills else _DECODE_EFFICIENCY
-        return duration_s + efficiency * borrowed_s / self.num_own
+        return duration_s + _efficiency(has_prefill=shape.num_prefills > 0) * borrowed_s / self.num_own
+
+    def speed(self, num_borrowed: float, *, has_prefill: bool) -> float:
+        """Return how many times as fast as on the own cores a step is with so many of others all the while."""
+        return 1 + _efficiency(has_prefill=has_prefill) * num_borrowed / self.num_own
+
+
+ONE_THREAD: Final = StepThreads()
+
+
+def _efficiency(*, has_prefill: bool) -> float:
+    return _PREFILL_EFFICIENCY if has_prefill else _DECODE_EFFICIENCY
