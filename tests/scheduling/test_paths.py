@@ -10,6 +10,7 @@ from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import CostsLearned, StepCosts
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
+from disagg.base.router_messages import ForeignLoad
 from disagg.base.step_limits import StepLimits
 from disagg.base.window_blocks import WindowBlocks
 from disagg.scheduling.dispatch.actions import PathChosen, PathEnded, SendAdopt, SendGenerate
@@ -105,6 +106,17 @@ class TestForecasts:
         alone_s = forecaster(entry(D, Role.DECODE)).first_token_s(entry(D, Role.DECODE), sequence(), 1000)
         # Two steps, each with ten decodes of a millisecond and their context.
         assert forecaster(one).first_token_s(one, sequence(), 1000) == pytest.approx(alone_s + 2 * (0.010 + 0.001))
+
+    def test_answers_of_other_routers_lengthen_the_steps_of_who_joins_and_end_as_those_do_of_which_little_is_known(
+        self,
+    ) -> None:
+        def later_s(number_here: int, number_there: int) -> float:
+            others = ForeignLoad(num_sequences=number_there, num_decodes=number_there)
+            one = entry(D, Role.DECODE, answers=answers(number_here), foreign=others, kv_tokens=1000)
+            return forecaster(one).later_token_s(one, sequence(), ahead_s=0.5, travels_s=0.0)
+
+        assert later_s(0, 0) < later_s(0, 10) == pytest.approx(later_s(10, 0), rel=0.05)
+        assert later_s(5, 5) == pytest.approx(later_s(10, 0), rel=0.05)
 
     def test_steps_sized_by_slack_give_a_prompt_what_the_objective_leaves(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))

@@ -8,7 +8,6 @@ own cores; where neighbours that have no work now lend theirs, it is quicker.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Final
 
 from disagg.base.ids import InstanceId
@@ -301,15 +300,21 @@ class Forecaster:
         return min(most, max(mean - answer.num_answer_tokens, _LEFT * mean))
 
     def _part_left(self, entry: InstanceEntry, ahead_s: float) -> float:
-        """Return which part of an instance's answers, and of those it expects, is to go on still in ``ahead_s``."""
-        num_answers = entry.num_decodes + len(entry.expected)
-        if not num_answers or not ahead_s:
+        """Return which part of an instance's answers, and of those it expects, is to go on still in ``ahead_s``.
+
+        Of other routers' answers nothing is known but their number: they are taken to be as long as all, from now on.
+        """
+        if not ahead_s:
             return 1.0
-        gap_s = self._decode_step_s(entry, 0, 0)
-        return fmean(
+        gap_s, num_others = self._decode_step_s(entry, 0, 0), entry.foreign.num_decodes
+        left = [
             math.exp(min(0.0, waits_s - ahead_s) / (self._num_left(answer) * gap_s + 1e-9))
             for answer, _, waits_s in self._answers(entry)
-        )
+        ]
+        if not left and not num_others:
+            return 1.0
+        others_left = math.exp(-ahead_s / (self._experience.answer_tokens * gap_s + 1e-9)) if num_others else 0.0
+        return (math.fsum(left) + num_others * others_left) / (len(left) + num_others)
 
     def _decode_step_s(self, entry: InstanceEntry, num_more: int, more_context: int, part_left: float = 1.0) -> float:
         """Return what a step of an instance's decodes takes, with more answers, and without prompts.
