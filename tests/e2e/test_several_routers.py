@@ -14,7 +14,7 @@ import pytest
 import zmq
 from server_process import ServerProcess, completion, serving
 from test_join import EXACT, answers, door_of, joined, states
-from test_lifecycle import assert_no_block_is_held, run_serve, wait_for
+from test_lifecycle import assert_no_block_is_held, wait_for
 
 SMALL = ("--routers", "2", "--max-model-len", "2048", "--kv-memory", "256MiB", "--instance-wait-s", "120")
 NUM_TOKENS = 200
@@ -201,9 +201,3 @@ def test_a_stream_that_a_restart_cannot_wait_for_is_told() -> None:
         begun.result(timeout=60)
         httpx.post(f"{server.url}/admin/restart", timeout=30).raise_for_status()
         assert "--restart-timeout-s" in story.result(timeout=90).error
-
-
-def test_what_needs_one_router_is_refused() -> None:
-    ended = run_serve("--routers", "2", "--autoscale", "decode=1..2")
-    assert ended.returncode == 2
-    assert "--autoscale" in ended.stderr

@@ -18,7 +18,8 @@ from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import RefuseReason
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.replan.placements import RoleCounts
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided, ScalingDecided
+from disagg.scheduling.router.elastic_view import ElasticView, PlanCounts
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided
 from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.api.instance_metrics import BLOCK_STATES
 from disagg.serve.api.metrics import ServerMetrics
@@ -48,11 +49,14 @@ class OneOfEach:
             for role in Role
         )
 
-    def last_plan(self) -> None:
-        return None
-
-    def scaling(self) -> tuple[ScalingView, ...]:
-        return (ScalingView(role="decode", count=2, fewest=1, most=3, attainment=0.95, attainment_with_fewer=0.5),)
+    def elastic_view(self) -> ElasticView:
+        scaled = ScalingView(role="decode", count=2, fewest=1, most=3, attainment=0.95, attainment_with_fewer=0.5)
+        one, other = RoleCounts(1, 2), RoleCounts(2, 1)
+        plan = PlanDecided(
+            why="", present=one, best=other, attainment=0.5, best_attainment=0.9, num_requests=9, num_placements=3,
+            pays=True, acts=True,
+        )  # fmt: skip
+        return ElasticView(scaling=(scaled,), plan=plan, plans=PlanCounts(1, 1, 1))
 
     def submit(self, request: GenerationRequest) -> SequenceStream:
         raise AssertionError("nothing is submitted")
@@ -83,11 +87,6 @@ def exported() -> dict[str, dict[str, set[str]]]:
     metrics.link_found(LinkFound(source=InstanceId("prefill-0"), target=InstanceId("decode-0"), figure=figure))
     for reason in DropReason:
         metrics.message_dropped(InstanceId("decode-0"), reason)
-    metrics.scaling_decided(ScalingDecided(role=Role.DECODE, count=1, wanted=2))
-    metrics.scaling_decided(ScalingDecided(role=Role.DECODE, count=2, wanted=1))
-    for pays, acts in ((False, False), (True, False), (True, True)):
-        counts = {"present": RoleCounts(1, 2), "best": RoleCounts(2, 1), "num_requests": 9, "num_placements": 3}
-        metrics.plan_decided(PlanDecided(why="", attainment=0.5, best_attainment=0.9, pays=pays, acts=acts, **counts))
     metrics.instance_lost(InstanceId("decode-0"))
     for refusal in RefuseReason:
         metrics.sequence_refused(refusal, 0, "interactive")

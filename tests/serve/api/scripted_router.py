@@ -12,7 +12,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.base.sampling import FinishReason, PositionLogprobs, TokenLogprob
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.router.scaling import ScalingView
+from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.serve.router.interface import InstanceStatus, ServedBy
 from disagg.serve.router.start_gate import StartGate
 from disagg.serve.router.stream import LiveStream
@@ -155,11 +155,8 @@ class ScriptedRouter:
             for role in (Role.PREFILL, Role.DECODE)
         )
 
-    def last_plan(self) -> None:
-        return None
-
-    def scaling(self) -> tuple[ScalingView, ...]:
-        return ()
+    def elastic_view(self) -> ElasticView:
+        return ElasticView()
 
     def is_ready(self) -> bool:
         return self.live

@@ -2,10 +2,14 @@
 
 from typing import Final
 
+from disagg.scheduling.dispatch.workload_report import HandedOver
+
 _PRIOR_ANSWER_TOKENS: Final = 128.0
 _PRIOR_WEIGHT: Final = 4
 _MEMORY: Final = 64
 """Answers and hand-overs that count."""
+_FORGOTTEN: Final = 8 * _MEMORY
+"""So many hand-overs later, nothing is left of one."""
 _PRIOR_HAND_OVER_S: Final = 2e-3
 
 
@@ -21,6 +25,8 @@ class Experience:
         self._hand_over_tokens = 0.0
         self._hand_over_s = _PRIOR_HAND_OVER_S
         self._num_hand_overs = 1.0
+        self.handed_over = HandedOver()
+        """Hand-overs since the beginning."""
         # Of hand-overs over measured links: what they took, and ought to have taken.
         self._link_taken_s = self._link_s = _PRIOR_HAND_OVER_S
 
@@ -38,6 +44,16 @@ class Experience:
             share = 1 / _MEMORY
             self._link_taken_s += share * (duration_s - self._link_taken_s)
             self._link_s += share * (link_s - self._link_s)
+        count, tokens, seconds = self.handed_over.count, self.handed_over.num_tokens, self.handed_over.duration_s
+        self.handed_over = HandedOver(count + 1, tokens + num_tokens, seconds + duration_s)
+        self._note_hand_over(num_tokens, duration_s)
+
+    def others_handed_over(self, news: HandedOver) -> None:
+        """Note hand-overs of other routers; of how they differ, nothing is known."""
+        for _ in range(min(news.count, _FORGOTTEN)):
+            self._note_hand_over(news.num_tokens / news.count, news.duration_s / news.count)
+
+    def _note_hand_over(self, num_tokens: float, duration_s: float) -> None:
         kept = 1 - 1 / _MEMORY
         self._num_hand_overs = kept * self._num_hand_overs + 1
         self._hand_over_tokens = kept * self._hand_over_tokens + num_tokens

@@ -184,6 +184,11 @@ class InstanceEntry:
         return self.state is InstanceState.READY or self.is_coming
 
     @property
+    def num_held(self) -> int:
+        """How many sequences it computes or keeps KV blocks of, those of other routers included."""
+        return self.num_sequences + self.foreign.num_sequences
+
+    @property
     def num_decodes(self) -> int:
         """How many sequences it decodes, or is about to."""
         return len(self.answers) + self.foreign.num_decodes

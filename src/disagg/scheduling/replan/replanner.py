@@ -28,6 +28,7 @@ from disagg.scheduling.dispatch.workload import WorkloadWindow
 from disagg.scheduling.replan.placements import RoleCounts, reachable
 from disagg.scheduling.replan.question import ForecastPlacement, PlanAnswer, PlanQuestion
 from disagg.scheduling.replan.workload_shift import answer_shift, arrival_shift
+from disagg.scheduling.router.elastic_view import PlanCounts
 from disagg.scheduling.router.membership import Membership
 from disagg.scheduling.router.outputs import AskForPlan, PlanDecided
 
@@ -81,6 +82,8 @@ class Replanner:
         """What was planned for, until its answers have come."""
         self.last: PlanDecided | None = None
         """The last decision."""
+        self.counts = PlanCounts()
+        """All decisions."""
 
     def look(self, members: Membership) -> AskForPlan | None:
         """Return a question for the planner, when one is due."""
@@ -209,6 +212,7 @@ class Replanner:
             pays=pays,
             acts=pays and self._settings.replan is Replan.ACT,
         )
+        self.counts = self.counts.plus(self.last)
         return self.last
 
     def gave_up(self) -> None:

@@ -32,6 +32,8 @@ class Autoscaler:
             )
         self._window = window
         self._last_change = dict.fromkeys(self._policies, "")
+        self._num_added = dict.fromkeys(self._policies, 0)
+        self._num_removed = dict.fromkeys(self._policies, 0)
         self.views: tuple[ScalingView, ...] = ()
         """The roles as they were seen last."""
         self.due_s = math.inf
@@ -54,7 +56,7 @@ class Autoscaler:
         """
         decided: list[ScalingDecided | AddInstance | Drain] = []
         views = []
-        is_idle = not has_work
+        is_idle = not has_work and not any(member.entry.num_held for member in members)
         for role, policy in self._policies.items():
             own = [member for member in members if member.role is role and not _leaves(member)]
             demand = demand_of(role, [member.entry for member in members], self._window, now)
@@ -64,7 +66,7 @@ class Autoscaler:
             wanted = policy.review(len(own), attainment, now, is_behind=is_behind, is_settled=is_settled)
             if wanted != len(own):
                 decision = self._decision(role, len(own), wanted, demand)
-                self._last_change[role] = decision.words
+                self._note(decision)
                 decided += (decision, *_carry_out(role, own, wanted))
             is_idle = is_idle and wanted == policy.bounds.fewest == len(own)
             views.append(self._view(role, policy, len(own), demand))
@@ -88,6 +90,11 @@ class Autoscaler:
             attainment_then=self._predicted(demand, wanted),
         )
 
+    def _note(self, decision: ScalingDecided) -> None:
+        self._last_change[decision.role] = decision.words
+        self._num_added[decision.role] += max(0, decision.wanted - decision.count)
+        self._num_removed[decision.role] += max(0, decision.count - decision.wanted)
+
     def _view(self, role: Role, policy: ScalingPolicy, count: int, demand: Demand | None) -> ScalingView:
         return ScalingView(
             role=role.value,
@@ -97,6 +104,8 @@ class Autoscaler:
             attainment=self._predicted(demand, count),
             attainment_with_fewer=self._predicted(demand, count - 1),
             last_change=self._last_change[role],
+            num_added=self._num_added[role],
+            num_removed=self._num_removed[role],
         )
 
 
@@ -111,6 +120,6 @@ def _carry_out(role: Role, own: Sequence[Member], wanted: int) -> list[AddInstan
     order = {member.instance: number for number, member in enumerate(own)}
     going = sorted(
         own,
-        key=lambda member: (member.state is not _GONE, member.entry.num_sequences, -order[member.instance]),
+        key=lambda member: (member.state is not _GONE, member.entry.num_held, -order[member.instance]),
     )
     return [Drain(instance=member.instance, leave=True) for member in going[: len(own) - wanted]]

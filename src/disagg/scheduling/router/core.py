@@ -63,7 +63,8 @@ from disagg.scheduling.dispatch.events import (
     Undrain,
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceEntry, InstanceState
-from disagg.scheduling.router.elasticity import AnyChange, Elasticity
+from disagg.scheduling.router.elastic_view import ElasticView
+from disagg.scheduling.router.elasticity import AnyChange, elasticity_of
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
@@ -75,6 +76,7 @@ from disagg.scheduling.router.inputs import (
     PlanningFailed,
     ProcessExited,
     Unreachable,
+    WorkloadReported,
 )
 from disagg.scheduling.router.link_survey import LinkSurvey, MeasuredLink, link_known
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
@@ -115,13 +117,11 @@ class RouterCore:
         for entry in self._dispatcher.instances:
             entry.is_cordoned = entry.instance in header.cordoned
             self._members.add(entry, header.started_s)
-        self._elasticity = Elasticity(settings, header.scheduler, self._dispatcher)
+        self._elasticity = elasticity_of(header, self._dispatcher)
         self._links = LinkSurvey(settings.min_kv_bandwidth_bytes, self._dispatcher, is_wanted=header.measures_links)
         self._offers = OfferShelf()
         self._part: KvOffer | None = None
-        self._dispatch_wake_s = math.inf
-        self._check_s = math.inf
-        self._asked_s = math.inf
+        self._dispatch_wake_s = self._check_s = self._asked_s = math.inf
         self._now = header.started_s
         self._outputs: list[AnyRouterOutput] = []
 
@@ -131,9 +131,9 @@ class RouterCore:
         return self._members
 
     @property
-    def elasticity(self) -> Elasticity:
-        """How the deployment changes by itself. Not to be changed."""
-        return self._elasticity
+    def elastic_view(self) -> ElasticView:
+        """What is known of how the deployment changes by itself."""
+        return self._elasticity.view
 
     @property
     def links(self) -> tuple[MeasuredLink, ...]:
@@ -188,7 +188,7 @@ class RouterCore:
                 self._dispatch(one)
             case ProcessExited():
                 self._on_exit(one)
-            case Planned() | PlanningFailed():
+            case Planned() | PlanningFailed() | WorkloadReported():
                 self._adapt(self._elasticity.hear(one, self._members, now))
             case _:
                 self._on_command(one)

@@ -17,7 +17,8 @@ from disagg.base.step_limits import StepLimits
 from disagg.costs.step_costs import decode_work_s, prefill_work_s
 from disagg.scheduling.dispatch.fleet_facts import known_decode_costs, known_prefill_costs
 from disagg.scheduling.dispatch.state import InstanceEntry
-from disagg.scheduling.dispatch.workload import Arrival, WorkloadWindow
+from disagg.scheduling.dispatch.workload import WorkloadWindow
+from disagg.scheduling.dispatch.workload_report import Arrival
 
 _FEWEST_ARRIVALS: Final = 10
 _SHORTEST_S: Final = 10.0

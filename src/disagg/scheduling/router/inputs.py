@@ -2,7 +2,7 @@
 
 import msgspec
 
-from disagg.base.ids import InstanceId
+from disagg.base.ids import InstanceId, RouterId
 from disagg.base.messages import (
     CostsLearned,
     Failed,
@@ -27,6 +27,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
+from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.replan.question import PlanAnswer
 from disagg.scheduling.step.events import Tick
 
@@ -83,6 +84,13 @@ class MeasureLinks(RouterInput, frozen=True, kw_only=True):
     """An operator wants all links measured anew."""
 
 
+class WorkloadReported(RouterInput, frozen=True, kw_only=True):
+    """One of several routers says what has come to it."""
+
+    router: RouterId
+    report: WorkloadReport
+
+
 class Planned(RouterInput, frozen=True, kw_only=True):
     """The planner has answered the question that it was asked last."""
 
@@ -106,6 +114,7 @@ AnyRouterInput = (
     | Unreachable
     | ProcessStarting
     | ProcessExited
+    | WorkloadReported
     | Planned
     | PlanningFailed
     | AnyCommand

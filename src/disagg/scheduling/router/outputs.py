@@ -24,6 +24,8 @@ from disagg.scheduling.dispatch.actions import (
     SendPart,
     SendRelease,
 )
+from disagg.scheduling.dispatch.events import ChangeRole, Drain
+from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.replan.placements import RoleCounts
 from disagg.scheduling.replan.question import PlanQuestion
 from disagg.scheduling.step.actions import WakeAt
@@ -228,6 +230,18 @@ class ScalingDecided(RouterOutput, frozen=True, kw_only=True):
         return f"{change}: predicted attainment {self.attainment:.0%} -> {self.attainment_then:.0%}"
 
 
+class ReportWorkload(RouterOutput, frozen=True, kw_only=True):
+    """Tell the keeper of the fleet what has come here since the last time."""
+
+    report: WorkloadReport
+
+
+class ChangeWanted(RouterOutput, frozen=True, kw_only=True):
+    """Let this be done here and in the routers that follow; what cannot be done now is decided anew another time."""
+
+    command: Drain | ChangeRole
+
+
 class AskForPlan(RouterOutput, frozen=True, kw_only=True):
     """The workload has moved, or nothing was known of it: let a planner answer this question."""
 
@@ -302,6 +316,8 @@ AnyRouterOutput = (
     | StopInstance
     | InstanceLeft
     | AddInstance
+    | ReportWorkload
+    | ChangeWanted
     | ScalingDecided
     | AskForPlan
     | PlanDecided

@@ -101,3 +101,6 @@ class ScalingView(msgspec.Struct, frozen=True, kw_only=True):
     """Part of the requests predicted to keep their objectives with the instances there are."""
     attainment_with_fewer: float | None = None
     last_change: str = ""
+    num_added: int = 0
+    num_removed: int = 0
+    """Instances, since the beginning."""

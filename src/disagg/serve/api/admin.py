@@ -111,11 +111,12 @@ class Administration:
     async def instances(self, request: Request) -> Response:
         """List the instances."""
         self._check_caller(request)
+        elastic = self._router.elastic_view()
         return json_response(
             InstanceList(
                 instances=[instance_view(status) for status in self._router.instances()],
-                scaling=list(self._router.scaling()),
-                plan=plan_words(self._router),
+                scaling=list(elastic.scaling),
+                plan=plan_words(elastic),
             )
         )
 

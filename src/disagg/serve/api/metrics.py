@@ -14,8 +14,8 @@ from disagg.base.ids import InstanceId
 from disagg.base.sampling import FinishReason
 from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided, ScalingDecided
-from disagg.serve.api.elastic_metrics import ElasticMetrics, ScalingCollector
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
+from disagg.serve.api.elastic_metrics import ElasticCollector
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.token_metrics import TokenMetrics
@@ -64,12 +64,11 @@ class ServerMetrics:
         self._add_request_metrics()
         self._add_server_metrics()
         self.predictions = PredictionMetrics(self.registry, model_name)
-        self._elastic = ElasticMetrics(self.registry, model_name)
 
     def watch(self, router: Router) -> None:
-        """Export what the instances report about themselves."""
+        """Export what the instances report about themselves, and how there come to be more or fewer."""
         self._of_instances.register(InstanceCollector(router, self._model_name))
-        self._of_instances.register(ScalingCollector(router, self._model_name))
+        self._of_instances.register(ElasticCollector(router, self._model_name))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -80,7 +79,7 @@ class ServerMetrics:
         return generate_latest(self.registry)
 
     def of_instances(self) -> bytes:
-        """Return what the instances say of themselves, which is the same for all routers of a server."""
+        """Return what is known of the instances, which is the same for all routers of a server."""
         return generate_latest(self._of_instances)
 
     def choice_ended(self, reason: FinishReason) -> None:
@@ -156,14 +155,6 @@ class ServerMetrics:
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """Count a message that was not used."""
         self._dropped_messages.labels(self._model_name, instance, reason.value).inc()
-
-    def plan_decided(self, decided: PlanDecided) -> None:
-        """Count a plan."""
-        self._elastic.plan_decided(decided)
-
-    def scaling_decided(self, decided: ScalingDecided) -> None:
-        """Count instances that are added or removed."""
-        self._elastic.scaling_decided(decided)
 
     def instance_lost(self, instance: InstanceId) -> None:
         """Count a death."""

@@ -7,6 +7,7 @@ from disagg.base.ids import InstanceId
 from disagg.base.messages import Audited, LinkFigure
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.serve.api.instance_metrics import BLOCK_STATES, kv_usage
 from disagg.serve.api.observer import Accounts
@@ -18,7 +19,7 @@ from disagg.serve.router.interface import InstanceStatus, Router
 def server_view(router: Router, model: ServedModel, version: str, accounts: Accounts) -> ServerView:
     """Return what is running now."""
     instances = router.instances()
-    state = readiness(router)
+    state, elastic = readiness(router), router.elastic_view()
     return ServerView(
         model=model.name,
         version=version,
@@ -31,15 +32,14 @@ def server_view(router: Router, model: ServedModel, version: str, accounts: Acco
         can_chat=model.chat_template.available,
         hand_overs=accounts.metrics.hand_overs,
         predictions=accounts.metrics.predictions.totals,
-        scaling=list(router.scaling()),
-        plan=plan_words(router),
+        scaling=list(elastic.scaling),
+        plan=plan_words(elastic),
     )
 
 
-def plan_words(router: Router) -> str:
+def plan_words(view: ElasticView) -> str:
     """Return what was decided last of the placement; empty before the first plan."""
-    decided = router.last_plan()
-    return "" if decided is None else decided.words
+    return "" if view.plan is None else view.plan.words
 
 
 def readiness(router: Router) -> Readiness:

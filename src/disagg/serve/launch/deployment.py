@@ -20,7 +20,6 @@ from disagg.base.config import (
     ServeSettings,
 )
 from disagg.base.core_settings import LentCores
-from disagg.base.elastic_settings import Replan
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
 from disagg.base.joining import ServerTerms
@@ -339,16 +338,3 @@ def usable_cores(asked: Sequence[int], available: Sequence[int]) -> Sequence[int
             f"--cpus names core {format_ranges(absent)}, but this process may use {format_ranges(sorted(available))}"
         )
     return list(dict.fromkeys(asked)) or sorted(available)
-
-
-def check_routers(deployment: Deployment) -> None:
-    """Raise ConfigurationError for what a server of several routers cannot do: see docs/operations.md."""
-    router = deployment.router
-    others = {
-        "--autoscale": router.autoscale is not None,
-        "--replan": router.replan is not Replan.OFF,
-    }
-    if found := [flag for flag, is_given in others.items() if is_given]:
-        raise ConfigurationError(
-            f"{', '.join(found)}: needs one process that all requests come to; leave out --routers"
-        )

@@ -4,6 +4,7 @@ The keeper's own core is fed by the instances as any router's is. What it decide
 again, drained, removed, flipped, added) is told to the routers, and to each instance which routers there are.
 """
 
+import asyncio
 import logging
 
 from disagg.base.errors import ConfigurationError, UnavailableError
@@ -13,8 +14,9 @@ from disagg.base.messages import InstanceFacts, encode
 from disagg.base.router_messages import SAME_HOST, JoinRouter, LeaveRouter
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Leave, ProcessStarting, Undrain
 from disagg.scheduling.dispatch.state import ALIVE, InstanceState
-from disagg.scheduling.router.inputs import AnyCommand, ProcessExited
-from disagg.serve.launch.fleet_messages import FleetChanged, InstanceFaulty, Roster, RosterEntry
+from disagg.scheduling.dispatch.workload_report import WorkloadReport
+from disagg.scheduling.router.inputs import AnyCommand, ProcessExited, WorkloadReported
+from disagg.serve.launch.fleet_messages import FleetChanged, FleetChanges, InstanceFaulty, Roster, RosterEntry
 from disagg.serve.launch.router_child import RouterChild
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
@@ -96,6 +98,16 @@ class FleetKeeper:
             drained.add(child.name)
             self._remove_drained()
 
+    def router_tells_workload(self, child: RouterChild, report: WorkloadReport) -> None:
+        """Take what has come to a router: how the fleet changes is decided by that."""
+        self._router.hear(WorkloadReported(router=child.name, report=report))
+
+    def show_changes(self, child: RouterChild) -> None:
+        """Tell a router how the fleet changes by itself, where it does not know yet."""
+        if (view := self._router.elastic_view()) != child.shown:
+            child.shown = view
+            child.tell(FleetChanges(view=view))
+
     def _introduce(self, instance: InstanceId, router: RouterId) -> None:
         child, endpoint = self._routers[router]
         if instance in self._guests:
@@ -138,6 +150,16 @@ class FleetKeeper:
             case _:
                 self._router.command(command)
                 self._tell_routers(command)
+
+    def change_wanted(self, command: Drain | ChangeRole) -> None:
+        """Carry out what was decided here, once the present event is done with."""
+        asyncio.get_running_loop().call_soon(self._change, command)
+
+    def _change(self, command: Drain | ChangeRole) -> None:
+        try:
+            self.command(command)
+        except ConfigurationError as error:
+            logger.debug("%s", error)  # it is decided anew another time
 
     def measure_links(self) -> None:
         """See CommandTaker."""

@@ -12,11 +12,13 @@ from disagg.base.message_fields import Count, Message, Name, Seconds, Words
 from disagg.base.messages import decode_message
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, ProcessStarting, Undrain
+from disagg.scheduling.dispatch.workload_report import WorkloadReport
+from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.scheduling.router.inputs import AnyCommand, MeasureLinks, ProcessExited
 from disagg.scheduling.router.outputs import AddInstance
 from disagg.serve.launch.deployment import Deployment
 
-FLEET_VERSION = 2
+FLEET_VERSION = 3
 
 
 class RouterTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +86,12 @@ class AllMetrics(Message, frozen=True, kw_only=True):
 
     number: Count
     text: bytes
+
+
+class FleetChanges(Message, frozen=True, kw_only=True):
+    """How the fleet changes by itself: what was seen and decided last."""
+
+    view: ElasticView
 
 
 class Retire(Message, frozen=True, kw_only=True):
@@ -157,11 +165,17 @@ class MetricsGiven(Message, frozen=True, kw_only=True):
     of_instances: bytes
 
 
+class WorkloadTold(Message, frozen=True, kw_only=True):
+    """What has come to this router since it told last."""
+
+    report: WorkloadReport
+
+
 class SignOfLife(Message, frozen=True, kw_only=True):
     """The process is not stuck."""
 
 
-ToRouterProcess = Roster | FleetChanged | CommandAnswered | GiveMetrics | AllMetrics | Retire
+ToRouterProcess = Roster | FleetChanged | CommandAnswered | GiveMetrics | AllMetrics | FleetChanges | Retire
 ToFleet = (
     RouterUp
     | RouterListening
@@ -171,6 +185,7 @@ ToFleet = (
     | InstanceDrained
     | MetricsWanted
     | MetricsGiven
+    | WorkloadTold
     | SignOfLife
 )
 

@@ -10,7 +10,7 @@ from disagg.base.config import Placement
 from disagg.base.errors import ConfigurationError
 from disagg.serve.launch.api_parts import load_served_model, open_api
 from disagg.serve.launch.cluster_manager import ManagerFactory
-from disagg.serve.launch.deployment import Deployment, check_routers
+from disagg.serve.launch.deployment import Deployment
 from disagg.serve.launch.descriptors import raise_descriptor_limit
 from disagg.serve.launch.join import key_folder
 from disagg.serve.launch.key_files import instance_keys, make_keys
@@ -50,7 +50,6 @@ def serve(deployment: Deployment, observer: ServerObserver) -> None:
 
 def _supervise(deployment: Deployment, observer: ServerObserver) -> None:
     """Serve by several routers. What is wrong with the model's files is found before any process is started."""
-    check_routers(deployment)
     with ExitStack() as resources:
         bound = resources.enter_context(listen(deployment.serve))
         model = load_served_model(deployment)

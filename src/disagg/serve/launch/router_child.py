@@ -13,12 +13,12 @@ from msgspec import structs
 from disagg.base.errors import ProtocolError, UnavailableError
 from disagg.base.ids import InstanceId, RouterId
 from disagg.base.message_fields import PROTOCOL_VERSION, Message
+from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.serve.launch.fleet_messages import (
     Retire,
     RouterServing,
     RouterTask,
     RouterUp,
-    SignOfLife,
     ToFleet,
     check_version,
     decode_for_fleet,
@@ -43,6 +43,8 @@ class RouterChild:
         """Where instances of other hosts connect to it, if any may."""
         self.is_serving = asyncio.Event()
         self.is_retiring = False
+        self.shown = ElasticView()
+        """What it was told last of how the fleet changes by itself."""
         self.last_seen_s = asyncio.get_running_loop().time()
         self._hear = hear
         self._process: ChildProcess | None = None
@@ -110,8 +112,6 @@ class RouterChild:
     def _take(self, message: ToFleet) -> None:
         self.last_seen_s = asyncio.get_running_loop().time()
         match message:
-            case SignOfLife():
-                return
             case RouterUp():
                 check_version(message, PROTOCOL_VERSION)
             case RouterServing():

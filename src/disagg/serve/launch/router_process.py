@@ -10,19 +10,20 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import uvloop
 
-from disagg.base.errors import ConfigurationError, ProtocolError, ServerRestartingError
+from disagg.base.errors import ConfigurationError, ProtocolError, ServerRestartingError, UnavailableError
 from disagg.base.ids import InstanceId
 from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts
 from disagg.base.parent import end_with_parent
 from disagg.scheduling.dispatch.events import ChangeRole, Join, Leave
+from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.serve.launch.api_parts import ApiParts, open_api
 from disagg.serve.launch.api_server import CLOSE_S, make_api_server
 from disagg.serve.launch.descriptors import share_descriptors
@@ -31,6 +32,7 @@ from disagg.serve.launch.fleet_messages import (
     AllMetrics,
     CommandAnswered,
     FleetChanged,
+    FleetChanges,
     GiveMetrics,
     InstanceDrained,
     InstanceFaulty,
@@ -43,6 +45,7 @@ from disagg.serve.launch.fleet_messages import (
     RouterUp,
     SignOfLife,
     ToRouterProcess,
+    WorkloadTold,
     decode_for_router_process,
 )
 from disagg.serve.launch.join import key_folder
@@ -53,6 +56,7 @@ from disagg.serve.launch.outside_door import control_socket
 from disagg.serve.launch.remote_operator import RemoteOperator
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
+from disagg.serve.router.effects import RouterEffects
 from disagg.serve.router.live import Among, LiveRouter
 from disagg.serve.router.outside import KnownGuests
 from disagg.serve.router.watcher import NullWatcher
@@ -114,7 +118,7 @@ class RouterProcess:
         resources.callback(self._router.close)
         self._operator = RemoteOperator(self._pipe)
         watcher = FollowingWatcher(self._router, self._pipe)
-        self._router.start(watcher)
+        self._router.start(watcher, RouterEffects(report_workload=self._report_workload))
         self._pipe.send(RouterListening(outside_port=0 if self._guests is None else self._guests.port))
         deployment = self._task.deployment
         app = self._parts.make_app(self._router, self._operator, self._operator.all_metrics)
@@ -127,6 +131,10 @@ class RouterProcess:
             living.cancel()
             self._api.force_exit = self._api.should_exit = True
             await asyncio.wait({serving}, timeout=CLOSE_S)
+
+    def _report_workload(self, report: WorkloadReport) -> None:
+        with suppress(UnavailableError):  # the keeper is gone: that is noticed where it is listened to
+            self._pipe.send(WorkloadTold(report=report))
 
     def _make_door(self, roster: Roster) -> KnownGuests | None:
         task = self._task
@@ -177,6 +185,8 @@ class RouterProcess:
                     self._pipe.send(
                         MetricsGiven(number=number, text=metrics.of_router(), of_instances=metrics.of_instances())
                     )
+                case FleetChanges(view=view):
+                    self._router.show(view)
                 case Retire():
                     await self._retire(message, serving)
                     return

@@ -28,7 +28,9 @@ from disagg.serve.launch.fleet_messages import (
     RouterListening,
     RouterTask,
     RouterUp,
+    SignOfLife,
     ToFleet,
+    WorkloadTold,
 )
 from disagg.serve.launch.gathered_metrics import MetricsGathering
 from disagg.serve.launch.launcher import CONFIGURATION_STATUS
@@ -226,6 +228,10 @@ class RouterProcesses:
                 self._keeper.router_says_faulty(message)
             case InstanceDrained(instance=instance):
                 self._keeper.router_has_drained(child, instance)
+            case WorkloadTold(report=report):
+                self._keeper.router_tells_workload(child, report)
+            case SignOfLife():
+                self._keeper.show_changes(child)
             case CommandGiven():
                 answering = asyncio.create_task(self._answer(child, message), name="answer to a router")
                 self._answering.add(answering)

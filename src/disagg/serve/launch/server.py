@@ -31,6 +31,7 @@ from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
+from disagg.serve.router.effects import RouterEffects
 from disagg.serve.router.kv_publisher import open_publisher
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.planner_process import PlannerProcess
@@ -100,11 +101,10 @@ class LiveServer:
             self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
             self._manager = None if self._make_manager is None else self._make_manager()
             self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher, self._manager)
-            self._planner = PlannerProcess(self._router.hear_plan)
+            self._planner = PlannerProcess(self._router.hear)
             self._router.start(
                 watcher_of(self._launcher, self._router, self._outside),
-                add_instance=self._operator.add_wanted,
-                ask_planner=self._planner.ask,
+                RouterEffects(add_instance=self._operator.add_wanted, ask_planner=self._planner.ask),
             )
             await self._serve()
 

@@ -33,8 +33,10 @@ from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
 from disagg.serve.router.control_socket import ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
+from disagg.serve.router.effects import RouterEffects
 from disagg.serve.router.kv_publisher import open_publisher
-from disagg.serve.router.live import LiveRouter
+from disagg.serve.router.live import KEEPER, LiveRouter
+from disagg.serve.router.planner_process import PlannerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class SupervisedServer:
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
                 kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
+                among=KEEPER,
             )
             resources.callback(self._router.close)
             keeper = FleetKeeper(self._router, control)
@@ -101,7 +104,15 @@ class SupervisedServer:
                 self._deployment, instances, keeper, self._launcher, self._manager, restart=self._routers.restart
             )
             self._routers.operator = operator
-            self._router.start(keeper)
+            self._planner = PlannerProcess(self._router.hear)
+            self._router.start(
+                keeper,
+                RouterEffects(
+                    add_instance=operator.add_wanted,
+                    ask_planner=self._planner.ask,
+                    change_fleet=keeper.change_wanted,
+                ),
+            )
             await self._serve()
 
     def _task(self, endpoint: str, control_key: str) -> RouterTask:
@@ -170,6 +181,7 @@ class SupervisedServer:
         finally:
             await self._routers.stop(0.0)
             self._router.close()
+            await self._planner.close()
             await self._stop_instances()
 
     def _kill(self) -> None:

@@ -10,9 +10,8 @@ from disagg.base.messages import Audited, InstanceFacts, InstanceLoad, SequenceO
 from disagg.base.request import GenerationRequest, Role
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.scheduling.router.link_survey import MeasuredLink
-from disagg.scheduling.router.outputs import PlanDecided
-from disagg.scheduling.router.scaling import ScalingView
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,11 +91,8 @@ class Router(Protocol):
     async def audit(self) -> tuple[dict[InstanceId, Audited], tuple[str, ...]]:
         """Return what the KV blocks of each live instance are at this instant, and what else is wrong, in words."""
 
-    def scaling(self) -> tuple[ScalingView, ...]:
-        """Return the roles that autoscaling looks at, as it saw them last."""
-
-    def last_plan(self) -> PlanDecided | None:
-        """Return what was decided last of the placement; None before the first plan."""
+    def elastic_view(self) -> ElasticView:
+        """Return what autoscaling saw last of the roles that it looks at, and what was decided of the placement."""
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """Return the links over which KV blocks are handed over, with what was measured of them."""

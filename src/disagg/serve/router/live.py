@@ -7,9 +7,10 @@ nothing: ``scheduling.router.core`` does.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from disagg.base.clock import Clock, MonotonicClock
 from disagg.base.config import RouterSettings, SchedulerSettings
@@ -20,25 +21,23 @@ from disagg.base.messages import Audited, KvEvents, Loading, Ready, StepOutput, 
 from disagg.base.request import GenerationRequest, Role
 from disagg.scheduling.dispatch.events import Drain, Join, Leave, ProcessStarting
 from disagg.scheduling.dispatch.state import InstanceState
-from disagg.scheduling.replan.question import PlanQuestion
 from disagg.scheduling.router.core import RouterCore
-from disagg.scheduling.router.header import RouterHeader
+from disagg.scheduling.router.elastic_view import ElasticView
+from disagg.scheduling.router.elasticity import AnyElasticNews
+from disagg.scheduling.router.header import RouterHeader, RouterPart
 from disagg.scheduling.router.inputs import (
     AnyCommand,
     InstanceSaid,
     MalformedMessage,
     MeasureLinks,
-    Planned,
-    PlanningFailed,
     ProcessExited,
 )
 from disagg.scheduling.router.link_survey import MeasuredLink
 from disagg.scheduling.router.membership import Member
-from disagg.scheduling.router.outputs import PlanDecided
 from disagg.scheduling.router.restart import RestartSettings
-from disagg.scheduling.router.scaling import ScalingView
 from disagg.serve.router.auditing import AUDIT_TIMEOUT_S, Auditing
 from disagg.serve.router.control_socket import ControlSocket
+from disagg.serve.router.effects import NO_EFFECTS, RouterEffects
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.kv_publisher import KvEventPublisher
 from disagg.serve.router.shell import RouterShell
@@ -59,6 +58,11 @@ class Among:
 
     name: RouterId
     cordoned: tuple[InstanceId, ...] = ()
+    part: RouterPart = RouterPart.FOLLOWER
+
+
+ALONE: Final = Among(RouterId(""), part=RouterPart.ALONE)
+KEEPER: Final = Among(RouterId(""), part=RouterPart.KEEPER)
 
 
 class LiveRouter:
@@ -81,7 +85,7 @@ class LiveRouter:
         restarts: RestartSettings | None = None,
         scheduler: SchedulerSettings | None = None,
         kv_events: KvEventPublisher | None = None,
-        among: Among | None = None,
+        among: Among = ALONE,
     ) -> None:
         clock = clock or MonotonicClock()
         header = RouterHeader(
@@ -90,12 +94,14 @@ class LiveRouter:
             scheduler=scheduler or SchedulerSettings(),
             started_s=clock.now(),
             restarts=restarts or RestartSettings(),
-            watches_silence=among is None,
-            measures_links=among is None,
-            cordoned=() if among is None else among.cordoned,
+            watches_silence=among.part is not RouterPart.FOLLOWER,
+            measures_links=among.part is not RouterPart.FOLLOWER,
+            cordoned=among.cordoned,
+            part=among.part,
         )
-        self.name = RouterId("") if among is None else among.name
+        self.name = among.name
         """See Router."""
+        self._followed: ElasticView | None = None
         self._socket = socket
         self._kv_events = kv_events
         self._core = RouterCore(header)
@@ -110,7 +116,7 @@ class LiveRouter:
         self._stopping = False
         self._auditing = Auditing(
             lambda instance, message: socket.send(instance, encode(message)),
-            first=0 if among is None else secrets.randbits(60),
+            first=0 if among is ALONE else secrets.randbits(60),
         )
 
     # For the API ----------------------------------------------------------------------------------------------
@@ -137,13 +143,9 @@ class LiveRouter:
         """See Router."""
         return self._core.can_serve() and not self._stopping
 
-    def scaling(self) -> tuple[ScalingView, ...]:
+    def elastic_view(self) -> ElasticView:
         """See Router."""
-        return self._core.elasticity.scaling
-
-    def last_plan(self) -> PlanDecided | None:
-        """See Router."""
-        return self._core.elasticity.last_plan
+        return self._core.elastic_view if self._followed is None else self._followed
 
     def links(self) -> tuple[MeasuredLink, ...]:
         """See Router."""
@@ -174,25 +176,21 @@ class LiveRouter:
 
     # For whoever runs the server ------------------------------------------------------------------------------
 
-    def hear_plan(self, news: Planned | PlanningFailed) -> None:
-        """Take what a planner says."""
+    def hear(self, news: AnyElasticNews) -> None:
+        """Take what a planner says, or, where this one keeps the fleet, another router."""
         self._shell.feed(news)
 
-    def start(
-        self,
-        watcher: InstanceWatcher,
-        add_instance: Callable[[Role], None] | None = None,
-        ask_planner: Callable[[PlanQuestion], None] | None = None,
-    ) -> None:
+    def show(self, view: ElasticView) -> None:
+        """Take what the keeper of the fleet knows of how it changes by itself."""
+        self._followed = view
+
+    def start(self, watcher: InstanceWatcher, effects: RouterEffects = NO_EFFECTS) -> None:
         """Listen for instances and tell ``watcher`` about them; raise ConfigurationError when that is impossible.
 
-        ``add_instance`` starts one more of a role, ``ask_planner`` has a question answered, where somebody can.
+        ``effects`` bring about what the router decides beyond them.
         """
-        if ask_planner is not None:
-            self._shell.ask_planner = ask_planner
         self._shell.watcher = watcher
-        if add_instance is not None:
-            self._shell.add_instance = add_instance
+        self._shell.effects = effects
         self._socket.open(self._receive)
         self.tick()
 
@@ -319,7 +317,7 @@ def _status(member: Member) -> InstanceStatus:
         facts=member.facts,
         load=member.load,
         num_restarts=member.num_restarts,
-        num_sequences=member.entry.num_sequences + member.entry.foreign.num_sequences,
+        num_sequences=member.entry.num_held,
         is_leaving=member.is_leaving,
         detail=member.detail,
     )

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final, assert_never
 
 from disagg.base.block_hash import names_for
@@ -37,7 +37,7 @@ from disagg.base.messages import (
     Stop,
     encode,
 )
-from disagg.base.request import GenerationRequest, Role
+from disagg.base.request import GenerationRequest
 from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.actions import (
     Degrade,
@@ -69,6 +69,7 @@ from disagg.scheduling.router.outputs import (
     AskForBlocks,
     AskForPlan,
     AskToMeasure,
+    ChangeWanted,
     EndInstance,
     GiveUpInstance,
     HandOverEnded,
@@ -78,6 +79,7 @@ from disagg.scheduling.router.outputs import (
     LinkFound,
     MessageDropped,
     PlanDecided,
+    ReportWorkload,
     RestartInstance,
     ScalingDecided,
     SendOffer,
@@ -89,6 +91,7 @@ from disagg.scheduling.router.outputs import (
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.serve.router.control_socket import ControlSocket
+from disagg.serve.router.effects import NO_EFFECTS
 from disagg.serve.router.record import SequenceRecord
 from disagg.serve.router.sink import RouterSink
 from disagg.serve.router.stream import LiveStream
@@ -113,10 +116,8 @@ class RouterShell:
         self, core: RouterCore, socket: ControlSocket, *, clock: Clock, sink: RouterSink, event_log: EventLog | None
     ) -> None:
         self.watcher: InstanceWatcher = NullWatcher()
-        self.add_instance: Callable[[Role], None] = _add_nothing
-        """Starts one more instance of a role, and lets it join."""
-        self.ask_planner: Callable[[PlanQuestion], None] = self._plan_nothing
-        """Has a question answered, in its own time."""
+        self.effects = NO_EFFECTS
+        """Who brings about what is decided beyond the instances that there are."""
         self._core = core
         self._socket = socket
         self._clock = clock
@@ -277,15 +278,17 @@ class RouterShell:
         match output:
             case ScalingDecided():
                 logger.info("autoscaling: %s", output.words)
-                self._sink.scaling_decided(output)
             case AddInstance(role=role):
-                self.add_instance(role)
+                self.effects.add_instance(role)
+            case ChangeWanted(command=command):
+                self.effects.change_fleet(command)
+            case ReportWorkload(report=report):
+                self.effects.report_workload(report)
             case AskForPlan(why=why, question=question):
                 logger.info("re-planning: the workload has moved (%s); planning", why)
-                self.ask_planner(question)
+                self._ask_planner(question)
             case PlanDecided():
                 logger.info("re-planning: %s", output.words)
-                self._sink.plan_decided(output)
             case Drained(instance=instance):
                 logger.info("instance %s has drained", instance)
                 self.watcher.instance_drained(instance)
@@ -295,8 +298,11 @@ class RouterShell:
             case InstanceLeft(instance=instance):
                 self.watcher.instance_left(instance)
 
-    def _plan_nothing(self, question: PlanQuestion) -> None:
-        self.feed(PlanningFailed(why="nobody plans here"))
+    def _ask_planner(self, question: PlanQuestion) -> None:
+        if self.effects.ask_planner is None:
+            self.feed(PlanningFailed(why="nobody plans here"))
+        else:
+            self.effects.ask_planner(question)
 
     def stop_instance(self, instance: InstanceId) -> None:
         """Ask an instance to end; one that reads no message is ended by whoever runs it."""
@@ -363,10 +369,6 @@ class RouterShell:
         if self._wake_up is not None:
             self._wake_up.cancel()
         self._wake_up = asyncio.get_running_loop().call_later(max(0.0, time_s - now), self.tick)
-
-
-def _add_nothing(role: Role) -> None:
-    logger.warning("one more %s instance is wanted, and nobody here starts any", role.value)
 
 
 def _refusal(output: Refuse) -> DisaggError:

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from disagg.base.ids import InstanceId
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
-from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound, PlanDecided, ScalingDecided
+from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
 
 
 class RouterSink(Protocol):
@@ -27,12 +27,6 @@ class RouterSink(Protocol):
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
         """A message was not used."""
-
-    def scaling_decided(self, decided: ScalingDecided) -> None:
-        """Autoscaling adds or removes instances."""
-
-    def plan_decided(self, decided: PlanDecided) -> None:
-        """A planner's answer was weighed."""
 
     def instance_lost(self, instance: InstanceId) -> None:
         """An instance that had been ready died or was declared dead."""
@@ -66,12 +60,6 @@ class NullSink:
         """See RouterSink."""
 
     def message_dropped(self, instance: InstanceId, reason: DropReason) -> None:
-        """See RouterSink."""
-
-    def scaling_decided(self, decided: ScalingDecided) -> None:
-        """See RouterSink."""
-
-    def plan_decided(self, decided: PlanDecided) -> None:
         """See RouterSink."""
 
     def instance_lost(self, instance: InstanceId) -> None:
