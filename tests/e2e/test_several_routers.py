@@ -73,6 +73,7 @@ def tell(server: ServerProcess, max_tokens: int, begun: "Future[None]") -> Story
 def tell_on_both(server: ServerProcess, pool: ThreadPoolExecutor, max_tokens: int) -> "list[Future[Story]]":
     """Begin streams until each router has some."""
     stories: list[Future[Story]] = []
+    assert server.model  # asked for now, as its connection is kept, too
     idle = {router: num_clients(router) for router in routers(server)}  # connections that are kept for a next request
     while not all(num_clients(router) > num for router, num in idle.items()):
         begun: Future[None] = Future()
