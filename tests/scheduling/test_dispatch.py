@@ -168,6 +168,19 @@ def test_decode_goes_where_least_kv_tokens_are():
     assert story.until_offered("c") == [SendAdopt(**ids("c"), instance=D1)]
 
 
+def test_tokens_that_are_told_of_in_sum_weigh_like_others_until_they_are_told_of_one_by_one():
+    story = Story(TWO_AND_TWO)
+    story.until_offered("a", num_tokens=50)
+    story.pulled(D0, "a")
+    story.until_offered("b", num_tokens=60)
+    story.pulled(D1, "b")
+    story.send(TokensEmitted(instance=D0, progress=(), num_untold=20))
+    assert story.loads()[D0] == (0, 50 + 1 + 20)
+    assert story.until_offered("c") == [SendAdopt(**ids("c"), instance=D1)]
+    story.emit(D0, "a", num_tokens=30, finished=True)
+    assert story.loads()[D0] == (0, 0)
+
+
 def test_with_both_kinds_of_path_the_less_loaded_one_is_taken():
     story = Story({**ONE_AND_ONE, C0: Role.COLOCATED})
     assert story.arrive("a") == [generate("a", P0)]  # tie: the pair

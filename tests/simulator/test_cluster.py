@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import LinearLatency, cluster_spec, instance, pair, poisson, serve, stamps
 
+from disagg.base.block_hash import hash_blocks
 from disagg.base.config import SchedulingMode
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import BlockHash, RequestId
@@ -223,3 +224,36 @@ def test_random_deployments_keep_their_books() -> None:
         )
         ended = serve(spec, poisson(rate=100, count=60, seed=rng.randint(0, 99)))
         assert len(ended) == 60
+
+
+def conversations(count: int, seed: int) -> list[SimulatedRequest]:
+    """Return requests, some of less than a KV block, whose answers somebody asks for again."""
+    rng = random.Random(seed)
+    requests = poisson(rate=50, count=count, seed=seed)
+    for number, request in enumerate(requests):
+        topic = rng.randint(0, 40)
+        tokens = [topic] * request.prompt_len + [1000 + topic] * request.output_len
+        request.hash_block_size = 16
+        request.block_hashes = hash_blocks(tokens, 16) if number % 3 else ()
+    return requests
+
+
+@pytest.mark.parametrize("name", ["pair", "colocated", "tight colocated"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_timing_ahead_changes_nothing_where_blocks_have_names(name: str, seed: int) -> None:
+    ahead = serve(DEPLOYMENTS[name], conversations(300, seed))
+    single = serve(DEPLOYMENTS[name], conversations(300, seed), step_by_step=True)
+    assert stamps(ahead) == stamps(single)
+
+
+@pytest.mark.parametrize("name", ["pair", "two pairs", "pair and colocated"])
+def test_timing_ahead_changes_nothing_when_clients_go_away(name: str) -> None:
+    def requests() -> list[SimulatedRequest]:
+        found = poisson(rate=60, count=300, seed=5)
+        for number, request in enumerate(found[::4]):
+            request.cancel_s = request.arrival_s + 0.001 * (4 * number % 197)
+        return found
+
+    ahead, single = serve(DEPLOYMENTS[name], requests()), serve(DEPLOYMENTS[name], requests(), step_by_step=True)
+    assert any(request.outcome is Outcome.CANCELLED for request in ahead)
+    assert stamps(ahead) == stamps(single)

@@ -1,14 +1,12 @@
 """A run of equal decode steps, timed ahead: nothing happens between them that the scheduler would have to decide."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Final
 
 from disagg.costs.latency import LatencyModel, PredictsRuns, StepShape
 from disagg.scheduling.step.actions import RunStep
-from disagg.simulator.request import SimulatedRequest
 
 FIRST_STEPS: Final = 8
 """Timed at once; twice as many each time the run gets that far. What an interruption throws away was timed in vain."""
@@ -25,15 +23,12 @@ class DecodeRun:
     def __init__(
         self,
         step: RunStep,
-        requests: Sequence[SimulatedRequest],
         shape: StepShape,
         latency: LatencyModel,
         now: float,
         num_repeats: int,
     ) -> None:
         self.step = step
-        self.requests = requests
-        """Whose tokens these are, in the order of the step."""
         self.started_s = now
         """When the step in flight did."""
         self.ends_s: list[float] = []

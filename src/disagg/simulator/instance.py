@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import assert_never
 
-from msgspec import structs
-
 from disagg.base.event_log import EventLog
-from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
+from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import (
     Audited,
     CostsLearned,
@@ -26,12 +24,12 @@ from disagg.base.messages import (
     Pulled,
     StageStamps,
 )
-from disagg.base.sampling import FinishReason
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Activity, LatencyBeside, LatencyOnMore
 from disagg.costs.latency import LatencyModel, Pipeline, StepShape
 from disagg.costs.links import SerialLinks
+from disagg.scheduling.dispatch.events import TokensEmitted
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, CopyEnded, Expect, Start
@@ -46,11 +44,13 @@ from disagg.scheduling.instance.outputs import (
 )
 from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid
 from disagg.scheduling.step.actions import DropSaved, Forget, LoadBlocks, RunStep, SaveBlock, WakeAt
-from disagg.scheduling.step.events import StepDone, StepResult, Tick
+from disagg.scheduling.step.events import StepDone, Tick
 from disagg.simulator.copies import Copies
+from disagg.simulator.decode_batch import DecodeBatch
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
+from disagg.simulator.held_requests import HeldRequests
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
 from disagg.simulator.link_figure import link_figure
@@ -113,11 +113,7 @@ class SimulatedInstance:
         self._pipeline = Pipeline(spec.latency.num_stages)
         self._activity: Activity | None = None
         self._step_tokens, self._step_s = 0, 0.0
-        self._requests: dict[RequestId, SimulatedRequest] = {}
-        self._attempts: dict[RequestId, Epoch] = {}
-        """In which of their attempts they came last."""
-        self._expected: set[RequestId] = set()
-        """Those of them that another instance still computes."""
+        self._requests = HeldRequests(spec.block_size)
         self._messages: list[AnyInstanceInput] = []
         self._steps_done: list[AnyInstanceInput] = []
         self._pulls_done: list[AnyInstanceInput] = []
@@ -128,6 +124,10 @@ class SimulatedInstance:
         self._copies = self._new_copies()
         self._tiers = TierClock(spec)
         self._run: DecodeRun | None = None
+        self._batch: DecodeBatch | None = None
+        """What the step in flight decodes, where that can be repeated, or was."""
+        self._num_told = 0
+        """Tokens that the router knows of in sum alone."""
         self._paced = None if spec.cores is None else self._new_paced_steps()
         """Its steps, where they borrow cores."""
         self.is_alive = True
@@ -155,10 +155,11 @@ class SimulatedInstance:
     def kill(self) -> None:
         """End this life: what it computed, pulled and held is gone."""
         self.sync()
+        self._dissolve()
         self._run = None
         self._loads_before.append(self._core.load())
         self.is_alive = False
-        self._requests = {}
+        self._requests = HeldRequests(self.spec.block_size)
         self.kv_use.record(self._queue.now(), 0)
         self._copies.drop()
         if self._paced is not None:
@@ -178,12 +179,7 @@ class SimulatedInstance:
     def take(self, request: SimulatedRequest, message: Start | Continue | Expect) -> None:
         """Receive a sequence: the message says whether it starts here or continues."""
         if self.is_alive:
-            self._requests[request.request_id] = request
-            self._attempts[request.request_id] = message.sequence.epoch
-            if isinstance(message, Expect):
-                self._expected.add(request.request_id)
-            else:
-                self._expected.discard(request.request_id)
+            self._requests.take(request, message)
             self.deliver(message)
 
     def deliver(self, message: AnyInstanceInput) -> None:
@@ -205,16 +201,33 @@ class SimulatedInstance:
         )
         self._tell(InstanceSaid(instance=self.spec.name, message=measured))
 
-    def unreported(self) -> list[SimulatedRequest]:
-        """Return the requests with tokens, neither first nor last, that the dispatcher was not told of."""
-        self.sync()
-        return [
-            request
-            for request in self._requests.values()
-            if 0 < request.num_reported_tokens < request.num_output_tokens
-            and not request.is_complete
-            and request.request_id not in self._expected
-        ]
+    def news(self, *, in_sum: bool) -> TokensEmitted | None:
+        """Return what the router was not told of the answers under way here, neither first nor last tokens.
+
+        ``in_sum`` says that it need not know whose they are. None when it knows.
+        """
+        name, batch = self.spec.name, self._batch
+        if in_sum and batch is not None and batch.is_told_in_sum:
+            ahead = 0 if self._run is None else self._run.num_ended(self._queue.now())
+            num_told, self._num_told = self._num_told, batch.num_untold_after(ahead)
+            is_new = num_told != self._num_told
+            return TokensEmitted(instance=name, progress=(), num_untold=self._num_told) if is_new else None
+        if batch is not None:
+            self.sync()
+            batch.settle()
+        unreported = self._requests.unreported()
+        num_told, self._num_told = self._num_told, 0
+        return tokens_emitted(name, unreported) if unreported or num_told else None
+
+    def lose(self, request: SimulatedRequest) -> TokensEmitted | None:
+        """A client goes away: its request has the tokens that came until now; return what the router is to know first.
+
+        Until the batch is another one, no sum of it says what those bring that stay.
+        """
+        if self._batch is None or request not in self._requests:
+            return None
+        self._batch.is_told_in_sum = False
+        return self.news(in_sum=False)
 
     def sync(self) -> None:
         """Book the steps of a run that have ended up to now."""
@@ -272,8 +285,10 @@ class SimulatedInstance:
             self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
         for output in outputs:
             self._carry_out(output, now)
-        if self._paced is not None and not self._num_in_flight:
-            self._host.lend(self.spec.name)
+        if not self._num_in_flight:
+            self._dissolve()
+            if self._paced is not None:
+                self._host.lend(self.spec.name)
         if self._host.is_shared:
             activity = self._activity if self._num_in_flight else None
             self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
@@ -297,7 +312,7 @@ class SimulatedInstance:
                 end_s, saved = self._tiers.write(output, now)
                 self._later(end_s, partial(self._end_tier, saved))
             case Forget():
-                self._forget(output)
+                self._requests.forget(output)
             case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
@@ -308,37 +323,38 @@ class SimulatedInstance:
             case _:
                 assert_never(output)
 
-    def _forget(self, output: Forget) -> None:
-        request_id = output.request_id
-        if self._attempts.get(request_id, output.epoch) <= output.epoch:  # else it has come again meanwhile
-            self._requests.pop(request_id, None)
-            self._attempts.pop(request_id, None)
-            self._expected.discard(request_id)
-
     def _emit(self, output: Emitted, now: float) -> None:
         """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances.
 
         So is the first of a resumed sequence: it may be all that comes from here before its offer.
         """
         stamps = _stamps_of(output.firsts) if output.firsts else {}
-        requests = [self._requests[request_id] for request_id in output.request_ids]
-        gaps_s = add_tokens(requests, 1, now, now, stamps)
+        requests = self._requests.of(output.request_ids)
+        if self._batch is not None:
+            self._batch.note_fresh(1, now, now, stamps)
+        else:
+            gaps_s = add_tokens(requests, 1, now, now, stamps)
+            if self._gaps is not None:
+                self._gaps.add_all(gaps_s)
         news, tells_all = [], self._tells_all
         for request in requests:
             count = request.num_output_tokens
             resumed_here = bool(stamps) and request.epoch != FIRST_EPOCH and request.request_id in stamps
             if tells_all or count == 1 or count >= request.output_len or resumed_here:
                 news.append(request)
-        if self._gaps is not None:
-            self._gaps.add_all(gaps_s)
         if news:
-            self._tell(tokens_emitted(self.spec.name, news))
+            self._num_told = self._batch.num_untold_after(0) if self._num_told and self._batch is not None else 0
+            self._tell(tokens_emitted(self.spec.name, news, self._num_told))
 
     # Steps and pulls ----------------------------------------------------------------------------------------
 
     def _run_step(self, step: RunStep, now: float) -> None:
         self._num_in_flight += 1
-        shape, swap_s = self._price(step)
+        if step.num_standing and self._batch is not None:
+            self._batch.join(self._requests_of(step))
+        else:
+            self._dissolve()
+        shape, swap_s = self._price(step) if self._batch is None else (self._batch.shape, 0.0)
         latency = self.spec.latency
         if self._host.is_shared:
             self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
@@ -346,10 +362,9 @@ class SimulatedInstance:
             latency = self._paced.begin(step)
         elif self._host.is_shared:
             latency = self._host.latency_now(self.spec.name, latency)
-        requests = self._requests_of(step) if self._may_repeat and not shape.num_prefills else []
-        num_repeats = self._num_repeats(requests, latency) if requests else 0
+        num_repeats = 0 if shape.num_prefills or not self._may_repeat else self._num_repeats(step, latency)
         if num_repeats:
-            self._run = DecodeRun(step, requests, shape, latency, now, num_repeats)
+            self._run = DecodeRun(step, shape, latency, now, num_repeats)
             self._step_s = self._run.ends_s[0] - now
             self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
         elif self._paced is not None:
@@ -370,26 +385,17 @@ class SimulatedInstance:
             return StepShape.of(step.chunks), 0.0
         swapped_s, known = 0.0, []
         for chunk in step.chunks:
-            end = chunk.start + chunk.num_tokens
-            if chunk.num_tokens > 1 and end > self._requests[chunk.request_id].prompt_len:
-                swapped_s += self.spec.swap.transfer_time_s((end - 1) * self.spec.kv_bytes_per_token)
-                chunk = structs.replace(chunk, start=end - 1, num_tokens=1)
-            known.append(chunk)
+            left, its_s = self.spec.swap_in(chunk, self._requests[chunk.request_id].prompt_len)
+            known.append(left)
+            swapped_s += its_s
         return StepShape.of(known), swapped_s
 
     def _end_step(self, step: RunStep, duration_s: float, borrowed_s: float = 0.0) -> None:
         self._num_in_flight -= 1
         if self._paced is not None:
             self._host.end_step(self.spec.name)
-        results, requests = [], self._requests
-        for chunk in step.chunks:
-            if chunk.samples:
-                request = requests[chunk.request_id]
-                request.num_output_tokens += 1
-                finished = FinishReason.LENGTH if request.num_output_tokens >= request.output_len else None
-                names = request.names_of_new(1, self.spec.block_size) if request.block_hashes else ()
-                if names or finished is not None:
-                    results.append(StepResult(chunk.request_id, finished, names))
+        batch, now = self._batch, self._queue.now()
+        results = self._requests.count_tokens(step.chunks) if batch is None else batch.finish(now)
         done = StepDone(step_id=step.step_id, results=tuple(results), duration_s=duration_s, borrowed_s=borrowed_s)
         self._steps_done.append(done)
         if not self._is_turn_due:
@@ -405,44 +411,40 @@ class SimulatedInstance:
 
     # Runs of equal decode steps -----------------------------------------------------------------------------
 
-    def _num_repeats(self, requests: Sequence[SimulatedRequest], latency: LatencyModel) -> int:
-        """Return how often a step that decodes these can be repeated before the scheduler is asked."""
+    def _num_repeats(self, step: RunStep, latency: LatencyModel) -> int:
+        """Return how often a step of decodes alone can be repeated before the scheduler is asked."""
         if isinstance(latency, LatencyBeside | LatencyOnMore) and latency.is_for_one_step:
             return 0
         if self._paced is not None and self._host.is_waited_for(self.spec.name):
             return 0
         num_repeats = self._core.num_repeats()
-        for request in requests:
-            # A first and a last token are news, and only the end of a single step tells them.
-            num_left = request.output_len - request.num_output_tokens - 1
-            if num_left < num_repeats:
-                num_repeats = num_left
-            if num_repeats <= 0 or not request.num_output_tokens:
-                return 0
+        if not num_repeats:
+            return 0
+        batch = self._batch or DecodeBatch(self._requests_of(step), self.spec.block_size, self._gaps)
+        num_repeats = min(num_repeats, batch.num_repeats)
+        if num_repeats and self._batch is None:
+            self._batch = batch
+            # One that was preempted has tokens, too, that the router was not told of, and is in no batch.
+            batch.is_told_in_sum = all(request in batch for request in self._requests.unreported())
         return num_repeats
 
     def _requests_of(self, step: RunStep) -> list[SimulatedRequest]:
-        return [self._requests[chunk.request_id] for chunk in step.chunks]
+        return self._requests.of([chunk.request_id for chunk in step.chunks])
+
+    def _dissolve(self) -> None:
+        """The batch is another one: its requests have what it has brought them."""
+        if self._batch is not None:
+            self._batch.settle()
+            self._batch = None
 
     def _book(self, run: DecodeRun, count: int, *, is_over: bool = False) -> None:
         """Book the next ``count`` ends of steps of a run; when it ``is_over``, no step is in flight after them."""
-        if not count:
+        batch = self._batch
+        if not count or batch is None:
             return
-        requests = run.requests
-        names: dict[RequestId, tuple[BlockHash, ...]] = {}
-        for request in requests:
-            request.num_output_tokens += count
-            if request.block_hashes:
-                names[request.request_id] = request.names_of_new(count, self.spec.block_size)
-        run.step, firsts = self._core.repeat(count, run.ends_s[0], names, is_over=is_over)
+        run.step, firsts = self._core.repeat(count, run.ends_s[0], batch.count(count), is_over=is_over)
         self.kv_use.record(self._queue.now(), self._core.num_held_blocks)
-        ends_s = run.take(count)
-        stamps = _stamps_of(firsts) if firsts else {}
-        gaps_s = add_tokens(requests, count, ends_s[0], ends_s[-1], stamps)
-        if self._gaps is not None:
-            self._gaps.add_all(gaps_s)
-            if count > 1:
-                self._gaps.add_between(ends_s, len(requests))
+        batch.note_times(count, run.take(count), _stamps_of(firsts) if firsts else {})
 
     def _change_pace(self) -> None:
         """The step in flight goes on with more or fewer cores: a run ends with it."""

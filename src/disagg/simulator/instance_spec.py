@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from disagg.base.config import SchedulerSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import InstanceId
@@ -17,6 +19,7 @@ from disagg.costs.topology import Place
 from disagg.scheduling.capacity import capacity_tokens, most_in_sight, step_limits
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.outputs import StartCopy
+from disagg.scheduling.step.actions import Chunk
 from disagg.scheduling.step.threads import StepThreads
 
 
@@ -104,6 +107,17 @@ class InstanceSpec:
     def copied_bytes(self, copy: StartCopy) -> int:
         """Return what a pull carries: in each copy, a block of the smaller size of the two instances'."""
         return len(copy.copies) * self.block_bytes * min(copy.offer.block_size, self.block_size) // self.block_size
+
+    def swap_in(self, chunk: Chunk, prompt_len: int) -> tuple[Chunk, float]:
+        """Return what is computed of a chunk where the KV of preempted sequences waits, and the seconds to get that.
+
+        Of several tokens that end past the prompt all but the last were computed before.
+        """
+        end = chunk.start + chunk.num_tokens
+        if self.swap is None or chunk.num_tokens == 1 or end <= prompt_len:
+            return chunk, 0.0
+        swapped_s = self.swap.transfer_time_s((end - 1) * self.kv_bytes_per_token)
+        return structs.replace(chunk, start=end - 1, num_tokens=1), swapped_s
 
     def header(self, incarnation: str) -> InstanceHeader:
         """Return what the core of one life of the instance is made from."""

@@ -153,12 +153,12 @@ def add_tokens(
     return gaps_s
 
 
-def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest]) -> TokensEmitted:
-    """Report all tokens of these requests that were not reported yet."""
+def tokens_emitted(instance: InstanceId, requests: Iterable[SimulatedRequest], num_untold: int = 0) -> TokensEmitted:
+    """Report all tokens of these requests that were not reported yet; ``num_untold`` are those of others."""
     progress = []
     for request in requests:
         num_new = request.num_output_tokens - request.num_reported_tokens
         request.num_reported_tokens = request.num_output_tokens
         is_complete = request.num_output_tokens >= request.output_len
         progress.append(Progress(request.request_id, request.epoch, num_new, is_complete))
-    return TokensEmitted(instance=instance, progress=tuple(progress))
+    return TokensEmitted(instance=instance, progress=tuple(progress), num_untold=num_untold)

@@ -61,7 +61,7 @@ from disagg.simulator.event_log import EventLogFolder
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.instance import SimulatedInstance
-from disagg.simulator.request import Outcome, SimulatedRequest, tokens_emitted
+from disagg.simulator.request import Outcome, SimulatedRequest
 
 _DEATH: Final = "killed by the simulation"
 _LEFT: Final = "it was removed"
@@ -97,6 +97,8 @@ class SimulatedRouter:
         # Where a message takes time, loads are those of when it was sent; a change of the fleet, or a prediction,
         # looks at all of them.
         self._compares_all = message_s > 0 or instances_may_die or settings.needs_costs
+        # Where neither tenants take turns nor anybody looks at the workload, it does not matter whose tokens come.
+        self._takes_sums = not (self._compares_all or settings.tenants or log is not None)
         self._start_spare_s = start_spare_s
         self._planner = planner
         self.decisions: list[tuple[float, ScalingDecided | PlanDecided]] = []
@@ -186,6 +188,9 @@ class SimulatedRouter:
 
     def _cancel(self, request: SimulatedRequest) -> None:
         if request.outcome is None:
+            for news in [instance.lose(request) for instance in self._instances.values()]:
+                if news is not None:
+                    self._feed(news)
             request.outcome = Outcome.CANCELLED
             self._feed(SequenceCancelled(request_id=request.request_id, epoch=request.epoch))
 
@@ -207,10 +212,10 @@ class SimulatedRouter:
 
     def _report(self, instance: SimulatedInstance) -> bool:
         """Tell the core how far an instance's answers are; return False when it knew."""
-        unreported = instance.unreported()
-        if unreported:
-            self._feed(tokens_emitted(instance.spec.name, unreported))
-        return bool(unreported)
+        news = instance.news(in_sum=self._takes_sums)
+        if news is not None:
+            self._feed(news)
+        return news is not None
 
     # Deciding and telling -----------------------------------------------------------------------------------
 

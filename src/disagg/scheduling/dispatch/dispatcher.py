@@ -269,15 +269,15 @@ class Dispatcher:
         self._actions += send_reader_away(self._fleet, sequence, self._now)
         if instance is None:
             return False
-        sequence.move(Whereabouts.PULLING, self._now, f"adopted by {instance.instance}")
-        sequence.hold(instance.instance)
-        charge = Charge(kv_tokens=sequence.num_tokens, is_decoding=True)
-        self._fleet.charge(sequence, instance.instance, charge, self._now)
-        adopt = SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=instance.instance)
-        self._actions.append(adopt)
+        name = instance.instance
+        sequence.move(Whereabouts.PULLING, self._now, f"adopted by {name}")
+        sequence.hold(name)
+        self._fleet.charge(sequence, name, Charge(kv_tokens=sequence.num_tokens, is_decoding=True), self._now)
+        self._actions.append(SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=name))
         return True
 
     def _emit(self, event: TokensEmitted) -> None:
+        self._fleet.set_untold(event.instance, event.num_untold)
         current: list[tuple[SequenceEntry, Progress]] = []
         for progress in event.progress:
             sequence = self._held_by(event.instance, progress.request_id, progress.epoch)

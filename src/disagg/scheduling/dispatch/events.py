@@ -50,10 +50,15 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokensEmitted(DispatchEvent, frozen=True, kw_only=True):
-    """A step of ``instance`` brought new tokens."""
+    """A step of ``instance`` brought new tokens.
+
+    Of the answers that go on there ``num_untold`` tokens are told of in sum alone, until each is told of. A live
+    instance tells of every one.
+    """
 
     instance: InstanceId
     progress: tuple[Progress, ...]
+    num_untold: int = 0
 
 
 class OfferMade(DispatchEvent, frozen=True, kw_only=True):

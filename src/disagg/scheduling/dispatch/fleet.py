@@ -90,6 +90,7 @@ class Fleet:
         entry.pool_tokens, entry.window = event.pool_tokens, event.window
         entry.limits = event.limits
         self._set_foreign(entry, ForeignLoad())
+        self.set_untold(entry.instance, 0)
 
     def drain(self, instance: InstanceId) -> bool:
         """Give an instance nothing new; return True when it holds nothing. Raise InternalError unless it is ready."""
@@ -165,6 +166,17 @@ class Fleet:
             is_decoding = sequence.state not in READ_ALREADY
             self.charge(sequence, instance, Charge(kv_tokens=sequence.num_tokens, is_decoding=is_decoding), now)
 
+    def set_untold(self, instance: InstanceId, num_tokens: int) -> None:
+        """Let so many tokens, of sequences that are there, be part of an instance's load, in sum alone."""
+        entry = self._by_name.get(instance)
+        if entry is None or num_tokens == entry.untold_tokens:
+            return
+        change = num_tokens - entry.untold_tokens
+        entry.untold_tokens = num_tokens
+        entry.kv_tokens += change
+        if change < 0 and self._ready is not None:
+            self._ready.fell(entry)
+
     def discharge(self, sequence: SequenceEntry, instance: InstanceId, now: float) -> bool:
         """Take the sequence's part off an instance's load; return True when the last one has left a draining one."""
         self.charge(sequence, instance, _NO_CHARGE, now)
@@ -228,7 +240,10 @@ class Fleet:
                 totals[name].prefill_tokens += charge.prefill_tokens
                 totals[name].kv_tokens += charge.kv_tokens
         for name, entry in self._by_name.items():
-            own = Charge(entry.prefill_tokens - entry.foreign.prefill_tokens, entry.kv_tokens - entry.foreign.kv_tokens)
+            own = Charge(
+                entry.prefill_tokens - entry.foreign.prefill_tokens,
+                entry.kv_tokens - entry.foreign.kv_tokens - entry.untold_tokens,
+            )
             if own != totals[name]:
                 raise InternalError(f"the load of {entry.describe()} is not that of its sequences, {totals[name]}")
         self.ready.validate()

@@ -165,6 +165,8 @@ class InstanceEntry:
     """Sequences that it computes, or whose KV blocks it keeps for another instance."""
     foreign: ForeignLoad = field(default_factory=ForeignLoad)
     """The part of the numbers of tokens and of prefills that other routers have put on it."""
+    untold_tokens: int = 0
+    """The part of ``kv_tokens`` of which it is not known whose they are."""
     order: int = 0
     """Its place in the order of joining: decides between equals."""
 

@@ -217,10 +217,8 @@ class InstanceCore:
 
         Returns the step in flight, which is now the last repetition, and what goes with first tokens.
         """
-        step = self._scheduler.repeat(count, names, is_over=is_over)
-        if not self._silent:
-            return step, ()
-        return step, self._first_outputs([chunk.request_id for chunk in step.chunks], first_end_s)
+        step, fresh = self._scheduler.repeat(count, names, is_over=is_over)
+        return step, self._first_outputs(fresh, first_end_s) if fresh else ()
 
     def _report(self, asked: ReportBlocks | AuditBlocks) -> None:
         if isinstance(asked, ReportBlocks):

@@ -37,6 +37,9 @@ class RunStep(Action, frozen=True, kw_only=True):
     chunks: tuple[Chunk, ...]
     num_borrowed: int = 0
     """Cores of other instances that the step may use while those have none."""
+    num_standing: int = 0
+    """Sequences of the step before that have one token more, each, and no chunk here: only a shell that lets a core
+    ``repeat`` a step is given any."""
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,11 @@ from disagg.scheduling.step.sequence import Sequence, SequenceState
 _TO_COMPUTE = frozenset({SequenceState.WAITING, SequenceState.RUNNING})
 
 
+def leases_of(leases: Iterable[Lease], router: RouterId) -> list[Lease]:
+    """Return those that are for this router's sequences."""
+    return [lease for lease in leases if owner_of(lease.request_id) == router]
+
+
 def foreign_load(sequences: Iterable[Sequence], loans: Iterable[Lease], router: RouterId) -> ForeignLoad:
     """Return the load of all sequences but those of ``router``, as its dispatch counts its own.
 

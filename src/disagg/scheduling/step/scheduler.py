@@ -10,11 +10,11 @@ by release or by expiry. No sequence waits for one that is served after it.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import Final
 
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
-from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId, owner_of
+from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId
 from disagg.base.kv_events import AnyKvEvent
 from disagg.base.messages import InstanceLoad
 from disagg.base.router_messages import ForeignLoad
@@ -49,29 +49,18 @@ from disagg.scheduling.step.events import (
     TransferEnded,
     TransferFailed,
 )
-from disagg.scheduling.step.foreign_load import foreign_load
+from disagg.scheduling.step.foreign_load import foreign_load, leases_of
 from disagg.scheduling.step.kv_ledger import KvMemory
+from disagg.scheduling.step.planned_step import PlannedStep, StepForecast
 from disagg.scheduling.step.sequence import Sequence, SequenceState
+from disagg.scheduling.step.standing_step import StandingStep, decode_chunk
 from disagg.scheduling.step.statistics import Occupancy
 from disagg.scheduling.step.threads import ONE_THREAD, StepThreads
 
-
-@dataclass(slots=True)
-class StepForecast:
-    """What a step is expected to take, and when it is expected to end."""
-
-    shape: StepShape
-    predicted_s: float
-    end_s: float
-
-
-@dataclass(slots=True)
-class PlannedStep:
-    """What each sequence computes in a step, the chunks alone, and a forecast where one is asked for."""
-
-    parts: tuple[tuple[Sequence, Chunk], ...]
-    chunks: tuple[Chunk, ...]
-    forecast: StepForecast | None = None
+_OF_OTHERS: Final = frozenset({KvOffered, KvExtended, TransferDone, TransferFailed, TransferEnded, LeaseReleased, Tick})
+"""Events about sequences that are in no step."""
+_STANDING: Final = PlannedStep((), ())
+"""Stands for a standing step, which knows its sequences itself."""
 
 
 class StepScheduler:
@@ -106,6 +95,8 @@ class StepScheduler:
         self._pool = self._books.ledger.pool
         self._block_size = block_size
         self._steps: dict[int, PlannedStep] = {}
+        self._standing: StandingStep | None = None
+        """The step in flight, or that has just ended, once it was repeated."""
 
     def handle(self, events: Iterable[AnyEvent], now: float) -> list[AnyAction]:
         """Apply events that happened up to ``now`` (seconds, never going back), then decide once.
@@ -118,12 +109,16 @@ class StepScheduler:
         books.now = now
         books.actions = []
         for event in events:
+            if self._standing is not None and not _leaves_standing(event):
+                self._stand_down(self._standing)
             self._apply(event)
         if now >= books.alarm:
             self._hand_over.expire()
         self._hand_over.start_pulls()
         if not (books.settings.pull_before_step and books.num_pulling > self._hand_over.early.num_patient):
             self._start_steps()
+        if self._standing is not None and not self._steps:
+            self._stand_down(self._standing)
         if books.ledger.tiers:
             self._tiers.start_saves()
         return books.actions
@@ -174,11 +169,8 @@ class StepScheduler:
     def leases_of(self, router: RouterId) -> list[LeaseReleased]:
         """Return what ends every lease and loan for this router's sequences."""
         ledger = self._books.ledger
-        return [
-            LeaseReleased(request_id=lease.request_id, epoch=lease.epoch)
-            for lease in (*ledger.loans, *ledger.leases)
-            if owner_of(lease.request_id) == router
-        ]
+        leases = leases_of((*ledger.loans, *ledger.leases), router)
+        return [LeaseReleased(request_id=lease.request_id, epoch=lease.epoch) for lease in leases]
 
     def audit(self) -> BlockAudit:
         """Count the blocks of each state."""
@@ -209,6 +201,8 @@ class StepScheduler:
 
     def _apply(self, event: AnyEvent) -> None:
         match event:
+            case StepDone() if self._standing is not None:
+                self._on_standing_done(event, self._standing)
             case StepDone():
                 self._on_step_done(event)
             case Arrived() | KvOffered():
@@ -256,6 +250,8 @@ class StepScheduler:
             return
         known = self._books.sequences.get(event.request_id)
         if known is not None:
+            if self._standing is not None:
+                self._stand_down(self._standing)  # it may be one of its sequences
             self._cancel(known)
         if isinstance(event, KvOffered):
             self._hand_over.on_kv_offered(event)
@@ -378,6 +374,10 @@ class StepScheduler:
     def _start_steps(self) -> None:
         books = self._books
         while len(self._steps) < books.settings.max_steps_in_flight:
+            if self._standing is not None:
+                if self._run_on(self._standing):
+                    return
+                self._stand_down(self._standing)
             if not books.running and not books.waiting:
                 return
             start_s = books.now
@@ -415,43 +415,77 @@ class StepScheduler:
             return 0
         if self._times_all:
             return 0
-        step = next(iter(self._steps.values())).parts
-        if len(step) != len(books.running):
-            return 0
-        for sequence, chunk in step:
-            if chunk.num_tokens != 1 or sequence.hand_over or sequence.discarded is not None:
+        if self._standing is None:
+            step = next(iter(self._steps.values())).parts
+            if len(step) != len(books.running):
                 return 0
-        if books.ledger.has_windows:
-            return min(books.ledger.num_tokens_until_change(sequence) for sequence, _ in step)
+            for sequence, chunk in step:
+                if chunk.num_tokens != 1 or sequence.hand_over or sequence.discarded is not None:
+                    return 0
+            if books.ledger.has_windows:
+                return min(books.ledger.num_tokens_until_change(sequence) for sequence, _ in step)
         # Each sequence takes a block for every block_size tokens, and one more at most.
-        num_blocks_each = books.ledger.pool.num_available // len(step)
+        num_blocks_each = books.ledger.pool.num_available // len(books.running)
         return max(0, num_blocks_each - 1) * books.ledger.block_size
 
-    def repeat(self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]], *, is_over: bool = False) -> RunStep:
+    def repeat(
+        self, count: int, names: Mapping[RequestId, tuple[BlockHash, ...]], *, is_over: bool = False
+    ) -> tuple[RunStep, list[RequestId]]:
         """Do what ``count`` ends of the step in flight, none of which ends a sequence, would have done.
 
         Between two changes of a decode batch every call would do the same: book one token for each sequence, take a
         block here and there, and order the same step again. So a simulation costs by changes, not by tokens. ``names``
-        are those of the blocks that the new tokens fill. Returns the step in flight, which is now the last repetition;
-        its chunks name the positions of the first. When it ``is_over``, the last of these ends has started no other:
-        that is for the next call of ``handle`` to decide.
+        are those of the blocks that the new tokens fill. Returns the step in flight, which is now the last repetition,
+        without chunks, and who got a first token in the first of these. When it ``is_over``, the last of these ends has
+        started no other: that is for the next call of ``handle`` to decide.
         """
         books = self._books
-        ((step_id, step),) = self._steps.items()
-        size = 0 if books.ledger.has_windows else books.ledger.block_size
-        for sequence, _ in step.parts:
-            sequence.num_tokens += count
-            sequence.num_computed += count
-            if is_over:
-                sequence.num_in_flight = sequence.num_coming = 0
-            num_planned = sequence.num_computed + sequence.num_in_flight
-            if num_planned > len(sequence.block_ids) * size and not books.ledger.grow(sequence, num_planned):
-                raise InternalError(f"{count} repetitions of step {step_id} need more blocks than there are")
-            if sequence.block_hashes:
-                sequence.block_hashes += names.get(sequence.request_id, ())
-                books.ledger.publish(sequence)
+        ((step_id, planned),) = self._steps.items()
+        standing = self._standing
+        if standing is None:
+            standing = self._standing = StandingStep(books.ledger, [sequence for sequence, _ in planned.parts])
+        fresh = standing.end(count, is_over=is_over)
+        for request_id, its in names.items():
+            standing.add_names(books.sequences[request_id], its)
+        for sequence in standing.named:
+            books.ledger.publish(sequence)
         books.statistics.num_steps += count - is_over
-        books.statistics.num_decode_tokens += count * len(step.parts)
+        books.statistics.num_decode_tokens += count * len(standing)
         last_id = step_id + count - is_over
-        self._steps = {} if is_over else {last_id: step}
-        return RunStep(step_id=last_id, chunks=step.chunks)
+        self._steps = {} if is_over else {last_id: _STANDING}
+        step = RunStep(step_id=last_id, chunks=(), num_standing=len(standing))
+        return step, [sequence.request_id for sequence in fresh]
+
+    def _on_standing_done(self, event: StepDone, standing: StandingStep) -> None:
+        """Book the end of a standing step. Those that it neither begins nor ends are not named among the emitted."""
+        books = self._books
+        self._take_step(event)
+        books.statistics.num_decode_tokens += len(standing)
+        told, ended = standing.finish(event.results, books.sequences)
+        if told:
+            books.actions.append(Emit(request_ids=tuple([sequence.request_id for sequence in told])))
+        for sequence, reason in ended:
+            self._end_running(sequence, reason)
+
+    def _run_on(self, standing: StandingStep) -> bool:
+        """Start a standing step again, with those that run by now beside it; return False where that cannot be."""
+        books, num_standing = self._books, len(standing)
+        newcomers = None if books.waiting or self._threads.num_borrowable else standing.begin(books)
+        if newcomers is None:
+            return False
+        books.statistics.num_steps += 1
+        step_id, chunks = books.statistics.num_steps, tuple([decode_chunk(one) for one in newcomers])
+        self._steps[step_id] = _STANDING
+        books.actions.append(RunStep(step_id=step_id, chunks=chunks, num_standing=num_standing))
+        return True
+
+    def _stand_down(self, standing: StandingStep) -> None:
+        """Go on with a standing step as with any other."""
+        self._standing, parts = None, standing.settle()
+        for step_id in self._steps:
+            self._steps[step_id] = PlannedStep(parts, tuple([chunk for _, chunk in parts]))
+
+
+def _leaves_standing(event: AnyEvent) -> bool:
+    """Return True for what is about no sequence of a standing step, or only says that the step has ended."""
+    return not event.failed if isinstance(event, StepDone) else type(event) in _OF_OTHERS

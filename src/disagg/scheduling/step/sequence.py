@@ -190,6 +190,13 @@ class Sequence:
         return bool(self.num_coming) and (self.hand_over or self.num_tokens + self.num_coming >= self.max_total_tokens)
 
     @property
+    def is_plain_decode(self) -> bool:
+        """True when a step of one token after the other is all that there is to do, and nothing is in flight."""
+        is_idle = not self.num_in_flight and self.discarded is None
+        is_next = self.num_computed == self.num_tokens - 1 and self.num_computed >= self.num_prefill_tokens
+        return is_idle and is_next and not self.hand_over
+
+    @property
     def is_answering(self) -> bool:
         """True when its prompt is computed, here or elsewhere."""
         return self.num_planned >= self.num_prefill_tokens
