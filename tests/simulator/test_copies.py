@@ -34,6 +34,7 @@ class Reader:
             source=P,
             incarnation=LIFE,
             num_tokens=16,
+            block_size=16,
             block_ids=(BlockId(0),),
             lease_s=60.0,
             pool=b"",
