@@ -117,6 +117,25 @@ def test_an_instance_joins_serves_dies_comes_back_and_leaves(tmp_path: Path) -> 
         assert answers(server, 3) == expected
 
 
+@pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
+def test_requests_wait_for_the_only_decode_instance_when_it_falls_silent(
+    tmp_path: Path, routers: tuple[str, ...]
+) -> None:
+    keys = ("--keys", str(tmp_path / "keys"))
+    patience = ("--instance-timeout-s", "4", "--instance-wait-s", "120", *routers)
+    listening = ("--prefill", "1", "--listen-instances", "127.0.0.1:0")
+    with serving(*EXACT, *keys, *listening, *patience) as server, ThreadPoolExecutor(4) as pool:
+        joining = ("--join", door_of(server), "--role", "decode", *keys, *EXACT, "--kv-link", "tcp")
+        with joined(*joining) as joiner:
+            expected = answers(server, 4)
+            engine = joiner.engine()
+            engine.suspend()
+            waiting = [pool.submit(tokens, server, number) for number in range(4)]
+            assert [one.result() for one in waiting] == expected, "a 503 would raise"
+            assert not engine.is_running()
+            assert states(server) == {"prefill-0": "ready", "decode-0": "ready"}
+
+
 def test_a_host_without_the_servers_keys_is_told_so(tmp_path: Path) -> None:
     joiner = Joiner("--join", "127.0.0.1:1", "--role", "decode", "--keys", str(tmp_path / "none"))
     assert joiner.end(signal.SIGCONT) == 2

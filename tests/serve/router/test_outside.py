@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import pytest
+from fake_instance import facts
 from msgspec import structs
 
-from disagg.base.config import DType, Quantization
+from disagg.base.config import DType, Quantization, RouterSettings
 from disagg.base.errors import ConfigurationError, UnavailableError
-from disagg.base.ids import InstanceId
+from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.joining import (
     Admitted,
     AskToJoin,
@@ -22,11 +23,16 @@ from disagg.base.joining import (
     decode_for_host,
 )
 from disagg.base.message_fields import PROTOCOL_VERSION, Message
-from disagg.base.messages import encode
+from disagg.base.messages import Generate, Ready, decode_for_engine, encode
 from disagg.base.objectives import Objectives
-from disagg.base.request import Role
+from disagg.base.request import GenerationRequest, Role
+from disagg.base.sampling import SamplingParams
+from disagg.scheduling.dispatch.state import InstanceState
+from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES
 from disagg.serve.router.control_socket import Receiver
+from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
+from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import NullWatcher
 
 OURS = ModelIdentity(fingerprint="ab" * 16, dtype=DType.BFLOAT16, quantization=None, block_size=64)
@@ -225,13 +231,27 @@ def test_signs_of_life_are_answered_to_those_who_belong(server: Deployment) -> N
     assert server.outer.answers(BETA)[-1] == StillHere(takes_requests=True)
 
 
-def test_an_instance_that_fell_silent_is_turned_out(server: Deployment) -> None:
+def test_an_instance_that_fell_silent_is_ended_and_awaited_under_its_name(server: Deployment) -> None:
     server.outer.say(BETA, ASK)
     server.watcher.instance_faulty(D1, "no sign of life for 30 s")
     assert server.outer.answers(BETA)[-1] == EndYourInstance(why="no sign of life for 30 s")
-    assert (server.left, server.faulty) == (["decode-1"], [])
+    assert (server.returning, server.left, server.faulty) == (["decode-1"], [], [])
+    server.outer.say("decode-1", b"late")
+    server.outer.say(BETA, InstanceEnded(detail="it was told to"))
+    assert (server.heard, server.left) == ([], []), "its host has said nothing of the next one yet"
+    server.outer.say("host.beta-again", structs.replace(ASK, name="decode-1"))
+    assert server.outer.answers("host.beta-again") == [Admitted(instance=D1, terms=TERMS)]
     server.watcher.instance_faulty(InstanceId("decode-0"), "broken")
     assert server.faulty == ["decode-0"]
+
+
+def test_the_name_of_an_instance_that_left_while_it_was_awaited_is_free(server: Deployment) -> None:
+    server.outer.say(BETA, ASK)
+    server.watcher.instance_faulty(D1, "no sign of life for 30 s")
+    server.watcher.instance_left(D1)
+    assert D1 not in server.door
+    server.outer.say(GAMMA, ASK)
+    assert server.members == [("decode-1", Role.DECODE)] * 2
 
 
 def test_an_instance_that_is_expected_belongs_before_it_joins(server: Deployment) -> None:
@@ -279,11 +299,72 @@ def test_an_instance_that_did_not_return_is_let_go(server: Deployment) -> None:
     assert (server.left, server.faulty) == (["decode-1"], [])
 
 
-def test_a_host_that_is_gone_is_let_go_all_the_same(server: Deployment) -> None:
+def test_a_host_that_is_gone_is_awaited_and_then_let_go_all_the_same(server: Deployment) -> None:
     server.outer.say(BETA, ASK)
     server.outer.absent.add(BETA)
     server.watcher.instance_faulty(D1, "no sign of life for 30 s")
+    assert server.left == []
+    server.watcher.instance_faulty(D1, "no sign of life for 300 s while starting")
     assert server.left == ["decode-1"]
+
+
+class Guests:
+    """A real router whose prefill and decode instance are both on other hosts, and ready."""
+
+    def __init__(self) -> None:
+        self.wire = Wire()
+        self.door = OutsideDoor(self.wire, OURS, TERMS)
+        self.router = LiveRouter({}, RouterSettings(), TwoDoors(Wire(), self.door))
+        self.door.listener = self.router
+        self.router.start(TwoWatchers(NullWatcher(), self.door))
+        for role in (Role.PREFILL, Role.DECODE):
+            self.join(role, "first")
+
+    def join(self, role: Role, life: str) -> None:
+        name = InstanceId(f"{role.value}-0")
+        self.wire.say(f"host.{role.value}.{life}", structs.replace(ASK, role=role, name=name))
+        ready = Ready(version=PROTOCOL_VERSION, instance=name, role=role, incarnation=life, facts=facts())
+        self.wire.say(name, ready)
+
+    def submit(self, name: str) -> LiveStream:
+        return self.router.submit(
+            GenerationRequest(
+                request_id=RequestId(name),
+                epoch=Epoch(0),
+                prompt_token_ids=(1, 2),
+                sampling=SamplingParams(max_tokens=4, seed=0),
+            )
+        )
+
+    def lose_prefill(self) -> None:
+        for _ in range(MAX_MALFORMED_MESSAGES):
+            self.wire.say("prefill-0", b"nonsense")
+
+    def states(self) -> dict[str, InstanceState]:
+        return {one.instance: one.state for one in self.router.instances()}
+
+
+async def test_requests_wait_for_a_guest_that_is_the_only_one_of_its_role_and_was_ended() -> None:
+    guests = Guests()
+    guests.lose_prefill()
+    assert guests.states() == {"prefill-0": InstanceState.STARTING, "decode-0": InstanceState.READY}
+    waiting = guests.submit("a")
+    assert not waiting.is_ended
+    guests.join(Role.PREFILL, "second")
+    name, data = guests.wire.sent[-1]
+    sent = decode_for_engine(data)
+    assert (name, type(sent)) == ("prefill-0", Generate)
+    guests.router.close()
+
+
+async def test_a_guest_that_was_to_leave_is_not_awaited() -> None:
+    guests = Guests()
+    guests.submit("a")
+    guests.wire.say("host.prefill.first", AskToLeave())
+    guests.lose_prefill()
+    assert guests.states() == {"decode-0": InstanceState.READY}
+    assert InstanceId("prefill-0") not in guests.door
+    guests.router.close()
 
 
 def test_bytes_that_are_no_message_are_answered_in_words(server: Deployment) -> None:

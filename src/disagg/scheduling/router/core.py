@@ -103,7 +103,7 @@ from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
 _FromReady = Offered | PartOffered | NotHeld | Pulled | Failed | LoadReport | CostsLearned | LinkMeasured | KvEvents
-_NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable)
+_NEWS_OF_A_MEMBER: Final = (TokensEmitted, InstanceSaid, MalformedMessage, Unreachable, ProcessStarting)
 
 
 class RouterCore:

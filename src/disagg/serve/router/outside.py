@@ -107,11 +107,20 @@ class OutsideDoor:
         self._socket.close()
 
     def turn_out(self, instance: InstanceId, why: str) -> None:
-        """Let go of an instance that is broken, and tell its host if that can be reached."""
-        guest = self._guests.pop(instance)
-        logger.error("instance %s on %s does not belong to this server any more: %s", instance, guest.host, why)
+        """Have an instance that is broken ended, if its host can be reached, and await the next one; not for ever.
+
+        One that is awaited already, and did not come in the time that an instance may take to start, is let go.
+        """
+        guest = self._guests[instance]
+        if guest.socket_name is None:
+            self._let_go(instance, why)
+            return
         self._tell(guest, EndYourInstance(why=why))
-        self.listener.instance_left(instance)
+        self._ended(instance, why, returns=True)
+
+    def forget(self, instance: InstanceId) -> None:
+        """Await no more who does not belong any more."""
+        self._guests.pop(instance, None)
 
     def see_off(self, instance: InstanceId) -> None:
         """Let go of an instance that holds nothing any more and was to leave."""
@@ -142,12 +151,13 @@ class OutsideDoor:
         return self._guests[instance].host
 
     def _take(self, sender: InstanceId, data: bytes) -> None:
-        if sender in self._guests:
+        guest = self._guests.get(sender)
+        if guest is not None and guest.socket_name is not None:
             self._receive(sender, data)
         elif sender.startswith(HOST_PREFIX):
             self._take_from_host(sender, data)
         else:
-            logger.debug("a message from %r outside, which was not admitted, was dropped", sender)
+            logger.debug("a message from %r outside, which is not admitted, was dropped", sender)
 
     def _take_from_host(self, sender: InstanceId, data: bytes) -> None:
         try:
@@ -238,7 +248,7 @@ class OutsideDoor:
         self._guests[instance] = _Guest(None, guest.host, guest.role)
         self.listener.instance_returns(instance, detail)
         if not self.listener.has_instance(instance):  # it was to leave
-            del self._guests[instance]
+            self.forget(instance)
 
     def _tell(self, guest: _Guest, message: Message) -> None:
         if guest.socket_name is not None:
@@ -369,6 +379,8 @@ class TwoWatchers:
             self._local.instance_leaving(instance)
 
     def instance_left(self, instance: InstanceId) -> None:
-        """See InstanceWatcher."""
-        if instance not in self._outside:
+        """See InstanceWatcher. One that was awaited can have been to leave."""
+        if instance in self._outside:
+            self._outside.forget(instance)
+        else:
             self._local.instance_left(instance)
