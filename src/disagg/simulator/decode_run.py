@@ -73,6 +73,14 @@ class DecodeRun:
             add(time_s)
             shape.decode_context += num_decodes
 
+    def goes_on(self, step: RunStep, latency: LatencyModel, num_repeats: int, now: float) -> bool:
+        """Go on with a step that repeats the last one ``now``, where what was timed ahead still holds."""
+        is_same = bool(step.num_standing) and not step.chunks and latency is self._latency and now == self.started_s
+        if not (is_same and self.ends_s and num_repeats == self._num_left + len(self.ends_s) - 1):
+            return False
+        self.step, self.is_interrupted = step, False
+        return True
+
     def is_last(self, count: int) -> bool:
         """True when no step is left after the next ``count``: the last one may end a sequence."""
         return not self._num_left and count == len(self.ends_s)

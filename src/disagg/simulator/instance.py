@@ -124,6 +124,7 @@ class SimulatedInstance:
         self._copies = self._new_copies()
         self._tiers = TierClock(spec)
         self._run: DecodeRun | None = None
+        self._paused: DecodeRun | None = None  # interrupted last: it may be what comes next
         self._batch: DecodeBatch | None = None
         """What the step in flight decodes, where that can be repeated, or was."""
         self._num_told = 0
@@ -364,9 +365,11 @@ class SimulatedInstance:
             latency = self._host.latency_now(self.spec.name, latency)
         num_repeats = 0 if shape.num_prefills or not self._may_repeat else self._num_repeats(step, latency)
         if num_repeats:
-            self._run = DecodeRun(step, shape, latency, now, num_repeats)
+            self._run, self._paused = self._paused, None
+            if self._run is None or not self._run.goes_on(step, latency, num_repeats, now):
+                self._run = DecodeRun(step, shape, latency, now, num_repeats)
+                self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
             self._step_s = self._run.ends_s[0] - now
-            self._later(self._run.ends_s[-1], partial(self._end_run, self._run))
         elif self._paced is not None:
             self._step_s = self._paced.run(step, shape, now) - now
         else:
@@ -474,6 +477,7 @@ class SimulatedInstance:
             if is_last:
                 self._end_step(run.step, run.ends_s[0] - run.started_s)
             else:
+                self._paused = run
                 self._num_in_flight -= 1
                 if self._paced is not None:
                     self._host.end_step(self.spec.name)
