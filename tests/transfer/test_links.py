@@ -23,7 +23,6 @@ from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
 from disagg.transfer.shared_blocks import SharedBlocks
-from disagg.transfer.shm_link import runs
 
 LOCAL_LAYOUT = small_layout(num_blocks=8)
 
@@ -101,20 +100,6 @@ def test_random_copies_land_exactly(make: Callable[[ExitStack], Ends], data: st.
             expected[layers.start : layers.stop, target] = ends.peer[layers.start : layers.stop, source]
         assert ends.read(pairs(*zip(sources, targets, strict=True)), layers).state is TransferState.DONE
         assert np.array_equal(ends.local, expected)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))), st.integers(1, 4))
-def test_runs_cover_every_pair_once_in_order(blocks: list[tuple[int, int]], longest: int) -> None:
-    covered = []
-    for source, target, count in runs(pairs(*blocks), longest):
-        assert 1 <= count <= longest
-        covered += [(source + n, target + n) for n in range(count)]
-    assert covered == blocks
-
-
-def test_neighbours_are_copied_together() -> None:
-    blocks = pairs((4, 0), (5, 1), (6, 2), (7, 9), (8, 8))
-    assert list(runs(blocks, longest=100)) == [(4, 0, 3), (7, 9, 1), (8, 8, 1)]
 
 
 def test_a_fault_while_copying_ends_the_transfer_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,13 +52,8 @@ class BlockForms:
         self._source = source
         self._target = target
         self._native = _make_native(source, target) if native else None
-
-    @property
-    def is_same(self) -> bool:
+        self.is_same = all(getattr(source, name) == getattr(target, name) for name in ("dtype", "format", "block_size"))
         """True when there is nothing to convert."""
-        return all(getattr(self._source, name) == getattr(self._target, name) for name in ("dtype", "format")) and (
-            self._source.block_size == self._target.block_size
-        )
 
     @property
     def is_native(self) -> bool:
@@ -75,7 +70,7 @@ class BlockForms:
     def convert(
         self,
         source: memoryview,
-        starts: Sequence[int],
+        starts: Sequence[int] | NDArray[np.int64],
         target: memoryview,
         layers: range,
         blocks: Sequence[BlockId],
@@ -85,15 +80,21 @@ class BlockForms:
 
         Of blocks of unequal size the smaller one is all that is read or written, in the larger one's part of ``parts``.
         """
-        ends = [self._target.offset(layer, block) for layer in layers for block in blocks]
+        firsts, ends = np.asarray(starts, np.int64), places_of(self._target, layers, blocks)
+        if self.is_same and self._native is not None:
+            _native.copy_blocks(source, firsts, target, ends, self._target.layer_block_bytes)
+            return
         of_all = np.tile(np.array(parts or [0] * len(blocks), np.int64), len(layers))
         if self._native is not None:
-            self._native.convert(source, np.array(starts, np.int64), target, np.array(ends, np.int64), of_all)
+            self._native.convert(source, firsts, target, ends, of_all)
             return
-        for start, end, part in zip(starts, ends, of_all, strict=True):
+        for start, end, part in zip(firsts, ends, of_all, strict=True):
             raw = np.frombuffer(source, np.uint8, self._source.layer_block_bytes, start)
             made = np.frombuffer(target, np.uint8, self._target.layer_block_bytes, end)
-            self._convert_one(raw, made, int(part))
+            if self.is_same:
+                np.copyto(made, raw)
+            else:
+                self._convert_one(raw, made, int(part))
 
     def _convert_one(self, raw: NDArray[np.uint8], made: NDArray[np.uint8], part: int) -> None:
         """Make one layer of one block, or a part of it, of one layer of another block, or a part of that."""
@@ -136,6 +137,13 @@ class ConvertedBlocks:
         self._forms.convert(room, starts, self._pool.data, self._layers, targets, parts)
         came = np.frombuffer(room, np.uint8).reshape(len(self._layers), len(blocks), size)
         return bad_blocks(came, range(len(blocks)), digests)
+
+
+def places_of(layout: KvLayout, layers: range, blocks: Sequence[BlockId]) -> NDArray[np.int64]:
+    """Return where these blocks begin in a pool, in bytes, layer by layer."""
+    of_layers = np.arange(layers.start, layers.stop, dtype=np.int64) * layout.layer_bytes
+    of_blocks = np.array(blocks, np.int64) * layout.layer_block_bytes
+    return (of_layers[:, None] + of_blocks).ravel()
 
 
 def _by_token(heads: NDArray[Any], layout: KvLayout, *, is_key: bool) -> NDArray[Any]:
