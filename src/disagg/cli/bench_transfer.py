@@ -67,12 +67,13 @@ def transfer(
                 click.echo(msgspec.json.encode(row).decode())
         digest = benchmark.digest_bytes_per_s()
         encode, decode = benchmark.coding_bytes_per_s()
-        convert = benchmark.conversion_bytes_per_s()
+        convert, resize = benchmark.conversion_bytes_per_s(), benchmark.resize_bytes_per_s()
     ends = {
         "digest_bytes_per_s": digest,
         "encode_bytes_per_s": encode,
         "decode_bytes_per_s": decode,
         "convert_bytes_per_s": convert,
+        "resize_bytes_per_s": resize,
     }
     if as_json:
         click.echo(msgspec.json.encode(ends).decode())
@@ -144,5 +145,6 @@ def _print_table(figures: list["TransferFigure"], tokens: int, ends: dict[str, f
         f"The source makes digests at {ends['digest_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"{num_bytes / ends['digest_bytes_per_s'] * 1e3:.2f} ms for this hand-over, once. int8 is coded at "
         f"{ends['encode_bytes_per_s'] / 1e9:.1f} GB/s and decoded at {ends['decode_bytes_per_s'] / 1e9:.1f}. Blocks in "
-        f"another order of the elements are converted at {ends['convert_bytes_per_s'] / 1e9:.1f}."
+        f"another order of the elements are converted at {ends['convert_bytes_per_s'] / 1e9:.1f}, those of twice the "
+        f"size at {ends['resize_bytes_per_s'] / 1e9:.1f}."
     )

@@ -24,7 +24,7 @@ from disagg.cache.layout import KvFormat, KvLayout
 from disagg.costs.links import KvCodec, LinkKind
 from disagg.transfer.address import ShmWay, decode_address
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
-from disagg.transfer.block_forms import BlockForms
+from disagg.transfer.block_forms import BlockForms, places_of
 from disagg.transfer.digests import join_digests, split_digests
 from disagg.transfer.int8_codec import Int8Codec
 from disagg.transfer.link import KvRead, Link, Transfer, TransferState
@@ -203,6 +203,15 @@ class TransferBenchmark:
         source = memoryview(bytearray(self.num_bytes))
         starts = [index * theirs.layer_block_bytes for index in range(len(blocks) * len(layers))]
         return self._speed(lambda: forms.convert(source, starts, self._pool.data, layers, blocks))
+
+    def resize_bytes_per_s(self) -> float:
+        """Return how fast one core makes blocks of the pool of those of a peer that are twice as large."""
+        blocks, layers = [BlockId(block) for block in range(self._num_blocks)], range(self.layout.num_layers)
+        sources = [BlockId(block // 2) for block in blocks]
+        theirs = msgspec.structs.replace(self.layout, block_size=2 * self.layout.block_size, num_blocks=sources[-1] + 1)
+        forms, parts = BlockForms(theirs, self.layout), [block % 2 for block in blocks]
+        source, starts = memoryview(bytearray(theirs.total_bytes)), places_of(theirs, layers, sources)
+        return self._speed(lambda: forms.convert(source, starts, self._pool.data, layers, blocks, parts))
 
     def _reads(self, pieces: Pieces, *, digests: bool) -> Iterator[KvRead]:
         offer = self._peer.offer
