@@ -44,12 +44,13 @@ def kill_node(cluster: Any, node_id: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
 def test_ray_places_instances_and_places_them_anew_when_a_node_is_lost(
-    cluster: Any, tmp_path: Path, tiny_model: Callable[..., Path]
+    cluster: Any, tmp_path: Path, tiny_model: Callable[..., Path], routers: tuple[str, ...]
 ) -> None:
     model = str(tiny_model("llama"))
-    keys = ("--keys", str(tmp_path / "keys"), "--listen-instances", "127.0.0.1:0")
-    with serving(model, *EXACT, *keys, "--cluster", f"ray://{cluster.address}") as server:
+    keys = ("--keys", str(tmp_path / "keys"), "--listen-instances", "127.0.0.1:0", "--instance-wait-s", "120")
+    with serving(model, *EXACT, *keys, "--cluster", f"ray://{cluster.address}", *routers) as server:
         wait_ready(server, "prefill-0", "decode-0")
         lost = node_of(server, "decode-0")
         assert node_of(server, "prefill-0") != lost, "they are spread"
@@ -69,5 +70,6 @@ def test_ray_places_instances_and_places_them_anew_when_a_node_is_lost(
             wait_for(lambda: node_of(server, "decode-0") == freed, "the only place that is left")
             wait_ready(server, "prefill-0", "decode-0")
         assert "decode-0 is gone: Ray lost it" in server.text
-        assert server.metric("disagg:instance_losses_total") == 1
+        losses = server.metric("disagg:instance_losses_total", instance="decode-0")
+        assert losses == (2 if routers else 1), "each router counts"
         assert server.end() == 0
