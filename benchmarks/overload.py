@@ -143,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, default=10.0, help="times the rate that come")
     parser.add_argument("--seconds", type=float, default=40.0, help="for which they come")
     parser.add_argument("--overload", nargs="+", type=Overload, default=[Overload.SHED, Overload.BEST_EFFORT])
-    parser.add_argument("--serve", nargs="*", default=[], help="further flags of disagg serve")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="last: further flags of disagg serve")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
     return parser.parse_args()
 
