@@ -55,7 +55,7 @@ class Outcome:
         """Count."""
         answered = [one for one in records if one.ending is Ending.FINISHED]
         refused = [one for one in records if one.ending is Ending.REFUSED]
-        ttft, tpot = (Percentiles.of([time_s(one) for one in answered]) for time_s in (_ttft_s, _tpot_s))
+        ttft = Percentiles.of([one.ttft_s for one in answered])
         return cls(
             name=name,
             sent=len(records),
@@ -66,7 +66,7 @@ class Outcome:
             ttft_p50_s=ttft.p50,
             ttft_p99_s=ttft.p99,
             longest_wait_s=max((one.ttft_s for one in answered), default=0.0),
-            tpot_p99_s=tpot.p99,
+            tpot_p99_s=Percentiles.of([one.tpot_s for one in answered]).p99,
         )
 
     def row(self) -> str:
@@ -83,14 +83,6 @@ class Outcome:
             f"{1e3 * self.tpot_p99_s:.1f} ms",
         )
         return f"| {' | '.join(cells)} |"
-
-
-def _ttft_s(record: RequestRecord) -> float:
-    return record.ttft_s
-
-
-def _tpot_s(record: RequestRecord) -> float:
-    return record.tpot_s
 
 
 def requests(rate: float, seconds: float, seed: int) -> tuple[RequestSpec, ...]:

@@ -356,14 +356,16 @@ class Forecaster:
 
     def _prefill_costs(self, entry: InstanceEntry | None) -> StepCosts:
         lesson = None if entry is None else entry.lesson
-        known = lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS
-        costs = lesson.costs if known and lesson is not None else self._facts.prefill_costs
+        costs = self._facts.prefill_costs
+        if lesson is not None and lesson.num_prefill_steps >= _ENOUGH_STEPS:
+            costs = lesson.costs
         return costs if entry is None or not entry.lends_cores else self._on_more(entry, costs, has_prefill=True)
 
     def _decode_costs(self, entry: InstanceEntry) -> StepCosts:
         lesson = entry.lesson
-        known = lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS
-        costs = lesson.costs if known and lesson is not None else self._facts.decode_costs
+        costs = self._facts.decode_costs
+        if lesson is not None and lesson.num_decode_steps >= _ENOUGH_STEPS:
+            costs = lesson.costs
         return costs if not entry.lends_cores else self._on_more(entry, costs, has_prefill=False)
 
     def _on_more(self, entry: InstanceEntry, costs: StepCosts, *, has_prefill: bool) -> StepCosts:

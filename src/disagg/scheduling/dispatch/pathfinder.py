@@ -186,7 +186,7 @@ class Pathfinder:
     def _facts_of(self, fleet: Fleet, now: float) -> FleetFacts:
         """Return what is known of all instances: of many as it was a moment ago, as it changes slowly."""
         known = self._facts
-        if known is not None and len(fleet.entries) > FEW and known[:1] == (fleet.version,) and now < known[1]:
+        if known is not None and len(fleet.entries) > FEW and known[0] == fleet.version and now < known[1]:
             return known[2]
         facts = FleetFacts.of(fleet.entries, now)
         self._facts = (fleet.version, now + _FACTS_FOR_S, facts)
