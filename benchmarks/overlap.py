@@ -8,16 +8,18 @@ root, and a network namespace of its own: run it behind ``unshare --net``).
 """
 
 import argparse
-import json
 import statistics
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
+
+from disagg.bench.compare.server_process import running, serve_command
 
 NUM_TOKENS = 12
 
@@ -25,13 +27,9 @@ NUM_TOKENS = 12
 @contextmanager
 def serving(*arguments: str) -> Iterator[str]:
     """Run a server with one prefill and one decode instance; yield its URL."""
-    command = [sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", "--json", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield next(json.loads(line)["url"] for line in process.stdout if "url" in line)
-        finally:
-            process.terminate()
+    with tempfile.TemporaryDirectory() as folder:
+        with running(serve_command("server", arguments), Path(folder) / "log") as server:
+            yield server.command.url
 
 
 def token_times(url: str, num_tokens: int, salt: int) -> list[float]:

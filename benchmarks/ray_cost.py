@@ -6,42 +6,30 @@ what all processes beside the engines take of CPU and memory while nothing is as
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
-import httpx
 import psutil
 from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
-COMMON: Final = ("--prefill", "1", "--decode", "1", "--threads", "1", "--kv-memory", "256MiB", "--json")
+from disagg.bench.compare.server_process import running, serve_command
+
+COMMON: Final = ("--prefill", "1", "--decode", "1", "--threads", "1", "--kv-memory", "256MiB")
 STORE_BYTES: Final = 80 << 20
-DEADLINE_S: Final = 120.0
 
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[psutil.Process, float]]:
     """Run a server; give its process, and the seconds that it took to take requests."""
-    began_s = time.monotonic()
-    command = [sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", *COMMON, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = next(said["url"] for said in map(json.loads, process.stdout) if "url" in said)
-            while httpx.get(f"{url}/ready").status_code != 200:
-                if time.monotonic() - began_s > DEADLINE_S:
-                    raise SystemExit(f"the server was not ready after {DEADLINE_S:g} s")
-                time.sleep(0.05)
-            yield psutil.Process(process.pid), time.monotonic() - began_s
-        finally:
-            process.terminate()
+    with tempfile.TemporaryDirectory() as folder:
+        with running(serve_command("server", (*COMMON, *arguments)), Path(folder) / "log") as server:
+            yield psutil.Process(server.process.pid), server.start_s
 
 
 def family(*roots: psutil.Process) -> list[psutil.Process]:

@@ -49,6 +49,7 @@ from disagg.base.request import GenerationRequest, Role
 from disagg.base.router_messages import JoinRouter, LeaveRouter
 from disagg.base.sampling import FinishReason
 from disagg.base.step_limits import StepLimits
+from disagg.bench.compare.server_process import terminable
 from disagg.cli.serve_output import make_display
 from disagg.engine.control import ControlChannel
 from disagg.models.locate import locate_model
@@ -346,7 +347,7 @@ def cpu_s(processes: Sequence[psutil.Process]) -> float:
 def run_once(num_routers: int, options: Options, arguments: Sequence[str]) -> Figures:
     """Start a server and measure it."""
     command = [sys.executable, __file__, "serve", *arguments, "--routers", str(num_routers)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with terminable(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             url = next((said["url"] for said in map(json.loads, process.stdout) if "url" in said), None)

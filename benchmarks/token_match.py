@@ -9,27 +9,24 @@ compares instead what arithmetic does: bfloat16, by our kernels and by PyTorch's
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import httpx
+
+from disagg.bench.compare.server_process import running, serve_command
 
 
 @contextmanager
 def serving(*placement: str, dtype: str) -> Iterator[str]:
     """Run a server and give its URL."""
-    command = [sys.executable, "-m", "disagg.cli.main", "serve", "--port", "0", "--json", "--dtype", dtype, *placement]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield next(str(line["url"]) for line in map(json.loads, process.stdout) if "url" in line)
-        finally:
-            process.terminate()
+    with tempfile.TemporaryDirectory() as folder:
+        with running(serve_command("server", ("--dtype", dtype, *placement)), Path(folder) / "log") as server:
+            yield server.command.url
 
 
 def prompts(count: int) -> list[str]:

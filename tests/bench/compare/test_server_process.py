@@ -1,6 +1,8 @@
 """Servers are awaited with a deadline and end without a trace, whatever they leave behind or refuse."""
 
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +82,26 @@ def test_a_server_is_ended_when_the_block_fails(tmp_path: Path) -> None:
         interrupt()
     assert processes
     assert alive(processes) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_ends_with_a_program_that_is_ended_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = command().arguments
+    program = (
+        "import signal\n"
+        "from pathlib import Path\n"
+        "from disagg.bench.compare.server_process import ServerCommand, running\n"
+        f"one = ServerCommand('fake', {arguments!r}, {{}}, 'http://127.0.0.1:{arguments[3]}', '/v1/models', 30.0)\n"
+        f"with running(one, Path({str(tmp_path / 'log')!r})) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert alive([server]) == []
 
 
 def test_a_server_that_ends_early_is_told_with_its_last_words(tmp_path: Path) -> None:

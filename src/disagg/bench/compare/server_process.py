@@ -5,9 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -140,13 +141,25 @@ def terminable() -> Iterator[None]:
 def running(command: ServerCommand, log: Path) -> Iterator[RunningServer]:
     """Start a server, wait until it is ready, and end all its processes afterwards, whatever happens.
 
-    Its output goes to ``log``. Raises UnavailableError with the log's end when it cannot be started, ends, or is not
-    ready in time; DisaggError when it cannot be ended.
+    In the main thread that holds for the signals of ``terminable``, too. Its output goes to ``log``. Raises
+    UnavailableError with the log's end when it cannot be started, ends, or is not ready in time; DisaggError when it
+    cannot be ended.
     """
+    takes_signals = threading.current_thread() is threading.main_thread()
+    with terminable() if takes_signals else nullcontext():
+        server = RunningServer(command, _start(command, log))
+        try:
+            _await_ready(server, log)
+            yield server
+        finally:
+            _end(server)
+
+
+def _start(command: ServerCommand, log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         try:
             with _pinned(command.cpus):
-                process = subprocess.Popen(
+                return subprocess.Popen(
                     command.arguments,
                     env={**os.environ, **command.environment},
                     stdin=subprocess.DEVNULL,
@@ -158,12 +171,6 @@ def running(command: ServerCommand, log: Path) -> Iterator[RunningServer]:
             raise UnavailableError(
                 f"cannot start {command.name}: {command.arguments[0]}: {error.strerror or error}"
             ) from error
-    server = RunningServer(command, process)
-    try:
-        _await_ready(server, log)
-        yield server
-    finally:
-        _end(server)
 
 
 def log_tail(log: Path, num_lines: int = _TAIL_LINES) -> str:
