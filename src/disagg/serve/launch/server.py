@@ -12,11 +12,10 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from starlette.types import ASGIApp
 
-from disagg.base.errors import DisaggError, InternalError
+from disagg.base.errors import InternalError
 from disagg.serve.launch.api_server import CLOSE_S, ApiServer, make_api_server
 from disagg.serve.launch.cluster_manager import ManagerFactory
 from disagg.serve.launch.deployment import Deployment, plan_instances
@@ -26,6 +25,7 @@ from disagg.serve.launch.listening import private_endpoint, url_of
 from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
+from disagg.serve.launch.runners import InstanceRunners
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
@@ -76,7 +76,7 @@ class LiveServer:
             self._signals = resources.enter_context(SignalQueue())
             endpoint = resources.enter_context(private_endpoint())
             control_key = secrets.token_hex()
-            self._outside = open_door(self._deployment)
+            outside = open_door(self._deployment)
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
@@ -91,19 +91,20 @@ class LiveServer:
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
-                control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside),
+                control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), outside),
                 sink=self._sink,
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
                 kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
             )
             resources.callback(self._router.close)
-            self._launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
-            self._manager = None if self._make_manager is None else self._make_manager()
-            self._operator = LocalOperator(self._deployment, instances, self._router, self._launcher, self._manager)
+            launcher = Launcher(instances, self._router, self._observer, command=self._engine_command)
+            manager = None if self._make_manager is None else self._make_manager()
+            self._runners = InstanceRunners(launcher, manager, outside)
+            self._operator = LocalOperator(self._deployment, instances, self._router, launcher, manager)
             self._planner = PlannerProcess(self._router.hear)
             self._router.start(
-                watcher_of(self._launcher, self._router, self._outside),
+                watcher_of(launcher, self._router, outside),
                 RouterEffects(add_instance=self._operator.add_wanted, ask_planner=self._planner.ask),
             )
             await self._serve()
@@ -112,10 +113,7 @@ class LiveServer:
         """Run instances and API together, and end both."""
         budget = share_descriptors(len(self._deployment.roles()))
         api = make_api_server(self._make_app(self._router, self._operator), self._deployment.serve, budget)
-        self._launcher.start()
-        if self._manager is not None:
-            assert self._outside is not None, "a manager's instances join"
-            self._manager.start(self._outside.address, self._outside)
+        self._runners.start()
         api_task = asyncio.create_task(api.serve(sockets=[self._bound]), name="api")
         announcement = asyncio.create_task(self._announce(), name="announcement")
         try:
@@ -126,37 +124,21 @@ class LiveServer:
             await self._end(api, api_task)
 
     async def _announce(self) -> None:
-        await self._launcher.wait_ready()
+        await self._runners.wait_ready()
         self._observer.server_ready(url_of(self._bound), self._model_name, self._router.instances())
 
     async def _wait_for_end(self, api_task: asyncio.Task[None]) -> None:
         """Return on a signal; raise when the server cannot go on."""
-        stopped = asyncio.create_task(self._signals.next(), name="signal")
-        try:
-            ends: set[asyncio.Future[Any]] = {stopped, *self._failures(), api_task}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
-        for failure in self._failures():
-            if failure.done():
-                raise failure.result()
-        if api_task.done():
+        name = await self._runners.until_signal(self._signals, api_task)
+        if name is None:
             raise InternalError("the API ended by itself; the log says why") from api_task.exception()
-        self._observer.server_stopping(stopped.result().name, self._deployment.serve.drain_s)
-
-    def _failures(self) -> list["asyncio.Future[DisaggError]"]:
-        return [runner.failed for runner in (self._launcher, self._manager) if runner is not None]
-
-    async def _stop_instances(self) -> None:
-        await self._launcher.stop()
-        if self._manager is not None:
-            await self._manager.stop()
+        self._observer.server_stopping(name, self._deployment.serve.drain_s)
 
     async def _end(self, api: ApiServer, api_task: asyncio.Task[None]) -> None:
         """Drain, then stop the instances and the API; a second signal cuts every wait short."""
 
         def kill() -> None:
-            self._launcher.kill()
+            self._runners.kill()
             api.force_exit = True
 
         try:
@@ -164,13 +146,12 @@ class LiveServer:
         finally:
             self._router.close()
             await self._planner.close()
-            await self._stop_instances()
+            await self._runners.stop()
             api.force_exit = True
             await asyncio.wait({api_task}, timeout=CLOSE_S)
 
     async def _end_patiently(self, api_task: asyncio.Task[None]) -> None:
-        failed = any(failure.done() for failure in self._failures())
-        await self._router.drain(0.0 if failed else self._deployment.serve.drain_s)
+        await self._router.drain(0.0 if self._runners.has_failed else self._deployment.serve.drain_s)
         await asyncio.wait({api_task}, timeout=CLOSE_S)
         self._router.stop_instances()
-        await self._stop_instances()
+        await self._runners.stop()

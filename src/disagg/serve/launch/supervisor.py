@@ -13,9 +13,8 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from disagg.base.errors import ConfigurationError, DisaggError
+from disagg.base.errors import ConfigurationError
 from disagg.base.ids import RouterId
 from disagg.serve.launch.cluster_manager import ManagerFactory
 from disagg.serve.launch.deployment import Deployment, plan_instances
@@ -28,6 +27,7 @@ from disagg.serve.launch.operator import LocalOperator
 from disagg.serve.launch.outside_door import control_socket, kv_host_of, open_door, watcher_of
 from disagg.serve.launch.process import ENGINE_COMMAND
 from disagg.serve.launch.router_processes import RouterProcesses
+from disagg.serve.launch.runners import InstanceRunners
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
@@ -70,7 +70,7 @@ class SupervisedServer:
             self._signals = resources.enter_context(SignalQueue(on_hangup=self._restart))
             endpoint = resources.enter_context(private_endpoint())
             control_key = secrets.token_hex()
-            self._outside = open_door(self._deployment)
+            outside = open_door(self._deployment)
             instances = plan_instances(
                 self._deployment,
                 control_endpoint=endpoint,
@@ -82,7 +82,7 @@ class SupervisedServer:
                 kv_host=kv_host_of(self._deployment),
             )
             folder = self._deployment.host.event_log
-            control = control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), self._outside)
+            control = control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), outside)
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
@@ -94,14 +94,15 @@ class SupervisedServer:
             )
             resources.callback(self._router.close)
             keeper = FleetKeeper(self._router, control)
-            self._launcher = Launcher(instances, keeper, self._observer, command=self._engine_command)
-            keeper.runner = watcher_of(self._launcher, FleetGuests(keeper, self._router), self._outside)
-            self._manager = None if self._make_manager is None else self._make_manager()
+            launcher = Launcher(instances, keeper, self._observer, command=self._engine_command)
+            keeper.runner = watcher_of(launcher, FleetGuests(keeper, self._router), outside)
+            manager = None if self._make_manager is None else self._make_manager()
             self._routers = RouterProcesses(
                 self._deployment, self._bound, keeper, self._task(endpoint, control_key), self._observer
             )
+            self._runners = InstanceRunners(launcher, manager, outside, beside=(self._routers,))
             operator = LocalOperator(
-                self._deployment, instances, keeper, self._launcher, self._manager, restart=self._routers.restart
+                self._deployment, instances, keeper, launcher, manager, restart=self._routers.restart
             )
             self._routers.operator = operator
             self._planner = PlannerProcess(self._router.hear)
@@ -128,11 +129,8 @@ class SupervisedServer:
         )
 
     async def _serve(self) -> None:
-        self._launcher.start()
+        self._runners.start()
         self._routers.start()
-        if self._manager is not None:
-            assert self._outside is not None, "a manager's instances join"
-            self._manager.start(self._outside.address, self._outside)
         announcement = asyncio.create_task(self._announce(), name="announcement")
         try:
             await self._wait_for_end()
@@ -141,7 +139,7 @@ class SupervisedServer:
             await self._end()
 
     async def _announce(self) -> None:
-        await self._launcher.wait_ready()
+        await self._runners.wait_ready()
         await self._routers.wait_serving()
         self._observer.server_ready(url_of(self._bound), self._model_name, self._router.instances())
 
@@ -153,26 +151,9 @@ class SupervisedServer:
 
     async def _wait_for_end(self) -> None:
         """Return on a signal; raise when the server cannot go on."""
-        stopped = asyncio.create_task(self._signals.next(), name="signal")
-        failures = self._failures()
-        try:
-            ends: set[asyncio.Future[Any]] = {stopped, *failures}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
-        for failure in failures:
-            if failure.done():
-                raise failure.result()
-        self._observer.server_stopping(stopped.result().name, self._deployment.serve.drain_s)
-
-    def _failures(self) -> list["asyncio.Future[DisaggError]"]:
-        runners = (self._launcher, self._routers, self._manager)
-        return [runner.failed for runner in runners if runner is not None]
-
-    async def _stop_instances(self) -> None:
-        await self._launcher.stop()
-        if self._manager is not None:
-            await self._manager.stop()
+        name = await self._runners.until_signal(self._signals)
+        assert name is not None, "nothing else is waited for"
+        self._observer.server_stopping(name, self._deployment.serve.drain_s)
 
     async def _end(self) -> None:
         """Drain, then stop routers and instances; a second signal cuts every wait short."""
@@ -182,14 +163,13 @@ class SupervisedServer:
             await self._routers.stop(0.0)
             self._router.close()
             await self._planner.close()
-            await self._stop_instances()
+            await self._runners.stop()
 
     def _kill(self) -> None:
-        self._launcher.kill()
+        self._runners.kill()
         self._routers.kill()
 
     async def _end_patiently(self) -> None:
-        failed = any(failure.done() for failure in self._failures())
-        await self._routers.stop(0.0 if failed else self._deployment.serve.drain_s)
+        await self._routers.stop(0.0 if self._runners.has_failed else self._deployment.serve.drain_s)
         self._router.stop_instances()
-        await self._stop_instances()
+        await self._runners.stop()
