@@ -53,9 +53,8 @@ from disagg.engine.steps import InlineSteps, Steps, ThreadedSteps
 from disagg.scheduling.instance.copy_queue import MAX_BEHIND_STEPS
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
-from disagg.transfer.links import Links
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 DEADLINE_S = 30.0
 BLOCK_SIZE = 4

@@ -10,8 +10,8 @@ import numpy as np
 from disagg.base.ids import BlockId
 from disagg.base.messages import FailureKind
 from disagg.base.sampling import PositionLogprobs, TokenLogprob
-from disagg.engine.executor import ChunkResult, Executor, Work
-from disagg.engine.sequences import SequenceFailure
+from disagg.engine.executor import ChunkResult, Executor
+from disagg.engine.sequences import SequenceFailure, Work
 from disagg.transfer.pool import KvPool
 
 DEADLINE_S = 30.0

@@ -12,8 +12,7 @@ from disagg.base.ids import BlockId, Epoch, RequestId
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.engine.batch_builder import BatchBuilder
-from disagg.engine.executor import Work
-from disagg.engine.sequences import LiveSequence
+from disagg.engine.sequences import LiveSequence, Work
 from disagg.scheduling.step.actions import Chunk
 
 BLOCK = 4

@@ -8,9 +8,9 @@ from cluster import request
 
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockId, RequestId
-from disagg.engine.executor import ChunkResult, Work
+from disagg.engine.executor import ChunkResult
 from disagg.engine.isolation import MAX_FAILURES, IsolatingExecutor
-from disagg.engine.sequences import LiveSequence
+from disagg.engine.sequences import LiveSequence, Work
 from disagg.scheduling.step.actions import Chunk
 
 

@@ -30,9 +30,10 @@ from disagg.base.request import GenerationRequest
 from disagg.base.sampling import SamplingParams
 from disagg.costs.latency import StepShape
 from disagg.costs.links import SerialLinks
-from disagg.engine.executor import ChunkResult, Work
+from disagg.engine.executor import ChunkResult
 from disagg.engine.loop import Accessories, EngineLoop
 from disagg.engine.pulls import EndedPull
+from disagg.engine.sequences import Work
 from disagg.engine.steps import CompletedStep, run_step
 from disagg.scheduling.dispatch.events import Join, ProcessStarting
 from disagg.scheduling.instance.core import InstanceCore
@@ -41,9 +42,9 @@ from disagg.scheduling.instance.outputs import StartCopy
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import InstanceSaid, ProcessExited
+from disagg.serve.router.record import LiveStream
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink
-from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import NullWatcher
 from disagg.simulator.borrowing_step import BorrowingStep
 from disagg.simulator.cluster import ClusterSpec

@@ -15,8 +15,8 @@ from disagg.cache.layout import KvDtype, KvFormat, KvLayout
 from disagg.transfer.digests import join_digests
 from disagg.transfer.link import KvRead, Link, Transfer, TransferState
 from disagg.transfer.link_probe import measure_link
+from disagg.transfer.links import SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 from disagg.transfer.source_blocks import BlockPair
 
 DEADLINE_S = 30.0

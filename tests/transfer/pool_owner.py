@@ -14,8 +14,8 @@ from link_contract import DEADLINE_S, grant_all, pattern
 from disagg.base.clock import MonotonicClock
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.cache.layout import KvLayout
+from disagg.transfer.links import SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def main() -> None:

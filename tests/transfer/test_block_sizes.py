@@ -22,9 +22,8 @@ from disagg.transfer.block_forms import BlockForms
 from disagg.transfer.digests import join_digests
 from disagg.transfer.element_types import from_float, to_float
 from disagg.transfer.link import KvRead, Transfer, TransferState
-from disagg.transfer.links import Links
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 FORMS = list(product((KvDtype.FLOAT32, KvDtype.BFLOAT16, KvDtype.FLOAT16), KvFormat))
 SIZES = [(4, 8), (8, 4), (2, 6), (6, 2)]

@@ -16,9 +16,8 @@ from disagg.costs.links import KvCodec
 from disagg.transfer.digests import join_digests
 from disagg.transfer.int8_codec import Int8Codec, ScaleOf
 from disagg.transfer.link import TransferState
-from disagg.transfer.links import Links
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 
 def layout_of(dtype: KvDtype, kv_format: KvFormat, block_size: int = 32, head_dim: int = 64) -> KvLayout:

@@ -18,11 +18,10 @@ from disagg.base.ids import BlockId
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.address import NixlWay, decode_address, encode_address
 from disagg.transfer.link import KvRead, Transfer, TransferState
-from disagg.transfer.links import Links
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.nixl_agent import NixlAgent
 from disagg.transfer.page_toucher import wait_until_touched
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 LOCAL_LAYOUT = small_layout(num_blocks=8)
 

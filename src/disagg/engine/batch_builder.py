@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from disagg.base.ids import BlockId
-from disagg.engine.executor import Work
 from disagg.engine.kernels.interface import UNDECIDED, StepBatch
+from disagg.engine.sequences import Work
 
 
 class _Buffer:

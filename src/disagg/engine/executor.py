@@ -7,15 +7,7 @@ import msgspec
 
 from disagg.base.ids import BlockId
 from disagg.base.sampling import PositionLogprobs
-from disagg.engine.sequences import LiveSequence, SequenceFailure
-from disagg.scheduling.step.actions import Chunk
-
-
-class Work(msgspec.Struct, frozen=True, gc=False):
-    """One chunk of a step, with the sequence it belongs to."""
-
-    sequence: LiveSequence
-    chunk: Chunk
+from disagg.engine.sequences import SequenceFailure, Work
 
 
 class ChunkResult(msgspec.Struct, frozen=True, gc=False):

@@ -64,10 +64,9 @@ from disagg.scheduling.instance.copy_queue import MAX_BEHIND_STEPS
 from disagg.scheduling.instance.core import InstanceCore
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.step.threads import StepThreads
-from disagg.transfer.links import Links
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.page_toucher import PageToucher
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 _logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from disagg.base.errors import DisaggError
 from disagg.base.ids import BlockId
 from disagg.base.messages import FailureKind
-from disagg.engine.executor import ChunkResult, Executor, Work
-from disagg.engine.sequences import SequenceFailure
+from disagg.engine.executor import ChunkResult, Executor
+from disagg.engine.sequences import SequenceFailure, Work
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from disagg.engine.kv_tiers import KvTiers
 from disagg.engine.link_measuring import LinkMeasuring
 from disagg.engine.load_reporter import LoadReporter
 from disagg.engine.pulls import Pulls
-from disagg.engine.sequence_table import SequenceTable
+from disagg.engine.sequences import SequenceTable
 from disagg.engine.steps import CompletedStep, Steps
 from disagg.scheduling.event_log import InstanceRecord
 from disagg.scheduling.instance.core import InstanceCore

@@ -10,13 +10,13 @@ from disagg.base.ids import BlockId
 from disagg.base.messages import FailureKind
 from disagg.base.sampling import PositionLogprobs
 from disagg.engine.batch_builder import BatchBuilder, num_prompt_rows
-from disagg.engine.executor import ChunkResult, Work
+from disagg.engine.executor import ChunkResult
 from disagg.engine.kv_store import KvStore
 from disagg.engine.model.adjustments import SamplingRow
 from disagg.engine.model.decoder import StepDecoder
 from disagg.engine.model.logprobs import position_logprobs
 from disagg.engine.model.sampler import chooser_of, sample
-from disagg.engine.sequences import LiveSequence, SequenceFailure
+from disagg.engine.sequences import LiveSequence, SequenceFailure, Work
 from disagg.transfer.step_progress import StepProgress
 
 

@@ -15,8 +15,7 @@ from disagg.scheduling.instance.inputs import CopyEnded, CopySettled
 from disagg.scheduling.instance.outputs import StartCopy
 from disagg.transfer.digests import split_digests
 from disagg.transfer.link import KvRead, Transfer, TransferState
-from disagg.transfer.links import Links
-from disagg.transfer.shared_blocks import SharedBlocks
+from disagg.transfer.links import Links, SharedBlocks
 from disagg.transfer.source_blocks import by_source
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from disagg.base.clock import Clock
 from disagg.base.ids import RequestId
 from disagg.base.messages import SequenceOutput
 from disagg.base.sampling import PositionLogprobs
-from disagg.engine.executor import Executor, Work
+from disagg.engine.executor import Executor
 from disagg.engine.lent_cores import OWN_CORES, Cores
-from disagg.engine.sequences import LiveSequence
+from disagg.engine.sequences import LiveSequence, Work
 from disagg.scheduling.step.events import StepDone, StepFailure, StepResult
 from disagg.transfer.step_progress import StepProgress
 

@@ -14,8 +14,8 @@ from disagg.measure.timeline import RequestTimeline
 from disagg.scheduling.dispatch.state import InstanceState
 from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.serve.router.interface import InstanceStatus, ServedBy
+from disagg.serve.router.record import LiveStream
 from disagg.serve.router.start_gate import StartGate
-from disagg.serve.router.stream import LiveStream
 
 MAX_MODEL_LEN = 256
 NUM_CACHED = 32

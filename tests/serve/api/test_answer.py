@@ -13,8 +13,7 @@ from disagg.base.messages import SequenceOutput
 from disagg.base.request import GenerationRequest
 from disagg.base.sampling import FinishReason, SamplingParams
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
-from disagg.serve.api.answer import Answer, Delta
-from disagg.serve.api.text_stream import StopString, TextStream
+from disagg.serve.api.answer import Answer, Delta, StopString, TextStream
 
 
 def make_answer(tokenizer: Tokenizer, stops: Sequence[str] = (), include: bool = False, **sampling: Any) -> Answer:

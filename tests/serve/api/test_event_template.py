@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from disagg.serve.api.event_template import EventTemplate
-from disagg.serve.api.responses import ChatChunkChoice, Completion, MessageDelta, event
+from disagg.serve.api.responses import ChatChunkChoice, Completion, EventTemplate, MessageDelta, event
 from disagg.serve.api.shapes import ShownUsage
 
 

@@ -10,8 +10,7 @@ from scripted_router import ScriptedRouter
 
 from disagg.base.errors import UnavailableError
 from disagg.models.chat_template import ChatTemplate
-from disagg.serve.api.app import create_app
-from disagg.serve.api.gate import OPEN_PATHS
+from disagg.serve.api.app import OPEN_PATHS, create_app
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.served_model import ServedModel
 

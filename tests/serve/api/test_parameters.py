@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from disagg.base.errors import ContextLengthError, InvalidRequestError
 from disagg.models.generation_config import GenerationDefaults
-from disagg.serve.api.decoding import decode_body
-from disagg.serve.api.sampling import chat_length, completion_length, sampling_params, stop_strings
-from disagg.serve.api.schema import IGNORED, NEUTRAL, ChatCompletionRequest, CompletionRequest
+from disagg.serve.api.jobs import chat_length, completion_length, sampling_params, stop_strings
+from disagg.serve.api.schema import IGNORED, NEUTRAL, ChatCompletionRequest, CompletionRequest, decode_body
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 VOCAB_SIZE = 258

@@ -19,9 +19,8 @@ from api_site import ANSWER, Serve
 from disagg.base.errors import InvalidRequestError, OverloadedError, UnavailableError
 from disagg.models.chat_template import ChatTemplate
 from disagg.serve.api import preparers as module
-from disagg.serve.api.preparers import SHORT_BODY_BYTES, Preparation, Preparers
+from disagg.serve.api.preparers import SHORT_BODY_BYTES, Preparation, Preparers, prepare_all
 from disagg.serve.api.preparing import Task
-from disagg.serve.api.preparing_process import prepare_all
 from disagg.serve.api.served_model import ServedModel
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -8,9 +8,8 @@ import pytest
 from api_site import BOS, ids_of
 
 from disagg.base.errors import InvalidRequestError
-from disagg.serve.api.decoding import decode_body
 from disagg.serve.api.prompts import chat_prompt, completion_prompts
-from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest
+from disagg.serve.api.schema import ChatCompletionRequest, CompletionRequest, decode_body
 from disagg.serve.api.served_model import ServedModel
 
 USER = {"role": "user", "content": "Hi"}

@@ -14,7 +14,7 @@ from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.serve.api.recent_requests import RecentRequests, with_stages
 from disagg.serve.api.views import RequestPage, RequestView
 from disagg.serve.router.interface import ServedBy
-from disagg.serve.router.stream import LiveStream
+from disagg.serve.router.record import LiveStream
 
 BODY = {"prompt": "x", "max_tokens": 3}
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
-from disagg.serve.api.text_stream import StopString, TextStream
+from disagg.serve.api.answer import StopString, TextStream
 
 
 class Pieces:

@@ -32,7 +32,7 @@ from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES
 from disagg.serve.router.control_socket import Receiver
 from disagg.serve.router.live import LiveRouter
 from disagg.serve.router.outside import OutsideDoor, TwoDoors, TwoWatchers
-from disagg.serve.router.stream import LiveStream
+from disagg.serve.router.record import LiveStream
 from disagg.serve.router.watcher import NullWatcher
 
 OURS = ModelIdentity(fingerprint="ab" * 16, dtype=DType.BFLOAT16, quantization=None, block_size=64)

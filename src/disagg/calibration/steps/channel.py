@@ -23,7 +23,8 @@ from disagg.base.messages import Ready, Stop, ToEngine, decode_for_engine, encod
 from disagg.calibration.steps.player import ScriptPlayer, ScriptStage
 from disagg.calibration.steps.script import Command, InstanceReady, MeasuredStep, Report, RunScript, StopScript
 from disagg.engine.control import ControlChannel
-from disagg.engine.executor import ChunkResult, Executor, Work
+from disagg.engine.executor import ChunkResult, Executor
+from disagg.engine.sequences import Work
 from disagg.transfer.page_toucher import wait_until_touched
 
 _TOUCH_DEADLINE_S: Final = 120.0

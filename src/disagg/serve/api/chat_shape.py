@@ -8,7 +8,6 @@ from disagg.base.sampling import FinishReason, PositionLogprobs
 from disagg.models.tokenizer import Tokenizer
 from disagg.models.tool_calls.parsing import Piece, PieceKind, joined
 from disagg.serve.api.answer import Delta
-from disagg.serve.api.event_template import EventTemplate
 from disagg.serve.api.logprobs import chat_logprobs, prompt_logprobs_shown
 from disagg.serve.api.prompts import Prompt
 from disagg.serve.api.reading import AnswerReading
@@ -19,6 +18,7 @@ from disagg.serve.api.responses import (
     ChatChunkChoice,
     ChatLogprobs,
     Completion,
+    EventTemplate,
     MessageDelta,
     ToolCall,
     ToolCallDelta,

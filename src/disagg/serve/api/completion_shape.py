@@ -6,10 +6,9 @@ from msgspec import UNSET
 
 from disagg.models.tokenizer import IncrementalDecoder, Tokenizer
 from disagg.serve.api.answer import Delta
-from disagg.serve.api.event_template import EventTemplate
 from disagg.serve.api.logprobs import join_legacy, legacy_logprobs, prompt_logprobs_shown
 from disagg.serve.api.prompts import Prompt
-from disagg.serve.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, event
+from disagg.serve.api.responses import Completion, CompletionChoice, CompletionLogprobs, EventTemplate, Usage, event
 from disagg.serve.api.schema import CompletionRequest
 from disagg.serve.api.shapes import ChunkedShape, Heading, ShownUsage, joined_ids, reason_shown, shows
 

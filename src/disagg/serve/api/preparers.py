@@ -1,15 +1,26 @@
-"""Processes that prepare bodies, so that no body holds up the API: bounded in number, time and memory, and replaced."""
+"""Processes that prepare bodies, so that no body holds up the API: bounded in number, time and memory, and replaced.
+
+A chat template is a program that somebody wrote, and a tokenizer takes as long as its text: in a process that may be
+killed they hold up nobody. Both ends of its socket are here: the server's, and the process's, which prepares one body
+after the other (``python -m disagg.serve.api.preparers``).
+"""
 
 import asyncio
+import ctypes
 import logging
+import mmap
 import os
+import resource
+import signal
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 import msgspec
 
@@ -22,16 +33,19 @@ from disagg.base.errors import (
     OverloadedError,
     UnavailableError,
 )
-from disagg.serve.api.freed_memory import give_back
+from disagg.base.parent import end_with_parent
 from disagg.serve.api.preparing import (
     PreparedChat,
     PreparedCompletion,
     PreparedResponse,
     Task,
+    detokenize,
     may_need_grammar,
+    prepare_chat,
     prepare_completion,
+    prepare_response,
+    tokenize,
 )
-from disagg.serve.api.preparing_process import ASK, CPU_S_PER_MIB, LARGE_BYTES, REPLY, Failure, perform
 from disagg.serve.api.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -50,9 +64,33 @@ MAX_WAITING_BYTES: Final = 256 << 20
 """Bodies that may be with the preparers at once, or wait for them."""
 GIVE_BACK_AFTER_S: Final = 1.0
 
+_ASK: Final = struct.Struct("<BQQ")
+"""Task, longest sequence in tokens (0: not known), bytes of the body that follows."""
+_REPLY: Final = struct.Struct("<?Q")
+"""Whether it went well, bytes of the result or ``Failure`` that follows."""
+
+CPU_S_PER_MIB: Final = 4.0
+"""CPU time for a body's length. A tokenizer was measured to take 0.5 s for a MiB."""
+_LARGE_BYTES: Final = 1 << 20
+_AGAIN_S: Final = 0.2
+_MEMORY_BYTES: Final = 3 << 30
+"""What one body may take beside the model. The tokenizer was measured to take 110 bytes for each of a text."""
+
 _REFUSALS: Final[dict[str, type[DisaggError]]] = {
     kind.__name__: kind for kind in (InvalidRequestError, ContextLengthError, ModelNotFoundError)
 }
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """An error on its way to the API: the name of its class, what it says, and the traceback of a fault of ours."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    traceback: str = ""
+
+
+# In the server ---------------------------------------------------------------------------------------------------
 
 
 class Preparation:
@@ -93,7 +131,7 @@ class Preparation:
     async def _perform(self, task: Task, body: bytes, max_model_len: int | None) -> bytes:
         if self._preparers is None:
             return perform(task, body, self._model, max_model_len)
-        if len(body) > LARGE_BYTES:
+        if len(body) > _LARGE_BYTES:
             self._give_back_soon()
         return await self._preparers.run(task, body, max_model_len)
 
@@ -200,7 +238,7 @@ class _Process:
         try:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "disagg.serve.api.preparing_process"),
+                    *(sys.executable, "-m", "disagg.serve.api.preparers"),
                     *(str(theirs.fileno()), str(model_descriptor), str(os.getpid()), str(cpu_s)),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -226,7 +264,7 @@ class _Process:
                     await self._receive()
                 self._is_ready = True
             async with asyncio.timeout(limit_s):
-                header = ASK.pack(task, max_model_len or 0, len(body))
+                header = _ASK.pack(task, max_model_len or 0, len(body))
                 # A large body is not copied for its header's sake.
                 for data in (header, body) if len(body) > SHORT_BODY_BYTES else (header + body,):
                     await loop.sock_sendall(self._socket, data)
@@ -239,8 +277,8 @@ class _Process:
             ) from error
 
     async def _receive(self) -> tuple[bool, bytes]:
-        header = await self._read(REPLY.size)
-        went_well, size = REPLY.unpack(header)
+        header = await self._read(_REPLY.size)
+        went_well, size = _REPLY.unpack(header)
         return went_well, await self._read(size)
 
     async def _read(self, size: int) -> bytes:
@@ -295,3 +333,124 @@ def _overtime(task: Task, limit_s: float) -> DisaggError:
         words = f"the chat template, or the grammar, did not come to an end in {limit_s:.0f} s with these messages"
         return InvalidRequestError(words, "messages")
     return UnavailableError(f"this request could not be prepared in {limit_s:.0f} s: send less, or try again later")
+
+
+# In both ---------------------------------------------------------------------------------------------------------
+
+
+def perform(task: Task, body: bytes, model: ServedModel, max_model_len: int | None) -> bytes:
+    """Return a prepared request in msgpack, or the answer of the other two endpoints in JSON."""
+    if task is Task.TOKENIZE:
+        return msgspec.json.encode(tokenize(body, model, max_model_len))
+    if task is Task.DETOKENIZE:
+        return msgspec.json.encode(detokenize(body, model, max_model_len))
+    assert max_model_len is not None, "nothing is generated before an instance is known"
+    match task:
+        case Task.COMPLETION:
+            return msgspec.msgpack.encode(prepare_completion(body, model, max_model_len))
+        case Task.RESPONSE:
+            return msgspec.msgpack.encode(prepare_response(body, model, max_model_len))
+    return msgspec.msgpack.encode(prepare_chat(body, model, max_model_len))
+
+
+def give_back() -> None:
+    """Have the C library return to the system what it holds free; nothing happens with one that cannot (musl)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+# In the process --------------------------------------------------------------------------------------------------
+
+
+class _OvertimeError(Exception):
+    """The CPU time for one body is used up."""
+
+
+def main() -> None:
+    """Serve a socket until its other end closes.
+
+    The arguments are its number, the number of the file that holds the model, the parent's process id, and the seconds
+    of CPU time for the shortest body.
+    """
+    *numbers, cpu_s = sys.argv[1:]
+    descriptor, model_descriptor, parent_pid = map(int, numbers)
+    if not end_with_parent(parent_pid):
+        return
+    signal.signal(signal.SIGPROF, _stop)
+    with socket.socket(fileno=descriptor) as connection:
+        with mmap.mmap(model_descriptor, 0, access=mmap.ACCESS_READ) as data:
+            model = ServedModel.from_bytes(bytes(data))
+        os.close(model_descriptor)
+        _bound_memory()
+        prepare_all(connection, model, float(cpu_s))
+
+
+def prepare_all(connection: socket.socket, model: ServedModel, cpu_s: float) -> None:
+    """Prepare what is asked, until the server closes the connection or is gone."""
+    with suppress(ConnectionError):
+        connection.sendall(_REPLY.pack(True, 0))
+        while header := _read(connection, _ASK.size):
+            task, max_model_len, size = _ASK.unpack(header)
+            limit_s = cpu_s + CPU_S_PER_MIB * size / (1 << 20)
+            went_well, result = _answer(Task(task), _read(connection, size), model, max_model_len or None, limit_s)
+            connection.sendall(_REPLY.pack(went_well, len(result)) + result)
+            if size + len(result) > _LARGE_BYTES:
+                del result
+                give_back()
+
+
+def _answer(task: Task, body: bytes, model: ServedModel, max_model_len: int | None, cpu_s: float) -> tuple[bool, bytes]:
+    try:
+        with _bounded_time(cpu_s):
+            return True, perform(task, body, model, max_model_len)
+    except _OvertimeError as error:
+        failure = Failure(InvalidRequestError.__name__, f"preparing this request took over {cpu_s:.1f} s: {error}")
+    except MemoryError:
+        words = f"preparing this request takes more than the {_MEMORY_BYTES >> 20} MiB that one may have: send less"
+        failure = Failure(InvalidRequestError.__name__, words)
+    except DisaggError as error:
+        failure = Failure(type(error).__name__, str(error), getattr(error, "param", None))
+    except Exception:
+        failure = Failure(InternalError.__name__, "internal error", traceback=traceback.format_exc())
+    return False, msgspec.msgpack.encode(failure)
+
+
+@contextmanager
+def _bounded_time(cpu_s: float) -> Iterator[None]:
+    """Raise _OvertimeError out of Python code of the block once it has used so much CPU time.
+
+    And again soon after, since Jinja swallows what is raised while it computes constants.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s, _AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _OvertimeError("the chat template or the text is too much; make it shorter")
+
+
+def _bound_memory() -> None:
+    with open("/proc/self/statm", encoding="ascii") as statistics:
+        num_pages = int(statistics.read().split()[0])
+    limit = num_pages * mmap.PAGESIZE + _MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    """Return so many bytes, or none at the connection's end."""
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size:
+        received = connection.recv_into(view[filled:])
+        if not received:
+            return b""
+        filled += received
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,13 +12,11 @@ import msgspec
 
 from disagg.base.errors import InvalidRequestError, ModelNotFoundError
 from disagg.serve.api.answer_grammar import answer_part, written
-from disagg.serve.api.decoding import decode_body
 from disagg.serve.api.prompts import Prompt, chat_prompt, completion_prompts, tokenize_prompt
 from disagg.serve.api.reading import AnswerReading
 from disagg.serve.api.responses import Detokenized, Tokenized
 from disagg.serve.api.responses_api.as_chat import as_chat, in_own_words
 from disagg.serve.api.responses_api.schema import ResponsesRequest
-from disagg.serve.api.sampling import TokenConstraints
 from disagg.serve.api.schema import (
     MAX_PROMPT_LOGPROBS,
     ChatCompletionRequest,
@@ -27,6 +25,7 @@ from disagg.serve.api.schema import (
     DetokenizeRequest,
     GenerationFields,
     TokenizeRequest,
+    decode_body,
 )
 from disagg.serve.api.served_model import ServedModel
 
@@ -54,6 +53,13 @@ class Task(enum.IntEnum):
     TOKENIZE = 2
     DETOKENIZE = 3
     RESPONSE = 4
+
+
+class TokenConstraints(msgspec.Struct, frozen=True, array_like=True):
+    """What the tokens of an answer must keep to, as ``SamplingParams`` has it."""
+
+    grammar: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 class PreparedCompletion(msgspec.Struct, frozen=True, array_like=True):

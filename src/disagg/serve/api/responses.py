@@ -1,5 +1,7 @@
 """What the API answers: OpenAI's shapes as structs, so that a streamed event costs one encoding."""
 
+import secrets
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -232,3 +234,16 @@ def json_response(value: Any, status: int = 200) -> Response:
 def event(value: Any) -> bytes:
     """Return one server-sent event."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+class EventTemplate:
+    """An event that is encoded once, and then again with other texts in the same place."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        """``make`` returns the struct of an event with a text in one place."""
+        mark = secrets.token_hex(16)
+        self._before, self._after = event(make(mark)).split(encode(mark))
+
+    def event(self, text: str) -> bytes:
+        """Return the event with this text."""
+        return self._before + encode(text) + self._after

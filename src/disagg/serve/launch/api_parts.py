@@ -16,9 +16,9 @@ from disagg.models.tokenizer import load_tokenizer
 from disagg.models.tool_calls.syntax import AnswerSyntax, ToolCallFormat, syntax_of
 from disagg.serve.api.admin import Operator
 from disagg.serve.api.app import create_app
+from disagg.serve.api.jobs import check_defaults
 from disagg.serve.api.metrics import ServerMetrics
 from disagg.serve.api.preparers import Preparers
-from disagg.serve.api.sampling import check_defaults
 from disagg.serve.api.served_model import ServedModel
 from disagg.serve.api.terms import ServiceTerms
 from disagg.serve.api.watching import AllMetrics

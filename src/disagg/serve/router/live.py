@@ -40,10 +40,10 @@ from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.effects import NO_EFFECTS, RouterEffects
 from disagg.serve.router.interface import InstanceStatus
 from disagg.serve.router.kv_publisher import KvEventPublisher
+from disagg.serve.router.record import LiveStream
 from disagg.serve.router.shell import RouterShell
 from disagg.serve.router.sink import NullSink, RouterSink
 from disagg.serve.router.start_gate import StartGate
-from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import InstanceWatcher
 
 logger = logging.getLogger(__name__)

@@ -92,9 +92,8 @@ from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.effects import NO_EFFECTS
-from disagg.serve.router.record import SequenceRecord
+from disagg.serve.router.record import LiveStream, SequenceRecord
 from disagg.serve.router.sink import RouterSink
-from disagg.serve.router.stream import LiveStream
 from disagg.serve.router.watcher import InstanceWatcher, NullWatcher
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer
 from disagg.base.transfer_settings import KvLinkChoice, TransferSettings
 from disagg.transfer.benchmark.peer_task import PeerReady, PeerTask
+from disagg.transfer.links import SharedBlocks
 from disagg.transfer.pool import KvPool
-from disagg.transfer.shared_blocks import SharedBlocks
 
 _LEASE_S = 3600.0
 
