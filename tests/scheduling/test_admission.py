@@ -156,17 +156,17 @@ class TestOverload:
     def test_what_would_miss_is_shed_and_told_when_to_come_again(self) -> None:
         story = Story(Overload.SHED)
         for name in "abc":
-            assert not any(isinstance(one, Refuse) for one in story.arrive(name))
-        (refusal,) = story.arrive("d")
+            assert not any(isinstance(one, Refuse) for one in story.arrive(name, num_tokens=250))
+        (refusal,) = story.arrive("d", num_tokens=250)
         assert isinstance(refusal, Refuse)
         assert refusal.reason is RefuseReason.SHED
-        assert "1.20 s" in refusal.detail
+        assert "1.13 s" in refusal.detail
         # After that long the work before it has shrunk to what lets it keep its objective.
         assert refusal.retry_after_s == pytest.approx(0.5)
-        story.now += 0.3
+        story.now += 0.25
         story.first_token("a")
-        story.now += 0.2
-        assert not any(isinstance(one, Refuse) for one in story.arrive("d"))
+        story.now += 0.25
+        assert not any(isinstance(one, Refuse) for one in story.arrive("d", num_tokens=250))
 
     def test_ten_times_too_much_leaves_the_queue_short_and_the_admitted_in_time(self) -> None:
         story = Story(Overload.SHED)
@@ -251,7 +251,7 @@ class TestOverload:
         self, priority: int, is_shed: bool
     ) -> None:
         story = Story(Overload.SHED)
-        story.arrive("long", num_tokens=850)
+        story.arrive("long", num_tokens=890)
         actions = story.arrive("chat", num_tokens=100, priority=priority)
         assert any(isinstance(one, Refuse) for one in actions) is is_shed
 
@@ -264,6 +264,17 @@ class TestOverload:
         story.arrive("new", num_tokens=10)
         fresh = story.dispatcher._sequences.get(RequestId("new"))
         assert fresh is None or late.rank < fresh.rank
+
+    def test_who_presses_waits_while_there_would_be_no_room_for_a_prompt_like_that_of_others(self) -> None:
+        story = Story(Overload.SHED)
+        story.arrive("long", num_tokens=600, tenant="quiet")
+        story.now += 0.6
+        story.first_token("long")
+        started = [story.started(story.arrive(f"flood{number}", 100, tenant="flood")) for number in range(3)]
+        assert started == [["flood0"], ["flood1"], []]
+        assert story.started(story.arrive("short", 100, tenant="quiet")) == ["short"], "the room was kept for it"
+        story.now += 60.0
+        assert "flood2" in story.started(story.first_token("flood0")), "nobody is expected any more"
 
     def test_a_tenant_has_no_more_under_way_than_it_may(self) -> None:
         story = Story(Overload.QUEUE, {"small": TenantSettings(max_requests=2)})

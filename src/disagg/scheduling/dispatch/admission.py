@@ -1,8 +1,8 @@
 """Whether a sequence that arrives is taken, and on which terms: bounds, and what is predicted. Pure.
 
 What is predicted is the time until its turn comes, from the work of those before it and from how quickly the room has
-emptied lately, and then what its best path brings. A prediction over the objective is a miss: ``Overload`` says what
-follows.
+emptied lately, and then what its best path brings. A prediction over the objective, less a margin, is a miss:
+``Overload`` says what follows.
 """
 
 from collections.abc import Iterable
@@ -11,18 +11,19 @@ from typing import Final
 
 from disagg.base.config import RouterSettings
 from disagg.base.objectives import Objectives
+from disagg.base.request import Role
 from disagg.base.service_classes import Overload
 from disagg.scheduling.dispatch.actions import Refuse, RefuseReason
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster
-from disagg.scheduling.dispatch.state import SequenceEntry
+from disagg.scheduling.dispatch.margins import Margin
+from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
 
-ADMITTED_UP_TO: Final = 0.9
-"""Part of an objective up to which a prediction is trusted to be kept."""
 _SHORTEST_RETRY_S: Final = 0.5
+_LEAST_RATE: Final = 0.1
 _MEMORY_S: Final = 10.0
 _PRIOR_S: Final = 5.0
-"""Seconds for which the instances' number stands, as if it had been seen."""
+"""Seconds for which what is expected counts as if it had been seen, at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,12 @@ class Miss:
 
 
 class DrainRate:
-    """Seconds of prefill that leave the room in a second, while somebody waits. Starts from the instances' number."""
+    """Seconds of prefill that leave the room in a second, while somebody waits."""
 
     def __init__(self) -> None:
         self._work_s = 0.0
         self._time_s = 0.0
+        self._prior_s = _PRIOR_S
         self._seen_s = 0.0
         self._somebody_waits = False
 
@@ -49,38 +51,63 @@ class DrainRate:
             kept = _MEMORY_S / (_MEMORY_S + passed_s)
             self._time_s = kept * self._time_s + passed_s
             self._work_s = kept * self._work_s + started_s
+            self._prior_s *= kept
         self._seen_s, self._somebody_waits = now, somebody_waits
 
-    def rate(self, num_instances: int) -> float:
-        """Return the rate, given how many instances are there to prefill."""
-        return max(0.1, (self._work_s + _PRIOR_S * max(1, num_instances)) / (self._time_s + _PRIOR_S))
+    def rate(self, expected: float) -> float:
+        """Return the rate; ``expected`` counts until enough was seen."""
+        return max(_LEAST_RATE, (self._work_s + self._prior_s * expected) / (self._time_s + self._prior_s))
+
+
+def expected_rate(
+    entries: Iterable[InstanceEntry], forecaster: Forecaster, num_tokens: int, *, has_walls: bool
+) -> float:
+    """Return the seconds of prefill, of prompts of so many tokens, that instances are expected to do in a second.
+
+    Those that decode the answers as well have only a part of their time for it.
+    """
+    ready = [entry for entry in entries if entry.state is InstanceState.READY]
+    rate = 0.0
+    for entry in ready:
+        if not has_walls or entry.role is Role.COLOCATED:
+            rate += forecaster.prompts_part(entry, num_tokens)
+        elif entry.role is Role.PREFILL:
+            rate += 1.0
+    return rate if rate else 1.0
+
+
+def expected_ttft_s(
+    best: Forecast, forecaster: Forecaster, ahead: Iterable[tuple[SequenceEntry, float]], rate: float
+) -> float:
+    """Return the seconds to the first token of a sequence whose turn has not come.
+
+    ``ahead`` are those that are served before it, with how many tenants share meanwhile; ``rate`` that of the room.
+    """
+    return sum(forecaster.prompt_s(one.num_tokens) * share for one, share in ahead) / rate + best.ttft_s
 
 
 def judge(
     sequence: SequenceEntry,
     best: Forecast,
     forecaster: Forecaster,
-    ahead: Iterable[tuple[SequenceEntry, float]],
-    rate: float,
+    ttft_s: float,
     objectives: Objectives,
+    margin: Margin,
 ) -> Miss | None:
-    """Return why the sequence is predicted to miss its ``objectives``; None when it is predicted to keep them.
-
-    ``ahead`` are those that are served before it, with how many tenants share meanwhile; ``rate`` that of the room.
-    """
-    wait_s = sum(forecaster.prompt_s(one.num_tokens) * share for one, share in ahead) / rate
-    ttft_s = wait_s + best.ttft_s
-    if objectives.ttft_s is not None and ttft_s > ADMITTED_UP_TO * objectives.ttft_s:
+    """Return why the sequence is predicted to miss its ``objectives``; None when it is predicted to keep them."""
+    if objectives.ttft_s is not None and margin.ttft * ttft_s > objectives.ttft_s:
         return Miss(
-            f"its first token is predicted after {ttft_s:.2f} s, the objective is {objectives.ttft_s:g} s",
-            max(_SHORTEST_RETRY_S, ttft_s - ADMITTED_UP_TO * objectives.ttft_s),
+            f"its first token is predicted after {ttft_s:.2f} s, up to {margin.ttft:.2f} times that is to be expected, "
+            f"the objective is {objectives.ttft_s:g} s",
+            max(_SHORTEST_RETRY_S, ttft_s - objectives.ttft_s / margin.ttft),
         )
     tpot_s = max(best.tpot_s, best.others_tpot_s)
-    if objectives.tpot_s is not None and tpot_s > objectives.tpot_s:
+    if objectives.tpot_s is not None and margin.tpot * tpot_s > objectives.tpot_s:
         # The batch is as long as before once an answer has ended for each that is too many.
-        late_s = (1 - objectives.tpot_s / tpot_s) * forecaster.num_answer_tokens(sequence) * tpot_s
+        late_s = (1 - objectives.tpot_s / (margin.tpot * tpot_s)) * forecaster.num_answer_tokens(sequence) * tpot_s
         return Miss(
-            f"tokens are predicted every {1e3 * tpot_s:.1f} ms, the objective is {1e3 * objectives.tpot_s:g} ms",
+            f"tokens are predicted every {1e3 * tpot_s:.1f} ms, up to {margin.tpot:.2f} times that is to be expected, "
+            f"the objective is {1e3 * objectives.tpot_s:g} ms",
             max(_SHORTEST_RETRY_S, late_s),
         )
     return None

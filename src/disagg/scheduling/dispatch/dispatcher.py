@@ -375,14 +375,14 @@ class Dispatcher:
         self._place_waiting()
 
     def _place_queued(self) -> None:
-        """Give those whose turn it is to instances. Who waits for an instance to come up keeps nobody back."""
+        """Give those whose turn it is to instances. Who does not start keeps back only who wait with it."""
         passed: set[RequestId] = set()
         while (sequence := self._turns.next(passed)) is not None:
             self._place(sequence)
             if sequence.state is Whereabouts.QUEUED:
-                if math.isinf(sequence.wait_until_s):
+                if not (others := self._turns.passed_over(sequence)):
                     return
-                passed.add(sequence.request_id)
+                passed.update(others)
 
     def _place_waiting(self, flipped: InstanceEntry | None = None) -> None:
         """The instances have changed: give those that nobody holds to one, or fail them, and move what is to move."""

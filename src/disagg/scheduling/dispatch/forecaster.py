@@ -148,6 +148,19 @@ class Forecaster:
         costs = self._prefill_costs(None)
         return costs.step_s + prefill_work_s(costs, num_tokens, num_tokens**2, 1)
 
+    def prompts_part(self, entry: InstanceEntry, num_tokens: int) -> float:
+        """Return the part of its time that an instance has for prompts of so many tokens where it decodes the answers.
+
+        The rest goes to steps of as many answers as their objective allows.
+        """
+        costs, answer_tokens = self._decode_costs(entry), self._experience.answer_tokens
+        token_s = decode_work_s(costs, 1, num_tokens + answer_tokens / 2)
+        most: float = entry.limits.max_batch_size
+        if self._objectives.tpot_s is not None:
+            most = min(most, (self._objectives.tpot_s - costs.step_s) / max(token_s, 1e-9))
+        prompt_s = self.prompt_s(num_tokens)
+        return prompt_s / (prompt_s + answer_tokens * (costs.step_s / max(1.0, most) + token_s))
+
     def first_token_s(self, entry: InstanceEntry, sequence: SequenceEntry, num_tokens: int) -> float:
         """Return the seconds to the first token of a sequence of which ``num_tokens`` have to be computed."""
         costs = self._prefill_costs(entry)

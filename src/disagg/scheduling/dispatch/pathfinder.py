@@ -11,7 +11,7 @@ from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.scheduling.by_objectives import queue_order
-from disagg.scheduling.dispatch.admission import DrainRate, Miss, judge
+from disagg.scheduling.dispatch.admission import DrainRate, Miss, expected_rate, expected_ttft_s, judge
 from disagg.scheduling.dispatch.candidates import FEW, candidates
 from disagg.scheduling.dispatch.choice import choose_adopter, choose_start, open_to
 from disagg.scheduling.dispatch.experience import Experience
@@ -19,9 +19,11 @@ from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
+from disagg.scheduling.dispatch.guests import Guests
+from disagg.scheduling.dispatch.margins import FOR_GUESTS, OF_GUESTS, Margins
 from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
-from disagg.scheduling.dispatch.state import InstanceEntry, InstanceState, SequenceEntry
+from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 from disagg.scheduling.queue_order import rank_of
 from disagg.scheduling.recent_work import RecentWork
@@ -47,6 +49,8 @@ class HeldBack:
     """The sequence's best instance has enough to do: look again at ``until_s``, or when it has done something."""
 
     until_s: float
+    for_guests: bool = False
+    """Others may go first: it is their room that is kept."""
 
 
 class Pathfinder:
@@ -60,6 +64,8 @@ class Pathfinder:
         self._objectives = scheduler.objectives
         self._order = queue_order(scheduler.queue, scheduler.objectives)
         self._drain = DrainRate()
+        self._margins = Margins()
+        self._guests = Guests()
         self._facts: tuple[int, float, FleetFacts] | None = None
         """Of which version of the fleet, until when, and what."""
         self._room = room
@@ -92,12 +98,53 @@ class Pathfinder:
         best = best_path(forecasts, wanted)
         if best is None:
             return None
-        num_prefilling = sum(
-            entry.state is InstanceState.READY and (entry.role is not Role.DECODE or not self._strict_roles)
-            for entry in fleet.entries
-        )
-        rate = self._drain.rate(num_prefilling)
-        return judge(sequence, best, forecaster, self._room.ahead_of(sequence), rate, wanted.objectives)
+        expected = expected_rate(fleet.entries, forecaster, sequence.num_tokens, has_walls=self._strict_roles)
+        rate, margin = self._drain.rate(expected), self._margins.margin
+        ahead = tuple(self._room.ahead_of(sequence))
+        if not self._presses(sequence, now) and (not ahead or self._room.somebody_presses()):
+            rate, margin = max(rate, expected), OF_GUESTS  # what is held back for it does not keep it waiting
+        ttft_s = expected_ttft_s(best, forecaster, ahead, rate)
+        sequence.promised_ttft_s = ttft_s
+        return judge(sequence, best, forecaster, ttft_s, wanted.objectives, margin)
+
+    def note_admitted(self, sequence: SequenceEntry, now: float) -> None:
+        """Take account of a sequence that is predicted to keep its objectives, before it is under way."""
+        if sequence.promised_ttft_s is not None and not self._presses(sequence, now):
+            self._guests.admitted(sequence, now)
+
+    def note_first_token(self, sequence: SequenceEntry, now: float) -> None:
+        """Learn from when it came how far predictions are off."""
+        ttft_s = self.objectives_of(sequence).ttft_s
+        if sequence.promised_ttft_s is not None and ttft_s is not None and not sequence.is_resumed:
+            self._margins.first_token(sequence.promised_ttft_s, now - sequence.arrived_s, ttft_s)
+
+    def note_end(self, sequence: SequenceEntry) -> None:
+        """Learn from an answer whether too many are decoded at once."""
+        objective_s, tpot_s = self.objectives_of(sequence).tpot_s, sequence.tpot_s
+        if sequence.promised_ttft_s is None or sequence.is_resumed or objective_s is None or tpot_s is None:
+            return
+        if not sequence.is_best_effort:
+            self._margins.answer_ended(sequence.arrived_s, sequence.last_token_s, is_kept=tpot_s <= objective_s)
+
+    def _presses(self, sequence: SequenceEntry, now: float) -> bool:
+        guest = self._guests.expected(sequence.tenant, now)
+        comes = guest is not None and not self._room.num_under_way(guest.tenant)
+        return self._room.presses(sequence.tenant, beside_guest=comes)
+
+    def _keeps_guests_out(self, fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -> bool:
+        """Return whether a guest would be refused beside the sequence; it waits for that, though not for ever."""
+        now = forecaster.now
+        guest = self._guests.expected(sequence.tenant, now)
+        if guest is None or now >= sequence.arrived_s + MAX_OVERTAKE_S or not self._presses(sequence, now):
+            return False
+        if self._room.num_under_way(sequence.tenant) == len(self._room.waiting_of(sequence.tenant)):
+            return False  # of its own nothing is being served
+        guest.rank = self.rank_of(guest)
+        forecasts, wanted = self._forecasts(fleet, guest, forecaster)
+        best = best_path(forecasts, wanted)
+        if best is None:
+            return False
+        return judge(guest, best, forecaster, best.ttft_s, wanted.objectives, FOR_GUESTS) is not None
 
     def start(self, fleet: Fleet, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a queued sequence starts, or that it is held back; None when no instance can take it now."""
@@ -115,6 +162,8 @@ class Pathfinder:
             return HeldBack(now + max(ahead_s - AHEAD_S, _SHORTEST_WAIT_S))
         if self._is_in_the_way(sequence, chosen, now):
             return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S)
+        if self._keeps_guests_out(fleet, sequence, forecaster):
+            return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S, for_guests=True)
         other = best_path((one for one in forecasts if one is not chosen), wanted)
         return Placed(instance, chosen.path.hands_over, chosen, other)
 

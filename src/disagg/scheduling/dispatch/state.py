@@ -256,6 +256,8 @@ class SequenceEntry:
     chosen: Forecast | None = None
     """The path that it was given last, where predictions decided, and the best of the others then."""
     other: Forecast | None = None
+    promised_ttft_s: float | None = None
+    """Its TTFT as predicted when it was admitted by predictions, without a margin."""
     expected: tuple[InstanceId, int] | None = None
     """Who is expected to go on with it, and with how many tokens, until somebody does."""
     started_s: float = math.nan

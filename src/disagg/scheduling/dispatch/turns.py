@@ -3,6 +3,7 @@
 It joins ``admission``, ``waiting_room`` and ``pathfinder``, each of which decides one thing, and keeps their books.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
 from disagg.base.config import RouterSettings, SchedulerSettings
@@ -30,6 +31,8 @@ class Turns:
         self._fleet = fleet
         self._room = WaitingRoom(settings.tenants)
         self._paths = Pathfinder(settings, scheduler, self._room)
+        self._kept_out: str | None = None
+        """The tenant whose sequence was the last to be held back for others'."""
         self.workload = WorkloadWindow()
         self.experience = self._paths.experience
 
@@ -43,6 +46,8 @@ class Turns:
             self.workload.arrived(sequence.num_tokens, now)
         sequence.rank = self._paths.rank_of(sequence)
         verdict = self._verdict(sequence, num_all, now)
+        if verdict is None:
+            self._paths.note_admitted(sequence, now)
         if not isinstance(verdict, Refuse):
             self._room.enter(sequence)
             self._paths.note_arrival(sequence, now)
@@ -75,9 +80,21 @@ class Turns:
         """Return whose turn it is, those who were passed over left out."""
         return self._room.head(passed)
 
+    def passed_over(self, sequence: SequenceEntry) -> Collection[RequestId]:
+        """Return who lets others go first, of one whose turn it is and that does not start; nobody where all wait.
+
+        It alone where it waits for an instance to come up, all of its tenant's where room is kept for other tenants.
+        """
+        if not math.isinf(sequence.wait_until_s):
+            return (sequence.request_id,)
+        if sequence.tenant != self._kept_out:
+            return ()
+        return [one.request_id for one in self._room.waiting_of(sequence.tenant)]
+
     def start(self, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a sequence whose turn it is starts, or that it waits on, with a time or without."""
         start = self._paths.start(self._fleet, sequence, now)
+        self._kept_out = sequence.tenant if isinstance(start, HeldBack) and start.for_guests else None
         if isinstance(start, Placed):
             self._room.stop_waiting(sequence)
             self._room.served(sequence, num_input=sequence.num_tokens)
@@ -142,6 +159,8 @@ class Turns:
 
     def note_tokens(self, sequence: SequenceEntry, count: int, now: float) -> None:
         """Take account of tokens that a sequence brought."""
+        if not sequence.num_answer_tokens:
+            self._paths.note_first_token(sequence, now)
         sequence.note_tokens(count, now)
         if sequence.expected is not None and sequence.holder == sequence.expected[0]:
             self._fleet.expect_no_more(sequence)
@@ -157,6 +176,7 @@ class Turns:
     def finished(self, sequence: SequenceEntry) -> None:
         """Learn from a sequence that came to its end."""
         self.workload.ended(sequence, has_kept=sequence.keeps(self._paths.objectives_of(sequence)))
+        self._paths.note_end(sequence)
         self._paths.experience.answer_ended(sequence.num_answer_tokens)
 
     def leave(self, sequence: SequenceEntry) -> None:

@@ -7,7 +7,7 @@ there: nobody saves up. Lower priorities (numbers) go first whoever's they are.
 """
 
 import bisect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -38,6 +38,8 @@ class WaitingRoom:
         self._settings = tenants
         self._tenants: dict[str, _Tenant] = {}
         self._num_under_way: dict[str, int] = {}
+        self._num_all, self._weight_all = 0, 0.0
+        """Of all tenants that have something under way."""
         self._last_served = 0.0
         """Of the tenant that left last."""
         self.num_waiting = self.num_tokens = 0
@@ -50,9 +52,31 @@ class WaitingRoom:
         """Return how many sequences of a tenant wait or are served."""
         return self._num_under_way.get(tenant, 0)
 
+    def presses(self, tenant: str, *, beside_guest: bool) -> bool:
+        """Return whether a tenant has more under way than its share; with ``beside_guest`` one more tenant has one."""
+        own = self.num_under_way(tenant)
+        weights = self._weight_all + beside_guest
+        return own > 1 and own * weights > self._num_all * self._weight_of(tenant)
+
+    def somebody_presses(self) -> bool:
+        """Return whether anybody has more under way than his share."""
+        return any(self.presses(name, beside_guest=False) for name in self._num_under_way)
+
+    def waiting_of(self, tenant: str) -> Sequence[SequenceEntry]:
+        """Return a tenant's sequences that wait, in their order."""
+        known = self._tenants.get(tenant)
+        return () if known is None else known.waiting
+
+    def _weight_of(self, tenant: str) -> float:
+        settings = self._settings.get(tenant)
+        return 1.0 if settings is None else settings.weight
+
     def enter(self, sequence: SequenceEntry) -> None:
         """Take in a sequence that has just arrived."""
         name = sequence.tenant
+        self._num_all += 1
+        if name not in self._num_under_way:
+            self._weight_all += self._weight_of(name)
         self._num_under_way[name] = self.num_under_way(name) + 1
         self.wait(sequence)
 
@@ -60,8 +84,7 @@ class WaitingRoom:
         """Let a sequence that is under way wait for its turn."""
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
-            settings = self._settings.get(sequence.tenant)
-            tenant = self._tenants[sequence.tenant] = _Tenant(settings.weight if settings is not None else 1.0)
+            tenant = self._tenants[sequence.tenant] = _Tenant(self._weight_of(sequence.tenant))
         if not tenant.waiting:
             present = [other.served for other in self._tenants.values() if other.waiting]
             tenant.served = max(tenant.served, min(present, default=self._last_served))
@@ -81,9 +104,11 @@ class WaitingRoom:
     def leave(self, sequence: SequenceEntry) -> None:
         """Forget a sequence that has ended; it does not wait any more."""
         name = sequence.tenant
+        self._num_all -= 1
         self._num_under_way[name] -= 1
         if not self._num_under_way[name]:
             del self._num_under_way[name]
+            self._weight_all = self._weight_all - self._weight_of(name) if self._num_under_way else 0.0
             tenant = self._tenants.get(name)
             if tenant is not None and name not in self._settings and tenant.served <= self._floor():
                 del self._tenants[name]
@@ -113,9 +138,7 @@ class WaitingRoom:
         present = [tenant for tenant in self._tenants.values() if tenant.waiting]
         own = self._tenants.get(sequence.tenant)
         if own is None or not own.waiting:
-            settings = self._settings.get(sequence.tenant)
-            weight = 1.0 if settings is None else settings.weight
-            own = _Tenant(weight)
+            own = _Tenant(self._weight_of(sequence.tenant))
             present.append(own)
         share = sum(tenant.weight for tenant in present) / own.weight
         for one in own.waiting:
