@@ -276,6 +276,11 @@ class TestOverload:
         story.now += 60.0
         assert "flood2" in story.started(story.first_token("flood0")), "nobody is expected any more"
 
+    def test_what_preparing_took_counts(self) -> None:
+        assert not any(isinstance(one, Refuse) for one in Story(Overload.SHED).arrive("a"))
+        (refusal,) = Story(Overload.SHED).arrive("a", prepared_s=0.75)
+        assert isinstance(refusal, Refuse)
+
     def test_a_tenant_has_no_more_under_way_than_it_may(self) -> None:
         story = Story(Overload.QUEUE, {"small": TenantSettings(max_requests=2)})
         story.arrive("a", tenant="small")

@@ -38,6 +38,8 @@ class SequenceArrived(DispatchEvent, frozen=True, kw_only=True):
     """Names of the full KV blocks of its known tokens."""
     hash_block_size: int = 0
     """Tokens of each of those blocks."""
+    prepared_s: float = 0.0
+    """Seconds since it came, for reading and tokenising it: they count as waiting."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

@@ -103,7 +103,7 @@ class Pathfinder:
         ahead = tuple(self._room.ahead_of(sequence))
         if not self._presses(sequence, now) and (not ahead or self._room.somebody_presses()):
             rate, margin = max(rate, expected), OF_GUESTS  # what is held back for it does not keep it waiting
-        ttft_s = expected_ttft_s(best, forecaster, ahead, rate)
+        ttft_s = now - sequence.arrived_s + expected_ttft_s(best, forecaster, ahead, rate)
         sequence.promised_ttft_s = ttft_s
         return judge(sequence, best, forecaster, ttft_s, wanted.objectives, margin)
 

@@ -311,7 +311,7 @@ class SequenceEntry:
             block_hashes=event.block_hashes,
             hash_block_size=event.hash_block_size,
             order=order,
-            arrived_s=now,
+            arrived_s=now - event.prepared_s,
             deadline_s=now + timeout_s,
             story=[(now, "arrived", Whereabouts.QUEUED)],
         )

@@ -149,6 +149,7 @@ class RouterShell:
                 objectives=request.objectives,
                 block_hashes=request.block_hashes,
                 hash_block_size=request.hash_block_size,
+                prepared_s=max(0.0, self._clock.now() - timeline.arrival_s),
             )
         )
         if stream.refusal is not None:
