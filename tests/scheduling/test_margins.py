@@ -11,13 +11,13 @@ from disagg.scheduling.dispatch.state import SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
 
 
-def sequence(name: str, tenant: str, num_tokens: int = 100, now: float = 0.0) -> SequenceEntry:
+def sequence(name: str, tenant: str, num_tokens: int = 100, now: float = 0.0, priority: int = 0) -> SequenceEntry:
     return SequenceEntry(
         request_id=RequestId(name),
         epoch=Epoch(1),
         num_tokens=num_tokens,
         max_total_tokens=num_tokens + 10,
-        priority=0,
+        priority=priority,
         order=0,
         arrived_s=now,
         deadline_s=1e9,
@@ -75,17 +75,23 @@ class TestGuests:
         guests.admitted(sequence("a", "quiet", 800), 0.0)
         guests.admitted(sequence("b", "quiet", 50, 5.0), 5.0)
         guests.admitted(sequence("c", "flood", 2000, 5.0), 5.0)
-        guest = guests.expected("flood", 6.0)
+        guest = guests.expected(sequence("d", "flood"), 6.0)
         assert guest is not None
         assert (guest.tenant, guest.arrived_s) == ("quiet", 6.0)
         assert 700 < guest.num_tokens <= 800
         assert guest.max_total_tokens == guest.num_tokens + 10
-        assert guests.expected("flood", 100.0) is None
+        assert guests.expected(sequence("d", "flood"), 100.0) is None
 
     def test_nobody_is_his_own_guest(self) -> None:
         guests = Guests()
         guests.admitted(sequence("a", "alone"), 0.0)
-        assert guests.expected("alone", 1.0) is None
+        assert guests.expected(sequence("b", "alone"), 1.0) is None
+
+    def test_no_room_is_kept_for_who_is_served_later_anyway(self) -> None:
+        guests = Guests()
+        guests.admitted(sequence("a", "nightly", priority=10), 0.0)
+        assert guests.expected(sequence("b", "search"), 1.0) is None
+        assert guests.expected(sequence("b", "batch", priority=10), 1.0) is not None
 
     def test_names_that_users_invent_are_not_kept_for_ever(self) -> None:
         guests = Guests()

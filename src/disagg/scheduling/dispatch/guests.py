@@ -46,9 +46,16 @@ class Guests:
         if len(self._known) > _MOST_TENANTS:
             del self._known[next(iter(self._known))]
 
-    def expected(self, but: str, now: float) -> SequenceEntry | None:
-        """Return the longest of what others than a tenant may ask for, as if it arrived now; None without others."""
-        others = [one for name, one in self._known.items() if name != but and now <= one.seen_s + _EXPECTED_FOR_S]
+    def expected(self, beside: SequenceEntry, now: float) -> SequenceEntry | None:
+        """Return the longest of what other tenants may ask for, as if it arrived now; None without any.
+
+        Of those that are served before ``beside``, or as early, by their priority.
+        """
+        others = [
+            one
+            for name, one in self._known.items()
+            if name != beside.tenant and one.longest.priority <= beside.priority and now <= one.seen_s + _EXPECTED_FOR_S
+        ]
         if not others:
             return None
         guest = max(others, key=lambda one: one.tokens(now))

@@ -127,14 +127,14 @@ class Pathfinder:
             self._margins.answer_ended(sequence.arrived_s, sequence.last_token_s, is_kept=tpot_s <= objective_s)
 
     def _presses(self, sequence: SequenceEntry, now: float) -> bool:
-        guest = self._guests.expected(sequence.tenant, now)
+        guest = self._guests.expected(sequence, now)
         comes = guest is not None and not self._room.num_under_way(guest.tenant)
         return self._room.presses(sequence.tenant, beside_guest=comes)
 
     def _keeps_guests_out(self, fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -> bool:
         """Return whether a guest would be refused beside the sequence; it waits for that, though not for ever."""
         now = forecaster.now
-        guest = self._guests.expected(sequence.tenant, now)
+        guest = self._guests.expected(sequence, now)
         if guest is None or now >= sequence.arrived_s + MAX_OVERTAKE_S or not self._presses(sequence, now):
             return False
         if self._room.num_under_way(sequence.tenant) == len(self._room.waiting_of(sequence.tenant)):
