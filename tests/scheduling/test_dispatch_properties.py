@@ -277,6 +277,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.live.remove(instance)
         self.jobs = {key: job for key, job in self.jobs.items() if key[0] != instance}
         self.leases = {key for key in self.leases if key[0] != instance}
+        self.visited = {attempt for attempt in self.visited if attempt[2] != instance}  # its next life knows of none
         self.handle(InstanceDown(instance=instance, returning=returning, detail="killed"))
 
     @precondition(lambda self: len(self.live) < len(self.instances))
