@@ -9,17 +9,28 @@ from disagg.base.config import Device, InstanceGroup, InstanceSettings, Placemen
 from disagg.base.errors import ProtocolError
 from disagg.base.messages import InstanceFacts
 from disagg.base.request import Role
+from disagg.bench.client.hand_over_times import HandOverTimes
 from disagg.calibration.host_costs import HostMeasurement, LoneRequest, host_costs
 from disagg.calibration.profiling import busy_warnings, deployments_of, to_profile
-from disagg.calibration.served_requests import ServedPull
 from disagg.calibration.steps.campaign import Campaign, Measurement, MemoryReading, PartBeside
 from disagg.calibration.steps.script import MeasuredStep
 from disagg.costs.contention import Activity
 from disagg.costs.memory import MemorySample
 from disagg.costs.platform import HostCosts
+from disagg.measure.statistics import Percentiles
 from disagg.serve.launch.deployment import Deployment
 
 SETTINGS = {"instance": "a", "role": "colocated", "control_endpoint": "", "model": {}, "cache": {}, "scheduler": {}}
+
+
+def hand_over(num_tokens: int, control_s: float, bytes_s: float) -> HandOverTimes:
+    return HandOverTimes(
+        num_hand_overs=1,
+        num_tokens=num_tokens,
+        control_s=Percentiles.of([control_s]),
+        bytes_s=Percentiles.of([bytes_s]),
+        gap_ratio=Percentiles.of([1.0]),
+    )
 
 
 def test_a_measurement_becomes_a_profile_in_random_order() -> None:
@@ -44,13 +55,18 @@ def test_a_measurement_becomes_a_profile_in_random_order() -> None:
         )
         for time_s in (0.02, 0.03)
     )
-    # Whole blocks of 16 tokens are pulled, 100 bytes a token.
-    pulls = tuple(ServedPull(size - 3, 0.001 + size * 100 / 1e9) for size in (16, 1600, 16_000))
+    # Whole blocks of 16 tokens are offered and pulled, 100 bytes a token.
+    hand_overs = tuple(
+        hand_over(size - 3, control_s=0.004 + size * 100 / 2e9, bytes_s=0.001 + size * 100 / 1e9)
+        for size in (16, 1600, 16_000)
+    )
+    lone = LoneRequest(0.057, {"queue_prefill": 0.003, "prefill": 0.05})
     measured = Measurement(facts=facts, alone=alone, beside={"decode": near})
-    host = HostMeasurement(HostCosts(0.001, 0.002, 0.003), pulls=pulls)
+    host = HostMeasurement((lone,), hand_overs)
     profile = to_profile([(campaign, measured)], host, "tiny")
     assert profile.kv_bytes_per_token == 100
-    assert (profile.accept_s, profile.message_s, profile.deliver_s) == (0.001, 0.002, 0.003)
+    assert (profile.accept_s, profile.message_s, profile.deliver_s) == pytest.approx((0.001, 0.002, 0.004))
+    assert profile.digest_bytes_per_s == pytest.approx(2e9)
     assert profile.link_latency_s == pytest.approx(0.001)
     assert profile.link_bytes_per_s == pytest.approx(1e9)
     assert profile.temperature == 0.5
@@ -80,11 +96,11 @@ def test_each_number_of_threads_is_measured_on_a_pair_of_its_own() -> None:
 
 
 def test_host_costs_are_what_is_neither_step_nor_pull() -> None:
-    stages = {"queue_prefill": 0.003, "prefill": 0.05, "hand_over_control": 0.002, "hand_over": 0.001}
-    costs = host_costs([LoneRequest(0.057, told) for told in (stages, {}, stages)])
+    stages = {"queue_prefill": 0.003, "prefill": 0.05}
+    costs = host_costs([LoneRequest(0.057, told) for told in (stages, {}, stages)], message_s=0.001)
     assert costs == pytest.approx(HostCosts(accept_s=0.002, message_s=0.001, deliver_s=0.004))
     with pytest.raises(ProtocolError, match="no request"):
-        host_costs([LoneRequest(0.057, {})])
+        host_costs([LoneRequest(0.057, {})], message_s=0.001)
 
 
 def test_a_busy_machine_is_said() -> None:

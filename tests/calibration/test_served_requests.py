@@ -1,10 +1,10 @@
-"""What requests cost beside their steps, and how long their pulls take, out of records and CPU clocks."""
+"""What requests cost beside their steps, out of records and CPU clocks."""
 
 import pytest
 from cpu_readings import readings
 
 from disagg.bench.client.calls import Call
-from disagg.calibration.served_requests import RequestCosts, ServedPull, TextPrompts, request_costs
+from disagg.calibration.served_requests import TextPrompts, request_cost
 from disagg.costs.serving_fit import ServedRequest
 from disagg.measure.record import RequestRecord
 from disagg.measure.workload import NO_PREFIX
@@ -17,7 +17,7 @@ class WordTokenizer:
         return [ord(text[index]) for index in range(0, len(text), 5)]
 
 
-def record(prompt_len: int, **stages: float) -> RequestRecord:
+def record(prompt_len: int) -> RequestRecord:
     return RequestRecord(
         index=0,
         request_id="r",
@@ -26,24 +26,19 @@ def record(prompt_len: int, **stages: float) -> RequestRecord:
         due_s=0.0,
         event_s=(),
         event_tokens=(),
-        stages=stages,
     )
 
 
 def test_what_is_spent_without_requests_is_no_cost_of_theirs() -> None:
     idle = readings((0.0, 1.0), (2.0, 1.02))  # 10 ms a second
-    records = [record(500, hand_over=0.004), record(504, hand_over=0.005), record(502)]
-    costs = request_costs(records, readings((5.0, 2.0), (8.0, 2.06)), idle)
-    assert costs.request.cpu_s == pytest.approx((0.06 - 0.03) / 3)
-    assert costs == RequestCosts(
-        ServedRequest(prompt_len=502, num_tokens=2, cpu_s=costs.request.cpu_s),
-        (ServedPull(500, 0.004), ServedPull(504, 0.005)),
-    )
+    records = [record(500), record(504), record(502)]
+    cost = request_cost(records, readings((5.0, 2.0), (8.0, 2.06)), idle)
+    assert cost == ServedRequest(prompt_len=502, num_tokens=2, cpu_s=pytest.approx((0.06 - 0.03) / 3))
 
 
 def test_a_run_that_took_less_than_idling_costs_nothing() -> None:
     idle = readings((0.0, 1.0), (1.0, 1.1))
-    assert request_costs([record(9)], readings((0.0, 0.0), (1.0, 0.05)), idle).request.cpu_s == 0.0
+    assert request_cost([record(9)], readings((0.0, 0.0), (1.0, 0.05)), idle).cpu_s == 0.0
 
 
 @pytest.mark.parametrize(("wanted", "longest"), [(100, 1000), (100, 60), (2, 4)])

@@ -34,6 +34,7 @@ def test_profile_then_simulate(
     assert len(one["worst"]) > 2
     assert summary["link_bytes_per_s"] > 0
     assert summary["message_s"] > 0
+    assert summary["digest_bytes_per_s"] is None or summary["digest_bytes_per_s"] > 0
     if len(os.sched_getaffinity(0)) > 1:  # else there is no neighbour
         least, mean, most = one["memory"]["together"]
         assert 0 < least <= mean <= most

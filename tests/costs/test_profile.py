@@ -12,7 +12,7 @@ from disagg.base.errors import ConfigurationError
 from disagg.costs.contention import Activity
 from disagg.costs.fit import fit_relative
 from disagg.costs.latency import StepShape
-from disagg.costs.links import fit_link
+from disagg.costs.links import fit_link, fit_offers
 from disagg.costs.measured_steps import StepSample, fit_interference, fit_latency, hold_out, interference_errors
 from disagg.costs.memory import MemorySample, Scarcity
 from disagg.costs.platform import HostCosts
@@ -109,6 +109,13 @@ def test_a_link_is_found_in_transfers() -> None:
     assert link.bytes_per_s == pytest.approx(2e10)
     alike = fit_link([(10**6, 0.001), (10**6, 0.001)])
     assert alike.transfer_time_s(10**6) == pytest.approx(0.001)
+
+
+def test_messages_and_digests_are_found_in_offers() -> None:
+    costs = fit_offers([(size, 0.002 + size / 1e10) for size in (10**5, 10**7, 10**8)])
+    assert costs == pytest.approx((0.001, 1e10))
+    assert fit_offers([(10**5, 0.002), (10**8, 0.002)]) == (pytest.approx(0.001), None)
+    assert fit_offers([(10**5, 0.003), (10**8, 0.002)]).digest_bytes_per_s is None
 
 
 def test_no_coefficient_is_negative() -> None:

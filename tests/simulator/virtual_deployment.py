@@ -16,7 +16,6 @@ from disagg.base.ids import BlockId, Epoch, InstanceId, RequestId
 from disagg.base.message_fields import Message
 from disagg.base.messages import (
     KvOffer,
-    LinkMeasured,
     LoadReport,
     MeasureLink,
     StepOutput,
@@ -53,7 +52,7 @@ from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import InstanceDeath, TimedCommand
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
-from disagg.simulator.link_figure import link_figure
+from disagg.simulator.link_figure import link_measured
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest
 
 TOKEN = 1
@@ -158,14 +157,8 @@ class VirtualEngine:
         self.wake_thread()
 
     def _measure(self, asked: MeasureLink) -> None:
-        measured = LinkMeasured(
-            instance=self._spec.name,
-            incarnation=self.ready.incarnation,
-            source=asked.source,
-            source_incarnation=asked.incarnation,
-            figure=link_figure(self._deployment.links, asked.source, self._spec.name),
-        )
-        self.send(measured)
+        own = self._spec.name, self.ready.incarnation
+        self.send(link_measured(self._deployment.links, (asked.source, asked.incarnation), own))
 
     # Steps
 

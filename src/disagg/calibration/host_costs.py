@@ -1,9 +1,10 @@
-"""What serving adds: HTTP, tokenising and messages to a request, streaming to steps. Asked of a real server."""
+"""What serving adds: HTTP, tokenising and messages to a request, streaming to steps. Asked of real servers."""
 
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,11 +12,13 @@ from typing import Final
 import httpx
 
 from disagg.base.errors import DisaggError, ProtocolError
+from disagg.bench.client.hand_over_times import OUTPUT_LEN as HAND_OVER_OUTPUT_LEN
+from disagg.bench.client.hand_over_times import HandOverTimes, measure_hand_overs
 from disagg.bench.client.inquiries import recent_requests, served_model
 from disagg.bench.client.load_plan import Server
 from disagg.bench.client.prompt_texts import TextTokenizer, english_text
-from disagg.bench.compare.server_process import running, serve_command
-from disagg.calibration.served_requests import ServedPull, measure_served_requests
+from disagg.bench.compare.server_process import RunningServer, running, serve_command
+from disagg.calibration.served_requests import measure_served_requests
 from disagg.calibration.served_streams import StreamLimits, measure_served_steps
 from disagg.costs.platform import HostCosts
 from disagg.costs.serving_fit import ServedRequest, ServedSample
@@ -30,6 +33,16 @@ _NUM_PROMPTS: Final = 8
 
 
 @dataclass(frozen=True)
+class HostNumbers:
+    """How much is measured: lone requests, rounds of prompts and streams, and hand-overs of each length."""
+
+    requests: int
+    rounds: int
+    hand_overs: int
+    hand_over_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LoneRequest:
     """A request that had the server for itself: the client's TTFT, and the seconds of the server's stages."""
 
@@ -39,36 +52,55 @@ class LoneRequest:
 
 @dataclass(frozen=True)
 class HostMeasurement:
-    """What requests that had the server for themselves cost beside their steps, and what serving costs."""
+    """What requests that had the server for themselves cost beside their steps, and what serving costs.
 
-    lone: HostCosts
+    ``hand_overs`` are those of prompts of several lengths, whole and one at a time.
+    """
+
+    lone: tuple[LoneRequest, ...]
+    hand_overs: tuple[HandOverTimes, ...]
     served: tuple[ServedSample, ...] = ()
     requests: tuple[ServedRequest, ...] = ()
-    pulls: tuple[ServedPull, ...] = ()
 
 
 def measure_host_costs(
-    model: str | None, arguments: Sequence[str], num_requests: int, num_rounds: int, limits: StreamLimits
+    model: str | None, arguments: Sequence[str], numbers: HostNumbers, limits: StreamLimits
 ) -> HostMeasurement:
     """Start a prefill and a decode instance, send single requests, then rounds of prompts and of streams.
 
-    Raises UnavailableError when the server cannot be started, DisaggError when it refuses a request.
+    Then the same once more, for hand-overs that are not spread over the prefill: only of these it is known which bytes
+    were pulled in which time. Raises UnavailableError when a server cannot be started, DisaggError when it refuses a
+    request.
     """
     named = () if model is None else (model,)
+    command = (*named, *arguments, "--no-lend-cores")  # as its steps were measured
+    with _serving(command) as server:
+        asked = Server(server.command.url)
+
+        def cpu_s() -> float:
+            return server.own_cpu_s() + time.process_time()
+
+        lone = tuple(_ask(asked, numbers.requests, limits.max_total_len))
+        requests = tuple(measure_served_requests(asked, _tokenizer(model), limits, numbers.rounds, cpu_s))
+        streams = _NUM_STREAMS * numbers.rounds
+        served = tuple(measure_served_steps(asked, limits, streams, _NUM_PROMPTS, cpu_s))
+    with _serving((*command, "--no-kv-overlap")) as server:
+        hand_overs = tuple(_hand_overs(Server(server.command.url), numbers, limits))
+    return HostMeasurement(lone, hand_overs, served, requests)
+
+
+@contextmanager
+def _serving(arguments: Sequence[str]) -> Iterator[RunningServer]:
     with tempfile.TemporaryDirectory(prefix="disagg-profile-") as folder:
-        command = serve_command("disagg serve", (*named, *arguments, "--no-lend-cores"))  # as its steps were measured
-        with running(command, Path(folder) / "log") as server:
-            asked = Server(server.command.url)
+        with running(serve_command("disagg serve", arguments), Path(folder) / "log") as server:
+            yield server
 
-            def cpu_s() -> float:
-                return server.own_cpu_s() + time.process_time()
 
-            lone = host_costs(_ask(asked, num_requests, limits.max_total_len))
-            requests = list(measure_served_requests(asked, _tokenizer(model), limits, num_rounds, cpu_s))
-            streams = _NUM_STREAMS * num_rounds
-            served = measure_served_steps(asked, limits, streams, _NUM_PROMPTS, cpu_s)
-            pulls = tuple(pull for one in requests for pull in one.pulls)
-            return HostMeasurement(lone, tuple(served), tuple(one.request for one in requests), pulls)
+def _hand_overs(server: Server, numbers: HostNumbers, limits: StreamLimits) -> Iterator[HandOverTimes]:
+    """Yield the hand-overs of each length; the longest that the server takes stands for those that it does not."""
+    longest = limits.max_total_len - HAND_OVER_OUTPUT_LEN
+    for length in sorted({min(length, longest) for length in numbers.hand_over_lengths}):
+        yield measure_hand_overs(server, numbers.hand_overs, length, range(limits.vocab_size))
 
 
 def _tokenizer(model: str | None) -> TextTokenizer:
@@ -78,18 +110,16 @@ def _tokenizer(model: str | None) -> TextTokenizer:
     return load_tokenizer(locate_model(model))
 
 
-def host_costs(requests: Sequence[LoneRequest]) -> HostCosts:
-    """Return the medians.
+def host_costs(requests: Sequence[LoneRequest], message_s: float) -> HostCosts:
+    """Return the medians, where a message between router and instance takes ``message_s``.
 
-    From the first token until the decode instance knows of the offer two messages pass: the offer, and the order to
-    adopt. Before the first step there is one. What the client waits for its first token beyond that step and what comes
-    before it is delivery.
+    Before the first step there is one. What the client waits for its first token beyond that step and what comes before
+    it is delivery.
     """
-    wanted = {Stage.QUEUE_PREFILL.value, Stage.PREFILL.value, Stage.HAND_OVER_CONTROL.value}
+    wanted = {Stage.QUEUE_PREFILL.value, Stage.PREFILL.value}
     told = [request for request in requests if wanted <= request.stages.keys()]
     if not told:
         raise ProtocolError("the server told the stages of no request: is another version of it installed?")
-    message_s = statistics.median(request.stages[Stage.HAND_OVER_CONTROL.value] for request in told) / 2
     queue_s = [request.stages[Stage.QUEUE_PREFILL.value] for request in told]
     deliver_s = statistics.median(
         request.ttft_s - before_s - request.stages[Stage.PREFILL.value]

@@ -95,6 +95,7 @@ class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
     by_threads: tuple[ThreadsSummary, ...]
     link_bytes_per_s: float
     link_latency_s: float
+    digest_bytes_per_s: float | None
     accept_s: float
     message_s: float
     deliver_s: float
@@ -113,6 +114,7 @@ def summarise(profile: Profile, path: Path) -> ProfileSummary:
         by_threads=tuple(_of_threads(steps) for steps in profile.steps),
         link_bytes_per_s=profile.link_bytes_per_s,
         link_latency_s=profile.link_latency_s,
+        digest_bytes_per_s=profile.digest_bytes_per_s,
         accept_s=profile.accept_s,
         message_s=profile.message_s,
         deliver_s=profile.deliver_s,

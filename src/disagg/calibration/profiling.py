@@ -10,12 +10,12 @@ from typing import Final
 import msgspec
 
 from disagg.base.config import Device
-from disagg.calibration.host_costs import HostMeasurement, measure_host_costs
+from disagg.calibration.host_costs import HostMeasurement, HostNumbers, host_costs, measure_host_costs
 from disagg.calibration.served_streams import StreamLimits
 from disagg.calibration.steps.campaign import Campaign, Measurement, OnProgress, measure
 from disagg.calibration.steps.script import MeasuredStep
 from disagg.costs.contention import Activity
-from disagg.costs.links import fit_link
+from disagg.costs.links import fit_link, fit_offers
 from disagg.costs.measured_steps import StepSample
 from disagg.costs.memory import MemorySample
 from disagg.costs.profile import ParallelSamples, Profile
@@ -25,9 +25,8 @@ from disagg.serve.launch.deployment import Deployment, plan_instances, usable_co
 
 _QUICK_ALONE_S: Final = 9.0
 _QUICK_BESIDE_S: Final = 3.0
-_HOST: Final = (24, 3)
-_QUICK_HOST: Final = (12, 1)
-"""Requests that have a server for themselves, and rounds of streams."""
+_HOST: Final = HostNumbers(requests=24, rounds=3, hand_overs=8, hand_over_lengths=(64, 512, 1024, 2048, 4096))
+_QUICK_HOST: Final = HostNumbers(requests=12, rounds=1, hand_overs=5, hand_over_lengths=(64, 512, 1024, 2048))
 _MOST_LOST: Final = 0.05
 """Part of the time that the core may belong to others before a profile is called into question."""
 
@@ -67,7 +66,7 @@ def make_profile(
     host = measure_host_costs(
         deployment.model.model,
         serve_arguments,
-        *(_QUICK_HOST if quick else _HOST),
+        _QUICK_HOST if quick else _HOST,
         StreamLimits(
             max_total_len=measured.facts.max_model_len,
             max_batch_tokens=deployment.scheduler.max_batch_tokens,
@@ -122,7 +121,10 @@ def to_profile(campaigns: Sequence[tuple[Campaign, Measurement]], host: HostMeas
     facts, machine = measured.facts, this_machine()
     kv_bytes_per_token = facts.kv_bytes // facts.pool_tokens
     block_bytes = kv_bytes_per_token * facts.block_size
-    link = fit_link([(-(-pull.num_tokens // facts.block_size) * block_bytes, pull.time_s) for pull in host.pulls])
+    sizes = [-(-one.num_tokens // facts.block_size) * block_bytes for one in host.hand_overs]
+    link = fit_link([(size, one.bytes_s.p50) for size, one in zip(sizes, host.hand_overs, strict=True)])
+    offers = fit_offers([(size, one.control_s.p50) for size, one in zip(sizes, host.hand_overs, strict=True)])
+    lone = host_costs(host.lone, offers.message_s)
     return Profile(
         model=name,
         device=machine.processor if facts.device == "cpu" else facts.device,
@@ -131,9 +133,10 @@ def to_profile(campaigns: Sequence[tuple[Campaign, Measurement]], host: HostMeas
         steps=tuple(_parallel_samples(*one) for one in campaigns),
         link_bytes_per_s=link.bytes_per_s,
         link_latency_s=link.latency_s,
-        accept_s=host.lone.accept_s,
-        message_s=host.lone.message_s,
-        deliver_s=host.lone.deliver_s,
+        digest_bytes_per_s=offers.digest_bytes_per_s,
+        accept_s=lone.accept_s,
+        message_s=lone.message_s,
+        deliver_s=lone.deliver_s,
         temperature=campaign.temperature,
         num_cores=machine.num_cores,
         served=host.served,

@@ -1,29 +1,25 @@
-"""What requests cost a real server and its client beside their steps, and how long their hand-over takes.
+"""What requests cost a real server and its client beside their steps.
 
-Prompts of several lengths are sent as text, with answers of two tokens. The longer ones wait in line, so that the
-prefill instance computes while the decode instance pulls: as in service, where the two share memory and cores.
+Prompts of several lengths are sent as text, with answers of two tokens. The longer ones wait in line, as in service.
 """
 
 import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
 
 import uvloop
 
 from disagg.bench.client.calls import Call
-from disagg.bench.client.inquiries import recent_requests, served_model
+from disagg.bench.client.inquiries import served_model
 from disagg.bench.client.load_plan import OpenLoad, Server
 from disagg.bench.client.prompt_texts import PromptText, TextTokenizer, english_text
-from disagg.bench.client.stages import merge_stages
 from disagg.calibration.measured_load import CpuReadings, send_all
 from disagg.calibration.served_streams import StreamLimits
 from disagg.costs.serving_fit import ServedRequest
 from disagg.measure.record import RequestRecord
-from disagg.measure.timeline import Stage
 from disagg.measure.workload import RequestSpec
 
 _OUTPUT_LEN: Final = 2
@@ -34,22 +30,6 @@ _SAMPLE_CHARACTERS: Final = 20_000
 """Of the text, to see how many make a token."""
 _UNIQUE_BYTES: Final = 6
 """At each prompt's start, so that none finds a prefix in the cache."""
-
-
-@dataclass(frozen=True)
-class ServedPull:
-    """One hand-over: tokens whose KV was pulled, and the seconds from its start to its end."""
-
-    num_tokens: int
-    time_s: float
-
-
-@dataclass(frozen=True)
-class RequestCosts:
-    """What came of the requests of one length."""
-
-    request: ServedRequest
-    pulls: tuple[ServedPull, ...]
 
 
 class TextPrompts:
@@ -79,7 +59,7 @@ class TextPrompts:
 
 def measure_served_requests(
     server: Server, tokenizer: TextTokenizer, limits: StreamLimits, num_rounds: int, cpu_s: Callable[[], float]
-) -> Iterator[RequestCosts]:
+) -> Iterator[ServedRequest]:
     """Yield what requests cost, ``num_rounds`` times for each length that the server takes.
 
     ``cpu_s`` tells the CPU seconds that the server, without its instances, and this process have used.
@@ -95,7 +75,7 @@ def measure_served_requests(
             specs = tuple(RequestSpec(prompt_len, _OUTPUT_LEN, arrival_s=number * apart_s) for number in range(count))
             readings = CpuReadings(cpu_s)
             records = runner.run(send_all(server, model, OpenLoad(specs), prompts.make, readings))
-            yield request_costs(merge_stages(records, recent_requests(server)), readings, idle)
+            yield request_cost(records, readings, idle)
 
 
 def _fitting(longest: int) -> list[tuple[int, int, float]]:
@@ -104,16 +84,14 @@ def _fitting(longest: int) -> list[tuple[int, int, float]]:
     return fitting + [(longest, *load[1:]) for load in _LOADS[len(fitting) :][:1]]
 
 
-def request_costs(records: Sequence[RequestRecord], readings: CpuReadings, idle: CpuReadings) -> RequestCosts:
+def request_cost(records: Sequence[RequestRecord], readings: CpuReadings, idle: CpuReadings) -> ServedRequest:
     """Share out what a run cost among its requests, less what server and client take when there are none."""
     cpu_s = readings.total_s - idle.total_s / idle.lasted_s * readings.lasted_s
-    pulls = [ServedPull(record.prompt_len, record.stages.get(Stage.HAND_OVER.value, 0.0)) for record in records]
-    served = ServedRequest(
+    return ServedRequest(
         prompt_len=round(fmean(record.prompt_len for record in records)),
         num_tokens=_OUTPUT_LEN,
         cpu_s=max(0.0, cpu_s) / len(records),
     )
-    return RequestCosts(served, tuple(pull for pull in pulls if pull.time_s > 0))
 
 
 async def _read_for(readings: CpuReadings, duration_s: float) -> None:

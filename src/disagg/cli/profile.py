@@ -57,7 +57,7 @@ def profile(model: str | None, output: Path, threads: tuple[int, ...], as_json: 
     """Measure how long MODEL takes on this machine, for disagg simulate --latency FILE.json.
 
     Times the steps of a live instance on the cores that disagg serve would give it, alone and while a second instance
-    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 3 minutes, and 1 or 2
+    computes on its own cores; the hand-over of KV blocks; and what HTTP and messages add. Takes 4 minutes, and 1 or 2
     more for each further number of threads.
     """
     if 0 in threads:

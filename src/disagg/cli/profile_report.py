@@ -19,8 +19,10 @@ def print_summary(summary: ProfileSummary, as_json: bool) -> None:
     console.print(f"{summary.model}, {summary.dtype}, on {summary.device}")
     for one in summary.by_threads:
         _print_threads(one, console)
+    digests = summary.digest_bytes_per_s
     console.print(
         f"KV pull {summary.link_bytes_per_s / 1e9:.1f} GB/s after {summary.link_latency_s * 1e3:.2f} ms; "
+        f"{'' if digests is None else f'its offer {digests / 1e9:.1f} GB/s beside two messages; '}"
         f"accepting {summary.accept_s * 1e3:.2f} ms, a message {summary.message_s * 1e3:.2f} ms, "
         f"delivery {summary.deliver_s * 1e3:.2f} ms"
     )

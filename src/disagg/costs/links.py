@@ -4,7 +4,7 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,27 @@ def fit_link(transfers: Sequence[tuple[int, float]], kind: LinkKind = LinkKind.S
         return LinkModel(1 / float(byte_s), float(latency_s), kind=kind)
     # Sizes too much alike tell no slope: then all of the time counts as bandwidth.
     return LinkModel(float(sizes.sum() / times.sum()), kind=kind)
+
+
+_LEAST_DIGESTS_S: Final = 1e-7
+"""Of the largest offer that was measured: less is rounding."""
+
+
+class OfferCosts(NamedTuple):
+    """What lies between a prompt's first token and the pull of its KV blocks: two messages, and their digests."""
+
+    message_s: float
+    digest_bytes_per_s: float | None
+    """None where more bytes take no longer."""
+
+
+def fit_offers(offers: Sequence[tuple[int, float]]) -> OfferCosts:
+    """Return what explains measured offers, given as (bytes that are offered, seconds), best."""
+    sizes = np.array([num_bytes for num_bytes, _ in offers], dtype=np.float64)
+    times = np.array([time_s for _, time_s in offers])
+    messages_s, byte_s = fit_relative(np.stack([np.ones_like(sizes), sizes], axis=1), times)
+    is_seen = byte_s * sizes.max() > _LEAST_DIGESTS_S
+    return OfferCosts(float(messages_s) / 2, 1 / float(byte_s) if is_seen else None)
 
 
 @dataclass(frozen=True)

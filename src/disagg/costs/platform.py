@@ -1,5 +1,6 @@
 """What the simulator must know of a model on a kind of device: step times, KV size and room, the link between."""
 
+import math
 from typing import NamedTuple, Protocol, Self
 
 from disagg.base.window_blocks import WindowBlocks
@@ -15,6 +16,8 @@ class HostCosts(NamedTuple):
     message_s: float = 0.0
     deliver_s: float = 0.0
     serving: ServingCost | None = None
+    digest_bytes_per_s: float = math.inf
+    """How fast an instance makes digests of the KV blocks that it offers: of ``InstanceSpec``."""
 
 
 class KvWindow(NamedTuple):

@@ -52,7 +52,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_bytes_per_token: Annotated[int, Meta(ge=1, le=1 << 40)]
     steps: Annotated[tuple[ParallelSamples, ...], Meta(min_length=1)]
     link_bytes_per_s: BytesPerSecond
+    """Of pulls, by an instance that checks what it reads and has nothing else to do."""
     link_latency_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
+    digest_bytes_per_s: BytesPerSecond | None = None
+    """Of the KV blocks that are offered: what an offer takes for each byte beside its messages. None: not measured."""
     accept_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0
     """From a request's arrival at the API to its dispatch."""
     message_s: Annotated[float, Meta(ge=0, le=MAX_STEP_S)] = 0.0

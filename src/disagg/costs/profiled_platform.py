@@ -1,5 +1,6 @@
 """The platform of a profile: its model on its machine, with instances of any number of threads."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 from disagg.costs.contention import ServingCost
@@ -41,7 +42,9 @@ class ProfiledPlatform:
     @property
     def host(self) -> HostCosts:
         """See ``Platform``."""
-        return HostCosts(self.profile.accept_s, self.profile.message_s, self.profile.deliver_s, self.serving)
+        profile = self.profile
+        digest_bytes_per_s = profile.digest_bytes_per_s or math.inf
+        return HostCosts(profile.accept_s, profile.message_s, profile.deliver_s, self.serving, digest_bytes_per_s)
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Engines that can be imitated: each is a choice of settings for the same policies, not a policy of its own."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,8 @@ class EngineRules:
     """How preempted KV comes back; None computes it again."""
     shows_progress: bool = False
     """On cores of a host its steps can be read behind."""
+    makes_digests: bool = False
+    """Of the KV blocks that its instances offer."""
     notes: tuple[str, ...] = field(default=())
     """What the imitation leaves out or approximates."""
 
@@ -78,6 +81,7 @@ def own_rules(
         kv_host_bytes=cache.kv_host_memory_bytes or 0,
         kv_disk=cache.disk(1),
         shows_progress=True,
+        makes_digests=True,
         router=router,
     )
 
@@ -290,5 +294,6 @@ def build_instance(
         disk=NVME,
         swap=rules.swap,
         shows_progress=rules.shows_progress and platform.num_threads is not None and pipeline == 1,
+        digest_bytes_per_s=platform.host.digest_bytes_per_s if rules.makes_digests else math.inf,
     )
     return replace(spec, num_blocks=kv_bytes // spec.block_bytes)

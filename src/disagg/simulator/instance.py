@@ -17,7 +17,6 @@ from disagg.base.messages import (
     CostsLearned,
     Failed,
     InstanceLoad,
-    LinkMeasured,
     NotHeld,
     Offered,
     PartOffered,
@@ -27,7 +26,7 @@ from disagg.base.messages import (
 from disagg.cache.block_pool import BlockAudit
 from disagg.costs.coded_links import CodedLinks
 from disagg.costs.contention import Activity, LatencyBeside, LatencyOnMore
-from disagg.costs.latency import LatencyModel, Pipeline, StepShape
+from disagg.costs.latency import LatencyModel, Pipeline
 from disagg.costs.links import SerialLinks
 from disagg.scheduling.dispatch.events import TokensEmitted
 from disagg.scheduling.event_log import InstanceRecord
@@ -48,12 +47,13 @@ from disagg.scheduling.step.events import StepDone, Tick
 from disagg.simulator.copies import Copies
 from disagg.simulator.decode_batch import DecodeBatch
 from disagg.simulator.decode_run import MOST_STEPS, DecodeRun
+from disagg.simulator.digest_work import DigestWork
 from disagg.simulator.event_queue import EventQueue
 from disagg.simulator.faults import Faults
 from disagg.simulator.held_requests import HeldRequests
 from disagg.simulator.host import SimulatedHost
 from disagg.simulator.instance_spec import InstanceSpec
-from disagg.simulator.link_figure import link_figure
+from disagg.simulator.link_figure import link_measured
 from disagg.simulator.paced_steps import PacedSteps
 from disagg.simulator.recording import Recording
 from disagg.simulator.request import FIRST_EPOCH, SimulatedRequest, add_tokens, tokens_emitted
@@ -121,6 +121,7 @@ class SimulatedInstance:
         self._num_in_flight = 0
         self._is_turn_due = False
         self._wake_s = math.inf
+        self._digests, self._busy_s = DigestWork(spec.digest_s), 0.0
         self._copies = self._new_copies()
         self._tiers = TierClock(spec)
         self._run: DecodeRun | None = None
@@ -193,13 +194,8 @@ class SimulatedInstance:
         """Tell how fast the KV pool of another instance is read: what is known of the link, at no cost."""
         if not self.is_alive:
             return
-        measured = LinkMeasured(
-            instance=self.spec.name,
-            incarnation=self.incarnation,
-            source=source,
-            source_incarnation=source_incarnation,
-            figure=link_figure(self._links, source, self.spec.name),
-        )
+        own = self.spec.name, self.incarnation
+        measured = link_measured(self._links, (source, source_incarnation), own)
         self._tell(InstanceSaid(instance=self.spec.name, message=measured))
 
     def news(self, *, in_sum: bool) -> TokensEmitted | None:
@@ -266,6 +262,9 @@ class SimulatedInstance:
     def _plan_turn(self) -> None:
         self._is_turn_due = True
         turn = self._turn
+        if self._busy_s > self._queue.now():
+            self._later(self._busy_s, turn)
+            return
         self._queue.push_turn(partial(self._call_in_life, self._life, turn) if self._may_die else turn)
 
     def _turn(self) -> None:
@@ -284,8 +283,9 @@ class SimulatedInstance:
         self.kv_use.record(now, self._core.num_held_blocks)
         if self._recorder is not None:
             self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
+        self._busy_s = now
         for output in outputs:
-            self._carry_out(output, now)
+            self._carry_out(output, self._busy_s)
         if not self._num_in_flight:
             self._dissolve()
             if self._paced is not None:
@@ -301,9 +301,9 @@ class SimulatedInstance:
             case Emitted():
                 self._emit(output, now)
             case Offered() | PartOffered() | NotHeld() | Pulled() | Failed() | CostsLearned():
-                self._tell(InstanceSaid(instance=self.spec.name, message=output))
+                self._say(InstanceSaid(instance=self.spec.name, message=output), now)
             case CacheChanged(message=message):
-                self._tell(InstanceSaid(instance=self.spec.name, message=message))
+                self._say(InstanceSaid(instance=self.spec.name, message=message), now)
             case StartCopy():
                 self._copies.start(output, self.spec.copied_bytes(output), now)
             case LoadBlocks():
@@ -314,6 +314,7 @@ class SimulatedInstance:
                 self._later(end_s, partial(self._end_tier, saved))
             case Forget():
                 self._requests.forget(output)
+                self._digests.forget(output)
             case CancelCopy() | DropSaved() | Audited():
                 pass  # a copy under way takes its time all the same, and removing files none
             case ForgetPeer(incarnation=incarnation):
@@ -323,6 +324,14 @@ class SimulatedInstance:
                 self._later(time_s, self._wake)
             case _:
                 assert_never(output)
+
+    def _say(self, said: AnyRouterInput, now: float) -> None:
+        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered | PartOffered):
+            now = self._busy_s = now + self._digests.time_s(said.message)  # what is left to do waits for that, too
+        if now > self._queue.now():
+            self._later(now, partial(self._tell, said))
+        else:
+            self._tell(said)
 
     def _emit(self, output: Emitted, now: float) -> None:
         """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances.
@@ -345,7 +354,7 @@ class SimulatedInstance:
                 news.append(request)
         if news:
             self._num_told = self._batch.num_untold_after(0) if self._num_told and self._batch is not None else 0
-            self._tell(tokens_emitted(self.spec.name, news, self._num_told))
+            self._say(tokens_emitted(self.spec.name, news, self._num_told), now)
 
     # Steps and pulls ----------------------------------------------------------------------------------------
 
@@ -355,7 +364,7 @@ class SimulatedInstance:
             self._batch.join(self._requests_of(step))
         else:
             self._dissolve()
-        shape, swap_s = self._price(step) if self._batch is None else (self._batch.shape, 0.0)
+        shape, swap_s = self.spec.price(step, self._requests) if self._batch is None else (self._batch.shape, 0.0)
         latency = self.spec.latency
         if self._host.is_shared:
             self._activity, self._step_tokens = Activity.of(shape), shape.num_samples
@@ -381,17 +390,6 @@ class SimulatedInstance:
             self._later(end_s, partial(self._end_step, step, swap_s + sum(stage_times_s)))
             if self._timeline is not None:
                 self._timeline.step(self.spec.name, now, end_s, shape)
-
-    def _price(self, step: RunStep) -> tuple[StepShape, float]:
-        """Return what the step computes, and the seconds to swap in what it need not compute again."""
-        if self.spec.swap is None:
-            return StepShape.of(step.chunks), 0.0
-        swapped_s, known = 0.0, []
-        for chunk in step.chunks:
-            left, its_s = self.spec.swap_in(chunk, self._requests[chunk.request_id].prompt_len)
-            known.append(left)
-            swapped_s += its_s
-        return StepShape.of(known), swapped_s
 
     def _end_step(self, step: RunStep, duration_s: float, borrowed_s: float = 0.0) -> None:
         self._num_in_flight -= 1

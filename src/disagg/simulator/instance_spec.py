@@ -1,5 +1,6 @@
 """What one simulated instance is made from."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,15 +13,16 @@ from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts, Ready
 from disagg.base.request import Role
 from disagg.base.window_blocks import WindowBlocks
-from disagg.costs.latency import LatencyModel
+from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.links import LinkModel
 from disagg.costs.platform import KvWindow
 from disagg.costs.topology import Place
 from disagg.scheduling.capacity import capacity_tokens, most_in_sight, step_limits
 from disagg.scheduling.instance.header import InstanceHeader
 from disagg.scheduling.instance.outputs import StartCopy
-from disagg.scheduling.step.actions import Chunk
+from disagg.scheduling.step.actions import Chunk, RunStep
 from disagg.scheduling.step.threads import StepThreads
+from disagg.simulator.held_requests import HeldRequests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class InstanceSpec:
     """Where the KV of preempted sequences waits; None computes it again."""
     shows_progress: bool = False
     """Others read the KV blocks of its steps while these write them."""
+    digest_bytes_per_s: float = math.inf
+    """How fast it makes digests of the KV blocks that it offers."""
 
     def __post_init__(self) -> None:
         if self.place and len(self.place) != self.num_devices:
@@ -99,6 +103,11 @@ class InstanceSpec:
         return self.block_size * (self.kv_bytes_per_token - beside)
 
     @property
+    def digest_s(self) -> float:
+        """Seconds for the digest of one KV block."""
+        return self.block_bytes / self.digest_bytes_per_s
+
+    @property
     def capacity(self) -> int:
         """Longest sequence that the KV pool holds, in tokens."""
         in_sight = most_in_sight(self.window, self.scheduler, self.block_size)
@@ -118,6 +127,17 @@ class InstanceSpec:
             return chunk, 0.0
         swapped_s = self.swap.transfer_time_s((end - 1) * self.kv_bytes_per_token)
         return structs.replace(chunk, start=end - 1, num_tokens=1), swapped_s
+
+    def price(self, step: RunStep, requests: HeldRequests) -> tuple[StepShape, float]:
+        """Return what a step computes, and the seconds to swap in what it need not compute again."""
+        if self.swap is None:
+            return StepShape.of(step.chunks), 0.0
+        swapped_s, known = 0.0, []
+        for chunk in step.chunks:
+            left, its_s = self.swap_in(chunk, requests[chunk.request_id].prompt_len)
+            known.append(left)
+            swapped_s += its_s
+        return StepShape.of(known), swapped_s
 
     def header(self, incarnation: str) -> InstanceHeader:
         """Return what the core of one life of the instance is made from."""

@@ -21,7 +21,7 @@ OUTPUT_LEN: Final = 12
 """A first token, a second one after the hand-over, and gaps to compare that with."""
 _GAP: Final = (Stage.HAND_OVER_CONTROL, Stage.HAND_OVER_WAIT, Stage.HAND_OVER, Stage.QUEUE_DECODE, Stage.FIRST_DECODE)
 """The stages between the first and the second token."""
-_TOKEN_IDS: Final = range(1000, 40_000)
+TOKEN_IDS: Final = range(1000, 40_000)
 _TIMEOUT_S: Final = 600.0
 
 
@@ -45,9 +45,12 @@ class HandOverTimes(msgspec.Struct, frozen=True, kw_only=True):
         return self.control_s.mean / (self.control_s.mean + self.bytes_s.mean)
 
 
-def measure_hand_overs(server: Server, num_requests: int, num_tokens: int) -> HandOverTimes:
-    """Send prompts of ``num_tokens`` that nobody has cached, after one that does not count.
+def measure_hand_overs(
+    server: Server, num_requests: int, num_tokens: int, token_ids: Sequence[int] = TOKEN_IDS
+) -> HandOverTimes:
+    """Send prompts of ``num_tokens`` that nobody has cached, drawn from ``token_ids``, after one that does not count.
 
+    Answers are streamed, as whoever sees the gap before the second token wants them.
     Raises UnavailableError when no server answers, DisaggError when it refuses a request or hands none over.
     """
     model = server.model or served_model(server)
@@ -55,7 +58,7 @@ def measure_hand_overs(server: Server, num_requests: int, num_tokens: int) -> Ha
     headers = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     with httpx.Client(base_url=server.base_url, headers=headers, timeout=_TIMEOUT_S) as client:
         for number in range(-1, num_requests):
-            _send(client, model, _prompt(num_tokens), f"{run}{number}")
+            _send(client, model, [secrets.choice(token_ids) for _ in range(num_tokens)], f"{run}{number}")
     sent = {f"{run}{number}" for number in range(num_requests)}
     return hand_over_times([one for one in recent_requests(server) if one.request_id in sent], num_tokens)
 
@@ -83,17 +86,15 @@ def _gap_ratio(request: RecentRequest) -> float:
     return sum(request.stages[stage.value] for stage in _GAP) / later_s if later_s > 0 else float("nan")
 
 
-def _prompt(num_tokens: int) -> list[int]:
-    return [_TOKEN_IDS[secrets.randbelow(len(_TOKEN_IDS))] for _ in range(num_tokens)]
-
-
 def _send(client: httpx.Client, model: str, prompt: list[int], request_id: str) -> None:
     body = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_LEN, "ignore_eos": True, "temperature": 0}
+    headers = {"X-Request-Id": request_id}
     try:
-        response = client.post("/v1/completions", json=body, headers={"X-Request-Id": request_id})
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}, headers=headers) as response:
+            content = b"".join(response.iter_raw())
     except httpx.HTTPError as error:
         raise UnavailableError(
             f"no answer from {client.base_url} ({error}); start a server with: disagg serve"
         ) from error
     if response.is_error:
-        raise DisaggError(f"the server answered {response.status_code}: {read_error(response.content)}")
+        raise DisaggError(f"the server answered {response.status_code}: {read_error(content)}")
