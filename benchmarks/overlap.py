@@ -10,6 +10,7 @@ own: run it behind ``unshare --net``); TCP is simulated at such a rate alone.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
