@@ -103,6 +103,7 @@ class RunningSequences:
         self._streams: list[SequenceStream] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._may_have_news = True
 
     async def __aenter__(self) -> "RunningSequences":
         try:
@@ -128,7 +129,7 @@ class RunningSequences:
         after ``cancel``.
         """
         while self._error is None and self._unfinished:
-            if arrived := self._collect():
+            if self._may_have_news and (arrived := self._collect()):
                 return arrived
             if self._error is None:
                 self._waiter = asyncio.get_running_loop().create_future()
@@ -160,6 +161,7 @@ class RunningSequences:
 
     def _collect(self) -> list[Arrival]:
         """Return what the unfinished sequences have brought, sequence by sequence."""
+        self._may_have_news = False
         arrived: list[Arrival] = []
         for index in tuple(self._unfinished):
             stream = self._streams[index]
@@ -170,6 +172,8 @@ class RunningSequences:
                     self._unfinished.discard(index)
                 elif stream.is_ended and not outputs:
                     raise InternalError(f"sequence {self._requests[index].request_id} ended without a reason")
+                elif stream.is_ended:
+                    self._may_have_news = True  # its error, which comes after what was taken
             except Exception as error:  # kept until everything that came before it was given out
                 self._fail(error)
         return arrived
@@ -181,6 +185,7 @@ class RunningSequences:
             logger.debug("a second error of the same request: %s", error)
 
     def _wake(self) -> None:
+        self._may_have_news = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -228,13 +233,17 @@ class Run:
 
     async def _events(self, deltas: Sequence[tuple[Delta, ShownUsage]], *, is_first: bool) -> bytes:
         """Return the events of deltas, after those that a stream begins with; none where there is nothing to show."""
-        opening_usage = self._shown_usage()
-
-        def write() -> bytes:
-            chunks = b"".join(self._job.shape.chunk(delta, usage) for delta, usage in deltas)
-            return self._job.shape.openings(opening_usage) + chunks if is_first and chunks else chunks
-
-        return await _written(sum(delta.num_logprobs for delta, _ in deltas), write)
+        chunk = self._job.shape.chunk
+        num_logprobs = 0
+        for delta, _ in deltas:
+            num_logprobs += delta.num_logprobs
+        if num_logprobs > MANY_LOGPROBS:
+            chunks = await asyncio.to_thread(lambda: b"".join([chunk(delta, usage) for delta, usage in deltas]))
+        elif len(deltas) == 1:  # most writes are one token's
+            chunks = chunk(*deltas[0])
+        else:
+            chunks = b"".join([chunk(delta, usage) for delta, usage in deltas])
+        return self._job.shape.openings(self._shown_usage()) + chunks if is_first and chunks else chunks
 
     def _deltas(self, arrivals: Iterable[Arrival]) -> Iterator[Delta]:
         """Turn outputs into deltas, count them, and end the sequences whose answers are complete."""

@@ -25,6 +25,8 @@ MAX_QUEUED_MESSAGES: Final = 8192
 
 _MESSAGES_AT_ONCE: Final = 256
 """Messages handled before other work of the event loop gets its turn."""
+_READABLE: Final = int(zmq.POLLIN)
+"""As a plain number: an enum's operators are Python code."""
 
 
 class ControlSocket(Protocol):
@@ -122,12 +124,17 @@ class ZmqControlSocket:
     def _drain(self) -> None:
         self._drain_scheduled = False
         for _ in range(_MESSAGES_AT_ONCE):
-            if self._context is None:
+            # Asking costs less than the exception of trying in vain.
+            if self._context is None or not int(self._socket.get(zmq.EVENTS)) & _READABLE:
                 return
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._schedule_drain()  # should the receiver raise, the messages behind this one are not forgotten
             data = frames[0] if len(frames) == 1 else b""
-            self._receive(InstanceId(identity.decode(errors="replace")), data)
+            try:
+                self._receive(InstanceId(identity.decode(errors="replace")), data)
+            except BaseException:
+                self._schedule_drain()  # the messages behind this one are not forgotten
+                raise
+        self._schedule_drain()
