@@ -32,8 +32,7 @@ class RecencyPool(BlockPool):
         """Hold published blocks, and leave no trace of it but their place in the order."""
         held = tuple(blocks)
         super().acquire(held)
-        for index in held:
-            self._blocks[index].was_found = False
+        self._found.difference_update(held)
 
 
 def mooncake(path: Path) -> Iterator[tuple[BlockHash, ...]]:
