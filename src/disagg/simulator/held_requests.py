@@ -29,7 +29,7 @@ class HeldRequests:
         """Take a request that starts here, goes on here, or will."""
         self._by_id[request.request_id] = request
         self._attempts[request.request_id] = message.sequence.epoch
-        if isinstance(message, Expect):
+        if type(message) is Expect:
             self._expected.add(request.request_id)
         else:
             self._expected.discard(request.request_id)

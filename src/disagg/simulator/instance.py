@@ -8,8 +8,9 @@ flight; what comes in between waits for the next turn.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import assert_never
+from typing import Final
 
+from disagg.base.by_type import by_type
 from disagg.base.event_log import EventLog
 from disagg.base.ids import InstanceId, RequestId
 from disagg.base.messages import (
@@ -122,7 +123,9 @@ class SimulatedInstance:
         self._is_turn_due = False
         self._wake_s = math.inf
         self._digests, self._busy_s = DigestWork(spec.digest_s), 0.0
-        self._copies = self._new_copies()
+        self._copies = Copies(
+            spec.name, self._links, self._step_ends, self._failing_pulls, self._later, self._end_copy, self._timeline
+        )
         self._tiers = TierClock(spec)
         self._run: DecodeRun | None = None
         self._paused: DecodeRun | None = None  # interrupted last: it may be what comes next
@@ -133,10 +136,6 @@ class SimulatedInstance:
         self._paced = None if spec.cores is None else self._new_paced_steps()
         """Its steps, where they borrow cores."""
         self.is_alive = True
-
-    def _new_copies(self) -> Copies:
-        name, failing = self.spec.name, self._failing_pulls
-        return Copies(name, self._links, self._step_ends, failing, self._later, self._end_copy, self._timeline)
 
     def _new_paced_steps(self) -> PacedSteps:
         return PacedSteps(
@@ -285,7 +284,7 @@ class SimulatedInstance:
             self._recorder.record(InstanceRecord(now, tuple(inputs), tuple(outputs)))
         self._busy_s = now
         for output in outputs:
-            self._carry_out(output, self._busy_s)
+            _CARRIED_OUT_BY[type(output)](self, output, self._busy_s)
         if not self._num_in_flight:
             self._dissolve()
             if self._paced is not None:
@@ -294,46 +293,46 @@ class SimulatedInstance:
             activity = self._activity if self._num_in_flight else None
             self._host.set_activity(self.spec.name, activity, self._step_tokens, self._step_s)
 
-    def _carry_out(self, output: AnyInstanceOutput, now: float) -> None:
-        match output:
-            case RunStep():
-                self._run_step(output, now)
-            case Emitted():
-                self._emit(output, now)
-            case Offered() | PartOffered() | NotHeld() | Pulled() | Failed() | CostsLearned():
-                self._say(InstanceSaid(instance=self.spec.name, message=output), now)
-            case CacheChanged(message=message):
-                self._say(InstanceSaid(instance=self.spec.name, message=message), now)
-            case StartCopy():
-                self._copies.start(output, self.spec.copied_bytes(output), now)
-            case LoadBlocks():
-                end_s, ended = self._tiers.read(output, now)
-                self._later(end_s, partial(self._end_tier, ended))
-            case SaveBlock():
-                end_s, saved = self._tiers.write(output, now)
-                self._later(end_s, partial(self._end_tier, saved))
-            case Forget():
-                self._requests.forget(output)
-                self._digests.forget(output)
-            case CancelCopy() | DropSaved() | Audited():
-                pass  # a copy under way takes its time all the same, and removing files none
-            case ForgetPeer(incarnation=incarnation):
-                self._copies.lose(incarnation)
-            case WakeAt(time_s=time_s):
-                self._wake_s = time_s
-                self._later(time_s, self._wake)
-            case _:
-                assert_never(output)
+    def _do_offer(self, message: Offered | PartOffered, now: float) -> None:
+        self._busy_s = now + self._digests.time_s(message)  # what is left to do waits for that, too
+        self._say(InstanceSaid(instance=self.spec.name, message=message), self._busy_s)
+
+    def _do_say(self, message: NotHeld | Pulled | Failed | CostsLearned, now: float) -> None:
+        self._say(InstanceSaid(instance=self.spec.name, message=message), now)
+
+    def _do_tell_blocks(self, output: CacheChanged, now: float) -> None:
+        self._say(InstanceSaid(instance=self.spec.name, message=output.message), now)
 
     def _say(self, said: AnyRouterInput, now: float) -> None:
-        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered | PartOffered):
-            now = self._busy_s = now + self._digests.time_s(said.message)  # what is left to do waits for that, too
         if now > self._queue.now():
             self._later(now, partial(self._tell, said))
         else:
             self._tell(said)
 
-    def _emit(self, output: Emitted, now: float) -> None:
+    def _do_copy(self, output: StartCopy, now: float) -> None:
+        self._copies.start(output, self.spec.copied_bytes(output), now)
+
+    def _do_use_tier(self, output: LoadBlocks | SaveBlock, now: float) -> None:
+        end_s, ended = (
+            self._tiers.read(output, now) if isinstance(output, LoadBlocks) else self._tiers.write(output, now)
+        )
+        self._later(end_s, partial(self._end_tier, ended))
+
+    def _do_forget(self, output: Forget, now: float) -> None:
+        self._requests.forget(output)
+        self._digests.forget(output)
+
+    def _do_nothing(self, output: CancelCopy | DropSaved | Audited, now: float) -> None:
+        """A copy under way takes its time all the same, and removing files none."""
+
+    def _do_forget_peer(self, output: ForgetPeer, now: float) -> None:
+        self._copies.lose(output.incarnation)
+
+    def _do_wake_up(self, output: WakeAt, now: float) -> None:
+        self._wake_s = output.time_s
+        self._later(output.time_s, self._wake)
+
+    def _do_emit(self, output: Emitted, now: float) -> None:
         """Stamp new tokens. First and last ones are news; the router is told of others when it compares instances.
 
         So is the first of a resumed sequence: it may be all that comes from here before its offer.
@@ -358,7 +357,7 @@ class SimulatedInstance:
 
     # Steps and pulls ----------------------------------------------------------------------------------------
 
-    def _run_step(self, step: RunStep, now: float) -> None:
+    def _do_run_step(self, step: RunStep, now: float) -> None:
         self._num_in_flight += 1
         if step.num_standing and self._batch is not None:
             self._batch.join(self._requests_of(step))
@@ -414,7 +413,7 @@ class SimulatedInstance:
 
     def _num_repeats(self, step: RunStep, latency: LatencyModel) -> int:
         """Return how often a step of decodes alone can be repeated before the scheduler is asked."""
-        if isinstance(latency, LatencyBeside | LatencyOnMore) and latency.is_for_one_step:
+        if self._host.is_shared and isinstance(latency, (LatencyBeside, LatencyOnMore)) and latency.is_for_one_step:
             return 0
         if self._paced is not None and self._host.is_waited_for(self.spec.name):
             return 0
@@ -496,3 +495,6 @@ class SimulatedInstance:
 
 def _stamps_of(firsts: Sequence[FirstOutput]) -> dict[RequestId, StageStamps]:
     return {first.request_id: first.stamps for first in firsts}
+
+
+_CARRIED_OUT_BY: Final = by_type(AnyInstanceOutput, SimulatedInstance, "_do_")

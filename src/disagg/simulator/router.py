@@ -4,9 +4,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, assert_never
+from typing import Final, NamedTuple
 
 from disagg.base.block_hash import names_for
+from disagg.base.by_type import by_type
 from disagg.base.config import RouterSettings
 from disagg.base.errors import ConfigurationError
 from disagg.base.event_log import EventLog
@@ -17,9 +18,11 @@ from disagg.base.request import Role
 from disagg.scheduling.dispatch.actions import (
     Degrade,
     Deliver,
+    Drained,
     Fail,
     FailReason,
     Finish,
+    PathChosen,
     PathEnded,
     Refuse,
     Resume,
@@ -32,7 +35,7 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.borrowing import lendable
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
-from disagg.scheduling.instance.inputs import Continue, Expect, SequenceFacts, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Expect, Start
 from disagg.scheduling.replan.question import PlanAnswer, PlanQuestion
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
@@ -40,13 +43,20 @@ from disagg.scheduling.router.inputs import AnyRouterInput, InstanceSaid, Planne
 from disagg.scheduling.router.outputs import (
     AddInstance,
     AnyRouterOutput,
-    AnySend,
     AskForBlocks,
     AskForPlan,
     AskToMeasure,
+    ChangeWanted,
+    EndInstance,
+    GiveUpInstance,
     HandOverEnded,
+    InstanceLeft,
+    InstanceLost,
+    InstanceWelcomed,
     LinkFound,
+    MessageDropped,
     PlanDecided,
+    ReportWorkload,
     RestartInstance,
     ScalingDecided,
     SendOffer,
@@ -65,6 +75,23 @@ from disagg.simulator.request import Outcome, SimulatedRequest
 
 _DEATH: Final = "killed by the simulation"
 _LEFT: Final = "it was removed"
+
+
+_ForOthers = (
+    PathChosen
+    | MessageDropped
+    | HandOverEnded
+    | LinkFound
+    | InstanceWelcomed
+    | InstanceLost
+    | EndInstance
+    | GiveUpInstance
+    | InstanceLeft
+    | ReportWorkload
+    | ChangeWanted
+    | Drained
+)
+"""What is for who counts and shows, or for processes."""
 
 
 class SlowPlanner(NamedTuple):
@@ -110,6 +137,8 @@ class SimulatedRouter:
         self._start_s: dict[InstanceId, float] = {}
         self._waiting: deque[AnyRouterInput] = deque()
         self._is_handling = False
+        self._current: AnyRouterInput | None = None
+        """What is being handled."""
         self._wake_s = math.inf
 
     def connect(self, instances: Sequence[SimulatedInstance], spares: Sequence[SimulatedInstance] = ()) -> None:
@@ -159,7 +188,7 @@ class SimulatedRouter:
 
     def hear(self, said: AnyRouterInput) -> None:
         """Take what an instance says; it arrives after the control plane's delay."""
-        if isinstance(said, InstanceSaid) and isinstance(said.message, Offered | PartOffered):
+        if type(said) is InstanceSaid and isinstance(said.message, (Offered, PartOffered)):
             self._report_loads(said.message.offer.request_id)
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, partial(self._feed, said))
@@ -238,57 +267,58 @@ class SimulatedRouter:
         outputs = self._core.handle(current, now)
         if self._recorder is not None:
             self._recorder.record(RouterRecord(now, (current,), tuple(outputs)))
+        self._current = current
         for output in outputs:
-            if isinstance(output, Deliver):
-                self._note_delivered(current, output)
-            elif isinstance(output, AnySend):
-                self._send(output)
-            else:
-                self._carry_out(output, now)
+            _CARRIED_OUT_BY[type(output)](self, output, now)
 
-    def _note_delivered(self, emitted: AnyRouterInput, delivered: Deliver) -> None:
+    def _do_deliver(self, delivered: Deliver, now: float) -> None:
         """Count what a sequence that loses its instance goes on from."""
+        emitted = self._current
         assert isinstance(emitted, TokensEmitted), "only a step's outputs are delivered"
         has_all = len(delivered.request_ids) == len(emitted.progress)
         for progress in emitted.progress:
             if has_all or progress.request_id in delivered.request_ids:
                 self._requests[progress.request_id].num_delivered_tokens += progress.num_tokens
 
-    def _carry_out(self, output: AnyRouterOutput, now: float) -> None:
-        match output:
-            case HandOverEnded() | LinkFound():
-                pass  # for who counts
-            case Finish(request_id=request_id):
-                self._end(request_id, Outcome.FINISHED, now)
-            case Fail(request_id=request_id, reason=reason, detail=detail):
-                self._end(request_id, Outcome.FAILED, now, detail, reason)
-            case Refuse(request_id=request_id, detail=detail):
-                self._end(request_id, Outcome.REFUSED, now, detail)
-            case PathEnded(request_id=request_id):
-                self._requests[request_id].path_ended = output
-            case Degrade(request_id=request_id):
-                self._requests[request_id].objectives = BEST_EFFORT
-            case Resume(request_id=request_id, epoch=epoch):
-                self._requests[request_id].resume(epoch, now)
-            case WakeAt(time_s=time_s):
-                self._wake_s = time_s
-                self._queue.push(time_s, self._wake)
-            case _:
-                self._change_instances(output, now)
+    def _do_finish(self, output: Finish, now: float) -> None:
+        self._end(output.request_id, Outcome.FINISHED, now)
 
-    def _change_instances(self, output: AnyRouterOutput, now: float) -> None:
-        """Do what whoever runs the instances does; the rest is for who counts and shows."""
-        match output:
-            case RestartInstance(instance=instance, delay_s=delay_s):
-                self._queue.push(now + delay_s, partial(self._restart, instance))
-            case ScalingDecided() | PlanDecided():
-                self.decisions.append((now, output))
-            case AskForPlan(question=question):
-                self._plan(question)
-            case AddInstance(role=role):
-                self._queue.push(now, partial(self._add, role))
-            case StopInstance(instance=instance):
-                self._queue.push(now, partial(self._stop, instance))
+    def _do_fail(self, output: Fail, now: float) -> None:
+        self._end(output.request_id, Outcome.FAILED, now, output.detail, output.reason)
+
+    def _do_refuse(self, output: Refuse, now: float) -> None:
+        self._end(output.request_id, Outcome.REFUSED, now, output.detail)
+
+    def _do_note_path(self, output: PathEnded, now: float) -> None:
+        self._requests[output.request_id].path_ended = output
+
+    def _do_degrade(self, output: Degrade, now: float) -> None:
+        self._requests[output.request_id].objectives = BEST_EFFORT
+
+    def _do_resume(self, output: Resume, now: float) -> None:
+        self._requests[output.request_id].resume(output.epoch, now)
+
+    def _do_wake_up(self, output: WakeAt, now: float) -> None:
+        self._wake_s = output.time_s
+        self._queue.push(output.time_s, self._wake)
+
+    def _do_restart(self, output: RestartInstance, now: float) -> None:
+        self._queue.push(now + output.delay_s, partial(self._restart, output.instance))
+
+    def _do_note_decision(self, output: ScalingDecided | PlanDecided, now: float) -> None:
+        self.decisions.append((now, output))
+
+    def _do_plan(self, output: AskForPlan, now: float) -> None:
+        self._plan(output.question)
+
+    def _do_add(self, output: AddInstance, now: float) -> None:
+        self._queue.push(now, partial(self._add, output.role))
+
+    def _do_stop(self, output: StopInstance, now: float) -> None:
+        self._queue.push(now, partial(self._stop, output.instance))
+
+    def _do_nothing(self, output: _ForOthers, now: float) -> None:
+        pass
 
     def _wake(self) -> None:
         if self._queue.now() >= self._wake_s:
@@ -326,45 +356,62 @@ class SimulatedRouter:
         if self._core.members.get(instance) is not None:
             self._feed(ProcessExited(instance=instance, detail=_LEFT))
 
-    def _send(self, output: AnySend) -> None:
-        call = self._message(output)
+    def _send(self, call: Callable[[], None]) -> None:
+        """Deliver a message, as it is now."""
         if self._message_s:
             self._queue.push(self._queue.now() + self._message_s, call)
         else:
             call()
 
-    def _message(self, output: AnySend) -> Callable[[], None]:
-        """Return what delivers the message, as it is now."""
-        instance = self._instances[output.instance]
-        match output:
-            case SendGenerate(request_id=request_id, hand_over=hand_over):
-                request = self._requests[request_id]
-                facts = request.facts(instance.spec.block_size)
-                return partial(instance.take, request, Start(sequence=facts, hand_over=hand_over))
-            case SendLend(request_id=request_id, epoch=epoch):
-                prompt, size = self._requests[request_id], instance.spec.block_size
-                names = lendable(names_for(prompt.prompt_names, prompt.hash_block_size, size), prompt.prompt_len, size)
-                return partial(instance.deliver, Lend(request_id=request_id, epoch=epoch, block_hashes=names))
-            case SendPartOffer(offer=offer, is_first=False):
-                return partial(instance.deliver, MoreKv(offer=offer))
-            case SendWithPrefix() | SendOffer() | SendPartOffer():
-                request = self._requests[output.request_id]
-                facts = request.facts(instance.spec.block_size)
-                return partial(instance.take, request, _with_offer(output, facts))
-            case SendAbort(request_id=request_id, epoch=epoch):
-                return partial(instance.deliver, Abort(request_id=request_id, epoch=epoch))
-            case SendRelease(request_id=request_id, epoch=epoch):
-                return partial(instance.deliver, Release(request_id=request_id, epoch=epoch))
-            case SendMigrate(request_id=request_id, epoch=epoch):
-                return partial(instance.deliver, Migrate(request_id=request_id, epoch=epoch))
-            case TellPeerLost(lost=lost, incarnation=incarnation):
-                return partial(instance.deliver, PeerLost(instance=lost, incarnation=incarnation))
-            case AskForBlocks():
-                return partial(instance.deliver, ReportBlocks())
-            case AskToMeasure(source=source, incarnation=incarnation):
-                return partial(instance.measure_link, source, incarnation)
-            case _:
-                assert_never(output)
+    def _tell(self, instance: InstanceId, message: AnyInstanceInput) -> None:
+        self._send(partial(self._instances[instance].deliver, message))
+
+    def _do_send_generate(self, output: SendGenerate, now: float) -> None:
+        instance, request = self._instances[output.instance], self._requests[output.request_id]
+        start = Start(sequence=request.facts(instance.spec.block_size), hand_over=output.hand_over)
+        self._send(partial(instance.take, request, start))
+
+    def _do_send_offer(self, output: SendOffer, now: float) -> None:
+        instance, request = self._instances[output.instance], self._requests[output.request_id]
+        message = Continue(sequence=request.facts(instance.spec.block_size), offer=output.offer)
+        self._send(partial(instance.take, request, message))
+
+    def _do_send_part(self, output: SendPartOffer, now: float) -> None:
+        if not output.is_first:
+            self._tell(output.instance, MoreKv(offer=output.offer))
+            return
+        instance, request = self._instances[output.instance], self._requests[output.request_id]
+        message = Expect(sequence=request.facts(instance.spec.block_size), offer=output.offer)
+        self._send(partial(instance.take, request, message))
+
+    def _do_send_with_prefix(self, output: SendWithPrefix, now: float) -> None:
+        instance, request = self._instances[output.instance], self._requests[output.request_id]
+        facts = request.facts(instance.spec.block_size)
+        start = Start(sequence=facts, hand_over=output.hand_over, prefix=output.prefix)
+        self._send(partial(instance.take, request, start))
+
+    def _do_send_lend(self, output: SendLend, now: float) -> None:
+        prompt, size = self._requests[output.request_id], self._instances[output.instance].spec.block_size
+        names = lendable(names_for(prompt.prompt_names, prompt.hash_block_size, size), prompt.prompt_len, size)
+        self._tell(output.instance, Lend(request_id=output.request_id, epoch=output.epoch, block_hashes=names))
+
+    def _do_send_abort(self, output: SendAbort, now: float) -> None:
+        self._tell(output.instance, Abort(request_id=output.request_id, epoch=output.epoch))
+
+    def _do_send_release(self, output: SendRelease, now: float) -> None:
+        self._tell(output.instance, Release(request_id=output.request_id, epoch=output.epoch))
+
+    def _do_send_migrate(self, output: SendMigrate, now: float) -> None:
+        self._tell(output.instance, Migrate(request_id=output.request_id, epoch=output.epoch))
+
+    def _do_tell_loss(self, output: TellPeerLost, now: float) -> None:
+        self._tell(output.instance, PeerLost(instance=output.lost, incarnation=output.incarnation))
+
+    def _do_ask_for_blocks(self, output: AskForBlocks, now: float) -> None:
+        self._tell(output.instance, ReportBlocks())
+
+    def _do_ask_to_measure(self, output: AskToMeasure, now: float) -> None:
+        self._send(partial(self._instances[output.instance].measure_link, output.source, output.incarnation))
 
     def _end(
         self, request_id: RequestId, outcome: Outcome, now: float, detail: str = "", reason: FailReason | None = None
@@ -377,11 +424,4 @@ class SimulatedRouter:
         self._on_ended(request)
 
 
-def _with_offer(output: SendWithPrefix | SendOffer | SendPartOffer, facts: SequenceFacts) -> Start | Continue | Expect:
-    match output:
-        case SendWithPrefix(hand_over=hand_over, prefix=prefix):
-            return Start(sequence=facts, hand_over=hand_over, prefix=prefix)
-        case SendOffer(offer=offer):
-            return Continue(sequence=facts, offer=offer)
-        case SendPartOffer(offer=offer):
-            return Expect(sequence=facts, offer=offer)
+_CARRIED_OUT_BY: Final = by_type(AnyRouterOutput, SimulatedRouter, "_do_")

@@ -13,8 +13,9 @@ that wait for a dead instance wait on while it is being restarted, and fail with
 
 import math
 from collections.abc import Mapping
-from typing import assert_never
+from typing import Final
 
+from disagg.base.by_type import by_type
 from disagg.base.config import RouterSettings, SchedulerSettings
 from disagg.base.errors import InternalError
 from disagg.base.ids import Epoch, InstanceId, RequestId
@@ -39,7 +40,6 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.choice import matters_who_decodes, why_over, why_unplaceable
 from disagg.scheduling.dispatch.events import (
     AnyDispatchEvent,
-    AnyMemberEvent,
     ChangeRole,
     CostsKnown,
     Drain,
@@ -139,58 +139,38 @@ class Dispatcher:
         """
         self._actions = []
         self._now = now
-        match event:
-            case SequenceArrived():
-                self._arrive(event)
-            case TokensEmitted():
-                self._emit(event)
-            case OfferMade():
-                self._offer(event)
-            case PartMade():
-                self._part(event)
-            case NothingLent():
-                borrower = self._sequences.get(event.request_id)
-                if borrower is not None and borrowing.waits_for(borrower, event):
-                    self._lent(borrower, has_lent=False)
-            case PullEnded():
-                self._pull_ended(event)
-            case SequenceFailed():
-                self._failed(event)
-            case SequenceCancelled():
-                self._cancel(event)
-            case Tick():
-                self._tick()
-            case _:
-                self._member_changed(event)
+        _TAKEN_BY[type(event)](self, event)
         return self._actions
 
-    def _member_changed(self, event: AnyMemberEvent) -> None:
-        match event:
-            case InstanceUp():
-                self._fleet.up(event)
-                self._place_waiting()
-            case InstanceDown(instance=instance, returning=returning, detail=detail):
-                self._down(instance, InstanceState.LOST if returning else InstanceState.GONE, detail)
-            case ProcessStarting() | Join() | CostsKnown() | LinkKnown() | ForeignLoadKnown():
-                self._fleet.take(event)
-            case Drain(instance=instance):
-                if self._fleet.drain(instance):
-                    self._actions.append(Drained(instance=instance))
-                self._place_waiting()
-            case Undrain(instance=instance):
-                self._fleet.undrain(instance)
-                self._place_waiting()
-            case Leave(instance=instance):
-                self._down(instance, InstanceState.GONE, "it was removed")
-                self._fleet.remove(instance)
-            case ChangeRole(instance=instance, role=role):
-                self._place_waiting(self._fleet.change_role(instance, role))
-            case _:
-                assert_never(event)
+    def _on_up(self, event: InstanceUp) -> None:
+        self._fleet.up(event)
+        self._place_waiting()
+
+    def _on_down(self, event: InstanceDown) -> None:
+        self._down(event.instance, InstanceState.LOST if event.returning else InstanceState.GONE, event.detail)
+
+    def _on_lesson(self, event: ProcessStarting | Join | CostsKnown | LinkKnown | ForeignLoadKnown) -> None:
+        self._fleet.take(event)
+
+    def _on_drain(self, event: Drain) -> None:
+        if self._fleet.drain(event.instance):
+            self._actions.append(Drained(instance=event.instance))
+        self._place_waiting()
+
+    def _on_undrain(self, event: Undrain) -> None:
+        self._fleet.undrain(event.instance)
+        self._place_waiting()
+
+    def _on_leave(self, event: Leave) -> None:
+        self._down(event.instance, InstanceState.GONE, "it was removed")
+        self._fleet.remove(event.instance)
+
+    def _on_role(self, event: ChangeRole) -> None:
+        self._place_waiting(self._fleet.change_role(event.instance, event.role))
 
     # Sequences ------------------------------------------------------------------------------------------------
 
-    def _arrive(self, event: SequenceArrived) -> None:
+    def _on_arrived(self, event: SequenceArrived) -> None:
         if event.request_id in self._sequences:
             raise InternalError(f"sequence {event.request_id} was submitted twice")
         sequence = SequenceEntry.arrived(event, self._num_arrived, self._now, self._settings.request_timeout_s)
@@ -254,7 +234,7 @@ class Dispatcher:
             self._end_lease(sequence)
         self._actions.append(borrowing.answered(sequence, self._now, has_lent=has_lent))
 
-    def _part(self, event: PartMade) -> None:
+    def _on_part(self, event: PartMade) -> None:
         """Choose who goes on with a sequence while it is being prefilled, and let that one read what is there."""
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is not None and (part := self._turns.read_early(sequence, event, self._now)) is not None:
@@ -276,7 +256,7 @@ class Dispatcher:
         self._actions.append(SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=name))
         return True
 
-    def _emit(self, event: TokensEmitted) -> None:
+    def _on_tokens(self, event: TokensEmitted) -> None:
         self._fleet.set_untold(event.instance, event.num_untold)
         current: list[tuple[SequenceEntry, Progress]] = []
         for progress in event.progress:
@@ -306,7 +286,7 @@ class Dispatcher:
         self._turns.note_tokens(sequence, progress.num_tokens, self._now)
         self._fleet.came_on(sequence, instance, self._now)
 
-    def _offer(self, event: OfferMade) -> None:
+    def _on_offer(self, event: OfferMade) -> None:
         borrower = self._sequences.get(event.request_id)
         if borrower is not None and borrowing.waits_for(borrower, event):
             self._lent(borrower, has_lent=True)
@@ -321,7 +301,12 @@ class Dispatcher:
         sequence.lease = event.instance
         self._place(sequence)
 
-    def _pull_ended(self, event: PullEnded) -> None:
+    def _on_nothing_lent(self, event: NothingLent) -> None:
+        borrower = self._sequences.get(event.request_id)
+        if borrower is not None and borrowing.waits_for(borrower, event):
+            self._lent(borrower, has_lent=False)
+
+    def _on_pulled(self, event: PullEnded) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
@@ -334,7 +319,7 @@ class Dispatcher:
         self._end_lease(sequence)
         self._move_away()
 
-    def _failed(self, event: SequenceFailed) -> None:
+    def _on_failed(self, event: SequenceFailed) -> None:
         sequence = self._held_by(event.instance, event.request_id, event.epoch)
         if sequence is None:
             return
@@ -342,7 +327,7 @@ class Dispatcher:
         self._fail(sequence, FailReason(event.kind.value), event.detail)
         self._place_queued()
 
-    def _cancel(self, event: SequenceCancelled) -> None:
+    def _on_cancelled(self, event: SequenceCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is not None and sequence.epoch >= event.epoch:
             self._abort(sequence)
@@ -429,7 +414,7 @@ class Dispatcher:
         self._turns.start_again(sequence)
         self._actions.append(Resume(request_id=sequence.request_id, epoch=sequence.epoch, why=why))
 
-    def _tick(self) -> None:
+    def _on_tick(self, event: Tick) -> None:
         self._wake_at_s = math.inf
         for sequence in list(self._sequences.values()):
             if (why := why_over(self._fleet, sequence, self._settings, self._now)) is not None:
@@ -498,3 +483,6 @@ class Dispatcher:
         for sequence in self._sequences.values():
             sequence.validate()
         self._fleet.validate(self._sequences.values())
+
+
+_TAKEN_BY: Final = by_type(AnyDispatchEvent, Dispatcher, "_on_")

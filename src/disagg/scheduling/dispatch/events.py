@@ -6,7 +6,7 @@ No event carries token values: dispatch decides on lengths, order and who is ali
 import msgspec
 
 from disagg.base.ids import BlockHash, Epoch, InstanceId, RequestId
-from disagg.base.messages import CostsLearned, Failed, FailureKind, Pulled
+from disagg.base.messages import CostsLearned, Failed, FailureKind, KvOffer, NotHeld, Pulled
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.base.router_messages import ForeignLoad
@@ -70,6 +70,11 @@ class OfferMade(DispatchEvent, frozen=True, kw_only=True):
     epoch: Epoch
     instance: InstanceId
 
+    @classmethod
+    def of(cls, offer: KvOffer) -> "OfferMade":
+        """Return what the offer of an instance's own blocks means."""
+        return cls(request_id=offer.request_id, epoch=offer.epoch, instance=offer.source)
+
 
 class PartMade(DispatchEvent, frozen=True, kw_only=True):
     """``instance``, which is prefilling a sequence, has KV blocks of it that can be read; ``is_first``: none before."""
@@ -79,6 +84,12 @@ class PartMade(DispatchEvent, frozen=True, kw_only=True):
     instance: InstanceId
     is_first: bool
 
+    @classmethod
+    def of(cls, offer: KvOffer) -> "PartMade":
+        """Return what the offer of a part means, of an instance's own blocks."""
+        is_first = offer.first_block == 0
+        return cls(request_id=offer.request_id, epoch=offer.epoch, instance=offer.source, is_first=is_first)
+
 
 class NothingLent(DispatchEvent, frozen=True, kw_only=True):
     """``instance`` has nothing cached any more of what it was to lend."""
@@ -86,6 +97,11 @@ class NothingLent(DispatchEvent, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
+
+    @classmethod
+    def of(cls, message: NotHeld, instance: InstanceId) -> "NothingLent":
+        """Return what an instance's message means."""
+        return cls(request_id=message.request_id, epoch=message.epoch, instance=instance)
 
 
 class PullEnded(DispatchEvent, frozen=True, kw_only=True):

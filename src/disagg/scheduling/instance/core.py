@@ -7,10 +7,9 @@ each stage. A shell owns what a core may not touch: clock, sockets, devices, tok
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import assert_never
+from typing import Final
 
-from msgspec import structs
-
+from disagg.base.by_type import by_type
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId, owner_of
 from disagg.base.kv_events import AnyKvEvent
@@ -71,7 +70,7 @@ from disagg.scheduling.instance.tracked import (
     unread,
 )
 from disagg.scheduling.step.actions import (
-    AnyMove,
+    AnyAction,
     DropSaved,
     Emit,
     Forget,
@@ -144,21 +143,10 @@ class InstanceCore:
         self._now = now
         events: list[AnyEvent] = []
         for one in inputs:
-            if type(one) is StepDone and not one.failed:
-                events.append(one)  # most inputs are this, and it means the same to the scheduler
-            else:
-                self._translate(one, events)
+            _TAKEN_BY[type(one)](self, one, events)
         outputs = self._outputs
         for action in self._scheduler.handle(events, now):
-            if isinstance(action, RunStep):
-                if self._not_scheduled:
-                    self._note_first_steps(action)
-                outputs.append(action)
-            elif isinstance(action, Emit):
-                firsts = self._first_outputs(action.request_ids, now) if self._silent else ()
-                outputs.append(Emitted(request_ids=action.request_ids, firsts=firsts))
-            else:
-                self._carry_out(action)
+            _CARRIED_OUT_BY[type(action)](self, action)
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
@@ -220,7 +208,7 @@ class InstanceCore:
         step, fresh = self._scheduler.repeat(count, names, is_over=is_over)
         return step, self._first_outputs(fresh, first_end_s) if fresh else ()
 
-    def _report(self, asked: ReportBlocks | AuditBlocks) -> None:
+    def _on_asked(self, asked: ReportBlocks | AuditBlocks, events: list[AnyEvent]) -> None:
         if isinstance(asked, ReportBlocks):
             self._tell_kv_events(self._scheduler.all_cached(), (), len(self._outputs))
         else:
@@ -238,44 +226,24 @@ class InstanceCore:
 
     # In: from messages and results to the scheduler's events --------------------------------------------------
 
-    def _translate(self, one: AnyInstanceInput, events: list[AnyEvent]) -> None:
-        match one:
-            case StepDone():
-                for failure in one.failed:
-                    if (failing := self._sequences.get(failure.request_id)) is not None:
-                        failing.failure = failure
-                events.append(one)
-            case Start() | Continue() | Expect() | MoreKv():
-                self._on_sequence(one, events)
-            case CopyEnded():
-                self._on_copy_ended(one, events)
-            case LoadEnded(request_id=request_id, epoch=epoch, reads=reads):
-                events.append(BlocksRead(reads=reads))
-                make = TransferDone if one.is_whole else TransferFailed
-                events.append(make(request_id=request_id, epoch=epoch))
-            case Lend() | Release() | Migrate() | CopySettled() | BlockSaved() | Tick():
-                events.append(event_of(one))
-            case Abort(request_id=request_id, epoch=epoch):
-                self._abandon(request_id, epoch, events)
-            case PeerLost():
-                self._on_peer_lost(one, events)
-            case LeaveRouter(router=router):
-                self._leave(router, events)
-            case ReportBlocks() | AuditBlocks():
-                self._report(one)
-            case _:
-                assert_never(one)
+    def _on_step_done(self, done: StepDone, events: list[AnyEvent]) -> None:
+        for failure in done.failed:
+            if (failing := self._sequences.get(failure.request_id)) is not None:
+                failing.failure = failure
+        events.append(done)
 
-    def _on_sequence(self, message: Start | Continue | Expect | MoreKv, events: list[AnyEvent]) -> None:
-        match message:
-            case Start():
-                self._on_start(message, events)
-            case Continue():
-                self._on_continue(message, events)
-            case Expect():
-                self._on_expect(message, events)
-            case MoreKv(offer=offer):
-                self._on_more(offer, events)
+    def _on_load_ended(self, ended: LoadEnded, events: list[AnyEvent]) -> None:
+        events.append(BlocksRead(reads=ended.reads))
+        make = TransferDone if ended.is_whole else TransferFailed
+        events.append(make(request_id=ended.request_id, epoch=ended.epoch))
+
+    def _on_others(
+        self, one: Lend | Release | Migrate | CopySettled | BlockSaved | Tick, events: list[AnyEvent]
+    ) -> None:
+        events.append(event_of(one))
+
+    def _on_abort(self, abort: Abort, events: list[AnyEvent]) -> None:
+        self._abandon(abort.request_id, abort.epoch, events)
 
     def _on_start(self, message: Start, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.prefix
@@ -323,7 +291,8 @@ class InstanceCore:
         tracked.offer = None
         events.append(kv_offered(facts, self._part(tracked, offer), self._now + offer.lease_s, is_whole=False))
 
-    def _on_more(self, offer: KvOffer, events: list[AnyEvent]) -> None:
+    def _on_more(self, message: MoreKv, events: list[AnyEvent]) -> None:
+        offer = message.offer
         tracked = self._find(offer.request_id, offer.epoch)
         if tracked is None or not tracked.is_expected:
             return
@@ -382,8 +351,9 @@ class InstanceCore:
         else:
             events.append(TransferDone(request_id=request_id, epoch=epoch))
 
-    def _leave(self, router: RouterId, events: list[AnyEvent]) -> None:
+    def _on_leave(self, message: LeaveRouter, events: list[AnyEvent]) -> None:
         """Let go of all that a router wanted that is gone."""
+        router = message.router
         for sequence in [one for one in self._sequences.values() if owner_of(one.request_id) == router]:
             self._abandon(sequence.request_id, sequence.epoch, events)
         events += self._scheduler.leases_of(router)
@@ -400,37 +370,51 @@ class InstanceCore:
 
     # Out: from the scheduler's actions to messages and effects ------------------------------------------------
 
-    def _carry_out(self, action: AnyMove) -> None:
-        match action:
-            case OfferKv():
-                # From here on the sequence is another instance's.
-                self._outputs.append(Offered(offer=kv_offer(action, self._header)))
-                self._drop(action.request_id, action.epoch)
-                self._forget(action.request_id, action.epoch)
-            case OfferPart(first_block=first, behind_step=step_id):
-                offer = structs.replace(kv_offer(action, self._header), first_block=first, behind_step=step_id)
-                self._outputs.append(PartOffered(offer=offer))
-            case LendKv(request_id=request_id, epoch=epoch, num_tokens=num_tokens):
-                offered = Offered(offer=kv_offer(action, self._header)) if num_tokens else None
-                self._outputs.append(offered or NotHeld(request_id=request_id, epoch=epoch))
-            case Pull():
-                self._pull(action)
-            case StopPull(request_id=request_id, epoch=epoch):
-                self._outputs.append(CancelCopy(request_id=request_id, epoch=epoch))
-            case ReleaseLease(request_id=request_id, epoch=epoch):
-                self._outputs.append(pulled(action, self._find(request_id, epoch), self._now))
-            case Reject(request_id=request_id, epoch=epoch, detail=detail):
-                self._fail(request_id, epoch, FailureKind.TOO_LONG, detail)
-            case Forget(request_id=request_id, epoch=epoch, reason=reason):
-                failed = self._find(request_id, epoch)
-                if reason is FinishReason.ERROR and failed is not None and failed.failure is not None:
-                    self._tell_failure(request_id, epoch, failed.failure.kind, failed.failure.message)
-                self._drop(request_id, epoch)
-                self._outputs.append(action)
-            case WakeAt() | LoadBlocks() | SaveBlock() | DropSaved():
-                self._outputs.append(action)
-            case _:
-                assert_never(action)
+    def _do_run_step(self, step: RunStep) -> None:
+        if self._not_scheduled:
+            self._note_first_steps(step)
+        self._outputs.append(step)
+
+    def _do_emit(self, action: Emit) -> None:
+        firsts = self._first_outputs(action.request_ids, self._now) if self._silent else ()
+        self._outputs.append(Emitted(request_ids=action.request_ids, firsts=firsts))
+
+    def _do_offer(self, action: OfferKv) -> None:
+        # From here on the sequence is another instance's.
+        self._outputs.append(Offered(offer=kv_offer(action, self._header)))
+        self._drop(action.request_id, action.epoch)
+        self._forget(action.request_id, action.epoch)
+
+    def _do_offer_part(self, action: OfferPart) -> None:
+        offer = kv_offer(action, self._header, action.first_block, action.behind_step)
+        self._outputs.append(PartOffered(offer=offer))
+
+    def _do_lend(self, action: LendKv) -> None:
+        if action.num_tokens:
+            self._outputs.append(Offered(offer=kv_offer(action, self._header)))
+        else:
+            self._outputs.append(NotHeld(request_id=action.request_id, epoch=action.epoch))
+
+    def _do_stop_pull(self, action: StopPull) -> None:
+        self._outputs.append(CancelCopy(request_id=action.request_id, epoch=action.epoch))
+
+    def _do_release(self, action: ReleaseLease) -> None:
+        self._outputs.append(pulled(action, self._find(action.request_id, action.epoch), self._now))
+
+    def _do_reject(self, action: Reject) -> None:
+        self._fail(action.request_id, action.epoch, FailureKind.TOO_LONG, action.detail)
+
+    def _do_forget(self, action: Forget) -> None:
+        request_id, epoch = action.request_id, action.epoch
+        if action.reason is FinishReason.ERROR:
+            failed = self._find(request_id, epoch)
+            if failed is not None and failed.failure is not None:
+                self._tell_failure(request_id, epoch, failed.failure.kind, failed.failure.message)
+        self._drop(request_id, epoch)
+        self._outputs.append(action)
+
+    def _do_effect(self, effect: WakeAt | LoadBlocks | SaveBlock | DropSaved) -> None:
+        self._outputs.append(effect)
 
     def _note_first_steps(self, step: RunStep) -> None:
         for chunk in step.chunks:
@@ -454,7 +438,7 @@ class InstanceCore:
         message = KvEvents(instance=header.instance, incarnation=header.incarnation, number=number, events=events)
         self._outputs.insert(place, CacheChanged(message=message, owners=owners if header.tells_tokens else ()))
 
-    def _pull(self, action: Pull) -> None:
+    def _do_pull(self, action: Pull) -> None:
         tracked = self._sequences[action.request_id]
         offer = tracked.offer if action.part is None else tracked.parts.get(action.part)
         if offer is None:
@@ -495,3 +479,7 @@ class InstanceCore:
             del self._sequences[request_id]
             self._not_scheduled.discard(request_id)
             self._silent.discard(request_id)
+
+
+_TAKEN_BY: Final = by_type(AnyInstanceInput, InstanceCore, "_on_")
+_CARRIED_OUT_BY: Final = by_type(AnyAction, InstanceCore, "_do_")

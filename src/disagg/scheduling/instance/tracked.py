@@ -169,7 +169,9 @@ def unread(offer: KvOffer, why: str) -> Pulled:
     )
 
 
-def kv_offer(action: OfferKv | OfferPart | LendKv, header: InstanceHeader) -> KvOffer:
+def kv_offer(
+    action: OfferKv | OfferPart | LendKv, header: InstanceHeader, first_block: int = 0, behind_step: int = 0
+) -> KvOffer:
     """Return what says where the blocks are that the scheduler offers."""
     return KvOffer(
         request_id=action.request_id,
@@ -181,6 +183,8 @@ def kv_offer(action: OfferKv | OfferPart | LendKv, header: InstanceHeader) -> Kv
         block_ids=action.block_ids,
         lease_s=action.lease_s,
         pool=header.pool,
+        first_block=first_block,
+        behind_step=behind_step,
     )
 
 

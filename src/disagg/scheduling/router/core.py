@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final, assert_never
 
+from disagg.base.by_type import by_type
 from disagg.base.errors import ConfigurationError, InternalError
 from disagg.base.ids import RequestId
 from disagg.base.messages import (
@@ -29,7 +30,6 @@ from disagg.cache.prefix_index import PrefixIndex
 from disagg.scheduling.capacity import capacity_tokens
 from disagg.scheduling.dispatch.actions import (
     AnyDispatchAction,
-    Deliver,
     Drained,
     Drop,
     Fail,
@@ -92,6 +92,7 @@ from disagg.scheduling.router.outputs import (
     InstanceLost,
     InstanceWelcomed,
     MessageDropped,
+    PassedOn,
     RestartInstance,
     SendOffer,
     SendPartOffer,
@@ -163,37 +164,21 @@ class RouterCore:
         Raises InternalError on what no instance and no client can cause: a fault of the shell; ConfigurationError on a
         command of an operator that cannot be carried out, with the reason.
         """
-        self._outputs = []
-        self._now = now
+        self._outputs, self._now = [], now
         if isinstance(one, _NEWS_OF_A_MEMBER) and self._members.get(one.instance) is None:
             return []  # it has left since
         if self._watches_silence and math.isinf(self._check_s):
             self._check_s = self._members.next_check_s(now)
-        match one:
-            case TokensEmitted():
-                self._on_tokens(one)
-            case SequenceArrived() | SequenceCancelled():
-                self._elasticity.expect_work(now)
-                self._dispatch(one)
-            case InstanceSaid(instance=instance, message=message):
-                self._on_message(self._members[instance], message)
-            case MalformedMessage():
-                self._on_malformed(one)
-            case Tick():
-                self._on_tick()
-            case Unreachable(instance=instance, why=why):
-                self._declare_lost(self._members[instance], why)
-            case ProcessStarting(instance=instance):
-                self._members[instance].set_starting(now)
-                self._dispatch(one)
-            case ProcessExited():
-                self._on_exit(one)
-            case Planned() | PlanningFailed() | WorkloadReported():
-                self._adapt(self._elasticity.hear(one, self._members, now))
-            case _:
-                self._on_command(one)
+        _TAKEN_BY[type(one)](self, one)
         self._ask_to_be_woken()
         return self._outputs
+
+    def _on_sequence(self, event: SequenceArrived | SequenceCancelled) -> None:
+        self._elasticity.expect_work(self._now)
+        self._dispatch(event)
+
+    def _on_news(self, news: Planned | PlanningFailed | WorkloadReported) -> None:
+        self._adapt(self._elasticity.hear(news, self._members, self._now))
 
     # Instances' messages --------------------------------------------------------------------------------------
 
@@ -210,62 +195,61 @@ class RouterCore:
         self._dispatch_from(member, event)
         self._adapt(self._elasticity.look(self._members))
 
-    def _on_message(self, member: Member, message: Loading | Ready | _FromReady) -> None:
+    def _on_said(self, said: InstanceSaid) -> None:
+        member, message = self._members[said.instance], said.message
         member.last_seen_s = self._now
-        if isinstance(message, Loading):
-            member.detail = message.stage
+        take = _SAID_BY_READY.get(type(message))
+        if take is not None and member.is_alive:
+            take(self, message, member)
         elif isinstance(message, Ready):
             self._welcome(member, message)
-        elif not member.is_alive:
+        elif isinstance(message, Loading):
+            member.detail = message.stage
+        else:
+            self._drop(member, DropReason.STALE)
+
+    def _said_pulled(self, message: Pulled, member: Member) -> None:
+        self._outputs.append(HandOverEnded.of(message, member.instance))
+        self._dispatch_from(member, PullEnded.of(message, member.instance))
+
+    def _said_nothing_comes(self, message: NotHeld | Failed, member: Member) -> None:
+        name = member.instance
+        event = SequenceFailed.of(message, name) if isinstance(message, Failed) else NothingLent.of(message, name)
+        self._dispatch_from(member, event)
+
+    def _said_load(self, message: LoadReport, member: Member) -> None:
+        if message.incarnation != member.incarnation:
+            self._drop(member, DropReason.STALE)
+            return
+        member.load = message.load
+        if message.foreign != member.entry.foreign:
+            self._dispatch(ForeignLoadKnown(instance=member.instance, load=message.foreign))
+
+    def _said_costs(self, message: CostsLearned, member: Member) -> None:
+        if (message.incarnation, message.instance) != (member.incarnation, member.instance):
             self._drop(member, DropReason.STALE)
         else:
-            self._take(member, message)
+            self._dispatch(CostsKnown(lesson=message))
 
-    def _take(self, member: Member, message: _FromReady) -> None:
-        """Handle what only an instance that takes requests says."""
-        instance = member.instance
-        match message:
-            case Offered() | PartOffered():
-                self._on_offer(member, message)
-            case NotHeld(request_id=request_id, epoch=epoch):
-                self._dispatch_from(member, NothingLent(request_id=request_id, epoch=epoch, instance=instance))
-            case Pulled():
-                self._outputs.append(HandOverEnded.of(message, instance))
-                self._dispatch_from(member, PullEnded.of(message, instance))
-            case Failed():
-                self._dispatch_from(member, SequenceFailed.of(message, instance))
-            case LoadReport(incarnation=life) | CostsLearned(incarnation=life) if life != member.incarnation:
-                self._drop(member, DropReason.STALE)
-            case LoadReport():
-                member.load = message.load
-                if message.foreign != member.entry.foreign:
-                    self._dispatch(ForeignLoadKnown(instance=instance, load=message.foreign))
-            case CostsLearned() if message.instance != instance:
-                self._drop(member, DropReason.STALE)
-            case CostsLearned():
-                self._dispatch(CostsKnown(lesson=message))
-            case LinkMeasured():
-                self._on_measured(message)
-            case KvEvents():
-                self._index(member, message)
-            case _:
-                assert_never(message)
+    def _said_offered(self, message: Offered, member: Member) -> None:
+        offer = message.offer
+        if self._is_own(offer, member):
+            self._offers.keep(offer, self._now, self._dispatcher.epoch_of(offer.request_id))
+            self._dispatch_from(member, OfferMade.of(offer))
 
-    def _on_offer(self, member: Member, message: Offered | PartOffered) -> None:
-        offer, instance = message.offer, member.instance
-        if (offer.source, offer.incarnation) != (instance, member.incarnation):
+    def _said_part(self, message: PartOffered, member: Member) -> None:
+        self._part = message.offer
+        if self._is_own(message.offer, member):
+            self._dispatch_from(member, PartMade.of(message.offer))
+
+    def _is_own(self, offer: KvOffer, member: Member) -> bool:
+        """Return whether an instance offers blocks of its own; one that does not is lost."""
+        is_own = (offer.source, offer.incarnation) == (member.instance, member.incarnation)
+        if not is_own:
             self._broke_protocol(member, f"it offered blocks of {offer.source} {offer.incarnation}")
-            return
-        request_id, epoch = offer.request_id, offer.epoch
-        if isinstance(message, Offered):
-            self._offers.keep(offer, self._now, self._dispatcher.epoch_of(request_id))
-            self._dispatch_from(member, OfferMade(request_id=request_id, epoch=epoch, instance=instance))
-            return
-        self._part, is_first = offer, offer.first_block == 0
-        made = PartMade(request_id=request_id, epoch=epoch, instance=instance, is_first=is_first)
-        self._dispatch_from(member, made)
+        return is_own
 
-    def _on_measured(self, message: LinkMeasured) -> None:
+    def _said_measured(self, message: LinkMeasured, member: Member) -> None:
         """Tell dispatch how fast a link is; one that is too slow costs the end that came last its place."""
         if (link := self._links.take(message)) is None:
             return
@@ -278,7 +262,7 @@ class RouterCore:
         elif not link.figure.failure:
             self._dispatch(link_known(link, source))
 
-    def _index(self, member: Member, message: KvEvents) -> None:
+    def _said_blocks(self, message: KvEvents, member: Member) -> None:
         """Note what became of an instance's cached blocks; ask for all of them when a message was lost."""
         if message.incarnation != member.incarnation:
             self._drop(member, DropReason.STALE)
@@ -323,6 +307,13 @@ class RouterCore:
             self._outputs.append(AskForBlocks(instance=member.instance))
 
     # Lives and deaths -----------------------------------------------------------------------------------------
+
+    def _on_unreachable(self, event: Unreachable) -> None:
+        self._declare_lost(self._members[event.instance], event.why)
+
+    def _on_starting(self, event: ProcessStarting) -> None:
+        self._members[event.instance].set_starting(self._now)
+        self._dispatch(event)
 
     def _on_exit(self, event: ProcessExited) -> None:
         """Decide whether a dead process is started again, and say what its death means."""
@@ -444,43 +435,47 @@ class RouterCore:
 
     def _dispatch(self, event: AnyDispatchEvent) -> None:
         for action in self._dispatcher.handle(event, self._now):
-            self._carry_out(action)
+            _CARRIED_OUT_BY[type(action)](self, action)
 
-    def _carry_out(self, action: AnyDispatchAction) -> None:
-        match action:
-            case Deliver():
-                self._outputs.append(action)
-            case SendGenerate(with_prefix=True, request_id=request_id):
-                self._outputs.append(SendWithPrefix.of(action, self._offers.take(request_id, self._now)))
-            case Drained(instance=instance):
-                self._outputs.append(action)
-                if self._members[instance].is_leaving:
-                    self._outputs.append(StopInstance(instance=instance))
-            case WakeAt(time_s=time_s):
-                self._dispatch_wake_s = time_s
-            case Drop(instance=instance):
-                self._drop(self._members[instance], DropReason.STALE)
-            case SendAdopt(request_id=request_id, epoch=epoch, instance=instance):
-                offer = self._offers.take(request_id, self._now)
-                self._outputs.append(SendOffer(request_id=request_id, epoch=epoch, instance=instance, offer=offer))
-            case SendPart():
-                assert self._part is not None, "a part is passed on as it comes"
-                self._outputs.append(SendPartOffer.of(action, self._part))
-            case SendPeerLost(instance=instance, lost=lost):
-                incarnation = self._members[lost].incarnation
-                self._outputs.append(TellPeerLost(instance=instance, lost=lost, incarnation=incarnation))
-            case Finish(request_id=request_id) | Fail(request_id=request_id) | Resume(request_id=request_id):
-                self._offers.drop(request_id)
-                self._outputs.append(action)
-            case _:
-                self._outputs.append(action)
+    def _do_pass_on(self, action: PassedOn) -> None:
+        self._outputs.append(action)
+
+    def _do_start(self, action: SendGenerate) -> None:
+        prefix = self._offers.take(action.request_id, self._now) if action.with_prefix else None
+        self._outputs.append(action if prefix is None else SendWithPrefix.of(action, prefix))
+
+    def _do_tell_drained(self, action: Drained) -> None:
+        self._outputs.append(action)
+        if self._members[action.instance].is_leaving:
+            self._outputs.append(StopInstance(instance=action.instance))
+
+    def _do_wake(self, action: WakeAt) -> None:
+        self._dispatch_wake_s = action.time_s
+
+    def _do_drop(self, action: Drop) -> None:
+        self._drop(self._members[action.instance], DropReason.STALE)
+
+    def _do_adopt(self, action: SendAdopt) -> None:
+        self._outputs.append(SendOffer.of(action, self._offers.take(action.request_id, self._now)))
+
+    def _do_send_part(self, action: SendPart) -> None:
+        assert self._part is not None, "a part is passed on as it comes"
+        self._outputs.append(SendPartOffer.of(action, self._part))
+
+    def _do_tell_loss(self, action: SendPeerLost) -> None:
+        lost = self._members[action.lost]
+        self._outputs.append(TellPeerLost(instance=action.instance, lost=action.lost, incarnation=lost.incarnation))
+
+    def _do_end_attempt(self, action: Finish | Fail | Resume) -> None:
+        self._offers.drop(action.request_id)
+        self._outputs.append(action)
 
     def _drop(self, member: Member, reason: DropReason) -> None:
         self._outputs.append(MessageDropped(instance=member.instance, reason=reason))
 
     # Time -----------------------------------------------------------------------------------------------------
 
-    def _on_tick(self) -> None:
+    def _on_tick(self, event: Tick) -> None:
         self._asked_s = math.inf
         if self._now >= self._dispatch_wake_s:
             self._dispatch_wake_s = math.inf
@@ -498,3 +493,8 @@ class RouterCore:
         if due_s < self._asked_s:
             self._asked_s = due_s
             self._outputs.append(WakeAt(time_s=due_s))
+
+
+_TAKEN_BY: Final = by_type(AnyRouterInput, RouterCore, "_on_")
+_SAID_BY_READY: Final = by_type(_FromReady, RouterCore, "_said_")
+_CARRIED_OUT_BY: Final = by_type(AnyDispatchAction, RouterCore, "_do_")

@@ -18,6 +18,7 @@ from disagg.scheduling.dispatch.actions import (
     Refuse,
     Resume,
     SendAbort,
+    SendAdopt,
     SendGenerate,
     SendLend,
     SendMigrate,
@@ -42,6 +43,11 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     epoch: Epoch
     instance: InstanceId
     offer: KvOffer
+
+    @classmethod
+    def of(cls, adopt: SendAdopt, offer: KvOffer) -> "SendOffer":
+        """Return what passes on the offer that dispatch's action is about."""
+        return cls(request_id=adopt.request_id, epoch=adopt.epoch, instance=adopt.instance, offer=offer)
 
 
 class SendPartOffer(RouterOutput, frozen=True, kw_only=True):
@@ -279,6 +285,9 @@ class PlanDecided(RouterOutput, frozen=True, kw_only=True):
         tried = f"{self.num_placements} placements, {self.num_requests} requests each"
         return f"{what} ({tried}); what moved: {self.why}"
 
+
+PassedOn = Deliver | Refuse | Degrade | PathChosen | PathEnded | SendLend | SendAbort | SendRelease | SendMigrate
+"""What dispatch wants and is passed on as it is."""
 
 AnySend = (
     SendGenerate

@@ -12,6 +12,7 @@ by release or by expiry. No sequence waits for one that is served after it.
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from disagg.base.by_type import by_type
 from disagg.base.config import SchedulerSettings, SchedulingMode
 from disagg.base.errors import InternalError
 from disagg.base.ids import BlockHash, Epoch, RequestId, RouterId
@@ -111,7 +112,7 @@ class StepScheduler:
         for event in events:
             if self._standing is not None and not _leaves_standing(event):
                 self._stand_down(self._standing)
-            self._apply(event)
+            _TAKEN_BY[type(event)](self, event)
         if now >= books.alarm:
             self._hand_over.expire()
         self._hand_over.start_pulls()
@@ -199,66 +200,62 @@ class StepScheduler:
 
     # Events -------------------------------------------------------------------------------------------------
 
-    def _apply(self, event: AnyEvent) -> None:
-        match event:
-            case StepDone() if self._standing is not None:
-                self._on_standing_done(event, self._standing)
-            case StepDone():
-                self._on_step_done(event)
-            case Arrived() | KvOffered():
-                self._on_new(event)
-            case Cancelled(request_id=request_id, epoch=epoch):
-                sequence = self._books.sequences.get(request_id)
-                if sequence is not None and sequence.epoch == epoch:
-                    self._cancel(sequence)
-            case Tick():
-                pass  # handle() looks at the alarm after every batch of events
-            case BlockSaved():
-                self._tiers.on_saved(event)
-            case BlocksRead(reads=reads):
-                self._hand_over.reads.ended(reads)
-                self._tiers.on_read(reads)
-            case MigrationAsked(request_id=request_id, epoch=epoch):
-                self._on_migration_asked(request_id, epoch)
-            case _:
-                self._apply_transfer(event)
+    def _on_cancelled(self, event: Cancelled) -> None:
+        sequence = self._books.sequences.get(event.request_id)
+        if sequence is not None and sequence.epoch == event.epoch:
+            self._cancel(sequence)
 
-    def _apply_transfer(
-        self, event: TransferDone | TransferFailed | TransferEnded | KvWanted | KvExtended | LeaseReleased | SourceLost
-    ) -> None:
-        match event:
-            case KvExtended():
-                self._hand_over.early.on_extended(event)
-            case TransferDone(request_id=request_id, epoch=epoch):
-                self._hand_over.on_transfer_done(request_id, epoch)
-            case TransferFailed(request_id=request_id, epoch=epoch, ended=ended):
-                self._hand_over.on_transfer_failed(request_id, epoch, ended)
-            case TransferEnded(request_id=request_id, epoch=epoch):
-                self._hand_over.on_transfer_ended(request_id, epoch)
-            case KvWanted():
-                self._hand_over.on_kv_wanted(event)
-            case LeaseReleased(request_id=request_id, epoch=epoch):
-                self._hand_over.on_lease_released(request_id, epoch)
-            case SourceLost(instance=instance):
-                self._hand_over.on_source_lost(instance)
+    def _on_tick(self, event: Tick) -> None:
+        """Do nothing: ``handle`` looks at the alarm after every batch of events."""
 
-    def _on_new(self, event: Arrived | KvOffered) -> None:
-        """Take a sequence unless it is old news; a newer attempt first replaces the older one."""
-        if isinstance(event, KvOffered) and self._hand_over.early.completes(event):
-            return
+    def _on_saved(self, event: BlockSaved) -> None:
+        self._tiers.on_saved(event)
+
+    def _on_read(self, event: BlocksRead) -> None:
+        self._hand_over.reads.ended(event.reads)
+        self._tiers.on_read(event.reads)
+
+    def _on_extended(self, event: KvExtended) -> None:
+        self._hand_over.early.on_extended(event)
+
+    def _on_transfer_done(self, event: TransferDone) -> None:
+        self._hand_over.on_transfer_done(event.request_id, event.epoch)
+
+    def _on_transfer_failed(self, event: TransferFailed) -> None:
+        self._hand_over.on_transfer_failed(event.request_id, event.epoch, event.ended)
+
+    def _on_transfer_ended(self, event: TransferEnded) -> None:
+        self._hand_over.on_transfer_ended(event.request_id, event.epoch)
+
+    def _on_wanted(self, event: KvWanted) -> None:
+        self._hand_over.on_kv_wanted(event)
+
+    def _on_released(self, event: LeaseReleased) -> None:
+        self._hand_over.on_lease_released(event.request_id, event.epoch)
+
+    def _on_source_lost(self, event: SourceLost) -> None:
+        self._hand_over.on_source_lost(event.instance)
+
+    def _on_arrived(self, event: Arrived) -> None:
+        if self._replaces(event):
+            self._enter(event)
+
+    def _on_kv_offered(self, event: KvOffered) -> None:
+        if not self._hand_over.early.completes(event) and self._replaces(event):
+            self._hand_over.on_kv_offered(event)
+
+    def _replaces(self, event: Arrived | KvOffered) -> bool:
+        """Return whether a sequence is no old news; a newer attempt takes the place of an older one."""
         if not self._books.is_news(event.request_id, event.epoch):
-            return
+            return False
         known = self._books.sequences.get(event.request_id)
         if known is not None:
             if self._standing is not None:
                 self._stand_down(self._standing)  # it may be one of its sequences
             self._cancel(known)
-        if isinstance(event, KvOffered):
-            self._hand_over.on_kv_offered(event)
-        else:
-            self._on_arrived(event)
+        return True
 
-    def _on_arrived(self, event: Arrived) -> None:
+    def _enter(self, event: Arrived) -> None:
         needed = most_tokens(event.num_tokens, event.max_total_tokens, hand_over=event.hand_over)
         if self._books.rejects(event, needed):
             if event.prefix is not None:
@@ -273,10 +270,10 @@ class StepScheduler:
         elif not self._hand_over.read_tiers(sequence):
             self._books.wait(sequence)
 
-    def _on_migration_asked(self, request_id: RequestId, epoch: Epoch) -> None:
+    def _on_migration_asked(self, event: MigrationAsked) -> None:
         """Let go of a sequence after its next token, wherever that token's turn is; one that is gone stays gone."""
-        sequence = self._books.sequences.get(request_id)
-        if sequence is not None and sequence.epoch == epoch:
+        sequence = self._books.sequences.get(event.request_id)
+        if sequence is not None and sequence.epoch == event.epoch:
             sequence.hand_over = True
 
     def _take_step(self, event: StepDone) -> PlannedStep:
@@ -292,6 +289,9 @@ class StepScheduler:
         return planned
 
     def _on_step_done(self, event: StepDone) -> None:
+        if self._standing is not None:
+            self._end_standing(event, self._standing)
+            return
         books = self._books
         planned = self._take_step(event)
         failed = {failure.request_id for failure in event.failed} if event.failed else ()
@@ -456,7 +456,7 @@ class StepScheduler:
         step = RunStep(step_id=last_id, chunks=(), num_standing=len(standing))
         return step, [sequence.request_id for sequence in fresh]
 
-    def _on_standing_done(self, event: StepDone, standing: StandingStep) -> None:
+    def _end_standing(self, event: StepDone, standing: StandingStep) -> None:
         """Book the end of a standing step. Those that it neither begins nor ends are not named among the emitted."""
         books = self._books
         self._take_step(event)
@@ -488,4 +488,7 @@ class StepScheduler:
 
 def _leaves_standing(event: AnyEvent) -> bool:
     """Return True for what is about no sequence of a standing step, or only says that the step has ended."""
-    return not event.failed if isinstance(event, StepDone) else type(event) in _OF_OTHERS
+    return type(event) in _OF_OTHERS or (isinstance(event, StepDone) and not event.failed)
+
+
+_TAKEN_BY: Final = by_type(AnyEvent, StepScheduler, "_on_")
