@@ -204,8 +204,10 @@ class SerialLinks:
         for passage, free_at_s in passed:
             time_s = route.passage_time_s(passage, num_bytes)
             longest_s = max(longest_s, time_s)
-            if free_at_s is not None:
-                free_at_s[: passage.num_lanes] = [begin_s + time_s] * passage.num_lanes
+            if free_at_s is None:
+                continue
+            free_at_s[: passage.num_lanes] = [begin_s + time_s] * passage.num_lanes
+            if len(free_at_s) > passage.num_lanes:
                 free_at_s.sort()
         end_s = begin_s + longest_s
         if len(self._free_at_s) >= _MOST_PAIRS:

@@ -5,7 +5,6 @@ The same type is filled by the live router and by the simulator, so that both ca
 
 import enum
 import math
-from itertools import pairwise
 from typing import Final
 
 import msgspec
@@ -112,8 +111,7 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
 
     def stages(self) -> dict[Stage, float]:
         """Return the seconds of each stage. A missing stamp takes the one before it, so the sum stays exact."""
-        stamps = [
-            self.arrival_s,
+        stamps = (
             self.prefill_started_s,
             self.first_token_s,
             self.offered_s,
@@ -123,17 +121,18 @@ class RequestTimeline(msgspec.Struct, kw_only=True):
             self.second_token_s,
             self.last_token_s,
             self.finished_s,
-        ]
-        for index, stamp in enumerate(stamps):
-            if math.isnan(stamp):
-                stamps[index] = stamps[index - 1]
-        passed = list(zip(_PASSED_IN_ORDER, pairwise(stamps), strict=True))
-        stages: dict[Stage, float] = {stage: after - before for stage, (before, after) in passed}
-        stages[Stage.PAUSE] = 0.0
-        for stage, (before, after) in passed if self.pauses_s else ():
-            paused_s = sum(max(0.0, min(end, after) - max(begin, before)) for begin, end in self.pauses_s)
-            stages[stage] -= paused_s
-            stages[Stage.PAUSE] += paused_s
+        )
+        stages: dict[Stage, float] = {}
+        before, paused_s = self.arrival_s, 0.0
+        for stage, stamp in zip(_PASSED_IN_ORDER, stamps, strict=True):
+            after = before if math.isnan(stamp) else stamp
+            stages[stage] = after - before
+            if self.pauses_s:
+                within_s = sum(max(0.0, min(end, after) - max(begin, before)) for begin, end in self.pauses_s)
+                stages[stage] -= within_s
+                paused_s += within_s
+            before = after
+        stages[Stage.PAUSE] = paused_s
         return stages
 
 

@@ -2,6 +2,7 @@
 
 from disagg.base.config import MAX_OVERTAKE_S, QueueOrder
 
+_FCFS, _SJF, _PRIORITY = QueueOrder.FCFS, QueueOrder.SJF, QueueOrder.PRIORITY  # looked up in every ranking
 _JOB_S_PER_TOKEN = 0.01
 """Seconds by which an earlier prompt is put back for each of its tokens, where the shortest comes first."""
 
@@ -13,12 +14,10 @@ def rank_of(
 
     ``ttft_s`` is its objective, None without one.
     """
-    match order:
-        case QueueOrder.FCFS:
-            return (0, arrival_s)
-        case QueueOrder.PRIORITY:
-            return (priority, arrival_s)
-        case QueueOrder.SJF:
-            return (priority, arrival_s + min(num_tokens * _JOB_S_PER_TOKEN, MAX_OVERTAKE_S))
-        case QueueOrder.EDF:
-            return (priority, arrival_s + (MAX_OVERTAKE_S if ttft_s is None else min(ttft_s, MAX_OVERTAKE_S)))
+    if order is _PRIORITY:
+        return (priority, arrival_s)
+    if order is _FCFS:
+        return (0, arrival_s)
+    if order is _SJF:
+        return (priority, arrival_s + min(num_tokens * _JOB_S_PER_TOKEN, MAX_OVERTAKE_S))
+    return (priority, arrival_s + (MAX_OVERTAKE_S if ttft_s is None else min(ttft_s, MAX_OVERTAKE_S)))

@@ -53,7 +53,7 @@ class DecodeBatch:
     @property
     def num_repeats(self) -> int:
         """How often the next step can be repeated before one brings a first or a last token, which are news."""
-        if any(not request.num_output_tokens for request in self._fresh):
+        if self._fresh and not all(request.num_output_tokens for request in self._fresh):
             return 0
         return self._due[0][0] - self._num_ends - 1
 

@@ -116,10 +116,11 @@ class SimulatedRequest:
             priority=self.priority,
             objectives=self.objectives,
             arrival_s=self.arrival_s,
-            block_hashes=names_for(self.block_hashes, self.hash_block_size, block_size)[
-                : self.num_tokens // block_size
-            ],
+            block_hashes=self._names(block_size) if self.block_hashes else (),
         )
+
+    def _names(self, block_size: int) -> tuple[BlockHash, ...]:
+        return names_for(self.block_hashes, self.hash_block_size, block_size)[: self.num_tokens // block_size]
 
     def resume(self, epoch: Epoch, now: float) -> None:
         """Begin a new attempt, from the tokens that the router has: those on their way are lost with their instance."""

@@ -14,6 +14,8 @@ class UsageSeries:
     def __init__(self, interval_s: float = 0.25) -> None:
         self.interval_s = interval_s
         self.peaks: list[float] = [0.0]
+        self._next_s = interval_s
+        """When the next interval begins."""
         self._value = 0.0
         self._since_s = 0.0
         self._sum = 0.0
@@ -40,11 +42,16 @@ class UsageSeries:
     def _advance(self, now: float) -> None:
         self._sum += self._value * (now - self._since_s)
         self._since_s = now
+        if now >= self._next_s:
+            self._begin_intervals(now)
+
+    def _begin_intervals(self, now: float) -> None:
         while now >= self.interval_s * MAX_POINTS:
             self._merge()
         missing = int(now / self.interval_s) + 1 - len(self.peaks)
         if missing > 0:
             self.peaks += [self._value] * missing
+        self._next_s = len(self.peaks) * self.interval_s
 
     def _merge(self) -> None:
         if len(self.peaks) % 2:

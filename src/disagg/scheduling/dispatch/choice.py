@@ -37,6 +37,7 @@ NEAR_SPEED: Final = 2.0
 """So many times as quickly one that is near must be reached as the one that holds the least."""
 NEAR_LOAD: Final = 2.0
 """So many times as many KV tokens one that is near may hold: nearness does not outweigh load."""
+_PREFILL: Final = Role.PREFILL  # looked up for every instance that is looked at
 _FAR_S: Final = 0.01
 """Seconds for which KV blocks travel from where it begins to matter."""
 
@@ -237,7 +238,9 @@ def _least(
     if not len(index):
         return None
     held, needed = sequence.held, _needed(index.role, sequence)
-    holders = [entry for entry in held_by(fleet, sequence) if entry in index] if held else []
+    if not held:
+        return index.first(lambda entry: entry.can_hold(needed) and entry.instance not in but)
+    holders = [entry for entry in held_by(fleet, sequence) if entry in index]
     first = None
     if len(holders) < len(index):
         first = index.first(
@@ -275,4 +278,4 @@ def _fits(entry: InstanceEntry, sequence: SequenceEntry) -> bool:
 
 
 def _needed(role: Role, sequence: SequenceEntry) -> int:
-    return most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=role is Role.PREFILL)
+    return most_tokens(sequence.num_tokens, sequence.max_total_tokens, hand_over=role is _PREFILL)

@@ -126,9 +126,12 @@ class Dispatcher:
 
     def compared(self, one: SequenceArrived | RequestId) -> list[InstanceEntry]:
         """See ``Turns.compared``, of a sequence that arrives or one that is offered."""
-        if isinstance(one, SequenceArrived) and not matters_who_decodes(self._fleet, has_prefix=bool(one.block_hashes)):
+        if not isinstance(one, SequenceArrived):
+            found = self._sequences.get(one)
+        elif matters_who_decodes(self._fleet, has_prefix=bool(one.block_hashes)):
+            found = SequenceEntry.arrived(one, 0, 0, 0)
+        else:
             return []
-        found = SequenceEntry.arrived(one, 0, 0, 0) if isinstance(one, SequenceArrived) else self._sequences.get(one)
         return [] if found is None else self._turns.compared(found, self._held(found))
 
     def handle(self, event: AnyDispatchEvent, now: float) -> list[AnyDispatchAction]:

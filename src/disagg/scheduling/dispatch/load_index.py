@@ -74,6 +74,9 @@ class LoadIndex:
 
     def first(self, is_wanted: Callable[[InstanceEntry], bool]) -> InstanceEntry | None:
         """Return the one with the least load of those that are wanted; None where none is."""
+        item = self._top()
+        if item is None or is_wanted(item[3]):
+            return None if item is None else item[3]
         found = self.least(1, is_wanted)
         return found[0] if found else None
 
@@ -129,16 +132,16 @@ class ReadyInstances:
         self.to_do_both = LoadIndex(Role.COLOCATED, ready[Role.COLOCATED], both_loads)
         self.to_go_on = LoadIndex(Role.COLOCATED, ready[Role.COLOCATED], decode_load)
         """The same as ``to_do_both``, for sequences that were prefilled elsewhere."""
+        self._of_role = {
+            Role.PREFILL: (self.to_prefill,),
+            Role.DECODE: (self.to_decode,),
+            Role.COLOCATED: (self.to_do_both, self.to_go_on),
+        }
 
     def fell(self, entry: InstanceEntry) -> None:
         """Note that a load may be lower than before."""
-        if entry.role is Role.PREFILL:
-            self.to_prefill.fell(entry)
-        elif entry.role is Role.DECODE:
-            self.to_decode.fell(entry)
-        else:
-            self.to_do_both.fell(entry)
-            self.to_go_on.fell(entry)
+        for index in self._of_role[entry.role]:
+            index.fell(entry)
 
     def validate(self) -> None:
         """Raise InternalError where a load is lower than what was noted of it."""

@@ -4,8 +4,9 @@ By predictions, an instance is given prompts ahead of its work up to ``AHEAD_S``
 are given to whoever is predicted best when their turn comes.
 """
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from disagg.base.config import MAX_OVERTAKE_S, RouterSettings, SchedulerSettings
 from disagg.base.objectives import Objectives
@@ -34,8 +35,7 @@ _SHORTEST_WAIT_S: Final = 1e-3
 _FACTS_FOR_S: Final = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(msgspec.Struct, frozen=True):
     """Where a sequence starts; by predictions with those of the path, and of the best other one."""
 
     instance: InstanceEntry
@@ -44,8 +44,7 @@ class Placed:
     other: Forecast | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HeldBack:
+class HeldBack(msgspec.Struct, frozen=True):
     """The sequence's best instance has enough to do: look again at ``until_s``, or when it has done something."""
 
     until_s: float

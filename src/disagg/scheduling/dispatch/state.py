@@ -173,7 +173,7 @@ class InstanceEntry:
     @property
     def is_alive(self) -> bool:
         """True while it takes messages."""
-        return self.state is InstanceState.READY or self.state is InstanceState.DRAINING
+        return self.state in ALIVE
 
     @property
     def is_coming(self) -> bool:

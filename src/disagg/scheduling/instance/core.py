@@ -121,7 +121,7 @@ class InstanceCore:
             memory=KvMemory(header.medium, header.tiers(), header.window, header.shows_progress),
             threads=header.threads,
         )
-        self._lessons = Lessons(header)
+        self._lessons = Lessons(header) if header.settings.tells_costs else None
         self._sequences: dict[RequestId, Tracked] = {}
         self._journal = self._scheduler.journal
         self._copies = CopyQueue(header.settings.max_pulls_in_flight)
@@ -150,7 +150,7 @@ class InstanceCore:
         while self._copies.has_waiting and (copy := self._copies.start()) is not None:
             self._sequences[copy.request_id].pull_started_s = now
             outputs.append(copy)
-        if (lesson := self._lessons.due(self._scheduler.times)) is not None:
+        if self._lessons is not None and (lesson := self._lessons.due(self._scheduler.times)) is not None:
             outputs.append(lesson)
         if self._audits:
             self._tell_audits()
@@ -429,7 +429,7 @@ class InstanceCore:
         if not firsts:
             return ()
         silent.difference_update(firsts)
-        return tuple(self._sequences[request_id].first_output(now) for request_id in firsts)
+        return tuple([self._sequences[request_id].first_output(now) for request_id in firsts])
 
     def _tell_kv_events(self, events: tuple[AnyKvEvent, ...], owners: tuple[Owner | None, ...], place: int) -> None:
         """Put the news at this place among the outputs: before sequences that they are about are forgotten."""

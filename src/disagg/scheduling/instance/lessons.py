@@ -1,6 +1,5 @@
 """What an instance learns of its steps, and when it tells the router."""
 
-import math
 from typing import Final
 
 from disagg.base.messages import CostsLearned
@@ -20,11 +19,11 @@ def given_times(header: InstanceHeader) -> StepTimes | None:
 
 
 class Lessons:
-    """The lessons of one instance."""
+    """The lessons of one instance that tells what it learns."""
 
     def __init__(self, header: InstanceHeader) -> None:
         self._header = header
-        self._due_at = _FIRST_LESSON if header.settings.tells_costs else math.inf
+        self._due_at = _FIRST_LESSON
 
     def due(self, times: StepTimes | None) -> CostsLearned | None:
         """Return what is to be told now, if anything is."""

@@ -60,28 +60,21 @@ class KvLedger:
         self.num_prefix_hits = 0
         self.num_prefix_pulled = 0
         self.num_prefix_loaded = dict.fromkeys(Medium, 0)
-        self._block_size = block_size
+        self.block_size = block_size
+        """Tokens of a block."""
         self._prefix_caching = prefix_caching
         self._medium = memory.medium
         self.shows_progress = memory.shows_progress and memory.window is None
         self._windows = Windows(memory.window, block_size, most_in_sight)
+        self.has_windows = memory.window is not None
+        """Whether layers with a sliding window have blocks of their own."""
         self._quarantine: dict[tuple[RequestId, Epoch], tuple[BlockId, ...]] = {}
         # One block in a hundred stays free at admission, so that running sequences can grow before one is preempted.
         self._headroom = max(1, num_blocks // 100)
 
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-        return self._block_size
-
-    @property
-    def has_windows(self) -> bool:
-        """True where layers with a sliding window have blocks of their own."""
-        return self._windows.num_each > 0
-
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold ``num_tokens`` tokens."""
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.block_size)
 
     def is_whole(self, num_tokens: int, blocks: Collection[BlockId], first: int = 0, end: int | None = None) -> bool:
         """Return whether so many blocks are what an offer of a sequence of ``num_tokens`` tokens has.
@@ -104,7 +97,7 @@ class KvLedger:
         """
         reusable = self._reusable(sequence, sequence.num_tokens - 1)
         num_found, num_blocks = len(reusable), self.num_blocks_for(sequence.num_tokens)
-        first = self._windows.first_seen(num_found * self._block_size)
+        first = self._windows.first_seen(num_found * self.block_size)
         in_window = self._found_in_window(sequence.block_hashes[first:num_found])
         num_beside = (self._windows.end(first, num_blocks) - num_found) * self._windows.num_each
         taken = self._hold(reusable + in_window, 0, num_blocks - num_found + num_beside, keep_headroom)
@@ -113,7 +106,7 @@ class KvLedger:
         self._count_query(sequence, num_found)
         own, beside = _split(taken[1], num_blocks - num_found)
         sequence.block_ids, sequence.window_ids, sequence.first_in_window = reusable + own, in_window + beside, first
-        sequence.num_computed = num_found * self._block_size
+        sequence.num_computed = num_found * self.block_size
         sequence.num_published = num_found
         return True
 
@@ -136,7 +129,7 @@ class KvLedger:
         num_held = len(sequence.block_ids)
         if self._windows.num_each:
             return self._grow_with_window(sequence, num_tokens)
-        if num_tokens <= num_held * self._block_size:
+        if num_tokens <= num_held * self.block_size:
             return True
         taken = self.pool.allocate(self.num_blocks_for(num_tokens) - num_held)
         if taken is None:
@@ -171,7 +164,7 @@ class KvLedger:
 
     def num_tokens_until_change(self, sequence: Sequence) -> int:
         """Return how many tokens can be added to a sequence before it takes or lets go of a block."""
-        until_full = len(sequence.block_ids) * self._block_size - sequence.num_planned
+        until_full = len(sequence.block_ids) * self.block_size - sequence.num_planned
         until_seen = self._windows.last_seen(sequence.first_in_window) - sequence.num_computed
         return max(0, min(until_full, until_seen))
 
@@ -179,7 +172,7 @@ class KvLedger:
         """Make the blocks, of prompt and answer, that are completely computed findable for other sequences."""
         if not self._prefix_caching or not sequence.block_hashes:
             return
-        num_full = min(sequence.num_computed // self._block_size, len(sequence.block_hashes))
+        num_full = min(sequence.num_computed // self.block_size, len(sequence.block_hashes))
         names, first = sequence.block_hashes, sequence.num_published
         if num_full <= first:
             return
@@ -201,7 +194,7 @@ class KvLedger:
         """Return, in place of the events so far, all that can be found now."""
         self.journal.take()
         cached = ((self.pool.published, self._medium), *((tier.names, tier.medium) for tier in self.tiers))
-        stored = [BlockStored(names, None, (), self._block_size, None, medium) for names, medium in cached if names]
+        stored = [BlockStored(names, None, (), self.block_size, None, medium) for names, medium in cached if names]
         return (AllBlocksCleared(), *stored)
 
     def retract(self, sequence: Sequence) -> None:
@@ -249,7 +242,7 @@ class KvLedger:
             self.end_loan(request_id, known.epoch)
         names = tuple(wanted)
         found = self._continuable(names, self.pool.match_prefix(names))
-        num_tokens = len(found) * self._block_size
+        num_tokens = len(found) * self.block_size
         blocks = found + self._found_in_window(names[self._windows.first_seen(num_tokens) : len(found)])
         if blocks:
             self.pool.acquire(blocks)
@@ -274,7 +267,7 @@ class KvLedger:
         num_blocks = self.num_blocks_for(sequence.num_tokens) if remote.is_prefix else num_coming
         reusable = self._reusable(sequence, longest, remote.num_tokens)
         num_found = len(reusable)
-        num_computed = max(remote.num_tokens, num_found * self._block_size)
+        num_computed = max(remote.num_tokens, num_found * self.block_size)
         first = self._windows.first_seen(num_computed)
         in_window = self._found_in_window(sequence.block_hashes[first:num_found])
         theirs, beside = _split(remote.blocks, num_coming)
@@ -288,7 +281,7 @@ class KvLedger:
             return False
         if remote.is_prefix:
             self._count_query(sequence, num_found)
-            self.num_prefix_pulled += (here - num_found) * self._block_size
+            self.num_prefix_pulled += (here - num_found) * self.block_size
         pulled, pulled_beside = _split(taken[0], here - num_found)
         own, own_beside = _split(taken[1], num_blocks - here)
         sequence.block_ids = reusable + pulled + own
@@ -339,7 +332,7 @@ class KvLedger:
         """Return how many blocks of a waiting sequence are in the pool, and where those are that follow in a tier."""
         if not (self.tiers and self._prefix_caching and sequence.reuse_prefix):
             return 0, ()
-        found, media = self._with_tiers(sequence, (sequence.num_tokens - 1) // self._block_size)
+        found, media = self._with_tiers(sequence, (sequence.num_tokens - 1) // self.block_size)
         return len(found), media
 
     def begin_load(self, sequence: Sequence, keep_headroom: bool) -> bool:
@@ -354,11 +347,11 @@ class KvLedger:
         taken = held[0] + held[1]
         self._count_query(sequence, len(reusable))
         for medium in media:
-            self.num_prefix_loaded[medium] += self._block_size
+            self.num_prefix_loaded[medium] += self.block_size
         for tier in self.tiers:
             tier.touch(names)
         sequence.block_ids = reusable + taken
-        sequence.num_computed = (first + len(media)) * self._block_size
+        sequence.num_computed = (first + len(media)) * self.block_size
         sequence.num_published = len(reusable)
         sequence.loads = tuple(map(BlockLoad, names, taken, media))
         sequence.filling = held[0]
@@ -429,7 +422,7 @@ class KvLedger:
         Beside those of them that the next token sees the layers with a window must be there too.
         """
         while found and self._windows.num_each:
-            seen = self._windows.first_seen(max(num_coming, len(found) * self._block_size))
+            seen = self._windows.first_seen(max(num_coming, len(found) * self.block_size))
             lacking = [place for place in range(seen, len(found)) if not self._is_in_window(names[place])]
             if not lacking:
                 break
@@ -450,7 +443,7 @@ class KvLedger:
         """Return published blocks that hold a prefix of the sequence's first ``num_tokens`` tokens."""
         if not (self._prefix_caching and sequence.reuse_prefix):
             return ()
-        return self.pool.match_prefix(sequence.block_hashes[: num_tokens // self._block_size])
+        return self.pool.match_prefix(sequence.block_hashes[: num_tokens // self.block_size])
 
     def _hold(
         self, reusable: tuple[BlockId, ...], num_pulled: int, num_own: int, keep_headroom: bool
@@ -481,7 +474,7 @@ class KvLedger:
     def _count_query(self, sequence: Sequence, num_found: int) -> None:
         if sequence.reuse_prefix and sequence.block_hashes and self._prefix_caching:
             self.num_prefix_queries += sequence.num_tokens
-            self.num_prefix_hits += num_found * self._block_size
+            self.num_prefix_hits += num_found * self.block_size
             if self.tiers:
                 self._found_again.extend(sequence.block_hashes[:num_found])
 

@@ -95,12 +95,16 @@ class StandingStep:
         None, and nothing changed, where such a step cannot be what comes next.
         """
         running, settings = books.running, books.settings
-        most = min(settings.max_batch_size, settings.max_batch_tokens)
-        if not self._members or len(running) > most or self._ledger.has_windows:
+        num_all = len(running)
+        if num_all > settings.max_batch_size or num_all > settings.max_batch_tokens:
             return None
-        is_grown = len(running) > len(self._members)
+        if not self._members or self._ledger.has_windows:
+            return None
+        is_grown = num_all > len(self._members)
         newcomers = [sequence for sequence in running if sequence not in self._members] if is_grown else []
-        if not all(one.is_plain_decode for one in newcomers) or not self._has_blocks(newcomers):
+        if newcomers and not all(one.is_plain_decode for one in newcomers):
+            return None
+        if not self._has_blocks(newcomers):
             return None
         self._is_in_flight = True
         for sequence in newcomers:
