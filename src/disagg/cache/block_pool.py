@@ -306,9 +306,10 @@ class BlockPool:
     def _take(self, count: int, num_sequences: int) -> tuple[BlockId, ...] | None:
         if count > self.num_available:
             return None
-        num_free = min(count, len(self._free))
-        taken = self._free[len(self._free) - num_free :]
-        del self._free[len(self._free) - num_free :]
+        free = self._free
+        num_free = min(count, len(free))
+        taken = free[len(free) - num_free :]
+        del free[len(free) - num_free :]
         if num_free < count:
             num_new = min(count - num_free, self._num_blocks - len(self._sequences))
             taken += self._touch(num_new)

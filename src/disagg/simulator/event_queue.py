@@ -4,9 +4,9 @@ What is due earlier comes first, then what was pushed first; turns, in which sch
 that happens at their time. Nothing else decides, so equal inputs give equal runs.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 from disagg.base.errors import InternalError
 
@@ -38,7 +38,7 @@ class EventQueue:
         if not time_s >= self._now:
             raise InternalError(f"an event for {time_s!r} s was pushed at {self._now!r} s")
         self._num_pushed += 1
-        heapq.heappush(self._heap, (time_s, self._num_pushed, call))
+        heappush(self._heap, (time_s, self._num_pushed, call))
 
     def push_turn(self, call: Callable[[], None]) -> None:
         """Make a call, in which a scheduler decides, once everything that is due by now has happened."""
@@ -46,12 +46,13 @@ class EventQueue:
 
     def run(self, until_s: float = float("inf")) -> None:
         """Make the calls in order until none is due up to ``until_s``."""
-        heap, turns = self._heap, self._turns
+        heap, turns, now = self._heap, self._turns, self._now
         while True:
-            if turns and not (heap and heap[0][0] <= self._now):
+            if turns and not (heap and heap[0][0] <= now):
                 call = turns.popleft()
             elif heap and heap[0][0] <= until_s:
-                self._now, _, call = heapq.heappop(heap)
+                now, _, call = heappop(heap)
+                self._now = now
             else:
                 return
             self._num_run += 1

@@ -270,14 +270,14 @@ class SimulatedInstance:
         """Let the core decide once and do what it says."""
         self._is_turn_due = False
         now = self._queue.now()
-        inputs = self._steps_done
-        inputs += self._messages
-        inputs += self._pulls_done
-        inputs += self._tiers_done
+        inputs, self._steps_done = self._steps_done, []
+        for waiting in (self._messages, self._pulls_done, self._tiers_done):
+            if waiting:
+                inputs += waiting
+                waiting.clear()
         if now >= self._wake_s:
             self._wake_s = math.inf
             inputs.append(Tick())
-        self._steps_done, self._messages, self._pulls_done, self._tiers_done = [], [], [], []
         outputs = self._core.handle(inputs, now)
         self.kv_use.record(now, self._core.num_held_blocks)
         if self._recorder is not None:

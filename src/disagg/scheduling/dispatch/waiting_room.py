@@ -122,6 +122,8 @@ class WaitingRoom:
         """Return the sequence whose turn is next, those named left out; None when there is none."""
         if not self.num_waiting:
             return None
+        if not but and len(self._tenants) == 1:
+            return next(iter(self._tenants.values())).waiting[0]
         firsts = []
         for tenant in self._tenants.values():
             first = next((one for one in tenant.waiting if one.request_id not in but), None)
