@@ -1,8 +1,7 @@
 """How far what was predicted of admitted sequences was off, and the margin that admission keeps from objectives. Pure.
 
 First tokens come some factor later or sooner than predicted. While more come than can be served, all that are admitted
-are at the edge of their objective, so the mean of the factor is not enough: 39 in 40 stay below the margin, as
-many as keep the other objective while its margin holds.
+are at the edge of their objective, so the mean of the factor is not enough: nineteen in twenty stay below the margin.
 Gaps between tokens are filled with prompts up to the objective, so nothing is learned from how long they were: the
 margin grows when an answer was too slow, and shrinks as others keep theirs.
 """
@@ -17,15 +16,14 @@ _PRIOR_ERROR: Final = 0.15
 _PRIOR_WEIGHT: Final = 8.0
 _MEMORY: Final = 32.0
 """Sequences that count."""
-_MOST_OF_THEM: Final = 1.96
+_MOST_OF_THEM: Final = 1.64
 """Deviations from the mean below which they stay."""
 _MOST_ERROR: Final = math.log(4.0)
 _WEIGHTY: Final = 0.5
 """Part of an objective from which a first token counts wholly: short waits say little of long ones."""
 _SHORTEST_S: Final = 1e-3
 _STEP_UP: Final = 1.1
-_STEP_DOWN: Final = 0.9976
-"""39 answers in time undo what one too slow brought."""
+_STEP_DOWN: Final = 0.995
 _MOST_TPOT: Final = 2.0
 
 
