@@ -35,7 +35,7 @@ from disagg.scheduling.dispatch.actions import (
 from disagg.scheduling.dispatch.borrowing import lendable
 from disagg.scheduling.dispatch.events import Join, ProcessStarting, SequenceArrived, SequenceCancelled, TokensEmitted
 from disagg.scheduling.event_log import RouterRecord
-from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Expect, Start
+from disagg.scheduling.instance.inputs import AnyInstanceInput, Continue, Expect, SequenceFacts, Start
 from disagg.scheduling.replan.question import PlanAnswer, PlanQuestion
 from disagg.scheduling.router.core import RouterCore
 from disagg.scheduling.router.header import RouterHeader
@@ -92,6 +92,8 @@ _ForOthers = (
     | Drained
 )
 """What is for who counts and shows, or for processes."""
+_WithSequence = SendGenerate | SendOffer | SendPartOffer | SendWithPrefix
+"""What comes with the facts of a sequence."""
 
 
 class SlowPlanner(NamedTuple):
@@ -366,29 +368,27 @@ class SimulatedRouter:
     def _tell(self, instance: InstanceId, message: AnyInstanceInput) -> None:
         self._send(partial(self._instances[instance].deliver, message))
 
+    def _give(self, output: _WithSequence, message: Start | Continue | Expect) -> None:
+        """Send a sequence to an instance."""
+        self._send(partial(self._instances[output.instance].take, self._requests[output.request_id], message))
+
+    def _facts(self, output: _WithSequence) -> SequenceFacts:
+        return self._requests[output.request_id].facts(self._instances[output.instance].spec.block_size)
+
     def _do_send_generate(self, output: SendGenerate, now: float) -> None:
-        instance, request = self._instances[output.instance], self._requests[output.request_id]
-        start = Start(sequence=request.facts(instance.spec.block_size), hand_over=output.hand_over)
-        self._send(partial(instance.take, request, start))
-
-    def _do_send_offer(self, output: SendOffer, now: float) -> None:
-        instance, request = self._instances[output.instance], self._requests[output.request_id]
-        message = Continue(sequence=request.facts(instance.spec.block_size), offer=output.offer)
-        self._send(partial(instance.take, request, message))
-
-    def _do_send_part(self, output: SendPartOffer, now: float) -> None:
-        if not output.is_first:
-            self._tell(output.instance, MoreKv(offer=output.offer))
-            return
-        instance, request = self._instances[output.instance], self._requests[output.request_id]
-        message = Expect(sequence=request.facts(instance.spec.block_size), offer=output.offer)
-        self._send(partial(instance.take, request, message))
+        self._give(output, Start(sequence=self._facts(output), hand_over=output.hand_over))
 
     def _do_send_with_prefix(self, output: SendWithPrefix, now: float) -> None:
-        instance, request = self._instances[output.instance], self._requests[output.request_id]
-        facts = request.facts(instance.spec.block_size)
-        start = Start(sequence=facts, hand_over=output.hand_over, prefix=output.prefix)
-        self._send(partial(instance.take, request, start))
+        self._give(output, Start(sequence=self._facts(output), hand_over=output.hand_over, prefix=output.prefix))
+
+    def _do_send_offer(self, output: SendOffer, now: float) -> None:
+        self._give(output, Continue(sequence=self._facts(output), offer=output.offer))
+
+    def _do_send_part(self, output: SendPartOffer, now: float) -> None:
+        if output.is_first:
+            self._give(output, Expect(sequence=self._facts(output), offer=output.offer))
+        else:
+            self._tell(output.instance, MoreKv(offer=output.offer))
 
     def _do_send_lend(self, output: SendLend, now: float) -> None:
         prompt, size = self._requests[output.request_id], self._instances[output.instance].spec.block_size

@@ -21,7 +21,7 @@ OUTPUT_LEN: Final = 12
 """A first token, a second one after the hand-over, and gaps to compare that with."""
 _GAP: Final = (Stage.HAND_OVER_CONTROL, Stage.HAND_OVER_WAIT, Stage.HAND_OVER, Stage.QUEUE_DECODE, Stage.FIRST_DECODE)
 """The stages between the first and the second token."""
-TOKEN_IDS: Final = range(1000, 40_000)
+_TOKEN_IDS: Final = range(1000, 40_000)
 _TIMEOUT_S: Final = 600.0
 
 
@@ -46,7 +46,7 @@ class HandOverTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_hand_overs(
-    server: Server, num_requests: int, num_tokens: int, token_ids: Sequence[int] = TOKEN_IDS
+    server: Server, num_requests: int, num_tokens: int, token_ids: Sequence[int] = _TOKEN_IDS
 ) -> HandOverTimes:
     """Send prompts of ``num_tokens`` that nobody has cached, drawn from ``token_ids``, after one that does not count.
 
