@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from disagg.base.block_hash import hash_blocks
-from disagg.base.config import RouterSettings, SchedulerSettings
+from disagg.base.config import RouterSettings, SchedulerSettings, SchedulingMode
 from disagg.base.ids import InstanceId, RequestId
+from disagg.base.objectives import Objectives
 from disagg.base.request import Role
 from disagg.costs.latency import LatencyModel, StepShape
 from disagg.costs.links import LinkModel
@@ -46,6 +47,17 @@ def instance(role: Role, number: int = 0, **changes: Any) -> InstanceSpec:
             **changes,
         }
     )
+
+
+def slack_instances(
+    roles: Sequence[Role], latency: LatencyModel, objectives: Objectives, **changes: Any
+) -> list[InstanceSpec]:
+    """Instances that keep objectives with steps of at most 512 tokens, and tell the router what these cost."""
+    settings = {"max_batch_tokens": 512, "tells_costs": True, "num_blocks": 4096, **changes}
+    return [
+        instance(role, number, scheduling=SchedulingMode.SLACK, objectives=objectives, latency=latency, **settings)
+        for number, role in enumerate(roles)
+    ]
 
 
 def cluster_spec(*instances: InstanceSpec, link: LinkModel | None = None, **changes: Any) -> ClusterSpec:

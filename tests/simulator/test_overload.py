@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import pytest
-from simulated import cluster_spec, instance, lending, serve
+from simulated import cluster_spec, lending, serve, slack_instances
 
-from disagg.base.config import RouterSettings, SchedulingMode
+from disagg.base.config import RouterSettings
 from disagg.base.ids import RequestId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
@@ -31,20 +31,8 @@ class SmallModelOnOneCore:
 
 
 def server(roles: Sequence[Role]) -> ClusterSpec:
-    instances = [
-        instance(
-            role,
-            number,
-            scheduling=SchedulingMode.SLACK,
-            objectives=Objectives(ttft_s=TTFT_S, tpot_s=TPOT_S),
-            max_batch_tokens=512,
-            max_batch_size=64,
-            tells_costs=True,
-            latency=SmallModelOnOneCore(),
-            num_blocks=4096,
-        )
-        for number, role in enumerate(roles)
-    ]
+    objectives = Objectives(ttft_s=TTFT_S, tpot_s=TPOT_S)
+    instances = slack_instances(roles, SmallModelOnOneCore(), objectives, max_batch_size=64)
     return lending(cluster_spec(*instances, router=ROUTER), 0.55)
 
 
@@ -86,11 +74,11 @@ def test_who_is_admitted_keeps_the_objectives(roles: Sequence[Role]) -> None:
 
 def test_a_flood_leaves_another_user_what_he_had() -> None:
     def quiet() -> list[SimulatedRequest]:
-        return chats("quiet", 1 / 3, 15.0, 120, seed=1)
+        return chats("quiet", 1 / 3, 15.0, 90, seed=1)
 
     alone = served(PAIR, quiet())["quiet"]
-    both = served(PAIR, quiet(), chats("flood", 10, 15.0, 120, seed=10))
+    both = served(PAIR, quiet(), chats("flood", 10, 15.0, 90, seed=10))
     assert part_kept(alone, of_answered=False) >= 0.95
     assert part_kept(both["quiet"], of_answered=False) >= part_kept(alone, of_answered=False) - 0.1
     assert part_kept(both["flood"], of_answered=True) >= 0.9
-    assert sum(map(keeps, both["flood"])) > 200, "the flood is served with what is left"
+    assert sum(map(keeps, both["flood"])) > 150, "the flood is served with what is left"

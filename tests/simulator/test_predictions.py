@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 from msgspec import structs
-from simulated import cluster_spec, instance, poisson, serve
+from simulated import cluster_spec, instance, poisson, serve, slack_instances
 
-from disagg.base.config import RouterSettings, SchedulingMode
+from disagg.base.config import RouterSettings
 from disagg.base.ids import RequestId
 from disagg.base.objectives import Objectives
 from disagg.base.request import Role
@@ -32,19 +32,7 @@ class SmallModelOnOneCore:
 
 @pytest.mark.parametrize("roles", [(Role.PREFILL, Role.DECODE), (Role.COLOCATED, Role.COLOCATED)])
 def test_token_times_are_predicted_where_prompts_hardly_fit_between_tokens(roles: tuple[Role, ...]) -> None:
-    instances = [
-        instance(
-            role,
-            number,
-            scheduling=SchedulingMode.SLACK,
-            objectives=Objectives(ttft_s=TTFT_S, tpot_s=TPOT_S),
-            max_batch_tokens=512,
-            tells_costs=True,
-            latency=SmallModelOnOneCore(),
-            num_blocks=4096,
-        )
-        for number, role in enumerate(roles)
-    ]
+    instances = slack_instances(roles, SmallModelOnOneCore(), Objectives(ttft_s=TTFT_S, tpot_s=TPOT_S))
     requests = poisson(0.4, 150, seed=5, prompt=(4, 1500))
     report = simulate(cluster_spec(*instances, router=ROUTER), requests, Slo(ttft_s=TTFT_S, tpot_s=TPOT_S))
     assert report.paths is not None
