@@ -225,6 +225,6 @@ class TestQueue:
     @pytest.mark.parametrize("queue", [QueueOrder.SJF, QueueOrder.EDF])
     def test_a_flood_of_urgent_short_ones_does_not_starve_a_long_one(self, queue: QueueOrder) -> None:
         long = Job(0.0, 8000, 1, objectives=Objectives(ttft_s=1000.0))
-        flood = [Job(0.02 * number, 60, 1, objectives=Objectives(ttft_s=0.1)) for number in range(2500)]
+        flood = [Job(0.04 * number, 120, 1, objectives=Objectives(ttft_s=0.1)) for number in range(1300)]
         serve([flood[0], long, *flood[1:]], queue=queue, max_batch_size=1)
         assert long.token_times[0] <= MAX_OVERTAKE_S * 2.5
