@@ -45,7 +45,7 @@ bench: $(VENV)/.test    ## the kernels against this machine's bandwidth and arit
 fidelity: $(VENV)/.test ## what disagg simulate predicts for this machine against a real server (an hour)
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-plan-check: $(VENV)/.test ## what disagg plan chooses for this machine against a real server (hours; ARGS=--quick: a look in ten minutes)
+plan-check: $(VENV)/.test ## what disagg plan chooses for this machine against its rivals on a real server (70 minutes after planning; ARGS=--minutes 20)
 	$(BIN)/python benchmarks/plan_check.py $(ARGS)
 
 clean:           ## remove the virtual environment and build output

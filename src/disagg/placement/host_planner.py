@@ -177,10 +177,10 @@ def search_host(
     return [one for one in judged if one.goodput.mean > 0], is_complete
 
 
-def cluster_of_host(problem: HostProblem, candidate: HostPlacement) -> ClusterSpec:
-    """Return the simulated deployment."""
+def cluster_of_host(problem: HostProblem, candidate: HostPlacement, *, strict_roles: bool | None = None) -> ClusterSpec:
+    """Return the simulated deployment; objectives make leanings of roles unless ``strict_roles`` says otherwise."""
     scheduler = SchedulerSettings(objectives=problem.target.slo.objectives())
-    rules = own_rules(scheduler, problem.cache, RouterSettings())
+    rules = own_rules(scheduler, problem.cache, RouterSettings(strict_roles=strict_roles))
     platform = problem.platforms[candidate.num_threads]
     lent_cores = problem.num_cores if candidate.placement.lend_cores else None
     return build_cluster(candidate.placement, platform, rules, lent_cores=lent_cores)
