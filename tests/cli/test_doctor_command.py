@@ -97,13 +97,40 @@ def test_json_has_a_line_for_each_link(doctor: Any) -> None:
     assert [json.loads(line)["target"] for line in result.output.splitlines()] == ["decode-0", "decode-1"]
 
 
-def test_the_slowest_link_goes_into_a_profile_for_the_planner(doctor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
+def profile_with_link(path: Path, bytes_per_s: float, latency_s: float) -> Path:
     sample = StepSample(chunks=((10, 1),), time_s=1e-3)
-    steps = (ParallelSamples(tensor_parallel=1, samples=(sample,) * 16),)
-    profile = Profile(model="m", device="cpu", dtype="float32", kv_bytes_per_token=1, steps=steps, link_bytes_per_s=1.0)
+    profile = Profile(
+        model="m",
+        device="cpu",
+        dtype="float32",
+        kv_bytes_per_token=1,
+        steps=(ParallelSamples(tensor_parallel=1, samples=(sample,) * 16),),
+        link_bytes_per_s=bytes_per_s,
+        link_latency_s=latency_s,
+    )
     save_profile(profile, path)
+    return path
+
+
+def test_the_slowest_link_goes_into_a_profile_for_the_planner(doctor: Any, tmp_path: Path) -> None:
+    path = profile_with_link(tmp_path / "profile.json", 3e9, 1e-4)
     result = doctor(link(), link(bytes_per_s=1e9, latency_s=2e-3), arguments=("--update-profile", str(path)))
     assert result.exit_code == 0, result.output
     written = load_profile(path)
     assert (written.link_bytes_per_s, written.link_latency_s) == (1e9, 2e-3)
+
+
+def test_what_a_pull_takes_beside_its_bytes_stays(doctor: Any, tmp_path: Path) -> None:
+    """A read alone waits for less than a hand-over does."""
+    path = profile_with_link(tmp_path / "profile.json", 3e9, 4e-4)
+    doctor(link(bytes_per_s=1e9, latency_s=5e-5), arguments=("--update-profile", str(path)))
+    assert load_profile(path).link_latency_s == 4e-4
+
+
+def test_a_profile_keeps_the_link_that_was_fitted_to_checked_hand_overs(doctor: Any, tmp_path: Path) -> None:
+    path = profile_with_link(tmp_path / "profile.json", 1e9, 4e-4)
+    before = path.read_bytes()
+    result = doctor(link(), arguments=("--update-profile", str(path)))
+    assert result.exit_code == 0, result.output
+    assert "stays as it is" in result.output
+    assert path.read_bytes() == before

@@ -27,7 +27,8 @@ _WARNED: Final = 1
     "profile",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the slowest link into a profile (disagg profile), from which disagg plan and simulate read it.",
+    help="Write the slowest link into a profile (disagg profile), from which disagg plan and simulate read it, unless "
+    "the link that the profile was fitted to is slower.",
 )
 @click.pass_context
 def doctor(
@@ -78,12 +79,25 @@ def _words(link: LinkView) -> str:
 
 
 def _update(path: Path, links: list[LinkView]) -> None:
-    """Write the slowest link into a profile. Raises ConfigurationError when the file is none."""
+    """Write the slowest link into a profile, unless the profile's is slower. Raises ConfigurationError for no profile.
+
+    A profile's link is of whole hand-overs that were checked. A read that checks nothing is quicker over the same link:
+    one that is not shows another link.
+    """
     from disagg.costs.profile import load_profile, save_profile
 
     known = [link for link in links if link.bytes_per_s]
     if not known:
         raise UnavailableError(f"no link was measured: {path} stays as it is")
     slowest = min(known, key=lambda link: link.bytes_per_s)
-    changed = {"link_bytes_per_s": slowest.bytes_per_s, "link_latency_s": slowest.latency_s}
-    save_profile(msgspec.structs.replace(load_profile(path), **changed), path)
+    profile = load_profile(path)
+    if slowest.bytes_per_s >= profile.link_bytes_per_s:
+        click.echo(
+            f"{path} stays as it is: the {format_bytes(profile.link_bytes_per_s)}/s in it are of hand-overs whose "
+            "blocks were checked, and no link is slower",
+            err=True,
+        )
+        return
+    latency_s = max(slowest.latency_s, profile.link_latency_s)
+    changed = {"link_bytes_per_s": slowest.bytes_per_s, "link_latency_s": latency_s}
+    save_profile(msgspec.structs.replace(profile, **changed), path)
