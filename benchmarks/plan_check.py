@@ -75,7 +75,7 @@ WORKLOADS: Final = ("chat", "reason", "summarise", "code")
 SETTLE_S: Final = 3.0
 START_S: Final = 15.0
 """Of a server, its rest and the first request, about."""
-FEWEST_REQUESTS: Final = 16
+FEWEST_REQUESTS: Final = 20
 UNSEEN: Final = 1000
 """First seed of the live requests: the plan draws others."""
 FELT: Final = 5.0
@@ -84,9 +84,10 @@ FELT: Final = 5.0
 Of twice the capacity, the queue grows by half of the time in which requests come. The plan's own runs have 300."""
 FLOOD: Final = 4.0
 """Times the planned goodput."""
-SEARCH_RUNS: Final = 5.0
-RIVAL_RUNS: Final = 0.8
-"""Whole runs that the search of the first, and a rival, are thought to take."""
+SEARCH_RUNS: Final = 4.0
+CUT_RUN: Final = 0.6
+FLOOD_RUNS: Final = 2.0
+"""Whole runs that the search of the first, a rival that loses, and a first that is flooded are thought to take."""
 TAIL: Final = 1.25
 """Length of a run over the time in which its requests come."""
 
@@ -316,12 +317,15 @@ def check(
     """Race what the plan puts near its first."""
     entered = contenders(planned, options.near, all_modes=options.all_modes)
     rate = entered[0].rate
-    felt_s = max(options.run_s, FELT * case.slo.ttft_s)
-    wanted = max(options.requests, round(rate * felt_s))
-    num_requests = min(wanted, affordable_requests(until_s - time.monotonic(), rate, len(entered) - 1))
+    left_s, num_rivals = until_s - time.monotonic(), len(entered) - 1
+    wanted = max(options.requests, round(rate * max(options.run_s, FELT * case.slo.ttft_s)))
+    num_requests = affordable_requests(left_s, rate, SEARCH_RUNS + CUT_RUN * num_rivals, wanted)
+    floods = num_requests / rate < FELT / 2 * case.slo.ttft_s
+    if floods:
+        wanted = max(options.requests, round(rate * options.run_s))
+        num_requests = affordable_requests(left_s, rate, FLOOD_RUNS + num_rivals, wanted)
     predicted = [case.predict(one, num_requests) for one in entered]
     run_s = num_requests / rate
-    floods = run_s < FELT / 2 * case.slo.ttft_s
     console.print(
         f"{case.name} ({case.target}): {len(entered)} placements, {num_requests} requests a run ({run_s:.0f} s)"
         f"{', too short for a queue to be felt: by what is served of a flood' if floods else ''}"
@@ -344,10 +348,10 @@ def check(
     return CheckedCase(case.workload, case.kind.value, str(case.slo), num_requests, placements)
 
 
-def affordable_requests(left_s: float, rate: float, num_rivals: int) -> int:
-    """Return how many requests a run may have, so that the race ends in time."""
-    run_s = left_s / (SEARCH_RUNS + RIVAL_RUNS * num_rivals) - START_S
-    return max(FEWEST_REQUESTS, int(run_s * rate / TAIL))
+def affordable_requests(left_s: float, rate: float, num_runs: float, wanted: int) -> int:
+    """Return how many requests a run may have so that so many whole runs end in time; ``wanted`` at most."""
+    run_s = left_s / num_runs - START_S
+    return max(FEWEST_REQUESTS, min(wanted, int(run_s * rate / TAIL)))
 
 
 def asked_cases(options: argparse.Namespace) -> list[tuple[str, SloKind]]:
