@@ -40,7 +40,7 @@ _SERVER_SETTINGS: Final = (ModelSettings, CacheSettings, SchedulerSettings, Host
     metavar="LIST",
     help="Compute threads of an instance, such as 1,2: each number is measured.  [default: one, half the cores, all]",
 )
-@click.option("--quick", is_flag=True, help="Fewer steps, each measured less often: a look, in about a minute.")
+@click.option("--quick", is_flag=True, help="Fewer steps, each measured less often: a look, in minutes.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the steps and their order.")
 @click.option(
     "--temperature",
