@@ -394,7 +394,8 @@ def test_leases_of_a_dead_decode_instance_are_released(pair):
 def test_an_offer_waits_for_a_decode_instance_that_is_being_restarted(pair):
     pair.down(D0)
     assert pair.until_offered("a") == []
-    assert pair.up(D0) == [SendAdopt(**ids("a"), instance=D0)]
+    pair.now += 2.0
+    assert pair.up(D0) == [SendAdopt(**ids("a"), instance=D0, answer_age_s=2.0)]
 
 
 def test_waiting_for_an_instance_is_bounded():

@@ -160,7 +160,8 @@ def test_a_lease_that_waited_here_is_passed_on_shorter() -> None:
     story.emit(P0)
     assert story.say(P0, Offered(offer=offer())) == []
     story.now += 15.0
-    assert story.ready(D0, Role.DECODE)[0] == SendOffer(**IDS, instance=D0, offer=offer(lease_s=45.0))
+    passed_on = structs.replace(offer(lease_s=45.0), answer_age_s=15.0)
+    assert story.ready(D0, Role.DECODE)[0] == SendOffer(**IDS, instance=D0, offer=passed_on)
 
 
 def test_the_limit_of_an_instance_is_the_smaller_of_its_pool_and_its_model(pair: Story) -> None:
@@ -367,7 +368,8 @@ class TestMembership:
         assert story.tell(Drain(instance=D0)) == [SendMigrate(**IDS, instance=D0)]
         story.emit(D0)  # it goes on until its blocks are offered
         second = structs.replace(offer(), source=D0, num_tokens=9)
-        assert story.say(D0, Offered(offer=second)) == [SendOffer(**IDS, instance=D1, offer=second)]
+        passed_on = structs.replace(second, num_later_tokens=4)
+        assert story.say(D0, Offered(offer=second)) == [SendOffer(**IDS, instance=D1, offer=passed_on)]
         pulled = Pulled(**IDS, source=D0, num_bytes=7, duration_s=0.5)
         assert story.say(D1, pulled)[1:] == [SendRelease(**IDS, instance=D0), Drained(instance=D0)]
         assert story.emit(D1, finished=True)[-1] == Finish(**IDS)
@@ -473,7 +475,8 @@ def test_an_offer_of_an_earlier_attempt_is_not_the_offer_of_the_next() -> None:
     story.tell(TokensEmitted(instance=P1, progress=(Progress(A, Epoch(1), 1, False),)))
     second = structs.replace(offer(), epoch=Epoch(1), source=P1, num_tokens=6)
     story.say(P1, Offered(offer=second))
-    assert story.ready(D0, Role.DECODE)[0] == SendOffer(**again, instance=D0, offer=second)
+    passed_on = structs.replace(second, num_later_tokens=1)  # the first of its tokens was the first attempt's
+    assert story.ready(D0, Role.DECODE)[0] == SendOffer(**again, instance=D0, offer=passed_on)
     assert story.say(D0, Pulled(**IDS, source=P0, num_bytes=7, duration_s=0.5))[-1] == MessageDropped(
         instance=D0, reason=DropReason.STALE
     )

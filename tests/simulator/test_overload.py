@@ -67,7 +67,7 @@ def part_kept(requests: Sequence[SimulatedRequest], *, of_answered: bool) -> flo
 def test_who_is_admitted_keeps_the_objectives(roles: Sequence[Role]) -> None:
     load = served(roles, chats("all", 10, 15.0, 60, seed=1))["all"]
     answered = [one for one in load if one.outcome is Outcome.FINISHED]
-    assert part_kept(load, of_answered=True) >= 0.9
+    assert part_kept(load, of_answered=True) >= 0.95
     assert len(answered) > 130, "far more could be served"
     assert max(one.ttft_s for one in answered) < 2 * TTFT_S
 

@@ -45,6 +45,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     the transfer room encoded it. The blocks are kept for ``lease_s`` from when the offer is received. ``digests`` (8
     bytes for each block, or none), and ``access``, which opens them, are the transfer room's too. A part of a sequence
     begins with ``first_block``; with ``behind_step`` that step of the source is still writing it, layer after layer.
+    The router that passes an offer on says how long ago the first token of the answer came, ``answer_age_s``, and how
+    many tokens have come after it: whoever continues the sequence knows how far it is behind.
     """
 
     request_id: RequestId
@@ -60,6 +62,8 @@ class KvOffer(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     access: bytes = b""
     first_block: Count = 0
     behind_step: Count = 0
+    answer_age_s: Seconds = 0.0
+    num_later_tokens: Count = 0
 
 
 # Router to engine ---------------------------------------------------------------------------------------------

@@ -39,11 +39,16 @@ class SendLend(DispatchAction, frozen=True, kw_only=True):
 
 
 class SendAdopt(DispatchAction, frozen=True, kw_only=True):
-    """Let ``instance`` continue the sequence whose KV blocks were offered."""
+    """Let ``instance`` continue the sequence whose KV blocks were offered.
+
+    Its first token came ``answer_age_s`` ago, and ``num_later_tokens`` after it.
+    """
 
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
+    answer_age_s: float = 0.0
+    num_later_tokens: int = 0
 
 
 class SendPart(DispatchAction, frozen=True, kw_only=True):

@@ -256,7 +256,15 @@ class Dispatcher:
         sequence.move(Whereabouts.PULLING, self._now, f"adopted by {name}")
         sequence.hold(name)
         self._fleet.charge(sequence, name, Charge(kv_tokens=sequence.num_tokens, is_decoding=True), self._now)
-        self._actions.append(SendAdopt(request_id=sequence.request_id, epoch=sequence.epoch, instance=name))
+        self._actions.append(
+            SendAdopt(
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                instance=name,
+                answer_age_s=max(0.0, self._now - sequence.first_token_s),
+                num_later_tokens=max(0, sequence.num_answer_tokens - 1),
+            )
+        )
         return True
 
     def _on_tokens(self, event: TokensEmitted) -> None:

@@ -75,6 +75,7 @@ class EarlyPulls:
             return True  # a repetition
         num_known, sequence.num_tokens = sequence.num_tokens, event.num_tokens
         sequence.block_hashes = event.block_hashes
+        sequence.go_on(event.answer_age_s, event.num_later_tokens, self._books.now)
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.early.parts.clear()
         if not event.is_sound:

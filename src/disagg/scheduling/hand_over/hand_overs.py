@@ -147,6 +147,7 @@ class HandOvers:
         sequence = books.enter(event, SequenceState.OFFERED)
         sequence.remote = RemoteKv(event.source, event.source_blocks, event.num_kv_tokens, event.expires_s)
         sequence.num_prefill_tokens = event.num_kv_tokens
+        sequence.go_on(event.answer_age_s, event.num_later_tokens, books.now)
         bisect.insort(self._offered, sequence, key=order_of)
         if books.ledger.is_whole(event.num_kv_tokens, event.source_blocks):
             books.wake_at(event.expires_s)

@@ -131,6 +131,8 @@ class InstanceCore:
         """No token of theirs has come from here."""
         self._num_kv_events = 0
         self._audits: list[int] = []
+        self._step_s, self._step_ended_s = 0.0, -math.inf
+        """How long the last step took, and when that was told."""
         self._outputs: list[AnyInstanceOutput] = []
         self._now = -math.inf
 
@@ -230,6 +232,7 @@ class InstanceCore:
         for failure in done.failed:
             if (failing := self._sequences.get(failure.request_id)) is not None:
                 failing.failure = failure
+        self._step_s, self._step_ended_s = done.duration_s, self._now
         events.append(done)
 
     def _on_load_ended(self, ended: LoadEnded, events: list[AnyEvent]) -> None:
@@ -281,7 +284,9 @@ class InstanceCore:
         tracked = self._sequences[facts.request_id]
         tracked.expires_s = self._now + offer.lease_s
         whole = in_own_blocks(offer, self._header.block_size)
-        events.append(kv_offered(facts, whole, tracked.expires_s, is_whole=True, is_sound=tracked.is_sound()))
+        unread_s = self._step_s if self._step_ended_s == self._now else 0.0  # what came during a step was read after it
+        age_s, is_sound = offer.answer_age_s + unread_s, tracked.is_sound()
+        events.append(kv_offered(facts, whole, tracked.expires_s, is_whole=True, is_sound=is_sound, answer_age_s=age_s))
 
     def _on_expect(self, message: Expect, events: list[AnyEvent]) -> None:
         facts, offer = message.sequence, message.offer

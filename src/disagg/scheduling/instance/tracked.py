@@ -189,7 +189,13 @@ def kv_offer(
 
 
 def kv_offered(
-    facts: SequenceFacts, offer: KvOffer, expires_s: float, *, is_whole: bool, is_sound: bool = True
+    facts: SequenceFacts,
+    offer: KvOffer,
+    expires_s: float,
+    *,
+    is_whole: bool,
+    is_sound: bool = True,
+    answer_age_s: float = 0.0,
 ) -> KvOffered:
     """Return what an offer, which ends at ``expires_s``, means to the scheduler."""
     return KvOffered(
@@ -208,6 +214,8 @@ def kv_offered(
         is_whole=is_whole,
         behind_step=offer.behind_step,
         is_sound=is_sound,
+        answer_age_s=answer_age_s,
+        num_later_tokens=offer.num_later_tokens,
     )
 
 

@@ -3,6 +3,7 @@
 import enum
 
 import msgspec
+from msgspec import structs
 
 from disagg.base.ids import Epoch, InstanceId, RequestId
 from disagg.base.messages import KvOffer, LinkFigure, Pulled
@@ -47,7 +48,8 @@ class SendOffer(RouterOutput, frozen=True, kw_only=True):
     @classmethod
     def of(cls, adopt: SendAdopt, offer: KvOffer) -> "SendOffer":
         """Return what passes on the offer that dispatch's action is about."""
-        return cls(request_id=adopt.request_id, epoch=adopt.epoch, instance=adopt.instance, offer=offer)
+        told = structs.replace(offer, answer_age_s=adopt.answer_age_s, num_later_tokens=adopt.num_later_tokens)
+        return cls(request_id=adopt.request_id, epoch=adopt.epoch, instance=adopt.instance, offer=told)
 
 
 class SendPartOffer(RouterOutput, frozen=True, kw_only=True):

@@ -51,7 +51,8 @@ class KvOffered(Event, frozen=True, kw_only=True):
 
     Unless it ``is_whole``, that instance is still computing: more comes as ``KvExtended``, and then all of it whole.
     With ``behind_step`` that step of it is still writing them. ``is_sound`` says of a whole offer that what was read
-    behind such a step, if anything was, is what is offered now.
+    behind such a step, if anything was, is what is offered now. Of that one the first token came ``answer_age_s`` ago
+    at most, and ``num_later_tokens`` after it.
     """
 
     request_id: RequestId
@@ -70,6 +71,8 @@ class KvOffered(Event, frozen=True, kw_only=True):
     is_whole: bool = True
     behind_step: int = 0
     is_sound: bool = True
+    answer_age_s: float = 0.0
+    num_later_tokens: int = 0
 
 
 class KvExtended(Event, frozen=True, kw_only=True):

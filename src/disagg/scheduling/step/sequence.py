@@ -162,10 +162,10 @@ class Sequence:
     discarded: FinishReason | None = None
     """Why nobody wants what its steps in flight bring; None while somebody does."""
     first_token_s: float = math.nan
-    """When the first token from this instance came, NaN before; and the last one."""
+    """When the first token of the answer came, NaN before; and the last one from this instance."""
     last_token_s: float = math.nan
     num_later_tokens: int = 0
-    """Tokens from here after the first."""
+    """Tokens of the answer after the first."""
     story: list[tuple[float, SequenceState]] = field(default_factory=list)
     """Its last moves."""
 
@@ -200,6 +200,10 @@ class Sequence:
     def is_answering(self) -> bool:
         """True when its prompt is computed, here or elsewhere."""
         return self.num_planned >= self.num_prefill_tokens
+
+    def go_on(self, answer_age_s: float, num_later_tokens: int, now: float) -> None:
+        """Go on with an answer that began elsewhere, so long ago; with so many tokens after its first."""
+        self.first_token_s, self.num_later_tokens = now - answer_age_s, num_later_tokens
 
     def add_token(self, now: float, names: tuple[BlockHash, ...] = ()) -> None:
         """Take account of a sampled token, and of the names of the blocks that it fills."""

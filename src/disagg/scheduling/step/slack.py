@@ -1,9 +1,9 @@
 """How much prefill goes into a step: what fits before the earliest moment at which a running answer's token is due.
 
-An answer's next token is due one TPOT objective after the one before it was due, counted from its first token. So an
-answer that is ahead of its schedule lends time to prompts, up to a gap of ``MOST_GAP`` objectives, and one that is late
-takes some back. Where nothing fits, prompts get ``MIN_CHUNK`` tokens once in ``PATIENCE`` objectives, and in every step
-where decodes alone are too slow for theirs: none starves.
+An answer's next token is due one TPOT objective after the one before it was due, counted from its first token, wherever
+that came from. So an answer that is ahead of its schedule lends time to prompts, up to a gap of ``MOST_GAP``
+objectives, and one that is late, as by its hand-over, takes some back. Where nothing fits, prompts get ``MIN_CHUNK``
+tokens once in ``PATIENCE`` objectives, and in every step where decodes alone are too slow for theirs: none starves.
 
 Further prompts join the first of a step only while the device needs more tokens to work at full speed: beyond that they
 delay its first token, and bring none forward. The first itself is cut by the slack alone: in smaller chunks it would
