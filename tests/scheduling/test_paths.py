@@ -123,11 +123,27 @@ class TestForecasts:
         # 4 ms of the step and 20 of the decodes leave 26 of 50.
         assert forecaster(one).first_token_s(one, sequence(), 260) == pytest.approx(0.260 * 50 / 26)
 
-    def test_prompts_get_little_where_not_even_the_smallest_chunk_fits(self) -> None:
-        assert prefill_share(structs.replace(COSTS, token_s=0.006), alone_s=0.02, tpot_s=0.05) == pytest.approx(
-            0.096 / 0.5
+    @pytest.mark.parametrize("token_s", [0.004, 0.006])
+    def test_prompts_get_what_answers_leave_whether_the_smallest_chunk_is_a_long_gap_or_not(
+        self, token_s: float
+    ) -> None:
+        costs = structs.replace(COSTS, token_s=token_s)
+        assert prefill_share(costs, alone_s=0.02, tpot_s=0.05) == pytest.approx(0.6)
+        # Where they leave next to nothing, a chunk of 16 once in ten objectives.
+        assert prefill_share(costs, alone_s=0.0499, tpot_s=0.05) == pytest.approx(16 * token_s / 0.5)
+
+    def test_beside_answers_less_is_done_of_a_prompt(self) -> None:
+        one = entry(
+            D,
+            Role.DECODE,
+            answers=answers(20),
+            limits=StepLimits(sized_by_slack=True),
+            prefill_tokens=400,
+            num_prefills=1,
+            prefilling_since_s=10.0,
         )
-        assert prefill_share(structs.replace(COSTS, token_s=0.004), alone_s=0.02, tpot_s=0.05) == pytest.approx(0.6)
+        # Of 50 ms its steps leave 26.
+        assert forecaster(one, now=10.1).backlog_s(one) == pytest.approx(0.4 - 0.1 * 26 / 50)
 
     def test_answers_that_end_leave_a_prompt_all_of_the_time(self) -> None:
         one = entry(D, Role.DECODE, answers=answers(20), limits=StepLimits(sized_by_slack=True))

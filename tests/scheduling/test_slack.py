@@ -145,6 +145,14 @@ class TestSizes:
         serve([strict, Job(0.1, 2000, 2)], objectives=Objectives(tpot_s=1.0))
         assert max(gaps(strict)) <= MOST_GAP * 0.02 + 1e-9
 
+    def test_where_the_smallest_chunk_is_a_long_gap_prompts_get_what_answers_have_saved(self) -> None:
+        # 16 tokens take longer than two objectives of 5 ms, of which the answer needs a half.
+        answer, prompt = Job(0.0, 20, 400), Job(0.1, 320, 2)
+        serve([answer, prompt], objectives=Objectives(tpot_s=0.005))
+        alone_s = 320 / MIN_CHUNK * (0.002 + 0.0005 * (MIN_CHUNK + 1))
+        assert prompt.token_times[0] - prompt.arrival_s <= 2.5 * alone_s
+        assert (answer.token_times[-1] - answer.token_times[0]) / 399 <= 0.005
+
     def test_a_prompt_goes_on_where_no_objective_can_be_kept(self) -> None:
         answer, prompt = Job(0.0, 20, 3000), Job(0.1, 400, 2)
         steps = serve([answer, prompt], objectives=Objectives(tpot_s=0.001))

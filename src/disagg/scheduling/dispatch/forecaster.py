@@ -137,11 +137,18 @@ class Forecaster:
         return min(step_s, self._left_s(entry, behind, entry.prefilling_since_s))
 
     def _left_s(self, entry: InstanceEntry, prompts: _Prompts, since_s: float) -> float:
-        """Return what is left of so much work. The first of it is under way; how far is not told."""
+        """Return what is left of so much work. The first of it is under way; how far is not told.
+
+        Beside answers it had their share of the time.
+        """
         if not prompts.number:
             return 0.0
-        given_s = prefill_work_s(self._prefill_costs(entry), prompts.tokens, prompts.squares, prompts.number)
-        return given_s - min(self.now - since_s, given_s / prompts.number)
+        costs, tpot_s = self._prefill_costs(entry), self._objectives.tpot_s
+        given_s = prefill_work_s(costs, prompts.tokens, prompts.squares, prompts.number)
+        done_s = self.now - since_s
+        if entry.num_decodes and entry.limits.sized_by_slack and tpot_s is not None:
+            done_s *= prefill_share(costs, self._decode_step_s(entry, 0, 0), tpot_s)
+        return given_s - min(done_s, given_s / prompts.number)
 
     def prompt_s(self, num_tokens: int) -> float:
         """Return the seconds of a prompt on the instance that knows best, alone."""
@@ -395,12 +402,10 @@ def prefill_share(costs: StepCosts, alone_s: float, tpot_s: float) -> float:
     """Return the part of its time that an instance has for prompts beside answers, where slack sizes its steps.
 
     ``alone_s`` is what a step of their decodes takes. What the objective leaves, in chunks as answers save it up; where
-    not even a smallest chunk fits so, one now and then.
+    that is next to nothing, a smallest chunk now and then.
     """
     least_s = MIN_CHUNK * costs.token_s
-    longest_s = MOST_GAP * tpot_s - alone_s
     if alone_s >= tpot_s:
-        return max(least_s, longest_s) / (max(least_s, longest_s) + alone_s)
-    if least_s <= longest_s:
-        return (tpot_s - alone_s) / tpot_s
-    return least_s / (PATIENCE * tpot_s)
+        longest_s = max(least_s, MOST_GAP * tpot_s - alone_s)
+        return longest_s / (longest_s + alone_s)
+    return max((tpot_s - alone_s) / tpot_s, least_s / (PATIENCE * tpot_s))

@@ -2,8 +2,9 @@
 
 An answer's next token is due one TPOT objective after the one before it was due, counted from its first token, wherever
 that came from. So an answer that is ahead of its schedule lends time to prompts, up to a gap of ``MOST_GAP``
-objectives, and one that is late, as by its hand-over, takes some back. Where nothing fits, prompts get ``MIN_CHUNK``
-tokens once in ``PATIENCE`` objectives, and in every step where decodes alone are too slow for theirs: none starves.
+objectives, and one that is late, as by its hand-over, takes some back. Where ``MIN_CHUNK`` tokens do not fit into such
+a gap, prompts get those once all answers are ahead by so much, ``PATIENCE`` objectives after the last ones whoever is
+late, and in every step where decodes alone are too slow for theirs: none starves.
 
 Further prompts join the first of a step only while the device needs more tokens to work at full speed: beyond that they
 delay its first token, and bring none forward. The first itself is cut by the slack alone: in smaller chunks it would
@@ -45,12 +46,14 @@ class Slack:
         self._served_s = -math.inf
         """When the last step with prefill started, and when the next one has to."""
         self._must_serve_s = -math.inf
+        self._saved_s = 0.0
+        """How long a step may take that makes no answer late, however long that gap."""
         self._start_s = -math.inf
 
     def begin(self, builder: StepBuilder, start_s: float) -> None:
         """Size what is added to this step, which starts at ``start_s``."""
         self._builder = builder
-        self._start_s, self._must_serve_s = start_s, start_s
+        self._start_s, self._must_serve_s, self._saved_s = start_s, start_s, 0.0
         answers = [s for s in builder.sequences() if s.is_answering and s.objectives.tpot_s is not None]
         self._available_s = math.inf
         if answers:
@@ -61,6 +64,7 @@ class Slack:
             tpot_s = min(sequence.objectives.tpot_s or math.inf for sequence in answers)
             if alone_s < tpot_s:
                 self._must_serve_s = self._served_s + PATIENCE * tpot_s
+                self._saved_s = (min(due_s(sequence, start_s) for sequence in answers) - start_s) / margin
 
     def size(self, sequence: Sequence) -> int:
         """Return how many tokens of a prompt go into the step; 0 for none."""
@@ -74,22 +78,25 @@ class Slack:
         most = self._builder.chunk_size(sequence)
         if shape.num_prefills:
             most = min(most, self._saturated_tokens() - shape.num_prefill_tokens)
-        if most <= 0 or self._fits(shape, sequence.num_planned, most):
+        if most <= 0 or self._fits(shape, sequence.num_planned, most, self._available_s):
             return max(0, most)
         least = min(MIN_CHUNK, most)
         low, high = 0, most
         while high - low > 1:
             middle = (low + high) // 2
-            if self._fits(shape, sequence.num_planned, middle):
+            if self._fits(shape, sequence.num_planned, middle, self._available_s):
                 low = middle
             else:
                 high = middle
         if low >= least:
             return low
-        return 0 if shape.num_prefills or self._start_s < self._must_serve_s else least
+        if shape.num_prefills:
+            return 0
+        is_due = self._start_s >= self._must_serve_s or self._fits(shape, sequence.num_planned, least, self._saved_s)
+        return least if is_due else 0
 
-    def _fits(self, shape: StepShape, start: int, num_tokens: int) -> bool:
-        if self._available_s == math.inf:
+    def _fits(self, shape: StepShape, start: int, num_tokens: int, available_s: float) -> bool:
+        if available_s == math.inf:
             return True
         whole = StepShape(
             num_prefills=shape.num_prefills + 1,
@@ -99,7 +106,7 @@ class Slack:
             decode_context=shape.decode_context,
             num_samples=shape.num_samples,
         )
-        return self._times.predict_s(whole) <= self._available_s
+        return self._times.predict_s(whole) <= available_s
 
     def _saturated_tokens(self) -> int:
         """Return the fewest tokens, a power of two or the most, at which prefill is as fast as it gets."""
@@ -121,13 +128,24 @@ def latest_end_s(sequence: Sequence, start_s: float, alone_s: float) -> float:
     tpot_s = sequence.objectives.tpot_s
     if tpot_s is None:
         return math.inf
-    # A token that a step in flight brings comes when this step starts.
-    last_s = start_s if sequence.num_coming or math.isnan(sequence.last_token_s) else sequence.last_token_s
-    first_s = last_s if math.isnan(sequence.first_token_s) else sequence.first_token_s
-    due_s = first_s + (sequence.num_later_tokens + sequence.num_coming + 1) * tpot_s
+    last_s = _last_s(sequence, start_s)
     # Where not even the decodes keep pace, holding prompts back saves nobody.
     pace_s = _CATCH_UP * tpot_s if alone_s < tpot_s else MOST_GAP * tpot_s
-    return min(max(due_s, last_s + pace_s), last_s + MOST_GAP * tpot_s)
+    return min(max(due_s(sequence, start_s), last_s + pace_s), last_s + MOST_GAP * tpot_s)
+
+
+def due_s(sequence: Sequence, start_s: float) -> float:
+    """Return when the token of an answer is due that a step brings which starts at ``start_s``."""
+    tpot_s = sequence.objectives.tpot_s
+    if tpot_s is None:
+        return math.inf
+    first_s = _last_s(sequence, start_s) if math.isnan(sequence.first_token_s) else sequence.first_token_s
+    return first_s + (sequence.num_later_tokens + sequence.num_coming + 1) * tpot_s
+
+
+def _last_s(sequence: Sequence, start_s: float) -> float:
+    # A token that a step in flight brings comes when this step starts.
+    return start_s if sequence.num_coming or math.isnan(sequence.last_token_s) else sequence.last_token_s
 
 
 def _prompt(num_tokens: int) -> StepShape:
