@@ -22,7 +22,7 @@ from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
 from disagg.scheduling.dispatch.guests import Guests
 from disagg.scheduling.dispatch.margins import FOR_GUESTS, OF_GUESTS, Margins
-from disagg.scheduling.dispatch.paths import Wanted, best_path, forecast_paths
+from disagg.scheduling.dispatch.paths import GOOD_ENOUGH, Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
 from disagg.scheduling.dispatch.waiting_room import WaitingRoom
@@ -131,10 +131,10 @@ class Pathfinder:
         return self._room.presses(sequence.tenant, beside_guest=comes)
 
     def _keeps_guests_out(self, fleet: Fleet, sequence: SequenceEntry, forecaster: Forecaster) -> bool:
-        """Return whether a guest would be refused beside the sequence; it waits for that, though not for ever."""
+        """Return whether a guest would be refused beside the sequence."""
         now = forecaster.now
         guest = self._guests.expected(sequence, now)
-        if guest is None or now >= sequence.arrived_s + MAX_OVERTAKE_S or not self._presses(sequence, now):
+        if guest is None or not self._presses(sequence, now):
             return False
         if self._room.num_under_way(sequence.tenant) == len(self._room.waiting_of(sequence.tenant)):
             return False  # of its own nothing is being served
@@ -161,10 +161,18 @@ class Pathfinder:
             return HeldBack(now + max(ahead_s - AHEAD_S, _SHORTEST_WAIT_S))
         if self._is_in_the_way(sequence, chosen, now):
             return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S)
-        if self._keeps_guests_out(fleet, sequence, forecaster):
-            return HeldBack(sequence.arrived_s + MAX_OVERTAKE_S, for_guests=True)
+        must_go_s = self._must_go_s(sequence, chosen)
+        if now < must_go_s and self._keeps_guests_out(fleet, sequence, forecaster):
+            return HeldBack(must_go_s, for_guests=True)
         other = best_path((one for one in forecasts if one is not chosen), wanted)
         return Placed(instance, chosen.path.hands_over, chosen, other)
+
+    def _must_go_s(self, sequence: SequenceEntry, chosen: Forecast) -> float:
+        """Return until when a sequence may be held back for who is not there: it was promised its own objective."""
+        until_s, ttft_s = sequence.arrived_s + MAX_OVERTAKE_S, self.objectives_of(sequence).ttft_s
+        if ttft_s is None or sequence.is_best_effort:
+            return until_s
+        return min(until_s, sequence.arrived_s + GOOD_ENOUGH * ttft_s - chosen.ttft_s)
 
     def note_start(self, fleet: Fleet, start: Placed, sequence: SequenceEntry, now: float) -> None:
         """Take account of a sequence that was given to an instance, and of who waits on."""
