@@ -481,7 +481,7 @@ def test_equal_hash_ids_are_equal_blocks_only_after_equal_beginnings(tmp_path: P
 
 def test_instances_are_added_as_a_server_would_add_them(model: Path) -> None:
     flags = ("--model", model, "--latency", "l40s", "--kv-memory", "16GiB", "--prompt-len", 1000, "--output-len", 10)
-    load = (*flags, "--rate", 30, "--requests", 900, "--slo", "ttft=1s,tpot=200ms")
+    load = (*flags, "--rate", 30, "--requests", 600, "--slo", "ttft=1s,tpot=200ms")
     alone, scaled = report(*load), report(*load, "--autoscale", "prefill=1..4,decode=1..2")
     assert scaled["attainment"]["mean"] > alone["attainment"]["mean"] + 0.2
 

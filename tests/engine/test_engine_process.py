@@ -164,10 +164,10 @@ class TestWrongSettings:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"model": ModelSettings(model="./no/such/folder")}, "no such model"),
+            pytest.param({"model": ModelSettings(model="./no/such/folder")}, "no such model", marks=pytest.mark.slow),
             ({"cache": CacheSettings(kv_memory_bytes=1 << 60)}, "lower it"),
             ({"cpus": (100_000,)}, "cannot run on cores"),
-            ({"event_log": "/dev/null/log"}, "cannot write the event log"),
+            pytest.param({"event_log": "/dev/null/log"}, "cannot write the event log", marks=pytest.mark.slow),
         ],
     )
     def test_one_line_says_what_is_wrong(

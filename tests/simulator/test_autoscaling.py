@@ -17,7 +17,7 @@ from disagg.simulator.request import Outcome, SimulatedRequest
 
 OBJECTIVES = Objectives(ttft_s=0.2, tpot_s=0.006)
 LITTLE, MUCH = 2.0, 32.0
-RISE_S, FALL_S, END_S = 40.0, 110.0, 400.0
+RISE_S, FALL_S, END_S = 40.0, 90.0, 350.0
 
 
 def spec(autoscale: str | None) -> ClusterSpec:
@@ -84,10 +84,10 @@ def test_a_load_that_rises_and_falls_is_followed_and_nothing_is_lost(tmp_path: P
 
 
 def test_a_stationary_load_gets_what_it_needs_and_then_stays(tmp_path: Path) -> None:
-    requests = ramp((MUCH, 100.0))
+    requests = ramp((MUCH, 70.0))
     with EventLogFolder(tmp_path) as log:
         serve(spec("prefill=1..6,decode=1..6"), requests, log=log)
-    changes = [(time_s, one.wanted - one.count) for time_s, one in decisions(tmp_path) if time_s < 100.0]
+    changes = [(time_s, one.wanted - one.count) for time_s, one in decisions(tmp_path) if time_s < 70.0]
     assert changes, "one prefill instance is too few"
     assert all(change > 0 for _, change in changes)
     assert all(time_s < 40.0 for time_s, _ in changes)

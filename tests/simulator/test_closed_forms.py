@@ -24,19 +24,19 @@ def mean_ttft(rate: float, latency: ConstantLatency, seed: int) -> float:
     return sum(request.ttft_s for request in ended) / COUNT
 
 
-@pytest.mark.parametrize("rate", [3.0, 6.0])
+@pytest.mark.parametrize("rate", [pytest.param(3.0, marks=pytest.mark.slow), 6.0])
 def test_one_device(rate: float) -> None:
     expected = D + rate * D**2 / (2 * (1 - rate * D))
     assert mean_ttft(rate, ConstantLatency(D), seed=1) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("rate", [6.0, 12.0])
+@pytest.mark.parametrize("rate", [6.0, pytest.param(12.0, marks=pytest.mark.slow)])
 def test_two_way_pipeline(rate: float) -> None:
     expected = D + rate * D**2 / (4 * (2 - rate * D))
     assert mean_ttft(rate, ConstantLatency(D, num_stages=2), seed=2) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("speed_up", [1.5, 1.9])
+@pytest.mark.parametrize("speed_up", [1.5, pytest.param(1.9, marks=pytest.mark.slow)])
 def test_two_way_tensor(speed_up: float) -> None:
     rate = 8.0
     expected = D / speed_up + rate * D**2 / (2 * speed_up * (speed_up - rate * D))

@@ -77,6 +77,10 @@ def truncated(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
     return probabilities / probabilities.sum()
 
 
+UNLIKE: list[tuple[dict[str, Any], float]] = [({}, 0.5), ({"top_p": 0.9}, 2.0), ({"top_k": 30_000}, 0.01)]
+"""Each truncation once, each spread of the logits once."""
+
+
 class TestDistribution:
     @pytest.mark.parametrize(
         "params",
@@ -105,8 +109,16 @@ class TestDistribution:
         assert counts[expected == 0].sum() == 0
         assert chi_square_fits(counts, expected)
 
-    @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 30_000}], ids=str)
-    @pytest.mark.parametrize("spread", [0.01, 0.5, 2.0])
+    @pytest.mark.parametrize(
+        ("params", "spread"),
+        [
+            pytest.param(
+                params, spread, marks=() if (params, spread) in UNLIKE else pytest.mark.slow, id=f"{params}-{spread}"
+            )
+            for params in ({}, {"top_p": 0.9}, {"top_k": 30_000})
+            for spread in (0.01, 0.5, 2.0)
+        ],
+    )
     def test_unlikely_tokens_come_as_often_as_they_should(
         self, chooser: ChoosesTokens | None, params: dict[str, Any], spread: float
     ) -> None:
