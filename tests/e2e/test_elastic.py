@@ -35,10 +35,7 @@ def keep_asking(server: ServerProcess, number: int, ended: Event) -> int:
     return count
 
 
-ONE_ROUTER_OR_TWO = pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
-
-
-@ONE_ROUTER_OR_TWO
+@pytest.mark.parametrize("routers", [(), pytest.param(("--routers", "2"), marks=pytest.mark.slow)], ids=["one", "two"])
 def test_a_load_that_is_too_much_for_one_instance_gets_a_second_one(routers: tuple[str, ...]):
     scaling = ("--colocated", "1", "--autoscale", "colocated=1..2", "--slo", "ttft=2s", *routers)
     with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -64,7 +61,7 @@ def ask_now_and_then(server: ServerProcess, ended: Event) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@ONE_ROUTER_OR_TWO
+@pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
 def test_an_instance_that_the_load_no_longer_needs_drains_and_leaves_and_no_request_fails(routers: tuple[str, ...]):
     scaling = ("--colocated", "1", "--autoscale", "colocated=1..2", "--slo", "ttft=2s", "--dtype", "float32", *routers)
     with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS + 2) as pool:
@@ -88,14 +85,15 @@ def test_an_instance_that_the_load_no_longer_needs_drains_and_leaves_and_no_requ
         assert audit(server)["is_exact"]
 
 
-@ONE_ROUTER_OR_TWO
+@pytest.mark.parametrize("routers", [pytest.param((), marks=pytest.mark.slow), ("--routers", "2")], ids=["one", "two"])
 def test_a_plan_is_made_in_a_process_of_its_own_and_its_numbers_are_shown(routers: tuple[str, ...]):
     scaling = ("--prefill", "1", "--decode", "1", "--replan", "advise", "--slo", "ttft=30s,tpot=5s", *routers)
     with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
         asked = [pool.submit(completion, server, f"story {number}", max_tokens=2) for number in range(130)]
         assert all(one.result().usage.completion_tokens for one in asked)
-        wait_for(lambda: server.get("/status").json()["plan"], "a plan")
-        plan = server.get("/status").json()["plan"]
+        told: list[str] = []
+        wait_for(lambda: told.append(server.get("/status").json()["plan"]) or told[-1], "a plan at one of the routers")
+        plan = told[-1]
         assert re.search(r"attainment \d+\.\d% with 1 prefill \+ 1 decode", plan), plan
         assert "what moved: the first requests" in plan
         assert states(server) == ["ready", "ready"], "advice changes nothing"
