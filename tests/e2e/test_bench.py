@@ -1,14 +1,14 @@
 """The load client and this server agree: on lengths, on counts, on who did what; and a search ends with a number."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from server_process import ServerProcess, serving
 
+from disagg.cli.main import main
 from disagg.measure.record import Ending, read_records
 from disagg.measure.timeline import Stage
 
@@ -21,9 +21,8 @@ def server() -> Iterator[ServerProcess]:
         yield running
 
 
-def bench(server: ServerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "disagg.cli.main", "bench", arguments[0], "--url", server.url, *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def bench(server: ServerProcess, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["bench", arguments[0], "--url", server.url, *arguments[1:]])
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "completions-tokens", "chat"])
@@ -36,7 +35,7 @@ def test_prompts_and_answers_have_the_lengths_that_were_asked_for(
         *("serve", "--prompt-len", "120", "--output-len", "8", "--rate", "20", "--requests", "6", "--json"),
         *("--endpoint", endpoint, "--records", str(path)),
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.exit_code == 0, ended.stderr
     (run,) = json.loads(ended.stdout)["runs"]
     assert run["notes"] == []
     records = list(read_records(path))
@@ -50,7 +49,7 @@ def test_the_server_s_stages_are_added_to_the_records(server: ServerProcess, tmp
     path = tmp_path / "records.jsonl"
     lengths = ("--prompt-len", "60", "--output-len", "4")
     ended = bench(server, "serve", *lengths, "--users", "2", "--requests", "4", "--records", str(path))
-    assert ended.returncode == 0, ended.stderr
+    assert ended.exit_code == 0, ended.stderr
     assert "time spent" in ended.stdout
     for record in read_records(path):
         assert set(record.stages) <= {stage.value for stage in Stage}
@@ -64,7 +63,7 @@ def test_the_goodput_of_a_running_server_is_found(server: ServerProcess) -> None
         *("goodput", "--prompt-len", "40", "--output-len", "4", "--rate", "4", "--slo", "ttft=1us", "--grid", ""),
         *("--run-s", "0.1", "--min-requests", "4", "--json"),
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.exit_code == 0, ended.stderr
     report = json.loads(ended.stdout)
     assert report["num_devices"] == 2
     assert report["goodput"] is None

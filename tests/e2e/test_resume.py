@@ -12,7 +12,7 @@ from test_lifecycle import wait_for
 
 EXACT = ("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "256MiB")
 NUM_STREAMS = 8
-NUM_TOKENS = 160
+NUM_TOKENS = 64
 
 
 def fields(number: int) -> dict[str, Any]:
@@ -32,18 +32,18 @@ def fields(number: int) -> dict[str, Any]:
 
 
 def answer(server: ServerProcess, number: int, under_way: Barrier | None = None) -> tuple[list[int], list[float], Any]:
-    """Return tokens, their log-probabilities and the usage; wait for all others and the kill after 40 tokens."""
+    """Return tokens, their log-probabilities and the usage; wait for all others and the kill after 16 tokens."""
     tokens: list[int] = []
     logprobs: list[float] = []
     usage = None
     for chunk in completion(
-        server, f"Story number {number}: once upon a time " + "there was a house by the sea, " * 30, **fields(number)
+        server, f"Story number {number}: once upon a time " + "there was a house by the sea, " * 8, **fields(number)
     ):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             tokens += getattr(choice, "token_ids", None) or []
             logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
-        if under_way is not None and len(tokens) >= 40:
+        if under_way is not None and len(tokens) >= 16:
             under_way.wait(60.0)
             under_way = None
     return tokens, logprobs, usage
