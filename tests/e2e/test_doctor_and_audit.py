@@ -1,23 +1,23 @@
 """``disagg doctor`` and ``disagg audit`` on a real server whose KV blocks travel over TCP."""
 
 import json
-import subprocess
-import sys
 
+from click.testing import CliRunner, Result
 from server_process import END_DEADLINE_S, ServerProcess, completion, serving
 from test_lifecycle import SMALL, wait_for
 
+from disagg.cli.main import main
 
-def run(server: ServerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "disagg.cli.main", arguments[0], "--url", server.url, *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+def run(server: ServerProcess, *arguments: str) -> Result:
+    return CliRunner().invoke(main, [arguments[0], "--url", server.url, *arguments[1:]])
 
 
 def test_a_server_over_tcp_is_measured_at_its_start_and_by_its_doctor() -> None:
     with serving(*SMALL, "--kv-link", "tcp", "--threads", "1") as server:
         wait_for(lambda: server.metric("disagg:kv_link_bytes_per_second") > 0, "the link to be measured")
         ended = run(server, "doctor", "--json")
-        assert ended.returncode in (0, 1), ended.stderr  # a busy machine may be far under its limit
+        assert ended.exit_code in (0, 1), ended.stderr  # a busy machine may be far under its limit
         (link,) = (json.loads(line) for line in ended.stdout.splitlines())
         assert (link["source"], link["target"], link["link"]) == ("prefill-0", "decode-0", "tcp")
         assert link["why"] == "--kv-link tcp"
@@ -26,7 +26,7 @@ def test_a_server_over_tcp_is_measured_at_its_start_and_by_its_doctor() -> None:
         assert server.metric("disagg:hand_over_bytes_total") > 0
 
         ended = run(server, "audit", "--json")
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert ended.exit_code == 0, ended.stdout + ended.stderr
         audit = json.loads(ended.stdout)
         assert audit["is_exact"]
         assert [one["instance"] for one in audit["instances"]] == ["prefill-0", "decode-0"]
@@ -40,7 +40,7 @@ def test_a_server_over_tcp_is_measured_at_its_start_and_by_its_doctor() -> None:
             ended = run(server, "audit")
         finally:
             decode.resume()
-        assert ended.returncode == 1
+        assert ended.exit_code == 1
         assert "decode-0 gave no answer" in ended.stdout
 
 

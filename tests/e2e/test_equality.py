@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from server_process import ServerProcess, completion, serving
 
-BLOCK = 32
-CHUNK = 96
-MAX_LEN = 400
+BLOCK = 16
+CHUNK = 48
+MAX_LEN = 200
 SETTINGS = (
     "--dtype", "float32", "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK),
     "--max-batch-tokens", str(CHUNK), "--kv-memory", "512MiB",
@@ -96,7 +96,9 @@ def colocated_answers() -> dict[str, Answer]:
         return answers(server, concurrency=1)
 
 
-@pytest.mark.parametrize("placement", ["1x1", pytest.param("1x2", marks=pytest.mark.slow), "2x1"])
+@pytest.mark.parametrize(
+    "placement", [pytest.param("1x1", marks=pytest.mark.slow), pytest.param("1x2", marks=pytest.mark.slow), "2x1"]
+)
 def test_prefill_and_decode_on_two_instances_equal_one(placement: str, colocated_answers: dict[str, Answer]) -> None:
     with serving(*PLACEMENTS[placement], *SETTINGS) as server:
         for concurrency in (1, 32):

@@ -188,7 +188,7 @@ def test_an_instance_of_another_host_serves_all_routers_and_survives_them(tmp_pa
 
 
 def test_the_end_leaves_no_process() -> None:
-    with serving(*SMALL) as server:  # of its own, which no other test needs any more
+    with serving(*SMALL, "--colocated", "1") as server:  # of its own, which no other test needs any more
         processes = psutil.Process(server.process.pid).children(recursive=True)
         assert server.end(signal.SIGINT) == 0
     assert not [process for process in processes if process.is_running()]

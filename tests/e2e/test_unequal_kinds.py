@@ -2,15 +2,26 @@
 converted.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from server_process import ServerProcess, completion, serving
 
-COMMON = ("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--threads", "1")
+COMMON = (
+    *("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "128MiB", "--threads", "1"),
+    *("--max-batch-tokens", "64"),
+)
 PROMPT = "Once upon a time, in a village by the sea, there lived a"
 GREEDY = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ServerProcess]:
+    """One instance, whose answers are those to give."""
+    with serving("--colocated", "1", *COMMON) as server:
+        yield server
 
 
 def placement(folder: Path, prefill: str, decode: str) -> str:
@@ -34,13 +45,11 @@ def check_converted(server: ServerProcess) -> None:
     assert "converted from" in server.text
 
 
-def test_other_kernels_give_the_same_answer(tmp_path: Path) -> None:
+def test_other_kernels_give_the_same_answer(alone: ServerProcess, tmp_path: Path) -> None:
     """In float32, of which another order of the elements loses nothing."""
-    with serving("--colocated", "1", *COMMON) as server:
-        alone = answer(server)
     file = placement(tmp_path, "kernels: torch", "kernels: native")
     with serving("--placement", file, *COMMON) as server:
-        assert answer(server) == alone
+        assert answer(server) == answer(alone)
         check_converted(server)
 
 
@@ -48,23 +57,20 @@ def test_other_kernels_give_the_same_answer(tmp_path: Path) -> None:
     ("prefill", "decode", "kv_link"), [(16, 32, "shm"), pytest.param(32, 16, "tcp", marks=pytest.mark.slow)]
 )
 def test_blocks_of_another_size_give_the_same_answers_and_keep_their_prefixes(
-    prefill: int, decode: int, kv_link: str, tmp_path: Path
+    alone: ServerProcess, prefill: int, decode: int, kv_link: str, tmp_path: Path
 ) -> None:
-    """Of a prompt of a thousand tokens, read part by part, and of the next turn, whose beginning decode has kept."""
-    long, turn = PROMPT * 75, {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
-    options = ("--max-model-len", "2048", "--kv-memory", "256MiB")
+    """Of a prompt of several steps, read part by part, and of the next turn, whose beginning decode has kept."""
+    long, turn = PROMPT * 20, {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
 
     def turns(server: ServerProcess) -> tuple[Any, Any]:
         first = completion(server, long, **turn)
         (choice,) = first.choices
         return first, completion(server, [*choice.prompt_token_ids, *choice.token_ids], **turn)
 
-    with serving("--colocated", "1", *COMMON, *options) as server:
-        alone = turns(server)
     file = placement(tmp_path, f"block_size: {prefill}", f"block_size: {decode}")
-    with serving("--placement", file, *COMMON, *options, "--kv-link", kv_link) as server:
+    with serving("--placement", file, *COMMON, "--kv-link", kv_link) as server:
         found = turns(server)
-        assert [one.choices[0].text for one in found] == [one.choices[0].text for one in alone]
+        assert [one.choices[0].text for one in found] == [one.choices[0].text for one in turns(alone)]
         check_converted(server)
         assert f"blocks of {prefill} tokens to blocks of {decode}" in server.text
         num_known = found[0].usage.total_tokens - 1

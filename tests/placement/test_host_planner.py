@@ -22,7 +22,7 @@ def host(**changes: object) -> HostProblem:
         "num_cores": 2,
         "most_tokens": 128,
         "cache": CacheSettings(prefix_caching=False),
-        "workload": workload(prompt_len=400, output_len=30),
+        "workload": workload(prompt_len=400, output_len=15),
         "target": parse_target("ttft=300ms,tpot=30ms"),
         "num_requests": 30,
         "num_seeds": 1,
@@ -47,8 +47,10 @@ def test_all_roles_threads_and_modes_are_tried() -> None:
 def test_the_best_are_judged_and_told() -> None:
     """Two threads halve every step: one instance of both serves each request in half the time."""
     seen: list[PlanProgress] = []
-    judged, is_complete = search_host(host(), Workers(1), seen.append)
-    plan = describe_host(host(), judged, is_complete)
+    problem = host(notes=("step times on 2 thread(s) are an estimate",))
+    judged, is_complete = search_host(problem, Workers(1), seen.append)
+    plan = describe_host(problem, judged, is_complete)
+    assert plan.notes == problem.notes
     assert is_complete
     assert plan.best.placement.groups[0].num_threads == 2
     assert plan.best.num_devices == 2
@@ -101,9 +103,3 @@ def test_a_profile_of_more_threads_than_cores_is_told() -> None:
 def test_a_plan_tries_each_power_of_two_of_threads_and_all_cores() -> None:
     assert list(platforms_on(EvenPlatform(), 6)) == [1, 2, 4, 6]
     assert list(platforms_on(EvenPlatform(), 1)) == [1]
-
-
-def test_what_is_an_estimate_is_told_in_the_plan() -> None:
-    problem = host(notes=("step times on 2 thread(s) are an estimate",))
-    judged, is_complete = search_host(problem, Workers(1), lambda progress: None)
-    assert describe_host(problem, judged, is_complete).notes == problem.notes
