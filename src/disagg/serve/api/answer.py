@@ -160,10 +160,8 @@ class Answer:
 
     def accept(self, output: SequenceOutput) -> Delta:
         """Take the next output. Tokens after the one that completes a stop string are not the client's."""
-        if self.num_tokens and not self._text.may_stop and _is_plain(output):
-            self.num_tokens += 1
-            start = self._text.num_decoded
-            return Delta(self._choice, self._text.push(output.token_ids[0]), output.token_ids, offsets=(start,))
+        if (plain := self.accept_plain(output)) is not None:
+            return plain
         text, offsets = self._push(output)
         num_used = len(offsets)
         is_first = self.num_tokens == 0
@@ -189,6 +187,14 @@ class Answer:
             prompt_logprobs=output.prompt_logprobs,
             num_cached_tokens=output.num_cached_tokens if is_first else 0,
         )
+
+    def accept_plain(self, output: SequenceOutput) -> Delta | None:
+        """Take the next output if it is one token more and cannot be the last; else None, and nothing is taken."""
+        if not self.num_tokens or self._text.may_stop or not _is_plain(output):
+            return None
+        self.num_tokens += 1
+        start = self._text.num_decoded
+        return Delta(self._choice, self._text.push(output.token_ids[0]), output.token_ids, offsets=(start,))
 
     def _push(self, output: SequenceOutput) -> tuple[str, list[int]]:
         """Return the text to show, and where each token that was used begins."""

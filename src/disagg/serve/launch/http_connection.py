@@ -7,8 +7,9 @@ them as HTTP/1.1), HTTP/1.0 clients (which know no chunks), and clients that clo
 
 import asyncio
 import logging
+import weakref
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httptools
 from uvicorn import Config
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from disagg.serve.api.failures import plain_error_response
+from disagg.serve.api.http import DIRECT_WRITER
 from disagg.serve.launch.half_closed import BegunTransport
 from disagg.serve.launch.idle import IdleConnections
 
@@ -197,6 +199,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cast(dict[str, Any], cycle.scope).setdefault("extensions", {})[DIRECT_WRITER] = ChunkWriter(cycle)
         cycle.keep_alive = cycle.keep_alive and not self._is_last
         if cycle.scope["http_version"] == "1.0":
             app = _ended_by_close(cycle, app)
@@ -297,6 +300,23 @@ class Connection(HttpToolsProtocol):
         """Send a byte ahead, and more later, until the answer is complete or the client is known to have gone."""
         if begun.is_needed():
             self.loop.call_later(begun.probe(), self._probe, begun)
+
+
+class ChunkWriter:
+    """The ``DirectWriter`` of a response: writes chunks as uvicorn does."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = weakref.proxy(cycle)  # whose scope holds this
+
+    def is_ready(self) -> bool:
+        """See DirectWriter."""
+        cycle = self._cycle
+        is_open = bool(cycle.chunked_encoding) and not cycle.response_complete  # the former is known once it has begun
+        return is_open and not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, body: bytes) -> None:
+        """See DirectWriter."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def _ended_by_close(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:

@@ -45,8 +45,12 @@ class SequenceStream(Protocol):
     no KV pool can hold it. Not to read on does not abort: call ``Router.abort``.
     """
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        """Have ``on_news`` called, on the event loop, when there is something to take. It replaces the one before."""
+    def listen(self, on_news: Callable[[], None], take_at_once: Callable[[SequenceOutput], bool] | None = None) -> None:
+        """Have ``on_news`` called, on the event loop, when there is something to take. It replaces the one before.
+
+        An output before which nothing waits is first given to ``take_at_once``, which must not raise: it returns
+        whether it has taken it.
+        """
 
     def take(self) -> Sequence[SequenceOutput]:
         """Return the outputs since the last call; each has at least one new token, except perhaps the last.

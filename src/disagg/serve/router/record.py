@@ -30,6 +30,7 @@ class LiveStream:
         self._is_over = False
         self._error: DisaggError | None = None
         self._on_news: Callable[[], None] | None = None
+        self._take_at_once: Callable[[SequenceOutput], bool] | None = None
         self.served_by = ServedBy()
         """Who brought the tokens so far."""
         self.refusal: DisaggError | None = None
@@ -39,6 +40,8 @@ class LiveStream:
 
     def push(self, output: SequenceOutput) -> None:
         """Add an output for the reader."""
+        if self._take_at_once is not None and not self._waiting and self._take_at_once(output):
+            return
         self._waiting.append(output)
         self._tell()
 
@@ -57,9 +60,9 @@ class LiveStream:
 
     # For the reader ---------------------------------------------------------------------------------------------
 
-    def listen(self, on_news: Callable[[], None]) -> None:
+    def listen(self, on_news: Callable[[], None], take_at_once: Callable[[SequenceOutput], bool] | None = None) -> None:
         """See SequenceStream."""
-        self._on_news = on_news
+        self._on_news, self._take_at_once = on_news, take_at_once
 
     def take(self) -> Sequence[SequenceOutput]:
         """See SequenceStream."""
