@@ -94,7 +94,7 @@ def test_on_a_slow_machine_nobody_waits_for_a_chunk_that_hardly_fits_or_a_guest_
     ttft_s, tpot_s = 8.0, 0.045
     loads = [served(PAIR, chats("all", 6, 15.0, 60, seed=seed), machine=ON_SLOW_CORE)["all"] for seed in (1, 2, 3)]
     answered = [one for load in loads for one in load if one.outcome is Outcome.FINISHED]
-    assert sum(one.ttft_s <= ttft_s and not one.tpot_s > tpot_s for one in answered) >= 0.96 * len(answered)
+    assert sum(one.ttft_s <= ttft_s and not one.tpot_s > tpot_s for one in answered) >= 0.98 * len(answered)
     assert len(answered) > 110, "far more could be served"
     assert max(one.ttft_s for one in answered) < 1.25 * ttft_s
 

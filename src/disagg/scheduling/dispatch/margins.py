@@ -37,6 +37,8 @@ class Margin:
 
 OF_GUESTS: Final = Margin(1.03, 1.0)
 """Of sequences for which room is kept."""
+BEHIND_PROMPTS: Final = Margin(1.15, 1.0)
+"""Of sequences that nobody waits before, and that are served behind others' prompts: how far those are is not told."""
 FOR_GUESTS: Final = Margin(1.4, 1.0)
 """Of room that is kept: what takes it comes a moment later, with whatever else has come meanwhile."""
 

@@ -21,7 +21,7 @@ from disagg.scheduling.dispatch.fleet_facts import FleetFacts
 from disagg.scheduling.dispatch.forecast import Forecast
 from disagg.scheduling.dispatch.forecaster import Forecaster, PromptDemand
 from disagg.scheduling.dispatch.guests import Guests
-from disagg.scheduling.dispatch.margins import FOR_GUESTS, OF_GUESTS, Margins
+from disagg.scheduling.dispatch.margins import BEHIND_PROMPTS, FOR_GUESTS, OF_GUESTS, Margins
 from disagg.scheduling.dispatch.paths import GOOD_ENOUGH, Wanted, best_path, forecast_paths
 from disagg.scheduling.dispatch.prefixes import choose_lender, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import InstanceEntry, SequenceEntry
@@ -101,7 +101,9 @@ class Pathfinder:
         rate, margin = self._drain.rate(expected), self._margins.margin
         ahead = tuple(self._room.ahead_of(sequence))
         if not self._presses(sequence, now) and (not ahead or self._room.somebody_presses()):
-            rate, margin = max(rate, expected), OF_GUESTS  # what is held back for it does not keep it waiting
+            rate = max(rate, expected)  # what is held back for it does not keep it waiting
+            is_free = self._room.somebody_presses() or not fleet.entry(best.path.prefill).num_prefills
+            margin = OF_GUESTS if is_free else BEHIND_PROMPTS
         ttft_s = now - sequence.arrived_s + expected_ttft_s(best, forecaster, ahead, rate)
         sequence.promised_ttft_s = ttft_s
         return judge(sequence, best, forecaster, ttft_s, wanted.objectives, margin)
