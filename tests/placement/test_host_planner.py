@@ -22,7 +22,7 @@ def host(**changes: object) -> HostProblem:
         "num_cores": 2,
         "most_tokens": 128,
         "cache": CacheSettings(prefix_caching=False),
-        "workload": workload(prompt_len=400, output_len=15),
+        "workload": workload(prompt_len=400, output_len=30),
         "target": parse_target("ttft=300ms,tpot=30ms"),
         "num_requests": 30,
         "num_seeds": 1,
