@@ -64,6 +64,7 @@ from disagg.placement.host_planner import (
     cluster_of_host,
     platforms_on,
     search_host,
+    sustained_rate,
 )
 from disagg.placement.problem import LengthSample
 from disagg.placement.workers import open_workers
@@ -189,9 +190,10 @@ class Case:
 
     def predict(self, one: Contender, num_requests: int) -> float:
         """Return the goodput that is predicted for the live requests of the first seed."""
-        strict_roles = one.strict_roles or None
+        problem = self.problem(num_requests)
+        spec = cluster_of_host(problem, one.on_host, strict_roles=one.strict_roles or None)
         job = GoodputJob(
-            spec=cluster_of_host(self.problem(num_requests), one.on_host, strict_roles=strict_roles),
+            spec=spec,
             workload=standard_workload(self.workload, 1.0, num_requests),
             target=self.target,
             start_rate=one.rate,
@@ -199,6 +201,7 @@ class Case:
             min_requests=num_requests,
             max_requests=num_requests,
             requests_per_rate=0.0,
+            most_rate=sustained_rate(problem, spec),
         )
         return run_goodput_job(job).rate
 

@@ -95,6 +95,12 @@ def test_objectives_that_no_placement_keeps_are_told() -> None:
         search_host(host(target=parse_target("tpot=1ms")), Workers(1), lambda progress: None)
 
 
+def test_no_more_is_planned_than_can_be_computed_for_long() -> None:
+    """A prompt of 400 tokens takes 20 ms on both cores: 30 requests are over before anybody waits for 60 s."""
+    judged, _ = search_host(host(target=parse_target("ttft=60s,tpot=1s")), Workers(1), lambda progress: None)
+    assert 30 < judged[0].goodput.mean < 50
+
+
 def test_a_profile_of_more_threads_than_cores_is_told() -> None:
     with pytest.raises(ConfigurationError, match="of 2 threads and there are 1 cores"):
         host(platforms={2: EvenPlatform()}, num_cores=1)

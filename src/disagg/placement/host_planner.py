@@ -4,9 +4,11 @@ Instances of one host disturb each other, so nothing is simulated in phases: eve
 fit on few cores, and they are halved round by round: the better part goes on to more requests and seeds.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 from typing import Final
 
 from disagg.base.config import (
@@ -39,6 +41,8 @@ _FEWEST_REQUESTS: Final = 20
 """With fewer, one late request in ten is less than one."""
 _COARSE: Final = 0.1
 _BATCH: Final = 8
+_FULL_PREFILL: Final = 4096
+"""Tokens of a step of prefill that make no more of a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,16 +212,34 @@ def _job(
         max_requests=num_requests,
         requests_per_rate=0.0,
         tolerance=_COARSE if start_rate is None else GoodputJob.tolerance,
+        most_rate=sustained_rate(problem, spec),
     )
 
 
 def _first_rate(problem: HostProblem, spec: ClusterSpec) -> float:
-    """Return the rate of which the computing alone takes half the time of all instances."""
+    """Return the rate of which the computing takes half the time of all instances."""
     sample = LengthSample.of(problem.workload)
+    return _computed_rate(sample, spec, num_prompts=1, batch=_BATCH) / 2
+
+
+def sustained_rate(problem: HostProblem, spec: ClusterSpec) -> float:
+    """Return the rate of which the computing takes all the time of all instances, in full steps.
+
+    Where a TTFT objective is longer than a run, the run alone would let any rate pass. Prompts that share a prefix are
+    not all computed: infinite, as how much of them is found depends on the placement.
+    """
+    sample = LengthSample.of(problem.workload)
+    if problem.cache.prefix_caching and sample.shares_prefixes:
+        return math.inf
+    num_prompts = max(1.0, _FULL_PREFILL / sample.mean_prompt)
+    return _computed_rate(sample, spec, num_prompts=num_prompts, batch=spec.instances[0].scheduler.max_batch_size)
+
+
+def _computed_rate(sample: LengthSample, spec: ClusterSpec, *, num_prompts: float, batch: int) -> float:
     latency = spec.instances[0].latency
-    prefill_s = sum(latency.stage_times_s(prefill_shape(1, sample)))
-    token_s = sum(latency.stage_times_s(decode_shape(_BATCH, sample.mean_held))) / _BATCH
-    return len(spec.instances) / 2 / (prefill_s + token_s * sample.mean_output)
+    prefill_s = sum(latency.stage_times_s(prefill_shape(num_prompts, sample))) / num_prompts
+    token_s = sum(latency.stage_times_s(decode_shape(batch, sample.mean_held))) / batch
+    return len(spec.instances) / (prefill_s + token_s * sample.mean_output)
 
 
 def _judged(results: Mapping[HostPlacement, Sequence[JobResult]]) -> list[JudgedHostPlacement]:
@@ -225,7 +247,13 @@ def _judged(results: Mapping[HostPlacement, Sequence[JobResult]]) -> list[Judged
         JudgedHostPlacement(one, Estimate.of([result.rate for result in found]), tuple(found))
         for one, found in results.items()
     ]
-    return sorted(judged, key=lambda one: -one.goodput.mean)
+    return sorted(judged, key=lambda one: (-one.goodput.mean, _median_s(one)))
+
+
+def _median_s(judged: JudgedHostPlacement) -> float:
+    """Return how long half of the requests take at the goodput: of those that serve as much the quickest is best."""
+    reports = [result.report for result in judged.results if result.report is not None]
+    return fmean(report.e2e.p50 for report in reports) if reports else math.inf
 
 
 def _words(group: InstanceGroup) -> str:

@@ -38,13 +38,17 @@ class LengthSample:
     prompts: tuple[int, ...]
     outputs: tuple[int, ...]
     arrivals: tuple[float, ...]
+    shares_prefixes: bool = False
+    """Some prompts name blocks that others may begin with as well."""
 
     @classmethod
     def of(cls, workload: OpenLoop) -> "LengthSample":
         """Return the lengths of requests that seed 0 draws."""
         rows = list(islice(with_requests(workload, _SAMPLE_ROWS).at_rate(1.0).draw(0), _SAMPLE_ROWS))
-        columns = zip(*((row.prompt_len, row.output_len, row.arrival_s) for row in rows), strict=True)
-        return cls(*columns)
+        prompts, outputs, arrivals = zip(
+            *((row.prompt_len, row.output_len, row.arrival_s) for row in rows), strict=True
+        )
+        return cls(prompts, outputs, arrivals, shares_prefixes=any(row.prefix.ids for row in rows))
 
     @property
     def mean_prompt(self) -> float:
