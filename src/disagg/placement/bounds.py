@@ -15,6 +15,8 @@ from disagg.placement.shapes import BuiltChoice
 from disagg.scheduling.by_objectives import scheduling_mode
 
 _MANY_SEQUENCES: Final = 4096
+FULL_PREFILL: Final = 4096
+"""Tokens of prefill in a step beyond which a device makes no more of them."""
 _TOLERANCE: Final = 1.02
 """What a limit may be missed by before it rules a choice out: figures of a step are not exact either."""
 
@@ -126,7 +128,7 @@ def _most_sequences(latency: LatencyModel, held: float, tpot_s: float, above: in
 def _colocated_bound(built: BuiltChoice, sample: LengthSample, target: SloTarget, decode: Bound) -> Bound:
     """Prompts and decodes share the steps: each request takes its prefill and its tokens' part of full batches."""
     fixed_s = max(built.latency.stage_times_s(decode_shape(1, sample.mean_held)))
-    num_prompts = max(1.0, max(4096, built.scheduler.max_batch_tokens) / sample.mean_prompt)
+    num_prompts = max(1.0, max(FULL_PREFILL, built.scheduler.max_batch_tokens) / sample.mean_prompt)
     work_s = max(built.latency.stage_times_s(prefill_shape(num_prompts, sample)))
     # Decodes beside a prompt read the weights with it: what a step takes anyway is counted once.
     prompt_s = max(0.0, work_s - fixed_s) / num_prompts

@@ -6,7 +6,7 @@ fit on few cores, and they are halved round by round: the better part goes on to
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from statistics import fmean
 from typing import Final
@@ -25,7 +25,7 @@ from disagg.costs.platform import Platform
 from disagg.measure.open_loop import OpenLoop
 from disagg.measure.slo import SloTarget
 from disagg.measure.statistics import Estimate
-from disagg.placement.bounds import decode_shape, prefill_shape
+from disagg.placement.bounds import FULL_PREFILL, decode_shape, prefill_shape
 from disagg.placement.goodput_job import GoodputJob, JobResult, run_goodput_job
 from disagg.placement.problem import LengthSample
 from disagg.placement.progress import OnProgress, PlanProgress
@@ -41,8 +41,6 @@ _FEWEST_REQUESTS: Final = 20
 """With fewer, one late request in ten is less than one."""
 _COARSE: Final = 0.1
 _BATCH: Final = 8
-_FULL_PREFILL: Final = 4096
-"""Tokens of a step of prefill that make no more of a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +63,14 @@ class HostProblem:
     """Instances without a step lend theirs to their neighbours' steps, in every placement that is tried."""
     notes: tuple[str, ...] = ()
     """What the platforms do not know, for people."""
+    sample: LengthSample = field(init=False)
 
     def __post_init__(self) -> None:
         if min(self.platforms) > self.num_cores:
             raise ConfigurationError(
                 f"the profile is of {min(self.platforms)} threads and there are {self.num_cores} cores: give more"
             )
+        object.__setattr__(self, "sample", LengthSample.of(self.workload))
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,7 @@ def _job(
 
 def _first_rate(problem: HostProblem, spec: ClusterSpec) -> float:
     """Return the rate of which the computing takes half the time of all instances."""
-    sample = LengthSample.of(problem.workload)
-    return _computed_rate(sample, spec, num_prompts=1, batch=_BATCH) / 2
+    return _computed_rate(problem.sample, spec, num_prompts=1, batch=_BATCH) / 2
 
 
 def sustained_rate(problem: HostProblem, spec: ClusterSpec) -> float:
@@ -228,10 +227,10 @@ def sustained_rate(problem: HostProblem, spec: ClusterSpec) -> float:
     Where a TTFT objective is longer than a run, the run alone would let any rate pass. Prompts that share a prefix are
     not all computed: infinite, as how much of them is found depends on the placement.
     """
-    sample = LengthSample.of(problem.workload)
+    sample = problem.sample
     if problem.cache.prefix_caching and sample.shares_prefixes:
         return math.inf
-    num_prompts = max(1.0, _FULL_PREFILL / sample.mean_prompt)
+    num_prompts = max(1.0, FULL_PREFILL / sample.mean_prompt)
     return _computed_rate(sample, spec, num_prompts=num_prompts, batch=spec.instances[0].scheduler.max_batch_size)
 
 

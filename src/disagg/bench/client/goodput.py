@@ -17,6 +17,8 @@ from disagg.measure.summary import latency_percentiles
 
 SLO_SCALES: Final = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
 """Factors on both objectives at which attainment is told (DistServe, section 6.2: smaller is harder)."""
+_NUM_UNLOADED: Final = 8
+"""Requests sent one at a time, after the first rate that missed: should they miss too, no rate can meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,8 @@ class GoodputPlan:
     tolerance: float = 0.05
     """The bracket is closed to this part of its lower end."""
     max_doublings: int = 8
-    growth: float = 2.0
-    """From rate to rate until the goodput is bracketed; less than 2 where the start is a good guess."""
     drain_s: float = 60.0
     """How long after a run's last request answers may take; what comes later is a miss."""
-    num_unloaded: int = 8
-    """Requests sent one at a time, after the first rate that missed: should they miss too, no rate can meet."""
     grid: Sequence[float] = ()
     """Further rates to run, as factors on the goodput, for the curve; these are not given up early."""
 
@@ -118,7 +116,7 @@ class _Search:
         if isinstance(load, SessionLoad):
             alone: Load = SessionLoad(load.sessions[:1], num_users=1)
         else:
-            alone = ClosedLoad(load.requests[: self.asked.num_unloaded], num_users=1)
+            alone = ClosedLoad(load.requests[:_NUM_UNLOADED], num_users=1)
         result = self.run(self._plan(alone, target=None), "one request at a time")
         if result.stopped == INTERRUPTED:
             raise _InterruptedError
@@ -184,7 +182,6 @@ def find_goodput(asked: GoodputPlan, run: RunLoad) -> GoodputFound:
             asked.start_rate,
             tolerance=asked.tolerance,
             max_doublings=asked.max_doublings,
-            growth=asked.growth,
         )
         for factor in asked.grid if bracket.met > 0 else ():
             search.try_rate(factor * bracket.met, gives_up=False)
