@@ -70,6 +70,5 @@ def test_ray_places_instances_and_places_them_anew_when_a_node_is_lost(
             wait_for(lambda: node_of(server, "decode-0") == freed, "the only place that is left")
             wait_ready(server, "prefill-0", "decode-0")
         assert "decode-0 is gone: Ray lost it" in server.text
-        losses = server.metric("disagg:instance_losses_total", instance="decode-0")
-        assert losses == (2 if routers else 1), "each router counts"
+        assert server.metric("disagg:instance_losses_total", instance="decode-0") == 1
         assert server.end() == 0

@@ -126,6 +126,8 @@ def test_an_instance_that_is_killed_fails_no_request_of_any_router(server: Serve
         told = [story.result(timeout=90) for story in stories]
     assert told == [Story(NUM_TOKENS)] * len(told)
     wait_for(lambda: server.get("/ready").status_code == 200, "the restarted instance")
+    assert server.metric("disagg:instance_losses_total", instance="decode-0") == 1, "both routers lost it"
+    wait_for(lambda: server.metric("disagg:kv_link_bytes_per_second") > 0, "the link to be measured")
     assert_no_block_is_held(server)
 
 

@@ -16,6 +16,7 @@ from disagg.measure.timeline import RequestTimeline, Stage
 from disagg.scheduling.dispatch.actions import PathEnded, RefuseReason
 from disagg.scheduling.router.outputs import DropReason, HandOverEnded, LinkFound
 from disagg.serve.api.elastic_metrics import ElasticCollector
+from disagg.serve.api.fleet_metrics import FleetMetrics
 from disagg.serve.api.instance_metrics import InstanceCollector
 from disagg.serve.api.prediction_metrics import PredictionMetrics
 from disagg.serve.api.token_metrics import TokenMetrics
@@ -52,11 +53,15 @@ _DECODE_STAGES: Final = (
 
 
 class ServerMetrics:
-    """All metrics of one server; also the router's sink for what it counts."""
+    """All metrics of one server; also the router's sink for what it counts.
 
-    def __init__(self, model_name: str) -> None:
+    Of several routers none keeps the fleet: what concerns it is counted where it is kept (``FleetMetrics``).
+    """
+
+    def __init__(self, model_name: str, *, keeps_fleet: bool = True) -> None:
         self.registry = CollectorRegistry()
         self._of_instances = CollectorRegistry()
+        self._of_fleet = FleetMetrics(model_name) if keeps_fleet else None
         self.hand_overs = HandOverTotals()
         self._model_name = model_name
         self._links: dict[tuple[InstanceId, InstanceId], str] = {}
@@ -72,10 +77,11 @@ class ServerMetrics:
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return self.of_router() + self.of_instances()
+        of_fleet = b"" if self._of_fleet is None else self._of_fleet.exposition()
+        return self.of_router() + of_fleet + self.of_instances()
 
     def of_router(self) -> bytes:
-        """Return what was counted here."""
+        """Return what was counted of requests here: each of several routers has some."""
         return generate_latest(self.registry)
 
     def of_instances(self) -> bytes:
@@ -123,13 +129,9 @@ class ServerMetrics:
             self._note_link(ended.source, ended.target, ended.link)
 
     def link_found(self, found: LinkFound) -> None:
-        """Show how fast a link is; log what is wrong with it."""
-        if found.warning:
-            logger.warning("link from %s to %s: %s", found.source, found.target, found.warning)
-        figure = found.figure
-        labels = (self._model_name, found.source, found.target)
-        self._link_speed.labels(*labels).set(figure.bytes_per_s)
-        self._link_limit.labels(*labels).set(figure.limit_bytes_per_s)
+        """See FleetMetrics."""
+        if self._of_fleet is not None:
+            self._of_fleet.link_found(found)
 
     def _note_link(self, source: InstanceId, target: InstanceId, link: str) -> None:
         """Show what carries the blocks from one instance to another, and nothing that did before."""
@@ -157,8 +159,9 @@ class ServerMetrics:
         self._dropped_messages.labels(self._model_name, instance, reason.value).inc()
 
     def instance_lost(self, instance: InstanceId) -> None:
-        """Count a death."""
-        self._lost_instances.labels(self._model_name, instance).inc()
+        """See FleetMetrics."""
+        if self._of_fleet is not None:
+            self._of_fleet.instance_lost(instance)
 
     def sequence_resumed(self) -> None:
         """Count a sequence that goes on elsewhere."""
@@ -220,26 +223,11 @@ class ServerMetrics:
             labels("source", "target", "link"),
             registry=self.registry,
         )
-        self._link_speed = Gauge(
-            "disagg:kv_link_bytes_per_second",
-            "What a link was measured to carry from one instance to another",
-            labels("source", "target"),
-            registry=self.registry,
-        )
-        self._link_limit = Gauge(
-            "disagg:kv_link_limit_bytes_per_second",
-            "What the hardware under that link gives; 0 where nobody knows",
-            labels("source", "target"),
-            registry=self.registry,
-        )
         self._dropped_messages = Counter(
             "disagg:dropped_messages",
             "Messages of instances not used",
             labels("instance", "reason"),
             registry=self.registry,
-        )
-        self._lost_instances = Counter(
-            "disagg:instance_losses", "Deaths of instances that were ready", labels("instance"), registry=self.registry
         )
         self._resumed = self._counter("disagg:sequences_resumed", "Sequences that lost their instance and went on")
         self._migrated = self._counter(

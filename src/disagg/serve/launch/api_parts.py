@@ -71,7 +71,7 @@ def open_api(deployment: Deployment, resources: ExitStack) -> ApiParts:
     return ApiParts(
         deployment,
         model,
-        ServerMetrics(model.name),
+        ServerMetrics(model.name, keeps_fleet=deployment.front.routers is None),
         resources.enter_context(Preparers(model)),
         read_api_keys(deployment.serve),
         _open_traces(deployment.serve, model.name, resources),

@@ -1,7 +1,7 @@
 """One scrape for a whole server: what each router has counted, put together."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from disagg.base.ids import RouterId
@@ -13,9 +13,10 @@ GATHER_S: Final = 2.0
 
 
 class MetricsGathering:
-    """The scrapes under way."""
+    """The scrapes under way. ``of_fleet`` returns what the process that keeps the instances has counted itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_fleet: Callable[[], bytes]) -> None:
+        self._of_fleet = of_fleet
         self._number = 0
         self._given: dict[int, dict[RouterChild, MetricsGiven]] = {}
         self._missing: dict[int, set[RouterChild]] = {}
@@ -52,7 +53,8 @@ class MetricsGathering:
         finally:
             given = self._given.pop(number)
             del self._missing[number], self._complete[number]
-        asker.tell(AllMetrics(number=asked, text=merge({child.name: said for child, said in given.items()})))
+        text = merge({child.name: said for child, said in given.items()})
+        asker.tell(AllMetrics(number=asked, text=text + self._of_fleet()))
 
 
 def merge(given: Mapping[RouterId, MetricsGiven]) -> bytes:

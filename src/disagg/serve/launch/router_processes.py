@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class RouterProcesses:
-    """The routers' processes: one for each slot, and those that are retiring."""
+    """The routers' processes: one for each slot, and those that are retiring. ``of_fleet``: see MetricsGathering."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class RouterProcesses:
         keeper: FleetKeeper,
         task: RouterTask,
         observer: ServerObserver,
+        of_fleet: Callable[[], bytes],
     ) -> None:
         self._deployment = deployment
         self._bound = bound
@@ -70,7 +72,7 @@ class RouterProcesses:
         self._num_lives = [0] * self._num
         self._is_stopping = False
         self._restarting: asyncio.Task[None] | None = None
-        self._metrics = MetricsGathering()
+        self._metrics = MetricsGathering(of_fleet)
         self._answering: set[asyncio.Task[None]] = set()
         self.operator: LocalOperator | None = None
         self.failed: asyncio.Future[DisaggError] = asyncio.get_running_loop().create_future()

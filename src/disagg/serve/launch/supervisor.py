@@ -16,6 +16,7 @@ from pathlib import Path
 
 from disagg.base.errors import ConfigurationError
 from disagg.base.ids import RouterId
+from disagg.serve.api.fleet_metrics import FleetMetrics
 from disagg.serve.launch.cluster_manager import ManagerFactory
 from disagg.serve.launch.deployment import Deployment, plan_instances
 from disagg.serve.launch.fleet_guests import FleetGuests
@@ -82,11 +83,13 @@ class SupervisedServer:
                 kv_host=kv_host_of(self._deployment),
             )
             folder = self._deployment.host.event_log
+            metrics = FleetMetrics(self._model_name)
             control = control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), outside)
             self._router = LiveRouter(
                 self._deployment.roles(),
                 self._deployment.router,
                 control,
+                sink=metrics,
                 scheduler=self._deployment.scheduler,
                 event_log=None if folder is None else Path(folder) / "router.jsonl",
                 kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
@@ -98,7 +101,12 @@ class SupervisedServer:
             keeper.runner = watcher_of(launcher, FleetGuests(keeper, self._router), outside)
             manager = None if self._make_manager is None else self._make_manager()
             self._routers = RouterProcesses(
-                self._deployment, self._bound, keeper, self._task(endpoint, control_key), self._observer
+                self._deployment,
+                self._bound,
+                keeper,
+                self._task(endpoint, control_key),
+                self._observer,
+                metrics.exposition,
             )
             self._runners = InstanceRunners(launcher, manager, outside, beside=(self._routers,))
             operator = LocalOperator(
