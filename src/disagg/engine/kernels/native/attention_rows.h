@@ -36,7 +36,7 @@ struct HeadLayout {
 // Rows are kept apart by a constant, so that a register tile addresses them by displacement.
 constexpr int kScoreStride = kTileKeys;
 template <class E>
-constexpr int kWeightStride = kTileKeys / E::kPerUnit;
+constexpr int kWeightStride = kTileKeys / E::kPerUnit * E::kRowWords;
 
 template <class E, int R, int C, int Columns>
 DISAGG_NOINLINE void score_columns(const uint32_t* queries, const uint32_t* const* k_vectors, const HeadLayout& layout,
@@ -45,7 +45,8 @@ DISAGG_NOINLINE void score_columns(const uint32_t* queries, const uint32_t* cons
   tile.clear();
   const uint32_t* columns[C];
   for (int c = 0; c < C; ++c) columns[c] = k_vectors[c];
-  add_steps<E>(tile, {queries, layout.k_steps, 1}, columns, layout.block_size, layout.k_steps, ahead);
+  add_steps<E>(tile, {queries, layout.k_steps * E::kRowWords, E::kRowWords}, columns, layout.block_size, layout.k_steps,
+               ahead);
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -116,11 +117,11 @@ DISAGG_INLINE float weigh(float* scores, uint32_t* weights, int num_vectors, See
     state.offset = newer;
   }
   Floats sum = Floats{};
-  auto* row_weights = reinterpret_cast<typename E::Storage*>(weights);
+  auto* row_weights = reinterpret_cast<typename RowOf<E>::Storage*>(weights);
   for (int vector = 0; vector < num_vectors; ++vector) {
     const Floats weight = exp2<E::kExpDegree>(load<Floats>(scores + vector * kLanes) * to_base_2 - state.offset);
     sum += weight;
-    E::store_floats(row_weights + vector * kLanes, weight);
+    RowOf<E>::store_floats(row_weights + vector * kLanes, weight);
   }
   state.sum += sum;
   return correction;
@@ -132,7 +133,7 @@ DISAGG_INLINE void add_half_step(Tile<R, C>& tile, const uint32_t* weights, cons
   typename E::Operand operands[C];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) operands[c] = E::operand_of(load<Units>(units + c * kLanes) & 0x0000ffffu);
-  add_step<E>(tile, {weights, kWeightStride<E>, 1}, operands);
+  add_step<E>(tile, {weights, kWeightStride<E>, E::kRowWords}, operands);
 }
 
 template <class E, int R, int C, int Columns>
@@ -150,10 +151,10 @@ DISAGG_NOINLINE void add_value_columns(const uint32_t* weights, const uint32_t* 
     const uint32_t* columns[C];
     for (int c = 0; c < C; ++c) columns[c] = *v_blocks + first_dim + c * kLanes;
     const int steps = keys / E::kPerUnit;
-    add_steps<E>(tile, {weights, kWeightStride<E>, 1}, columns, layout.head_dim, steps, ahead);
+    add_steps<E>(tile, {weights, kWeightStride<E>, E::kRowWords}, columns, layout.head_dim, steps, ahead);
     if (keys % E::kPerUnit)
-      add_half_step<E>(tile, weights + steps, columns[0] + int64_t{steps} * layout.head_dim);
-    weights += steps;
+      add_half_step<E>(tile, weights + steps * E::kRowWords, columns[0] + int64_t{steps} * layout.head_dim);
+    weights += steps * E::kRowWords;
   }
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)

@@ -22,6 +22,10 @@ class DecodeRange {
         following_(following),
         num_rows_(item.num_kv_heads * args.group),
         queries_(reinterpret_cast<const uint32_t*>(static_cast<const Storage*>(args.q) + row_elements(0))) {
+    if constexpr (E::kRowWords > 1) {
+      widen_row<E>(static_cast<const Storage*>(args.q) + row_elements(0), int64_t{num_rows_} * args.head_dim, widened_);
+      queries_ = widened_;
+    }
     for (int row = 0; row < num_rows_; ++row) states_[row] = {Floats{}, kLowestOffset};
     __builtin_memset(values_, 0, num_rows_ * args_.head_dim * sizeof(float));
   }
@@ -72,7 +76,7 @@ class DecodeRange {
       for (int vector = 0; vector < num_vectors; ++vector)
         k_vectors[vector] = k + head * layout_.head_units + vector * kLanes;
       for_row_groups(head * args_.group, (head + 1) * args_.group, [&](auto rows, int first) {
-        score<E, rows.value>(queries_ + int64_t{first} * layout_.k_steps, k_vectors, num_vectors, layout_,
+        score<E, rows.value>(queries_ + int64_t{first} * layout_.k_steps * E::kRowWords, k_vectors, num_vectors, layout_,
                                    AllAhead{ahead_of(head, to_next)}, scores_ + first * kScoreStride);
       });
     }
@@ -118,6 +122,7 @@ class DecodeRange {
   const int32_t* following_;
   const int num_rows_;
   const uint32_t* queries_;  // one row behind the other
+  alignas(64) uint32_t widened_[E::kRowWords > 1 ? kTileRows * kMaxHeadDim : 1];
   alignas(64) float values_[kTileRows * kMaxHeadDim];
   alignas(64) float scores_[kTileRows * kScoreStride];
   alignas(64) uint32_t weights_[kTileRows * kTileKeys];

@@ -173,11 +173,13 @@ struct Kernels {
   int panel_width;
   void (*pack_weight)(const void* weight, uint32_t* packed, int64_t out_features, int64_t in_features,
                       int64_t panel_begin, int64_t panel_end);
-  void (*multiply)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  // 32-bit words that ``multiply`` and ``multiply_int8`` need besides, for so many rows.
+  int64_t (*scratch)(int64_t rows, int64_t in_features);
+  void (*multiply)(const LinearArgs&, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                   int64_t panel_end);
   void (*pack_int8)(const int8_t* weight, int8_t* packed, int64_t out_features, int64_t in_features,
                     int64_t panel_begin, int64_t panel_end);
-  // ``units`` has room for the units of one panel.
-  void (*multiply_int8)(const LinearArgs&, uint32_t* units, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+  void (*multiply_int8)(const LinearArgs&, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                         int64_t panel_end);
   BlockKernels blocks[kNumBlockFormats];
   void (*rope_and_write_kv)(const RopeArgs&, int64_t row_begin, int64_t row_end);

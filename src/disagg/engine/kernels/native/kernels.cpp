@@ -32,8 +32,8 @@ void decode(const AttentionArgs& args, const AttentionItem& item, float* partial
 
 template <class E>
 constexpr Kernels kernels_for() {
-  return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>, multiply<E>,
-          pack_int8<E>, multiply_int8<E>,
+  return {prefill<E>,   decode<E>,        merge_ranges<E>,      kPanelWidth, pack_weight<E>,
+          linear_scratch<E>, multiply<E>, pack_int8<E>, multiply_int8<E>,
           {block_kernels_for<E, Blocks<8, 32, false, false>>(), block_kernels_for<E, Blocks<8, 32, false, true>>(),
            block_kernels_for<E, Blocks<8, 32, true, true>>(), block_kernels_for<E, Blocks<8, 16, true, false>>(),
            block_kernels_for<E, Blocks<4, 32, false, true>>(), block_kernels_for<E, Blocks<4, 32, true, true>>()},

@@ -2,7 +2,7 @@
 //
 // A panel is kPanelVectors * kLanes output features: [in_features / w][kPanelVectors][kLanes] units. A step of a register
 // tile reads one run of bytes, and a product with few rows, which waits for memory, reads the matrix from end to end.
-// Rows of the input are read as they are.
+// Rows of the input are read as they are, or widened for all panels at once: for_row_bands.
 #pragma once
 
 #include "kernel_table.h"
@@ -18,6 +18,8 @@ constexpr int kPanelRows = 8;
 constexpr int kPanelVectors = 2;
 constexpr int kPanelRows = 4;
 #endif
+// Rows that are widened at once, where they are; a multiple of the heights of register tiles.
+constexpr int64_t kBandRows = 96;
 // How far ahead of a product with few rows memory is asked: some 12 KiB.
 constexpr int kStepsAhead = 64;
 constexpr int kPanelWidth = kPanelVectors * kLanes;
@@ -58,6 +60,13 @@ DISAGG_INLINE void store_tile(const Tile<R, kPanelVectors>& tile, const LinearAr
   }
 }
 
+// The rows of the input from ``row`` on.
+template <class E>
+DISAGG_INLINE RowUnits rows_of(const LinearArgs& args, int64_t row) {
+  const int64_t words = args.in_features / E::kPerUnit * E::kRowWords;
+  return {static_cast<const uint32_t*>(args.x) + row * words, words, E::kRowWords};
+}
+
 // (With the panel's address as an argument, GCC 12 makes this a third slower.)
 template <class E, int R, int Columns>
 DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t panel, Ahead<Columns> ahead) {
@@ -67,8 +76,7 @@ DISAGG_NOINLINE void multiply_tile(const LinearArgs& args, int64_t row, int64_t 
   const uint32_t* columns[kPanelVectors];
   for (int c = 0; c < kPanelVectors; ++c)
     columns[c] = static_cast<const uint32_t*>(args.packed) + panel * steps * kPanelWidth + c * kLanes;
-  const uint32_t* x = static_cast<const uint32_t*>(args.x) + row * steps;
-  add_steps<E>(tile, {x, steps, 1}, columns, kPanelWidth, static_cast<int>(steps), ahead);
+  add_steps<E>(tile, rows_of<E>(args, row), columns, kPanelWidth, static_cast<int>(steps), ahead);
   store_tile<E>(tile, args, row, panel);
 }
 
@@ -94,10 +102,37 @@ void multiply_groups(const LinearArgs& args, int64_t row, int64_t num_groups, in
   }
 }
 
-// Rows row_begin .. row_end - 1, panels panel_begin .. panel_end - 1: a panel stays in the second-level cache while all
-// rows pass.
+// Words of the rows that for_row_bands widens at once.
 template <class E>
-void multiply(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+int64_t band_words(int64_t rows, int64_t in_features) {
+  return E::kRowWords == 1 ? 0 : (rows < kBandRows ? rows : kBandRows) * in_features;
+}
+
+// Call ``multiply(args, row_begin, row_end)`` where these are rows as RowOf has them. ``words`` has room for band_words.
+template <class E, class Multiply>
+DISAGG_INLINE void for_row_bands(LinearArgs args, uint32_t* words, int64_t row_begin, int64_t row_end,
+                                 const Multiply& multiply) {
+  if constexpr (E::kRowWords == 1) {
+    multiply(args, row_begin, row_end);
+  } else {
+    const auto* x = static_cast<const typename E::Storage*>(args.x);
+    for (int64_t begin = row_begin; begin < row_end; begin += kBandRows) {
+      const int64_t end = begin + kBandRows < row_end ? begin + kBandRows : row_end;
+      widen_row<E>(x + begin * args.in_features, (end - begin) * args.in_features, words);
+      args.x = words - begin * args.in_features;
+      multiply(args, begin, end);
+    }
+  }
+}
+
+template <class E>
+int64_t linear_scratch(int64_t rows, int64_t in_features) {
+  return band_words<E>(rows, in_features) + in_features / E::kPerUnit * kPanelWidth;
+}
+
+// As multiply, of rows as RowOf has them.
+template <class E>
+void multiply_band(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   const int64_t num_rows = row_end - row_begin;
   if (num_rows <= kPanelRows) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
@@ -113,6 +148,16 @@ void multiply(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_
       multiply_tile<E, rows.value>(args, row, panel, NothingAhead{});
     });
   }
+}
+
+// Rows row_begin .. row_end - 1, panels panel_begin .. panel_end - 1: a panel stays in the second-level cache while all
+// rows pass.
+template <class E>
+void multiply(const LinearArgs& args, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+              int64_t panel_end) {
+  for_row_bands<E>(args, scratch, row_begin, row_end, [&](const LinearArgs& band, int64_t begin, int64_t end) {
+    multiply_band<E>(band, begin, end, panel_begin, panel_end);
+  });
 }
 
 }  // namespace DISAGG_ISA

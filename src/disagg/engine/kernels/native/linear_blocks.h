@@ -164,9 +164,8 @@ struct WidenedBlocks {
 template <class E, class Format, int R, class Source>
 DISAGG_NOINLINE void multiply_blocks_tile(const LinearArgs& args, Source blocks, const float* sums, int64_t row,
                                           int64_t panel) {
-  const int64_t steps = args.in_features / E::kPerUnit;
   const int64_t num_blocks = args.in_features / Format::kFeatures;
-  RowUnits x{static_cast<const uint32_t*>(args.x) + row * steps, steps, 1};
+  RowUnits x = rows_of<E>(args, row);
   Tile<R, kPanelVectors> total;
   total.clear();
   for (int64_t block = 0; block < num_blocks; ++block) {
@@ -192,11 +191,11 @@ DISAGG_NOINLINE void multiply_blocks_tile(const LinearArgs& args, Source blocks,
 // The sum of each block of a row of x, which offsets are multiplied with: [rows, blocks].
 template <class E, class Format>
 void sum_blocks(const LinearArgs& args, float* sums, int64_t row_begin, int64_t row_end) {
-  const auto* x = static_cast<const typename E::Storage*>(args.x) + row_begin * args.in_features;
+  const auto* x = static_cast<const typename RowOf<E>::Storage*>(args.x) + row_begin * args.in_features;
   const int64_t count = (row_end - row_begin) * (args.in_features / Format::kFeatures);
   for (int64_t block = 0; block < count; ++block, x += Format::kFeatures) {
-    Floats sum = E::load_floats(x);
-    for (int i = kLanes; i < Format::kFeatures; i += kLanes) sum += E::load_floats(x + i);
+    Floats sum = RowOf<E>::load_floats(x);
+    for (int i = kLanes; i < Format::kFeatures; i += kLanes) sum += RowOf<E>::load_floats(x + i);
     sums[block] = sum_of_lanes(sum);
   }
 }
@@ -218,10 +217,10 @@ void widen_blocks(PackedBlocks<E, Format> blocks, int64_t num_blocks, uint32_t* 
   }
 }
 
-// As multiply. ``scratch`` has room for the sums of the rows' blocks, then for a widened panel: see block_scratch.
+// As multiply_band. ``scratch`` has room for the sums of the rows' blocks, then for a widened panel.
 template <class E, class Format>
-void multiply_blocks(const LinearArgs& args, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                     int64_t panel_end) {
+void multiply_blocks_band(const LinearArgs& args, uint32_t* scratch, int64_t row_begin, int64_t row_end,
+                          int64_t panel_begin, int64_t panel_end) {
   const int64_t num_blocks = args.in_features / Format::kFeatures;
   auto* sums = reinterpret_cast<float*>(scratch);
   uint32_t* widened = scratch + (row_end - row_begin) * num_blocks;
@@ -242,10 +241,20 @@ void multiply_blocks(const LinearArgs& args, uint32_t* scratch, int64_t row_begi
   }
 }
 
+// As multiply; ``scratch`` as block_scratch says.
+template <class E, class Format>
+void multiply_blocks(const LinearArgs& args, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                     int64_t panel_end) {
+  uint32_t* rest = scratch + band_words<E>(row_end - row_begin, args.in_features);
+  for_row_bands<E>(args, scratch, row_begin, row_end, [&](const LinearArgs& band, int64_t begin, int64_t end) {
+    multiply_blocks_band<E, Format>(band, rest, begin, end, panel_begin, panel_end);
+  });
+}
+
 template <class E, class Format>
 int64_t block_scratch(int64_t rows, int64_t in_features) {
   const int64_t num_blocks = in_features / Format::kFeatures;
-  return rows * num_blocks + num_blocks * kWidenedScales + in_features / E::kPerUnit * kPanelWidth;
+  return rows * num_blocks + num_blocks * kWidenedScales + linear_scratch<E>(rows, in_features);
 }
 
 template <class Format>

@@ -38,7 +38,7 @@ template <class E, int R>
 DISAGG_NOINLINE void multiply_int8_tile(const LinearArgs& args, int64_t row, int64_t panel) {
   const int64_t steps = args.in_features / E::kPerUnit;
   const int8_t* bytes = static_cast<const int8_t*>(args.packed) + panel * steps * kInt8StepBytes<E>;
-  RowUnits x{static_cast<const uint32_t*>(args.x) + row * steps, steps, 1};
+  RowUnits x = rows_of<E>(args, row);
   Tile<R, kPanelVectors> tile;
   tile.clear();
   for (int64_t step = 0; step < steps; ++step, bytes += kInt8StepBytes<E>, x.first += x.step) {
@@ -64,10 +64,10 @@ void widen_panel(const LinearArgs& args, int64_t panel, uint32_t* units) {
     store(units + vector * kLanes, E::units_of(E::operand_of_int8(bytes + vector * kLanes * E::kPerUnit)));
 }
 
-// As multiply; ``units`` has room for one widened panel.
+// As multiply_band; ``units`` has room for one widened panel.
 template <class E>
-void multiply_int8(const LinearArgs& args, uint32_t* units, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                   int64_t panel_end) {
+void multiply_int8_band(const LinearArgs& args, uint32_t* units, int64_t row_begin, int64_t row_end,
+                        int64_t panel_begin, int64_t panel_end) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (row_end - row_begin <= kWideningRows) {
       for_row_groups<kPanelRows>(row_begin, row_end, [&](auto rows, int64_t row) {
@@ -82,6 +82,16 @@ void multiply_int8(const LinearArgs& args, uint32_t* units, int64_t row_begin, i
       });
     }
   }
+}
+
+// As multiply.
+template <class E>
+void multiply_int8(const LinearArgs& args, uint32_t* scratch, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                   int64_t panel_end) {
+  uint32_t* units = scratch + band_words<E>(row_end - row_begin, args.in_features);
+  for_row_bands<E>(args, scratch, row_begin, row_end, [&](const LinearArgs& band, int64_t begin, int64_t end) {
+    multiply_int8_band<E>(band, units, begin, end, panel_begin, panel_end);
+  });
 }
 
 }  // namespace DISAGG_ISA

@@ -18,7 +18,7 @@ struct Tile {
   }
 };
 
-// The rows' side of a product: the unit of row r at step s is at first[r * row + s * step].
+// The rows' side of a product, as RowOf has it: the unit of row r at step s is at first[r * row + s * step].
 struct RowUnits {
   const uint32_t* first;
   ptrdiff_t row;
@@ -42,7 +42,7 @@ template <class E, int R, int C>
 DISAGG_INLINE void add_step(Tile<R, C>& tile, const RowUnits& a, const typename E::Operand (&b)[C]) {
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
-    const typename E::Factor factor = E::factor(a.first[r * a.row]);
+    const typename E::Factor factor = E::factor(a.first + r * a.row);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) tile.sum[r][c] = E::multiply_add(tile.sum[r][c], factor, b[c]);
   }

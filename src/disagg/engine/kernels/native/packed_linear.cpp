@@ -104,10 +104,10 @@ void PackedLinear::multiply_panels(const LinearArgs& args, int64_t row_begin, in
   if (blocks_ != nullptr) {
     uint32_t* words = scratch(blocks_->scratch(row_end - row_begin, in_features_));
     blocks_->multiply(args, words, row_begin, row_end, panel_begin, panel_end);
-  } else if (scale_.empty()) {
-    kernels_.multiply(args, row_begin, row_end, panel_begin, panel_end);
   } else {
-    kernels_.multiply_int8(args, scratch(panel_units()), row_begin, row_end, panel_begin, panel_end);
+    uint32_t* words = scratch(kernels_.scratch(row_end - row_begin, in_features_));
+    const auto multiply = scale_.empty() ? kernels_.multiply : kernels_.multiply_int8;
+    multiply(args, words, row_begin, row_end, panel_begin, panel_end);
   }
 }
 

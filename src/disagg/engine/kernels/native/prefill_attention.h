@@ -18,10 +18,10 @@ class PrefillTile {
         table_(args.block_tables + item.sequence * args.table_stride),
         head_(static_cast<const uint32_t*>(args.kv_layer) + item.kv_head * layout_.head_units),
         num_rows_(item.num_tokens * args.group) {
-    const int64_t token_bytes = int64_t{args.group} * args.head_dim * sizeof(Storage);
+    const int64_t width = int64_t{args.group} * args.head_dim;
     for (int token = 0; token < item.num_tokens; ++token)
-      __builtin_memcpy(reinterpret_cast<char*>(queries_) + token * token_bytes,
-                       static_cast<const Storage*>(args.q) + row_elements(token * args.group), token_bytes);
+      widen_row<E>(static_cast<const Storage*>(args.q) + row_elements(token * args.group), width,
+                   queries_ + token * width / E::kPerUnit * E::kRowWords);
     for (int row = 0; row < num_rows_; ++row) states_[row] = {Floats{}, kLowestOffset};
     __builtin_memset(values_, 0, num_rows_ * args_.head_dim * sizeof(float));
   }
@@ -71,7 +71,8 @@ class PrefillTile {
     const int num_keys = (last_position + 1 < key_end_ ? last_position + 1 : key_end_) - key_begin_;
     if (num_keys <= 0) return;
     const int num_vectors = (num_keys + kLanes - 1) / kLanes;
-    score<E, R>(queries_ + int64_t{first} * layout_.k_steps, k_vectors_, num_vectors, layout_, NothingAhead{}, scores_);
+    score<E, R>(queries_ + int64_t{first} * layout_.k_steps * E::kRowWords, k_vectors_, num_vectors, layout_,
+                NothingAhead{}, scores_);
     float corrections[R];
     for (int r = 0; r < R; ++r) {
       const int place = position(first + r) - key_begin_;

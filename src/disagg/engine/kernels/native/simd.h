@@ -183,10 +183,11 @@ DISAGG_INLINE Floats exp2(Floats x) {
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Element types. ``Operand`` is a vector of units as the multiplier wants it, ``multiply_add`` adds the product with
-// one broadcast unit to float32 sums.
+// one broadcast unit of a row to float32 sums. A row has kRowWords 32-bit words for a unit: see RowOf.
 struct F32 {
   using Storage = float;
   static constexpr int kPerUnit = 1;
+  static constexpr int kRowWords = 1;
   static constexpr int kExpDegree = 5;
   using Operand = Floats;
   using Factor = Floats;
@@ -202,7 +203,7 @@ struct F32 {
   }
   static DISAGG_INLINE Units units_of(const Operand& operand) { return (Units)operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
-  static DISAGG_INLINE Factor factor(uint32_t unit) { return (Floats)broadcast(unit); }
+  static DISAGG_INLINE Factor factor(const uint32_t* unit) { return (Floats)broadcast(*unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) { return a * b + sum; }
   static DISAGG_INLINE Floats load_floats(const float* from) { return load<Floats>(from); }
   static DISAGG_INLINE void store_floats(float* to, Floats x) { store(to, x); }
@@ -210,8 +211,10 @@ struct F32 {
   static DISAGG_INLINE float from_float(float x) { return x; }
 };
 
-// Operands of types that no instruction multiplies as they are: a unit's two elements, each in a vector of floats.
+// Operands of types that no instruction multiplies as they are: a unit's two elements, each in a vector of floats. Rows,
+// which many columns use, were widened before.
 struct FloatPairs {
+  static constexpr int kRowWords = 2;
   struct Operand {
     Floats low, high;
   };
@@ -224,18 +227,22 @@ struct FloatPairs {
     return {__builtin_convertvector((Ints)(packed >> (4 * step) & 15u), Floats),
             __builtin_convertvector((Ints)(packed >> (16 + 4 * step) & 15u), Floats)};
   }
+  static DISAGG_INLINE Factor factor(const uint32_t* unit) {
+    return {(Floats)broadcast(unit[0]), (Floats)broadcast(unit[1])};
+  }
   static DISAGG_INLINE void keep(Operand& operand) {
     keep_in_register(operand.low);
     keep_in_register(operand.high);
   }
   static DISAGG_INLINE Floats multiply_add(Floats sum, const Factor& a, const Operand& b) {
-    return a.low * b.low + (a.high * b.high + sum);
+    return a.high * b.high + (a.low * b.low + sum);
   }
 };
 
 // How bfloat16 is multiplied, and rounded.
 #if defined(__AVX512BF16__)
 struct Bfloat16Products {
+  static constexpr int kRowWords = 1;
   using Operand = Units;
   using Factor = Units;
   static DISAGG_INLINE Operand operand_of(Units units) { return units; }
@@ -255,7 +262,7 @@ struct Bfloat16Products {
   }
   static DISAGG_INLINE Units units_of(const Operand& operand) { return operand; }
   static DISAGG_INLINE void keep(Operand& operand) { keep_in_register(operand); }
-  static DISAGG_INLINE Factor factor(uint32_t unit) { return broadcast(unit); }
+  static DISAGG_INLINE Factor factor(const uint32_t* unit) { return broadcast(*unit); }
   static DISAGG_INLINE Floats multiply_add(Floats sum, Factor a, const Operand& b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -272,9 +279,6 @@ struct Bfloat16Products : FloatPairs {
   // The upper halves of floats that bfloat16 holds exactly.
   static DISAGG_INLINE Units units_of(const Operand& operand) {
     return (Units)operand.low >> 16 | ((Units)operand.high & 0xffff0000u);
-  }
-  static DISAGG_INLINE Factor factor(uint32_t unit) {
-    return {(Floats)broadcast(unit << 16), (Floats)broadcast(unit & 0xffff0000u)};
   }
   static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) {
     const Units bits = (Units)x;
@@ -354,14 +358,32 @@ struct F16 : FloatPairs {
   static DISAGG_INLINE Units units_of(const Operand& operand) {
     return __builtin_convertvector(narrow(operand.low), Units) | __builtin_convertvector(narrow(operand.high), Units) << 16;
   }
-  static DISAGG_INLINE Factor factor(uint32_t unit) {
-    return {broadcast(widen_one(static_cast<uint16_t>(unit))), broadcast(widen_one(static_cast<uint16_t>(unit >> 16)))};
-  }
   static DISAGG_INLINE Floats load_floats(const uint16_t* from) { return widen(load<Halves>(from)); }
   static DISAGG_INLINE void store_floats(uint16_t* to, Floats x) { store(to, narrow(x)); }
   static DISAGG_INLINE float to_float(uint16_t x) { return widen_one(x); }
   static DISAGG_INLINE uint16_t from_float(float x) { return narrow_one(x); }
 };
+
+// What the elements of a row are, on the side of a product whose units are broadcast: E's own, or floats.
+template <class E, int RowWords = E::kRowWords>
+struct RowsOf {
+  using Type = E;
+};
+template <class E>
+struct RowsOf<E, 2> {
+  using Type = F32;
+};
+template <class E>
+using RowOf = typename RowsOf<E>::Type;
+
+// Write ``count`` elements as those of a row.
+template <class E>
+DISAGG_INLINE void widen_row(const typename E::Storage* from, int64_t count, void* to) {
+  auto* row = static_cast<typename RowOf<E>::Storage*>(to);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) RowOf<E>::store_floats(row + i, E::load_floats(from + i));
+  for (; i < count; ++i) row[i] = RowOf<E>::from_float(E::to_float(from[i]));
+}
 
 DISAGG_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
