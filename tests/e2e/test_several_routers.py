@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,32 @@ def test_the_end_leaves_no_process() -> None:
         processes = psutil.Process(server.process.pid).children(recursive=True)
         assert server.end(signal.SIGINT) == 0
     assert not [process for process in processes if process.is_running()]
+
+
+def test_a_tenants_bound_holds_over_all_routers(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text("tenants:\n  - {name: nightly, key: sk-nightly, max_requests: 2}\n  - {name: day, key: sk-day}\n")
+    body = {"prompt": "Tell me", "max_tokens": 1900, "stream": True, "ignore_eos": True}
+
+    def status(key: str) -> int:
+        """What a short request on a connection of its own, to either router, is answered."""
+        asked = {"prompt": "Hello", "max_tokens": 1}
+        return httpx.post(
+            f"{server.url}/v1/completions", json=asked, headers={"Authorization": f"Bearer {key}"}, timeout=60
+        ).status_code
+
+    lines: list[Iterator[str]] = []
+    with serving(*SMALL, "--colocated", "1", "--tenants", str(file)) as server, ExitStack() as streams:
+        for _ in range(2):
+            client = streams.enter_context(httpx.Client(headers={"Authorization": "Bearer sk-nightly"}, timeout=60))
+            answer = streams.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body))
+            assert answer.status_code == 200
+            lines.append(answer.iter_lines())  # kept, as a stream ends with who reads it
+            next(lines[-1])
+        wait_for(lambda: {status("sk-nightly") for _ in range(6)} == {429}, "both routers to know of both streams")
+        assert status("sk-day") == 200
+        streams.close()
+        wait_for(lambda: {status("sk-nightly") for _ in range(6)} == {200}, "both routers to know of their end")
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ from disagg.scheduling.router.outputs import (
     LinkFound,
     MessageDropped,
     PlanDecided,
+    ReportTenants,
     ReportWorkload,
     RestartInstance,
     ScalingDecided,
@@ -88,6 +89,7 @@ _ForOthers = (
     | GiveUpInstance
     | InstanceLeft
     | ReportWorkload
+    | ReportTenants
     | ChangeWanted
     | Drained
 )

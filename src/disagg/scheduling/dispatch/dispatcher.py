@@ -61,7 +61,6 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
-from disagg.scheduling.dispatch.experience import Experience
 from disagg.scheduling.dispatch.fleet import Fleet
 from disagg.scheduling.dispatch.moves import Move, is_only_with_visited, migrate, movable, send_reader_away
 from disagg.scheduling.dispatch.pathfinder import HeldBack
@@ -69,7 +68,6 @@ from disagg.scheduling.dispatch.predictions import path_chosen, path_ended
 from disagg.scheduling.dispatch.prefixes import choose_lender, held_prefixes, lenders, num_to_compute
 from disagg.scheduling.dispatch.state import Charge, InstanceEntry, InstanceState, SequenceEntry, Whereabouts
 from disagg.scheduling.dispatch.turns import Turns
-from disagg.scheduling.dispatch.workload import WorkloadWindow
 from disagg.scheduling.step.actions import WakeAt
 from disagg.scheduling.step.events import Tick
 
@@ -105,14 +103,9 @@ class Dispatcher:
         return None if sequence is None else sequence.epoch
 
     @property
-    def workload(self) -> WorkloadWindow:
-        """What was asked and served lately. Not to be changed."""
-        return self._turns.workload
-
-    @property
-    def experience(self) -> Experience:
-        """What was learned of answers and hand-overs. Not to be changed."""
-        return self._turns.experience
+    def turns(self) -> Turns:
+        """Who waits, what was asked and served lately, and what was learned from it."""
+        return self._turns
 
     @property
     def instances(self) -> tuple[InstanceEntry, ...]:

@@ -138,7 +138,7 @@ class Pathfinder:
         guest = self._guests.expected(sequence, now)
         if guest is None or not self._presses(sequence, now):
             return False
-        if self._room.num_under_way(sequence.tenant) == len(self._room.waiting_of(sequence.tenant)):
+        if self._room.num_here(sequence.tenant) == len(self._room.waiting_of(sequence.tenant)):
             return False  # of its own nothing is being served
         guest.rank = self.rank_of(guest)
         forecasts, wanted = self._forecasts(fleet, guest, forecaster)

@@ -29,8 +29,9 @@ class Turns:
     def __init__(self, settings: RouterSettings, scheduler: SchedulerSettings, fleet: Fleet) -> None:
         self._settings = settings
         self._fleet = fleet
-        self._room = WaitingRoom(settings.tenants)
-        self._paths = Pathfinder(settings, scheduler, self._room)
+        self.room = WaitingRoom(settings.tenants)
+        """Who waits, and what other routers say of those who share the server."""
+        self._paths = Pathfinder(settings, scheduler, self.room)
         self._kept_out: str | None = None
         """The tenant whose sequence was the last to be held back for others'."""
         self.workload = WorkloadWindow()
@@ -49,7 +50,7 @@ class Turns:
         if verdict is None:
             self._paths.note_admitted(sequence, now)
         if not isinstance(verdict, Refuse):
-            self._room.enter(sequence)
+            self.room.enter(sequence)
             self._paths.note_arrival(sequence, now)
             if watches:
                 self.workload.take(sequence)
@@ -61,7 +62,7 @@ class Turns:
 
     def _verdict(self, sequence: SequenceEntry, num_all: int, now: float) -> Refuse | Degrade | None:
         settings = self._settings
-        refusal = over_bounds(sequence, settings, num_all, self._room.num_under_way(sequence.tenant))
+        refusal = over_bounds(sequence, settings, num_all, self.room.num_under_way(sequence.tenant))
         if refusal is not None:
             return refusal
         if not can_be_served(self._fleet, sequence, strict_roles=settings.has_walls):
@@ -78,7 +79,7 @@ class Turns:
 
     def next(self, passed: Collection[RequestId]) -> SequenceEntry | None:
         """Return whose turn it is, those who were passed over left out."""
-        return self._room.head(passed)
+        return self.room.head(passed)
 
     def passed_over(self, sequence: SequenceEntry) -> Collection[RequestId]:
         """Return who lets others go first, of one whose turn it is and that does not start; nobody where all wait.
@@ -89,15 +90,15 @@ class Turns:
             return (sequence.request_id,)
         if sequence.tenant != self._kept_out:
             return ()
-        return [one.request_id for one in self._room.waiting_of(sequence.tenant)]
+        return [one.request_id for one in self.room.waiting_of(sequence.tenant)]
 
     def start(self, sequence: SequenceEntry, now: float) -> Placed | HeldBack | None:
         """Return where a sequence whose turn it is starts, or that it waits on, with a time or without."""
         start = self._paths.start(self._fleet, sequence, now)
         self._kept_out = sequence.tenant if isinstance(start, HeldBack) and start.for_guests else None
         if isinstance(start, Placed):
-            self._room.stop_waiting(sequence)
-            self._room.served(sequence, num_input=sequence.num_tokens)
+            self.room.stop_waiting(sequence)
+            self.room.served(sequence, num_input=sequence.num_tokens)
             self.workload.started(sequence, start.instance, now)
             self._paths.note_start(self._fleet, start, sequence, now)
             sequence.assign(start.instance.instance, start.chosen, start.other, now)
@@ -110,7 +111,7 @@ class Turns:
     def start_again(self, sequence: SequenceEntry) -> None:
         """Let a sequence that lost its instance wait for its turn."""
         self._fleet.expect_no_more(sequence)
-        self._room.wait(sequence)
+        self.room.wait(sequence)
 
     def compared(self, sequence: SequenceEntry, held: Mapping[InstanceId, HeldPrefix]) -> list[InstanceEntry]:
         """Return the instances whose KV tokens decide where a sequence starts, or goes on once it is offered.
@@ -166,7 +167,7 @@ class Turns:
             self._fleet.expect_no_more(sequence)
         if sequence.sample is not None:
             self.workload.brought(sequence)
-        self._room.served(sequence, num_output=count)
+        self.room.served(sequence, num_output=count)
 
     def note_hand_over(self, sequence: SequenceEntry, duration_s: float) -> None:
         """Take account of KV blocks that have arrived."""
@@ -182,6 +183,6 @@ class Turns:
     def leave(self, sequence: SequenceEntry) -> None:
         """Forget a sequence, in whatever state it is."""
         if sequence.state is Whereabouts.QUEUED:
-            self._room.stop_waiting(sequence)
-        self._room.leave(sequence)
+            self.room.stop_waiting(sequence)
+        self.room.leave(sequence)
         self._fleet.expect_no_more(sequence)

@@ -64,7 +64,7 @@ from disagg.scheduling.dispatch.events import (
 )
 from disagg.scheduling.dispatch.state import COMING, InstanceEntry, InstanceState
 from disagg.scheduling.router.elastic_view import ElasticView
-from disagg.scheduling.router.elasticity import AnyChange, elasticity_of
+from disagg.scheduling.router.elasticity import AnyChange, AnyElasticNews, elasticity_of
 from disagg.scheduling.router.header import RouterHeader
 from disagg.scheduling.router.inputs import (
     AnyCommand,
@@ -72,11 +72,8 @@ from disagg.scheduling.router.inputs import (
     InstanceSaid,
     MalformedMessage,
     MeasureLinks,
-    Planned,
-    PlanningFailed,
     ProcessExited,
     Unreachable,
-    WorkloadReported,
 )
 from disagg.scheduling.router.link_survey import LinkSurvey, MeasuredLink, link_known
 from disagg.scheduling.router.membership import MAX_MALFORMED_MESSAGES, Member, Membership
@@ -177,7 +174,7 @@ class RouterCore:
         self._elasticity.expect_work(self._now)
         self._dispatch(event)
 
-    def _on_news(self, news: Planned | PlanningFailed | WorkloadReported) -> None:
+    def _on_news(self, news: AnyElasticNews) -> None:
         self._adapt(self._elasticity.hear(news, self._members, self._now))
 
     # Instances' messages --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How a deployment changes by itself: autoscaling, and another placement when the workload has moved. Pure."""
 
 import math
-from typing import assert_never
+from typing import Final, assert_never
 
 from disagg.base.elastic_settings import Replan
 from disagg.scheduling.dispatch.dispatcher import Dispatcher
@@ -12,21 +12,26 @@ from disagg.scheduling.replan.replanner import Replanner
 from disagg.scheduling.router.autoscaler import Autoscaler
 from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.scheduling.router.header import RouterHeader, RouterPart
-from disagg.scheduling.router.inputs import Planned, PlanningFailed, WorkloadReported
+from disagg.scheduling.router.inputs import Planned, PlanningFailed, TenantsReported, WorkloadReported
 from disagg.scheduling.router.membership import Membership
 from disagg.scheduling.router.outputs import (
     AddInstance,
     AskForPlan,
     ChangeWanted,
     PlanDecided,
+    ReportTenants,
     ReportWorkload,
     ScalingDecided,
 )
 from disagg.scheduling.router.workload_reporter import REPORT_S, WorkloadReporter
 
-AnyChange = ScalingDecided | PlanDecided | AskForPlan | AddInstance | ReportWorkload | ChangeWanted | Drain | ChangeRole
+TENANTS_S: Final = 0.05
+"""Between two reports of tenants: as instances tell their loads."""
+
+AnyReport = ReportWorkload | ReportTenants
+AnyChange = ScalingDecided | PlanDecided | AskForPlan | AddInstance | AnyReport | ChangeWanted | Drain | ChangeRole
 """What is decided, and what follows from it: outputs of the router's core, and commands to it."""
-AnyElasticNews = Planned | PlanningFailed | WorkloadReported
+AnyElasticNews = Planned | PlanningFailed | WorkloadReported | TenantsReported
 
 
 class Elasticity:
@@ -35,7 +40,7 @@ class Elasticity:
     def __init__(self, header: RouterHeader, dispatcher: Dispatcher) -> None:
         settings, scheduler = header.settings, header.scheduler
         self._is_keeper = header.part is RouterPart.KEEPER
-        self._window, self._experience = dispatcher.workload, dispatcher.experience
+        self._window, self._experience = dispatcher.turns.workload, dispatcher.turns.experience
         self._scaling = Autoscaler(settings, scheduler, self._window)
         self._replanner = Replanner(settings, scheduler, self._window, self._experience)
 
@@ -73,6 +78,8 @@ class Elasticity:
             case PlanningFailed():
                 self._replanner.gave_up()
                 return []
+            case TenantsReported():
+                return []  # who keeps the fleet has no sequences, and who is alone hears of no other
             case Planned():
                 return self._by_whom(self._weigh(news, members, now))
             case _:
@@ -97,33 +104,54 @@ class Elasticity:
 
 
 class FollowedElasticity:
-    """Stands in the place of ``Elasticity`` where it is decided elsewhere: reports what that goes by."""
+    """Stands in the place of ``Elasticity`` where it is decided elsewhere: reports what that goes by.
+
+    It also tells the other routers what is here of those who share the server, and hears it of them.
+    """
 
     def __init__(self, header: RouterHeader, dispatcher: Dispatcher) -> None:
-        self._is_wanted = header.settings.watches_workload
+        self._tells_workload, self._tells_tenants = header.settings.watches_workload, header.settings.predicts
         tells_samples = header.settings.replan is not Replan.OFF
-        self._reporter = WorkloadReporter(dispatcher.workload, dispatcher.experience, tells_samples=tells_samples)
+        turns = dispatcher.turns
+        self._reporter = WorkloadReporter(turns.workload, turns.experience, tells_samples=tells_samples)
+        self._room = turns.room
+        if self._tells_tenants:
+            self._room.news()  # from now on it notes what is served
         self.view = ElasticView()
-        self.due_s = math.inf
+        self._workload_due_s = self._tenants_due_s = math.inf
+
+    @property
+    def due_s(self) -> float:
         """When to report next."""
+        return min(self._workload_due_s, self._tenants_due_s)
 
     def expect_work(self, now: float) -> None:
         """A sequence arrives."""
-        if self._is_wanted and math.isinf(self.due_s):
-            self.due_s = now + REPORT_S
+        if self._tells_workload:
+            self._workload_due_s = min(self._workload_due_s, now + REPORT_S)
+        if self._tells_tenants:
+            self._tenants_due_s = min(self._tenants_due_s, now + TENANTS_S)
 
     def review(self, members: Membership, now: float, *, has_work: bool) -> list[AnyChange]:
-        """Return a report, where there is something to tell."""
-        report = self._reporter.report()
-        self.due_s = now + REPORT_S if has_work else math.inf
-        return [] if report is None else [ReportWorkload(report=report)]
+        """Return reports that are due, where there is something to tell."""
+        changes: list[AnyChange] = []
+        if now >= self._workload_due_s:
+            self._workload_due_s = now + REPORT_S if has_work else math.inf
+            if (report := self._reporter.report()) is not None:
+                changes.append(ReportWorkload(report=report))
+        if now >= self._tenants_due_s:
+            self._tenants_due_s = now + TENANTS_S if has_work else math.inf
+            changes.append(ReportTenants(shares=self._room.news()))
+        return changes
 
     def look(self, members: Membership) -> list[AnyChange]:
         """Return nothing: others look."""
         return []
 
     def hear(self, news: AnyElasticNews, members: Membership, now: float) -> list[AnyChange]:
-        """Return nothing: nobody here was asked."""
+        """Take what other routers say; nobody else was asked."""
+        if isinstance(news, TenantsReported):
+            self._room.hear(news.router, news.shares)
         return []
 
 

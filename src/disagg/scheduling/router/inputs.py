@@ -27,6 +27,7 @@ from disagg.scheduling.dispatch.events import (
     TokensEmitted,
     Undrain,
 )
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.replan.question import PlanAnswer
 from disagg.scheduling.step.events import Tick
@@ -91,6 +92,13 @@ class WorkloadReported(RouterInput, frozen=True, kw_only=True):
     report: WorkloadReport
 
 
+class TenantsReported(RouterInput, frozen=True, kw_only=True):
+    """Another router says what it has of each tenant; nothing of one that is gone."""
+
+    router: RouterId
+    shares: tuple[TenantShare, ...]
+
+
 class Planned(RouterInput, frozen=True, kw_only=True):
     """The planner has answered the question that it was asked last."""
 
@@ -115,6 +123,7 @@ AnyRouterInput = (
     | ProcessStarting
     | ProcessExited
     | WorkloadReported
+    | TenantsReported
     | Planned
     | PlanningFailed
     | AnyCommand

@@ -27,6 +27,7 @@ from disagg.scheduling.dispatch.actions import (
     SendRelease,
 )
 from disagg.scheduling.dispatch.events import ChangeRole, Drain
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.replan.placements import RoleCounts
 from disagg.scheduling.replan.question import PlanQuestion
@@ -244,6 +245,12 @@ class ReportWorkload(RouterOutput, frozen=True, kw_only=True):
     report: WorkloadReport
 
 
+class ReportTenants(RouterOutput, frozen=True, kw_only=True):
+    """Tell the other routers what is here of each tenant."""
+
+    shares: tuple[TenantShare, ...]
+
+
 class ChangeWanted(RouterOutput, frozen=True, kw_only=True):
     """Let this be done here and in the routers that follow; what cannot be done now is decided anew another time."""
 
@@ -328,6 +335,7 @@ AnyRouterOutput = (
     | InstanceLeft
     | AddInstance
     | ReportWorkload
+    | ReportTenants
     | ChangeWanted
     | ScalingDecided
     | AskForPlan

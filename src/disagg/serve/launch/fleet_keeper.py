@@ -14,9 +14,17 @@ from disagg.base.messages import InstanceFacts, encode
 from disagg.base.router_messages import SAME_HOST, JoinRouter, LeaveRouter
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, Join, Leave, ProcessStarting, Undrain
 from disagg.scheduling.dispatch.state import ALIVE, InstanceState
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.router.inputs import AnyCommand, ProcessExited, WorkloadReported
-from disagg.serve.launch.fleet_messages import FleetChanged, FleetChanges, InstanceFaulty, Roster, RosterEntry
+from disagg.serve.launch.fleet_messages import (
+    FleetChanged,
+    FleetChanges,
+    InstanceFaulty,
+    Roster,
+    RosterEntry,
+    TenantsElsewhere,
+)
 from disagg.serve.launch.router_child import RouterChild
 from disagg.serve.router.control_socket import ControlSocket
 from disagg.serve.router.interface import InstanceStatus
@@ -85,6 +93,7 @@ class FleetKeeper:
             if status.state in ALIVE:
                 self._tell_instance(status.instance, LeaveRouter(router=child.name))
         self._remove_drained()
+        self.router_tells_tenants(child, ())
 
     def router_says_faulty(self, said: InstanceFaulty) -> None:
         """End the process of an instance that a router cannot use, unless it is another life by now."""
@@ -101,6 +110,12 @@ class FleetKeeper:
     def router_tells_workload(self, child: RouterChild, report: WorkloadReport) -> None:
         """Take what has come to a router: how the fleet changes is decided by that."""
         self._router.hear(WorkloadReported(router=child.name, report=report))
+
+    def router_tells_tenants(self, child: RouterChild, shares: tuple[TenantShare, ...]) -> None:
+        """Pass on to the other routers what one has of those who share the server."""
+        for other, _ in list(self._routers.values()):
+            if other is not child:
+                other.tell(TenantsElsewhere(router=child.name, shares=shares))
 
     def show_changes(self, child: RouterChild) -> None:
         """Tell a router how the fleet changes by itself, where it does not know yet."""

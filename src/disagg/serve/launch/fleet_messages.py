@@ -12,13 +12,14 @@ from disagg.base.message_fields import Count, Message, Name, Seconds, Words
 from disagg.base.messages import decode_message
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.events import ChangeRole, Drain, ProcessStarting, Undrain
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.router.elastic_view import ElasticView
 from disagg.scheduling.router.inputs import AnyCommand, MeasureLinks, ProcessExited
 from disagg.scheduling.router.outputs import AddInstance
 from disagg.serve.launch.deployment import Deployment
 
-FLEET_VERSION = 3
+FLEET_VERSION = 4
 
 
 class RouterTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +93,13 @@ class FleetChanges(Message, frozen=True, kw_only=True):
     """How the fleet changes by itself: what was seen and decided last."""
 
     view: ElasticView
+
+
+class TenantsElsewhere(Message, frozen=True, kw_only=True):
+    """What another router has of each tenant, as it told; nothing when it is gone."""
+
+    router: RouterId
+    shares: tuple[TenantShare, ...]
 
 
 class Retire(Message, frozen=True, kw_only=True):
@@ -171,11 +179,19 @@ class WorkloadTold(Message, frozen=True, kw_only=True):
     report: WorkloadReport
 
 
+class TenantsTold(Message, frozen=True, kw_only=True):
+    """What this router has of each tenant, for the others."""
+
+    shares: tuple[TenantShare, ...]
+
+
 class SignOfLife(Message, frozen=True, kw_only=True):
     """The process is not stuck."""
 
 
-ToRouterProcess = Roster | FleetChanged | CommandAnswered | GiveMetrics | AllMetrics | FleetChanges | Retire
+ToRouterProcess = (
+    Roster | FleetChanged | CommandAnswered | GiveMetrics | AllMetrics | FleetChanges | TenantsElsewhere | Retire
+)
 ToFleet = (
     RouterUp
     | RouterListening
@@ -186,6 +202,7 @@ ToFleet = (
     | MetricsWanted
     | MetricsGiven
     | WorkloadTold
+    | TenantsTold
     | SignOfLife
 )
 

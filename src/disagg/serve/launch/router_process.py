@@ -23,7 +23,9 @@ from disagg.base.message_fields import PROTOCOL_VERSION
 from disagg.base.messages import InstanceFacts
 from disagg.base.parent import end_with_parent
 from disagg.scheduling.dispatch.events import ChangeRole, Join, Leave
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
+from disagg.scheduling.router.inputs import TenantsReported
 from disagg.serve.launch.api_parts import ApiParts, open_api
 from disagg.serve.launch.api_server import CLOSE_S, make_api_server
 from disagg.serve.launch.descriptors import share_descriptors
@@ -44,6 +46,8 @@ from disagg.serve.launch.fleet_messages import (
     RouterTask,
     RouterUp,
     SignOfLife,
+    TenantsElsewhere,
+    TenantsTold,
     ToRouterProcess,
     WorkloadTold,
     decode_for_router_process,
@@ -118,7 +122,9 @@ class RouterProcess:
         resources.callback(self._router.close)
         self._operator = RemoteOperator(self._pipe)
         watcher = FollowingWatcher(self._router, self._pipe)
-        self._router.start(watcher, RouterEffects(report_workload=self._report_workload))
+        self._router.start(
+            watcher, RouterEffects(report_workload=self._report_workload, report_tenants=self._report_tenants)
+        )
         self._pipe.send(RouterListening(outside_port=0 if self._guests is None else self._guests.port))
         deployment = self._task.deployment
         app = self._parts.make_app(self._router, self._operator, self._operator.all_metrics)
@@ -133,8 +139,14 @@ class RouterProcess:
             await asyncio.wait({serving}, timeout=CLOSE_S)
 
     def _report_workload(self, report: WorkloadReport) -> None:
+        self._report(WorkloadTold(report=report))
+
+    def _report_tenants(self, shares: tuple[TenantShare, ...]) -> None:
+        self._report(TenantsTold(shares=shares))
+
+    def _report(self, report: WorkloadTold | TenantsTold) -> None:
         with suppress(UnavailableError):  # the keeper is gone: that is noticed where it is listened to
-            self._pipe.send(WorkloadTold(report=report))
+            self._pipe.send(report)
 
     def _make_door(self, roster: Roster) -> KnownGuests | None:
         task = self._task
@@ -187,6 +199,8 @@ class RouterProcess:
                     )
                 case FleetChanges(view=view):
                     self._router.show(view)
+                case TenantsElsewhere(router=name, shares=shares):
+                    self._router.hear(TenantsReported(router=name, shares=shares))
                 case Retire():
                     await self._retire(message, serving)
                     return

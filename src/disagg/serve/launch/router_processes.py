@@ -30,6 +30,7 @@ from disagg.serve.launch.fleet_messages import (
     RouterTask,
     RouterUp,
     SignOfLife,
+    TenantsTold,
     ToFleet,
     WorkloadTold,
 )
@@ -232,6 +233,8 @@ class RouterProcesses:
                 self._keeper.router_has_drained(child, instance)
             case WorkloadTold(report=report):
                 self._keeper.router_tells_workload(child, report)
+            case TenantsTold(shares=shares):
+                self._keeper.router_tells_tenants(child, shares)
             case SignOfLife():
                 self._keeper.show_changes(child)
             case CommandGiven():

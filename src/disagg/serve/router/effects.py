@@ -7,6 +7,7 @@ from typing import Final
 
 from disagg.base.request import Role
 from disagg.scheduling.dispatch.events import ChangeRole, Drain
+from disagg.scheduling.dispatch.tenant_shares import TenantShare
 from disagg.scheduling.dispatch.workload_report import WorkloadReport
 from disagg.scheduling.replan.question import PlanQuestion
 
@@ -33,6 +34,8 @@ class RouterEffects:
     """Lets this be done in all routers of the server."""
     report_workload: Callable[[WorkloadReport], None] = _tell_nobody
     """Tells the keeper of the fleet what has come here."""
+    report_tenants: Callable[[tuple[TenantShare, ...]], None] = _tell_nobody
+    """Tells the other routers what is here of those who share the server."""
 
 
 NO_EFFECTS: Final = RouterEffects()

@@ -79,6 +79,7 @@ from disagg.scheduling.router.outputs import (
     LinkFound,
     MessageDropped,
     PlanDecided,
+    ReportTenants,
     ReportWorkload,
     RestartInstance,
     ScalingDecided,
@@ -284,6 +285,8 @@ class RouterShell:
                 self.effects.change_fleet(command)
             case ReportWorkload(report=report):
                 self.effects.report_workload(report)
+            case ReportTenants(shares=shares):
+                self.effects.report_tenants(shares)
             case AskForPlan(why=why, question=question):
                 logger.info("re-planning: the workload has moved (%s); planning", why)
                 self._ask_planner(question)
