@@ -45,6 +45,9 @@ class Outcome:
     failed: int
     kept: int
     """Answered within both objectives."""
+    best_effort: int
+    """Answered when others left time, as they were predicted to miss their objectives."""
+    best_effort_kept: int
     ttft_p50_s: float
     ttft_p99_s: float
     longest_wait_s: float
@@ -63,6 +66,8 @@ class Outcome:
             refused=len(refused),
             failed=len(records) - len(answered) - len(refused),
             kept=sum(one.meets(slo) for one in answered),
+            best_effort=sum(one.is_best_effort for one in answered),
+            best_effort_kept=sum(one.meets(slo) for one in answered if one.is_best_effort),
             ttft_p50_s=ttft.p50,
             ttft_p99_s=ttft.p99,
             longest_wait_s=max((one.ttft_s for one in answered), default=0.0),
@@ -71,18 +76,22 @@ class Outcome:
 
     def row(self) -> str:
         """Return a line of the table."""
-        share = self.kept / self.answered if self.answered else 0.0
         cells = (
             self.name,
             str(self.sent),
             str(self.answered),
             str(self.refused),
             str(self.failed),
-            f"{share:.1%}",
+            _share(self.kept - self.best_effort_kept, self.answered - self.best_effort),
+            _share(self.best_effort_kept, self.best_effort),
             f"{self.ttft_p50_s:.2f}, {self.ttft_p99_s:.2f}, {self.longest_wait_s:.2f} s",
             f"{1e3 * self.tpot_p99_s:.1f} ms",
         )
         return f"| {' | '.join(cells)} |"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%} of {whole}" if whole else "-"
 
 
 def requests(rate: float, seconds: float, seed: int) -> tuple[RequestSpec, ...]:
@@ -145,9 +154,10 @@ def main() -> None:
     arguments = parse()
     if not arguments.json:
         print(
-            "| | sent | answered | refused | failed | of the answered kept both | TTFT P50, P99, longest | TPOT P99 |"
+            "| | sent | answered | refused | failed | of the answered kept both | of best effort kept both "
+            "| TTFT P50, P99, longest | TPOT P99 |"
         )
-        print("|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|")
     for measure in (overloaded, beside_a_flood):
         for outcome in measure(arguments):
             print(json.dumps(asdict(outcome)) if arguments.json else outcome.row(), flush=True)

@@ -56,6 +56,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds of each stage (``measure.timeline.Stage``), where the server tells them."""
     instances: tuple[str, ...] = ()
     """Who prefilled and who decoded, where the server tells it."""
+    is_best_effort: bool = False
+    """Served when others left time, as it was predicted to miss its objectives; where the server tells it."""
 
     def __post_init__(self) -> None:
         # Only the default itself is left out of the file, and JSON has no other NaN.

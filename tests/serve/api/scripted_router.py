@@ -104,6 +104,7 @@ class ScriptedRouter:
     error: DisaggError | None = None
     refusal: DisaggError | None = None
     num_accepted: int = 0
+    best_effort: bool = False
     gate: asyncio.Semaphore | None = None
     live: bool = True
     name: RouterId = _ONLY
@@ -125,6 +126,7 @@ class ScriptedRouter:
         self.requests.append(request)
         self._notify()
         sequence = ScriptedSequence(request, self.script(request), self.error, self.gate)
+        sequence.stream.is_best_effort = self.best_effort
         sequence.start()
         self._sequences.append(sequence)
         return sequence.stream

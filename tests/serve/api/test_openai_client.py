@@ -263,6 +263,19 @@ async def test_overload_says_when_to_come_back(serve: Serve) -> None:
     assert caught.value.response.headers["retry-after"] == "3"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("best_effort", [False, True])
+async def test_a_client_learns_that_it_is_served_as_best_effort(serve: Serve, stream: bool, best_effort: bool) -> None:
+    site = await serve(best_effort=best_effort)
+    async with site.client.completions.with_streaming_response.create(
+        model="tiny", prompt="x", stream=stream
+    ) as answer:
+        assert answer.headers.get("x-slo-service") == ("best-effort" if best_effort else None)
+        await answer.read()
+    [view] = (await site.http.get("/requests")).json()["requests"]
+    assert view["is_best_effort"] == best_effort
+
+
 async def test_when_one_of_n_choices_is_refused_none_is_kept(serve: Serve) -> None:
     site = await serve(refusal=OverloadedError("full"), num_accepted=2)
     with pytest.raises(openai.RateLimitError):

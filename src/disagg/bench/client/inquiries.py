@@ -76,6 +76,7 @@ class RecentRequest(msgspec.Struct):
     prefill_instance: str | None = None
     decode_instance: str | None = None
     num_output_tokens: int = 0
+    is_best_effort: bool = False
     stages: dict[str, float] = {}
 
 

@@ -18,4 +18,4 @@ def _merge(record: RequestRecord, view: RecentRequest | None) -> RequestRecord:
     if view is None:
         return record
     instances = tuple(name for name in (view.prefill_instance, view.decode_instance) if name)
-    return msgspec.structs.replace(record, stages=view.stages, instances=instances)
+    return msgspec.structs.replace(record, stages=view.stages, instances=instances, is_best_effort=view.is_best_effort)

@@ -23,7 +23,7 @@ from disagg.base.text import one_line
 from disagg.serve.api.admin import Administration, Operator
 from disagg.serve.api.disconnect import ClientDisconnectedError
 from disagg.serve.api.failures import as_disagg_error, error_response, plain_error_response
-from disagg.serve.api.generation import GenerationEndpoint
+from disagg.serve.api.generation import SERVICE_HEADER, GenerationEndpoint
 from disagg.serve.api.inflate import Inflate
 from disagg.serve.api.jobs import JobFactory
 from disagg.serve.api.metrics import ServerMetrics
@@ -95,7 +95,7 @@ def create_app(  # noqa: PLR0913 (each is one thing that a server may have)
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=(REQUEST_ID_HEADER, "Retry-After", "traceparent"),
+        expose_headers=(REQUEST_ID_HEADER, SERVICE_HEADER, "Retry-After", "traceparent"),
     )
 
 

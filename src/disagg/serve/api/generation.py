@@ -13,10 +13,11 @@ from starlette.types import Receive, Scope, Send
 from disagg.base.errors import DisaggError, InternalError, UnavailableError
 from disagg.base.messages import SequenceOutput
 from disagg.base.request import GenerationRequest
+from disagg.base.service_classes import Overload
 from disagg.serve.api.answer import Delta
 from disagg.serve.api.disconnect import ClientDisconnectedError, noticing_disconnect
 from disagg.serve.api.failures import as_disagg_error
-from disagg.serve.api.http import DirectWriter, EventStream, direct_writer, read_body, send_json
+from disagg.serve.api.http import DirectWriter, EventStream, RawHeaders, direct_writer, read_body, send_json
 from disagg.serve.api.jobs import Job
 from disagg.serve.api.observer import Accounts, RequestObserver
 from disagg.serve.api.responses import PromptTokensDetails, Usage, encode
@@ -34,6 +35,10 @@ MakeJob = Callable[[bytes, float, int, Caller], Awaitable[Job]]
 
 Arrival = tuple[int, SequenceOutput]
 """An output, and the index of its sequence."""
+
+SERVICE_HEADER: Final = "x-slo-service"
+"""Of the response to a request that is served as best effort."""
+_BEST_EFFORT: Final[RawHeaders] = ((SERVICE_HEADER.encode(), Overload.BEST_EFFORT.value.encode()),)
 
 MANY_LOGPROBS: Final = 5_000
 """Answers with more probabilities at once are written in a thread: these take some 10 ms."""
@@ -86,10 +91,11 @@ class GenerationEndpoint:
         ):
             observer.submitted(running.streams)
             run = Run(job, running, observer)
+            headers = _BEST_EFFORT if any(stream.is_best_effort for stream in running.streams) else ()
             if job.stream_options is None:
-                await send_json(send, await run.whole())
+                await send_json(send, await run.whole(), headers)
             else:
-                async with EventStream(send) as events:
+                async with EventStream(send, headers) as events:
                     await run.stream(events, writer)
 
 

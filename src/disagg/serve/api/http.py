@@ -73,9 +73,13 @@ async def _read_parts(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-async def send_json(send: Send, body: bytes) -> None:
-    """Send a whole JSON response with status 200."""
-    headers = [_JSON_HEADER, (b"content-length", str(len(body)).encode())]
+RawHeaders = tuple[tuple[bytes, bytes], ...]
+"""Names in lower case, and values."""
+
+
+async def send_json(send: Send, body: bytes, further: RawHeaders = ()) -> None:
+    """Send a whole JSON response with status 200, with ``further`` headers."""
+    headers = [_JSON_HEADER, (b"content-length", str(len(body)).encode()), *further]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -88,8 +92,9 @@ class EventStream:
     after all writes, most of which are done at once.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, further: RawHeaders = ()) -> None:
         self._send = send
+        self._headers = (*_EVENT_HEADERS, *further)
         self.started = False
         self._writing_since_s = math.inf
 
@@ -113,7 +118,7 @@ class EventStream:
         """Send encoded events in one write."""
         if not self.started:
             self.started = True
-            await self._deliver({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
+            await self._deliver({"type": "http.response.start", "status": 200, "headers": list(self._headers)})
         await self._deliver({"type": "http.response.body", "body": bytes(events), "more_body": True})
 
     async def end(self) -> None:

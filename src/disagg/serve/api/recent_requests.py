@@ -67,6 +67,7 @@ def with_stages(view: RequestView, stream: SequenceStream, now: float) -> Reques
         view,
         prefill_instance=stream.served_by.prefill,
         decode_instance=stream.served_by.decode,
+        is_best_effort=stream.is_best_effort,
         stages={stage.value: seconds for stage, seconds in stages.items()},
         stamps=_stamps_since_arrival(timeline),
     )

@@ -182,6 +182,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     prefill_instance: str | None = None
     decode_instance: str | None = None
     num_cached_tokens: int = 0
+    is_best_effort: bool = False
     error: str = ""
     ttft_s: float | None = None
     tpot_s: float | None = None

@@ -70,6 +70,10 @@ class SequenceStream(Protocol):
     def served_by(self) -> ServedBy:
         """Who brought the tokens so far."""
 
+    @property
+    def is_best_effort(self) -> bool:
+        """True where it was predicted to miss its objectives and is served when others leave time."""
+
 
 class Router(Protocol):
     """The API's view of the router."""

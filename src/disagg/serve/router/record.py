@@ -33,6 +33,8 @@ class LiveStream:
         self._take_at_once: Callable[[SequenceOutput], bool] | None = None
         self.served_by = ServedBy()
         """Who brought the tokens so far."""
+        self.is_best_effort = False
+        """See SequenceStream."""
         self.refusal: DisaggError | None = None
         """Why the sequence was not taken, where it was not."""
 
@@ -124,6 +126,7 @@ class SequenceRecord:
     def degrade(self) -> None:
         """Give up its objectives."""
         self.request = structs.replace(self.request, objectives=BEST_EFFORT)
+        self.stream.is_best_effort = True
 
     def resume(self, epoch: Epoch, now: float) -> None:
         """Begin a new attempt: the instance that the sequence was on is lost."""
