@@ -1,4 +1,4 @@
-"""Forecasts on a host whose instances lend each other their cores: as quick as on those without work now."""
+"""Forecasts on a host whose instances lend each other their cores: on those without work now, while that lasts."""
 
 import pytest
 
@@ -56,6 +56,16 @@ def test_a_lone_prompt_is_computed_on_its_neighbours_core_too() -> None:
 
 def test_a_neighbour_with_work_keeps_its_core() -> None:
     assert first_token_s(instance("a"), instance("b", prefill_tokens=50)) == pytest.approx(PROMPT_S)
+
+
+@pytest.mark.parametrize(("busy_part", "speed"), [(0.0, 1.9), (0.5, 1.45), (1.0, 1.0), (2.0, 1.0)])
+def test_a_core_is_counted_on_for_the_part_of_the_time_for_which_prompts_have_left_it(
+    busy_part: float, speed: float
+) -> None:
+    one, other = instance("a"), instance("b")
+    for second in range(-200, 0):  # of the two cores' time, so much went to prompts
+        one.prefill_work.add(2 * busy_part, second)
+    assert first_token_s(one, other) == pytest.approx(PROMPT_S / speed, rel=0.1)
 
 
 def test_who_lends_nothing_borrows_nothing() -> None:

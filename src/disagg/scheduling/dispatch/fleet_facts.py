@@ -19,6 +19,8 @@ class FleetFacts:
     """Of instances that lend theirs, those of them that have no work."""
     num_borrowers: int = 0
     """Of the same, those that have."""
+    num_lenders: int = 0
+    """All of the same."""
 
     @classmethod
     def of(cls, instances: Iterable[InstanceEntry], now: float) -> "FleetFacts":
@@ -30,19 +32,23 @@ class FleetFacts:
             sum(one.prefill_work.share(now) for one in instances),
             sum(one.limits.num_threads for one in instances if one.lends_cores and not one.has_work),
             sum(one.lends_cores and one.has_work for one in instances),
+            sum(one.lends_cores for one in instances),
         )
 
     def num_borrowed(self, entry: InstanceEntry) -> float:
-        """Return on how many cores of neighbours without work a step of an instance is computed, if now.
+        """Return on how many cores of neighbours without work a step of an instance is expected to be computed.
 
-        Those of one host lend them; of others there are none that do. Who has work shares them equally.
+        Those of one host lend them; of others there are none that do. Who has work shares them equally. They are lent
+        until the neighbour is given a prompt: for the part of the time for which it had none lately.
         """
         if not entry.lends_cores:
             return 0.0
         if entry.has_work:
-            return min(entry.limits.num_borrowable, self.num_idle_cores / max(1, self.num_borrowers))
-        others = max(0, self.num_idle_cores - entry.limits.num_threads)
-        return min(entry.limits.num_borrowable, others / (self.num_borrowers + 1))
+            now = min(entry.limits.num_borrowable, self.num_idle_cores / max(1, self.num_borrowers))
+        else:
+            others = max(0, self.num_idle_cores - entry.limits.num_threads)
+            now = min(entry.limits.num_borrowable, others / (self.num_borrowers + 1))
+        return now * (1 - min(1.0, self.prefill_share / max(1, self.num_lenders)))
 
 
 def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
