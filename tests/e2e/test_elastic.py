@@ -85,7 +85,8 @@ def test_an_instance_that_the_load_no_longer_needs_drains_and_leaves_and_no_requ
         assert audit(server)["is_exact"]
 
 
-@pytest.mark.parametrize("routers", [pytest.param((), marks=pytest.mark.slow), ("--routers", "2")], ids=["one", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
 def test_a_plan_is_made_in_a_process_of_its_own_and_its_numbers_are_shown(routers: tuple[str, ...]):
     scaling = ("--prefill", "1", "--decode", "1", "--replan", "advise", "--slo", "ttft=30s,tpot=5s", *routers)
     with serving(*SMALL, *scaling) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:

@@ -32,6 +32,7 @@ def fill(path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_no_request_fails_when_the_disk_of_log_and_blocks_is_full(small_disk: Path) -> None:
     log, blocks = small_disk / "log", small_disk / "blocks"
     with serving(*SETTINGS, "--event-log", str(log), "--kv-disk", f"{blocks},1GiB") as server:

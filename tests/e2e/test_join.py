@@ -117,7 +117,8 @@ def test_an_instance_joins_serves_dies_comes_back_and_leaves(tmp_path: Path) -> 
         assert answers(server, 3) == expected
 
 
-@pytest.mark.parametrize("routers", [pytest.param((), marks=pytest.mark.slow), ("--routers", "2")], ids=["one", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("routers", [(), ("--routers", "2")], ids=["one", "two"])
 def test_requests_wait_for_the_only_decode_instance_when_it_falls_silent(
     tmp_path: Path, routers: tuple[str, ...]
 ) -> None:

@@ -38,7 +38,13 @@ def good(server: ServerProcess, prompt: str, fields: dict[str, Any]) -> list[str
     return [choice.text for choice in answer.choices]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param(PLACEMENTS["colocated"], id="colocated", marks=pytest.mark.slow),
+        pytest.param(PLACEMENTS["1x1"], id="1x1"),
+    ],
+)
 def test_poison_fails_alone(broken_model: str, placement: tuple[str, ...]) -> None:
     every_token = {"min_tokens": 2, "stop_token_ids": list(range(256))}
     forbidden = {str(token): -100.0 for token in range(320)}

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from server_process import ServerProcess, completion, serving
 from test_join import Joiner, door_of, joined, states
 from test_lifecycle import wait_for
@@ -48,6 +49,7 @@ def wait_ready(server: ServerProcess, *instances: str) -> None:
     wait_for(lambda: set(instances) == {name for name, state in states(server).items() if state == "ready"}, instances)
 
 
+@pytest.mark.slow
 def test_instances_then_the_server_are_replaced_and_no_request_fails(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:

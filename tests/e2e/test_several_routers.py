@@ -157,6 +157,7 @@ def test_commands_reach_all_routers(server: ServerProcess) -> None:
     assert "no request could be served" in refused.text
 
 
+@pytest.mark.slow
 def test_an_instance_of_another_host_serves_all_routers_and_survives_them(tmp_path: Path) -> None:
     keys, events = ("--keys", str(tmp_path / "keys")), f"ipc://{tmp_path}/events"
     listening = ("--listen-instances", "127.0.0.1:0", "--kv-events", events, "--instance-wait-s", "120")

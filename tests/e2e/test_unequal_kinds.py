@@ -45,6 +45,7 @@ def check_converted(server: ServerProcess) -> None:
     assert "converted from" in server.text
 
 
+@pytest.mark.slow
 def test_other_kernels_give_the_same_answer(alone: ServerProcess, tmp_path: Path) -> None:
     """In float32, of which another order of the elements loses nothing."""
     file = placement(tmp_path, "kernels: torch", "kernels: native")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from simulated import cluster_spec, instance, poisson, serve
 
 from disagg.base.config import RouterSettings
@@ -83,6 +84,7 @@ def test_a_load_that_rises_and_falls_is_followed_and_nothing_is_lost(tmp_path: P
     assert attainment(scaled) > attainment(alone) + 0.3
 
 
+@pytest.mark.slow
 def test_a_stationary_load_gets_what_it_needs_and_then_stays(tmp_path: Path) -> None:
     requests = ramp((MUCH, 70.0))
     with EventLogFolder(tmp_path) as log:

@@ -96,6 +96,7 @@ def test_what_is_made_of_an_answer(replan: Replan, planner: Planner, pays: bool,
     assert decided[0].present == RoleCounts(1, 2)
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_for_each_workload_and_for_no_mixture():
     asked: list[PlanQuestion] = []
 

@@ -18,7 +18,7 @@ from disagg.models.shape import QkNorm
 REFERENCE = TorchBackend(KvFormat.INTERLEAVED)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(name=backends, shape=shapes, lengths=steps, window=windows, softcap=softcaps)
 def test_attention(
     name: str, shape: Shape, lengths: list[tuple[int, int]], window: int | None, softcap: float | None

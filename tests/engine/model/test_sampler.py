@@ -77,8 +77,8 @@ def truncated(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
     return probabilities / probabilities.sum()
 
 
-UNLIKE: list[tuple[dict[str, Any], float]] = [({}, 0.5), ({"top_p": 0.9}, 2.0), ({"top_k": 30_000}, 0.01)]
-"""Each truncation once, each spread of the logits once."""
+UNLIKE: list[tuple[dict[str, Any], float]] = [({}, 0.5), ({"top_p": 0.9}, 2.0)]
+"""With a truncation and without."""
 
 
 class TestDistribution:
@@ -210,7 +210,11 @@ class TestBatchIndependence:
 
         assert sum(x != y for x, y in zip(before, after, strict=True)) <= 2
 
-    @pytest.mark.parametrize("params", [{}, {"top_p": 0.99}, {"top_k": 15_000}], ids=str)
+    @pytest.mark.parametrize(
+        "params",
+        [{"top_k": 15_000}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({}, {"top_p": 0.99}))],
+        ids=str,
+    )
     def test_nor_does_it_among_unlikely_tokens(self, chooser: ChoosesTokens | None, params: dict[str, Any]) -> None:
         """As much noise as two placements differ by in float32, in one direction over half the vocabulary."""
         generator = torch.Generator().manual_seed(2)
