@@ -293,24 +293,27 @@ def heat_of(
 def plan_all(options: argparse.Namespace, machine: Machine, console: Console) -> dict[str, list[Contender]]:
     """Return the placements of each case, by its name, best first: from the file of plans, where it has the case.
 
-    Cases for which nothing can be planned are left out.
+    Cases for which nothing can be planned are left out; the file has the reason in their place.
     """
     file: Path | None = options.plans
-    planned: dict[str, list[Contender]] = {}
+    known: dict[str, list[Contender] | str] = {}
     if file is not None and file.exists():
-        planned = msgspec.json.decode(file.read_bytes(), type=dict[str, list[Contender]])
+        known = msgspec.json.decode(file.read_bytes(), type=dict[str, list[Contender] | str])
+    planned: dict[str, list[Contender]] = {}
     for workload, kind in asked_cases(options):
         begin_s, case = time.monotonic(), Case.of(machine, workload, kind)
-        if case.name in planned:
-            continue
-        try:
-            planned[case.name] = case.plan(options.plan_requests)
-        except DisaggError as error:
-            console.print(f"{case.name}: {error}")
-            continue
-        console.print(f"{case.name}: planned in {time.monotonic() - begin_s:.0f} s")
-        if file is not None:
-            file.write_bytes(msgspec.json.encode(planned))
+        if case.name not in known:
+            try:
+                known[case.name] = case.plan(options.plan_requests)
+            except DisaggError as error:
+                known[case.name] = str(error)
+            console.print(f"{case.name}: planned in {time.monotonic() - begin_s:.0f} s")
+            if file is not None:
+                file.write_bytes(msgspec.json.encode(known))
+        if isinstance(plan := known[case.name], str):
+            console.print(f"{case.name}: {plan}")
+        else:
+            planned[case.name] = plan
     return planned
 
 
