@@ -68,6 +68,13 @@ def test_a_core_is_counted_on_for_the_part_of_the_time_for_which_prompts_have_le
     assert first_token_s(one, other) == pytest.approx(PROMPT_S / speed, rel=0.1)
 
 
+def test_what_others_prefill_who_lend_nothing_takes_no_core_away() -> None:
+    one, other, apart = instance("a"), instance("b"), instance("c", num_borrowable=0)
+    for second in range(-200, 0):
+        apart.prefill_work.add(1.0, second)
+    assert first_token_s(one, other, apart) == pytest.approx(PROMPT_S / 1.9)
+
+
 def test_who_lends_nothing_borrows_nothing() -> None:
     assert first_token_s(instance("a", num_borrowable=0), instance("b", num_borrowable=0)) == pytest.approx(PROMPT_S)
     assert first_token_s(instance("a"), instance("b", num_borrowable=0)) == pytest.approx(PROMPT_S)

@@ -19,20 +19,23 @@ class FleetFacts:
     """Of instances that lend theirs, those of them that have no work."""
     num_borrowers: int = 0
     """Of the same, those that have."""
-    num_lenders: int = 0
-    """All of the same."""
+    idle_part: float = 1.0
+    """Of the time of the same, what prompts have left idle lately."""
 
     @classmethod
     def of(cls, instances: Iterable[InstanceEntry], now: float) -> "FleetFacts":
         """Look at all instances."""
         instances = tuple(instances)
+        lenders = [one for one in instances if one.lends_cores]
+        idle = [one for one in lenders if not one.has_work]
+        busy_part = sum(one.prefill_work.share(now) for one in lenders) / max(1, len(lenders))
         return cls(
             known_prefill_costs(instances) or PRIOR_COSTS,
             known_decode_costs(instances) or PRIOR_COSTS,
             sum(one.prefill_work.share(now) for one in instances),
-            sum(one.limits.num_threads for one in instances if one.lends_cores and not one.has_work),
-            sum(one.lends_cores and one.has_work for one in instances),
-            sum(one.lends_cores for one in instances),
+            sum(one.limits.num_threads for one in idle),
+            len(lenders) - len(idle),
+            1 - min(1.0, busy_part),
         )
 
     def num_borrowed(self, entry: InstanceEntry) -> float:
@@ -48,7 +51,7 @@ class FleetFacts:
         else:
             others = max(0, self.num_idle_cores - entry.limits.num_threads)
             now = min(entry.limits.num_borrowable, others / (self.num_borrowers + 1))
-        return now * (1 - min(1.0, self.prefill_share / max(1, self.num_lenders)))
+        return now * self.idle_part
 
 
 def known_prefill_costs(instances: Iterable[InstanceEntry]) -> StepCosts | None:
