@@ -14,8 +14,8 @@ constexpr int64_t kPiecesPerThread = 2;
 constexpr int64_t kPanelsPerPiece = 3;
 constexpr int64_t kRowsPerPiece = 12;
 
-// This thread's room for what a product writes down, a widened panel first of all; kept, since fresh pages cost more than
-// what is written there.
+// This thread's room for what a product writes down: widened rows, a widened panel. Kept, since fresh pages cost more
+// than what is written there.
 uint32_t* scratch(int64_t num_words) {
   thread_local std::vector<uint32_t> words;
   if (static_cast<int64_t>(words.size()) < num_words) words.resize(num_words);

@@ -379,6 +379,10 @@ using RowOf = typename RowsOf<E>::Type;
 // Write ``count`` elements as those of a row.
 template <class E>
 DISAGG_INLINE void widen_row(const typename E::Storage* from, int64_t count, void* to) {
+  if constexpr (E::kRowWords == 1) {
+    __builtin_memcpy(to, from, count * sizeof(typename E::Storage));
+    return;
+  }
   auto* row = static_cast<typename RowOf<E>::Storage*>(to);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) RowOf<E>::store_floats(row + i, E::load_floats(from + i));
