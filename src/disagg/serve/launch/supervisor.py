@@ -32,7 +32,7 @@ from disagg.serve.launch.runners import InstanceRunners
 from disagg.serve.launch.server_observer import ServerObserver
 from disagg.serve.launch.shared_files import core_board, shared_weights
 from disagg.serve.launch.signals import SignalQueue
-from disagg.serve.router.control_socket import ZmqControlSocket
+from disagg.serve.router.control_socket import ControlSocket, ZmqControlSocket
 from disagg.serve.router.doorkeeper import SharedKey
 from disagg.serve.router.effects import RouterEffects
 from disagg.serve.router.kv_publisher import open_publisher
@@ -82,20 +82,9 @@ class SupervisedServer:
                 core_board=resources.enter_context(core_board()),
                 kv_host=kv_host_of(self._deployment),
             )
-            folder = self._deployment.host.event_log
             metrics = FleetMetrics(self._model_name)
             control = control_socket(ZmqControlSocket(endpoint, SharedKey(control_key)), outside)
-            self._router = LiveRouter(
-                self._deployment.roles(),
-                self._deployment.router,
-                control,
-                sink=metrics,
-                scheduler=self._deployment.scheduler,
-                event_log=None if folder is None else Path(folder) / "router.jsonl",
-                kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
-                among=KEEPER,
-            )
-            resources.callback(self._router.close)
+            self._router = self._open_router(control, metrics, resources)
             keeper = FleetKeeper(self._router, control)
             launcher = Launcher(instances, keeper, self._observer, command=self._engine_command)
             keeper.runner = watcher_of(launcher, FleetGuests(keeper, self._router), outside)
@@ -123,6 +112,21 @@ class SupervisedServer:
                 ),
             )
             await self._serve()
+
+    def _open_router(self, control: ControlSocket, metrics: FleetMetrics, resources: ExitStack) -> LiveRouter:
+        folder = self._deployment.host.event_log
+        router = LiveRouter(
+            self._deployment.roles(),
+            self._deployment.router,
+            control,
+            sink=metrics,
+            scheduler=self._deployment.scheduler,
+            event_log=None if folder is None else Path(folder) / "router.jsonl",
+            kv_events=open_publisher(self._deployment.host.kv_events, self._model_name, resources),
+            among=KEEPER,
+        )
+        resources.callback(router.close)
+        return router
 
     def _task(self, endpoint: str, control_key: str) -> RouterTask:
         return RouterTask(
